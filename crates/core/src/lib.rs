@@ -1,1 +1,22 @@
+//! The pure part of pg_llm_batch: what to ask, how to pack it, how to read what comes back, how much may be sent.
+//!
+//! Nothing here reads a clock, draws a random number or does I/O: the caller passes them in. So every rule can be
+//! tested by properties and under a virtual clock.
+#![deny(missing_docs)]
+#![forbid(unsafe_code)]
 
+pub mod answer;
+pub mod codes;
+pub mod dialect;
+mod error;
+pub mod limiter;
+pub mod options;
+pub mod pack;
+pub mod prompt;
+pub mod task;
+pub mod trouble;
+
+pub use error::Error;
+
+/// Counts the tokens of a text. The vocabulary (some ten megabytes of tables) is loaded by the gateway alone.
+pub type CountTokens<'a> = &'a dyn Fn(&str) -> usize;

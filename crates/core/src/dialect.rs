@@ -1,0 +1,164 @@
+//! The wire of OpenAI-compatible chat completions: requests and answers as data.
+//!
+//! Source: OpenAI's published API description (`/chat/completions`); what other servers leave out or add is tolerated.
+
+use serde_json::{Map, Value, json};
+
+use crate::trouble::one_line;
+
+/// Parameters of a request that a user may not set for a model, because the gateway does.
+pub const RESERVED_PARAMETERS: [&str; 7] =
+    ["model", "messages", "response_format", "max_tokens", "max_completion_tokens", "stream", "n"];
+
+/// What goes into a request.
+#[derive(Debug)]
+pub struct Request<'a> {
+    /// The provider's name of the model.
+    pub model: &'a str,
+    /// The fixed prefix.
+    pub system: &'a str,
+    /// The rows.
+    pub user: &'a str,
+    /// Most tokens of the answer.
+    pub max_tokens: u64,
+    /// Name that cap `max_completion_tokens`, as newer OpenAI models want it.
+    pub max_completion_tokens: bool,
+    /// The form of the answer.
+    pub response_format: Option<Value>,
+    /// Further parameters, as the user set them for the model.
+    pub parameters: &'a Map<String, Value>,
+}
+
+/// The body of a request.
+pub fn body(r: &Request) -> Value {
+    let cap = if r.max_completion_tokens { "max_completion_tokens" } else { "max_tokens" };
+    let mut body = json!({
+        "model": r.model,
+        "messages": [{"role": "system", "content": r.system}, {"role": "user", "content": r.user}],
+        cap: r.max_tokens,
+    });
+    if let Value::Object(map) = &mut body {
+        if let Some(format) = &r.response_format {
+            map.insert("response_format".into(), format.clone());
+        }
+        for (key, value) in r.parameters {
+            if !RESERVED_PARAMETERS.contains(&key.as_str()) {
+                map.insert(key.clone(), value.clone());
+            }
+        }
+    }
+    body
+}
+
+/// Tokens that a request has beside its texts: the frame of two messages and the beginning of the answer
+/// (OpenAI's cookbook, "How to count tokens with tiktoken": 3 a message and 3).
+pub const FRAME_TOKENS: usize = 9;
+
+/// How an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// By itself.
+    Complete,
+    /// At the cap of tokens.
+    Length,
+    /// By the provider's filter, or the model refused.
+    Refused,
+}
+
+/// Tokens that a request took, as the provider says.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub input: u64,
+    /// Tokens of the answer, reasoning included.
+    pub output: u64,
+}
+
+/// The answer of a request with a status of 2xx.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reply {
+    /// The text; empty if there is none.
+    pub text: String,
+    /// How it ended.
+    pub finish: Finish,
+    /// What it took; `None` if the provider does not say.
+    pub usage: Option<Usage>,
+}
+
+/// Reads the body of a 2xx.
+///
+/// # Errors
+/// What is wrong, as text: a body that is no JSON, or one that carries an error (a 200 is no success at every
+/// provider).
+pub fn reply(body: &[u8]) -> Result<Reply, String> {
+    let json: Value = serde_json::from_slice(body).map_err(|_| "the provider's answer is not JSON".to_owned())?;
+    if !json["error"].is_null() {
+        let message = json["error"]["message"].as_str().or(json["error"].as_str()).unwrap_or("unknown error");
+        return Err(format!("the provider's answer carries an error: {}", one_line(message)));
+    }
+    let choice = &json["choices"][0];
+    let message = &choice["message"];
+    let text = match &message["content"] {
+        Value::String(s) => s.clone(),
+        Value::Array(parts) => parts.iter().filter_map(|p| p["text"].as_str()).collect(),
+        _ => String::new(),
+    };
+    let finish = match choice["finish_reason"].as_str() {
+        Some("length" | "model_length") => Finish::Length,
+        Some("content_filter") => Finish::Refused,
+        _ if message["refusal"].as_str().is_some_and(|r| !r.is_empty()) => Finish::Refused,
+        _ => Finish::Complete,
+    };
+    let tokens = |name: &str| json["usage"][name].as_u64();
+    let usage = tokens("prompt_tokens")
+        .map(|input| Usage { input, output: tokens("completion_tokens").unwrap_or(0) })
+        // A usage that no request can have is none.
+        .filter(|u| u.input < 1 << 32 && u.output < 1 << 32);
+    Ok(Reply { text, finish, usage })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn user_parameters_are_added_but_cannot_replace_ours() {
+        let Value::Object(parameters) = json!({"temperature": 0, "model": "other", "n": 5}) else { panic!() };
+        let b = body(&Request {
+            model: "m",
+            system: "s",
+            user: "u",
+            max_tokens: 9,
+            max_completion_tokens: true,
+            response_format: None,
+            parameters: &parameters,
+        });
+        assert_eq!(b["model"], "m");
+        assert_eq!(b["max_completion_tokens"], 9);
+        assert_eq!((b.get("n"), b.get("max_tokens"), b.get("response_format")), (None, None, None));
+        assert_eq!(b["temperature"], 0);
+    }
+
+    #[test]
+    fn replies_are_read() {
+        let ok = br#"{"choices":[{"message":{"content":"{}"},"finish_reason":"stop"}],"usage":{"prompt_tokens":7,"completion_tokens":2}}"#;
+        assert_eq!(
+            reply(ok).unwrap(),
+            Reply { text: "{}".into(), finish: Finish::Complete, usage: Some(Usage { input: 7, output: 2 }) }
+        );
+        let refusal = br#"{"choices":[{"message":{"content":null,"refusal":"no"},"finish_reason":"stop"}]}"#;
+        assert_eq!(reply(refusal).unwrap().finish, Finish::Refused);
+        assert_eq!(reply(br#"{"choices":[{"finish_reason":"length"}]}"#).unwrap().finish, Finish::Length);
+        assert!(reply(br#"{"error":{"message":"upstream\nbroke"}}"#).unwrap_err().ends_with("upstream broke"));
+        assert!(reply(b"<html>").is_err());
+        assert_eq!(reply(b"{}").unwrap().text, "");
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            let _ = reply(&bytes);
+        }
+    }
+}

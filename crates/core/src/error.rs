@@ -1,0 +1,31 @@
+//! The one error type of this crate: bad input from a user, worded for that user.
+
+use std::fmt;
+
+/// What is wrong with a task or an option, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Error {
+    /// One sentence in Postgres style: lower case, no full stop.
+    pub message: String,
+    /// What a user can do about it, as a sentence.
+    pub hint: Option<String>,
+}
+
+impl Error {
+    pub(crate) fn new(message: impl Into<String>) -> Self {
+        Self { message: message.into(), hint: None }
+    }
+
+    pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Error {}

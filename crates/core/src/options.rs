@@ -1,0 +1,180 @@
+//! The options of a task: the same keys wherever options are taken.
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::Error;
+
+/// How the gateway asks for machine-readable answers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StructuredOutput {
+    /// The strongest form that fits the answer shape and that the endpoint does not refuse.
+    #[default]
+    Auto,
+    /// `response_format` with a JSON schema.
+    JsonSchema,
+    /// `response_format` with `json_object`.
+    JsonObject,
+    /// No `response_format` at all.
+    None,
+}
+
+/// What stands for a label in a request and its answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Codes {
+    /// The label if it is one token, else its beginning, else letters.
+    #[default]
+    Auto,
+    /// The labels themselves.
+    Words,
+    /// `A`, `B`, … `Z`, `AA`, …
+    Letters,
+}
+
+/// The form of an answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AnswerShape {
+    /// `{"417":"billing"}`
+    #[default]
+    Map,
+    /// `{"r":[{"i":417,"c":"billing"}]}`
+    Object,
+    /// `{"r":["417billing"]}`
+    Compact,
+    /// As `Map`, with a schema that names the ids of each pack: costs more tokens, forces an answer for every row.
+    Properties,
+}
+
+/// What becomes of a text that is larger than a request may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TooLong {
+    /// The row is skipped.
+    #[default]
+    Skip,
+    /// The text is cut to what fits.
+    Truncate,
+}
+
+/// The options of a task, complete.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Options {
+    /// Most rows in one request, 1 to 500.
+    pub max_rows_per_request: u32,
+    /// Completed requests without a valid answer until a row is given up, 1 to 10.
+    pub max_attempts: u32,
+    /// Weight among jobs, 1 to 100.
+    pub priority: u32,
+    /// How machine-readable answers are asked for.
+    pub structured_output: StructuredOutput,
+    /// What stands for a label.
+    pub codes: Codes,
+    /// The form of an answer.
+    pub answer_shape: AnswerShape,
+    /// What becomes of a text that is too large.
+    pub too_long: TooLong,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            max_rows_per_request: 50,
+            max_attempts: 3,
+            priority: 50,
+            structured_output: StructuredOutput::default(),
+            codes: Codes::default(),
+            answer_shape: AnswerShape::default(),
+            too_long: TooLong::default(),
+        }
+    }
+}
+
+const KEYS: &str = "max_rows_per_request, max_attempts, priority, structured_output, codes, answer_shape, too_long";
+
+impl Options {
+    /// Reads a JSON object. Later objects override earlier ones key by key.
+    ///
+    /// # Errors
+    /// An unknown key, or a value outside its range, with the valid ones as the hint.
+    pub fn from_json<'a>(layers: impl IntoIterator<Item = &'a Value>) -> Result<Self, Error> {
+        let mut options = Self::default();
+        for layer in layers {
+            match layer {
+                Value::Object(map) => options.apply(map)?,
+                Value::Null => {}
+                _ => {
+                    return Err(Error::new("options must be a JSON object")
+                        .hint(format!("Write them as '{{\"key\": value}}'. Valid keys are: {KEYS}.")));
+                }
+            }
+        }
+        Ok(options)
+    }
+
+    fn apply(&mut self, map: &Map<String, Value>) -> Result<(), Error> {
+        for (key, value) in map {
+            match key.as_str() {
+                "max_rows_per_request" => self.max_rows_per_request = number(key, value, 1, 500)?,
+                "max_attempts" => self.max_attempts = number(key, value, 1, 10)?,
+                "priority" => self.priority = number(key, value, 1, 100)?,
+                "structured_output" => {
+                    self.structured_output = word(key, value, "auto, json_schema, json_object, none")?
+                }
+                "codes" => self.codes = word(key, value, "auto, words, letters")?,
+                "answer_shape" => self.answer_shape = word(key, value, "map, object, compact, properties")?,
+                "too_long" => self.too_long = word(key, value, "skip, truncate")?,
+                _ => {
+                    return Err(Error::new(format!("unrecognized option \"{key}\""))
+                        .hint(format!("Valid options are: {KEYS}.")));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn number(key: &str, value: &Value, min: u32, max: u32) -> Result<u32, Error> {
+    value.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| (min..=max).contains(n)).ok_or_else(|| {
+        Error::new(format!("invalid value for option \"{key}\": {value}"))
+            .hint(format!("It must be a whole number from {min} to {max}."))
+    })
+}
+
+fn word<T: for<'de> Deserialize<'de>>(key: &str, value: &Value, valid: &str) -> Result<T, Error> {
+    T::deserialize(value).map_err(|_| {
+        Error::new(format!("invalid value for option \"{key}\": {value}")).hint(format!("Valid values are: {valid}."))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn later_layers_win_key_by_key() {
+        let o =
+            Options::from_json([&json!({"max_rows_per_request": 20, "codes": "letters"}), &json!({"codes": "words"})]);
+        let o = o.unwrap();
+        assert_eq!((o.max_rows_per_request, o.codes, o.max_attempts), (20, Codes::Words, 3));
+    }
+
+    #[test]
+    fn unknown_keys_and_values_name_the_valid_ones() {
+        let e = Options::from_json([&json!({"max_rows": 20})]).unwrap_err();
+        assert_eq!(e.message, "unrecognized option \"max_rows\"");
+        assert!(e.hint.unwrap().contains("max_rows_per_request"));
+        for bad in [
+            json!({"max_attempts": 0}),
+            json!({"priority": 1.5}),
+            json!({"codes": "emoji"}),
+            json!([1]),
+            json!({"max_attempts": "3"}),
+        ] {
+            assert!(Options::from_json([&bad]).unwrap_err().hint.is_some(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! What to ask: the instruction, the labels, the examples.
+
+use std::collections::HashSet;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::Error;
+use crate::options::Options;
+
+/// Fewest labels of a classifier.
+pub const MIN_LABELS: usize = 2;
+/// Most labels of a classifier: what one enum of a strict schema may hold without further limits
+/// (OpenAI, "Structured Outputs", 250 values).
+pub const MAX_LABELS: usize = 250;
+
+/// A label and what it means.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Label {
+    /// The text that is written to the target.
+    pub label: String,
+    /// What the model is told about it; empty if nothing.
+    #[serde(default)]
+    pub description: String,
+}
+
+/// A text whose label is known.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Example {
+    /// The text.
+    pub input: String,
+    /// One of the task's labels.
+    pub label: String,
+}
+
+/// A classification: one of the labels for every text.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Task {
+    /// What the texts are and how to choose; may be empty.
+    pub instruction: String,
+    /// The labels, in the order in which they are shown.
+    pub labels: Vec<Label>,
+    /// Examples shown to the model.
+    pub examples: Vec<Example>,
+    /// How to ask.
+    pub options: Options,
+}
+
+/// Reads labels: an object label → description, an array of labels, or an array of `{"label", "description"}`.
+///
+/// # Errors
+/// Any other form, fewer than 2 or more than 250 labels, an empty label, one given twice (compared without case,
+/// since models do not keep it).
+pub fn labels_from_json(value: &Value) -> Result<Vec<Label>, Error> {
+    let bad = || {
+        Error::new("labels must be a JSON object or array").hint(
+            "Write '{\"billing\": \"invoices, refunds\", \"other\": \"\"}', '[\"billing\", \"other\"]' or \
+             '[{\"label\": \"billing\", \"description\": \"invoices\"}]'.",
+        )
+    };
+    let labels: Vec<Label> = match value {
+        Value::Object(map) => map
+            .iter()
+            .map(|(label, description)| match description {
+                Value::String(s) => Ok(Label { label: label.clone(), description: s.clone() }),
+                Value::Null => Ok(Label { label: label.clone(), description: String::new() }),
+                _ => Err(bad()),
+            })
+            .collect::<Result<_, _>>()?,
+        Value::Array(items) => items
+            .iter()
+            .map(|item| match item {
+                Value::String(s) => Ok(Label { label: s.clone(), description: String::new() }),
+                Value::Object(o) if o.keys().all(|k| k == "label" || k == "description") => {
+                    Label::deserialize(item).map_err(|_| bad())
+                }
+                _ => Err(bad()),
+            })
+            .collect::<Result<_, _>>()?,
+        _ => return Err(bad()),
+    };
+    check_labels(labels)
+}
+
+/// Checks number and distinctness of labels; see [`labels_from_json`].
+///
+/// # Errors
+/// As [`labels_from_json`].
+pub fn check_labels(labels: Vec<Label>) -> Result<Vec<Label>, Error> {
+    if !(MIN_LABELS..=MAX_LABELS).contains(&labels.len()) {
+        return Err(Error::new(format!(
+            "a classifier needs {MIN_LABELS} to {MAX_LABELS} labels, not {}",
+            labels.len()
+        )));
+    }
+    let mut seen = HashSet::new();
+    for l in &labels {
+        if l.label.trim().is_empty() {
+            return Err(Error::new("a label must not be empty"));
+        }
+        if l.label.chars().any(char::is_control) {
+            return Err(Error::new(format!("label {:?} contains a control character", l.label)));
+        }
+        if l.label.trim() != l.label {
+            return Err(Error::new(format!("label \"{}\" begins or ends with a space", l.label)));
+        }
+        if !seen.insert(l.label.to_lowercase()) {
+            return Err(Error::new(format!("label \"{}\" is given twice", l.label))
+                .hint("Labels are compared without regard to case."));
+        }
+    }
+    Ok(labels)
+}
+
+/// Reads examples: an array of `{"input", "label"}`.
+///
+/// # Errors
+/// Any other form, or a label that is not among `labels`.
+pub fn examples_from_json(value: &Value, labels: &[Label]) -> Result<Vec<Example>, Error> {
+    if value.is_null() {
+        return Ok(Vec::new());
+    }
+    let examples: Vec<Example> = Deserialize::deserialize(value).map_err(|_| {
+        Error::new("examples must be a JSON array of objects with \"input\" and \"label\"")
+            .hint("Write '[{\"input\": \"I was charged twice\", \"label\": \"billing\"}]'.")
+    })?;
+    for e in &examples {
+        if !labels.iter().any(|l| l.label == e.label) {
+            return Err(Error::new(format!("the label \"{}\" of an example is not among the labels", e.label)));
+        }
+    }
+    Ok(examples)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_three_forms_of_labels_mean_the_same() {
+        let a = labels_from_json(&json!({"x": "", "y": ""})).unwrap();
+        assert_eq!(a, labels_from_json(&json!(["x", "y"])).unwrap());
+        assert_eq!(a, labels_from_json(&json!([{"label": "x"}, {"label": "y", "description": ""}])).unwrap());
+    }
+
+    #[test]
+    fn bad_labels_are_refused() {
+        let many: Vec<String> = (0..251).map(|i| format!("l{i}")).collect();
+        for bad in [
+            json!(["x"]),
+            json!(["x", ""]),
+            json!(["x", "X"]),
+            json!("x"),
+            json!([1, 2]),
+            json!({"x": 1, "y": 2}),
+            json!([{"label": "x", "desc": "y"}, "z"]),
+            json!(many),
+            json!(["a\nb", "c"]),
+            json!([" a", "b"]),
+        ] {
+            assert!(labels_from_json(&bad).is_err(), "{bad}");
+        }
+        assert_eq!(labels_from_json(&json!(many[..250])).unwrap().len(), 250);
+    }
+
+    #[test]
+    fn examples_must_use_the_labels() {
+        let labels = labels_from_json(&json!(["x", "y"])).unwrap();
+        assert!(examples_from_json(&json!([{"input": "i", "label": "z"}]), &labels).is_err());
+        assert_eq!(examples_from_json(&json!([{"input": "i", "label": "y"}]), &labels).unwrap().len(), 1);
+        assert!(examples_from_json(&Value::Null, &labels).unwrap().is_empty());
+    }
+}
