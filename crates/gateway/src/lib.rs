@@ -1,1 +1,77 @@
+//! The network part of pg_llm_batch: takes rows from sessions and jobs over a Unix socket, packs them into requests,
+//! keeps within the limits, checks the answers. It knows nothing of Postgres and can run in a test of its own.
+#![deny(missing_docs)]
+#![forbid(unsafe_code)]
 
+mod dispatch;
+mod lane;
+mod notice;
+pub mod protocol;
+mod request;
+mod server;
+mod tokens;
+
+use std::os::unix::net::UnixListener;
+use std::sync::mpsc;
+
+use tokio::sync::watch;
+
+/// What may change while the gateway runs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settings {
+    /// Off: nothing is sent, and streams are told to stop.
+    pub enabled: bool,
+    /// Bytes of waiting text above which no more is read from clients.
+    pub memory: usize,
+}
+
+/// The gateway on its own thread. Dropping it ends the thread; requests under way are abandoned.
+#[derive(Debug)]
+pub struct Gateway {
+    settings: Option<watch::Sender<Settings>>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Gateway {
+    /// Starts the gateway on a bound socket. Lines for the server's log are sent to `log`.
+    ///
+    /// # Errors
+    /// If the thread, its runtime or the HTTP client can't be set up.
+    pub fn start(listener: UnixListener, settings: Settings, log: mpsc::Sender<String>) -> std::io::Result<Self> {
+        listener.set_nonblocking(true)?;
+        let client = request::client().map_err(std::io::Error::other)?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
+        let (sender, receiver) = watch::channel(settings);
+        let thread = std::thread::Builder::new().name("llm_batch net".into()).spawn(move || {
+            tokens::load();
+            let local = tokio::task::LocalSet::new();
+            local.block_on(&runtime, server::run(listener, client, receiver, log));
+        })?;
+        Ok(Self { settings: Some(sender), thread: Some(thread) })
+    }
+
+    /// Changes the settings.
+    pub fn configure(&self, settings: Settings) {
+        if let Some(sender) = &self.settings {
+            sender.send_if_modified(|old| {
+                let changed = *old != settings;
+                *old = settings;
+                changed
+            });
+        }
+    }
+
+    /// Whether its thread has ended, which it does by itself only when something is broken.
+    pub fn is_finished(&self) -> bool {
+        self.thread.as_ref().is_none_or(std::thread::JoinHandle::is_finished)
+    }
+}
+
+impl Drop for Gateway {
+    fn drop(&mut self) {
+        self.settings = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,299 @@
+//! What clients (sessions and job workers) and the gateway say to each other over the Unix socket.
+//!
+//! A frame is a length (4 bytes, little endian) and so many bytes of JSON. A connection carries one stream: `Open`
+//! says what to ask, `Items` brings rows, `Outcomes` answers them in any order.
+
+use std::fmt;
+
+use llm_batch_core::limiter::Limits;
+use llm_batch_core::task::Task;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+/// Largest frame, bytes. A row's text must fit with room to spare.
+pub const MAX_FRAME: usize = 16 << 20;
+/// Most rows of one connection that may be without an outcome.
+pub const MAX_OUTSTANDING_ITEMS: usize = 4_096;
+/// Most bytes of text of one connection that may be without an outcome. One row may be larger.
+pub const MAX_OUTSTANDING_BYTES: usize = 8 << 20;
+
+/// A key that is never printed.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Secret(pub String);
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("[redacted]")
+    }
+}
+
+/// Where requests go.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Endpoint {
+    /// Such as `https://api.openai.com/v1`; `/chat/completions` is added.
+    pub base_url: String,
+    /// Whose limits these are; by default the URL and the key.
+    pub account: Option<String>,
+    /// The bearer token, if the endpoint wants one.
+    pub api_key: Option<Secret>,
+}
+
+/// Which model, and how much may be asked of it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Model {
+    /// The provider's name of it.
+    pub model: String,
+    /// Requests a minute.
+    pub requests_per_minute: Option<u64>,
+    /// Tokens a minute, prompts and answers together.
+    pub tokens_per_minute: Option<u64>,
+    /// Most requests at the same time.
+    pub max_concurrent_requests: Option<u32>,
+    /// How long one request may take, ms.
+    pub request_timeout_ms: u64,
+    /// Most tokens of one request, prompt and answer together.
+    pub max_request_tokens: u64,
+    /// Further parameters of each request, such as `temperature`.
+    pub parameters: Map<String, Value>,
+}
+
+impl Model {
+    pub(crate) fn limits(&self) -> Limits {
+        Limits { requests_per_minute: self.requests_per_minute, tokens_per_minute: self.tokens_per_minute }
+    }
+}
+
+/// A stream: all that rows need to have in common to share a request.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stream {
+    /// The database's oid.
+    pub database: u32,
+    /// The oid of the role on whose behalf is asked.
+    pub role: u32,
+    /// Someone waits for the answer: goes before all jobs.
+    pub interactive: bool,
+    /// Where to.
+    pub endpoint: Endpoint,
+    /// Which model.
+    pub model: Model,
+    /// What to ask.
+    pub task: Task,
+}
+
+/// One row.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Item {
+    /// The client's own number of it.
+    pub n: u64,
+    /// Its text.
+    pub text: String,
+}
+
+/// What a client says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToGateway {
+    /// Sets what to ask from now on. Only while no row is without an outcome.
+    Open(Box<Stream>),
+    /// Asks whether the model answers at all; answered by `Probed`.
+    Probe,
+    /// Rows to ask about.
+    Items(Vec<Item>),
+    /// Rows that have not been sent come back as `Withdrawn`; what was sent is still answered.
+    Withdraw,
+    /// Asks for the state of all models; answered by `Activity`.
+    Activity,
+}
+
+/// What became of a row.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    /// The index of its label.
+    Label(u32),
+    /// The model would not or could not answer.
+    Skip {
+        /// `no_answer`, `refused`, `too_long`
+        class: String,
+        /// In words.
+        detail: String,
+    },
+    /// It went wrong.
+    Fail {
+        /// `unknown_code`, `contradicted`, `rejected`, `provider_error`
+        class: String,
+        /// In words.
+        detail: String,
+    },
+    /// It was not sent.
+    Withdrawn,
+}
+
+/// A row's outcome.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outcome {
+    /// The client's own number of the row.
+    pub n: u64,
+    /// What became of it.
+    pub verdict: Verdict,
+    /// Completed requests that contained it.
+    pub attempts: u32,
+}
+
+/// What was spent on a stream since the last frame that said so.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Spent {
+    /// Requests that were answered with a 2xx.
+    pub requests: u64,
+    /// Tokens of prompts, as the provider counts.
+    pub input_tokens: u64,
+    /// Tokens of answers, as the provider counts.
+    pub output_tokens: u64,
+}
+
+/// Why a stream can't go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum StopReason {
+    /// The key is wrong or lacks the right.
+    Auth,
+    /// The account's money is gone.
+    Spend,
+    /// A quota of a day or month is used up.
+    Quota,
+    /// The provider is not reached, or broken.
+    ProviderDown,
+    /// The model or the path is not known.
+    NotFound,
+    /// The provider refuses the request.
+    Rejected,
+    /// `llm_batch.enabled` is off.
+    Disabled,
+}
+
+/// The end of a stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stop {
+    /// Why.
+    pub reason: StopReason,
+    /// In words, keys redacted.
+    pub message: String,
+    /// When to try again, ms from now, if that is known.
+    pub retry_after_ms: Option<u64>,
+}
+
+/// The state of one account and model.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Activity {
+    /// The account.
+    pub account: String,
+    /// The provider's name of the model.
+    pub model: String,
+    /// The oids of the roles that have streams open.
+    pub roles: Vec<u32>,
+    /// Rows that wait.
+    pub queued: u64,
+    /// Requests under way.
+    pub in_flight_requests: u64,
+    /// Rows in them.
+    pub in_flight_rows: u64,
+    /// Tokens that count against the limit at present, scaled to a minute.
+    pub tokens_in_window: u64,
+    /// Tokens a minute.
+    pub tokens_limit: Option<u64>,
+    /// Requests that count against the limit at present, scaled to a minute.
+    pub requests_in_window: u64,
+    /// Requests a minute.
+    pub requests_limit: Option<u64>,
+    /// Nothing is sent for so many ms more, because the provider said so or is in trouble.
+    pub waiting_ms: Option<u64>,
+    /// Requests that were sent since the gateway started.
+    pub requests_total: u64,
+    /// Rows in them.
+    pub rows_total: u64,
+    /// Requests that were answered with a 429.
+    pub throttled: u64,
+    /// Requests that went wrong otherwise.
+    pub errors: u64,
+    /// What went wrong last, keys redacted.
+    pub last_error: Option<String>,
+}
+
+/// What the gateway says.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromGateway {
+    /// Rows that are done with, and what was spent meanwhile.
+    Outcomes {
+        /// The rows; may be none.
+        outcomes: Vec<Outcome>,
+        /// What was spent.
+        spent: Spent,
+    },
+    /// The stream can't go on. Rows not sent have been withdrawn, rows under way are still answered.
+    Stopped(Stop),
+    /// The answer to `Probe`: nothing if the model answers, else what is wrong.
+    Probed(Option<Stop>),
+    /// The answer to `Activity`.
+    Activity(Vec<Activity>),
+}
+
+/// A message as a frame.
+///
+/// # Errors
+/// If it can't be written as JSON or would be larger than a frame may be.
+pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, String> {
+    let mut frame = vec![0; 4];
+    serde_json::to_writer(&mut frame, message).map_err(|e| e.to_string())?;
+    let length = frame.len() - 4;
+    if length > MAX_FRAME {
+        return Err(format!("a message of {length} bytes is larger than a frame may be"));
+    }
+    frame[..4].copy_from_slice(&(length as u32).to_le_bytes());
+    Ok(frame)
+}
+
+/// Takes the first whole frame out of `buffer`; `None` if there is none yet.
+///
+/// # Errors
+/// If the peer announces a frame that is too large or does not hold a message.
+pub fn decode<T: for<'de> Deserialize<'de>>(buffer: &mut Vec<u8>) -> Result<Option<T>, String> {
+    let Some(head) = buffer.first_chunk::<4>() else { return Ok(None) };
+    let length = u32::from_le_bytes(*head) as usize;
+    if length > MAX_FRAME {
+        return Err(format!("a frame of {length} bytes was announced"));
+    }
+    let Some(payload) = buffer.get(4..4 + length) else { return Ok(None) };
+    let message = serde_json::from_slice(payload).map_err(|e| format!("a frame holds no message: {e}"))?;
+    buffer.drain(..4 + length);
+    Ok(Some(message))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_survive_any_cut() {
+        let messages =
+            vec![ToGateway::Probe, ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into() }]), ToGateway::Withdraw];
+        let bytes: Vec<u8> = messages.iter().flat_map(|m| encode(m).unwrap()).collect();
+        for step in 1..bytes.len() {
+            let (mut buffer, mut got) = (Vec::new(), Vec::new());
+            for chunk in bytes.chunks(step) {
+                buffer.extend_from_slice(chunk);
+                while let Some(m) = decode::<ToGateway>(&mut buffer).unwrap() {
+                    got.push(m);
+                }
+            }
+            assert_eq!(got, messages);
+        }
+    }
+
+    #[test]
+    fn garbage_is_an_error_and_a_key_is_never_printed() {
+        assert!(decode::<ToGateway>(&mut b"GET / HTTP/1.1\r\n".to_vec()).is_err());
+        assert!(decode::<ToGateway>(&mut vec![2, 0, 0, 0, b'{', b'}']).is_err());
+        assert_eq!(format!("{:?}", Secret("sk-123".into())), "[redacted]");
+    }
+}

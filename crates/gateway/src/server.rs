@@ -1,0 +1,188 @@
+//! The socket: who may connect, frames in, frames out.
+
+use std::cell::RefCell;
+use std::os::unix::net::UnixListener;
+use std::rc::Rc;
+use std::sync::mpsc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::{Notify, watch};
+use tokio::task::spawn_local;
+use tokio::time::Instant;
+
+use crate::dispatch::{Launch, Probe, State};
+use crate::protocol::{FromGateway, ToGateway, decode};
+use crate::{Settings, request};
+
+/// Time 0 of the gateway lies this far (ms) before its start, so that windows before the start can be reckoned with.
+const BEFORE_START: u64 = 3_600_000;
+
+/// What all tasks share. All of them run on one thread.
+struct Shared {
+    state: RefCell<State>,
+    /// Something changed: look again what can be sent.
+    changed: Notify,
+    /// Memory became free.
+    room: Notify,
+    client: reqwest::Client,
+    started: Instant,
+}
+
+impl Shared {
+    fn now(&self) -> u64 {
+        BEFORE_START + self.started.elapsed().as_millis() as u64
+    }
+}
+
+/// Runs the gateway until the sender of `settings` is dropped.
+pub async fn run(
+    listener: UnixListener,
+    client: reqwest::Client,
+    mut settings: watch::Receiver<Settings>,
+    log: mpsc::Sender<String>,
+) {
+    let Ok(listener) = tokio::net::UnixListener::from_std(listener) else { return };
+    let state = State::new(settings.borrow().clone(), BEFORE_START, log);
+    let shared = Rc::new(Shared {
+        state: RefCell::new(state),
+        changed: Notify::new(),
+        room: Notify::new(),
+        client,
+        started: Instant::now(),
+    });
+    loop {
+        let (launches, wake) = shared.state.borrow_mut().pump(shared.now());
+        for launch in launches {
+            spawn_local(carry_out(Rc::clone(&shared), launch));
+        }
+        let pause =
+            wake.map_or(Duration::from_secs(60), |at| Duration::from_millis(at.saturating_sub(shared.now()).max(1)));
+        tokio::select! {
+            () = shared.changed.notified() => {}
+            () = tokio::time::sleep(pause) => {}
+            connection = listener.accept() => {
+                // A failed accept (out of descriptors) is the client's to try again.
+                if let Ok((stream, _)) = connection {
+                    spawn_local(serve(Rc::clone(&shared), stream));
+                }
+            }
+            change = settings.changed() => {
+                if change.is_err() {
+                    return;
+                }
+                let new = settings.borrow_and_update().clone();
+                shared.state.borrow_mut().configure(new);
+                shared.room.notify_waiters();
+            }
+        }
+    }
+}
+
+async fn carry_out(shared: Rc<Shared>, launch: Launch) {
+    let Launch { id, stream, body, timeout, abandoned } = launch;
+    let client = shared.client.clone();
+    // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
+    let mut sending = spawn_local(async move { request::send(&client, &stream.endpoint, &body, timeout).await });
+    let result = tokio::select! {
+        joined = &mut sending => Some(joined.unwrap_or_else(|e| Err(llm_batch_core::trouble::Report {
+            trouble: llm_batch_core::trouble::Trouble::Overload(None),
+            message: format!("internal error: {e}"),
+        }))),
+        () = abandoned.notified() => {
+            sending.abort();
+            None
+        }
+    };
+    shared.state.borrow_mut().finish(shared.now(), id, result);
+    shared.changed.notify_one();
+    shared.room.notify_waiters();
+}
+
+/// Serves one client until it leaves or says what can't be understood.
+async fn serve(shared: Rc<Shared>, stream: UnixStream) {
+    // The other end of a pair of our own is who we are.
+    let own = UnixStream::pair().and_then(|(end, _)| end.peer_cred());
+    match (stream.peer_cred(), own) {
+        (Ok(peer), Ok(own)) if peer.uid() == own.uid() => {}
+        _ => return,
+    }
+    let (mut reading, mut writing) = stream.into_split();
+    let (frames, mut outgoing) = tokio::sync::mpsc::unbounded_channel::<Vec<u8>>();
+    let conn = shared.state.borrow_mut().connect(frames);
+    let writer = spawn_local(async move {
+        while let Some(frame) = outgoing.recv().await {
+            if writing.write_all(&frame).await.is_err() {
+                break;
+            }
+        }
+    });
+    let mut buffer = Vec::new();
+    loop {
+        // A reader that waits here still notices nothing of a client that leaves; room comes soon or never matters.
+        let room = shared.room.notified();
+        if shared.state.borrow().is_full() {
+            room.await;
+            continue;
+        }
+        match reading.read_buf(&mut buffer).await {
+            Ok(0) | Err(_) => break,
+            Ok(_) => {}
+        }
+        if take(&shared, conn, &mut buffer).is_err() {
+            break;
+        }
+    }
+    shared.state.borrow_mut().disconnect(conn);
+    shared.changed.notify_one();
+    shared.room.notify_waiters();
+    // Nothing more is written to a client that has gone or broken the rules.
+    writer.abort();
+}
+
+fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), String> {
+    while let Some(message) = decode::<ToGateway>(buffer)? {
+        let mut state = shared.state.borrow_mut();
+        match message {
+            ToGateway::Open(stream) => state.open(conn, *stream)?,
+            ToGateway::Items(items) => state.items(shared.now(), conn, items)?,
+            ToGateway::Withdraw => state.withdraw(conn),
+            ToGateway::Activity => {
+                let activity = state.activity(shared.now());
+                state.say(conn, &FromGateway::Activity(activity));
+            }
+            ToGateway::Probe => {
+                spawn_local(probe(Rc::clone(shared), conn));
+            }
+        }
+        shared.changed.notify_one();
+    }
+    Ok(())
+}
+
+/// Finds out whether a client's model answers at all.
+async fn probe(shared: Rc<Shared>, conn: u64) {
+    let mut tries = 0;
+    let answer = loop {
+        let now = shared.now();
+        let next = shared.state.borrow_mut().probe(now, conn);
+        match next {
+            None => return,
+            Some(Probe::Alive) => break None,
+            Some(Probe::Until(at)) => {
+                tokio::time::sleep(Duration::from_millis(at.saturating_sub(now).clamp(1, 1000))).await
+            }
+            Some(Probe::Send(endpoint, body, timeout)) => {
+                tries += 1;
+                let result = request::send(&shared.client, &endpoint, &body, timeout).await;
+                let end = shared.state.borrow_mut().probed(shared.now(), conn, tries, result);
+                match end {
+                    Some(answer) => break answer,
+                    None => tokio::time::sleep(Duration::from_millis(300)).await,
+                }
+            }
+        }
+    };
+    shared.state.borrow_mut().say(conn, &FromGateway::Probed(answer));
+}
