@@ -1,1 +1,44 @@
+//! An OpenAI-compatible chat completions endpoint for tests and benchmarks.
+//!
+//! It enforces limits over an exact rolling window, bills tokens as a provider
+//! does, waits as a model does, and fails on demand. It knows the prompt of
+//! `pg_llm_batch` (see `prompt.rs`): row texts carry markers such as
+//! `#r000123:billing#`, so it can give the right answer and keep count, row by
+//! row, of what was asked and what was answered and paid for.
+//!
+//! The server runs on a thread of its own; the tests that use it stay
+//! synchronous.
+//!
+//! ```
+//! use llm_fake_provider::{Config, FakeProvider, Fault};
+//!
+//! let provider = FakeProvider::start(Config {
+//!     tokens_per_window: Some(10_000),
+//!     ..Config::default()
+//! })?;
+//! provider.script([Some(Fault::Http500), None]);
+//! assert!(provider.base_url().ends_with("/v1"));
+//! assert_eq!(provider.stats().requests, 0);
+//! # Ok::<(), std::io::Error>(())
+//! ```
 
+#![deny(missing_docs)]
+
+mod answer;
+mod chat;
+mod config;
+mod control;
+mod fault;
+mod http;
+mod prompt;
+mod reply;
+mod request;
+mod rng;
+mod server;
+mod stats;
+mod window;
+
+pub use config::{Config, Latency, Reserve};
+pub use fault::Fault;
+pub use server::FakeProvider;
+pub use stats::{Row, Stats};

@@ -1,0 +1,177 @@
+//! The answer to a task: right, or wrong in the way asked for.
+
+use crate::Fault;
+use crate::prompt::{Asked, Shape, Task};
+use crate::request::{first_tokens, tokens};
+use crate::rng::Rng;
+
+const REFUSAL: &str = "I'm sorry, I can't help with that.";
+
+/// A choice of a chat completion.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Answer {
+    pub(crate) content: Option<String>,
+    pub(crate) refusal: Option<String>,
+    pub(crate) finish_reason: &'static str,
+    pub(crate) completion_tokens: u64,
+    /// Ids of the markers of the rows whose right code the content holds.
+    pub(crate) answered: Vec<String>,
+}
+
+/// One item of an answer.
+struct Item {
+    index: String,
+    code: String,
+    /// The id of the row it answers rightly.
+    answers: Option<String>,
+}
+
+/// Answers a task. `enforced` holds the codes a strict schema admits, if there
+/// is one. The fault is taken out when it makes no difference (no row to drop),
+/// and replaced when it became another.
+pub(crate) fn compose(
+    task: &Task,
+    enforced: Option<&[String]>,
+    max_tokens: Option<u64>,
+    fault: &mut Option<Fault>,
+    rng: &mut Rng,
+) -> Answer {
+    let mut items: Vec<Item> = task.rows.iter().map(|row| right(row, enforced)).collect();
+    spoil(&mut items, task, enforced, fault, rng);
+    let (mut text, ends) = write(task.shape, &items);
+    let mut answered: Vec<(usize, String)> =
+        ends.into_iter().zip(items).filter_map(|(end, item)| Some((end, item.answers?))).collect();
+
+    let mut finish_reason = "stop";
+    let mut refusal = None;
+    match fault {
+        Some(Fault::EmptyAnswer) => text.clear(),
+        Some(Fault::ContentFilter) => {
+            text.clear();
+            finish_reason = "content_filter";
+        }
+        Some(Fault::Refusal) => {
+            text.clear();
+            refusal = Some(REFUSAL.to_owned());
+        }
+        Some(Fault::MalformedJson) => text.truncate(text.floor_char_boundary(text.len() / 2)),
+        Some(Fault::CutByLength) => {
+            text = first_tokens(&text, tokens(&text) / 2);
+            finish_reason = "length";
+        }
+        Some(Fault::Prose) => {
+            const BEFORE: &str = "Sure! Here are the labels:\n```json\n";
+            text = format!("{BEFORE}{text}\n```\nLet me know if I can help further.");
+            for (end, _) in &mut answered {
+                *end += BEFORE.len();
+            }
+        }
+        _ => {}
+    }
+    let mut completion_tokens = tokens(refusal.as_deref().unwrap_or(&text));
+    if let Some(max) = max_tokens.filter(|max| *max < completion_tokens) {
+        let spoken = refusal.as_mut().unwrap_or(&mut text);
+        *spoken = first_tokens(spoken, max);
+        completion_tokens = max;
+        finish_reason = "length";
+    }
+    answered.retain(|(end, _)| *end <= text.len());
+    Answer {
+        content: refusal.is_none().then_some(text),
+        refusal,
+        finish_reason,
+        completion_tokens,
+        answered: answered.into_iter().map(|(_, id)| id).collect(),
+    }
+}
+
+/// The right item for a row, or the nearest a strict schema admits. A schema
+/// whose enums hold no code (a pattern, say) is not looked into further.
+fn right(row: &Asked, enforced: Option<&[String]>) -> Item {
+    let joined = format!("{}{}", row.index, row.code);
+    let admitted = match enforced {
+        Some(codes) if !codes.is_empty() => codes.iter().any(|c| *c == row.code || *c == joined),
+        _ => true,
+    };
+    let code = match enforced.and_then(|codes| codes.first()) {
+        Some(first) if !admitted => first.clone(),
+        _ => row.code.clone(),
+    };
+    Item { index: row.index.clone(), code, answers: row.id.clone().filter(|_| admitted) }
+}
+
+/// Applies the faults that change items.
+fn spoil(items: &mut Vec<Item>, task: &Task, enforced: Option<&[String]>, fault: &mut Option<Fault>, rng: &mut Rng) {
+    let picks_a_row = matches!(fault, Some(Fault::DropId | Fault::InventId | Fault::DoubleId | Fault::UnknownCode));
+    if !picks_a_row {
+        return;
+    }
+    // A naive client's answer holds no ids.
+    let needs_ids = matches!(fault, Some(Fault::InventId | Fault::DoubleId));
+    if items.is_empty() || (needs_ids && task.shape == Shape::Plain) {
+        *fault = None;
+        return;
+    }
+    let pick = rng.below(items.len());
+    let other_code = task.codes.iter().find(|code| **code != items[pick].code);
+    match fault {
+        Some(Fault::InventId) => {
+            let highest = items.iter().filter_map(|item| item.index.parse().ok()).max();
+            items[pick].index = (highest.unwrap_or(0u64) + 1000).to_string();
+            items[pick].answers = None;
+        }
+        Some(Fault::DoubleId) if other_code.is_some() || enforced.is_none() => {
+            let again = Item {
+                index: items[pick].index.clone(),
+                code: other_code.cloned().unwrap_or_else(|| unknown(task)),
+                answers: None,
+            };
+            items.insert(pick + 1, again);
+        }
+        Some(Fault::UnknownCode) if enforced.is_none() => {
+            items[pick].code = unknown(task);
+            items[pick].answers = None;
+        }
+        _ => {
+            *fault = Some(Fault::DropId);
+            items.remove(pick);
+        }
+    }
+}
+
+/// A code the legend lacks.
+fn unknown(task: &Task) -> String {
+    let mut code = "zz".to_owned();
+    while task.codes.contains(&code) {
+        code.push('z');
+    }
+    code
+}
+
+/// The answer's text, and where in it each item is complete.
+fn write(shape: Shape, items: &[Item]) -> (String, Vec<usize>) {
+    let quoted = |text: &str| serde_json::Value::from(text).to_string();
+    let (open, close) = match shape {
+        Shape::Map => ("{", "}"),
+        Shape::Objects | Shape::Strings => ("{\"r\":[", "]}"),
+        Shape::Plain => ("", ""),
+        Shape::Probe => ("ok", ""),
+    };
+    let mut text = open.to_owned();
+    let mut ends = Vec::with_capacity(items.len());
+    for (position, item) in items.iter().enumerate() {
+        let Item { index, code, .. } = item;
+        if position > 0 {
+            text.push(',');
+        }
+        text.push_str(&match shape {
+            Shape::Map => format!("{}:{}", quoted(index), quoted(code)),
+            Shape::Objects => format!("{{\"i\":{index},\"c\":{}}}", quoted(code)),
+            Shape::Strings => quoted(&format!("{index}{code}")),
+            Shape::Plain | Shape::Probe => code.clone(),
+        });
+        ends.push(text.len());
+    }
+    text.push_str(close);
+    (text, ends)
+}

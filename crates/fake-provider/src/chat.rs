@@ -1,0 +1,311 @@
+//! The life of a chat request up to its admission.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::answer::{self, Answer};
+use crate::prompt::Task;
+use crate::reply::{Reply, go_duration, unix_time};
+use crate::request::{Chat, Format};
+use crate::server::State;
+use crate::window::Full;
+use crate::{Config, Fault, Reserve};
+
+/// What becomes of a request.
+pub(crate) enum Verdict {
+    /// Refused: send this at once.
+    Refused(Reply),
+    /// Refused by a reset.
+    Reset,
+    Admitted(Box<Admitted>),
+}
+
+/// A request that was let in and charged.
+pub(crate) struct Admitted {
+    pub(crate) reply: Reply,
+    /// Time until the answer.
+    pub(crate) delay: Duration,
+    /// The fault that applies, if any.
+    pub(crate) fault: Option<Fault>,
+    pub(crate) rows: u64,
+    pub(crate) prompt_tokens: u64,
+    pub(crate) answer: Answer,
+}
+
+impl State {
+    /// Takes a chat request in: checks it, draws its fault, holds it against
+    /// the limits, and bills it (unless it hangs).
+    pub(crate) fn judge(&mut self, bearer: Option<&str>, body: &[u8]) -> Verdict {
+        let now = Instant::now();
+        self.tally.arrived(now);
+        let checked = serde_json::from_slice(body)
+            .map_err(|_| Reply::invalid("", "", "the body is not JSON"))
+            .and_then(|body: Value| {
+                let chat = authorized(&self.config, bearer).and_then(|()| Chat::read(&body));
+                self.keep_body(body);
+                chat
+            })
+            .and_then(|chat| check(&self.config, &chat).map(|()| chat));
+        let chat = match checked {
+            Ok(chat) => chat,
+            Err(reply) => return Verdict::Refused(reply),
+        };
+
+        let scripted = self.script.front().cloned();
+        let mut fault = scripted.clone().unwrap_or_else(|| self.draw_fault());
+        if let Some(fault) = fault.as_ref().filter(|fault| fault.refuses()) {
+            self.script.pop_front();
+            self.tally.fault(fault.name());
+            return match refusal(fault, &chat.model) {
+                Some(reply) => Verdict::Refused(reply),
+                None => Verdict::Reset,
+            };
+        }
+
+        let task = Task::read(&chat);
+        let enforced = match &chat.format {
+            Format::JsonSchema { strict: true, codes } => Some(codes.as_slice()),
+            _ => None,
+        };
+        let rng = &mut self.rng;
+        let answer = answer::compose(&task, enforced, chat.max_tokens, &mut fault, rng);
+        let charge = charge(self.config.reserve, &chat, &answer);
+        if let Err(reply) = self.admit(now, charge, &chat.model) {
+            // The script's entry waits for a request that is let in.
+            return Verdict::Refused(reply);
+        }
+        if scripted.is_some() {
+            self.script.pop_front();
+        }
+
+        self.tally.admitted(now, charge, &task);
+        let stats = &mut self.tally.stats;
+        stats.peak_window_tokens = stats.peak_window_tokens.max(self.window.tokens());
+        stats.peak_window_requests = stats.peak_window_requests.max(self.window.requests());
+        if let Some(fault) = &fault {
+            self.tally.fault(fault.name());
+        }
+        if fault != Some(Fault::Hang) {
+            self.tally.billed(chat.prompt_tokens, &answer);
+        }
+        let mut reply = self.completion(&chat, &answer);
+        self.add_rate_headers(&mut reply, now);
+        Verdict::Admitted(Box::new(Admitted {
+            reply,
+            delay: self.delay(answer.completion_tokens),
+            fault,
+            rows: task.rows.len() as u64,
+            prompt_tokens: chat.prompt_tokens,
+            answer,
+        }))
+    }
+
+    /// One draw, so that the configured probabilities are those of the outcome.
+    fn draw_fault(&mut self) -> Option<Fault> {
+        let mut left = self.rng.unit();
+        for (fault, probability) in &self.config.faults {
+            if left < *probability {
+                return Some(fault.clone());
+            }
+            left -= probability;
+        }
+        None
+    }
+
+    fn admit(&mut self, now: Instant, charge: u64, model: &str) -> Result<(), Reply> {
+        let config = &self.config;
+        let (tokens, requests) = (config.tokens_per_window, config.requests_per_window);
+        let admitted = self.window.admit(now, config.window, charge, tokens, requests);
+        let Err(full) = admitted else { return Ok(()) };
+        let token_cap = tokens.unwrap_or_default();
+        let (kind, wait, message) = match full {
+            Full::TooLarge => ("tokens", None, too_large(model, token_cap, charge)),
+            Full::Tokens(wait) => (
+                "tokens",
+                Some(wait),
+                format!(
+                    "Rate limit reached for {model} on tokens per min (TPM): Limit {token_cap}, \
+                     Used {}, Requested {charge}. Please try again in {}.",
+                    self.window.tokens(),
+                    go_duration(wait),
+                ),
+            ),
+            Full::Requests(wait) => (
+                "requests",
+                Some(wait),
+                format!(
+                    "Rate limit reached for {model} on requests per min (RPM): Limit {}, \
+                     Used {}, Requested 1. Please try again in {}.",
+                    requests.unwrap_or_default(),
+                    self.window.requests(),
+                    go_duration(wait),
+                ),
+            ),
+        };
+        let mut reply = Reply::error(429, kind, "", "rate_limit_exceeded", &message);
+        if let Some(wait) = wait.filter(|_| config.retry_after) {
+            let ms = wait.as_nanos().div_ceil(1_000_000).max(1);
+            let seconds = ms.div_ceil(1000);
+            reply.headers.push(("retry-after-ms", ms.to_string()));
+            reply.headers.push(("retry-after", seconds.to_string()));
+        }
+        self.add_rate_headers(&mut reply, now);
+        Err(reply)
+    }
+
+    fn add_rate_headers(&mut self, reply: &mut Reply, now: Instant) {
+        let config = &self.config;
+        if !config.rate_headers {
+            return;
+        }
+        let reset = go_duration(self.window.empty_in(now, config.window));
+        if let Some(cap) = config.requests_per_window {
+            let left = cap.saturating_sub(self.window.requests());
+            reply.headers.extend([
+                ("x-ratelimit-limit-requests", cap.to_string()),
+                ("x-ratelimit-remaining-requests", left.to_string()),
+                ("x-ratelimit-reset-requests", reset.clone()),
+            ]);
+        }
+        if let Some(cap) = config.tokens_per_window {
+            let left = cap.saturating_sub(self.window.tokens());
+            reply.headers.extend([
+                ("x-ratelimit-limit-tokens", cap.to_string()),
+                ("x-ratelimit-remaining-tokens", left.to_string()),
+                ("x-ratelimit-reset-tokens", reset),
+            ]);
+        }
+    }
+
+    fn delay(&mut self, completion_tokens: u64) -> Duration {
+        let latency = self.config.latency;
+        let plain = latency.base.as_secs_f64() + latency.per_output_token.as_secs_f64() * completion_tokens as f64;
+        let seconds = plain * self.rng.lognormal(latency.spread);
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::ZERO)
+    }
+
+    fn completion(&mut self, chat: &Chat, answer: &Answer) -> Reply {
+        let body = json!({
+            "id": format!("chatcmpl-{:016x}", self.rng.next_u64()),
+            "object": "chat.completion",
+            "created": unix_time(),
+            "model": chat.model,
+            "choices": [{
+                "index": 0,
+                "message": {
+                    "role": "assistant",
+                    "content": answer.content,
+                    "refusal": answer.refusal,
+                },
+                "logprobs": null,
+                "finish_reason": answer.finish_reason,
+            }],
+            "usage": {
+                "prompt_tokens": chat.prompt_tokens,
+                "completion_tokens": answer.completion_tokens,
+                "total_tokens": chat.prompt_tokens + answer.completion_tokens,
+                "prompt_tokens_details": { "cached_tokens": 0 },
+            },
+        });
+        Reply::json(200, &body)
+    }
+}
+
+/// Whether the bearer token is the one asked for.
+pub(crate) fn authorized(config: &Config, bearer: Option<&str>) -> Result<(), Reply> {
+    match &config.api_key {
+        Some(key) if bearer != Some(key) => {
+            Err(Reply::error(401, "invalid_request_error", "", "invalid_api_key", "Incorrect API key provided."))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether the configured model would take the request.
+fn check(config: &Config, chat: &Chat) -> Result<(), Reply> {
+    if let Some(models) = &config.models
+        && !models.contains(&chat.model)
+    {
+        return Err(Reply::error(
+            404,
+            "invalid_request_error",
+            "",
+            "model_not_found",
+            &format!("The model `{}` does not exist or you do not have access to it.", chat.model),
+        ));
+    }
+    let unsupported_format = match chat.format {
+        Format::JsonSchema { .. } if !config.json_schema => Some("json_schema"),
+        Format::JsonObject if !config.json_object => Some("json_object"),
+        _ => None,
+    };
+    if let Some(format) = unsupported_format {
+        let message =
+            format!("Invalid parameter: 'response_format' of type '{format}' is not supported with this model.");
+        return Err(Reply::invalid("response_format", "", &message));
+    }
+    if chat.old_max_tokens && !config.max_tokens_param {
+        return Err(Reply::invalid(
+            "max_tokens",
+            "unsupported_parameter",
+            "Unsupported parameter: 'max_tokens' is not supported with this model. \
+             Use 'max_completion_tokens' instead.",
+        ));
+    }
+    let needed = chat.prompt_tokens.saturating_add(chat.max_tokens.unwrap_or(0));
+    if let Some(context) = config.context_tokens.filter(|context| needed > *context) {
+        let message = format!(
+            "This model's maximum context length is {context} tokens. However, you requested \
+             {needed} tokens ({} in the messages, {} in the completion). Please reduce the \
+             length of the messages or completion.",
+            chat.prompt_tokens,
+            chat.max_tokens.unwrap_or(0),
+        );
+        return Err(Reply::invalid("messages", "context_length_exceeded", &message));
+    }
+    Ok(())
+}
+
+fn charge(reserve: Reserve, chat: &Chat, answer: &Answer) -> u64 {
+    let prompt = chat.prompt_tokens;
+    match (reserve, chat.max_tokens) {
+        (Reserve::PromptPlusMax, Some(max)) => prompt.saturating_add(max),
+        (Reserve::Max, max) => prompt.max(max.unwrap_or(0)),
+        _ => prompt + answer.completion_tokens,
+    }
+}
+
+/// The response of a fault that refuses; `None` is a reset.
+fn refusal(fault: &Fault, model: &str) -> Option<Reply> {
+    let server_error = |status, message: &str| Some(Reply::error(status, "server_error", "", "", message));
+    match fault {
+        Fault::Http500 => server_error(500, "The server had an error while processing your request."),
+        Fault::Http503 => server_error(503, "The engine is currently overloaded."),
+        Fault::RateLimit429 => {
+            Some(Reply::error(429, "requests", "", "rate_limit_exceeded", &format!("Rate limit reached for {model}.")))
+        }
+        Fault::SpendLimit429 => Some(Reply::error(
+            429,
+            "insufficient_quota",
+            "",
+            "insufficient_quota",
+            "You exceeded your current quota, please check your plan and billing details.",
+        )),
+        Fault::TooLarge429 => {
+            Some(Reply::error(429, "tokens", "", "rate_limit_exceeded", &too_large(model, 30_000, 34_472)))
+        }
+        Fault::Status(status, body) => Some(Reply { status: *status, headers: Vec::new(), body: body.clone() }),
+        Fault::Redirect(location) => {
+            Some(Reply { status: 302, headers: vec![("location", location.clone())], body: String::new() })
+        }
+        _ => None,
+    }
+}
+
+fn too_large(model: &str, limit: u64, requested: u64) -> String {
+    format!(
+        "Request too large for {model} on tokens per min (TPM): Limit {limit}, Requested \
+         {requested}. The input or output tokens must be reduced in order to run successfully."
+    )
+}

@@ -1,0 +1,93 @@
+//! What the provider allows, how long it takes, how often it fails.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use crate::Fault;
+
+/// Everything that can be set. All but `listen` may change at run time through
+/// [`FakeProvider::configure`](crate::FakeProvider::configure).
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Address to listen on; port 0 picks a free one. Default `127.0.0.1:0`.
+    pub listen: SocketAddr,
+    /// The bearer token asked for; any other, or none, gets 401. `None` asks for nothing.
+    pub api_key: Option<String>,
+    /// The models served; any other gets 404 `model_not_found`. `None` serves every name.
+    pub models: Option<Vec<String>>,
+    /// Length of the rolling window both limits apply to. Default 60 s.
+    pub window: Duration,
+    /// Most tokens charged within any window; `None` is no limit.
+    pub tokens_per_window: Option<u64>,
+    /// Most requests admitted within any window; `None` is no limit.
+    pub requests_per_window: Option<u64>,
+    /// What a request is charged against `tokens_per_window`.
+    pub reserve: Reserve,
+    /// Send `retry-after` (s) and `retry-after-ms` with the 429 of a full window. Default true.
+    pub retry_after: bool,
+    /// Send the `x-ratelimit-*` headers of the limits that are set. Default true.
+    pub rate_headers: bool,
+    /// How long an answer takes.
+    pub latency: Latency,
+    /// Accept `response_format` of type `json_schema`; otherwise 400. Default true.
+    pub json_schema: bool,
+    /// Accept `response_format` of type `json_object`; otherwise 400. Default true.
+    pub json_object: bool,
+    /// Accept `max_tokens`; otherwise 400 asking for `max_completion_tokens`. Default true.
+    pub max_tokens_param: bool,
+    /// Most tokens of the prompt plus the maximum asked for (when one is); above it,
+    /// 400 `context_length_exceeded`. `None` is no limit.
+    pub context_tokens: Option<u64>,
+    /// Probability (0 to 1) of each fault per request. At most one applies to a
+    /// request, so the probabilities should add up to 1 or less.
+    pub faults: Vec<(Fault, f64)>,
+    /// Seed of every random choice. A new seed given at run time has no effect.
+    pub seed: u64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
+            api_key: None,
+            models: None,
+            window: Duration::from_secs(60),
+            tokens_per_window: None,
+            requests_per_window: None,
+            reserve: Reserve::Actual,
+            retry_after: true,
+            rate_headers: true,
+            latency: Latency::default(),
+            json_schema: true,
+            json_object: true,
+            max_tokens_param: true,
+            context_tokens: None,
+            faults: Vec::new(),
+            seed: 1,
+        }
+    }
+}
+
+/// Tokens charged at admission. The charge is never corrected afterwards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reserve {
+    /// The prompt and the completion the request will get.
+    #[default]
+    Actual,
+    /// The prompt and the maximum asked for (the completion if none is).
+    PromptPlusMax,
+    /// The larger of the prompt and the maximum asked for.
+    Max,
+}
+
+/// How long an admitted request takes: `(base + per_output_token * completion
+/// tokens) * factor`. Refusals (4xx, 5xx) are immediate. Default: no delay.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Latency {
+    /// Delay of every answer.
+    pub base: Duration,
+    /// Further delay for each completion token.
+    pub per_output_token: Duration,
+    /// Sigma of the lognormal factor, whose median is 1. 0 is no spread.
+    pub spread: f64,
+}

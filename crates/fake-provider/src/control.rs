@@ -1,0 +1,117 @@
+//! `POST /control`: changes to a provider that runs in another process.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::Fault;
+use crate::server::Shared;
+
+/// The body of `POST /control`. What is left out stays as it is.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Control {
+    /// Probability of each fault, replacing all; names as `Fault` displays them.
+    faults: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Faults of the next requests, null for none.
+    script: Option<Vec<Option<String>>>,
+    latency: Option<LatencyChange>,
+    window_seconds: Option<f64>,
+    /// Null removes the limit, hence two layers.
+    #[serde(default, deserialize_with = "present")]
+    tokens_per_window: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "present")]
+    requests_per_window: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "present")]
+    context_tokens: Option<Option<u64>>,
+    json_schema: Option<bool>,
+    json_object: Option<bool>,
+    max_tokens_param: Option<bool>,
+    retry_after: Option<bool>,
+    rate_headers: Option<bool>,
+    /// True holds all answers, false releases them.
+    hold: Option<bool>,
+    #[serde(default)]
+    reset_stats: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LatencyChange {
+    base_ms: Option<f64>,
+    per_token_ms: Option<f64>,
+    spread: Option<f64>,
+}
+
+/// Applies a change, all of it or none.
+pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
+    let control: Control = serde_json::from_slice(body).map_err(|error| error.to_string())?;
+    let script = match control.script {
+        Some(names) => names
+            .into_iter()
+            .map(|name| name.map(|name| name.parse()).transpose())
+            .collect::<Result<Vec<Option<Fault>>, _>>()?,
+        None => Vec::new(),
+    };
+    let mut state = shared.lock();
+    let mut config = state.config.clone();
+    if let Some(faults) = control.faults {
+        config.faults = faults
+            .iter()
+            .map(|(name, rate)| {
+                let rate = rate.as_f64().ok_or("a fault's probability is a number");
+                Ok((name.parse()?, rate?))
+            })
+            .collect::<Result<_, String>>()?;
+    }
+    if let Some(latency) = control.latency {
+        if let Some(ms) = latency.base_ms {
+            config.latency.base = seconds(ms / 1000.0)?;
+        }
+        if let Some(ms) = latency.per_token_ms {
+            config.latency.per_output_token = seconds(ms / 1000.0)?;
+        }
+        set(&mut config.latency.spread, latency.spread);
+    }
+    if let Some(window) = control.window_seconds {
+        config.window = seconds(window)?;
+    }
+    set(&mut config.tokens_per_window, control.tokens_per_window);
+    set(&mut config.requests_per_window, control.requests_per_window);
+    set(&mut config.context_tokens, control.context_tokens);
+    set(&mut config.json_schema, control.json_schema);
+    set(&mut config.json_object, control.json_object);
+    set(&mut config.max_tokens_param, control.max_tokens_param);
+    set(&mut config.retry_after, control.retry_after);
+    set(&mut config.rate_headers, control.rate_headers);
+    state.config = config;
+    state.script.extend(script);
+    if control.reset_stats {
+        state.tally.reset();
+    }
+    drop(state);
+    match control.hold {
+        Some(true) => shared.hold(),
+        Some(false) => shared.release(),
+        None => {}
+    }
+    Ok(())
+}
+
+fn set<T>(field: &mut T, change: Option<T>) {
+    if let Some(value) = change {
+        *field = value;
+    }
+}
+
+fn seconds(seconds: f64) -> Result<Duration, String> {
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
+}
+
+fn present<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: Deserialize<'de>,
+{
+    T::deserialize(deserializer).map(Some)
+}

@@ -1,0 +1,175 @@
+//! The ways to fail.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// One way for a request to go wrong.
+///
+/// The first of them, up to `ResetBefore`, come before admission: nothing is
+/// charged or billed and no row counts as asked. Requests with one of the
+/// others are admitted, charged and billed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Status 500.
+    Http500,
+    /// Status 503.
+    Http503,
+    /// Status 429 without `retry-after`.
+    RateLimit429,
+    /// Status 429, `insufficient_quota`: the account's money is spent.
+    SpendLimit429,
+    /// Status 429, "Request too large": it would not fit an empty window.
+    TooLarge429,
+    /// This status with this body. `Status(200, "<html>".into())` is a success
+    /// that is no JSON.
+    Status(u16, String),
+    /// Status 302 to this location.
+    Redirect(String),
+    /// The connection is reset; nothing is billed.
+    ResetBefore,
+
+    /// Billed and counted as answered, then the connection is reset.
+    ResetAfter,
+    /// No answer until the client leaves or
+    /// [`release`](crate::FakeProvider::release) is called. Charged at once,
+    /// billed and answered only on release.
+    Hang,
+    /// The answer's text stops in the middle although `finish_reason` is `stop`.
+    MalformedJson,
+    /// One row is left out.
+    DropId,
+    /// One row's answer goes under an id that was not asked.
+    InventId,
+    /// One id comes twice, the second time with another code.
+    DoubleId,
+    /// One row gets a code that is not in the legend. Turns into `DropId` when
+    /// the request holds a strict schema, which makes such an answer impossible.
+    UnknownCode,
+    /// The answer's text is empty.
+    EmptyAnswer,
+    /// The text is cut to half its tokens; `finish_reason` is `length`.
+    CutByLength,
+    /// A right answer, within prose and a code fence.
+    Prose,
+    /// The model refuses: no content, a `refusal` instead.
+    Refusal,
+    /// The answer is withheld: `finish_reason` is `content_filter`, no content.
+    ContentFilter,
+}
+
+impl Fault {
+    /// The faults without parameters.
+    const PLAIN: [Self; 18] = [
+        Self::Http500,
+        Self::Http503,
+        Self::RateLimit429,
+        Self::SpendLimit429,
+        Self::TooLarge429,
+        Self::ResetBefore,
+        Self::ResetAfter,
+        Self::Hang,
+        Self::MalformedJson,
+        Self::DropId,
+        Self::InventId,
+        Self::DoubleId,
+        Self::UnknownCode,
+        Self::EmptyAnswer,
+        Self::CutByLength,
+        Self::Prose,
+        Self::Refusal,
+        Self::ContentFilter,
+    ];
+
+    /// Name of the variant, as [`Stats::faults`](crate::Stats::faults) has it.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Http500 => "Http500",
+            Self::Http503 => "Http503",
+            Self::RateLimit429 => "RateLimit429",
+            Self::SpendLimit429 => "SpendLimit429",
+            Self::TooLarge429 => "TooLarge429",
+            Self::Status(..) => "Status",
+            Self::Redirect(_) => "Redirect",
+            Self::ResetBefore => "ResetBefore",
+            Self::ResetAfter => "ResetAfter",
+            Self::Hang => "Hang",
+            Self::MalformedJson => "MalformedJson",
+            Self::DropId => "DropId",
+            Self::InventId => "InventId",
+            Self::DoubleId => "DoubleId",
+            Self::UnknownCode => "UnknownCode",
+            Self::EmptyAnswer => "EmptyAnswer",
+            Self::CutByLength => "CutByLength",
+            Self::Prose => "Prose",
+            Self::Refusal => "Refusal",
+            Self::ContentFilter => "ContentFilter",
+        }
+    }
+
+    /// Whether the fault comes before admission.
+    pub(crate) fn refuses(&self) -> bool {
+        matches!(
+            self,
+            Self::Http500
+                | Self::Http503
+                | Self::RateLimit429
+                | Self::SpendLimit429
+                | Self::TooLarge429
+                | Self::Status(..)
+                | Self::Redirect(_)
+                | Self::ResetBefore
+        )
+    }
+}
+
+/// The name, then the parameters after colons: `Status:418:short and stout`,
+/// `Redirect:http://127.0.0.1:1/`.
+impl fmt::Display for Fault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())?;
+        match self {
+            Self::Status(status, body) => write!(f, ":{status}:{body}"),
+            Self::Redirect(location) => write!(f, ":{location}"),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What `Display` writes; case does not matter in the name.
+impl FromStr for Fault {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, rest) = text.split_once(':').unwrap_or((text, ""));
+        if name.eq_ignore_ascii_case("Status") {
+            let (status, body) = rest.split_once(':').unwrap_or((rest, ""));
+            return match status.parse() {
+                Ok(status @ 200..=599) => Ok(Self::Status(status, body.to_owned())),
+                _ => Err(format!("no status between 200 and 599 in \"{text}\"")),
+            };
+        }
+        if name.eq_ignore_ascii_case("Redirect") {
+            return Ok(Self::Redirect(rest.to_owned()));
+        }
+        Self::PLAIN
+            .into_iter()
+            .find(|fault| fault.name().eq_ignore_ascii_case(text))
+            .ok_or_else(|| format!("no fault is called \"{text}\""))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_read_back() {
+        let with_parameters = [Fault::Status(418, "a:b".into()), Fault::Redirect("http://x:1/".into())];
+        for fault in Fault::PLAIN.into_iter().chain(with_parameters) {
+            assert_eq!(fault.to_string().parse(), Ok(fault));
+        }
+        assert_eq!("hang".parse(), Ok(Fault::Hang));
+        assert!("Status:99:x".parse::<Fault>().is_err());
+        assert!("Nothing".parse::<Fault>().is_err());
+    }
+}

@@ -1,0 +1,105 @@
+//! `llm-fake-provider`: the provider as a process of its own.
+
+use std::io::Write;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use llm_fake_provider::{Config, FakeProvider, Reserve};
+
+const USAGE: &str = "\
+usage: llm-fake-provider [OPTION]...
+  --listen ADDR:PORT        default 127.0.0.1:0
+  --window SECONDS          length of the rolling window, default 60
+  --tokens-per-window N     default no limit
+  --requests-per-window N   default no limit
+  --reserve HOW             actual (default), prompt-plus-max or max
+  --context-tokens N        default no limit
+  --base-ms N               delay of every answer
+  --per-token-ms N          delay per completion token
+  --spread F                sigma of the lognormal factor on the delay
+  --fault NAME=RATE         probability of a fault, may be repeated
+  --api-key KEY             default none asked for
+  --model NAME              a model served, may be repeated, default all
+  --seed N                  default 1
+  --no-retry-after, --no-rate-headers, --no-json-schema, --no-json-object,
+  --no-max-tokens           leave out what real servers may lack
+Prints one line of JSON with base_url once it listens; runs until killed.";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.iter().any(|argument| argument == "--help") {
+        println!("{USAGE}");
+        return ExitCode::SUCCESS;
+    }
+    let started =
+        configure(arguments).and_then(|config| FakeProvider::start(config).map_err(|error| error.to_string()));
+    match started {
+        Ok(provider) => {
+            let ready = serde_json::json!({ "base_url": provider.base_url() });
+            println!("{ready}");
+            let _ = std::io::stdout().flush();
+            loop {
+                std::thread::park();
+            }
+        }
+        Err(message) => {
+            eprintln!("llm-fake-provider: {message}\n{USAGE}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn configure(arguments: Vec<String>) -> Result<Config, String> {
+    let mut config = Config::default();
+    let mut arguments = arguments.into_iter();
+    while let Some(option) = arguments.next() {
+        match option.as_str() {
+            "--no-retry-after" => config.retry_after = false,
+            "--no-rate-headers" => config.rate_headers = false,
+            "--no-json-schema" => config.json_schema = false,
+            "--no-json-object" => config.json_object = false,
+            "--no-max-tokens" => config.max_tokens_param = false,
+            _ => {
+                let value = arguments.next().ok_or(format!("{option} needs a value"))?;
+                set(&mut config, &option, &value).ok_or(format!("{option} {value} is not understood"))?;
+            }
+        }
+    }
+    Ok(config)
+}
+
+fn set(config: &mut Config, option: &str, value: &str) -> Option<()> {
+    match option {
+        "--listen" => config.listen = value.parse().ok()?,
+        "--window" => config.window = seconds(value, 1.0)?,
+        "--tokens-per-window" => config.tokens_per_window = Some(value.parse().ok()?),
+        "--requests-per-window" => config.requests_per_window = Some(value.parse().ok()?),
+        "--context-tokens" => config.context_tokens = Some(value.parse().ok()?),
+        "--reserve" => {
+            config.reserve = match value {
+                "actual" => Reserve::Actual,
+                "prompt-plus-max" => Reserve::PromptPlusMax,
+                "max" => Reserve::Max,
+                _ => return None,
+            }
+        }
+        "--base-ms" => config.latency.base = seconds(value, 1000.0)?,
+        "--per-token-ms" => config.latency.per_output_token = seconds(value, 1000.0)?,
+        "--spread" => config.latency.spread = value.parse().ok()?,
+        "--fault" => {
+            // From the right: a redirect's target may hold an equals sign.
+            let (name, rate) = value.rsplit_once('=')?;
+            config.faults.push((name.parse().ok()?, rate.parse().ok()?));
+        }
+        "--api-key" => config.api_key = Some(value.to_owned()),
+        "--model" => config.models.get_or_insert_default().push(value.to_owned()),
+        "--seed" => config.seed = value.parse().ok()?,
+        _ => return None,
+    }
+    Some(())
+}
+
+fn seconds(value: &str, per_second: f64) -> Option<Duration> {
+    let number: f64 = value.parse().ok()?;
+    Duration::try_from_secs_f64(number / per_second).ok()
+}

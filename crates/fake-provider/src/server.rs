@@ -1,0 +1,322 @@
+//! The server: a thread, its connections, the state they share.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{oneshot, watch};
+
+use crate::chat::{Admitted, Verdict, authorized};
+use crate::control;
+use crate::http::{Connection, Next, Request};
+use crate::reply::Reply;
+use crate::rng::Rng;
+use crate::stats::Tally;
+use crate::window::Window;
+use crate::{Config, Fault, Stats};
+
+const BODIES_KEPT: usize = 100;
+
+/// A running provider. Dropping it closes every connection and frees the port.
+pub struct FakeProvider {
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl FakeProvider {
+    /// Listens and serves on a new thread.
+    pub fn start(config: Config) -> io::Result<Self> {
+        // Reading the vocabulary takes a while; no request shall wait for it.
+        bpe_openai::o200k_base();
+        let listener = std::net::TcpListener::bind(config.listen)?;
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let shared = Arc::new(Shared::new(config));
+        let (stop, stopped) = oneshot::channel();
+        let served = Arc::clone(&shared);
+        let thread = std::thread::Builder::new().name("fake-provider".to_owned()).spawn(move || {
+            runtime.block_on(async {
+                tokio::select! {
+                    () = accept(listener, served) => {}
+                    _ = stopped => {}
+                }
+            });
+        })?;
+        Ok(Self { address, shared, stop: Some(stop), thread: Some(thread) })
+    }
+
+    /// `http://127.0.0.1:PORT/v1`: what clients call the base URL.
+    pub fn base_url(&self) -> String {
+        format!("http://{}/v1", self.address)
+    }
+
+    /// The counts so far.
+    pub fn stats(&self) -> Stats {
+        self.shared.stats()
+    }
+
+    /// Starts the counts anew. What is in flight and what the window holds stay.
+    pub fn reset_stats(&self) {
+        self.shared.lock().tally.reset();
+    }
+
+    /// Sets the faults of the next chat requests, one each, in order; `None` is
+    /// a normal answer. The configured probabilities apply once these are used
+    /// up. A request refused for its contents, or by the limits, uses none up,
+    /// except that a fault which refuses comes before the limits.
+    pub fn script(&self, faults: impl IntoIterator<Item = Option<Fault>>) {
+        self.shared.lock().script.extend(faults);
+    }
+
+    /// Changes the configuration; a change of `listen` or `seed` has no effect.
+    pub fn configure(&self, change: impl FnOnce(&mut Config)) {
+        change(&mut self.shared.lock().config);
+    }
+
+    /// Holds all answers back. Requests are still admitted, charged and billed.
+    pub fn hold(&self) {
+        self.shared.hold();
+    }
+
+    /// Lets go of the answers held back and of the requests that hang.
+    pub fn release(&self) {
+        self.shared.release();
+    }
+
+    /// The last 100 bodies of chat requests that were JSON, oldest first.
+    pub fn bodies(&self) -> Vec<Value> {
+        self.shared.lock().bodies.iter().cloned().collect()
+    }
+}
+
+impl Drop for FakeProvider {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        if let Some(thread) = self.thread.take() {
+            // A panic of the thread has printed itself.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What connections and the owner share.
+pub(crate) struct Shared {
+    state: Mutex<State>,
+    gate: watch::Sender<Gate>,
+}
+
+/// All but the gate.
+pub(crate) struct State {
+    pub(crate) config: Config,
+    pub(crate) window: Window,
+    pub(crate) tally: Tally,
+    pub(crate) rng: Rng,
+    pub(crate) script: VecDeque<Option<Fault>>,
+    bodies: VecDeque<Value>,
+}
+
+#[derive(Clone, Copy)]
+struct Gate {
+    held: bool,
+    /// Calls of `release`, for requests that hang.
+    releases: u64,
+}
+
+impl State {
+    pub(crate) fn keep_body(&mut self, body: Value) {
+        if self.bodies.len() == BODIES_KEPT {
+            self.bodies.pop_front();
+        }
+        self.bodies.push_back(body);
+    }
+}
+
+impl Shared {
+    fn new(config: Config) -> Self {
+        Self {
+            state: Mutex::new(State {
+                rng: Rng::new(config.seed),
+                config,
+                window: Window::default(),
+                tally: Tally::new(Instant::now()),
+                script: VecDeque::new(),
+                bodies: VecDeque::new(),
+            }),
+            gate: watch::Sender::new(Gate { held: false, releases: 0 }),
+        }
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
+        // A closure given to `configure` may have panicked; its test tells.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn hold(&self) {
+        self.gate.send_modify(|gate| gate.held = true);
+    }
+
+    pub(crate) fn release(&self) {
+        self.gate.send_modify(|gate| {
+            gate.held = false;
+            gate.releases += 1;
+        });
+    }
+
+    fn stats(&self) -> Stats {
+        let state = self.lock();
+        let Config { window, tokens_per_window, .. } = state.config;
+        state.tally.snapshot(window, tokens_per_window)
+    }
+}
+
+async fn accept(listener: std::net::TcpListener, shared: Arc<Shared>) {
+    let Ok(listener) = TcpListener::from_std(listener) else {
+        return;
+    };
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                tokio::spawn(serve(stream, Arc::clone(&shared)));
+            }
+            // Out of file descriptors, say: let connections end.
+            Err(_) => tokio::time::sleep(std::time::Duration::from_millis(10)).await,
+        }
+    }
+}
+
+async fn serve(stream: TcpStream, shared: Arc<Shared>) {
+    // Small answers must not wait for acknowledgements.
+    let _ = stream.set_nodelay(true);
+    let mut connection = Connection::new(stream);
+    loop {
+        let request = match connection.next().await {
+            Next::Request(request) => request,
+            Next::Closed => return,
+            Next::Bad(status, message) => {
+                let reply = Reply::error(status, "invalid_request_error", "", "", message);
+                let _ = connection.send(&reply, false).await;
+                return;
+            }
+        };
+        let keep_alive = request.keep_alive;
+        let reply = match (request.method.as_str(), request.path.as_str()) {
+            ("POST", "/v1/chat/completions") => match chat(&shared, &request, &connection).await {
+                After::Reply(reply) => reply,
+                After::Reset => return connection.reset(),
+                After::Left => return,
+            },
+            _ => route(&shared, &request),
+        };
+        if connection.send(&reply, keep_alive).await.is_err() || !keep_alive {
+            return;
+        }
+    }
+}
+
+/// The routes other than the chat's.
+fn route(shared: &Shared, request: &Request) -> Reply {
+    match (request.method.as_str(), request.path.as_str()) {
+        ("GET", "/health") => Reply::json(200, &json!({ "status": "ok" })),
+        ("GET", "/stats") => match serde_json::to_value(shared.stats()) {
+            Ok(stats) => Reply::json(200, &stats),
+            Err(error) => Reply::error(500, "server_error", "", "", &error.to_string()),
+        },
+        ("POST", "/control") => match control::apply(shared, &request.body) {
+            Ok(()) => Reply::json(200, &json!({})),
+            Err(message) => Reply::invalid("", "", &message),
+        },
+        ("GET", "/v1/models") => {
+            let state = shared.lock();
+            if let Err(reply) = authorized(&state.config, request.bearer.as_deref()) {
+                return reply;
+            }
+            let default = vec!["fake-model".to_owned()];
+            let names = state.config.models.as_ref().unwrap_or(&default);
+            let models: Vec<Value> = names
+                .iter()
+                .map(|id| json!({ "id": id, "object": "model", "created": 0, "owned_by": "fake" }))
+                .collect();
+            Reply::json(200, &json!({ "object": "list", "data": models }))
+        }
+        (method, path) => {
+            let message = format!("Unknown request URL: {method} {path}.");
+            Reply::error(404, "invalid_request_error", "", "unknown_url", &message)
+        }
+    }
+}
+
+/// How a chat request ends.
+enum After {
+    Reply(Reply),
+    Reset,
+    /// The client did not wait.
+    Left,
+}
+
+/// Counts are kept up before the client sees the outcome: a test that has its
+/// answer can look at the stats.
+async fn chat(shared: &Shared, request: &Request, connection: &Connection) -> After {
+    let mut gate = shared.gate.subscribe();
+    let releases_before = gate.borrow().releases;
+    let verdict = shared.lock().judge(request.bearer.as_deref(), &request.body);
+    let admitted = match verdict {
+        Verdict::Refused(mut reply) => {
+            let mut state = shared.lock();
+            state.tally.status(reply.status);
+            reply.headers.push(("x-request-id", request_id(&mut state)));
+            return After::Reply(reply);
+        }
+        Verdict::Reset => {
+            shared.lock().tally.stats.connections_reset += 1;
+            return After::Reset;
+        }
+        Verdict::Admitted(admitted) => admitted,
+    };
+    let hangs = admitted.fault == Some(Fault::Hang);
+    let wait = async {
+        tokio::time::sleep(admitted.delay).await;
+        // Fails only without a sender, and `shared` holds it.
+        let _ = gate.wait_for(|gate| !gate.held && (!hangs || gate.releases > releases_before)).await;
+    };
+    let stayed = tokio::select! {
+        () = wait => true,
+        () = connection.left() => false,
+    };
+    finish(&mut shared.lock(), *admitted, stayed)
+}
+
+/// Takes an admitted request out of flight.
+fn finish(state: &mut State, mut admitted: Admitted, stayed: bool) -> After {
+    let tally = &mut state.tally;
+    tally.stats.in_flight -= 1;
+    tally.stats.rows_in_flight -= admitted.rows;
+    if !stayed {
+        tally.stats.abandoned += 1;
+        return After::Left;
+    }
+    tally.answered(Instant::now());
+    match admitted.fault {
+        Some(Fault::ResetAfter) => {
+            tally.stats.connections_reset += 1;
+            return After::Reset;
+        }
+        Some(Fault::Hang) => tally.billed(admitted.prompt_tokens, &admitted.answer),
+        _ => {}
+    }
+    tally.status(admitted.reply.status);
+    let id = request_id(state);
+    admitted.reply.headers.push(("x-request-id", id));
+    After::Reply(admitted.reply)
+}
+
+fn request_id(state: &mut State) -> String {
+    format!("req_{:016x}", state.rng.next_u64())
+}

@@ -1,0 +1,195 @@
+//! What happened so far.
+
+use std::collections::BTreeMap;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::answer::Answer;
+use crate::prompt::{Shape, Task};
+
+/// Counts since the start, or since the last
+/// [`reset_stats`](crate::FakeProvider::reset_stats).
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Stats {
+    /// Chat requests that arrived whole, refused ones included.
+    pub requests: u64,
+    /// Chat requests that passed the limits, and are charged.
+    pub admitted: u64,
+    /// Chat requests by the status they were answered.
+    pub by_status: BTreeMap<u16, u64>,
+    /// Connections ended by a reset, with `ResetBefore` or `ResetAfter`.
+    pub connections_reset: u64,
+    /// Admitted requests whose client left before the answer.
+    pub abandoned: u64,
+    /// Prompt tokens billed. Billing happens at admission, except for `Hang`.
+    pub prompt_tokens: u64,
+    /// Completion tokens billed.
+    pub completion_tokens: u64,
+    /// Tokens charged against the window, see [`Reserve`](crate::Reserve).
+    pub charged_tokens: u64,
+    /// Requests admitted and neither answered nor abandoned yet.
+    pub in_flight: u64,
+    /// The most requests ever in flight.
+    pub peak_in_flight: u64,
+    /// Rows of the requests in flight.
+    pub rows_in_flight: u64,
+    /// The most rows ever in flight.
+    pub peak_rows_in_flight: u64,
+    /// The most tokens ever admitted within any window.
+    pub peak_window_tokens: u64,
+    /// The most requests ever admitted within any window.
+    pub peak_window_requests: u64,
+    /// Share of the token limit in use (0 to 1): the mean over time, from the
+    /// end of the first window to the last admission, of the tokens in the
+    /// window. 0 when there is no limit or all happened within one window.
+    pub window_used: f64,
+    /// Rows with a marker, by the marker's id as written (`000123`).
+    pub rows: BTreeMap<String, Row>,
+    /// Rows without a marker that were asked.
+    pub unmarked_rows: u64,
+    /// Admitted requests that asked no row.
+    pub probes: u64,
+    /// Faults that applied, by the variant's name.
+    pub faults: BTreeMap<String, u64>,
+    /// Arrival of the first chat request, in ms since the provider's start.
+    pub first_request_ms: Option<u64>,
+    /// The last answer to an admitted request (a reset after it was billed
+    /// included), in ms since the provider's start.
+    pub last_answer_ms: Option<u64>,
+}
+
+/// What happened to one row.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+pub struct Row {
+    /// Times it was in an admitted request.
+    pub asked: u32,
+    /// Times its right code, under its right id, was in a billed answer's text,
+    /// whether or not the client got to read it. With the fault `DoubleId` the
+    /// row counts, although another code comes after the right one.
+    pub answered: u32,
+}
+
+/// Stats in the making.
+pub(crate) struct Tally {
+    pub(crate) stats: Stats,
+    started: Instant,
+    /// Admissions, for `window_used`.
+    charges: Vec<(Instant, u64)>,
+}
+
+impl Tally {
+    pub(crate) fn new(started: Instant) -> Self {
+        Self { stats: Stats::default(), started, charges: Vec::new() }
+    }
+
+    /// Starts anew. Requests in flight stay so.
+    pub(crate) fn reset(&mut self) {
+        let Stats { in_flight, rows_in_flight, .. } = self.stats;
+        self.charges.clear();
+        self.stats = Stats {
+            in_flight,
+            rows_in_flight,
+            peak_in_flight: in_flight,
+            peak_rows_in_flight: rows_in_flight,
+            ..Stats::default()
+        };
+    }
+
+    pub(crate) fn arrived(&mut self, now: Instant) {
+        self.stats.requests += 1;
+        let ms = self.ms(now);
+        self.stats.first_request_ms.get_or_insert(ms);
+    }
+
+    pub(crate) fn admitted(&mut self, now: Instant, charge: u64, task: &Task) {
+        let stats = &mut self.stats;
+        self.charges.push((now, charge));
+        stats.admitted += 1;
+        stats.charged_tokens += charge;
+        stats.in_flight += 1;
+        stats.rows_in_flight += task.rows.len() as u64;
+        stats.peak_in_flight = stats.peak_in_flight.max(stats.in_flight);
+        stats.peak_rows_in_flight = stats.peak_rows_in_flight.max(stats.rows_in_flight);
+        stats.probes += u64::from(task.shape == Shape::Probe);
+        for row in &task.rows {
+            match &row.id {
+                Some(id) => stats.rows.entry(id.clone()).or_default().asked += 1,
+                None => stats.unmarked_rows += 1,
+            }
+        }
+    }
+
+    pub(crate) fn billed(&mut self, prompt_tokens: u64, answer: &Answer) {
+        self.stats.prompt_tokens += prompt_tokens;
+        self.stats.completion_tokens += answer.completion_tokens;
+        for id in &answer.answered {
+            self.stats.rows.entry(id.clone()).or_default().answered += 1;
+        }
+    }
+
+    pub(crate) fn fault(&mut self, name: &str) {
+        *self.stats.faults.entry(name.to_owned()).or_default() += 1;
+    }
+
+    pub(crate) fn status(&mut self, status: u16) {
+        *self.stats.by_status.entry(status).or_default() += 1;
+    }
+
+    /// An admitted request got its answer.
+    pub(crate) fn answered(&mut self, now: Instant) {
+        self.stats.last_answer_ms = Some(self.ms(now));
+    }
+
+    /// The stats, with what is worked out only when asked for.
+    pub(crate) fn snapshot(&self, window: Duration, token_cap: Option<u64>) -> Stats {
+        Stats {
+            window_used: token_cap.map_or(0.0, |cap| window_used(&self.charges, window, cap)),
+            ..self.stats.clone()
+        }
+    }
+
+    fn ms(&self, now: Instant) -> u64 {
+        now.saturating_duration_since(self.started).as_millis() as u64
+    }
+}
+
+/// Each charge fills the window from its admission on, for the window's length:
+/// the integral of the tokens in the window is the sum of what each charge adds.
+fn window_used(charges: &[(Instant, u64)], window: Duration, cap: u64) -> f64 {
+    let (Some((first, _)), Some((last, _))) = (charges.first(), charges.last()) else {
+        return 0.0;
+    };
+    let (begin, end) = (*first + window, *last);
+    if begin >= end || cap == 0 {
+        return 0.0;
+    }
+    let integral: f64 = charges
+        .iter()
+        .map(|(at, tokens)| {
+            let overlap = (*at + window).min(end).saturating_duration_since((*at).max(begin));
+            *tokens as f64 * overlap.as_secs_f64()
+        })
+        .sum();
+    integral / ((end - begin).as_secs_f64() * cap as f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mean_share_of_the_window() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let used = |charges: &[(Instant, u64)]| window_used(charges, Duration::from_secs(10), 100);
+        // A full window again and again.
+        let full = used(&[(at(0), 100), (at(10), 100), (at(20), 100)]);
+        assert!((full - 1.0).abs() < 1e-9);
+        // From 10 s to 30 s: 100 for 10 s, nothing for 5, 40 for 5.
+        let gaps = used(&[(at(0), 7), (at(10), 100), (at(25), 40), (at(30), 9)]);
+        assert!((gaps - 0.6).abs() < 1e-9);
+        assert_eq!(used(&[(at(0), 7), (at(5), 7)]), 0.0);
+        assert_eq!(used(&[]), 0.0);
+    }
+}

@@ -1,0 +1,152 @@
+//! Limits, latency and the gate.
+
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::time::{Duration, Instant};
+
+use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Reserve};
+use support::*;
+
+/// What the three rows cost.
+fn cost() -> u64 {
+    let provider = FakeProvider::start(Config::default()).unwrap();
+    chat(&provider, &three_rows()).json()["usage"]["total_tokens"].as_u64().unwrap()
+}
+
+#[test]
+fn the_token_limit_holds_and_refusals_cost_nothing() {
+    let cap = 2 * cost() + 1;
+    let window = Duration::from_millis(300);
+    let provider = FakeProvider::start(Config { window, tokens_per_window: Some(cap), ..Config::default() }).unwrap();
+    let start = Instant::now();
+    let mut client = Client::connect(&provider);
+    let (mut admitted, mut refused) = (0, 0);
+    while admitted < 8 {
+        match client.chat(&three_rows()).status {
+            200 => admitted += 1,
+            _ => refused += 1,
+        }
+    }
+    // Two fit a window, so the eighth is in the fourth window.
+    assert!(start.elapsed() >= 3 * window);
+    assert!(refused > 0);
+    let stats = provider.stats();
+    assert_eq!(stats.peak_window_tokens, 2 * cost());
+    assert_eq!(stats.peak_window_requests, 2);
+    assert_eq!(stats.charged_tokens, 8 * cost());
+    assert_eq!((stats.by_status[&200], stats.by_status[&429]), (8, refused));
+    assert_eq!(answered(&stats), [8, 8, 8]);
+    assert!(stats.window_used > 0.0 && stats.window_used <= 1.0, "{}", stats.window_used);
+}
+
+#[test]
+fn what_a_429_says() {
+    let provider = FakeProvider::start(Config {
+        tokens_per_window: Some(cost()),
+        requests_per_window: Some(5),
+        ..Config::default()
+    })
+    .unwrap();
+    let mut client = Client::connect(&provider);
+    let first = client.chat(&three_rows());
+    assert_eq!(first.header("x-ratelimit-remaining-tokens"), Some("0"));
+    assert_eq!(first.header("x-ratelimit-limit-requests"), Some("5"));
+    assert_eq!(first.header("x-ratelimit-remaining-requests"), Some("4"));
+    assert_eq!(first.header("x-ratelimit-reset-tokens"), Some("1m0s"));
+    assert!(first.header("date").is_some() && first.header("x-request-id").is_some());
+
+    let full = client.chat(&three_rows());
+    assert_eq!(full.status, 429);
+    let error = &full.json()["error"];
+    assert_eq!((error["code"].as_str(), error["type"].as_str()), (Some("rate_limit_exceeded"), Some("tokens")));
+    let seconds: u64 = full.header("retry-after").unwrap().parse().unwrap();
+    let ms: u64 = full.header("retry-after-ms").unwrap().parse().unwrap();
+    assert!((1..=60).contains(&seconds) && ms <= seconds * 1000 && ms > (seconds - 1) * 1000);
+
+    provider.configure(|config| {
+        config.tokens_per_window = None;
+        config.requests_per_window = Some(1);
+        config.retry_after = false;
+        config.rate_headers = false;
+    });
+    let full = client.chat(&three_rows());
+    assert_eq!(full.json()["error"]["type"], "requests");
+    assert_eq!(full.header("retry-after"), None);
+    assert_eq!(full.header("x-ratelimit-limit-requests"), None);
+
+    provider.configure(|config| config.tokens_per_window = Some(cost() - 1));
+    let never = client.chat(&three_rows());
+    assert!(never.body.contains("Request too large"), "{}", never.body);
+}
+
+#[test]
+fn reserves() {
+    let provider = FakeProvider::start(Config::default()).unwrap();
+    let charged = |reserve, max: u64| {
+        provider.configure(|config| config.reserve = reserve);
+        provider.reset_stats();
+        let mut body = three_rows();
+        body["max_tokens"] = max.into();
+        let usage = chat(&provider, &body).json()["usage"].clone();
+        (provider.stats().charged_tokens, usage["prompt_tokens"].as_u64().unwrap())
+    };
+    let (actual, prompt) = charged(Reserve::Actual, 500);
+    assert_eq!(actual, cost());
+    assert_eq!(charged(Reserve::PromptPlusMax, 500).0, prompt + 500);
+    assert_eq!(charged(Reserve::Max, 500).0, 500);
+    assert_eq!(charged(Reserve::Max, 5).0, prompt);
+}
+
+#[test]
+fn a_refused_request_leaves_the_script_alone() {
+    let provider = FakeProvider::start(Config { tokens_per_window: Some(cost()), ..Config::default() }).unwrap();
+    let statuses = |n| (0..n).map(|_| chat(&provider, &three_rows()).status).collect::<Vec<_>>();
+    provider.script([None, Some(Fault::EmptyAnswer), Some(Fault::Http500)]);
+    assert_eq!(statuses(3), [200, 429, 429]);
+    provider.configure(|config| config.tokens_per_window = None);
+    assert_eq!(chat(&provider, &three_rows()).content(), "");
+    assert_eq!(statuses(2), [500, 200]);
+}
+
+#[test]
+fn latency_takes_its_time() {
+    let provider = FakeProvider::start(Config {
+        latency: Latency { base: Duration::from_millis(30), per_output_token: Duration::from_millis(1), spread: 0.0 },
+        ..Config::default()
+    })
+    .unwrap();
+    let start = Instant::now();
+    let answer = chat(&provider, &three_rows()).json();
+    let tokens = answer["usage"]["completion_tokens"].as_u64().unwrap();
+    assert!(start.elapsed() >= Duration::from_millis(30 + tokens));
+    let stats = provider.stats();
+    assert!(stats.last_answer_ms.unwrap() >= stats.first_request_ms.unwrap() + 30);
+}
+
+#[test]
+fn the_gate_holds_answers_that_are_billed() {
+    let provider = FakeProvider::start(Config::default()).unwrap();
+    provider.hold();
+    let mut clients = [0; 3].map(|_| Client::connect(&provider));
+    for client in &mut clients {
+        client.send_chat(&three_rows());
+    }
+    let stats = wait_for(&provider, |stats| stats.in_flight == 3);
+    assert_eq!((stats.rows_in_flight, stats.by_status.len()), (9, 0));
+    assert_eq!(answered(&stats), [3, 3, 3]);
+    assert_eq!(stats.last_answer_ms, None);
+
+    let [gone, mut second, mut third] = clients;
+    drop(gone);
+    wait_for(&provider, |stats| (stats.abandoned, stats.in_flight) == (1, 2));
+    provider.reset_stats();
+    provider.release();
+    assert_eq!(second.receive().unwrap().content(), THREE_ANSWERS);
+    assert_eq!(third.receive().unwrap().content(), THREE_ANSWERS);
+    let stats = provider.stats();
+    assert_eq!((stats.in_flight, stats.peak_in_flight, stats.peak_rows_in_flight), (0, 2, 6));
+    // The gate is open.
+    assert_eq!(second.chat(&three_rows()).status, 200);
+}
