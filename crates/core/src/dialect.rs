@@ -4,6 +4,7 @@
 
 use serde_json::{Map, Value, json};
 
+use crate::limiter::Tokens;
 use crate::trouble::one_line;
 
 /// Parameters of a request that a user may not set for a model, because the gateway does.
@@ -65,15 +66,6 @@ pub enum Finish {
     Refused,
 }
 
-/// Tokens that a request took, as the provider says.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Usage {
-    /// Tokens of the prompt.
-    pub input: u64,
-    /// Tokens of the answer, reasoning included.
-    pub output: u64,
-}
-
 /// The answer of a request with a status of 2xx.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reply {
@@ -81,8 +73,8 @@ pub struct Reply {
     pub text: String,
     /// How it ended.
     pub finish: Finish,
-    /// What it took; `None` if the provider does not say.
-    pub usage: Option<Usage>,
+    /// What it took, reasoning included; `None` if the provider does not say.
+    pub usage: Option<Tokens>,
 }
 
 /// Reads the body of a 2xx.
@@ -111,7 +103,7 @@ pub fn reply(body: &[u8]) -> Result<Reply, String> {
     };
     let tokens = |name: &str| json["usage"][name].as_u64();
     let usage = tokens("prompt_tokens")
-        .map(|input| Usage { input, output: tokens("completion_tokens").unwrap_or(0) })
+        .map(|input| Tokens { input, output: tokens("completion_tokens").unwrap_or(0) })
         // A usage that no request can have is none.
         .filter(|u| u.input < 1 << 32 && u.output < 1 << 32);
     Ok(Reply { text, finish, usage })
@@ -145,7 +137,7 @@ mod tests {
         let ok = br#"{"choices":[{"message":{"content":"{}"},"finish_reason":"stop"}],"usage":{"prompt_tokens":7,"completion_tokens":2}}"#;
         assert_eq!(
             reply(ok).unwrap(),
-            Reply { text: "{}".into(), finish: Finish::Complete, usage: Some(Usage { input: 7, output: 2 }) }
+            Reply { text: "{}".into(), finish: Finish::Complete, usage: Some(Tokens { input: 7, output: 2 }) }
         );
         let refusal = br#"{"choices":[{"message":{"content":null,"refusal":"no"},"finish_reason":"stop"}]}"#;
         assert_eq!(reply(refusal).unwrap().finish, Finish::Refused);

@@ -15,6 +15,7 @@ pub mod pack;
 pub mod prompt;
 pub mod task;
 pub mod trouble;
+pub mod url;
 
 pub use error::Error;
 

@@ -16,6 +16,10 @@ pub struct Limits {
     pub requests_per_minute: Option<u64>,
     /// Tokens a minute, prompts and answers together.
     pub tokens_per_minute: Option<u64>,
+    /// Tokens of prompts a minute.
+    pub input_tokens_per_minute: Option<u64>,
+    /// Tokens of answers a minute.
+    pub output_tokens_per_minute: Option<u64>,
 }
 
 impl Limits {
@@ -28,8 +32,19 @@ impl Limits {
         Self {
             requests_per_minute: min(self.requests_per_minute, other.requests_per_minute),
             tokens_per_minute: min(self.tokens_per_minute, other.tokens_per_minute),
+            input_tokens_per_minute: min(self.input_tokens_per_minute, other.input_tokens_per_minute),
+            output_tokens_per_minute: min(self.output_tokens_per_minute, other.output_tokens_per_minute),
         }
     }
+}
+
+/// What a request takes, in tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tokens {
+    /// Of its prompt.
+    pub input: u64,
+    /// Of its answer.
+    pub output: u64,
 }
 
 /// Why a request may not be sent now.
@@ -37,8 +52,8 @@ impl Limits {
 pub enum Refusal {
     /// Not before this time (ms).
     Until(u64),
-    /// Never: it is larger than the whole limit, which allows this many tokens in one request.
-    TooLarge(u64),
+    /// Never: it is larger than the whole limit.
+    TooLarge,
 }
 
 /// A reservation, to be settled.
@@ -46,14 +61,15 @@ pub enum Refusal {
 #[must_use = "a reservation that is not settled counts in full"]
 pub struct Grant {
     slot: u64,
-    tokens: u64,
+    tokens: Tokens,
 }
 
+/// What is counted: requests, input tokens, output tokens.
 #[derive(Debug, Clone, Copy, Default)]
 struct Slot {
     number: u64,
     requests: u64,
-    tokens: u64,
+    tokens: Tokens,
 }
 
 /// Longest window, ms.
@@ -62,6 +78,8 @@ const MINUTE: u64 = 60_000;
 const SHORTEST: u64 = 6_000;
 /// A window that holds fewer tokens than this is too coarse for whole requests of some thousand tokens.
 const TOKENS_PER_WINDOW: u64 = 48_000;
+/// The same for tokens of answers, of which a request has some hundred.
+const OUTPUT_TOKENS_PER_WINDOW: u64 = 8_000;
 /// The same for requests.
 const REQUESTS_PER_WINDOW: u64 = 16;
 /// Slots a window is divided into; what is counted in a slot counts until the whole slot has left the window.
@@ -74,8 +92,11 @@ const SLACK: u64 = 100;
 #[derive(Debug)]
 pub struct Limiter {
     window: u64,
+    /// The limits, of a window.
     requests: Option<u64>,
     tokens: Option<u64>,
+    input: Option<u64>,
+    output: Option<u64>,
     used: VecDeque<Slot>,
     blocked_until: u64,
 }
@@ -84,18 +105,26 @@ impl Limiter {
     /// A limiter that knows nothing of what was sent before `started` (ms), and therefore behaves as if the window
     /// before had been used up evenly.
     pub fn new(limits: Limits, started: u64) -> Self {
-        let mut limiter =
-            Self { window: MINUTE, requests: None, tokens: None, used: VecDeque::new(), blocked_until: 0 };
+        let mut limiter = Self {
+            window: MINUTE,
+            requests: None,
+            tokens: None,
+            input: None,
+            output: None,
+            used: VecDeque::new(),
+            blocked_until: 0,
+        };
         limiter.set_limits(limits);
-        let width = limiter.width();
-        let first = started.saturating_sub(limiter.window) / width;
+        let first = started.saturating_sub(limiter.window) / limiter.width();
+        // All that either limit of input tokens allows; output only where it has a limit of its own.
+        let input = limiter.input.into_iter().chain(limiter.tokens).min();
         for i in 0..SLOTS {
             // Cumulative shares, so that rounding loses nothing.
             let share = |all: Option<u64>| all.map_or(0, |all| all * (i + 1) / SLOTS - all * i / SLOTS);
             limiter.used.push_back(Slot {
                 number: first + i,
                 requests: share(limiter.requests),
-                tokens: share(limiter.tokens),
+                tokens: Tokens { input: share(input), output: share(limiter.output) },
             });
         }
         limiter
@@ -104,21 +133,23 @@ impl Limiter {
     /// Changes the limits; what was counted stays counted, spread anew if the window's length changes.
     pub fn set_limits(&mut self, limits: Limits) {
         // A whole part of a minute, or a minute could overlap one window more than it is entitled to.
-        let window = [(limits.tokens_per_minute, TOKENS_PER_WINDOW), (limits.requests_per_minute, REQUESTS_PER_WINDOW)]
-            .into_iter()
-            .filter_map(|(limit, want)| limit.map(|l| MINUTE / (l / want).clamp(1, MINUTE / SHORTEST)))
-            .max()
-            .unwrap_or(MINUTE);
+        let window = [
+            (limits.tokens_per_minute, TOKENS_PER_WINDOW),
+            (limits.input_tokens_per_minute, TOKENS_PER_WINDOW),
+            (limits.output_tokens_per_minute, OUTPUT_TOKENS_PER_WINDOW),
+            (limits.requests_per_minute, REQUESTS_PER_WINDOW),
+        ]
+        .into_iter()
+        .filter_map(|(limit, want)| limit.map(|l| MINUTE / (l / want).clamp(1, MINUTE / SHORTEST)))
+        .max()
+        .unwrap_or(MINUTE);
         if window != self.window {
-            let (old, new) = (self.width(), (window / SLOTS).max(1));
+            let (old, new) = (self.width(), window / SLOTS);
             let mut moved: VecDeque<Slot> = VecDeque::new();
             for slot in &self.used {
                 let number = slot.number * old / new;
                 match moved.back_mut() {
-                    Some(last) if last.number == number => {
-                        last.requests += slot.requests;
-                        last.tokens += slot.tokens;
-                    }
+                    Some(last) if last.number == number => last.add(slot.requests, slot.tokens),
                     _ => moved.push_back(Slot { number, ..*slot }),
                 }
             }
@@ -128,10 +159,12 @@ impl Limiter {
         let share = |limit: Option<u64>| limit.map(|l| (l * window / MINUTE).max(1));
         self.requests = share(limits.requests_per_minute);
         self.tokens = share(limits.tokens_per_minute);
+        self.input = share(limits.input_tokens_per_minute);
+        self.output = share(limits.output_tokens_per_minute);
     }
 
     fn width(&self) -> u64 {
-        (self.window / SLOTS).max(1)
+        self.window / SLOTS
     }
 
     /// When (ms) what is counted in slot `number` stops counting.
@@ -145,57 +178,60 @@ impl Limiter {
         }
     }
 
-    /// Most tokens one request may take, if there is a limit.
+    /// Most tokens one request may take, prompt and answer together, if there is a limit.
     pub fn largest_request(&self) -> Option<u64> {
-        self.tokens
+        self.tokens.into_iter().chain(self.input).min()
+    }
+
+    /// Whether so much stays within the limits of a window.
+    fn fits(&self, requests: u64, tokens: Tokens) -> bool {
+        let within = |limit: Option<u64>, n: u64| limit.is_none_or(|limit| n <= limit);
+        within(self.requests, requests)
+            && within(self.tokens, tokens.input + tokens.output)
+            && within(self.input, tokens.input)
+            && within(self.output, tokens.output)
     }
 
     /// Asks to send one request of so many tokens at `now` (ms).
     ///
     /// # Errors
     /// When it may not be sent now; see [`Refusal`].
-    pub fn reserve(&mut self, now: u64, tokens: u64) -> Result<Grant, Refusal> {
-        if let Some(limit) = self.tokens
-            && tokens > limit
-        {
-            return Err(Refusal::TooLarge(limit));
+    pub fn reserve(&mut self, now: u64, tokens: Tokens) -> Result<Grant, Refusal> {
+        if !self.fits(1, tokens) {
+            return Err(Refusal::TooLarge);
         }
         if now < self.blocked_until {
             return Err(Refusal::Until(self.blocked_until));
         }
         self.forget(now);
-        let (mut requests_used, mut tokens_used) = self.used();
-        let fits = |requests_used: u64, tokens_used: u64| {
-            self.requests.is_none_or(|limit| requests_used < limit)
-                && self.tokens.is_none_or(|limit| tokens_used + tokens <= limit)
-        };
-        if !fits(requests_used, tokens_used) {
+        let mut sum = self.used();
+        sum.add(1, tokens);
+        if !self.fits(sum.requests, sum.tokens) {
             for slot in &self.used {
-                requests_used -= slot.requests;
-                tokens_used -= slot.tokens;
-                if fits(requests_used, tokens_used) {
+                sum.requests -= slot.requests;
+                sum.tokens.input -= slot.tokens.input;
+                sum.tokens.output -= slot.tokens.output;
+                if self.fits(sum.requests, sum.tokens) {
                     return Err(Refusal::Until(self.leaves_at(slot.number)));
                 }
             }
         }
         let number = now / self.width();
         match self.used.back_mut() {
-            Some(last) if last.number >= number => {
-                last.requests += 1;
-                last.tokens += tokens;
-            }
+            Some(last) if last.number >= number => last.add(1, tokens),
             _ => self.used.push_back(Slot { number, requests: 1, tokens }),
         }
         let slot = self.used.back().map_or(number, |s| s.number);
         Ok(Grant { slot, tokens })
     }
 
-    /// Replaces what was reserved by what the provider says it took, in tokens.
-    pub fn settle(&mut self, grant: Grant, actual: u64) {
+    /// Replaces what was reserved by what the provider says it took.
+    pub fn settle(&mut self, grant: Grant, actual: Tokens) {
         if let Ok(i) = self.used.binary_search_by_key(&grant.slot, |s| s.number)
             && let Some(slot) = self.used.get_mut(i)
         {
-            slot.tokens = slot.tokens.saturating_sub(grant.tokens) + actual;
+            slot.tokens.input = slot.tokens.input.saturating_sub(grant.tokens.input) + actual.input;
+            slot.tokens.output = slot.tokens.output.saturating_sub(grant.tokens.output) + actual.output;
         }
     }
 
@@ -209,36 +245,59 @@ impl Limiter {
         self.blocked_until
     }
 
-    /// Requests and tokens that count at present.
-    fn used(&self) -> (u64, u64) {
-        self.used.iter().fold((0, 0), |(r, t), s| (r + s.requests, t + s.tokens))
+    /// All that counts at present.
+    fn used(&self) -> Slot {
+        let mut sum = Slot::default();
+        for slot in &self.used {
+            sum.add(slot.requests, slot.tokens);
+        }
+        sum
     }
 
-    /// Requests and tokens that count at `now` (ms), each with its limit, scaled to a minute.
+    /// How much of the limits is used at `now` (ms).
     pub fn usage(&mut self, now: u64) -> Usage {
         self.forget(now);
-        let (requests, tokens) = self.used();
+        let Slot { requests, tokens, .. } = self.used();
         let minute = |n: u64| n * MINUTE / self.window;
+        let all = tokens.input + tokens.output;
+        let part = |n: u64, limit: Option<u64>| limit.map(|l| n as f64 / l as f64);
+        let used = [
+            part(requests, self.requests),
+            part(all, self.tokens),
+            part(tokens.input, self.input),
+            part(tokens.output, self.output),
+        ];
         Usage {
             requests: minute(requests),
             requests_limit: self.requests.map(minute),
-            tokens: minute(tokens),
+            tokens: minute(all),
             tokens_limit: self.tokens.map(minute),
+            used: used.into_iter().flatten().reduce(f64::max),
         }
     }
 }
 
-/// How much of the limits is used, a minute.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+impl Slot {
+    fn add(&mut self, requests: u64, tokens: Tokens) {
+        self.requests += requests;
+        self.tokens.input += tokens.input;
+        self.tokens.output += tokens.output;
+    }
+}
+
+/// How much of the limits is used, scaled to a minute.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Usage {
     /// Requests.
     pub requests: u64,
     /// Most requests.
     pub requests_limit: Option<u64>,
-    /// Tokens.
+    /// Tokens of prompts and answers.
     pub tokens: u64,
     /// Most tokens.
     pub tokens_limit: Option<u64>,
+    /// The part of the tightest limit that is used up, 0 to 1; `None` without limits.
+    pub used: Option<f64>,
 }
 
 #[cfg(test)]
@@ -247,7 +306,11 @@ mod tests {
     use proptest::prelude::*;
 
     fn limits(rpm: Option<u64>, tpm: Option<u64>) -> Limits {
-        Limits { requests_per_minute: rpm, tokens_per_minute: tpm }
+        Limits { requests_per_minute: rpm, tokens_per_minute: tpm, ..Limits::default() }
+    }
+
+    fn of(input: u64) -> Tokens {
+        Tokens { input, output: 0 }
     }
 
     /// A limiter whose start is long past.
@@ -259,34 +322,49 @@ mod tests {
     fn waits_for_what_leaves_the_window() {
         let (mut l, now) = warm(limits(None, Some(60_000)));
         assert_eq!(l.window, 60_000);
-        let _ = l.reserve(now, 55_000).unwrap();
-        let Err(Refusal::Until(t)) = l.reserve(now + 10, 10_000) else { panic!() };
+        let _ = l.reserve(now, of(55_000)).unwrap();
+        let Err(Refusal::Until(t)) = l.reserve(now + 10, of(10_000)) else { panic!() };
         assert!((now + 60_000..now + 60_200).contains(&t), "{t}");
-        assert_eq!(l.reserve(t - 1, 10_000), Err(Refusal::Until(t)));
-        let _ = l.reserve(t, 10_000).unwrap();
+        assert_eq!(l.reserve(t - 1, of(10_000)), Err(Refusal::Until(t)));
+        let _ = l.reserve(t, of(10_000)).unwrap();
     }
 
     #[test]
     fn a_request_larger_than_the_limit_never_goes() {
         let (mut l, now) = warm(limits(None, Some(500_000)));
-        assert_eq!(l.reserve(now, 50_001), Err(Refusal::TooLarge(50_000)));
+        assert_eq!(l.reserve(now, of(50_001)), Err(Refusal::TooLarge));
     }
 
     #[test]
     fn unused_reservations_are_given_back_at_once() {
         let (mut l, now) = warm(limits(None, Some(500_000)));
-        let g = l.reserve(now, 50_000).unwrap();
-        assert!(l.reserve(now, 1).is_err());
-        l.settle(g, 20_000);
-        let _ = l.reserve(now, 30_000).unwrap();
-        assert!(l.reserve(now, 1).is_err());
+        let g = l.reserve(now, of(50_000)).unwrap();
+        assert!(l.reserve(now, of(1)).is_err());
+        l.settle(g, of(20_000));
+        let _ = l.reserve(now, of(30_000)).unwrap();
+        assert!(l.reserve(now, of(1)).is_err());
     }
 
     #[test]
     fn a_new_limiter_starts_as_if_the_window_before_had_been_used_up() {
         let mut l = Limiter::new(limits(Some(600), Some(500_000)), 1_000_000);
-        let Err(Refusal::Until(t)) = l.reserve(1_000_000, 25_000) else { panic!() };
+        let Err(Refusal::Until(t)) = l.reserve(1_000_000, of(25_000)) else { panic!() };
         assert!((1_002_900..1_003_300).contains(&t), "half of 6 s: {t}");
+    }
+
+    #[test]
+    fn input_and_output_have_limits_of_their_own() {
+        let l = Limits {
+            input_tokens_per_minute: Some(60_000),
+            output_tokens_per_minute: Some(9_000),
+            ..Limits::default()
+        };
+        let (mut l, now) = warm(l);
+        let _ = l.reserve(now, Tokens { input: 50_000, output: 1_000 }).unwrap();
+        assert!(l.reserve(now, Tokens { input: 20_000, output: 0 }).is_err());
+        let _ = l.reserve(now, Tokens { input: 1_000, output: 8_000 }).unwrap();
+        assert!(l.reserve(now, Tokens { input: 0, output: 1 }).is_err());
+        assert_eq!(l.usage(now).used, Some(1.0));
     }
 
     #[test]
@@ -294,8 +372,8 @@ mod tests {
         let (mut l, now) = warm(Limits::default());
         l.penalize(now + 500);
         l.penalize(now + 300);
-        assert_eq!(l.reserve(now, 1), Err(Refusal::Until(now + 500)));
-        let _ = l.reserve(now + 500, 1).unwrap();
+        assert_eq!(l.reserve(now, of(1)), Err(Refusal::Until(now + 500)));
+        let _ = l.reserve(now + 500, of(1)).unwrap();
     }
 
     #[derive(Debug, Clone)]
@@ -320,15 +398,15 @@ mod tests {
             for ask in asks {
                 now += ask.gap;
                 let grant = loop {
-                    match l.reserve(now, ask.tokens) {
+                    match l.reserve(now, of(ask.tokens)) {
                         Ok(g) => break Some(g),
                         Err(Refusal::Until(t)) => { prop_assert!(t > now); now = t; }
-                        Err(Refusal::TooLarge(most)) => { prop_assert!(ask.tokens > most); break None; }
+                        Err(Refusal::TooLarge) => { prop_assert!(ask.tokens > l.largest_request().unwrap()); break None; }
                     }
                 };
                 if let Some(g) = grant {
                     arrived.push((now + ask.travel, ask.actual));
-                    l.settle(g, ask.actual);
+                    l.settle(g, of(ask.actual));
                 }
             }
             for (end, _) in &arrived {
@@ -344,10 +422,10 @@ mod tests {
             let (mut l, start) = warm(limits(None, Some(tpm)));
             let (mut now, mut sent) = (start, 0);
             while now < start + 10 * MINUTE {
-                match l.reserve(now, size) {
-                    Ok(g) => { l.settle(g, size); sent += size; }
+                match l.reserve(now, of(size)) {
+                    Ok(g) => { l.settle(g, of(size)); sent += size; }
                     Err(Refusal::Until(t)) => now = t,
-                    Err(Refusal::TooLarge(_)) => unreachable!(),
+                    Err(Refusal::TooLarge) => unreachable!(),
                 }
             }
             prop_assert!(sent as f64 >= 0.9 * 10.0 * tpm as f64, "{sent} of {}", 10 * tpm);

@@ -9,8 +9,8 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use llm_batch_core::answer::{self, Verdict as Read};
-use llm_batch_core::dialect::{self, Finish, Reply, Usage};
-use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal};
+use llm_batch_core::dialect::{self, Finish, Reply};
+use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Tokens};
 use llm_batch_core::options::{AnswerShape, StructuredOutput};
 use llm_batch_core::pack;
 use llm_batch_core::prompt;
@@ -42,7 +42,7 @@ const LONGEST_RATE_WAIT: u64 = 120_000;
 /// Lanes without streams beyond this number are forgotten.
 const MOST_IDLE_LANES: usize = 256;
 /// Tokens a probe reserves.
-const PROBE_TOKENS: u64 = 40;
+const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
 
 /// Account and model.
 pub type LaneKey = (String, String);
@@ -64,8 +64,8 @@ pub struct InFlight {
     rows: Vec<Queued>,
     ids: Vec<u16>,
     grant: Grant,
-    /// Our count of tokens: prompt, answer.
-    estimate: (u64, u64),
+    /// By our count.
+    estimate: Tokens,
     /// What was asked for.
     format: StructuredOutput,
     max_completion_tokens: bool,
@@ -343,8 +343,9 @@ impl State {
             let format = learned.format(options.structured_output);
             let response_format = prompt::response_format(options.answer_shape, format, &group.legend, &ids);
             let estimate = group.tokens(&rows, response_format.as_ref());
-            let reserve = prompt_ratio.apply(estimate.0) + answer_ratio.apply(estimate.1);
-            if rows.len() == 1 && (estimate.0 + estimate.1) as usize > most {
+            let reserve =
+                Tokens { input: prompt_ratio.apply(estimate.input), output: answer_ratio.apply(estimate.output) };
+            if rows.len() == 1 && (estimate.input + estimate.output) as usize > most {
                 for row in rows {
                     self.outcome(row.conn, row.n, row.bytes, row.attempts, too_long());
                 }
@@ -357,7 +358,7 @@ impl State {
                     group.put_back(rows);
                     return Some(wake.map_or(at, |w| w.min(at)));
                 }
-                Err(Refusal::TooLarge(_)) => {
+                Err(Refusal::TooLarge) => {
                     self.too_large(now, key, &group_key, rows);
                     continue;
                 }
@@ -368,7 +369,7 @@ impl State {
                 model: &group.stream.model.model,
                 system,
                 user: &user,
-                max_tokens: answer_ratio.apply(estimate.1) * 2 + learned.spare_answer_tokens,
+                max_tokens: answer_ratio.apply(estimate.output) * 2 + learned.spare_answer_tokens,
                 max_completion_tokens: learned.max_completion_tokens,
                 response_format,
                 parameters: &group.stream.model.parameters,
@@ -425,16 +426,16 @@ impl State {
 
     fn answered(&mut self, now: u64, request: InFlight, reply: &Reply) {
         let InFlight { lane: lane_key, group: group_key, rows, ids, grant, estimate, .. } = request;
-        let usage = reply.usage.unwrap_or(Usage { input: estimate.0, output: estimate.1 });
+        let usage = reply.usage.unwrap_or(estimate);
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        lane.limiter.settle(grant, usage.input + usage.output);
-        lane.prompt_ratio.observe(estimate.0, usage.input);
+        lane.limiter.settle(grant, usage);
+        lane.prompt_ratio.observe(estimate.input, usage.input);
         lane.failures = 0;
         lane.last_success = Some(now);
         if reply.finish == Finish::Length {
             lane.learned.answers_are_cut();
         } else {
-            lane.answer_ratio.observe(estimate.1, usage.output);
+            lane.answer_ratio.observe(estimate.output, usage.output);
         }
         let Some(group) = lane.group(&group_key) else { return };
         group.succeeded = true;
@@ -501,7 +502,7 @@ impl State {
         }
         // Refused requests took nothing. Of requests that broke off it is not known, so what was reserved stays.
         if !matches!(report.trouble, Trouble::Overload(_)) {
-            lane.limiter.settle(grant, 0);
+            lane.limiter.settle(grant, Tokens::default());
         }
         let size = rows.len();
         let succeeded = lane.group(&group_key).is_some_and(|g| g.succeeded);
@@ -664,7 +665,7 @@ impl State {
     }
 
     /// Shares the tokens of a request among the clients whose rows were in it; nothing is lost by rounding.
-    fn spend(&mut self, rows: &[Queued], usage: Usage) {
+    fn spend(&mut self, rows: &[Queued], usage: Tokens) {
         let mut by_conn: BTreeMap<u64, u64> = BTreeMap::new();
         for row in rows {
             *by_conn.entry(row.conn).or_default() += 1;
@@ -712,7 +713,7 @@ impl State {
         match lane.limiter.reserve(now, PROBE_TOKENS) {
             Ok(grant) => lane.limiter.settle(grant, PROBE_TOKENS),
             Err(Refusal::Until(at)) => return Some(Probe::Until(at)),
-            Err(Refusal::TooLarge(_)) => {}
+            Err(Refusal::TooLarge) => {}
         }
         let body = dialect::body(&dialect::Request {
             model: &stream.model.model,
@@ -782,6 +783,7 @@ impl State {
                     tokens_limit: usage.tokens_limit,
                     requests_in_window: usage.requests,
                     requests_limit: usage.requests_limit,
+                    used: usage.used,
                     waiting_ms: lane.limiter.blocked_until().checked_sub(now).filter(|ms| *ms > 0),
                     requests_total: lane.requests_total,
                     rows_total: lane.rows_total,

@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use llm_batch_core::codes::Legend;
 use llm_batch_core::dialect::FRAME_TOKENS;
-use llm_batch_core::limiter::Limiter;
+use llm_batch_core::limiter::{Limiter, Tokens};
 use llm_batch_core::options::{StructuredOutput, TooLong};
 use llm_batch_core::pack::{self, Bounds, Ratio};
 use llm_batch_core::prompt;
@@ -222,11 +222,11 @@ impl Group {
         }
     }
 
-    /// Tokens of a request with these rows, by our count: prompt, answer.
-    pub fn tokens(&self, rows: &[Queued], format: Option<&serde_json::Value>) -> (u64, u64) {
+    /// Tokens of a request with these rows, by our count.
+    pub fn tokens(&self, rows: &[Queued], format: Option<&serde_json::Value>) -> Tokens {
         let schema = format.and_then(|f| f.get("json_schema")).map_or(0, |s| tokens::count(&s.to_string()));
         let prompt = self.prefix_tokens + schema + rows.iter().map(|r| r.tokens).sum::<usize>();
-        (prompt as u64, (rows.len() * self.answer_tokens) as u64)
+        Tokens { input: prompt as u64, output: (rows.len() * self.answer_tokens) as u64 }
     }
 
     /// The two messages of a request: fixed prefix and rows under these ids.

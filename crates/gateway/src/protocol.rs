@@ -47,6 +47,10 @@ pub struct Model {
     pub requests_per_minute: Option<u64>,
     /// Tokens a minute, prompts and answers together.
     pub tokens_per_minute: Option<u64>,
+    /// Tokens of prompts a minute.
+    pub input_tokens_per_minute: Option<u64>,
+    /// Tokens of answers a minute.
+    pub output_tokens_per_minute: Option<u64>,
     /// Most requests at the same time.
     pub max_concurrent_requests: Option<u32>,
     /// How long one request may take, ms.
@@ -59,7 +63,12 @@ pub struct Model {
 
 impl Model {
     pub(crate) fn limits(&self) -> Limits {
-        Limits { requests_per_minute: self.requests_per_minute, tokens_per_minute: self.tokens_per_minute }
+        Limits {
+            requests_per_minute: self.requests_per_minute,
+            tokens_per_minute: self.tokens_per_minute,
+            input_tokens_per_minute: self.input_tokens_per_minute,
+            output_tokens_per_minute: self.output_tokens_per_minute,
+        }
     }
 }
 
@@ -183,7 +192,7 @@ pub struct Stop {
 }
 
 /// The state of one account and model.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Activity {
     /// The account.
     pub account: String,
@@ -205,6 +214,8 @@ pub struct Activity {
     pub requests_in_window: u64,
     /// Requests a minute.
     pub requests_limit: Option<u64>,
+    /// The part of the tightest limit that is used up, 0 to 1.
+    pub used: Option<f64>,
     /// Nothing is sent for so many ms more, because the provider said so or is in trouble.
     pub waiting_ms: Option<u64>,
     /// Requests that were sent since the gateway started.
@@ -220,7 +231,7 @@ pub struct Activity {
 }
 
 /// What the gateway says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromGateway {
     /// Rows that are done with, and what was spent meanwhile.
