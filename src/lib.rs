@@ -1,1 +1,40 @@
-use pgrx::prelude::*; ::pgrx::pg_module_magic!();
+//! The Postgres edge of pg_llm_batch: settings, SQL functions, catalog access, workers. The only room with `unsafe`.
+//!
+//! Functions are declared by hand in `sql/`, where grants, search paths and comments stand beside them; `sql = false`
+//! keeps pgrx from declaring them again.
+use pgrx::prelude::*;
+
+mod activity;
+mod catalog;
+mod classifier;
+mod classify;
+mod client;
+mod error;
+mod job;
+mod model;
+mod provider;
+mod settings;
+mod shared;
+mod sql;
+mod txn;
+mod worker;
+
+::pgrx::pg_module_magic!(name, version);
+
+pgrx::extension_sql_file!("../sql/tables.sql", name = "tables", bootstrap);
+pgrx::extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["tables"]);
+pgrx::extension_sql_file!("../sql/views.sql", name = "views", requires = ["functions"], finalize);
+
+#[cfg(not(panic = "unwind"))]
+compile_error!("Postgres errors cross Rust frames as panics: build with panic = \"unwind\"");
+
+/// Called by Postgres when the library is loaded.
+#[pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    settings::init();
+    // SAFETY: the flag is set by the postmaster before it loads libraries and read on the main thread.
+    if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
+        shared::init();
+        worker::register();
+    }
+}

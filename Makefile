@@ -1,0 +1,34 @@
+# What can be done here. Each target is a script in scripts/; they install what is missing (Debian 12 with Rust).
+# PG_CONFIG=/path/to/pg_config chooses another Postgres than Debian's 15.
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-stop test lint fmt install bench clean distclean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+demo: ## build, then fill a column of real texts with a real local model (about 1.5 GB to download, once)
+	@scripts/demo
+
+demo-stop: ## stop what `make demo` left running
+	@scripts/demo stop
+
+test: ## run every test
+	@scripts/test
+
+lint: ## formatting, clippy, rustdoc, shellcheck, licences
+	@scripts/lint
+
+fmt: ## format the Rust code
+	cargo fmt --all
+
+install: ## build for release and install into the Postgres of PG_CONFIG
+	@scripts/install release
+
+bench: ## run the benchmarks; results go to bench/results/
+	@bench/run
+
+clean: demo-stop ## remove what was built; downloads stay
+	cargo clean
+
+distclean: clean ## remove downloads too
+	rm -rf .cache

@@ -1,0 +1,128 @@
+CREATE FUNCTION llm_batch.provider_validator(options text[], catalog oid) RETURNS void
+    LANGUAGE c STRICT SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'provider_validator_wrapper';
+COMMENT ON FUNCTION llm_batch.provider_validator(text[], oid) IS 'checks the options of servers and user mappings of the wrapper llm_provider';
+
+CREATE FOREIGN DATA WRAPPER llm_provider NO HANDLER VALIDATOR llm_batch.provider_validator;
+COMMENT ON FOREIGN DATA WRAPPER llm_provider IS 'providers of language models: a server is an endpoint, a user mapping its key';
+
+-- Models
+
+CREATE FUNCTION llm_batch.create_model(
+    name text, server name, model text,
+    tokens_per_minute integer DEFAULT NULL, requests_per_minute integer DEFAULT NULL,
+    input_tokens_per_minute integer DEFAULT NULL, output_tokens_per_minute integer DEFAULT NULL,
+    input_price numeric DEFAULT NULL, output_price numeric DEFAULT NULL,
+    max_concurrent_requests integer DEFAULT NULL, request_timeout interval DEFAULT NULL,
+    max_request_tokens integer DEFAULT NULL, parameters jsonb DEFAULT NULL
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'create_model_wrapper';
+COMMENT ON FUNCTION llm_batch.create_model IS 'makes a model of a server known, with its limits and its price in dollars per million tokens';
+
+CREATE FUNCTION llm_batch.alter_model(
+    name text, server name DEFAULT NULL, model text DEFAULT NULL,
+    tokens_per_minute integer DEFAULT NULL, requests_per_minute integer DEFAULT NULL,
+    input_tokens_per_minute integer DEFAULT NULL, output_tokens_per_minute integer DEFAULT NULL,
+    input_price numeric DEFAULT NULL, output_price numeric DEFAULT NULL,
+    max_concurrent_requests integer DEFAULT NULL, request_timeout interval DEFAULT NULL,
+    max_request_tokens integer DEFAULT NULL, parameters jsonb DEFAULT NULL,
+    reset text[] DEFAULT '{}'
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_model_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_model IS 'changes what is given of a model; "reset" names settings to set back to their default';
+
+CREATE FUNCTION llm_batch.drop_model(name text) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'drop_model_wrapper';
+COMMENT ON FUNCTION llm_batch.drop_model IS 'forgets a model that no classifier uses';
+
+-- Classifiers
+
+CREATE FUNCTION llm_batch.create_classifier(
+    name text, labels jsonb, model text DEFAULT NULL, instruction text DEFAULT '',
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'create_classifier_wrapper';
+COMMENT ON FUNCTION llm_batch.create_classifier IS 'makes a classifier: labels with their descriptions, an instruction, a model';
+
+CREATE FUNCTION llm_batch.alter_classifier(
+    name text, labels jsonb DEFAULT NULL, model text DEFAULT NULL, instruction text DEFAULT NULL,
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_classifier_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_classifier IS 'changes what is given of a classifier';
+
+CREATE FUNCTION llm_batch.drop_classifier(name text) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'drop_classifier_wrapper';
+COMMENT ON FUNCTION llm_batch.drop_classifier IS 'forgets a classifier that no unfinished job uses';
+
+-- The verbs. These two go where CREATE EXTENSION puts them.
+
+CREATE FUNCTION @extschema@.llm_classify(input text, task text) RETURNS text
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000 SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'llm_classify_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_classify(text, text) IS 'the label that a classifier gives a text; NULL, with a warning, if the model gives none';
+
+CREATE FUNCTION @extschema@.llm_classify(input text, labels text[], options jsonb DEFAULT '{}') RETURNS text
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000 SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'llm_classify_labels_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_classify(text, text[], jsonb) IS 'which of the labels fits a text, by the model llm_batch.default_model';
+
+-- No search_path: these run the caller's query.
+CREATE FUNCTION @extschema@.llm_classify_batch(query text, task text, options jsonb DEFAULT '{}')
+    RETURNS TABLE (id text, label text, status text, detail text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000
+    AS 'MODULE_PATHNAME', 'llm_classify_batch_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text, jsonb) IS 'labels for the rows of a query with two columns, id and input; status is ok, skipped or failed';
+
+CREATE FUNCTION @extschema@.llm_classify_batch(query text, labels text[], options jsonb DEFAULT '{}')
+    RETURNS TABLE (id text, label text, status text, detail text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000
+    AS 'MODULE_PATHNAME', 'llm_classify_batch_labels_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text[], jsonb) IS 'the same with labels in place of a classifier, by the model llm_batch.default_model';
+
+-- Jobs
+
+-- No search_path: input and filter are read under the caller's.
+CREATE FUNCTION llm_batch.backfill(
+    relation regclass, input text, target name, task text, filter text DEFAULT NULL, options jsonb DEFAULT '{}'
+) RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'backfill_wrapper';
+COMMENT ON FUNCTION llm_batch.backfill IS 'starts a job, at commit, that fills a column where it is NULL; returns the job''s id';
+
+CREATE FUNCTION llm_batch.pause(job_id bigint) RETURNS boolean
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'pause_wrapper';
+COMMENT ON FUNCTION llm_batch.pause IS 'pauses a job: what was sent is still awaited and written; false if it was paused already';
+
+CREATE FUNCTION llm_batch.resume(job_id bigint) RETURNS boolean
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'resume_wrapper';
+COMMENT ON FUNCTION llm_batch.resume IS 'lets a paused job go on; false if it was running already';
+
+CREATE FUNCTION llm_batch.cancel(job_id bigint) RETURNS boolean
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'cancel_wrapper';
+COMMENT ON FUNCTION llm_batch.cancel IS 'ends a job for good; what is in the table stays; false if it had ended already';
+
+CREATE FUNCTION llm_batch.retry_failed(job_id bigint) RETURNS boolean
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'retry_failed_wrapper';
+COMMENT ON FUNCTION llm_batch.retry_failed IS 'lets a job ask again for the rows that it listed as skipped or failed';
+
+-- What only the server's memory knows. Not for users.
+CREATE FUNCTION llm_batch.waits_for_slot(job_id bigint) RETURNS boolean
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'waits_for_slot_wrapper';
+COMMENT ON FUNCTION llm_batch.waits_for_slot IS 'whether a job could not be started for want of a background worker; for llm_batch.progress';
+
+CREATE FUNCTION llm_batch.gateway_activity() RETURNS jsonb
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'gateway_activity_wrapper';
+COMMENT ON FUNCTION llm_batch.gateway_activity IS 'the gateway''s state; for llm_batch.activity';

@@ -1,0 +1,114 @@
+CREATE VIEW llm_batch.progress WITH (security_barrier = true) AS
+SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.reason,
+       p.rows_total, p.rows_done, p.rows_skipped, p.rows_failed, p.rows_superseded, p.rows_left,
+       CASE WHEN p.rows_total OPERATOR(pg_catalog.>) 0
+            THEN pg_catalog.round(100.0 OPERATOR(pg_catalog.*) (p.rows_total OPERATOR(pg_catalog.-) p.rows_left) OPERATOR(pg_catalog./) p.rows_total, 1)
+            WHEN p.rows_total OPERATOR(pg_catalog.=) 0 THEN 100.0 END AS percent,
+       p.rows_per_second, p.tokens_per_minute, p.input_tokens, p.output_tokens, p.requests,
+       p.cost, p.cost_unconfirmed,
+       CASE WHEN p.handled OPERATOR(pg_catalog.>) 0
+            THEN pg_catalog.round(p.cost OPERATOR(pg_catalog.*) p.rows_total OPERATOR(pg_catalog./) p.handled, 6) END AS projected_cost,
+       CASE WHEN p.status OPERATOR(pg_catalog.=) 'running' AND p.rows_per_second OPERATOR(pg_catalog.>) 0
+            THEN pg_catalog.make_interval(secs => pg_catalog.ceil(p.rows_left OPERATOR(pg_catalog./) p.rows_per_second)) END AS eta,
+       p.last_error, p.started_at, p.updated_at
+  FROM (
+    SELECT j.id AS job_id, j.owner, j.relation_name AS relation, j.target, j.task, c.model,
+           CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN 'cancelled'
+                WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN s.status
+                WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'paused'
+                WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.status
+                WHEN llm_batch.waits_for_slot(j.id) THEN 'paused'
+                ELSE 'running' END AS status,
+           CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN NULL
+                WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN NULL
+                WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'user'
+                WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.reason
+                WHEN llm_batch.waits_for_slot(j.id) THEN 'no_worker_slot' END AS reason,
+           GREATEST(s.rows_total, h.handled) AS rows_total,
+           s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded,
+           GREATEST(s.rows_total OPERATOR(pg_catalog.-) h.handled, 0) AS rows_left, h.handled,
+           s.rows_per_second, s.tokens_per_minute, s.input_tokens, s.output_tokens, s.requests,
+           s.cost, s.cost_unconfirmed, s.last_error, s.started_at, s.updated_at
+      FROM llm_batch.job j
+      JOIN llm_batch.job_state s ON s.job_id OPERATOR(pg_catalog.=) j.id
+      CROSS JOIN LATERAL (SELECT s.rows_done OPERATOR(pg_catalog.+) s.rows_skipped OPERATOR(pg_catalog.+) s.rows_failed OPERATOR(pg_catalog.+) s.rows_superseded) h (handled)
+      LEFT JOIN llm_batch.classifier c ON c.name OPERATOR(pg_catalog.=) j.task
+     WHERE pg_catalog.pg_has_role(j.owner, 'USAGE') OR pg_catalog.pg_has_role('pg_monitor', 'USAGE')
+  ) p;
+COMMENT ON VIEW llm_batch.progress IS 'jobs: one''s own, or all for pg_monitor';
+COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed, cancelled';
+COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, owner, restored wait for resume(); provider_down, quota, no_worker_slot go on by themselves';
+COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and those that came since; NULL until they are counted';
+COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that others filled, changed or deleted meanwhile';
+COMMENT ON COLUMN llm_batch.progress.cost IS 'dollars, by the model''s prices and the tokens the provider reported';
+COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'dollars that requests may have cost whose answers were lost in a crash';
+COMMENT ON COLUMN llm_batch.progress.projected_cost IS 'dollars, if the rest costs as much a row as what is done';
+
+CREATE VIEW llm_batch.failure WITH (security_barrier = true) AS
+SELECT f.job_id, f.key, f.state, f.class, f.attempts, f.detail, f.at
+  FROM llm_batch.row_failure f
+  JOIN llm_batch.job j ON j.id OPERATOR(pg_catalog.=) f.job_id
+ WHERE pg_catalog.pg_has_role(j.owner, 'USAGE') OR pg_catalog.pg_has_role('pg_monitor', 'USAGE');
+COMMENT ON VIEW llm_batch.failure IS 'rows that jobs could not fill; rows whose input is NULL or empty are counted as skipped, not listed';
+COMMENT ON COLUMN llm_batch.failure.key IS 'the row''s key: column names and values';
+COMMENT ON COLUMN llm_batch.failure.state IS 'skipped: the model would not answer; failed: it went wrong';
+
+CREATE VIEW llm_batch.activity WITH (security_barrier = true) AS
+SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.tokens_in_window, a.tokens_limit,
+       a.requests_in_window, a.requests_limit, a.used,
+       pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) pg_catalog.make_interval(secs => a.waiting_ms OPERATOR(pg_catalog./) 1000::pg_catalog.float8) AS waiting_until,
+       pg_catalog.round(a.rows_total::pg_catalog.numeric OPERATOR(pg_catalog./) NULLIF(a.requests_total, 0), 1) AS rows_per_request,
+       a.requests_total, a.rows_total, a.throttled AS throttled_429, a.errors, a.last_error
+  FROM pg_catalog.jsonb_to_recordset(llm_batch.gateway_activity()) AS a (
+       account text, model text, queued bigint, in_flight_requests bigint, in_flight_rows bigint,
+       tokens_in_window bigint, tokens_limit bigint, requests_in_window bigint, requests_limit bigint,
+       used double precision, waiting_ms bigint, requests_total bigint, rows_total bigint, throttled bigint, errors bigint,
+       last_error text);
+COMMENT ON VIEW llm_batch.activity IS 'the limiter and the queue of each account and model, live: those one has streams of, or all for pg_monitor';
+COMMENT ON COLUMN llm_batch.activity.used IS 'part of the tighter limit that is used up at present, 0 to 1';
+
+-- Each look is a transaction of its own, so it sees what the worker has committed and holds no old snapshot.
+CREATE PROCEDURE llm_batch.wait(job_id bigint, timeout interval DEFAULT NULL)
+    LANGUAGE plpgsql AS $$
+DECLARE
+    began  CONSTANT pg_catalog.timestamptz := pg_catalog.clock_timestamp();
+    job    pg_catalog.record;
+    pauses pg_catalog.float8 := 0.05;
+BEGIN
+    LOOP
+        -- Raises invalid_transaction_termination inside a transaction block, where no other state could be seen.
+        COMMIT;
+        SELECT p.status, p.reason, p.last_error, p.rows_left INTO job
+          FROM llm_batch.progress p WHERE p.job_id OPERATOR(pg_catalog.=) wait.job_id;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'job % does not exist', wait.job_id USING ERRCODE = 'undefined_object',
+                HINT = 'The view llm_batch.progress lists your jobs.';
+        ELSIF job.status OPERATOR(pg_catalog.=) 'done' THEN
+            RETURN;
+        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') NOT IN ('provider_down', 'quota', 'no_worker_slot') THEN
+            RAISE EXCEPTION 'job % is %', wait.job_id,
+                pg_catalog.concat(job.status, ' (' OPERATOR(pg_catalog.||) job.reason OPERATOR(pg_catalog.||) ')')
+                USING ERRCODE = 'object_not_in_prerequisite_state',
+                DETAIL = COALESCE(job.last_error, pg_catalog.concat(job.rows_left, ' rows are left.')),
+                HINT = CASE job.status WHEN 'paused' THEN 'Mend the cause, then call llm_batch.resume(' OPERATOR(pg_catalog.||) wait.job_id::pg_catalog.text OPERATOR(pg_catalog.||) ').'
+                                       ELSE 'A new llm_batch.backfill() goes on with the rows that are still NULL.' END;
+        ELSIF wait.timeout IS NOT NULL AND pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) began OPERATOR(pg_catalog.+) wait.timeout THEN
+            RAISE EXCEPTION 'job % is not done after %', wait.job_id, wait.timeout USING ERRCODE = 'query_canceled',
+                DETAIL = pg_catalog.concat(job.rows_left, ' rows are left.');
+        END IF;
+        COMMIT;
+        PERFORM pg_catalog.pg_sleep(pauses);
+        pauses := LEAST(pauses OPERATOR(pg_catalog.*) 1.5::pg_catalog.float8, 0.5::pg_catalog.float8);
+    END LOOP;
+END
+$$;
+COMMENT ON PROCEDURE llm_batch.wait IS 'returns when a job is done; raises if it fails, is cancelled or paused; not inside a transaction block';
+
+-- Functions of the schema are for everyone: each checks what its caller may do. Tables are written by none but the
+-- extension's own code.
+GRANT USAGE ON SCHEMA llm_batch TO PUBLIC;
+REVOKE ALL ON ALL TABLES IN SCHEMA llm_batch FROM PUBLIC;
+REVOKE ALL ON ALL SEQUENCES IN SCHEMA llm_batch FROM PUBLIC;
+GRANT SELECT ON llm_batch.model, llm_batch.classifier, llm_batch.progress, llm_batch.failure, llm_batch.activity TO PUBLIC;
+
+SET LOCAL search_path TO @extschema@, pg_temp;

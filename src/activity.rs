@@ -1,0 +1,43 @@
+//! What only the server's memory and the gateway know, for the views.
+
+use std::time::{Duration, Instant};
+
+use llm_batch_gateway::protocol::{Activity, FromGateway, ToGateway};
+use pgrx::datum::JsonB;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+use crate::client::{Client, Received};
+use crate::error::{Error, Result};
+use crate::{shared, sql, worker};
+
+#[pg_extern(sql = false)]
+fn waits_for_slot(job_id: i64) -> bool {
+    shared::is_ready() && shared::waits_for_slot(worker::my_database(), job_id)
+}
+
+fn fetch() -> Result<Vec<Activity>> {
+    let mut client = Client::connect()?;
+    client.send(&ToGateway::Activity)?;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_secs(10) {
+        match client.receive(Duration::from_secs(1))? {
+            Received::Message(FromGateway::Activity(rows)) => return Ok(rows),
+            Received::Message(_) | Received::Nothing => {}
+            Received::Lost => break,
+        }
+    }
+    Err(Error::new(PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE, "the llm_batch gateway did not answer"))
+}
+
+/// The state of each account and model that the caller may see, as an array of objects.
+#[pg_extern(sql = false)]
+fn gateway_activity() -> std::result::Result<JsonB, ErrorReport> {
+    let all = sql::one::<bool>("SELECT pg_has_role('pg_monitor', 'USAGE')", &[])?.unwrap_or(false);
+    let mine: Vec<u32> = sql::rows("SELECT oid FROM pg_roles WHERE pg_has_role(oid, 'USAGE')", &[], |r| {
+        Ok(r.get::<pg_sys::Oid>(1)?.to_u32())
+    })?;
+    let rows: Vec<Activity> =
+        fetch()?.into_iter().filter(|a| all || a.roles.iter().any(|role| mine.contains(role))).collect();
+    Ok(JsonB(serde_json::json!(rows)))
+}

@@ -1,0 +1,277 @@
+//! What the catalogs say about a table that a job is to fill: its key, its target, and whether an expression is one
+//! that a job may evaluate.
+
+use std::ffi::CString;
+
+use pgrx::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::sql;
+
+/// A table and the column to fill.
+#[derive(Debug, Clone)]
+pub struct Target {
+    pub relation: pg_sys::Oid,
+    /// The top of its partition tree, or itself.
+    pub root: pg_sys::Oid,
+    /// Schema and name, quoted.
+    pub name: String,
+    pub owner: pg_sys::Oid,
+    pub column: String,
+    pub attnum: i16,
+    pub type_oid: pg_sys::Oid,
+    pub typmod: i32,
+    pub key_names: Vec<String>,
+    pub key_attnums: Vec<i16>,
+}
+
+fn wrong_object(message: String) -> Error {
+    Error::new(PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE, message)
+}
+
+/// Looks at a table and its column.
+pub fn target(relation: pg_sys::Oid, column: &str) -> Result<Target> {
+    let found = sql::row(
+        "SELECT c.relkind::pg_catalog.text, c.relpersistence::pg_catalog.text, n.nspname::pg_catalog.text, c.relowner,
+                pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)),
+                COALESCE(pg_catalog.pg_partition_root(c.oid)::pg_catalog.oid, c.oid), c.relname::pg_catalog.text
+           FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
+          WHERE c.oid OPERATOR(pg_catalog.=) $1",
+        &[relation.into()],
+        |r| {
+            let kind = (r.get::<String>(1)?, r.get::<String>(2)?, r.get::<String>(3)?, r.get::<String>(7)?);
+            Ok((kind, r.get::<pg_sys::Oid>(4)?, r.get::<String>(5)?, r.get::<pg_sys::Oid>(6)?))
+        },
+    )?;
+    let Some(((kind, persistence, schema, short), owner, name, root)) = found else {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
+            format!("relation with OID {} does not exist", relation.to_u32()),
+        ));
+    };
+    let what = match kind.as_str() {
+        "r" | "p" if persistence == "t" => "a temporary table, which other sessions can't see",
+        "r" | "p" if ["pg_catalog", "information_schema", "pg_toast", "llm_batch"].contains(&schema.as_str()) => {
+            "a system table"
+        }
+        "r" | "p" => "",
+        "v" => "a view",
+        "m" => "a materialized view",
+        "f" => "a foreign table",
+        _ => "not a table",
+    };
+    if !what.is_empty() {
+        return Err(wrong_object(format!("cannot fill a column of \"{short}\""))
+            .detail(format!("It is {what}."))
+            .hint("Name an ordinary or partitioned table."));
+    }
+    let foreign = sql::one::<String>(
+        "SELECT t.relid::pg_catalog.text FROM pg_catalog.pg_partition_tree($1) t
+           JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) t.relid
+          WHERE c.relkind OPERATOR(pg_catalog.=) 'f' LIMIT 1",
+        &[relation.into()],
+    )?;
+    if let Some(partition) = foreign {
+        return Err(wrong_object(format!("cannot fill a column of \"{short}\""))
+            .detail(format!("Its partition {partition} is a foreign table.")));
+    }
+    let attribute = sql::row(
+        "SELECT a.attnum, a.atttypid, a.atttypmod, a.attnotnull, a.attgenerated::pg_catalog.text, a.attidentity::pg_catalog.text,
+                COALESCE(t.typnotnull, false)
+           FROM pg_catalog.pg_attribute a LEFT JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) a.atttypid
+          WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attname OPERATOR(pg_catalog.=) $2::pg_catalog.name
+            AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped",
+        &[relation.into(), column.into()],
+        |r| {
+            let flags = (r.get::<bool>(4)?, r.get::<String>(5)?, r.get::<String>(6)?, r.get::<bool>(7)?);
+            Ok((r.get::<i16>(1)?, r.get::<pg_sys::Oid>(2)?, r.get::<i32>(3)?, flags))
+        },
+    )?;
+    let Some((attnum, type_oid, typmod, (not_null, generated, identity, domain_not_null))) = attribute else {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
+            format!("column \"{column}\" of relation \"{short}\" does not exist"),
+        )
+        .hint(format!("Add it with ALTER TABLE {name} ADD COLUMN {} text.", sql::name(column))));
+    };
+    let unfit = if !generated.is_empty() || !identity.is_empty() {
+        "is generated"
+    } else if not_null || domain_not_null {
+        "is NOT NULL, and what is to be filled is told by NULL"
+    } else {
+        ""
+    };
+    if !unfit.is_empty() {
+        return Err(wrong_object(format!("cannot fill column \"{column}\" of relation \"{short}\""))
+            .detail(format!("The column {unfit}.")));
+    }
+    let (key_names, key_attnums) = key(relation, attnum, &short)?;
+    Ok(Target {
+        relation,
+        root,
+        name,
+        owner,
+        column: column.to_owned(),
+        attnum,
+        type_oid,
+        typmod,
+        key_names,
+        key_attnums,
+    })
+}
+
+/// The columns by which rows are told apart and read in order: the primary key, or else a unique index that is as good.
+/// Each column must compare by operators of pg_catalog and have an array type, since pages of keys are arrays.
+fn key(relation: pg_sys::Oid, target: i16, short: &str) -> Result<(Vec<String>, Vec<i16>)> {
+    let key = sql::row(
+        "SELECT k.names, k.attnums
+           FROM pg_catalog.pg_index i
+           JOIN pg_catalog.pg_class x ON x.oid OPERATOR(pg_catalog.=) i.indexrelid
+           JOIN pg_catalog.pg_am am ON am.oid OPERATOR(pg_catalog.=) x.relam
+          CROSS JOIN LATERAL (
+            SELECT pg_catalog.array_agg(a.attname::pg_catalog.text ORDER BY u.n) AS names,
+                   pg_catalog.array_agg(a.attnum ORDER BY u.n) AS attnums,
+                   pg_catalog.bool_and(
+                     a.attnotnull AND a.attnum OPERATOR(pg_catalog.>) 0 AND a.attnum OPERATOR(pg_catalog.<>) $2
+                     AND i.indoption[u.n] OPERATOR(pg_catalog.=) 0
+                     AND i.indcollation[u.n] OPERATOR(pg_catalog.=) a.attcollation
+                     AND t.typarray OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
+                     AND EXISTS (SELECT FROM pg_catalog.pg_opclass oc
+                                   JOIN pg_catalog.pg_amop o ON o.amopfamily OPERATOR(pg_catalog.=) oc.opcfamily
+                                    AND o.amoplefttype OPERATOR(pg_catalog.=) oc.opcintype
+                                    AND o.amoprighttype OPERATOR(pg_catalog.=) oc.opcintype
+                                    AND o.amopstrategy OPERATOR(pg_catalog.=) 3
+                                   JOIN pg_catalog.pg_operator p ON p.oid OPERATOR(pg_catalog.=) o.amopopr
+                                  WHERE oc.oid OPERATOR(pg_catalog.=) i.indclass[u.n] AND oc.opcdefault
+                                    AND p.oprname OPERATOR(pg_catalog.=) '='
+                                    AND p.oprnamespace OPERATOR(pg_catalog.=) 'pg_catalog'::pg_catalog.regnamespace::pg_catalog.oid)
+                   ) AS fits
+              FROM pg_catalog.generate_series(0, i.indnkeyatts OPERATOR(pg_catalog.-) 1) u (n)
+              LEFT JOIN pg_catalog.pg_attribute a ON a.attrelid OPERATOR(pg_catalog.=) i.indrelid AND a.attnum OPERATOR(pg_catalog.=) i.indkey[u.n]
+              LEFT JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) a.atttypid
+          ) k
+          WHERE i.indrelid OPERATOR(pg_catalog.=) $1 AND i.indisunique AND i.indisvalid AND i.indimmediate
+            AND i.indpred IS NULL AND i.indexprs IS NULL AND am.amname OPERATOR(pg_catalog.=) 'btree' AND k.fits
+          ORDER BY i.indisprimary DESC, i.indnkeyatts, i.indexrelid LIMIT 1",
+        &[relation.into(), target.into()],
+        |r| Ok((r.get::<Vec<Option<String>>>(1)?, r.get::<Vec<Option<i16>>>(2)?)),
+    )?;
+    let Some((names, attnums)) = key else {
+        return Err(Error::state(format!("relation \"{short}\" has no key that a job can use"))
+            .detail(
+                "A job needs a primary key, or a valid, immediate, non-partial unique index on NOT NULL columns, that does \
+                 not contain the target.",
+            )
+            .hint("Add a primary key, such as ALTER TABLE … ADD COLUMN id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY."));
+    };
+    Ok((names.into_iter().flatten().collect(), attnums.into_iter().flatten().collect()))
+}
+
+/// What an expression is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Use {
+    Input,
+    Filter,
+}
+
+/// Checks that `text` is one scalar expression over the rows of a table, and that a job may evaluate it: on each claim,
+/// and again when the answer has come.
+pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
+    let what = match usage {
+        Use::Input => "input",
+        Use::Filter => "filter",
+    };
+    let not_one = |detail: &str| {
+        Error::new(PgSqlErrorCode::ERRCODE_SYNTAX_ERROR, format!("{what} must be one expression over the row"))
+            .detail(detail.to_owned())
+            .hint("Write it as in a select list, such as 'body' or 'coalesce(title, '''') || body'.")
+    };
+    let c_string = |s: String| CString::new(s).map_err(|_| not_one("It contains a zero byte."));
+    // Alone, so that a parenthesis too many can't lead into other clauses.
+    let alone = c_string(format!("SELECT ({text}\n)"))?;
+    // SAFETY: raw_parser and the analysis run on the main thread inside a transaction; they raise on bad syntax, and
+    // what they return lives in the current memory context. Node tags are checked before casts.
+    unsafe {
+        let statements = pg_sys::raw_parser(alone.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
+        if statements.is_null() || (*statements).length != 1 {
+            return Err(not_one("It is more than one statement."));
+        }
+        let raw = crate::sql::list_nth(statements, 0).cast::<pg_sys::RawStmt>();
+        let node = (*raw).stmt;
+        if (*node).type_ != pg_sys::NodeTag::T_SelectStmt {
+            return Err(not_one("It is not an expression."));
+        }
+        let select = node.cast::<pg_sys::SelectStmt>();
+        let s = &*select;
+        let is_plain = s.distinctClause.is_null()
+            && s.intoClause.is_null()
+            && !s.targetList.is_null()
+            && (*s.targetList).length == 1
+            && s.fromClause.is_null()
+            && s.whereClause.is_null()
+            && s.groupClause.is_null()
+            && s.havingClause.is_null()
+            && s.windowClause.is_null()
+            && s.valuesLists.is_null()
+            && s.sortClause.is_null()
+            && s.limitCount.is_null()
+            && s.limitOffset.is_null()
+            && s.lockingClause.is_null()
+            && s.withClause.is_null()
+            && s.op == pg_sys::SetOperation::SETOP_NONE;
+        if !is_plain {
+            return Err(not_one("It has clauses of its own, or is more than one expression."));
+        }
+        let query = match usage {
+            Use::Input => format!("SELECT ({text}\n)::pg_catalog.text FROM ONLY {}", target.name),
+            Use::Filter => format!("SELECT 1 FROM ONLY {} WHERE ({text}\n)", target.name),
+        };
+        let query = c_string(query)?;
+        let statements = pg_sys::raw_parser(query.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
+        let raw = crate::sql::list_nth(statements, 0).cast::<pg_sys::RawStmt>();
+        let analyzed =
+            pg_sys::parse_analyze_fixedparams(raw, query.as_ptr(), std::ptr::null(), 0, std::ptr::null_mut());
+        let wrong = if (*analyzed).hasAggs || (*analyzed).hasWindowFuncs {
+            "It has an aggregate or window function."
+        } else if (*analyzed).hasTargetSRFs {
+            "It has a set-returning function."
+        } else if pg_sys::contain_volatile_functions(analyzed.cast()) {
+            "It has a volatile function: when the answer comes, the input is computed again to see whether it has changed."
+        } else {
+            ""
+        };
+        if !wrong.is_empty() {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+                format!("{what} can't be evaluated by a job"),
+            )
+            .detail(wrong));
+        }
+    }
+    Ok(())
+}
+
+/// Checks that every label casts to the target's type by assignment. Raises what the type's input function raises.
+pub fn check_labels<'a>(target: &Target, labels: impl Iterator<Item = &'a str>) -> Result<()> {
+    for label in labels {
+        let text = CString::new(label).map_err(|_| Error::invalid("a label contains a zero byte"))?;
+        let cast = crate::txn::sub(|| {
+            // SAFETY: the input function of an existing type, on the main thread inside a subtransaction; it may raise.
+            unsafe {
+                let (mut function, mut parameter) = (pg_sys::InvalidOid, pg_sys::InvalidOid);
+                pg_sys::getTypeInputInfo(target.type_oid, &mut function, &mut parameter);
+                pg_sys::OidInputFunctionCall(function, text.as_ptr().cast_mut(), parameter, target.typmod);
+            }
+            Ok(())
+        });
+        if let Err(e) = cast {
+            return Err(Error {
+                code: e.code,
+                message: format!("label \"{label}\" does not fit column \"{}\"", target.column),
+                detail: Some(e.one_line()),
+                hint: Some("Every label must be a value of the column's type.".to_owned()),
+            });
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,180 @@
+//! Classifiers: what to ask.
+
+use llm_batch_core::options::Options;
+use llm_batch_core::task::{Label, Task, check_labels, examples_from_json, labels_from_json};
+use pgrx::datum::{DatumWithOid, JsonB};
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+use crate::model::{self, check_owner, current_user, exists, new_name, required};
+use crate::{sql, txn};
+
+/// A task and the name of the model it is asked of.
+pub struct Known {
+    pub task: Task,
+    pub model: String,
+}
+
+/// Looks a classifier up; `options` override its own.
+pub fn load(name: &str, options: &Value) -> Result<Known> {
+    let found = sql::row(
+        "SELECT c.model, c.instruction, c.labels, c.examples, c.options FROM llm_batch.classifier c
+          WHERE c.name OPERATOR(pg_catalog.=) $1",
+        &[name.into()],
+        |row| {
+            let labels = labels_from_json(&row.get::<JsonB>(3)?.0)?;
+            Ok(Known {
+                model: row.get(1)?,
+                task: Task {
+                    instruction: row.get(2)?,
+                    examples: examples_from_json(&row.get::<JsonB>(4)?.0, &labels)?,
+                    labels,
+                    options: Options::from_json([&row.get::<JsonB>(5)?.0, options])?,
+                },
+            })
+        },
+    )?;
+    found.ok_or_else(|| {
+        Error::unknown(format!("classifier \"{name}\" does not exist"))
+            .hint("Create it with llm_batch.create_classifier().")
+    })
+}
+
+/// A task made of labels alone, for the default model.
+pub fn from_labels(labels: Vec<Option<String>>, options: &Value) -> Result<Known> {
+    let labels =
+        labels.into_iter().map(|l| Label { label: l.unwrap_or_default(), description: String::new() }).collect();
+    Ok(Known {
+        model: model::default()?,
+        task: Task {
+            instruction: String::new(),
+            labels: check_labels(labels)?,
+            examples: Vec::new(),
+            options: Options::from_json([options])?,
+        },
+    })
+}
+
+/// What a classifier's row holds, checked.
+struct Checked {
+    labels: Value,
+    examples: Value,
+    options: Value,
+}
+
+fn check(labels: &Value, examples: &Value, options: &Value) -> Result<Checked> {
+    let labels = labels_from_json(labels)?;
+    let examples = examples_from_json(examples, &labels)?;
+    Options::from_json([options])?;
+    Ok(Checked { labels: json!(labels), examples: json!(examples), options: options.clone() })
+}
+
+fn check_model(name: &str) -> Result<()> {
+    let known = model::load(name)?;
+    crate::provider::endpoint(&known.server, current_user()).map(|_| ())
+}
+
+#[pg_extern(sql = false)]
+fn create_classifier(
+    name: Option<&str>,
+    labels: Option<JsonB>,
+    model: Option<&str>,
+    instruction: Option<&str>,
+    examples: Option<JsonB>,
+    options: Option<JsonB>,
+) -> std::result::Result<(), ErrorReport> {
+    let name = new_name(name)?;
+    let model = match model {
+        Some(model) => model.to_owned(),
+        None => model::default()?,
+    };
+    let json = |v: Option<JsonB>| v.map_or(Value::Null, |v| v.0);
+    let options = json(options);
+    let options = if options.is_null() { json!({}) } else { options };
+    let checked = check(&required(labels, "labels")?.0, &json(examples), &options)?;
+    check_model(&model)?;
+    let args: Vec<DatumWithOid> = vec![
+        name.into(),
+        current_user().into(),
+        model.into(),
+        instruction.unwrap_or_default().into(),
+        JsonB(checked.labels).into(),
+        JsonB(checked.examples).into(),
+        JsonB(checked.options).into(),
+    ];
+    let made = txn::as_extension_owner(|| {
+        sql::run(
+            "INSERT INTO llm_batch.classifier (name, owner, model, instruction, labels, examples, options)
+             VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING 1",
+            &args,
+        )
+    })?;
+    if made == 0 {
+        return Err(exists("classifier", name, "alter_classifier").into());
+    }
+    Ok(())
+}
+
+#[pg_extern(sql = false)]
+fn alter_classifier(
+    name: Option<&str>,
+    labels: Option<JsonB>,
+    model: Option<&str>,
+    instruction: Option<&str>,
+    examples: Option<JsonB>,
+    options: Option<JsonB>,
+) -> std::result::Result<(), ErrorReport> {
+    let name = required(name, "name")?;
+    check_owner("classifier", "classifier", name)?;
+    if let Some(model) = model {
+        check_model(model)?;
+    }
+    let now = sql::row(
+        "SELECT labels, examples, options FROM llm_batch.classifier WHERE name = $1",
+        &[name.into()],
+        |row| Ok((row.get::<JsonB>(1)?.0, row.get::<JsonB>(2)?.0, row.get::<JsonB>(3)?.0)),
+    )?;
+    let (old_labels, old_examples, old_options) = now.unwrap_or_default();
+    let new = |given: Option<JsonB>, old: Value| given.map_or(old, |g| g.0);
+    // Examples may name labels, so all of it is checked together.
+    let checked = check(&new(labels, old_labels), &new(examples, old_examples), &new(options, old_options))?;
+    let args: Vec<DatumWithOid> = vec![
+        name.into(),
+        model.into(),
+        instruction.into(),
+        JsonB(checked.labels).into(),
+        JsonB(checked.examples).into(),
+        JsonB(checked.options).into(),
+    ];
+    txn::as_extension_owner(|| {
+        sql::run(
+            "UPDATE llm_batch.classifier SET model = coalesce($2, model), instruction = coalesce($3, instruction),
+                    labels = $4, examples = $5, options = $6 WHERE name = $1",
+            &args,
+        )
+    })?;
+    Ok(())
+}
+
+#[pg_extern(sql = false)]
+fn drop_classifier(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
+    let name = required(name, "name")?;
+    check_owner("classifier", "classifier", name)?;
+    txn::as_extension_owner(|| {
+        let job = sql::one::<i64>(
+            "SELECT job_id FROM llm_batch.progress WHERE task = $1 AND status IN ('running', 'paused') ORDER BY 1",
+            &[name.into()],
+        )?;
+        if let Some(job) = job {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+                format!("cannot drop classifier \"{name}\" because job {job} uses it"),
+            )
+            .hint(format!("Wait for the job, or end it with llm_batch.cancel({job}).")));
+        }
+        sql::run("DELETE FROM llm_batch.classifier WHERE name = $1", &[name.into()])
+    })?;
+    Ok(())
+}

@@ -1,0 +1,299 @@
+//! `llm_classify()` and `llm_classify_batch()`: streams of one row and of a query's rows. The same path as a job's.
+
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use llm_batch_gateway::protocol::{FromGateway, Item, Stream, ToGateway, Verdict};
+use pgrx::datum::JsonB;
+use pgrx::iter::TableIterator;
+use pgrx::name;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use serde_json::json;
+
+use crate::client::{Client, Received, check_loaded};
+use crate::error::{Error, Result};
+use crate::model::current_user;
+use crate::{classifier, model, provider, worker};
+
+/// Rows of a statement that are under way at the same time.
+const WINDOW_ROWS: usize = 2_000;
+/// Bytes of their text.
+const WINDOW_BYTES: usize = 4 << 20;
+/// Rows taken from a query at a time.
+const FETCH: usize = 200;
+
+/// A task as a stream of this session's role.
+fn stream(known: classifier::Known) -> Result<(Stream, String)> {
+    let m = model::load(&known.model)?;
+    let stream = Stream {
+        database: worker::my_database(),
+        role: current_user().to_u32(),
+        interactive: true,
+        endpoint: provider::endpoint(&m.server, current_user())?,
+        model: m.model,
+        task: known.task,
+    };
+    Ok((stream, known.model))
+}
+
+thread_local! {
+    /// The connection of the last statement and what was opened on it: a scalar function is called row by row.
+    static KEPT: RefCell<Option<(Client, Stream)>> = const { RefCell::new(None) };
+}
+
+/// Asks about rows as `source` yields them (at most so many at a call; none: the end), and hands what became of each,
+/// by its position, to `sink`.
+fn ask(
+    stream: &Stream,
+    model: &str,
+    source: &mut dyn FnMut(usize) -> Result<Vec<String>>,
+    sink: &mut dyn FnMut(usize, Verdict),
+) -> Result<()> {
+    let kept = KEPT.with_borrow_mut(Option::take);
+    let mut client = match kept {
+        Some((client, opened)) if opened == *stream => client,
+        _ => open(stream)?,
+    };
+    let mut pending: BTreeMap<u64, String> = BTreeMap::new();
+    let mut bytes = 0;
+    let mut next = 0;
+    let mut ended = false;
+    loop {
+        while !ended && pending.len() < WINDOW_ROWS && (bytes < WINDOW_BYTES || pending.is_empty()) {
+            let texts = source(FETCH)?;
+            ended = texts.is_empty();
+            let mut items = Vec::new();
+            for text in texts {
+                bytes += text.len();
+                pending.insert(next, text.clone());
+                items.push(Item { n: next, text });
+                next += 1;
+            }
+            send(&mut client, items)?;
+        }
+        if pending.is_empty() {
+            KEPT.set(Some((client, stream.clone())));
+            return Ok(());
+        }
+        match client.receive(Duration::from_secs(60))? {
+            Received::Message(FromGateway::Outcomes { outcomes, .. }) => {
+                for o in outcomes {
+                    // What was withdrawn is followed by the reason: the stream is stopped.
+                    if o.verdict != Verdict::Withdrawn
+                        && let Some(text) = pending.remove(&o.n)
+                    {
+                        bytes -= text.len();
+                        sink(o.n as usize, o.verdict);
+                    }
+                }
+            }
+            Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, model)),
+            Received::Message(_) | Received::Nothing => {}
+            Received::Lost => {
+                client = open(stream)?;
+                let items = pending.iter().map(|(n, text)| Item { n: *n, text: text.clone() }).collect();
+                send(&mut client, items)?;
+            }
+        }
+    }
+}
+
+fn open(stream: &Stream) -> Result<Client> {
+    let mut client = Client::connect()?;
+    client.send(&ToGateway::Open(Box::new(stream.clone())))?;
+    Ok(client)
+}
+
+/// Sends rows in frames that are small enough.
+fn send(client: &mut Client, items: Vec<Item>) -> Result<()> {
+    let mut frame = Vec::new();
+    let mut bytes = 0;
+    for item in items {
+        bytes += item.text.len();
+        frame.push(item);
+        if bytes > 1 << 20 {
+            client.send(&ToGateway::Items(std::mem::take(&mut frame)))?;
+            bytes = 0;
+        }
+    }
+    if frame.is_empty() { Ok(()) } else { client.send(&ToGateway::Items(frame)) }
+}
+
+/// A label, or its absence with the reason as a warning.
+fn classify_one(input: &str, known: classifier::Known) -> Result<Option<String>> {
+    check_loaded()?;
+    if input.is_empty() {
+        return Ok(None);
+    }
+    let (stream, model) = stream(known)?;
+    let mut source = vec![input.to_owned()];
+    let mut got = None;
+    ask(&stream, &model, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
+    match got {
+        Some(Verdict::Label(i)) => Ok(stream.task.labels.get(i as usize).map(|l| l.label.clone())),
+        Some(Verdict::Skip { class, detail } | Verdict::Fail { class, detail }) => {
+            ereport!(
+                WARNING,
+                PgSqlErrorCode::ERRCODE_WARNING,
+                "the model gave no label for a text",
+                format!("{class}: {detail}")
+            );
+            Ok(None)
+        }
+        Some(Verdict::Withdrawn) | None => Ok(None),
+    }
+}
+
+#[pg_extern(sql = false)]
+fn llm_classify(input: &str, task: &str) -> std::result::Result<Option<String>, ErrorReport> {
+    Ok(classify_one(input, classifier::load(task, &json!({}))?)?)
+}
+
+#[pg_extern(sql = false)]
+fn llm_classify_labels(
+    input: &str,
+    labels: Vec<Option<String>>,
+    options: JsonB,
+) -> std::result::Result<Option<String>, ErrorReport> {
+    Ok(classify_one(input, classifier::from_labels(labels, &options.0)?)?)
+}
+
+#[derive(Default)]
+struct Answer {
+    id: Option<String>,
+    label: Option<String>,
+    status: &'static str,
+    detail: Option<String>,
+}
+
+fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> {
+    check_loaded()?;
+    let (stream, model) = stream(known)?;
+    let answers: RefCell<Vec<Answer>> = RefCell::new(Vec::new());
+    // The position among the rows that are asked about → the position among all rows.
+    let asked: RefCell<Vec<usize>> = RefCell::new(Vec::new());
+    Spi::connect(|client| -> Result<()> {
+        let mut cursor = client.try_open_cursor(query, &[])?;
+        let mut source = |n: usize| -> Result<Vec<String>> {
+            let mut texts = Vec::new();
+            // A page may consist of rows without text; only the end of the query ends the rows.
+            loop {
+                let rows = cursor.fetch(n as libc::c_long)?;
+                if rows.is_empty() {
+                    return Ok(texts);
+                }
+                if rows.columns()? != 2 {
+                    return Err(Error::new(
+                        PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
+                        format!("the query must return two columns, id and input, not {}", rows.columns()?),
+                    )
+                    .hint("Write it as 'SELECT id, body FROM …'."));
+                }
+                for (id, text) in output(rows) {
+                    let mut answers = answers.borrow_mut();
+                    match text.filter(|t| !t.is_empty()) {
+                        Some(text) => {
+                            asked.borrow_mut().push(answers.len());
+                            texts.push(text);
+                            answers.push(Answer { id, ..Answer::default() });
+                        }
+                        None => {
+                            let detail = Some("empty: the input is NULL or empty".to_owned());
+                            answers.push(Answer { id, status: "skipped", detail, ..Answer::default() });
+                        }
+                    }
+                }
+                if !texts.is_empty() {
+                    return Ok(texts);
+                }
+            }
+        };
+        let mut sink = |n: usize, verdict: Verdict| {
+            let at = asked.borrow().get(n).copied().unwrap_or(usize::MAX);
+            if let Some(answer) = answers.borrow_mut().get_mut(at) {
+                match verdict {
+                    Verdict::Label(i) => {
+                        answer.label = stream.task.labels.get(i as usize).map(|l| l.label.clone());
+                        answer.status = "ok";
+                    }
+                    Verdict::Skip { class, detail } => {
+                        answer.status = "skipped";
+                        answer.detail = Some(format!("{class}: {detail}"));
+                    }
+                    Verdict::Fail { class, detail } => {
+                        answer.status = "failed";
+                        answer.detail = Some(format!("{class}: {detail}"));
+                    }
+                    Verdict::Withdrawn => {}
+                }
+            }
+        };
+        ask(&stream, &model, &mut source, &mut sink)
+    })?;
+    Ok(answers.into_inner())
+}
+
+/// The two columns of every row as text, by their types' output functions.
+fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Vec<(Option<String>, Option<String>)> {
+    let mut out = Vec::with_capacity(rows.len());
+    // SAFETY: SPI_tuptable is the table that the fetch just before left, with `numvals` rows; SPI_getvalue returns a
+    // palloc'd string or NULL.
+    unsafe {
+        let table = pg_sys::SPI_tuptable;
+        if table.is_null() {
+            return out;
+        }
+        let value = |tuple: pg_sys::HeapTuple, column: i32| {
+            let text = pg_sys::SPI_getvalue(tuple, (*table).tupdesc, column);
+            (!text.is_null()).then(|| {
+                let owned = std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned();
+                pg_sys::pfree(text.cast());
+                owned
+            })
+        };
+        for i in 0..(*table).numvals as usize {
+            let tuple = *(*table).vals.add(i);
+            out.push((value(tuple, 1), value(tuple, 2)));
+        }
+    }
+    drop(rows);
+    out
+}
+
+type Row = (Option<String>, Option<String>, String, Option<String>);
+
+fn as_rows(answers: Vec<Answer>) -> impl Iterator<Item = Row> {
+    answers.into_iter().map(|a| (a.id, a.label, a.status.to_owned(), a.detail))
+}
+
+#[pg_extern(sql = false)]
+fn llm_classify_batch(
+    query: &str,
+    task: &str,
+    options: JsonB,
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (name!(id, Option<String>), name!(label, Option<String>), name!(status, String), name!(detail, Option<String>)),
+    >,
+    ErrorReport,
+> {
+    Ok(TableIterator::new(as_rows(classify_query(query, classifier::load(task, &options.0)?)?)))
+}
+
+#[pg_extern(sql = false)]
+fn llm_classify_batch_labels(
+    query: &str,
+    labels: Vec<Option<String>>,
+    options: JsonB,
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (name!(id, Option<String>), name!(label, Option<String>), name!(status, String), name!(detail, Option<String>)),
+    >,
+    ErrorReport,
+> {
+    Ok(TableIterator::new(as_rows(classify_query(query, classifier::from_labels(labels, &options.0)?)?)))
+}

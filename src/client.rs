@@ -1,0 +1,131 @@
+//! The gateway's client: in sessions and in job workers, always on the main thread. It waits on the process' latch, so
+//! cancel, termination and shutdown work while an answer is under way; a dead gateway is a closed connection.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use llm_batch_gateway::protocol::{FromGateway, ToGateway, decode, encode};
+use pgrx::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::shared;
+use crate::worker::gateway::connect;
+use crate::worker::{Socket, wait};
+
+/// How long a gateway may take to come up or come back.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A connection to the gateway.
+pub struct Client {
+    stream: UnixStream,
+    incoming: Vec<u8>,
+    outgoing: Vec<u8>,
+}
+
+/// What came of waiting.
+pub enum Received {
+    Message(FromGateway),
+    /// The time was up, or something else woke the process.
+    Nothing,
+    /// The connection is gone: the gateway ended. What was not answered has to be asked again.
+    Lost,
+}
+
+/// Without the library in `shared_preload_libraries` there is no gateway.
+pub fn check_loaded() -> Result<()> {
+    if shared::is_ready() {
+        return Ok(());
+    }
+    Err(Error::state("pg_llm_batch is not loaded")
+        .detail("It needs background processes, which are started with the server.")
+        .hint("Add pg_llm_batch to shared_preload_libraries in postgresql.conf and restart the server."))
+}
+
+impl Client {
+    /// Connects. The gateway may be about to start, or to come back: that is waited for.
+    pub fn connect() -> Result<Self> {
+        check_loaded()?;
+        let start = Instant::now();
+        loop {
+            match connect() {
+                Ok(stream) => return Ok(Self { stream, incoming: Vec::new(), outgoing: Vec::new() }),
+                Err(e) if start.elapsed() > PATIENCE => {
+                    return Err(Error::new(
+                        PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
+                        "could not connect to the llm_batch gateway",
+                    )
+                    .detail(e.to_string())
+                    .hint("The server's log says why the process \"llm_batch gateway\" is not running."));
+                }
+                Err(_) => wait(None, Some(Duration::from_millis(50))),
+            }
+        }
+    }
+
+    /// Queues a message and writes as much as goes at once; `receive` writes the rest.
+    pub fn send(&mut self, message: &ToGateway) -> Result<()> {
+        let frame = encode(message).map_err(|e| Error::new(PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED, e))?;
+        self.outgoing.extend_from_slice(&frame);
+        // A lost connection is noticed by receive().
+        self.write();
+        Ok(())
+    }
+
+    fn write(&mut self) -> bool {
+        while !self.outgoing.is_empty() {
+            match self.stream.write(&self.outgoing) {
+                Ok(0) => return false,
+                Ok(n) => drop(self.outgoing.drain(..n)),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return true,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+        }
+        true
+    }
+
+    /// The next message; waits for one until the time is up or the latch is set, at most once.
+    pub fn receive(&mut self, timeout: Duration) -> Result<Received> {
+        for is_last in [false, true] {
+            if let Some(message) = self.take()? {
+                return Ok(Received::Message(message));
+            }
+            if !self.write() || !self.read() {
+                return Ok(self.take()?.map_or(Received::Lost, Received::Message));
+            }
+            if let Some(message) = self.take()? {
+                return Ok(Received::Message(message));
+            }
+            if !is_last {
+                if timeout.is_zero() {
+                    break;
+                }
+                let socket = Socket { descriptor: self.stream.as_raw_fd(), for_writing: !self.outgoing.is_empty() };
+                wait(Some(socket), Some(timeout));
+            }
+        }
+        Ok(Received::Nothing)
+    }
+
+    fn take(&mut self) -> Result<Option<FromGateway>> {
+        decode(&mut self.incoming).map_err(|e| Error::new(PgSqlErrorCode::ERRCODE_PROTOCOL_VIOLATION, e))
+    }
+
+    fn read(&mut self) -> bool {
+        let mut buffer = [0; 64 * 1024];
+        loop {
+            match self.stream.read(&mut buffer) {
+                Ok(0) => return false,
+                Ok(n) => self.incoming.extend_from_slice(buffer.get(..n).unwrap_or_default()),
+                Err(e) if e.kind() == ErrorKind::WouldBlock => return true,
+                Err(e) if e.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+            if self.incoming.len() > 4 * buffer.len() {
+                return true;
+            }
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! The one error type of this crate: what a user is told, as Postgres tells it.
+
+use llm_batch_gateway::protocol::{Stop, StopReason};
+use pgrx::PgSqlErrorCode;
+use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
+
+/// An error with its SQLSTATE; becomes an `ereport(ERROR)` when a SQL function returns it.
+#[derive(Debug, Clone)]
+pub struct Error {
+    pub code: PgSqlErrorCode,
+    pub message: String,
+    pub detail: Option<String>,
+    pub hint: Option<String>,
+}
+
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    pub fn new(code: PgSqlErrorCode, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), detail: None, hint: None }
+    }
+
+    /// 22023, for a value that can't be used.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE, message)
+    }
+
+    /// 42704, for a name that means nothing.
+    pub fn unknown(message: impl Into<String>) -> Self {
+        Self::new(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, message)
+    }
+
+    /// 42501.
+    pub fn denied(message: impl Into<String>) -> Self {
+        Self::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_PRIVILEGE, message)
+    }
+
+    /// 55000, for something that is not in the state it would have to be in.
+    pub fn state(message: impl Into<String>) -> Self {
+        Self::new(PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE, message)
+    }
+
+    pub fn detail(mut self, detail: impl Into<String>) -> Self {
+        self.detail = Some(detail.into());
+        self
+    }
+
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// What a provider's refusal means to a user.
+    pub fn from_stop(stop: &Stop, model: &str) -> Self {
+        use PgSqlErrorCode as C;
+        let (code, message, hint) = match stop.reason {
+            StopReason::Auth => (
+                C::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
+                format!("the provider of model \"{model}\" refuses the key"),
+                "Set the right one with ALTER USER MAPPING … OPTIONS (SET api_key '…').",
+            ),
+            StopReason::Spend => (
+                C::ERRCODE_INSUFFICIENT_RESOURCES,
+                format!("the account of model \"{model}\" has no money left"),
+                "Add money or raise the limit at the provider.",
+            ),
+            StopReason::Quota => (
+                C::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+                format!("the quota of model \"{model}\" is used up"),
+                "Wait until the provider renews it, or raise it there.",
+            ),
+            StopReason::ProviderDown => (
+                C::ERRCODE_CONNECTION_FAILURE,
+                format!("the provider of model \"{model}\" does not answer"),
+                "Check base_url of the server, and that the endpoint can be reached from the database server.",
+            ),
+            StopReason::NotFound => (
+                C::ERRCODE_UNDEFINED_OBJECT,
+                format!("the provider does not know model \"{model}\""),
+                "Check the name of the model and base_url of the server, which usually ends in /v1.",
+            ),
+            StopReason::Rejected => (
+                C::ERRCODE_FDW_INVALID_ATTRIBUTE_VALUE,
+                format!("the provider of model \"{model}\" refuses the request"),
+                "Check the parameters of the model and the options of the task, such as structured_output.",
+            ),
+            StopReason::Disabled => (
+                C::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                "pg_llm_batch is switched off".to_owned(),
+                "Set llm_batch.enabled = on and reload the configuration.",
+            ),
+        };
+        Self::new(code, message).detail(stop.message.clone()).hint(hint)
+    }
+
+    /// One line for `last_error`.
+    pub fn one_line(&self) -> String {
+        match &self.detail {
+            Some(detail) => format!("{}: {detail}", self.message),
+            None => self.message.clone(),
+        }
+    }
+}
+
+impl From<Error> for ErrorReport {
+    fn from(e: Error) -> Self {
+        let mut report = ErrorReport::new(e.code, e.message, "pg_llm_batch");
+        if let Some(detail) = e.detail {
+            report = report.set_detail(detail);
+        }
+        if let Some(hint) = e.hint {
+            report = report.set_hint(hint);
+        }
+        report
+    }
+}
+
+impl From<llm_batch_core::Error> for Error {
+    fn from(e: llm_batch_core::Error) -> Self {
+        let mut error = Error::invalid(e.message);
+        error.hint = e.hint;
+        error
+    }
+}
+
+impl From<pgrx::spi::Error> for Error {
+    fn from(e: pgrx::spi::Error) -> Self {
+        Error::new(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, format!("a statement of pg_llm_batch failed: {e}"))
+    }
+}
+
+impl From<CaughtError> for Error {
+    fn from(e: CaughtError) -> Self {
+        match e {
+            CaughtError::PostgresError(e) | CaughtError::ErrorReport(e) | CaughtError::RustPanic { ereport: e, .. } => {
+                Self {
+                    code: e.sql_error_code(),
+                    message: e.message().to_owned(),
+                    detail: e.detail().map(str::to_owned),
+                    hint: e.hint().map(str::to_owned),
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,90 @@
+//! A page of claimed rows. Their keys stay in the server's own form, as one array for each column of the key; a row is
+//! named by its position.
+
+use pgrx::datum::DatumWithOid;
+use pgrx::prelude::*;
+
+use crate::error::Result;
+
+/// An array value that outlives the transaction it was read in.
+#[derive(Debug)]
+struct KeptArray {
+    value: pg_sys::Datum,
+    type_oid: pg_sys::Oid,
+}
+
+impl KeptArray {
+    /// Copies an array.
+    ///
+    /// # Safety
+    /// `value` must be a varlena value of the array type `type_oid`.
+    unsafe fn copy(value: pg_sys::Datum, type_oid: pg_sys::Oid) -> Self {
+        // SAFETY: a flat copy is made in a context that lives as long as the process; freed in drop.
+        unsafe {
+            let before = pg_sys::MemoryContextSwitchTo(pg_sys::TopMemoryContext);
+            let copy = pg_sys::pg_detoast_datum_copy(value.cast_mut_ptr());
+            pg_sys::MemoryContextSwitchTo(before);
+            Self { value: pg_sys::Datum::from(copy), type_oid }
+        }
+    }
+}
+
+impl Drop for KeptArray {
+    fn drop(&mut self) {
+        // While a Postgres error unwinds nothing of Postgres is called; the process ends soon, or leaks one page.
+        if !std::thread::panicking() {
+            // SAFETY: allocated in copy() and referred to nowhere else.
+            unsafe { pg_sys::pfree(self.value.cast_mut_ptr()) };
+        }
+    }
+}
+
+/// Claimed rows.
+#[derive(Debug)]
+pub struct Page {
+    keys: Vec<KeptArray>,
+    /// Of each row: the hash of its input.
+    pub hashes: Vec<i64>,
+    /// Number of rows.
+    pub len: usize,
+}
+
+impl Page {
+    /// The keys as arguments of a statement, one array a column.
+    pub fn args(&self) -> Vec<DatumWithOid<'_>> {
+        self.keys
+            .iter()
+            // SAFETY: the value is an array of this type and lives as long as the page.
+            .map(|k| unsafe { DatumWithOid::new(k.value, k.type_oid) })
+            .collect()
+    }
+}
+
+/// Runs a claim: a statement whose single row holds an array for each column of the key, then the texts, their hashes
+/// and the keys as JSON. `None` if it found no rows.
+pub fn claim(
+    query: &str,
+    args: &[DatumWithOid<'_>],
+    key_columns: usize,
+) -> Result<Option<(Page, Vec<Option<String>>, Option<Vec<Option<pgrx::datum::JsonB>>>)>> {
+    Spi::connect_mut(|client| {
+        let table = client.update(query, None, args)?;
+        if table.is_empty() {
+            return Ok(None);
+        }
+        let table = table.first();
+        let mut keys = Vec::new();
+        for column in 1..=key_columns {
+            let Some(value) = table.get_datum_by_ordinal(column)? else { return Ok(None) };
+            let type_oid = table.column_type_oid(column)?.value();
+            // SAFETY: array_agg returns an array, of the type that the column says.
+            keys.push(unsafe { KeptArray::copy(value, type_oid) });
+        }
+        let texts = table.get::<Vec<Option<String>>>(key_columns + 1)?.unwrap_or_default();
+        let hashes = table.get::<Vec<Option<i64>>>(key_columns + 2)?.unwrap_or_default();
+        let json = table.get::<Vec<Option<pgrx::datum::JsonB>>>(key_columns + 3)?;
+        let hashes: Vec<i64> = hashes.into_iter().map(Option::unwrap_or_default).collect();
+        let len = hashes.len();
+        Ok(Some((Page { keys, hashes, len }, texts, json)))
+    })
+}

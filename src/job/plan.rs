@@ -1,0 +1,170 @@
+//! The statements of a job, as text. What a user wrote (input, filter) stands in them as it is and runs with the
+//! owner's rights under the search_path of `backfill()`'s caller; everything of ours is qualified.
+//!
+//! Keys come as arrays `$1 … $k`, one a column; a row is a position in them.
+
+use crate::error::{Error, Result};
+use crate::job::store::Job;
+use crate::sql;
+use crate::sql::name;
+
+/// The statements of a job for the table as it is named now.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    /// How many rows are to fill, and how many of them have no text.
+    pub count: String,
+    /// The first page; `$1` is its size.
+    pub claim_first: String,
+    /// The page after row `$k+1` of the keys; `$k+2` is its size.
+    pub claim_next: String,
+    /// Locks rows `$k+1` (positions): position, whether the target is NULL, the input's hash.
+    pub lock: String,
+    /// The same without a lock.
+    pub look: String,
+    /// Whether row `$k+1` can be locked: raises if another transaction holds it, returns no row if it is out of reach.
+    pub try_lock: String,
+    /// Writes labels `$k+2` to rows `$k+1`: position, whether the target is still NULL.
+    pub update: String,
+    /// Whether we may write the target at all.
+    pub may_update: String,
+    /// The keys of rows `$k+1` as JSON: position, key.
+    pub describe: String,
+}
+
+/// A table as it is named now.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Table {
+    /// Schema and name, quoted.
+    pub full: String,
+    /// The name alone, quoted: how its columns are qualified.
+    pub bare: String,
+    pub is_partitioned: bool,
+}
+
+/// The table, if it and all columns are still what they were when the job was made; else what is wrong.
+pub fn table(job: &Job) -> Result<Table> {
+    let found = sql::row(
+        "SELECT pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)),
+                pg_catalog.quote_ident(c.relname), c.relkind OPERATOR(pg_catalog.=) 'p'
+           FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
+          WHERE c.oid OPERATOR(pg_catalog.=) $1",
+        &[job.relation.into()],
+        |r| Ok(Table { full: r.get(1)?, bare: r.get(2)?, is_partitioned: r.get(3)? }),
+    )?;
+    let Some(table) = found else {
+        return Err(Error::new(pgrx::PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE, "the table of the job was dropped"));
+    };
+    let columns = job.key_names.iter().zip(&job.key_attnums).map(|(name, attnum)| (name, *attnum, None)).chain([(
+        &job.target,
+        job.target_attnum,
+        Some(job.target_type),
+    )]);
+    for (column, attnum, type_oid) in columns {
+        let same = sql::one::<bool>(
+            "SELECT a.attname OPERATOR(pg_catalog.=) $3::pg_catalog.name AND NOT a.attisdropped
+                    AND ($4 IS NULL OR a.atttypid OPERATOR(pg_catalog.=) $4)
+               FROM pg_catalog.pg_attribute a
+              WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) $2",
+            &[job.relation.into(), attnum.into(), column.as_str().into(), type_oid.into()],
+        )?;
+        if same != Some(true) {
+            return Err(Error::new(
+                pgrx::PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
+                format!("column \"{column}\" of {} was dropped, renamed or replaced while the job ran", table.full),
+            ));
+        }
+    }
+    Ok(table)
+}
+
+impl Plan {
+    /// The statements for the table as it is named now; `target_type` as the statements may write it.
+    pub fn new(job: &Job, table: &Table, target_type: &str) -> Self {
+        let Table { full, bare, is_partitioned } = table;
+        let only = if *is_partitioned { String::new() } else { "ONLY ".to_owned() };
+        let target = name(&job.target);
+        let input = format!("(({})\n)::pg_catalog.text", job.input);
+        let keys: Vec<String> = job.key_names.iter().map(|n| name(n)).collect();
+        let k = keys.len();
+        let todo = format!("{target} IS NULL AND ({}\n)", job.filter.as_deref().unwrap_or("true"));
+        // Rows without text are counted at the start, and never claimed.
+        let has_text = format!("COALESCE({input}, '') OPERATOR(pg_catalog.<>) ''");
+        let hash = format!("pg_catalog.hashtextextended({input} COLLATE pg_catalog.\"C\", 0)");
+        let json: Vec<String> =
+            job.key_names.iter().zip(&keys).map(|(n, q)| format!("{}, {q}", pgrx::spi::quote_literal(n))).collect();
+        let json = format!("pg_catalog.jsonb_build_object({})", json.join(", "));
+        let aggregates: Vec<String> = (1..=k).map(|i| format!("pg_catalog.array_agg(q.\"llm_batch k{i}\")")).collect();
+        let as_k: Vec<String> =
+            keys.iter().enumerate().map(|(i, q)| format!("{q} AS \"llm_batch k{}\"", i + 1)).collect();
+        let claim = |after: &str, limit: usize| {
+            format!(
+                "SELECT {aggregates}, pg_catalog.array_agg(q.\"llm_batch t\"), pg_catalog.array_agg(q.\"llm_batch h\"),
+                        pg_catalog.array_agg(q.\"llm_batch j\")
+                   FROM (SELECT {as_k}, {input} AS \"llm_batch t\", {hash} AS \"llm_batch h\", {json} AS \"llm_batch j\"
+                           FROM {only}{full} WHERE {todo} AND {has_text}{after} ORDER BY {order} LIMIT ${limit}) q
+                 HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 0",
+                aggregates = aggregates.join(", "),
+                as_k = as_k.join(", "),
+                order = keys.join(", "),
+            )
+        };
+        let at = |position: &str| -> Vec<String> { (1..=k).map(|i| format!("(${i})[{position}]")).collect() };
+        let last = at(&format!("${}", k + 1));
+        let after = if k == 1 {
+            format!(" AND {} OPERATOR(pg_catalog.>) {}", keys.join(", "), last.join(", "))
+        } else {
+            format!(" AND ROW({}) OPERATOR(pg_catalog.>) ROW({})", keys.join(", "), last.join(", "))
+        };
+        // The table stands alone in the FROM clause of what evaluates the input, so that no name of ours gets into its
+        // way; positions come from a list of odd names.
+        let positions = format!("pg_catalog.unnest(${}::pg_catalog.int4[]) \"llm_batch u\" (\"llm_batch i\")", k + 1);
+        let u = "\"llm_batch u\".\"llm_batch i\"";
+        let matches = |qualifier: &str| -> String {
+            keys.iter()
+                .zip(at(u))
+                .map(|(q, v)| format!("{qualifier}{q} OPERATOR(pg_catalog.=) {v}"))
+                .collect::<Vec<_>>()
+                .join(" AND ")
+        };
+        let qualifier = format!("{bare}.");
+        let look = format!(
+            "SELECT {u}, {qualifier}{target} IS NULL, {hash} FROM {positions} JOIN {only}{full} ON {}",
+            matches(&qualifier)
+        );
+        let one: Vec<String> = keys
+            .iter()
+            .zip(at(&format!("${}", k + 1)))
+            .map(|(q, v)| format!("{q} OPERATOR(pg_catalog.=) {v}"))
+            .collect();
+        let described: Vec<String> =
+            job.key_names.iter().zip(at(u)).map(|(n, v)| format!("{}, {v}", pgrx::spi::quote_literal(n))).collect();
+        Self {
+            count: format!(
+                "SELECT pg_catalog.count(*), pg_catalog.count(*) FILTER (WHERE NOT ({has_text})) FROM {only}{full} WHERE {todo}"
+            ),
+            claim_first: claim("", 1),
+            claim_next: claim(&after, k + 2),
+            lock: format!("{look} FOR NO KEY UPDATE OF {bare} SKIP LOCKED"),
+            look,
+            try_lock: format!("SELECT 1 FROM {only}{full} WHERE {} FOR NO KEY UPDATE NOWAIT", one.join(" AND ")),
+            update: format!(
+                "UPDATE {only}{full} SET {target} = \"llm_batch u\".\"llm_batch l\"::{target_type}
+                   FROM pg_catalog.unnest(${}::pg_catalog.int4[], ${}::pg_catalog.text[]) \"llm_batch u\" (\"llm_batch i\", \"llm_batch l\")
+                  WHERE {} AND {qualifier}{target} IS NULL
+              RETURNING {u}, {qualifier}{target} IS NULL",
+                k + 1,
+                k + 2,
+                matches(&qualifier)
+            ),
+            may_update: format!(
+                "SELECT pg_catalog.has_column_privilege({}::pg_catalog.oid, {}::pg_catalog.int2, 'UPDATE')",
+                job.relation.to_u32(),
+                job.target_attnum
+            ),
+            describe: format!(
+                "SELECT {u}, pg_catalog.jsonb_build_object({}) FROM {positions}",
+                described.join(", ")
+            ),
+        }
+    }
+}

@@ -1,0 +1,295 @@
+//! Our own tables, read and written as the extension's owner: jobs, their state, their failures.
+
+use pgrx::datum::{JsonB, TimestampWithTimeZone};
+use pgrx::prelude::*;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::{sql, txn};
+
+/// A number that tells this cluster from others; a dump that is restored elsewhere brings another one with it.
+pub fn cluster() -> i64 {
+    // SAFETY: read from the control file at the start of the server.
+    unsafe { pg_sys::GetSystemIdentifier() as i64 }
+}
+
+/// A job as its owner sees it.
+#[derive(Debug, Clone)]
+pub struct Status {
+    pub id: i64,
+    pub owner: pg_sys::Oid,
+    pub relation: pg_sys::Oid,
+    pub target: String,
+    pub status: String,
+    pub reason: Option<String>,
+}
+
+/// Looks a job up that the caller may control.
+pub fn status(id: i64) -> Result<Status> {
+    let found = txn::as_extension_owner(|| {
+        sql::row(
+            "SELECT p.owner::oid, j.relation::oid, p.target::text, p.status, p.reason
+               FROM llm_batch.progress p JOIN llm_batch.job j ON j.id = p.job_id WHERE p.job_id = $1",
+            &[id.into()],
+            |r| {
+                Ok(Status {
+                    id,
+                    owner: r.get(1)?,
+                    relation: r.get(2)?,
+                    target: r.get(3)?,
+                    status: r.get(4)?,
+                    reason: r.maybe(5)?,
+                })
+            },
+        )
+    })?;
+    let unknown =
+        || Error::unknown(format!("job {id} does not exist")).hint("The view llm_batch.progress lists your jobs.");
+    let found = found.ok_or_else(unknown)?;
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    if unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), found.owner) } {
+        Ok(found)
+    } else {
+        Err(Error::denied(format!("must be owner of job {id}")))
+    }
+}
+
+/// A job as its worker needs it.
+#[derive(Debug, Clone)]
+pub struct Job {
+    pub id: i64,
+    pub relation: pg_sys::Oid,
+    pub target: String,
+    pub target_attnum: i16,
+    pub target_type: pg_sys::Oid,
+    pub key_names: Vec<String>,
+    pub key_attnums: Vec<i16>,
+    pub input: String,
+    pub filter: Option<String>,
+    pub task: String,
+    pub options: Value,
+    pub search_path: String,
+    pub cluster: i64,
+    pub wanted: String,
+    pub epoch: i32,
+    pub retry_epoch: i32,
+    /// What its state said in the present epoch.
+    pub status: String,
+    /// Whether the rows have been counted.
+    pub is_counted: bool,
+    pub retried_epoch: i32,
+    pub has_failures: bool,
+    pub max_attempts: u32,
+}
+
+/// Reads a job; `None` if it is gone.
+pub fn load(id: i64) -> Result<Option<Job>> {
+    txn::as_extension_owner(|| {
+        sql::row(
+            "SELECT j.relation::oid, j.target::text, j.target_attnum, j.target_type::oid, j.key_names::text[], j.key_attnums,
+                    j.input, j.filter, j.task, j.options, j.search_path, j.cluster, j.wanted, j.epoch, j.retry_epoch,
+                    CASE WHEN s.epoch = j.epoch THEN s.status ELSE 'running' END, s.rows_total IS NOT NULL, s.retried_epoch,
+                    EXISTS (SELECT FROM llm_batch.row_failure f WHERE f.job_id = j.id)
+               FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id WHERE j.id = $1",
+            &[id.into()],
+            |r| {
+                Ok(Job {
+                    id,
+                    relation: r.get(1)?,
+                    target: r.get(2)?,
+                    target_attnum: r.get(3)?,
+                    target_type: r.get(4)?,
+                    key_names: r.get::<Vec<Option<String>>>(5)?.into_iter().flatten().collect(),
+                    key_attnums: r.get::<Vec<Option<i16>>>(6)?.into_iter().flatten().collect(),
+                    input: r.get(7)?,
+                    filter: r.maybe(8)?,
+                    task: r.get(9)?,
+                    options: r.get::<JsonB>(10)?.0,
+                    search_path: r.get(11)?,
+                    cluster: r.get(12)?,
+                    wanted: r.get(13)?,
+                    epoch: r.get(14)?,
+                    retry_epoch: r.get(15)?,
+                    status: r.get(16)?,
+                    is_counted: r.get(17)?,
+                    retried_epoch: r.get(18)?,
+                    has_failures: r.get(19)?,
+                    max_attempts: 3,
+                })
+            },
+        )
+    })
+}
+
+/// Begins a run: the state becomes that of the present epoch, and failures from before a `retry_failed()` are forgotten.
+pub fn begin(job: &Job) -> Result<()> {
+    txn::as_extension_owner(|| {
+        if job.retry_epoch > job.retried_epoch {
+            sql::run(
+                "WITH gone AS (DELETE FROM llm_batch.row_failure WHERE job_id = $1 RETURNING state)
+                 UPDATE llm_batch.job_state SET retried_epoch = $2,
+                        rows_skipped = rows_skipped - (SELECT count(*) FROM gone WHERE state = 'skipped'),
+                        rows_failed = rows_failed - (SELECT count(*) FROM gone WHERE state = 'failed')
+                  WHERE job_id = $1",
+                &[job.id.into(), job.retry_epoch.into()],
+            )?;
+        }
+        sql::run(
+            "UPDATE llm_batch.job_state SET status = 'running', reason = NULL, resume_at = NULL, epoch = $2,
+                    started_at = coalesce(started_at, now()), updated_at = now()
+              WHERE job_id = $1",
+            &[job.id.into(), job.epoch.into()],
+        )?;
+        Ok(())
+    })
+}
+
+/// Enters how many rows there are to fill, and how many of these have no text.
+pub fn count(id: i64, total: i64, empty: i64) -> Result<()> {
+    txn::as_extension_owner(|| {
+        sql::run(
+            "UPDATE llm_batch.job_state SET rows_total = $2, rows_skipped = rows_skipped + $3, updated_at = now() WHERE job_id = $1",
+            &[id.into(), total.into(), empty.into()],
+        )
+        .map(|_| ())
+    })
+}
+
+/// Which of these keys (JSON, by position from 1) are listed as failures.
+pub fn failed_among(id: i64, keys: Vec<Option<JsonB>>) -> Result<Vec<i64>> {
+    txn::as_extension_owner(|| {
+        sql::rows(
+            "SELECT u.i FROM unnest($2::jsonb[]) WITH ORDINALITY u (key, i)
+               JOIN llm_batch.row_failure f ON f.job_id = $1 AND f.key = u.key",
+            &[id.into(), keys.into()],
+            |r| r.get::<i64>(1),
+        )
+    })
+}
+
+/// A row to list.
+#[derive(Debug)]
+pub struct Failure {
+    pub key: Value,
+    pub is_skip: bool,
+    pub class: String,
+    pub attempts: u32,
+    pub detail: String,
+}
+
+/// What has changed since it was last written.
+#[derive(Debug, Default)]
+pub struct Delta {
+    pub done: i64,
+    pub superseded: i64,
+    pub requests: i64,
+    pub input_tokens: i64,
+    pub output_tokens: i64,
+    pub rows_per_second: f64,
+    pub tokens_per_minute: f64,
+}
+
+/// Writes failures and counters.
+pub fn write(id: i64, model: &str, delta: &Delta, failures: &[Failure]) -> Result<()> {
+    txn::as_extension_owner(|| {
+        let (mut skipped, mut failed) = (0_i64, 0_i64);
+        for f in failures {
+            let state = if f.is_skip { "skipped" } else { "failed" };
+            let new = sql::run(
+                "INSERT INTO llm_batch.row_failure (job_id, key, state, class, attempts, detail)
+                 VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (job_id, key) DO NOTHING RETURNING 1",
+                &[
+                    id.into(),
+                    JsonB(f.key.clone()).into(),
+                    state.into(),
+                    f.class.as_str().into(),
+                    (f.attempts as i32).into(),
+                    f.detail.as_str().into(),
+                ],
+            )? as i64;
+            if f.is_skip {
+                skipped += new;
+            } else {
+                failed += new;
+            }
+        }
+        sql::run(
+            "UPDATE llm_batch.job_state s
+                SET rows_done = rows_done + $2, rows_skipped = rows_skipped + $3, rows_failed = rows_failed + $4,
+                    rows_superseded = rows_superseded + $5, requests = requests + $6,
+                    input_tokens = input_tokens + $7, output_tokens = output_tokens + $8,
+                    cost = cost + coalesce((SELECT ($7 * coalesce(m.input_price, 0) + $8 * coalesce(m.output_price, 0)) / 1000000
+                                              FROM llm_batch.model m WHERE m.name = $9), 0),
+                    rows_per_second = $10, tokens_per_minute = $11, updated_at = now()
+              WHERE job_id = $1",
+            &[
+                id.into(),
+                delta.done.into(),
+                skipped.into(),
+                failed.into(),
+                delta.superseded.into(),
+                delta.requests.into(),
+                delta.input_tokens.into(),
+                delta.output_tokens.into(),
+                model.into(),
+                delta.rows_per_second.into(),
+                delta.tokens_per_minute.into(),
+            ],
+        )?;
+        Ok(())
+    })
+}
+
+/// How a run ends.
+#[derive(Debug, Clone)]
+pub enum Outcome {
+    Done,
+    Failed(String),
+    Cancelled,
+    /// Reason, text, and when it goes on by itself: microseconds as Postgres counts them.
+    Paused(&'static str, Option<String>, Option<i64>),
+}
+
+/// Enters how a run of an epoch ended. False, and nothing is entered, if the job is done but was given more to do
+/// meanwhile.
+pub fn end(id: i64, epoch: i32, outcome: &Outcome) -> Result<bool> {
+    let (status, reason, error, resume_at) = match outcome {
+        Outcome::Done => ("done", None, None, None),
+        Outcome::Failed(error) => ("failed", None, Some(error.clone()), None),
+        Outcome::Cancelled => ("cancelled", None, None, None),
+        Outcome::Paused(reason, error, at) => ("paused", Some(*reason), error.clone(), *at),
+    };
+    let resume_at = resume_at.and_then(|at| TimestampWithTimeZone::try_from(at).ok());
+    let entered = txn::as_extension_owner(|| {
+        sql::run(
+            "UPDATE llm_batch.job_state s
+                SET status = $3, reason = $4, last_error = coalesce($5, last_error), resume_at = $6, epoch = $2, updated_at = now(),
+                    rows_superseded = CASE WHEN $3 = 'done'
+                        THEN greatest(s.rows_total - s.rows_done - s.rows_skipped - s.rows_failed, s.rows_superseded)
+                        ELSE s.rows_superseded END,
+                    rows_total = CASE WHEN $3 = 'done'
+                        THEN greatest(s.rows_total, s.rows_done + s.rows_skipped + s.rows_failed + s.rows_superseded)
+                        ELSE s.rows_total END,
+                    rows_per_second = NULL, tokens_per_minute = NULL
+               FROM llm_batch.job j
+              WHERE s.job_id = $1 AND j.id = s.job_id AND (j.epoch = $2 OR $3 <> 'done')
+          RETURNING 1",
+            &[id.into(), epoch.into(), status.into(), reason.into(), error.into(), resume_at.into()],
+        )
+    })?;
+    if entered == 1 && matches!(outcome, Outcome::Done | Outcome::Failed(_) | Outcome::Cancelled) {
+        let payload = format!("{{\"job\": {id}, \"status\": \"{status}\"}}");
+        sql::run("SELECT pg_catalog.pg_notify('llm_batch', $1)", &[payload.into()])?;
+    }
+    Ok(entered == 1)
+}
+
+/// Whether the extension is still there, in a transaction of its caller.
+pub fn is_installed() -> Result<bool> {
+    Ok(sql::one::<bool>(
+        "SELECT true FROM pg_catalog.pg_extension WHERE extname OPERATOR(pg_catalog.=) 'pg_llm_batch'
+            AND pg_catalog.to_regclass('llm_batch.job_state') IS NOT NULL",
+        &[],
+    )?
+    .is_some())
+}

@@ -1,0 +1,692 @@
+//! A job's process: claims rows, hands them to the gateway, writes what comes back. Between its short transactions it
+//! holds nothing: no transaction, no snapshot, no lock.
+
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
+use pgrx::PgSqlErrorCode as Code;
+use pgrx::prelude::*;
+
+use crate::client::{Client, Received};
+use crate::error::{Error, Result};
+use crate::job::page::{self, Page};
+use crate::job::plan::{self, Plan};
+use crate::job::settle::{self, Answer};
+use crate::job::store::{self, Delta, Failure, Job, Outcome};
+use crate::shared::{self, End};
+use crate::worker::{self, finder, handle_signals, my_database, my_pid, reload_if_asked, report};
+use crate::{settings, sql, txn};
+
+/// Rows claimed at a time.
+const PAGE: i64 = 500;
+/// Rows handed over and not yet written, above which no more are claimed; a page may go beyond.
+const WINDOW_ROWS: usize = 2_000;
+/// Bytes of text claimed for one page, above which a page is handed over in parts.
+const WINDOW_BYTES: usize = 4 << 20;
+/// Rows that others hold locked, above which no more are claimed.
+const MOST_LOCKED: usize = 1_000;
+/// How long a locked row is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(600);
+/// How often locked rows, and transactions that failed in passing, are tried again.
+const AGAIN: Duration = Duration::from_secs(1);
+/// How often its row is looked at without being told to.
+const CONTROL: Duration = Duration::from_secs(10);
+/// Transactions that fail in passing one after the other, until the job is given up.
+const MOST_FAILURES: u32 = 60;
+/// When a job goes on by itself where nobody says when, microseconds.
+const LATER: i64 = 15_000_000;
+/// The time over which rates are measured.
+const RATES: Duration = Duration::from_secs(60);
+
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
+    handle_signals();
+    let Some((database, id, owner)) = finder::orders() else { return };
+    if shared::comes_up(database, id, my_pid()).is_none() {
+        return;
+    }
+    // SAFETY: at the start of a background worker. Connecting fails, and ends the process, if the owner can't log in;
+    // the launcher then has the finder look into it.
+    unsafe {
+        pg_sys::before_shmem_exit(Some(finder::on_exit), pg_sys::Datum::from(0));
+        pg_sys::BackgroundWorkerInitializeConnectionByOid(pg_sys::Oid::from(database), pg_sys::Oid::from(owner), 0);
+    }
+    if let Ok(name) = std::ffi::CString::new(format!("llm_batch job {id}")) {
+        // SAFETY: the name is copied.
+        unsafe { pg_sys::pgstat_report_appname(name.as_ptr()) };
+    }
+    // What the owner's role or the database sets must not change what a settle is.
+    for (name, value) in [
+        (c"default_transaction_isolation", c"read committed"),
+        (c"default_transaction_read_only", c"off"),
+        (c"default_transaction_deferrable", c"off"),
+        (c"synchronous_commit", c"on"),
+        (c"statement_timeout", c"0"),
+        (c"idle_in_transaction_session_timeout", c"0"),
+        (c"lock_timeout", c"5s"),
+        (c"row_security", c"on"),
+    ] {
+        // SAFETY: outside a transaction, on the main thread; names and values are valid.
+        unsafe {
+            pg_sys::SetConfigOption(
+                name.as_ptr(),
+                value.as_ptr(),
+                pg_sys::GucContext::PGC_USERSET,
+                pg_sys::GucSource::PGC_S_OVERRIDE,
+            );
+        }
+    }
+    let end = run(id);
+    shared::goes(database, id, my_pid(), end);
+}
+
+fn run(id: i64) -> End {
+    let worker = match txn::run(|| Worker::begin(id)) {
+        Ok(Begun::Worker(worker)) => worker,
+        Ok(Begun::NotNow) => return End::Again(shared::now() + 1_000_000),
+        Ok(Begun::Nothing) => return End::Finished,
+        // The extension, or the database's good order, is gone.
+        Err(e) if e.code == Code::ERRCODE_UNDEFINED_OBJECT || e.code == Code::ERRCODE_UNDEFINED_TABLE => {
+            return End::Finished;
+        }
+        Err(e) => {
+            pgrx::log!("llm_batch job {id} could not begin: {}", e.one_line());
+            return End::Died;
+        }
+    };
+    worker.work()
+}
+
+enum Begun {
+    Worker(Box<Worker>),
+    /// Another process still has the job.
+    NotNow,
+    /// There is nothing to do.
+    Nothing,
+}
+
+/// A row that was handed over: its page and its position there, from 1.
+type Place = (Rc<Page>, i32);
+
+struct Worker {
+    job: Job,
+    model: String,
+    stream: Stream,
+    labels: Vec<String>,
+    table: plan::Table,
+    plan: Plan,
+    client: Option<Client>,
+    /// Rows without an outcome, by the number they were handed over under.
+    outstanding: HashMap<u64, Place>,
+    /// Texts claimed and not yet handed over.
+    waiting: VecDeque<(Place, String)>,
+    next_n: u64,
+    /// Outcomes to write.
+    answers: Vec<Answer>,
+    /// Outcomes of rows that others hold locked, and since when.
+    locked: Vec<Answer>,
+    locked_since: Option<Instant>,
+    next_try: Option<Instant>,
+    /// Where the pass over the key has come to.
+    last: Option<Place>,
+    pass_ended: bool,
+    claimed_in_pass: usize,
+    /// Rows whose input changed while they were asked about, and how often that has happened.
+    late: HashMap<String, u32>,
+    /// Failures that come from `late`.
+    too_late: Vec<Failure>,
+    delta: Delta,
+    samples: VecDeque<(Instant, i64, i64)>,
+    /// Why no more is claimed.
+    stopping: Option<Outcome>,
+    /// The model or the task was changed: what is open is finished, then the stream is opened anew.
+    reopen: Option<(Stream, String)>,
+    failures_in_a_row: u32,
+    looked: Instant,
+    /// The first page has been read.
+    counted: bool,
+}
+
+/// The lock that keeps a job from being worked on twice. Its number is of this extension's own range.
+fn lock_key(id: i64) -> i64 {
+    id.wrapping_add(0x6C6C_6D62 << 32)
+}
+
+impl Worker {
+    fn begin(id: i64) -> Result<Begun> {
+        if !store::is_installed()? {
+            return Ok(Begun::Nothing);
+        }
+        if sql::one::<bool>("SELECT pg_catalog.pg_try_advisory_lock($1)", &[lock_key(id).into()])? != Some(true) {
+            return Ok(Begun::NotNow);
+        }
+        let Some(mut job) = store::load(id)? else { return Ok(Begun::Nothing) };
+        // A pause that was to end by itself is over: that is why this process was started.
+        let is_over = matches!(job.status.as_str(), "done" | "failed" | "cancelled");
+        if job.wanted != "running" || is_over {
+            return Ok(Begun::Nothing);
+        }
+        if job.cluster != store::cluster() {
+            let text = "the job was made in another cluster".to_owned();
+            store::end(id, job.epoch, &Outcome::Paused("restored", Some(text), None))?;
+            return Ok(Begun::Nothing);
+        }
+        store::begin(&job)?;
+        job.has_failures &= job.retry_epoch <= job.retried_epoch;
+        let ready = txn::sub(|| Self::ready(&job));
+        let (stream, model, table, plan) = match ready {
+            Ok(ready) => ready,
+            Err(e) => {
+                store::end(id, job.epoch, &outcome_of(&e))?;
+                return Ok(Begun::Nothing);
+            }
+        };
+        job.max_attempts = stream.task.options.max_attempts;
+        let counted = job.is_counted;
+        Ok(Begun::Worker(Box::new(Self {
+            labels: labels(&stream),
+            job,
+            model,
+            stream,
+            table,
+            plan,
+            client: None,
+            outstanding: HashMap::new(),
+            waiting: VecDeque::new(),
+            next_n: 0,
+            answers: Vec::new(),
+            locked: Vec::new(),
+            locked_since: None,
+            next_try: None,
+            last: None,
+            pass_ended: false,
+            claimed_in_pass: 0,
+            late: HashMap::new(),
+            too_late: Vec::new(),
+            delta: Delta::default(),
+            samples: VecDeque::new(),
+            stopping: None,
+            reopen: None,
+            failures_in_a_row: 0,
+            looked: Instant::now(),
+            counted,
+        })))
+    }
+
+    /// What is needed before the first row.
+    fn ready(job: &Job) -> Result<(Stream, String, plan::Table, Plan)> {
+        let (stream, model) = super::stream(&job.task, &job.options, me())?;
+        let table = plan::table(job)?;
+        let plan = make_plan(job, &table)?;
+        Ok((stream, model, table, plan))
+    }
+
+    fn work(mut self) -> End {
+        loop {
+            reload_if_asked();
+            if !settings::enabled() {
+                return End::Again(shared::now() + 1_000_000);
+            }
+            if let Err(e) = self.turn() {
+                self.fail(&e);
+            }
+            if let Some(end) = self.try_end() {
+                return end;
+            }
+        }
+    }
+
+    /// One turn: look at what is wanted, claim, hand over, wait, write.
+    fn turn(&mut self) -> Result<()> {
+        if shared::was_poked(my_database(), self.job.id) || self.looked.elapsed() > CONTROL {
+            self.look()?;
+        }
+        if self.client.is_none() && self.stopping.is_none() {
+            report(pg_sys::BackendState::STATE_IDLE, "connecting to the gateway");
+            let mut client = Client::connect()?;
+            client.send(&ToGateway::Open(Box::new(self.stream.clone())))?;
+            self.client = Some(client);
+        }
+        let may_claim =
+            self.stopping.is_none() && self.reopen.is_none() && self.next_try.is_none_or(|t| t <= Instant::now());
+        if may_claim
+            && !self.pass_ended
+            && self.outstanding.len() + self.waiting.len() < WINDOW_ROWS / 2
+            && self.locked.len() < MOST_LOCKED
+        {
+            self.claim()?;
+        }
+        self.hand_over()?;
+        self.receive()?;
+        let try_locked = !self.locked.is_empty() && self.next_try.is_none_or(|t| t <= Instant::now());
+        if !self.answers.is_empty() || try_locked || self.delta.requests > 0 {
+            self.settle(try_locked)?;
+        }
+        self.next_pass();
+        if let Some((stream, model)) = self.reopen.take_if(|_| self.outstanding.is_empty() && self.waiting.is_empty()) {
+            self.labels = labels(&stream);
+            self.job.max_attempts = stream.task.options.max_attempts;
+            (self.stream, self.model) = (stream, model);
+            self.client = None;
+        }
+        self.failures_in_a_row = 0;
+        Ok(())
+    }
+
+    /// Looks at what the owner wants.
+    fn look(&mut self) -> Result<()> {
+        self.looked = Instant::now();
+        let id = self.job.id;
+        let job = txn::run(|| if store::is_installed()? { store::load(id) } else { Ok(None) })?;
+        let Some(job) = job else {
+            // Dropped: nobody is left to be told anything.
+            self.stop(Outcome::Cancelled);
+            return Ok(());
+        };
+        match job.wanted.as_str() {
+            "paused" => self.stop(Outcome::Paused("user", None, None)),
+            "cancelled" => self.stop(Outcome::Cancelled),
+            _ => {}
+        }
+        if job.epoch != self.job.epoch {
+            // Resumed or to be retried while this process was still at it.
+            self.job.epoch = job.epoch;
+            if job.wanted == "running" {
+                self.stopping = None;
+            }
+            txn::run(|| store::begin(&job))?;
+            self.job.has_failures = job.has_failures && job.retry_epoch <= job.retried_epoch;
+            self.restart_pass();
+        }
+        Ok(())
+    }
+
+    /// Claims no more; what has not been sent comes back, what was sent is awaited.
+    fn stop(&mut self, outcome: Outcome) {
+        if self.stopping.is_none() {
+            self.waiting.clear();
+            if let Some(client) = &mut self.client {
+                // A connection that is lost is noticed by receive().
+                let _ = client.send(&ToGateway::Withdraw);
+            }
+        }
+        self.stopping = Some(outcome);
+    }
+
+    fn restart_pass(&mut self) {
+        self.last = None;
+        self.pass_ended = false;
+        self.claimed_in_pass = 0;
+    }
+
+    fn claim(&mut self) -> Result<()> {
+        let job = self.job.clone();
+        let (plan, last) = (self.plan.clone(), self.last.clone());
+        let counted = self.counted;
+        let (count, ready, page, gone) = txn::run(|| {
+            report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
+            // Rights, key, model and task may have changed: what holds now holds for the next request.
+            let ready = Self::ready(&job)?;
+            set_path(&job)?;
+            let count =
+                if counted { None } else { sql::row(&plan.count, &[], |r| Ok((r.get::<i64>(1)?, r.get::<i64>(2)?)))? };
+            if let Some((total, empty)) = count {
+                store::count(job.id, total, empty)?;
+            }
+            // With an index on the target, and for statistics that have not caught up, the planner would sort or scan
+            // what is left for every page. The key's index is the way.
+            sql::run(
+                "SELECT pg_catalog.set_config(n, 'off', true) FROM pg_catalog.unnest('{enable_sort,enable_incremental_sort,enable_seqscan,enable_bitmapscan}'::pg_catalog.text[]) n",
+                &[],
+            )?;
+            let page = match &last {
+                None => page::claim(&plan.claim_first, &[PAGE.into()], job.key_names.len())?,
+                Some((page, position)) => {
+                    let mut args = page.args();
+                    args.push((*position).into());
+                    args.push(PAGE.into());
+                    page::claim(&plan.claim_next, &args, job.key_names.len())?
+                }
+            };
+            let gone = match &page {
+                Some((_, _, Some(keys))) if job.has_failures => store::failed_among(
+                    job.id,
+                    keys.iter().map(|k| k.as_ref().map(|k| pgrx::datum::JsonB(k.0.clone()))).collect(),
+                )?,
+                _ => Vec::new(),
+            };
+            Ok((count, ready, page, gone))
+        })?;
+        report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
+        self.counted = true;
+        if count.is_some() {
+            self.job.is_counted = true;
+        }
+        let (stream, model, table, plan) = ready;
+        if stream != self.stream || model != self.model {
+            self.reopen = Some((stream, model));
+        }
+        (self.table, self.plan) = (table, plan);
+        let Some((page, texts, _)) = page else {
+            self.pass_ended = true;
+            return Ok(());
+        };
+        let page = Rc::new(page);
+        if page.len < PAGE as usize {
+            self.pass_ended = true;
+        }
+        self.last = Some((Rc::clone(&page), page.len as i32));
+        for (i, text) in texts.into_iter().enumerate() {
+            if !gone.contains(&(i as i64 + 1)) {
+                self.claimed_in_pass += 1;
+                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text.unwrap_or_default()));
+            }
+        }
+        Ok(())
+    }
+
+    fn hand_over(&mut self) -> Result<()> {
+        // What was claimed before a change is asked as it was changed.
+        let Some(client) = &mut self.client else { return Ok(()) };
+        while !self.waiting.is_empty() && self.outstanding.len() < WINDOW_ROWS {
+            let (mut items, mut bytes) = (Vec::new(), 0);
+            while let Some((place, text)) = self.waiting.pop_front() {
+                bytes += text.len();
+                self.outstanding.insert(self.next_n, place);
+                items.push(Item { n: self.next_n, text });
+                self.next_n += 1;
+                if bytes > WINDOW_BYTES / 4 || self.outstanding.len() >= WINDOW_ROWS {
+                    break;
+                }
+            }
+            client.send(&ToGateway::Items(items))?;
+            if bytes > WINDOW_BYTES / 4 {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for outcomes, and takes all that have come.
+    fn receive(&mut self) -> Result<()> {
+        let mut timeout = if !self.locked.is_empty() || self.next_try.is_some() { AGAIN } else { CONTROL };
+        let has_work = !self.waiting.is_empty() && self.outstanding.len() < WINDOW_ROWS / 2;
+        let can_claim = !self.pass_ended
+            && self.stopping.is_none()
+            && self.reopen.is_none()
+            && self.outstanding.len() < WINDOW_ROWS / 2;
+        let is_idle = self.outstanding.is_empty() && self.waiting.is_empty();
+        if has_work
+            || (can_claim && self.next_try.is_none())
+            || (is_idle && self.locked.is_empty() && self.next_try.is_none())
+        {
+            timeout = Duration::ZERO;
+        }
+        let Some(client) = &mut self.client else {
+            if !timeout.is_zero() {
+                worker::wait(None, Some(timeout));
+            }
+            return Ok(());
+        };
+        loop {
+            match client.receive(timeout)? {
+                Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
+                    self.delta.requests += spent.requests as i64;
+                    self.delta.input_tokens += spent.input_tokens as i64;
+                    self.delta.output_tokens += spent.output_tokens as i64;
+                    for o in outcomes {
+                        if let Some((page, position)) = self.outstanding.remove(&o.n)
+                            && o.verdict != Verdict::Withdrawn
+                        {
+                            self.answers.push(Answer { page, position, verdict: o.verdict, attempts: o.attempts });
+                        }
+                    }
+                }
+                Received::Message(FromGateway::Stopped(stop)) => {
+                    let outcome = self.outcome_of_stop(&stop);
+                    self.waiting.clear();
+                    self.stopping.get_or_insert(outcome);
+                    return Ok(());
+                }
+                Received::Message(_) => {}
+                Received::Nothing => return Ok(()),
+                Received::Lost => {
+                    // The gateway ended. What it had not answered is claimed again from the table.
+                    self.client = None;
+                    self.outstanding.clear();
+                    self.waiting.clear();
+                    self.restart_pass();
+                    return Ok(());
+                }
+            }
+            // More may have come; it is taken along, and then written together.
+            timeout = Duration::ZERO;
+        }
+    }
+
+    fn outcome_of_stop(&self, stop: &Stop) -> Outcome {
+        let text = Some(Error::from_stop(stop, &self.model).one_line());
+        let at = shared::now() + stop.retry_after_ms.map_or(LATER, |ms| ms as i64 * 1000);
+        match stop.reason {
+            StopReason::Auth => Outcome::Paused("auth", text, None),
+            StopReason::Spend => Outcome::Paused("spend", text, None),
+            StopReason::Quota => Outcome::Paused("quota", text, Some(at)),
+            StopReason::ProviderDown | StopReason::Disabled => Outcome::Paused("provider_down", text, Some(at)),
+            StopReason::NotFound | StopReason::Rejected => Outcome::Failed(text.unwrap_or_default()),
+        }
+    }
+
+    fn settle(&mut self, with_locked: bool) -> Result<()> {
+        let mut batch = std::mem::take(&mut self.answers);
+        if with_locked {
+            batch.append(&mut self.locked);
+        }
+        self.sample(0, 0);
+        let job = &self.job;
+        let (plan, labels, model) = (&mut self.plan, &self.labels, &self.model);
+        let (delta, too_late, known) = (&self.delta, &self.too_late, &mut self.table);
+        let (rows_per_second, tokens_per_minute) = rates(&self.samples);
+        let batch_ref = &batch;
+        let result = txn::run(|| {
+            report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
+            let table = plan::table(job)?;
+            if table != *known {
+                *plan = make_plan(job, &table)?;
+                *known = table;
+            }
+            set_path(job)?;
+            // Deferred constraints raise here, where the row they raise for can be found, not at the commit.
+            sql::run("SET CONSTRAINTS ALL IMMEDIATE", &[])?;
+            sql::run(
+                "SELECT pg_catalog.set_config(n, 'off', true) FROM pg_catalog.unnest('{enable_hashjoin,enable_mergejoin,enable_seqscan}'::pg_catalog.text[]) n",
+                &[],
+            )?;
+            let settled = settle::settle(plan, labels, batch_ref)?;
+            let delta = Delta {
+                done: settled.done,
+                superseded: settled.superseded,
+                requests: delta.requests,
+                input_tokens: delta.input_tokens,
+                output_tokens: delta.output_tokens,
+                rows_per_second,
+                tokens_per_minute,
+            };
+            store::write(job.id, model, &delta, &settled.failures)?;
+            store::write(job.id, model, &Delta { rows_per_second, tokens_per_minute, ..Delta::default() }, too_late)?;
+            Ok(settled)
+        });
+        report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
+        let settled = match result {
+            Ok(settled) => settled,
+            Err(e) => {
+                // Nothing was written; all of it is tried again.
+                self.answers = batch;
+                return Err(e);
+            }
+        };
+        let tokens = self.delta.input_tokens + self.delta.output_tokens;
+        self.delta = Delta::default();
+        self.too_late.clear();
+        self.next_try = None;
+        if !settled.failures.is_empty() {
+            self.job.has_failures = true;
+        }
+        self.sample(settled.done + settled.failures.len() as i64, tokens);
+        for (key, attempts) in settled.changed {
+            self.came_too_late(key, attempts);
+        }
+        self.keep_locked(settled.locked);
+        Ok(())
+    }
+
+    /// A row whose input changed while it was asked about is claimed again by the next pass, with its new text; but not
+    /// for ever.
+    fn came_too_late(&mut self, key: serde_json::Value, attempts: u32) {
+        let times = self.late.entry(key.to_string()).or_default();
+        *times += attempts.max(1);
+        self.claimed_in_pass = self.claimed_in_pass.max(1);
+        if *times >= self.job.max_attempts {
+            self.too_late.push(Failure {
+                key,
+                is_skip: false,
+                class: "input_changed".to_owned(),
+                attempts: *times,
+                detail: "the input changed each time before the answer came".to_owned(),
+            });
+        }
+    }
+
+    fn keep_locked(&mut self, locked: Vec<Answer>) {
+        if locked.is_empty() && self.locked.is_empty() {
+            self.locked_since = None;
+            return;
+        }
+        let since = *self.locked_since.get_or_insert_with(Instant::now);
+        if since.elapsed() > LOCK_PATIENCE {
+            // Whoever holds them: the answers are let go, and the rows stay NULL.
+            self.locked_since = None;
+            return;
+        }
+        self.locked.extend(locked);
+        self.next_try = Some(Instant::now() + AGAIN);
+    }
+
+    fn sample(&mut self, rows: i64, tokens: i64) {
+        let now = Instant::now();
+        self.samples.push_back((now, rows, tokens));
+        while self.samples.front().is_some_and(|s| now - s.0 > RATES) {
+            self.samples.pop_front();
+        }
+    }
+
+    /// At the end of the key's range another pass begins for what is still NULL, until one finds nothing.
+    fn next_pass(&mut self) {
+        let is_idle =
+            self.outstanding.is_empty() && self.waiting.is_empty() && self.answers.is_empty() && self.locked.is_empty();
+        if self.pass_ended && is_idle && self.stopping.is_none() {
+            if self.claimed_in_pass == 0 && self.too_late.is_empty() {
+                self.stopping = Some(Outcome::Done);
+            } else {
+                self.restart_pass();
+            }
+        }
+    }
+
+    /// What an error in a transaction means: some pass, some are the job's end.
+    fn fail(&mut self, e: &Error) {
+        self.failures_in_a_row += 1;
+        let id = self.job.id;
+        if settle::is_passing(e.code) && self.failures_in_a_row < MOST_FAILURES {
+            self.next_try = Some(Instant::now() + AGAIN);
+            worker::wait(None, Some(AGAIN));
+            self.next_try = None;
+            return;
+        }
+        pgrx::log!("llm_batch job {id} stops: {}", e.one_line());
+        self.answers.clear();
+        self.locked.clear();
+        self.stop(outcome_of(e));
+    }
+
+    /// Ends the run once it is stopping and nothing is open any more.
+    fn try_end(&mut self) -> Option<End> {
+        let outcome = self.stopping.clone()?;
+        if !self.outstanding.is_empty() || !self.answers.is_empty() {
+            // Answers to what was sent are still awaited; locked rows are not.
+            if self.client.is_some() || !self.answers.is_empty() {
+                return None;
+            }
+        }
+        let (id, epoch) = (self.job.id, self.job.epoch);
+        let entered = txn::run(|| if store::is_installed()? { store::end(id, epoch, &outcome) } else { Ok(true) });
+        match entered {
+            Ok(true) => {}
+            // There is more to do.
+            Ok(false) => {
+                self.stopping = None;
+                self.looked = Instant::now() - CONTROL - AGAIN;
+                self.restart_pass();
+                return None;
+            }
+            Err(e) if e.code == Code::ERRCODE_UNDEFINED_TABLE || e.code == Code::ERRCODE_UNDEFINED_OBJECT => {}
+            Err(e) => {
+                pgrx::log!("llm_batch job {id} could not note its end: {}", e.one_line());
+                return Some(End::Died);
+            }
+        }
+        if let Outcome::Paused(_, _, Some(at)) = outcome {
+            shared::want(my_database(), 0, 0, at);
+        }
+        Some(End::Finished)
+    }
+}
+
+/// The role this process runs as.
+fn me() -> pg_sys::Oid {
+    crate::model::current_user()
+}
+
+fn labels(stream: &Stream) -> Vec<String> {
+    stream.task.labels.iter().map(|l| l.label.clone()).collect()
+}
+
+/// The search_path of the job's maker, for the rest of the transaction.
+fn set_path(job: &Job) -> Result<()> {
+    let path = format!("{}, pg_temp", job.search_path);
+    sql::run("SELECT pg_catalog.set_config('search_path', $1, true)", &[path.into()]).map(|_| ())
+}
+
+fn make_plan(job: &Job, table: &plan::Table) -> Result<Plan> {
+    // With nothing but pg_catalog in the path every other type is written with its schema.
+    sql::run("SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true)", &[])?;
+    let target_type = sql::one::<String>(
+        "SELECT pg_catalog.format_type(a.atttypid, a.atttypmod) FROM pg_catalog.pg_attribute a
+          WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) $2",
+        &[job.relation.into(), job.target_attnum.into()],
+    )?;
+    Ok(Plan::new(job, table, &target_type.unwrap_or_default()))
+}
+
+/// Rows a second and tokens a minute over the samples.
+fn rates(samples: &VecDeque<(Instant, i64, i64)>) -> (f64, f64) {
+    let (Some(first), Some(last)) = (samples.front(), samples.back()) else { return (0.0, 0.0) };
+    let seconds = (last.0 - first.0).as_secs_f64().max(0.001);
+    let rows: i64 = samples.iter().map(|s| s.1).sum();
+    let tokens: i64 = samples.iter().map(|s| s.2).sum();
+    (rows as f64 / seconds, tokens as f64 / seconds * 60.0)
+}
+
+/// The state in which an error leaves a job.
+fn outcome_of(e: &Error) -> Outcome {
+    let text = e.one_line();
+    match e.code {
+        Code::ERRCODE_INSUFFICIENT_PRIVILEGE | Code::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION => {
+            Outcome::Paused("owner", Some(text), None)
+        }
+        Code::ERRCODE_CONNECTION_FAILURE => Outcome::Paused("provider_down", Some(text), Some(shared::now() + LATER)),
+        _ => Outcome::Failed(text),
+    }
+}

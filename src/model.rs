@@ -1,0 +1,343 @@
+//! Models: what may be asked how much.
+
+use llm_batch_core::dialect::RESERVED_PARAMETERS;
+use llm_batch_gateway::protocol::Model;
+use pgrx::datum::{DatumWithOid, Interval, JsonB};
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use crate::{client, provider, sql, txn};
+
+/// Default of `request_timeout`: long, because a request that is given up may have been paid.
+const REQUEST_TIMEOUT: &str = "5 minutes";
+/// Default of `max_request_tokens`: every hosted model of today takes more; packs of 50 rows rarely get there.
+const MAX_REQUEST_TOKENS: i32 = 16_000;
+
+/// A model with the server it is asked through.
+pub struct Known {
+    pub server: String,
+    pub model: Model,
+}
+
+/// Looks a model up.
+pub fn load(name: &str) -> Result<Known> {
+    let found = sql::row(
+        "SELECT m.server::pg_catalog.text, m.model, m.tokens_per_minute, m.requests_per_minute, m.input_tokens_per_minute,
+                m.output_tokens_per_minute, m.max_concurrent_requests,
+                (EXTRACT(epoch FROM m.request_timeout) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8, m.max_request_tokens, m.parameters
+           FROM llm_batch.model m WHERE m.name OPERATOR(pg_catalog.=) $1",
+        &[name.into()],
+        |row| {
+            let limit = |column| Ok::<_, Error>(row.maybe::<i32>(column)?.map(|n| n.max(1) as u64));
+            let parameters = match row.get::<JsonB>(10)?.0 {
+                Value::Object(map) => map,
+                _ => serde_json::Map::new(),
+            };
+            Ok(Known {
+                server: row.get(1)?,
+                model: Model {
+                    model: row.get(2)?,
+                    tokens_per_minute: limit(3)?,
+                    requests_per_minute: limit(4)?,
+                    input_tokens_per_minute: limit(5)?,
+                    output_tokens_per_minute: limit(6)?,
+                    max_concurrent_requests: row.maybe::<i32>(7)?.map(|n| n.max(1) as u32),
+                    request_timeout_ms: row.get::<i64>(8)?.max(1) as u64,
+                    max_request_tokens: row.get::<i32>(9)?.max(1) as u64,
+                    parameters,
+                },
+            })
+        },
+    )?;
+    found.ok_or_else(|| unknown(name))
+}
+
+fn unknown(name: &str) -> Error {
+    Error::unknown(format!("model \"{name}\" does not exist")).hint("Create it with llm_batch.create_model().")
+}
+
+/// The name of the model to use where none is named.
+pub fn default() -> Result<String> {
+    let name = crate::settings::default_model();
+    if name.is_empty() {
+        return Err(Error::invalid("no model is named").hint("Name one, or set llm_batch.default_model."));
+    }
+    Ok(name)
+}
+
+/// Settings of a model as they are given: `None` leaves a default or what there is.
+struct Given {
+    server: Option<String>,
+    model: Option<String>,
+    numbers: [(&'static str, Option<i32>); 6],
+    prices: [(&'static str, Option<AnyNumeric>); 2],
+    request_timeout: Option<Interval>,
+    parameters: Option<JsonB>,
+}
+
+impl Given {
+    fn check(&self) -> Result<()> {
+        for (name, value) in &self.numbers {
+            if value.is_some_and(|n| n < 1) {
+                return Err(Error::invalid(format!("\"{name}\" must be greater than zero")));
+            }
+        }
+        for (name, value) in &self.prices {
+            if value.as_ref().is_some_and(|n| *n < AnyNumeric::from(0) || n.is_nan()) {
+                return Err(Error::invalid(format!("\"{name}\" must not be negative"))
+                    .hint("Prices are in dollars per million tokens."));
+            }
+        }
+        if self.model.as_ref().is_some_and(|m| m.trim().is_empty()) {
+            return Err(Error::invalid("\"model\" must not be empty").hint("It is the provider's name of the model."));
+        }
+        if let Some(timeout) = self.request_timeout {
+            let ms = sql::one::<i64>(
+                "SELECT (EXTRACT(epoch FROM $1) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8",
+                &[timeout.into()],
+            )?;
+            if !ms.is_some_and(|ms| (1..=86_400_000).contains(&ms)) {
+                return Err(Error::invalid("\"request_timeout\" must be between 1 millisecond and 1 day"));
+            }
+        }
+        if let Some(JsonB(parameters)) = &self.parameters {
+            let Value::Object(map) = parameters else {
+                return Err(
+                    Error::invalid("\"parameters\" must be a JSON object").hint("Write it as '{\"temperature\": 0}'.")
+                );
+            };
+            if let Some(key) = map.keys().find(|k| RESERVED_PARAMETERS.contains(&k.as_str())) {
+                return Err(Error::invalid(format!("parameter \"{key}\" can't be set"))
+                    .detail("pg_llm_batch sets it for each request."));
+            }
+        }
+        if let Some(server) = &self.server {
+            // Rights and the host are checked now, so that a mistake shows before a row is sent.
+            provider::endpoint(server, current_user())?;
+        }
+        Ok(())
+    }
+
+    /// Values in the order of the table's columns after `name` and `owner`.
+    fn values(&self) -> Vec<DatumWithOid<'_>> {
+        let [tpm, rpm, itpm, otpm, concurrent, request] = &self.numbers;
+        let [input, output] = &self.prices;
+        vec![
+            self.server.clone().into(),
+            self.model.clone().into(),
+            tpm.1.into(),
+            rpm.1.into(),
+            itpm.1.into(),
+            otpm.1.into(),
+            input.1.clone().into(),
+            output.1.clone().into(),
+            concurrent.1.into(),
+            self.request_timeout.into(),
+            request.1.into(),
+            self.parameters.as_ref().map(|p| JsonB(p.0.clone())).into(),
+        ]
+    }
+}
+
+/// The role whose rights apply.
+pub fn current_user() -> pg_sys::Oid {
+    // SAFETY: reads a variable on the main thread.
+    unsafe { pg_sys::GetUserId() }
+}
+
+/// Refuses a NULL where a value is needed.
+pub fn required<T>(value: Option<T>, name: &str) -> Result<T> {
+    value.ok_or_else(|| {
+        Error::new(PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED, format!("\"{name}\" must not be NULL"))
+    })
+}
+
+/// A new object's name.
+pub fn new_name(name: Option<&str>) -> Result<&str> {
+    let name = required(name, "name")?;
+    if name.trim().is_empty() || name.chars().count() > 200 {
+        return Err(Error::invalid("a name must have 1 to 200 characters"));
+    }
+    Ok(name)
+}
+
+#[allow(clippy::too_many_arguments)]
+#[pg_extern(sql = false)]
+fn create_model(
+    name: Option<&str>,
+    server: Option<&str>,
+    model: Option<&str>,
+    tokens_per_minute: Option<i32>,
+    requests_per_minute: Option<i32>,
+    input_tokens_per_minute: Option<i32>,
+    output_tokens_per_minute: Option<i32>,
+    input_price: Option<AnyNumeric>,
+    output_price: Option<AnyNumeric>,
+    max_concurrent_requests: Option<i32>,
+    request_timeout: Option<Interval>,
+    max_request_tokens: Option<i32>,
+    parameters: Option<JsonB>,
+) -> std::result::Result<(), ErrorReport> {
+    let name = new_name(name)?;
+    let given = Given {
+        server: Some(required(server, "server")?.to_owned()),
+        model: Some(required(model, "model")?.to_owned()),
+        numbers: [
+            ("tokens_per_minute", tokens_per_minute),
+            ("requests_per_minute", requests_per_minute),
+            ("input_tokens_per_minute", input_tokens_per_minute),
+            ("output_tokens_per_minute", output_tokens_per_minute),
+            ("max_concurrent_requests", max_concurrent_requests),
+            ("max_request_tokens", max_request_tokens),
+        ],
+        prices: [("input_price", input_price), ("output_price", output_price)],
+        request_timeout,
+        parameters,
+    };
+    client::check_loaded()?;
+    given.check()?;
+    let mut args: Vec<DatumWithOid> = vec![name.into(), current_user().into()];
+    args.extend(given.values());
+    let made = txn::as_extension_owner(|| {
+        sql::run(
+            &format!(
+                "INSERT INTO llm_batch.model (name, owner, server, model, tokens_per_minute, requests_per_minute,
+                     input_tokens_per_minute, output_tokens_per_minute, input_price, output_price,
+                     max_concurrent_requests, request_timeout, max_request_tokens, parameters)
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, coalesce($12, interval '{REQUEST_TIMEOUT}'),
+                         coalesce($13, {MAX_REQUEST_TOKENS}), coalesce($14, '{{}}'))
+                 ON CONFLICT (name) DO NOTHING RETURNING 1"
+            ),
+            &args,
+        )
+    })?;
+    if made == 0 {
+        return Err(exists("model", name, "alter_model").into());
+    }
+    Ok(())
+}
+
+/// 42710.
+pub fn exists(kind: &str, name: &str, alter: &str) -> Error {
+    Error::new(PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT, format!("{kind} \"{name}\" already exists"))
+        .hint(format!("Change it with llm_batch.{alter}()."))
+}
+
+/// The owner of a model or classifier may change it, and whoever has the owner's rights.
+pub fn check_owner(table: &str, kind: &str, name: &str) -> Result<()> {
+    let mine = sql::one::<bool>(
+        &format!("SELECT pg_has_role(owner, 'USAGE') FROM llm_batch.{table} WHERE name = $1"),
+        &[name.into()],
+    )?;
+    match mine {
+        Some(true) => Ok(()),
+        Some(false) => Err(Error::denied(format!("must be owner of {kind} \"{name}\""))),
+        None if table == "model" => Err(unknown(name)),
+        None => Err(Error::unknown(format!("{kind} \"{name}\" does not exist"))),
+    }
+}
+
+const RESETTABLE: [(&str, &str); 10] = [
+    ("tokens_per_minute", "NULL"),
+    ("requests_per_minute", "NULL"),
+    ("input_tokens_per_minute", "NULL"),
+    ("output_tokens_per_minute", "NULL"),
+    ("input_price", "NULL"),
+    ("output_price", "NULL"),
+    ("max_concurrent_requests", "NULL"),
+    ("request_timeout", "interval '5 minutes'"),
+    ("max_request_tokens", "16000"),
+    ("parameters", "'{}'"),
+];
+
+#[allow(clippy::too_many_arguments)]
+#[pg_extern(sql = false)]
+fn alter_model(
+    name: Option<&str>,
+    server: Option<&str>,
+    model: Option<&str>,
+    tokens_per_minute: Option<i32>,
+    requests_per_minute: Option<i32>,
+    input_tokens_per_minute: Option<i32>,
+    output_tokens_per_minute: Option<i32>,
+    input_price: Option<AnyNumeric>,
+    output_price: Option<AnyNumeric>,
+    max_concurrent_requests: Option<i32>,
+    request_timeout: Option<Interval>,
+    max_request_tokens: Option<i32>,
+    parameters: Option<JsonB>,
+    reset: Option<Vec<Option<String>>>,
+) -> std::result::Result<(), ErrorReport> {
+    let name = required(name, "name")?;
+    check_owner("model", "model", name)?;
+    let given = Given {
+        server: server.map(str::to_owned),
+        model: model.map(str::to_owned),
+        numbers: [
+            ("tokens_per_minute", tokens_per_minute),
+            ("requests_per_minute", requests_per_minute),
+            ("input_tokens_per_minute", input_tokens_per_minute),
+            ("output_tokens_per_minute", output_tokens_per_minute),
+            ("max_concurrent_requests", max_concurrent_requests),
+            ("max_request_tokens", max_request_tokens),
+        ],
+        prices: [("input_price", input_price), ("output_price", output_price)],
+        request_timeout,
+        parameters,
+    };
+    given.check()?;
+    let mut resets = Vec::new();
+    for wanted in reset.unwrap_or_default().into_iter().flatten() {
+        match RESETTABLE.iter().find(|(n, _)| *n == wanted) {
+            Some((n, default)) => resets.push(format!("{n} = {default}")),
+            None => {
+                let valid: Vec<&str> = RESETTABLE.iter().map(|(n, _)| *n).collect();
+                return Err(Error::invalid(format!("\"{wanted}\" can't be reset"))
+                    .hint(format!("What can be reset: {}.", valid.join(", ")))
+                    .into());
+            }
+        }
+    }
+    let mut args: Vec<DatumWithOid> = vec![name.into()];
+    args.extend(given.values());
+    txn::as_extension_owner(|| {
+        sql::run(
+            "UPDATE llm_batch.model SET server = coalesce($2, server), model = coalesce($3, model),
+                 tokens_per_minute = coalesce($4, tokens_per_minute), requests_per_minute = coalesce($5, requests_per_minute),
+                 input_tokens_per_minute = coalesce($6, input_tokens_per_minute),
+                 output_tokens_per_minute = coalesce($7, output_tokens_per_minute),
+                 input_price = coalesce($8, input_price), output_price = coalesce($9, output_price),
+                 max_concurrent_requests = coalesce($10, max_concurrent_requests),
+                 request_timeout = coalesce($11, request_timeout), max_request_tokens = coalesce($12, max_request_tokens),
+                 parameters = coalesce($13, parameters)
+              WHERE name = $1",
+            &args,
+        )?;
+        if !resets.is_empty() {
+            let query = format!("UPDATE llm_batch.model SET {} WHERE name = $1", resets.join(", "));
+            sql::run(&query, &[name.into()])?;
+        }
+        Ok(())
+    })?;
+    Ok(())
+}
+
+#[pg_extern(sql = false)]
+fn drop_model(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
+    let name = required(name, "name")?;
+    check_owner("model", "model", name)?;
+    let user =
+        sql::one::<String>("SELECT c.name FROM llm_batch.classifier c WHERE c.model = $1 ORDER BY 1", &[name.into()])?;
+    if let Some(classifier) = user {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST,
+            format!("cannot drop model \"{name}\" because classifier \"{classifier}\" uses it"),
+        )
+        .hint("Drop the classifier, or give it another model with llm_batch.alter_classifier().")
+        .into());
+    }
+    txn::as_extension_owner(|| sql::run("DELETE FROM llm_batch.model WHERE name = $1", &[name.into()]))?;
+    Ok(())
+}

@@ -1,0 +1,185 @@
+//! Providers: foreign servers of the wrapper `llm_provider`, and keys in user mappings. Postgres' own rights apply.
+
+use llm_batch_core::url;
+use llm_batch_gateway::protocol::{Endpoint, Secret};
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::{settings, sql};
+
+const SERVER_OPTIONS: &str = "api, base_url, account, api_key_file";
+const MAPPING_OPTIONS: &str = "api_key";
+/// Largest key file that is read, bytes.
+const MOST_KEY: u64 = 16 * 1024;
+
+#[pg_extern(sql = false)]
+fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
+    let valid = match catalog {
+        pg_sys::ForeignServerRelationId => SERVER_OPTIONS,
+        pg_sys::UserMappingRelationId => MAPPING_OPTIONS,
+        _ => "",
+    };
+    let mut seen_url = false;
+    for option in options.iter().flatten() {
+        let (name, value) = option.split_once('=').unwrap_or((option, ""));
+        if !valid.split(", ").any(|v| v == name) || valid.is_empty() {
+            let hint = if valid.is_empty() {
+                "There are no valid options in this context.".to_owned()
+            } else {
+                format!("Valid options in this context are: {valid}.")
+            };
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_FDW_INVALID_OPTION_NAME,
+                format!("invalid option \"{name}\""),
+            )
+            .hint(hint)
+            .into());
+        }
+        // A key must not show up in an error, whatever is wrong with it.
+        if value.trim().is_empty() {
+            return Err(bad_value(format!("option \"{name}\" must not be empty")).into());
+        }
+        match name {
+            "api" if value != "openai" => {
+                return Err(bad_value(format!("invalid value for option \"api\": \"{value}\""))
+                    .hint("The valid value is: openai (any endpoint with OpenAI's /chat/completions).")
+                    .into());
+            }
+            "base_url" => {
+                seen_url = true;
+                url::parse(value).map_err(url_error)?;
+            }
+            "api_key" if !is_header(value) => {
+                return Err(bad_value("option \"api_key\" is not a key".to_owned()).into());
+            }
+            _ => {}
+        }
+    }
+    if catalog == pg_sys::ForeignServerRelationId && !seen_url {
+        return Err(Error::new(PgSqlErrorCode::ERRCODE_FDW_OPTION_NAME_NOT_FOUND, "option \"base_url\" is missing")
+            .hint("Write OPTIONS (api 'openai', base_url 'https://api.openai.com/v1').")
+            .into());
+    }
+    Ok(())
+}
+
+fn bad_value(message: String) -> Error {
+    Error::new(PgSqlErrorCode::ERRCODE_FDW_INVALID_ATTRIBUTE_VALUE, message)
+}
+
+fn url_error(e: llm_batch_core::Error) -> Error {
+    Error { code: PgSqlErrorCode::ERRCODE_FDW_INVALID_ATTRIBUTE_VALUE, ..Error::from(e) }
+}
+
+/// Whether a key can be sent in a header.
+fn is_header(key: &str) -> bool {
+    key.bytes().all(|b| (0x21..0x7f).contains(&b))
+}
+
+/// The endpoint of a server for a role: USAGE, the allowed hosts and the key are looked at anew each time.
+pub fn endpoint(server: &str, role: pg_sys::Oid) -> Result<Endpoint> {
+    let found = sql::row(
+        "SELECT s.oid, s.srvowner, w.fdwname::text, pg_catalog.has_server_privilege($2, s.oid, 'USAGE'),
+                ARRAY(SELECT pg_catalog.concat(o.option_name, '=', o.option_value) FROM pg_catalog.pg_options_to_table(s.srvoptions) o)
+           FROM pg_catalog.pg_foreign_server s
+           JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid OPERATOR(pg_catalog.=) s.srvfdw
+          WHERE s.srvname OPERATOR(pg_catalog.=) $1::pg_catalog.name",
+        &[server.into(), role.into()],
+        |row| {
+            Ok((
+                row.get::<pg_sys::Oid>(1)?,
+                row.get::<pg_sys::Oid>(2)?,
+                row.get::<String>(3)?,
+                row.get::<bool>(4)?,
+                row.get::<Vec<Option<String>>>(5)?,
+            ))
+        },
+    )?;
+    let Some((oid, owner, wrapper, usage, options)) = found else {
+        return Err(Error::unknown(format!("server \"{server}\" does not exist"))
+            .hint("Create it with CREATE SERVER … FOREIGN DATA WRAPPER llm_provider."));
+    };
+    if wrapper != "llm_provider" {
+        return Err(Error::invalid(format!("server \"{server}\" is not a provider of language models"))
+            .hint("Name a server of the foreign data wrapper llm_provider."));
+    }
+    if !usage {
+        return Err(Error::denied(format!("permission denied for foreign server {server}"))
+            .hint(format!("Its owner can GRANT USAGE ON FOREIGN SERVER {}.", sql::name(server))));
+    }
+    let option = |name: &str| {
+        options.iter().flatten().find_map(|o| o.split_once('=').filter(|(n, _)| *n == name).map(|(_, v)| v.to_owned()))
+    };
+    let base_url = option("base_url").ok_or_else(|| bad_value(format!("server \"{server}\" has no base_url")))?;
+    let target = url::parse(&base_url).map_err(url_error)?;
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    let trusted = unsafe { pg_sys::superuser_arg(owner) };
+    if !trusted && !settings::allowed_hosts().iter().any(|h| h.eq_ignore_ascii_case(&target.host)) {
+        return Err(Error::denied(format!("host \"{}\" of server \"{server}\" is not allowed", target.host))
+            .detail("Servers that a superuser does not own reach only the hosts in llm_batch.allowed_hosts.")
+            .hint("A superuser can add the host there."));
+    }
+    let key = match mapped_key(oid, role)? {
+        Some(key) => Some(key),
+        None => match option("api_key_file") {
+            Some(_) if !trusted => {
+                return Err(Error::denied(format!("server \"{server}\" may not read a key from a file"))
+                    .detail("Only the servers of superusers may.")
+                    .hint("Set the key with CREATE USER MAPPING … OPTIONS (api_key '…')."));
+            }
+            Some(path) => Some(key_from_file(server, &path)?),
+            None => None,
+        },
+    };
+    Ok(Endpoint { base_url, account: option("account"), api_key: key.map(Secret) })
+}
+
+fn key_from_file(server: &str, path: &str) -> Result<String> {
+    let fail = |why: String| {
+        Error::new(PgSqlErrorCode::ERRCODE_UNDEFINED_FILE, format!("could not read the key of server \"{server}\""))
+            .detail(why)
+            .hint("api_key_file must name a file of one line that the server's operating system user can read.")
+    };
+    let size = std::fs::metadata(path).map_err(|e| fail(e.to_string()))?.len();
+    if size > MOST_KEY {
+        return Err(fail("the file is too large to be a key".into()));
+    }
+    let text = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
+    let key = text.trim();
+    if key.is_empty() || !is_header(key) {
+        return Err(fail("the file does not hold a key".into()));
+    }
+    Ok(key.to_owned())
+}
+
+/// The key of a role's user mapping, or of the one for PUBLIC.
+fn mapped_key(server: pg_sys::Oid, role: pg_sys::Oid) -> Result<Option<String>> {
+    // SAFETY: syscache lookups and GetUserMapping on the main thread inside a transaction. GetUserMapping raises if
+    // there is no mapping, so that is asked first. Its list holds DefElem nodes with string values.
+    unsafe {
+        let exists = |user: pg_sys::Oid| {
+            pg_sys::SearchSysCacheExists(
+                pg_sys::SysCacheIdentifier::USERMAPPINGUSERSERVER as i32,
+                pg_sys::Datum::from(user),
+                pg_sys::Datum::from(server),
+                pg_sys::Datum::from(0),
+                pg_sys::Datum::from(0),
+            )
+        };
+        if !exists(role) && !exists(pg_sys::InvalidOid) {
+            return Ok(None);
+        }
+        let mapping = pg_sys::GetUserMapping(role, server);
+        let options = (*mapping).options;
+        let length = if options.is_null() { 0 } else { (*options).length };
+        for i in 0..length {
+            let element = sql::list_nth(options, i as usize).cast::<pg_sys::DefElem>();
+            if std::ffi::CStr::from_ptr((*element).defname) == c"api_key" {
+                let value = pg_sys::defGetString(element);
+                return Ok(Some(std::ffi::CStr::from_ptr(value).to_string_lossy().into_owned()));
+            }
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,105 @@
+//! Settings. Nothing that names a host, a file or a key can be set by a plain session.
+
+use std::ffi::CString;
+
+use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
+
+static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
+static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+static ALLOWED_HOSTS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+static MAX_JOB_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(4);
+// A row of 40 tokens takes some 500 bytes while it waits: 64 MB is a hundred thousand rows, more than any limit lets
+// through in a minute.
+static GATEWAY_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(64 * 1024);
+static DEFAULT_MODEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+
+pub fn init() {
+    GucRegistry::define_bool_guc(
+        c"llm_batch.enabled",
+        c"Lets requests be sent to language models.",
+        c"Off stops all of them at once; jobs go on when it is on again.",
+        &ENABLED,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_string_guc(
+        c"llm_batch.databases",
+        c"Databases in which jobs are looked for at the start of the server.",
+        c"Names with commas between them; empty means all.",
+        &DATABASES,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_string_guc(
+        c"llm_batch.allowed_hosts",
+        c"Hosts that servers not owned by a superuser may reach.",
+        c"Names with commas between them, each as in base_url; empty means none.",
+        &ALLOWED_HOSTS,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"llm_batch.max_job_workers",
+        c"Most jobs that run at the same time.",
+        c"Each takes one of max_worker_processes.",
+        &MAX_JOB_WORKERS,
+        0,
+        64,
+        GucContext::Sighup,
+        GucFlags::default(),
+    );
+    GucRegistry::define_int_guc(
+        c"llm_batch.gateway_memory",
+        c"Memory for texts that wait to be sent.",
+        c"When it is used up, sessions and jobs wait.",
+        &GATEWAY_MEMORY,
+        1024,
+        1024 * 1024,
+        GucContext::Sighup,
+        GucFlags::UNIT_KB,
+    );
+    GucRegistry::define_string_guc(
+        c"llm_batch.default_model",
+        c"Model of llm_classify() with labels, and of classifiers that name none.",
+        c"A name given to llm_batch.create_model().",
+        &DEFAULT_MODEL,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
+    // Also reserves the prefix: a mistyped llm_batch.* is warned of.
+    // SAFETY: a constant string, on the main thread, in _PG_init.
+    unsafe { pgrx::pg_sys::MarkGUCPrefixReserved(c"llm_batch".as_ptr()) };
+}
+
+pub fn enabled() -> bool {
+    ENABLED.get()
+}
+
+pub fn max_job_workers() -> usize {
+    MAX_JOB_WORKERS.get().max(0) as usize
+}
+
+/// Bytes.
+pub fn gateway_memory() -> usize {
+    GATEWAY_MEMORY.get().max(1) as usize * 1024
+}
+
+pub fn default_model() -> String {
+    text(&DEFAULT_MODEL)
+}
+
+pub fn databases() -> Vec<String> {
+    list(&DATABASES)
+}
+
+pub fn allowed_hosts() -> Vec<String> {
+    list(&ALLOWED_HOSTS)
+}
+
+fn text(setting: &GucSetting<Option<CString>>) -> String {
+    setting.get().map(|s| s.to_string_lossy().trim().to_owned()).unwrap_or_default()
+}
+
+fn list(setting: &GucSetting<Option<CString>>) -> Vec<String> {
+    text(setting).split(',').map(|s| s.trim().trim_matches('"').to_owned()).filter(|s| !s.is_empty()).collect()
+}

@@ -1,0 +1,252 @@
+//! The table of wanted and running jobs in shared memory: how a commit reaches the launcher, and how the launcher
+//! knows what has died. A database's search for jobs (a finder) is an entry too, with job 0.
+//!
+//! ```text
+//!            want()                   launcher                worker
+//!   (none) ─────────> Wanted(at) ───────────────> Starting ──────────> Running
+//!     ^                   ^                            │                  │
+//!     │                   └── died, no slot: later ────┴──────────────────┤
+//!     └────────────────────────── finished ───────────────────────────────┘
+//! ```
+
+use pgrx::prelude::*;
+use pgrx::{PGRXSharedMemory, PgLwLock, pg_shmem_init};
+
+/// Most jobs and finders that are wanted or running at the same time. More jobs than that wait in their tables until
+/// the next search.
+const ENTRIES: usize = 256;
+
+/// First wait before what died is started again, microseconds; doubled each time it dies young.
+const RESTART: i64 = 5_000_000;
+/// Longest such wait, microseconds.
+const MOST_RESTART: i64 = 300_000_000;
+/// A worker that lived so long (microseconds) was well.
+const WELL: i64 = 60_000_000;
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    Free,
+    Wanted,
+    Starting,
+    Running,
+}
+
+/// A job of a database, or its finder.
+#[derive(Debug, Clone, Copy)]
+pub struct Entry {
+    pub database: u32,
+    pub job: i64,
+    /// The role to run as; 0 for finders.
+    pub owner: u32,
+    pub phase: Phase,
+    /// Wanted: not before; Starting, Running: since. Microseconds, as Postgres counts them.
+    pub at: i64,
+    pid: i32,
+    /// How often it died, one time after the other.
+    deaths: u32,
+    /// No background worker was free for it.
+    pub no_slot: bool,
+    /// Its row in `llm_batch.job` was changed.
+    poked: bool,
+}
+
+const FREE: Entry =
+    Entry { database: 0, job: 0, owner: 0, phase: Phase::Free, at: 0, pid: 0, deaths: 0, no_slot: false, poked: false };
+
+#[derive(Clone, Copy)]
+struct Table {
+    launcher: i32,
+    /// A number of the present start of the server, so that the gateway knows what is left of an earlier one.
+    entries: [Entry; ENTRIES],
+}
+
+// SAFETY: plain data without pointers.
+unsafe impl PGRXSharedMemory for Table {}
+
+impl Default for Table {
+    fn default() -> Self {
+        Self { launcher: 0, entries: [FREE; ENTRIES] }
+    }
+}
+
+// SAFETY: the name is this library's own.
+static TABLE: PgLwLock<Table> = unsafe { PgLwLock::new(c"llm_batch jobs") };
+static READY: std::sync::atomic::AtomicBool = std::sync::atomic::AtomicBool::new(false);
+
+pub fn init() {
+    pg_shmem_init!(TABLE);
+    READY.store(true, std::sync::atomic::Ordering::Relaxed);
+}
+
+/// Whether the library was preloaded; without that there is no table, no gateway and no launcher.
+pub fn is_ready() -> bool {
+    READY.load(std::sync::atomic::Ordering::Relaxed)
+}
+
+/// Microseconds, as Postgres counts them.
+pub fn now() -> i64 {
+    // SAFETY: reads the clock.
+    unsafe { pg_sys::GetCurrentTimestamp() }
+}
+
+impl Table {
+    fn find(&mut self, database: u32, job: i64) -> Option<&mut Entry> {
+        self.entries.iter_mut().find(|e| e.phase != Phase::Free && e.database == database && e.job == job)
+    }
+
+    fn find_or_add(&mut self, database: u32, job: i64) -> Option<(&mut Entry, bool)> {
+        let is_new = self.find(database, job).is_none();
+        let entry =
+            if is_new { self.entries.iter_mut().find(|e| e.phase == Phase::Free)? } else { self.find(database, job)? };
+        Some((entry, is_new))
+    }
+}
+
+fn set_latch(pid: i32) {
+    if pid > 0 {
+        // SAFETY: BackendPidGetProc returns a process of the array or NULL; a latch may be set at any time, and one
+        // set too many wakes somebody for nothing.
+        unsafe {
+            let process = pg_sys::BackendPidGetProc(pid);
+            if !process.is_null() {
+                pg_sys::SetLatch(&raw mut (*process).procLatch);
+            }
+        }
+    }
+}
+
+/// Wants a job (or, with job 0, a search) to run, not before `at`. A job that runs already is told to look at its row
+/// again. Raises nothing: it is called when a transaction has committed. A full table is made up for by the next
+/// search.
+pub fn want(database: u32, job: i64, owner: u32, at: i64) {
+    let mut pids = (0, 0);
+    {
+        let mut table = TABLE.exclusive();
+        if let Some((entry, is_new)) = table.find_or_add(database, job) {
+            if is_new {
+                *entry = Entry { database, job, owner, phase: Phase::Wanted, at, ..FREE };
+            } else if entry.phase == Phase::Wanted {
+                entry.at = entry.at.min(at);
+                entry.owner = owner;
+            } else {
+                entry.poked = true;
+                pids.1 = entry.pid;
+            }
+        }
+        pids.0 = table.launcher;
+    }
+    set_latch(pids.0);
+    set_latch(pids.1);
+}
+
+/// Whether the caller's job was told to look at its row again, since the last call.
+pub fn was_poked(database: u32, job: i64) -> bool {
+    TABLE.exclusive().find(database, job).is_some_and(|e| std::mem::take(&mut e.poked))
+}
+
+/// Whether a job waits for a background worker to be free.
+pub fn waits_for_slot(database: u32, job: i64) -> bool {
+    TABLE
+        .share()
+        .entries
+        .iter()
+        .any(|e| e.phase == Phase::Wanted && e.database == database && e.job == job && e.no_slot)
+}
+
+/// Registers the launcher. What an earlier launcher was about to start is wanted again.
+pub fn launcher_starts(pid: i32) {
+    let mut table = TABLE.exclusive();
+    table.launcher = pid;
+    for e in &mut table.entries {
+        if e.phase == Phase::Starting {
+            e.phase = Phase::Wanted;
+        }
+    }
+}
+
+/// The entries that are due at `now`, finders first, and how many jobs run.
+pub fn due(now: i64) -> (Vec<Entry>, usize) {
+    let table = TABLE.share();
+    let mut due: Vec<Entry> =
+        table.entries.iter().filter(|e| e.phase == Phase::Wanted && e.at <= now).copied().collect();
+    due.sort_by_key(|e| (e.job != 0, e.at));
+    let running =
+        table.entries.iter().filter(|e| e.job != 0 && matches!(e.phase, Phase::Starting | Phase::Running)).count();
+    (due, running)
+}
+
+/// When the next entry is due.
+pub fn next_due() -> Option<i64> {
+    TABLE.share().entries.iter().filter(|e| e.phase == Phase::Wanted).map(|e| e.at).min()
+}
+
+/// The launcher is about to start an entry; or could not, and tries again at `again`.
+pub fn starting(database: u32, job: i64, now: i64) {
+    if let Some(e) = TABLE.exclusive().find(database, job) {
+        (e.phase, e.at, e.pid, e.no_slot) = (Phase::Starting, now, 0, false);
+    }
+}
+
+pub fn no_slot(database: u32, job: i64, again: i64) {
+    if let Some(e) = TABLE.exclusive().find(database, job) {
+        (e.phase, e.at, e.no_slot) = (Phase::Wanted, again, true);
+    }
+}
+
+/// What was started a while ago and never came up (it could not connect) has died.
+pub fn bury(now: i64, patience: i64) {
+    let mut table = TABLE.exclusive();
+    for e in &mut table.entries {
+        if e.phase == Phase::Starting && e.at + patience < now {
+            died(e, now);
+        }
+    }
+}
+
+fn died(e: &mut Entry, now: i64) {
+    e.deaths = if e.phase == Phase::Running && e.at + WELL < now { 1 } else { e.deaths + 1 };
+    let wait = (RESTART << (e.deaths - 1).min(10)).min(MOST_RESTART);
+    (e.phase, e.at, e.pid) = (Phase::Wanted, now + wait, 0);
+}
+
+/// A worker comes up. `None` if nobody wants it any more, or another one has taken its place.
+pub fn comes_up(database: u32, job: i64, pid: i32) -> Option<Entry> {
+    let mut table = TABLE.exclusive();
+    let e = table.find(database, job)?;
+    if e.phase != Phase::Starting {
+        return None;
+    }
+    (e.phase, e.at, e.pid, e.poked) = (Phase::Running, now(), pid, false);
+    Some(*e)
+}
+
+/// How a worker ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// Its work is done: it is not wanted any more, unless it was poked meanwhile.
+    Finished,
+    /// It is to run again at this time.
+    Again(i64),
+    /// Something killed it.
+    Died,
+}
+
+/// A worker goes.
+pub fn goes(database: u32, job: i64, pid: i32, end: End) {
+    let launcher = {
+        let mut table = TABLE.exclusive();
+        if let Some(e) = table.find(database, job).filter(|e| e.pid == pid) {
+            let now = now();
+            match end {
+                End::Finished if e.poked => {
+                    *e = Entry { phase: Phase::Wanted, at: now, pid: 0, deaths: 0, poked: false, ..*e };
+                }
+                End::Finished => *e = FREE,
+                End::Again(at) => *e = Entry { phase: Phase::Wanted, at, pid: 0, deaths: 0, ..*e },
+                End::Died => died(e, now),
+            }
+        }
+        table.launcher
+    };
+    set_latch(launcher);
+}

@@ -1,0 +1,114 @@
+//! Transactions of workers, subtransactions, and the switch to the extension's owner.
+
+use std::panic::AssertUnwindSafe;
+
+use pgrx::pg_sys;
+use pgrx::pg_sys::panic::CaughtError;
+use pgrx::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::sql;
+
+/// What a caught error is turned into: ours, or one of Postgres.
+fn caught(e: CaughtError) -> Error {
+    Error::from(e)
+}
+
+/// Runs `f` in a transaction of its own, in a worker. An error, Postgres' or ours, rolls back and is returned.
+pub fn run<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    // SAFETY: called on a worker's main thread outside any transaction; each start is matched by a commit or an abort.
+    unsafe {
+        pg_sys::SetCurrentStatementStartTimestamp();
+        pg_sys::StartTransactionCommand();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+    }
+    let result = PgTryBuilder::new(AssertUnwindSafe(|| {
+        let value = f()?;
+        // SAFETY: the snapshot pushed above; deferred triggers and constraints run in the commit, and may raise.
+        unsafe {
+            pg_sys::PopActiveSnapshot();
+            pg_sys::CommitTransactionCommand();
+        }
+        Ok(value)
+    }))
+    .catch_others(|e| Err(caught(e)))
+    .execute();
+    // SAFETY: as above. Aborting does nothing where no transaction is in progress any more. Statistics are a worker's
+    // own job to report; without them autovacuum would never hear of its writes.
+    unsafe {
+        if result.is_err() {
+            pg_sys::AbortCurrentTransaction();
+        }
+        pg_sys::pgstat_report_stat(true);
+    }
+    result
+}
+
+/// Runs `f` in a subtransaction; an error rolls it back and is returned.
+pub fn sub<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    // SAFETY: called inside a transaction, on the main thread; context and owner are restored as PL/pgSQL does it
+    // (pl_exec.c, exec_stmt_block), whether the subtransaction is released or rolled back.
+    unsafe {
+        let context = pg_sys::CurrentMemoryContext;
+        let owner = pg_sys::CurrentResourceOwner;
+        pg_sys::BeginInternalSubTransaction(std::ptr::null());
+        pg_sys::MemoryContextSwitchTo(context);
+        let result = PgTryBuilder::new(AssertUnwindSafe(f)).catch_others(|e| Err(caught(e))).execute();
+        if result.is_ok() {
+            pg_sys::ReleaseCurrentSubTransaction();
+        } else {
+            pg_sys::MemoryContextSwitchTo(context);
+            pg_sys::RollbackAndReleaseCurrentSubTransaction();
+        }
+        pg_sys::MemoryContextSwitchTo(context);
+        pg_sys::CurrentResourceOwner = owner;
+        result
+    }
+}
+
+/// Runs statements of ours, and nothing of a user's, with the rights of the extension's owner and a search_path that
+/// holds nothing of anyone else's: nobody else may write our tables.
+pub fn as_extension_owner<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    let owner: pg_sys::Oid = sql::one(
+        "SELECT extowner FROM pg_catalog.pg_extension WHERE extname OPERATOR(pg_catalog.=) 'pg_llm_batch'",
+        &[],
+    )?
+    .ok_or_else(|| Error::unknown("extension \"pg_llm_batch\" does not exist"))?;
+    as_role(owner, || {
+        // SAFETY: on the main thread inside a transaction; an error on the way out ends the (sub)transaction, which
+        // ends the nest level too.
+        let level = unsafe {
+            let level = pg_sys::NewGUCNestLevel();
+            pg_sys::set_config_option(
+                c"search_path".as_ptr(),
+                c"pg_catalog, pg_temp".as_ptr(),
+                pg_sys::GucContext::PGC_USERSET,
+                pg_sys::GucSource::PGC_S_SESSION,
+                pg_sys::GucAction::GUC_ACTION_SAVE,
+                true,
+                0,
+                false,
+            );
+            level
+        };
+        let result = f();
+        // SAFETY: the level opened above.
+        unsafe { pg_sys::AtEOXact_GUC(true, level) };
+        result
+    })
+}
+
+/// Runs `f` with the rights of a role. Not for a user's code with another's rights beyond what the caller says.
+pub fn as_role<T>(role: pg_sys::Oid, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    let mut user = pg_sys::InvalidOid;
+    let mut context = 0;
+    // SAFETY: on the main thread; an error on the way out aborts the (sub)transaction, which restores both values.
+    unsafe {
+        pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
+        pg_sys::SetUserIdAndSecContext(role, context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32);
+    }
+    let result = f();
+    // SAFETY: the values read above.
+    unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
+    result
+}

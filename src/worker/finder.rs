@@ -1,0 +1,80 @@
+//! The finder: a short-lived process in one database that looks for jobs to run, and wakes those whose pause is over.
+
+use pgrx::bgworkers::BackgroundWorker;
+use pgrx::prelude::*;
+
+use super::{handle_signals, my_pid};
+use crate::error::Result;
+use crate::shared::{self, End};
+use crate::{sql, txn};
+
+/// What the launcher tells a worker: database, job, owner.
+pub fn orders() -> Option<(u32, i64, u32)> {
+    let mut words = BackgroundWorker::get_extra().split(' ');
+    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?))
+}
+
+/// Called when a worker ends in whatever way but by a signal that kills: frees its entry.
+pub unsafe extern "C-unwind" fn on_exit(_code: i32, _arg: pg_sys::Datum) {
+    if let Some((database, job, _)) = orders() {
+        // After goes() with another end the entry is no longer this process', and nothing happens here.
+        shared::goes(database, job, my_pid(), End::Died);
+    }
+}
+
+#[pg_guard]
+#[unsafe(no_mangle)]
+pub extern "C-unwind" fn llm_batch_finder_main(_arg: pg_sys::Datum) {
+    handle_signals();
+    let Some((database, _, _)) = orders() else { return };
+    if shared::comes_up(database, 0, my_pid()).is_none() {
+        return;
+    }
+    // SAFETY: at the start of a background worker; as the bootstrap superuser, since it reads only our own tables.
+    unsafe {
+        pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0));
+        pg_sys::BackgroundWorkerInitializeConnectionByOid(pg_sys::Oid::from(database), pg_sys::InvalidOid, 0);
+    }
+    let end = match txn::run(search) {
+        Ok(Some(at)) => End::Again(at),
+        Ok(None) => End::Finished,
+        Err(e) => {
+            pgrx::log!("llm_batch could not look for jobs: {}", e.one_line());
+            End::Died
+        }
+    };
+    shared::goes(database, 0, my_pid(), end);
+}
+
+/// Wants every job that is to run; when to look again, if a pause of one will be over then.
+fn search() -> Result<Option<i64>> {
+    sql::run("SET LOCAL search_path = pg_catalog, pg_temp", &[])?;
+    let installed = sql::one::<bool>(
+        "SELECT true FROM pg_extension WHERE extname = 'pg_llm_batch' AND pg_catalog.to_regclass('llm_batch.job_state') IS NOT NULL",
+        &[],
+    )?;
+    if installed.is_none() {
+        return Ok(None);
+    }
+    let jobs = sql::rows(
+        "SELECT j.id, j.owner::oid,
+                s.epoch = j.epoch AND s.status = 'paused' AS waits,
+                (extract(epoch FROM s.resume_at - clock_timestamp()) * 1000000)::bigint AS microseconds
+           FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
+          WHERE j.wanted = 'running'
+            AND (s.epoch < j.epoch OR s.status = 'running' OR (s.status = 'paused' AND s.resume_at IS NOT NULL))",
+        &[],
+        |row| Ok((row.get::<i64>(1)?, row.get::<pg_sys::Oid>(2)?.to_u32(), row.get::<bool>(3)?, row.maybe::<i64>(4)?)),
+    )?;
+    let now = shared::now();
+    let mut next = None;
+    for (id, owner, waits, microseconds) in jobs {
+        let at = if waits { now + microseconds.unwrap_or(0).max(0) } else { now };
+        if at <= now {
+            shared::want(super::my_database(), id, owner, now);
+        } else {
+            next = Some(next.map_or(at, |n: i64| n.min(at)));
+        }
+    }
+    Ok(next)
+}

@@ -1,0 +1,111 @@
+//! The background processes: what they have in common. See README.md in this folder.
+
+pub mod finder;
+pub mod gateway;
+pub mod launcher;
+
+use std::time::Duration;
+
+use pgrx::bgworkers::{BackgroundWorker, BackgroundWorkerBuilder, BgWorkerStartTime, SignalWakeFlags};
+use pgrx::prelude::*;
+
+const LIBRARY: &str = "pg_llm_batch";
+
+/// Declares the processes that are always there.
+pub fn register() {
+    BackgroundWorkerBuilder::new("llm_batch gateway")
+        .set_type("llm_batch gateway")
+        .set_library(LIBRARY)
+        .set_function("llm_batch_gateway_main")
+        .enable_spi_access()
+        .set_start_time(BgWorkerStartTime::RecoveryFinished)
+        .set_restart_time(Some(Duration::from_secs(1)))
+        .load();
+    BackgroundWorkerBuilder::new("llm_batch launcher")
+        .set_type("llm_batch launcher")
+        .set_library(LIBRARY)
+        .set_function("llm_batch_launcher_main")
+        .enable_spi_access()
+        .set_start_time(BgWorkerStartTime::RecoveryFinished)
+        .set_restart_time(Some(Duration::from_secs(1)))
+        .load();
+}
+
+unsafe extern "C-unwind" {
+    /// Postgres' own handler of SIGTERM: ends the process at the next check for interrupts, also in the midst of a
+    /// long statement.
+    fn die(signal: std::ffi::c_int);
+}
+
+/// Sets the signal handlers, then lets signals in.
+pub fn handle_signals() {
+    // SAFETY: at the start of a background worker, while signals are blocked. pgrx' attach_signal_handlers unblocks
+    // them as its last act.
+    unsafe {
+        #[cfg(not(feature = "pg18"))]
+        pg_sys::pqsignal(pg_sys::SIGTERM as i32, Some(die));
+        #[cfg(feature = "pg18")]
+        pg_sys::pqsignal_be(pg_sys::SIGTERM as i32, Some(die));
+    }
+    BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP);
+}
+
+/// What is waited for besides the latch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Socket {
+    pub descriptor: i32,
+    pub for_writing: bool,
+}
+
+/// Waits for the process' latch, a socket or the time, and does what interrupts ask for: it may not return. In a
+/// session, an interrupt raises an error.
+pub fn wait(socket: Option<Socket>, timeout: Option<Duration>) {
+    let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_EXIT_ON_PM_DEATH;
+    let mut descriptor = pg_sys::PGINVALID_SOCKET;
+    if let Some(s) = socket {
+        descriptor = s.descriptor;
+        events |= pg_sys::WL_SOCKET_READABLE;
+        if s.for_writing {
+            events |= pg_sys::WL_SOCKET_WRITEABLE;
+        }
+    }
+    let mut ms = -1;
+    if let Some(t) = timeout {
+        events |= pg_sys::WL_TIMEOUT;
+        ms = t.as_millis().min(60_000) as i64;
+    }
+    // SAFETY: on the main thread; the latch is the process' own, the descriptor is open.
+    unsafe {
+        pg_sys::WaitLatchOrSocket(pg_sys::MyLatch, events as i32, descriptor, ms, pg_sys::PG_WAIT_EXTENSION);
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+    pgrx::check_for_interrupts!();
+}
+
+/// Reads the configuration again if SIGHUP asked for it.
+pub fn reload_if_asked() {
+    if BackgroundWorker::sighup_received() {
+        // SAFETY: on the main thread of a worker, outside any transaction.
+        unsafe { pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP) };
+    }
+}
+
+/// What `pg_stat_activity` shows.
+pub fn report(state: pg_sys::BackendState::Type, text: &str) {
+    if let Ok(text) = std::ffi::CString::new(text) {
+        // SAFETY: the text is copied.
+        unsafe { pg_sys::pgstat_report_activity(state, text.as_ptr()) };
+    }
+}
+
+/// The database this process is connected to.
+pub fn my_database() -> u32 {
+    // SAFETY: set at connection, read on the main thread.
+    unsafe { pg_sys::MyDatabaseId.to_u32() }
+}
+
+/// This process.
+pub fn my_pid() -> i32 {
+    // SAFETY: set at the start of the process.
+    unsafe { pg_sys::MyProcPid }
+}
