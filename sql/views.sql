@@ -2,12 +2,12 @@ CREATE VIEW llm_batch.progress WITH (security_barrier = true) AS
 SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.reason,
        p.rows_total, p.rows_done, p.rows_skipped, p.rows_failed, p.rows_superseded, p.rows_left,
        CASE WHEN p.rows_total OPERATOR(pg_catalog.>) 0
-            THEN pg_catalog.round(100.0 OPERATOR(pg_catalog.*) (p.rows_total OPERATOR(pg_catalog.-) p.rows_left) OPERATOR(pg_catalog./) p.rows_total, 1)
+            THEN pg_catalog.round((100.0 OPERATOR(pg_catalog.*) (p.rows_total OPERATOR(pg_catalog.-) p.rows_left)) OPERATOR(pg_catalog./) p.rows_total, 1)
             WHEN p.rows_total OPERATOR(pg_catalog.=) 0 THEN 100.0 END AS percent,
        p.rows_per_second, p.tokens_per_minute, p.input_tokens, p.output_tokens, p.requests,
-       p.cost, p.cost_unconfirmed,
+       pg_catalog.trim_scale(p.cost) AS cost, pg_catalog.trim_scale(p.cost_unconfirmed) AS cost_unconfirmed,
        CASE WHEN p.handled OPERATOR(pg_catalog.>) 0
-            THEN pg_catalog.round(p.cost OPERATOR(pg_catalog.*) p.rows_total OPERATOR(pg_catalog./) p.handled, 6) END AS projected_cost,
+            THEN pg_catalog.trim_scale(pg_catalog.round((p.cost OPERATOR(pg_catalog.*) p.rows_total) OPERATOR(pg_catalog./) p.handled, 6)) END AS projected_cost,
        CASE WHEN p.status OPERATOR(pg_catalog.=) 'running' AND p.rows_per_second OPERATOR(pg_catalog.>) 0
             THEN pg_catalog.make_interval(secs => pg_catalog.ceil(p.rows_left OPERATOR(pg_catalog./) p.rows_per_second)) END AS eta,
        p.last_error, p.started_at, p.updated_at
@@ -71,9 +71,9 @@ COMMENT ON COLUMN llm_batch.activity.used IS 'part of the tighter limit that is 
 CREATE PROCEDURE llm_batch.wait(job_id bigint, timeout interval DEFAULT NULL)
     LANGUAGE plpgsql AS $$
 DECLARE
-    began  CONSTANT pg_catalog.timestamptz := pg_catalog.clock_timestamp();
-    job    pg_catalog.record;
-    pauses pg_catalog.float8 := 0.05;
+    deadline CONSTANT pg_catalog.timestamptz := pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) timeout;
+    job      record;
+    pauses   pg_catalog.float8 := 0.05;
 BEGIN
     LOOP
         -- Raises invalid_transaction_termination inside a transaction block, where no other state could be seen.
@@ -87,12 +87,12 @@ BEGIN
             RETURN;
         ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') NOT IN ('provider_down', 'quota', 'no_worker_slot') THEN
             RAISE EXCEPTION 'job % is %', wait.job_id,
-                pg_catalog.concat(job.status, ' (' OPERATOR(pg_catalog.||) job.reason OPERATOR(pg_catalog.||) ')')
+                pg_catalog.concat(job.status, (' (' OPERATOR(pg_catalog.||) job.reason) OPERATOR(pg_catalog.||) ')')
                 USING ERRCODE = 'object_not_in_prerequisite_state',
                 DETAIL = COALESCE(job.last_error, pg_catalog.concat(job.rows_left, ' rows are left.')),
-                HINT = CASE job.status WHEN 'paused' THEN 'Mend the cause, then call llm_batch.resume(' OPERATOR(pg_catalog.||) wait.job_id::pg_catalog.text OPERATOR(pg_catalog.||) ').'
+                HINT = CASE job.status WHEN 'paused' THEN pg_catalog.concat('Mend the cause, then call llm_batch.resume(', wait.job_id, ').')
                                        ELSE 'A new llm_batch.backfill() goes on with the rows that are still NULL.' END;
-        ELSIF wait.timeout IS NOT NULL AND pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) began OPERATOR(pg_catalog.+) wait.timeout THEN
+        ELSIF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) deadline THEN
             RAISE EXCEPTION 'job % is not done after %', wait.job_id, wait.timeout USING ERRCODE = 'query_canceled',
                 DETAIL = pg_catalog.concat(job.rows_left, ' rows are left.');
         END IF;

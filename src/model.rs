@@ -1,5 +1,7 @@
 //! Models: what may be asked how much.
 
+use std::ffi::CStr;
+
 use llm_batch_core::dialect::RESERVED_PARAMETERS;
 use llm_batch_gateway::protocol::Model;
 use pgrx::datum::{DatumWithOid, Interval, JsonB};
@@ -154,6 +156,11 @@ pub fn required<T>(value: Option<T>, name: &str) -> Result<T> {
     })
 }
 
+/// A value of type `name`.
+pub fn from_name(name: &CStr) -> String {
+    name.to_string_lossy().into_owned()
+}
+
 /// A new object's name.
 pub fn new_name(name: Option<&str>) -> Result<&str> {
     let name = required(name, "name")?;
@@ -167,7 +174,7 @@ pub fn new_name(name: Option<&str>) -> Result<&str> {
 #[pg_extern(sql = false)]
 fn create_model(
     name: Option<&str>,
-    server: Option<&str>,
+    server: Option<&CStr>,
     model: Option<&str>,
     tokens_per_minute: Option<i32>,
     requests_per_minute: Option<i32>,
@@ -182,7 +189,7 @@ fn create_model(
 ) -> std::result::Result<(), ErrorReport> {
     let name = new_name(name)?;
     let given = Given {
-        server: Some(required(server, "server")?.to_owned()),
+        server: Some(from_name(required(server, "server")?)),
         model: Some(required(model, "model")?.to_owned()),
         numbers: [
             ("tokens_per_minute", tokens_per_minute),
@@ -256,7 +263,7 @@ const RESETTABLE: [(&str, &str); 10] = [
 #[pg_extern(sql = false)]
 fn alter_model(
     name: Option<&str>,
-    server: Option<&str>,
+    server: Option<&CStr>,
     model: Option<&str>,
     tokens_per_minute: Option<i32>,
     requests_per_minute: Option<i32>,
@@ -273,7 +280,7 @@ fn alter_model(
     let name = required(name, "name")?;
     check_owner("model", "model", name)?;
     let given = Given {
-        server: server.map(str::to_owned),
+        server: server.map(from_name),
         model: model.map(str::to_owned),
         numbers: [
             ("tokens_per_minute", tokens_per_minute),

@@ -6,6 +6,7 @@ mod settle;
 mod store;
 mod worker;
 
+use std::ffi::CStr;
 use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::{FromGateway, Stream, ToGateway};
@@ -18,7 +19,7 @@ use serde_json::{Value, json};
 use crate::catalog::{self, Target, Use};
 use crate::client::{Client, Received, check_loaded};
 use crate::error::{Error, Result};
-use crate::model::{current_user, required};
+use crate::model::{current_user, from_name, required};
 use crate::{classifier, model, provider, shared, sql, txn};
 
 /// What a job of `owner` asks, with the settings of this moment.
@@ -40,7 +41,7 @@ pub fn stream(task: &str, options: &Value, owner: pg_sys::Oid) -> Result<(Stream
 fn backfill(
     relation: Option<pg_sys::Oid>,
     input: Option<&str>,
-    target: Option<&str>,
+    target: Option<&CStr>,
     task: Option<&str>,
     filter: Option<&str>,
     options: Option<JsonB>,
@@ -49,7 +50,7 @@ fn backfill(
     let id = start(
         required(relation, "relation")?,
         required(input, "input")?,
-        required(target, "target")?,
+        &from_name(required(target, "target")?),
         required(task, "task")?,
         filter,
         options,

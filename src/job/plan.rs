@@ -149,7 +149,7 @@ impl Plan {
             try_lock: format!("SELECT 1 FROM {only}{full} WHERE {} FOR NO KEY UPDATE NOWAIT", one.join(" AND ")),
             update: format!(
                 "UPDATE {only}{full} SET {target} = \"llm_batch u\".\"llm_batch l\"::{target_type}
-                   FROM pg_catalog.unnest(${}::pg_catalog.int4[], ${}::pg_catalog.text[]) \"llm_batch u\" (\"llm_batch i\", \"llm_batch l\")
+                   FROM ROWS FROM (pg_catalog.unnest(${}::pg_catalog.int4[]), pg_catalog.unnest(${}::pg_catalog.text[])) \"llm_batch u\" (\"llm_batch i\", \"llm_batch l\")
                   WHERE {} AND {qualifier}{target} IS NULL
               RETURNING {u}, {qualifier}{target} IS NULL",
                 k + 1,
