@@ -4,7 +4,8 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
        CASE WHEN p.rows_total OPERATOR(pg_catalog.>) 0
             THEN pg_catalog.round((100.0 OPERATOR(pg_catalog.*) (p.rows_total OPERATOR(pg_catalog.-) p.rows_left)) OPERATOR(pg_catalog./) p.rows_total, 1)
             WHEN p.rows_total OPERATOR(pg_catalog.=) 0 THEN 100.0 END AS percent,
-       p.rows_per_second, p.tokens_per_minute, p.input_tokens, p.output_tokens, p.requests,
+       pg_catalog.round(p.rows_per_second::pg_catalog.numeric, 1) AS rows_per_second,
+       pg_catalog.round(p.tokens_per_minute::pg_catalog.numeric) AS tokens_per_minute, p.input_tokens, p.output_tokens, p.requests,
        pg_catalog.trim_scale(p.cost) AS cost, pg_catalog.trim_scale(p.cost_unconfirmed) AS cost_unconfirmed,
        CASE WHEN p.handled OPERATOR(pg_catalog.>) 0
             THEN pg_catalog.trim_scale(pg_catalog.round((p.cost OPERATOR(pg_catalog.*) p.rows_total) OPERATOR(pg_catalog./) p.handled, 6)) END AS projected_cost,

@@ -1,10 +1,10 @@
 //! `llm_classify()` and `llm_classify_batch()`: streams of one row and of a query's rows. The same path as a job's.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use llm_batch_gateway::protocol::{FromGateway, Item, Stream, ToGateway, Verdict};
+use llm_batch_gateway::protocol::{FromGateway, Item, Stream, ToGateway, Verdict, most_text};
 use pgrx::datum::JsonB;
 use pgrx::iter::TableIterator;
 use pgrx::name;
@@ -22,7 +22,7 @@ const WINDOW_ROWS: usize = 2_000;
 /// Bytes of their text.
 const WINDOW_BYTES: usize = 4 << 20;
 /// Rows taken from a query at a time.
-const FETCH: usize = 200;
+const FETCH: usize = 100;
 
 /// A task as a stream of this session's role.
 fn stream(known: classifier::Known) -> Result<(Stream, String)> {
@@ -56,23 +56,31 @@ fn ask(
         Some((client, opened)) if opened == *stream => client,
         _ => open(stream)?,
     };
+    let most_text = most_text(stream.model.max_request_tokens);
+    let mut fetched: VecDeque<String> = VecDeque::new();
     let mut pending: BTreeMap<u64, String> = BTreeMap::new();
     let mut bytes = 0;
     let mut next = 0;
     let mut ended = false;
     loop {
-        while !ended && pending.len() < WINDOW_ROWS && (bytes < WINDOW_BYTES || pending.is_empty()) {
-            let texts = source(FETCH)?;
-            ended = texts.is_empty();
-            let mut items = Vec::new();
-            for text in texts {
-                bytes += text.len();
-                pending.insert(next, text.clone());
-                items.push(Item { n: next, text });
-                next += 1;
+        let mut items = Vec::new();
+        while pending.len() < WINDOW_ROWS {
+            if fetched.is_empty() && !ended {
+                fetched.extend(source(FETCH)?);
+                ended = fetched.is_empty();
             }
-            send(&mut client, items)?;
+            let Some(mut text) =
+                fetched.pop_front_if(|t| pending.is_empty() || bytes + t.len().min(most_text) <= WINDOW_BYTES)
+            else {
+                break;
+            };
+            text.truncate(text.floor_char_boundary(most_text));
+            bytes += text.len();
+            pending.insert(next, text.clone());
+            items.push(Item { n: next, text });
+            next += 1;
         }
+        send(&mut client, items)?;
         if pending.is_empty() {
             KEPT.set(Some((client, stream.clone())));
             return Ok(());
@@ -235,7 +243,8 @@ fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> 
     Ok(answers.into_inner())
 }
 
-/// The two columns of every row as text, by their types' output functions.
+/// The two columns of every row as text, by their types' output functions. Takes the table that holds them, because it
+/// reads what SPI left last.
 fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Vec<(Option<String>, Option<String>)> {
     let mut out = Vec::with_capacity(rows.len());
     // SAFETY: SPI_tuptable is the table that the fetch just before left, with `numvals` rows; SPI_getvalue returns a
@@ -258,7 +267,6 @@ fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Vec<(Option<String>, Option<Str
             out.push((value(tuple, 1), value(tuple, 2)));
         }
     }
-    drop(rows);
     out
 }
 
@@ -268,6 +276,8 @@ fn as_rows(answers: Vec<Answer>) -> impl Iterator<Item = Row> {
     answers.into_iter().map(|a| (a.id, a.label, a.status.to_owned(), a.detail))
 }
 
+// pgrx reads the columns off the signature, so that it can't be an alias.
+#[allow(clippy::type_complexity)]
 #[pg_extern(sql = false)]
 fn llm_classify_batch(
     query: &str,
@@ -283,6 +293,8 @@ fn llm_classify_batch(
     Ok(TableIterator::new(as_rows(classify_query(query, classifier::load(task, &options.0)?)?)))
 }
 
+// pgrx reads the columns off the signature, so that it can't be an alias.
+#[allow(clippy::type_complexity)]
 #[pg_extern(sql = false)]
 fn llm_classify_batch_labels(
     query: &str,

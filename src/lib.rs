@@ -2,6 +2,9 @@
 //!
 //! Functions are declared by hand in `sql/`, where grants, search paths and comments stand beside them; `sql = false`
 //! keeps pgrx from declaring them again.
+// pgrx reports an error with its SQLSTATE only from its own ErrorReport, which is large; errors are rare.
+#![allow(clippy::result_large_err)]
+
 use pgrx::prelude::*;
 
 mod activity;

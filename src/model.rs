@@ -3,7 +3,7 @@
 use std::ffi::CStr;
 
 use llm_batch_core::dialect::RESERVED_PARAMETERS;
-use llm_batch_gateway::protocol::Model;
+use llm_batch_gateway::protocol::{MAX_REQUEST_TOKENS, Model};
 use pgrx::datum::{DatumWithOid, Interval, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -15,7 +15,7 @@ use crate::{client, provider, sql, txn};
 /// Default of `request_timeout`: long, because a request that is given up may have been paid.
 const REQUEST_TIMEOUT: &str = "5 minutes";
 /// Default of `max_request_tokens`: every hosted model of today takes more; packs of 50 rows rarely get there.
-const MAX_REQUEST_TOKENS: i32 = 16_000;
+const DEFAULT_REQUEST_TOKENS: i32 = 16_000;
 
 /// A model with the server it is asked through.
 pub struct Known {
@@ -85,6 +85,13 @@ impl Given {
             if value.is_some_and(|n| n < 1) {
                 return Err(Error::invalid(format!("\"{name}\" must be greater than zero")));
             }
+        }
+        if self
+            .numbers
+            .iter()
+            .any(|(name, n)| *name == "max_request_tokens" && n.is_some_and(|n| n as u64 > MAX_REQUEST_TOKENS))
+        {
+            return Err(Error::invalid(format!("\"max_request_tokens\" must be at most {MAX_REQUEST_TOKENS}")));
         }
         for (name, value) in &self.prices {
             if value.as_ref().is_some_and(|n| *n < AnyNumeric::from(0) || n.is_nan()) {
@@ -214,7 +221,7 @@ fn create_model(
                      input_tokens_per_minute, output_tokens_per_minute, input_price, output_price,
                      max_concurrent_requests, request_timeout, max_request_tokens, parameters)
                  VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, coalesce($12, interval '{REQUEST_TIMEOUT}'),
-                         coalesce($13, {MAX_REQUEST_TOKENS}), coalesce($14, '{{}}'))
+                         coalesce($13, {DEFAULT_REQUEST_TOKENS}), coalesce($14, '{{}}'))
                  ON CONFLICT (name) DO NOTHING RETURNING 1"
             ),
             &args,

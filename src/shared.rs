@@ -56,7 +56,6 @@ const FREE: Entry =
 #[derive(Clone, Copy)]
 struct Table {
     launcher: i32,
-    /// A number of the present start of the server, so that the gateway knows what is left of an earlier one.
     entries: [Entry; ENTRIES],
 }
 
@@ -99,6 +98,21 @@ impl Table {
         let entry =
             if is_new { self.entries.iter_mut().find(|e| e.phase == Phase::Free)? } else { self.find(database, job)? };
         Some((entry, is_new))
+    }
+}
+
+impl Table {
+    /// A worker died. It is started again after a while; a search goes before it, which finds out whether its owner
+    /// may still log in.
+    fn died(&mut self, i: usize, now: i64) {
+        let Some(e) = self.entries.get_mut(i) else { return };
+        died(e, now);
+        let Entry { database, job, at, .. } = *e;
+        if job != 0
+            && let Some((finder, true)) = self.find_or_add(database, 0)
+        {
+            *finder = Entry { database, phase: Phase::Wanted, at: at - 1_000_000, ..FREE };
+        }
     }
 }
 
@@ -196,10 +210,17 @@ pub fn no_slot(database: u32, job: i64, again: i64) {
 /// What was started a while ago and never came up (it could not connect) has died.
 pub fn bury(now: i64, patience: i64) {
     let mut table = TABLE.exclusive();
-    for e in &mut table.entries {
-        if e.phase == Phase::Starting && e.at + patience < now {
-            died(e, now);
+    for i in 0..ENTRIES {
+        if table.entries.get(i).is_some_and(|e| e.phase == Phase::Starting && e.at + patience < now) {
+            table.died(i, now);
         }
+    }
+}
+
+/// Nobody wants a job any more that was about to be started.
+pub fn unwant(database: u32, job: i64) {
+    if let Some(e) = TABLE.exclusive().find(database, job).filter(|e| e.phase == Phase::Wanted) {
+        *e = FREE;
     }
 }
 
@@ -235,15 +256,23 @@ pub enum End {
 pub fn goes(database: u32, job: i64, pid: i32, end: End) {
     let launcher = {
         let mut table = TABLE.exclusive();
-        if let Some(e) = table.find(database, job).filter(|e| e.pid == pid) {
-            let now = now();
+        let found = table
+            .entries
+            .iter()
+            .position(|e| e.phase == Phase::Running && e.database == database && e.job == job && e.pid == pid);
+        let now = now();
+        if end == End::Died
+            && let Some(i) = found
+        {
+            table.died(i, now);
+        } else if let Some(e) = found.and_then(|i| table.entries.get_mut(i)) {
             match end {
                 End::Finished if e.poked => {
                     *e = Entry { phase: Phase::Wanted, at: now, pid: 0, deaths: 0, poked: false, ..*e };
                 }
                 End::Finished => *e = FREE,
                 End::Again(at) => *e = Entry { phase: Phase::Wanted, at, pid: 0, deaths: 0, ..*e },
-                End::Died => died(e, now),
+                End::Died => {}
             }
         }
         table.launcher

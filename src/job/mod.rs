@@ -3,7 +3,7 @@
 mod page;
 mod plan;
 mod settle;
-mod store;
+pub mod store;
 mod worker;
 
 use std::ffi::CStr;

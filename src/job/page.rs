@@ -1,7 +1,7 @@
 //! A page of claimed rows. Their keys stay in the server's own form, as one array for each column of the key; a row is
 //! named by its position.
 
-use pgrx::datum::DatumWithOid;
+use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::prelude::*;
 
 use crate::error::Result;
@@ -60,13 +60,18 @@ impl Page {
     }
 }
 
+/// A page with what is needed of it only once.
+pub struct Claimed {
+    pub page: Page,
+    /// Of each row: its text.
+    pub texts: Vec<String>,
+    /// Of each row: its key as JSON.
+    pub keys: Vec<Option<JsonB>>,
+}
+
 /// Runs a claim: a statement whose single row holds an array for each column of the key, then the texts, their hashes
 /// and the keys as JSON. `None` if it found no rows.
-pub fn claim(
-    query: &str,
-    args: &[DatumWithOid<'_>],
-    key_columns: usize,
-) -> Result<Option<(Page, Vec<Option<String>>, Option<Vec<Option<pgrx::datum::JsonB>>>)>> {
+pub fn claim(query: &str, args: &[DatumWithOid<'_>], key_columns: usize) -> Result<Option<Claimed>> {
     Spi::connect_mut(|client| {
         let table = client.update(query, None, args)?;
         if table.is_empty() {
@@ -82,9 +87,12 @@ pub fn claim(
         }
         let texts = table.get::<Vec<Option<String>>>(key_columns + 1)?.unwrap_or_default();
         let hashes = table.get::<Vec<Option<i64>>>(key_columns + 2)?.unwrap_or_default();
-        let json = table.get::<Vec<Option<pgrx::datum::JsonB>>>(key_columns + 3)?;
+        let json = table.get::<Vec<Option<JsonB>>>(key_columns + 3)?.unwrap_or_default();
         let hashes: Vec<i64> = hashes.into_iter().map(Option::unwrap_or_default).collect();
-        let len = hashes.len();
-        Ok(Some((Page { keys, hashes, len }, texts, json)))
+        Ok(Some(Claimed {
+            page: Page { keys, len: hashes.len(), hashes },
+            texts: texts.into_iter().map(Option::unwrap_or_default).collect(),
+            keys: json,
+        }))
     })
 }

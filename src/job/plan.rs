@@ -78,8 +78,9 @@ pub fn table(job: &Job) -> Result<Table> {
 }
 
 impl Plan {
-    /// The statements for the table as it is named now; `target_type` as the statements may write it.
-    pub fn new(job: &Job, table: &Table, target_type: &str) -> Self {
+    /// The statements for the table as it is named now; `target_type` as the statements may write it, texts cut to
+    /// `most_text` characters.
+    pub fn new(job: &Job, table: &Table, target_type: &str, most_text: usize) -> Self {
         let Table { full, bare, is_partitioned } = table;
         let only = if *is_partitioned { String::new() } else { "ONLY ".to_owned() };
         let target = name(&job.target);
@@ -100,7 +101,7 @@ impl Plan {
             format!(
                 "SELECT {aggregates}, pg_catalog.array_agg(q.\"llm_batch t\"), pg_catalog.array_agg(q.\"llm_batch h\"),
                         pg_catalog.array_agg(q.\"llm_batch j\")
-                   FROM (SELECT {as_k}, {input} AS \"llm_batch t\", {hash} AS \"llm_batch h\", {json} AS \"llm_batch j\"
+                   FROM (SELECT {as_k}, pg_catalog.left({input}, {most_text}) AS \"llm_batch t\", {hash} AS \"llm_batch h\", {json} AS \"llm_batch j\"
                            FROM {only}{full} WHERE {todo} AND {has_text}{after} ORDER BY {order} LIMIT ${limit}) q
                  HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 0",
                 aggregates = aggregates.join(", "),

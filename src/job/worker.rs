@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
+use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict, most_text};
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::prelude::*;
 
@@ -19,12 +19,15 @@ use crate::shared::{self, End};
 use crate::worker::{self, finder, handle_signals, my_database, my_pid, reload_if_asked, report};
 use crate::{settings, sql, txn};
 
-/// Rows claimed at a time.
-const PAGE: i64 = 500;
+/// Rows claimed at first, and at most, at a time: as many as stay below `WINDOW_BYTES`.
+const FIRST_PAGE: i64 = 200;
+const LARGEST_PAGE: i64 = 500;
 /// Rows handed over and not yet written, above which no more are claimed; a page may go beyond.
 const WINDOW_ROWS: usize = 2_000;
-/// Bytes of text claimed for one page, above which a page is handed over in parts.
+/// Bytes of text handed over and not yet answered, above which no more is handed over.
 const WINDOW_BYTES: usize = 4 << 20;
+/// Bytes of text in one message.
+const MESSAGE_BYTES: usize = 1 << 20;
 /// Rows that others hold locked, above which no more are claimed.
 const MOST_LOCKED: usize = 1_000;
 /// How long a locked row is waited for.
@@ -120,7 +123,11 @@ struct Worker {
     plan: Plan,
     client: Option<Client>,
     /// Rows without an outcome, by the number they were handed over under.
-    outstanding: HashMap<u64, Place>,
+    outstanding: HashMap<u64, (Place, usize)>,
+    /// Bytes of their text.
+    outstanding_bytes: usize,
+    /// Rows of the next page.
+    page_size: i64,
     /// Texts claimed and not yet handed over.
     waiting: VecDeque<(Place, String)>,
     next_n: u64,
@@ -146,8 +153,10 @@ struct Worker {
     reopen: Option<(Stream, String)>,
     failures_in_a_row: u32,
     looked: Instant,
-    /// The first page has been read.
+    /// How many rows there are to fill is known.
     counted: bool,
+    /// `llm_batch.enabled` was found to be off.
+    disabled: bool,
 }
 
 /// The lock that keeps a job from being worked on twice. Its number is of this extension's own range.
@@ -188,6 +197,7 @@ impl Worker {
         let counted = job.is_counted;
         Ok(Begun::Worker(Box::new(Self {
             labels: labels(&stream),
+            page_size: whole_packs(FIRST_PAGE, &stream),
             job,
             model,
             stream,
@@ -195,6 +205,7 @@ impl Worker {
             plan,
             client: None,
             outstanding: HashMap::new(),
+            outstanding_bytes: 0,
             waiting: VecDeque::new(),
             next_n: 0,
             answers: Vec::new(),
@@ -213,6 +224,7 @@ impl Worker {
             failures_in_a_row: 0,
             looked: Instant::now(),
             counted,
+            disabled: false,
         })))
     }
 
@@ -220,16 +232,14 @@ impl Worker {
     fn ready(job: &Job) -> Result<(Stream, String, plan::Table, Plan)> {
         let (stream, model) = super::stream(&job.task, &job.options, me())?;
         let table = plan::table(job)?;
-        let plan = make_plan(job, &table)?;
+        let plan = make_plan(job, &table, &stream)?;
         Ok((stream, model, table, plan))
     }
 
     fn work(mut self) -> End {
         loop {
             reload_if_asked();
-            if !settings::enabled() {
-                return End::Again(shared::now() + 1_000_000);
-            }
+            self.disabled |= !settings::enabled();
             if let Err(e) = self.turn() {
                 self.fail(&e);
             }
@@ -250,19 +260,13 @@ impl Worker {
             client.send(&ToGateway::Open(Box::new(self.stream.clone())))?;
             self.client = Some(client);
         }
-        let may_claim =
-            self.stopping.is_none() && self.reopen.is_none() && self.next_try.is_none_or(|t| t <= Instant::now());
-        if may_claim
-            && !self.pass_ended
-            && self.outstanding.len() + self.waiting.len() < WINDOW_ROWS / 2
-            && self.locked.len() < MOST_LOCKED
-        {
+        if self.may_claim() {
             self.claim()?;
         }
         self.hand_over()?;
         self.receive()?;
         let try_locked = !self.locked.is_empty() && self.next_try.is_none_or(|t| t <= Instant::now());
-        if !self.answers.is_empty() || try_locked || self.delta.requests > 0 {
+        if !self.answers.is_empty() || try_locked || self.delta.requests > 0 || !self.too_late.is_empty() {
             self.settle(try_locked)?;
         }
         self.next_pass();
@@ -274,6 +278,25 @@ impl Worker {
         }
         self.failures_in_a_row = 0;
         Ok(())
+    }
+
+    /// Whether the next page may be claimed now. A pass begins only when nothing of the one before is open: what is
+    /// open is NULL still, and would be claimed and paid for again.
+    fn may_claim(&self) -> bool {
+        let is_free = self.stopping.is_none() && self.reopen.is_none() && !self.disabled && self.client.is_some();
+        let is_new_pass = self.last.is_none();
+        is_free
+            && !self.pass_ended
+            && self.next_try.is_none_or(|t| t <= Instant::now())
+            && self.waiting.is_empty()
+            && self.outstanding.len() < WINDOW_ROWS / 2
+            && self.locked.len() < MOST_LOCKED
+            && (!is_new_pass || (self.outstanding.is_empty() && self.answers.is_empty() && self.locked.is_empty()))
+    }
+
+    /// Whether a row may be handed over now.
+    fn may_hand_over(&self) -> bool {
+        self.outstanding.is_empty() || (self.outstanding.len() < WINDOW_ROWS && self.outstanding_bytes < WINDOW_BYTES)
     }
 
     /// Looks at what the owner wants.
@@ -324,9 +347,9 @@ impl Worker {
 
     fn claim(&mut self) -> Result<()> {
         let job = self.job.clone();
-        let (plan, last) = (self.plan.clone(), self.last.clone());
+        let (plan, last, size) = (self.plan.clone(), self.last.clone(), self.page_size);
         let counted = self.counted;
-        let (count, ready, page, gone) = txn::run(|| {
+        let (count, ready, claimed, gone) = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
             // Rights, key, model and task may have changed: what holds now holds for the next request.
             let ready = Self::ready(&job)?;
@@ -342,23 +365,21 @@ impl Worker {
                 "SELECT pg_catalog.set_config(n, 'off', true) FROM pg_catalog.unnest('{enable_sort,enable_incremental_sort,enable_seqscan,enable_bitmapscan}'::pg_catalog.text[]) n",
                 &[],
             )?;
-            let page = match &last {
-                None => page::claim(&plan.claim_first, &[PAGE.into()], job.key_names.len())?,
+            let claimed = match &last {
+                None => page::claim(&plan.claim_first, &[size.into()], job.key_names.len())?,
                 Some((page, position)) => {
                     let mut args = page.args();
                     args.push((*position).into());
-                    args.push(PAGE.into());
+                    args.push(size.into());
                     page::claim(&plan.claim_next, &args, job.key_names.len())?
                 }
             };
-            let gone = match &page {
-                Some((_, _, Some(keys))) if job.has_failures => store::failed_among(
-                    job.id,
-                    keys.iter().map(|k| k.as_ref().map(|k| pgrx::datum::JsonB(k.0.clone()))).collect(),
-                )?,
+            let mut claimed = claimed;
+            let gone = match &mut claimed {
+                Some(claimed) if job.has_failures => store::failed_among(job.id, std::mem::take(&mut claimed.keys))?,
                 _ => Vec::new(),
             };
-            Ok((count, ready, page, gone))
+            Ok((count, ready, claimed, gone))
         })?;
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
         self.counted = true;
@@ -370,41 +391,38 @@ impl Worker {
             self.reopen = Some((stream, model));
         }
         (self.table, self.plan) = (table, plan);
-        let Some((page, texts, _)) = page else {
+        let Some(page::Claimed { page, texts, .. }) = claimed else {
             self.pass_ended = true;
             return Ok(());
         };
         let page = Rc::new(page);
-        if page.len < PAGE as usize {
-            self.pass_ended = true;
-        }
+        self.pass_ended = page.len < size as usize;
+        let bytes: usize = texts.iter().map(String::len).sum();
+        let rows = ((WINDOW_BYTES * page.len / bytes.max(1)) as i64).clamp(1, LARGEST_PAGE);
+        self.page_size = whole_packs(rows, &self.stream);
         self.last = Some((Rc::clone(&page), page.len as i32));
         for (i, text) in texts.into_iter().enumerate() {
             if !gone.contains(&(i as i64 + 1)) {
                 self.claimed_in_pass += 1;
-                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text.unwrap_or_default()));
+                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text));
             }
         }
         Ok(())
     }
 
     fn hand_over(&mut self) -> Result<()> {
-        // What was claimed before a change is asked as it was changed.
-        let Some(client) = &mut self.client else { return Ok(()) };
-        while !self.waiting.is_empty() && self.outstanding.len() < WINDOW_ROWS {
+        while self.client.is_some() && !self.waiting.is_empty() && self.may_hand_over() {
             let (mut items, mut bytes) = (Vec::new(), 0);
-            while let Some((place, text)) = self.waiting.pop_front() {
+            while bytes < MESSAGE_BYTES && self.may_hand_over() {
+                let Some((place, text)) = self.waiting.pop_front() else { break };
                 bytes += text.len();
-                self.outstanding.insert(self.next_n, place);
+                self.outstanding_bytes += text.len();
+                self.outstanding.insert(self.next_n, (place, text.len()));
                 items.push(Item { n: self.next_n, text });
                 self.next_n += 1;
-                if bytes > WINDOW_BYTES / 4 || self.outstanding.len() >= WINDOW_ROWS {
-                    break;
-                }
             }
-            client.send(&ToGateway::Items(items))?;
-            if bytes > WINDOW_BYTES / 4 {
-                break;
+            if let Some(client) = &mut self.client {
+                client.send(&ToGateway::Items(items))?;
             }
         }
         Ok(())
@@ -412,19 +430,14 @@ impl Worker {
 
     /// Waits for outcomes, and takes all that have come.
     fn receive(&mut self) -> Result<()> {
-        let mut timeout = if !self.locked.is_empty() || self.next_try.is_some() { AGAIN } else { CONTROL };
-        let has_work = !self.waiting.is_empty() && self.outstanding.len() < WINDOW_ROWS / 2;
-        let can_claim = !self.pass_ended
-            && self.stopping.is_none()
-            && self.reopen.is_none()
-            && self.outstanding.len() < WINDOW_ROWS / 2;
-        let is_idle = self.outstanding.is_empty() && self.waiting.is_empty();
-        if has_work
-            || (can_claim && self.next_try.is_none())
-            || (is_idle && self.locked.is_empty() && self.next_try.is_none())
-        {
-            timeout = Duration::ZERO;
-        }
+        let is_idle = self.outstanding.is_empty() && self.waiting.is_empty() && self.locked.is_empty();
+        let mut timeout = if self.may_claim() || (is_idle && self.next_try.is_none()) {
+            Duration::ZERO
+        } else if !self.locked.is_empty() || self.next_try.is_some() {
+            AGAIN
+        } else {
+            CONTROL
+        };
         let Some(client) = &mut self.client else {
             if !timeout.is_zero() {
                 worker::wait(None, Some(timeout));
@@ -438,17 +451,21 @@ impl Worker {
                     self.delta.input_tokens += spent.input_tokens as i64;
                     self.delta.output_tokens += spent.output_tokens as i64;
                     for o in outcomes {
-                        if let Some((page, position)) = self.outstanding.remove(&o.n)
-                            && o.verdict != Verdict::Withdrawn
-                        {
+                        let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
+                        self.outstanding_bytes -= bytes;
+                        if o.verdict != Verdict::Withdrawn {
                             self.answers.push(Answer { page, position, verdict: o.verdict, attempts: o.attempts });
                         }
                     }
                 }
                 Received::Message(FromGateway::Stopped(stop)) => {
-                    let outcome = self.outcome_of_stop(&stop);
                     self.waiting.clear();
-                    self.stopping.get_or_insert(outcome);
+                    if stop.reason == StopReason::Disabled {
+                        self.disabled = true;
+                    } else {
+                        let outcome = self.outcome_of_stop(&stop);
+                        self.stopping.get_or_insert(outcome);
+                    }
                     return Ok(());
                 }
                 Received::Message(_) => {}
@@ -457,6 +474,7 @@ impl Worker {
                     // The gateway ended. What it had not answered is claimed again from the table.
                     self.client = None;
                     self.outstanding.clear();
+                    self.outstanding_bytes = 0;
                     self.waiting.clear();
                     self.restart_pass();
                     return Ok(());
@@ -468,14 +486,14 @@ impl Worker {
     }
 
     fn outcome_of_stop(&self, stop: &Stop) -> Outcome {
-        let text = Some(Error::from_stop(stop, &self.model).one_line());
+        let text = Error::from_stop(stop, &self.model).one_line();
         let at = shared::now() + stop.retry_after_ms.map_or(LATER, |ms| ms as i64 * 1000);
         match stop.reason {
-            StopReason::Auth => Outcome::Paused("auth", text, None),
-            StopReason::Spend => Outcome::Paused("spend", text, None),
-            StopReason::Quota => Outcome::Paused("quota", text, Some(at)),
-            StopReason::ProviderDown | StopReason::Disabled => Outcome::Paused("provider_down", text, Some(at)),
-            StopReason::NotFound | StopReason::Rejected => Outcome::Failed(text.unwrap_or_default()),
+            StopReason::Auth => Outcome::Paused("auth", Some(text), None),
+            StopReason::Spend => Outcome::Paused("spend", Some(text), None),
+            StopReason::Quota => Outcome::Paused("quota", Some(text), Some(at)),
+            StopReason::ProviderDown | StopReason::Disabled => Outcome::Paused("provider_down", Some(text), Some(at)),
+            StopReason::NotFound | StopReason::Rejected => Outcome::Failed(text),
         }
     }
 
@@ -486,7 +504,7 @@ impl Worker {
         }
         self.sample(0, 0);
         let job = &self.job;
-        let (plan, labels, model) = (&mut self.plan, &self.labels, &self.model);
+        let (plan, labels, model, stream) = (&mut self.plan, &self.labels, &self.model, &self.stream);
         let (delta, too_late, known) = (&self.delta, &self.too_late, &mut self.table);
         let (rows_per_second, tokens_per_minute) = rates(&self.samples);
         let batch_ref = &batch;
@@ -494,7 +512,7 @@ impl Worker {
             report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
             let table = plan::table(job)?;
             if table != *known {
-                *plan = make_plan(job, &table)?;
+                *plan = make_plan(job, &table, stream)?;
                 *known = table;
             }
             set_path(job)?;
@@ -529,9 +547,9 @@ impl Worker {
         };
         let tokens = self.delta.input_tokens + self.delta.output_tokens;
         self.delta = Delta::default();
-        self.too_late.clear();
+        let listed_late = !std::mem::take(&mut self.too_late).is_empty();
         self.next_try = None;
-        if !settled.failures.is_empty() {
+        if !settled.failures.is_empty() || listed_late {
             self.job.has_failures = true;
         }
         self.sample(settled.done + settled.failures.len() as i64, tokens);
@@ -613,13 +631,14 @@ impl Worker {
 
     /// Ends the run once it is stopping and nothing is open any more.
     fn try_end(&mut self) -> Option<End> {
-        let outcome = self.stopping.clone()?;
+        // Answers to what was sent are still awaited and written; locked rows are not.
         if !self.outstanding.is_empty() || !self.answers.is_empty() {
-            // Answers to what was sent are still awaited; locked rows are not.
-            if self.client.is_some() || !self.answers.is_empty() {
-                return None;
-            }
+            return None;
         }
+        if self.disabled {
+            return Some(End::Again(shared::now() + 1_000_000));
+        }
+        let outcome = self.stopping.clone()?;
         let (id, epoch) = (self.job.id, self.job.epoch);
         let entered = txn::run(|| if store::is_installed()? { store::end(id, epoch, &outcome) } else { Ok(true) });
         match entered {
@@ -659,7 +678,7 @@ fn set_path(job: &Job) -> Result<()> {
     sql::run("SELECT pg_catalog.set_config('search_path', $1, true)", &[path.into()]).map(|_| ())
 }
 
-fn make_plan(job: &Job, table: &plan::Table) -> Result<Plan> {
+fn make_plan(job: &Job, table: &plan::Table, stream: &Stream) -> Result<Plan> {
     // With nothing but pg_catalog in the path every other type is written with its schema.
     sql::run("SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true)", &[])?;
     let target_type = sql::one::<String>(
@@ -667,7 +686,13 @@ fn make_plan(job: &Job, table: &plan::Table) -> Result<Plan> {
           WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) $2",
         &[job.relation.into(), job.target_attnum.into()],
     )?;
-    Ok(Plan::new(job, table, &target_type.unwrap_or_default()))
+    Ok(Plan::new(job, table, &target_type.unwrap_or_default(), most_text(stream.model.max_request_tokens)))
+}
+
+/// A page of so many rows, less what would not fill a request.
+fn whole_packs(rows: i64, stream: &Stream) -> i64 {
+    let pack = i64::from(stream.task.options.max_rows_per_request.max(1));
+    if rows > pack { rows - rows % pack } else { rows }
 }
 
 /// Rows a second and tokens a minute over the samples.

@@ -5,8 +5,12 @@ use pgrx::prelude::*;
 
 use super::{handle_signals, my_pid};
 use crate::error::Result;
+use crate::job::store::{self, Outcome};
 use crate::shared::{self, End};
 use crate::{sql, txn};
+
+/// The next search where a prepared transaction is open, microseconds.
+const AGAIN: i64 = 10_000_000;
 
 /// What the launcher tells a worker: database, job, owner.
 pub fn orders() -> Option<(u32, i64, u32)> {
@@ -15,7 +19,8 @@ pub fn orders() -> Option<(u32, i64, u32)> {
 }
 
 /// Called when a worker ends in whatever way but by a signal that kills: frees its entry.
-pub unsafe extern "C-unwind" fn on_exit(_code: i32, _arg: pg_sys::Datum) {
+#[pg_guard]
+pub extern "C-unwind" fn on_exit(_code: i32, _arg: pg_sys::Datum) {
     if let Some((database, job, _)) = orders() {
         // After goes() with another end the entry is no longer this process', and nothing happens here.
         shared::goes(database, job, my_pid(), End::Died);
@@ -59,16 +64,32 @@ fn search() -> Result<Option<i64>> {
     let jobs = sql::rows(
         "SELECT j.id, j.owner::oid,
                 s.epoch = j.epoch AND s.status = 'paused' AS waits,
-                (extract(epoch FROM s.resume_at - clock_timestamp()) * 1000000)::bigint AS microseconds
+                (extract(epoch FROM s.resume_at - clock_timestamp()) * 1000000)::bigint AS microseconds,
+                CASE WHEN r.rolcanlogin IS NOT TRUE THEN 'it may not log in'
+                     WHEN NOT has_database_privilege(j.owner, current_database(), 'CONNECT') THEN 'it may not connect to the database'
+                END, j.epoch
            FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
+           LEFT JOIN pg_roles r ON r.oid = j.owner
           WHERE j.wanted = 'running'
             AND (s.epoch < j.epoch OR s.status = 'running' OR (s.status = 'paused' AND s.resume_at IS NOT NULL))",
         &[],
-        |row| Ok((row.get::<i64>(1)?, row.get::<pg_sys::Oid>(2)?.to_u32(), row.get::<bool>(3)?, row.maybe::<i64>(4)?)),
+        |row| {
+            let job = (row.get::<i64>(1)?, row.get::<pg_sys::Oid>(2)?.to_u32());
+            Ok((job, row.get::<bool>(3)?, row.maybe::<i64>(4)?, row.maybe::<String>(5)?, row.get::<i32>(6)?))
+        },
     )?;
     let now = shared::now();
-    let mut next = None;
-    for (id, owner, waits, microseconds) in jobs {
+    // A prepared transaction may hold a job, or something else that wakes one; its commit tells nobody.
+    let prepared =
+        sql::one::<bool>("SELECT true FROM pg_prepared_xacts WHERE database = current_database() LIMIT 1", &[])?;
+    let mut next = prepared.map(|_| now + AGAIN);
+    for ((id, owner), waits, microseconds, shut_out, epoch) in jobs {
+        if let Some(why) = shut_out {
+            let text = format!("the job's owner lost a right: {why}");
+            store::end(id, epoch, &Outcome::Paused("owner", Some(text), None))?;
+            shared::unwant(super::my_database(), id);
+            continue;
+        }
         let at = if waits { now + microseconds.unwrap_or(0).max(0) } else { now };
         if at <= now {
             shared::want(super::my_database(), id, owner, now);

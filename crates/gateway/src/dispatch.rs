@@ -55,6 +55,8 @@ struct Conn {
     outstanding_bytes: usize,
     outcomes: Vec<Outcome>,
     spent: Spent,
+    /// It was told to stop: nothing more is sent for it until it opens a stream again.
+    stopped: bool,
 }
 
 /// A request under way.
@@ -139,6 +141,7 @@ impl State {
                 outstanding_bytes: 0,
                 outcomes: Vec::new(),
                 spent: Spent::default(),
+                stopped: false,
             },
         );
         id
@@ -169,6 +172,7 @@ impl State {
         }
         let lane_key = (account(&stream.endpoint), stream.model.model.clone());
         let group_key = serde_json::to_string(&stream).map_err(|e| e.to_string())?;
+        c.stopped = false;
         let before = c.stream.replace((lane_key.clone(), group_key.clone(), Rc::new(stream.clone())));
         let started = self.started;
         let limits = stream.model.limits();
@@ -215,6 +219,10 @@ impl State {
             c.outstanding += 1;
             c.outstanding_bytes += bytes;
             self.bytes += bytes;
+            if c.stopped {
+                self.outcome(conn, item.n, bytes, 0, Verdict::Withdrawn);
+                continue;
+            }
             if let Some(g) = self.lanes.get_mut(&lane).and_then(|l| l.group(&group))
                 && let Err(n) = g.push(now, conn, item)
             {
@@ -274,6 +282,7 @@ impl State {
         self.flush();
         for c in self.conns.values_mut() {
             if c.stream.as_ref().is_some_and(|(l, g, _)| l == lane_key && group.is_none_or(|wanted| wanted == g)) {
+                c.stopped = true;
                 say(c, &FromGateway::Stopped(stop.clone()));
             }
         }
@@ -515,9 +524,7 @@ impl State {
                 lane.failures += 1;
                 let wait = wait.unwrap_or_else(|| backoff(lane.failures));
                 lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
-                if let Some(group) = lane.group(&group_key) {
-                    group.put_back(rows);
-                }
+                self.put_back(&lane_key, &group_key, rows);
                 self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
             }
             Trouble::TooLarge => {
@@ -539,9 +546,7 @@ impl State {
                     Parameter::ResponseFormat => weaker(lane, &group_key, format),
                 };
                 if learned {
-                    if let Some(group) = lane.group(&group_key) {
-                        group.put_back(rows);
-                    }
+                    self.put_back(&lane_key, &group_key, rows);
                     self.notice(now, &lane_key, "unsupported", &format!("{message}; going on without it"));
                 } else {
                     self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::Rejected, message, None);
@@ -639,9 +644,24 @@ impl State {
         }
     }
 
-    /// Queues a row again, if its client is still there and its stream not stopped.
+    /// Whether anybody still wants a row to be sent.
+    fn is_wanted(&self, row: &Queued) -> bool {
+        self.conns.get(&row.conn).is_some_and(|c| !c.stopped)
+    }
+
+    /// Queues rows again that were refused through no trouble of theirs.
+    fn put_back(&mut self, lane: &LaneKey, group: &str, rows: Vec<Queued>) {
+        let (wanted, rest) = rows.into_iter().partition(|row| self.is_wanted(row));
+        self.give_back(rest);
+        match self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
+            Some(g) => g.put_back(wanted),
+            None => self.give_back(wanted),
+        }
+    }
+
+    /// Queues a row again for another request.
     fn again(&mut self, lane: &LaneKey, group: &str, row: Queued) {
-        let wanted = self.conns.contains_key(&row.conn) && self.settings.enabled;
+        let wanted = self.is_wanted(&row);
         match self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
             Some(g) if wanted => g.push_again(row),
             _ => self.outcome(row.conn, row.n, row.bytes, row.attempts, Verdict::Withdrawn),

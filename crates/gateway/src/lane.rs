@@ -10,7 +10,7 @@ use llm_batch_core::options::{StructuredOutput, TooLong};
 use llm_batch_core::pack::{self, Bounds, Ratio};
 use llm_batch_core::prompt;
 
-use crate::protocol::{Item, Stream};
+use crate::protocol::{Item, Stream, most_text};
 use crate::tokens;
 
 /// How long rows wait for company while their task has a request under way, ms.
@@ -103,8 +103,8 @@ impl Group {
         let fixed = self.prefix_tokens + self.answer_tokens + tokens::count(&prompt::row(417, ""));
         let most = (self.stream.model.max_request_tokens as usize).saturating_sub(fixed);
         let bytes = item.text.len();
-        // A token of text is rarely longer than this; counting a text that can't fit anyway would be wasted work.
-        let hopeless = bytes > most.saturating_mul(32);
+        // Counting a text that can't fit anyway would be wasted work.
+        let hopeless = bytes >= most_text(self.stream.model.max_request_tokens);
         let mut quoted = if hopeless { String::new() } else { prompt::quote(&item.text) };
         if hopeless || tokens::count(&quoted) > most {
             match options.too_long {

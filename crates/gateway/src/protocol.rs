@@ -17,6 +17,16 @@ pub const MAX_OUTSTANDING_ITEMS: usize = 4_096;
 /// Most bytes of text of one connection that may be without an outcome. One row may be larger.
 pub const MAX_OUTSTANDING_BYTES: usize = 8 << 20;
 
+/// Most bytes of a row's text that can matter to a model with this limit of a request: what is longer is too long for
+/// certain (a token of prose has four bytes), and need not be carried around. With the limit at its most, a frame of
+/// one such text fits even if every byte of it is escaped.
+pub fn most_text(max_request_tokens: u64) -> usize {
+    max_request_tokens.min(MAX_REQUEST_TOKENS) as usize * 16 + 1
+}
+
+/// Most that `max_request_tokens` may be.
+pub const MAX_REQUEST_TOKENS: u64 = 131_072;
+
 /// A key that is never printed.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Secret(pub String);
