@@ -279,13 +279,14 @@ impl State {
             }
         }
         self.give_back(rows);
-        self.flush();
+        // The reason goes first: a client that saw only rows come back would send them again.
         for c in self.conns.values_mut() {
             if c.stream.as_ref().is_some_and(|(l, g, _)| l == lane_key && group.is_none_or(|wanted| wanted == g)) {
                 c.stopped = true;
                 say(c, &FromGateway::Stopped(stop.clone()));
             }
         }
+        self.flush();
     }
 
     pub fn configure(&mut self, settings: Settings) {
