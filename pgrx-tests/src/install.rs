@@ -28,9 +28,11 @@ pub(crate) fn bindir() -> &'static Path {
     })
 }
 
-/// One of the programs, without the caller's `PG*` variables.
+/// One of the programs, without the caller's `PG*` variables, and without those that make Rust's panics wordy: the
+/// server's log is to read as its users would see it.
 pub(crate) fn program(name: &str) -> Command {
     let mut command = Command::new(bindir().join(name));
+    command.env_remove("RUST_BACKTRACE").env_remove("RUST_LIB_BACKTRACE");
     for (variable, _) in std::env::vars_os() {
         if variable.to_string_lossy().starts_with("PG") {
             command.env_remove(variable);

@@ -592,12 +592,15 @@ impl State {
                 }
                 let points = if message == TIMED_OUT { 2 } else { 1 };
                 let mut given_up = false;
+                // One wait for all of them, so that they stay together.
+                let worst = rows.iter().map(|r| r.trouble).max().unwrap_or(0) + points;
+                let not_before = now + backoff(worst);
                 for row in &mut rows {
                     if row.trouble == 0 {
                         row.trouble_since = now;
                     }
                     row.trouble += points;
-                    row.not_before = now + backoff(row.trouble);
+                    row.not_before = not_before;
                     given_up |= row.trouble >= MOST_TROUBLE && last_success.is_none_or(|at| at < row.trouble_since);
                 }
                 if given_up {
