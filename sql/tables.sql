@@ -1,6 +1,16 @@
 -- Everything below names its operators and functions through pg_catalog; the extension's own schema comes last.
 SET LOCAL search_path TO pg_catalog, pg_temp;
 
+DO $$
+BEGIN
+    IF pg_catalog.getdatabaseencoding() OPERATOR(pg_catalog.<>) 'UTF8' THEN
+        RAISE EXCEPTION 'pg_llm_batch needs a database in UTF8' USING ERRCODE = 'feature_not_supported',
+            DETAIL = pg_catalog.format('This database is in %s; language models are spoken to in UTF8.', pg_catalog.getdatabaseencoding()),
+            HINT = 'Create the database with ENCODING ''UTF8''.';
+    END IF;
+END
+$$;
+
 CREATE SCHEMA llm_batch;
 COMMENT ON SCHEMA llm_batch IS 'pg_llm_batch: columns filled through language models';
 

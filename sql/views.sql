@@ -25,9 +25,9 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'user'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.reason
                 WHEN llm_batch.waits_for_slot(j.id) THEN 'no_worker_slot' END AS reason,
-           GREATEST(s.rows_total, h.handled) AS rows_total,
+           CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total, h.handled) END AS rows_total,
            s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded,
-           GREATEST(s.rows_total OPERATOR(pg_catalog.-) h.handled, 0) AS rows_left, h.handled,
+           CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total OPERATOR(pg_catalog.-) h.handled, 0) END AS rows_left, h.handled,
            s.rows_per_second, s.tokens_per_minute, s.input_tokens, s.output_tokens, s.requests,
            s.cost, s.cost_unconfirmed, s.last_error, s.started_at, s.updated_at
       FROM llm_batch.job j

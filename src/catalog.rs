@@ -187,41 +187,20 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
             .hint("Write it as in a select list, such as 'body' or 'coalesce(title, '''') || body'.")
     };
     let c_string = |s: String| CString::new(s).map_err(|_| not_one("It contains a zero byte."));
-    // Alone, so that a parenthesis too many can't lead into other clauses.
-    let alone = c_string(format!("SELECT ({text}\n)"))?;
-    // SAFETY: raw_parser and the analysis run on the main thread inside a transaction; they raise on bad syntax, and
-    // what they return lives in the current memory context. Node tags are checked before casts.
-    unsafe {
-        let statements = pg_sys::raw_parser(alone.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
-        if statements.is_null() || (*statements).length != 1 {
-            return Err(not_one("It is more than one statement."));
-        }
-        let raw = crate::sql::list_nth(statements, 0).cast::<pg_sys::RawStmt>();
-        let node = (*raw).stmt;
-        if (*node).type_ != pg_sys::NodeTag::T_SelectStmt {
-            return Err(not_one("It is not an expression."));
-        }
-        let select = node.cast::<pg_sys::SelectStmt>();
-        let s = &*select;
-        let is_plain = s.distinctClause.is_null()
-            && s.intoClause.is_null()
-            && !s.targetList.is_null()
-            && (*s.targetList).length == 1
-            && s.fromClause.is_null()
-            && s.whereClause.is_null()
-            && s.groupClause.is_null()
-            && s.havingClause.is_null()
-            && s.windowClause.is_null()
-            && s.valuesLists.is_null()
-            && s.sortClause.is_null()
-            && s.limitCount.is_null()
-            && s.limitOffset.is_null()
-            && s.lockingClause.is_null()
-            && s.withClause.is_null()
-            && s.op == pg_sys::SetOperation::SETOP_NONE;
-        if !is_plain {
+    // As it stands it must be one column of a select list; and in parentheses too, so that a parenthesis too many can't
+    // lead into other clauses, and no alias follows.
+    for alone in [format!("SELECT {text}\n"), format!("SELECT ({text}\n)")] {
+        let alone = c_string(alone)?;
+        // SAFETY: raw_parser runs on the main thread; it raises on bad syntax.
+        let is_one =
+            unsafe { is_one_expression(pg_sys::raw_parser(alone.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT)) };
+        if !is_one {
             return Err(not_one("It has clauses of its own, or is more than one expression."));
         }
+    }
+    // SAFETY: parser and analysis run on the main thread inside a transaction; they raise on errors, and what they
+    // return lives in the current memory context.
+    unsafe {
         let query = match usage {
             Use::Input => format!("SELECT ({text}\n)::pg_catalog.text FROM ONLY {}", target.name),
             Use::Filter => format!("SELECT 1 FROM ONLY {} WHERE ({text}\n)", target.name),
@@ -249,6 +228,40 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Whether a raw parse tree is a bare `SELECT expression`.
+///
+/// # Safety
+/// `statements` must come from `raw_parser`.
+unsafe fn is_one_expression(statements: *mut pg_sys::List) -> bool {
+    // SAFETY: a list of RawStmt; node tags are checked before casts.
+    unsafe {
+        if statements.is_null() || (*statements).length != 1 {
+            return false;
+        }
+        let node = (*crate::sql::list_nth(statements, 0).cast::<pg_sys::RawStmt>()).stmt;
+        if (*node).type_ != pg_sys::NodeTag::T_SelectStmt {
+            return false;
+        }
+        let s = &*node.cast::<pg_sys::SelectStmt>();
+        s.distinctClause.is_null()
+            && s.intoClause.is_null()
+            && !s.targetList.is_null()
+            && (*s.targetList).length == 1
+            && s.fromClause.is_null()
+            && s.whereClause.is_null()
+            && s.groupClause.is_null()
+            && s.havingClause.is_null()
+            && s.windowClause.is_null()
+            && s.valuesLists.is_null()
+            && s.sortClause.is_null()
+            && s.limitCount.is_null()
+            && s.limitOffset.is_null()
+            && s.lockingClause.is_null()
+            && s.withClause.is_null()
+            && s.op == pg_sys::SetOperation::SETOP_NONE
+    }
 }
 
 /// Checks that every label casts to the target's type by assignment. Raises what the type's input function raises.

@@ -53,7 +53,10 @@ fn ask(
 ) -> Result<()> {
     let kept = KEPT.with_borrow_mut(Option::take);
     let mut client = match kept {
-        Some((client, opened)) if opened == *stream => client,
+        Some((client, opened)) if opened == *stream => match if_fresh(client)? {
+            Some(client) => client,
+            None => open(stream)?,
+        },
         _ => open(stream)?,
     };
     let most_text = most_text(stream.model.max_request_tokens);
@@ -108,6 +111,11 @@ fn ask(
     }
 }
 
+/// A connection, if nothing has come on it since it was last used: a stop of back then says nothing about today.
+fn if_fresh(mut client: Client) -> Result<Option<Client>> {
+    Ok(matches!(client.receive(Duration::ZERO)?, Received::Nothing).then_some(client))
+}
+
 fn open(stream: &Stream) -> Result<Client> {
     let mut client = Client::connect()?;
     client.send(&ToGateway::Open(Box::new(stream.clone())))?;
@@ -131,7 +139,6 @@ fn send(client: &mut Client, items: Vec<Item>) -> Result<()> {
 
 /// A label, or its absence with the reason as a warning.
 fn classify_one(input: &str, known: classifier::Known) -> Result<Option<String>> {
-    check_loaded()?;
     if input.is_empty() {
         return Ok(None);
     }
@@ -156,6 +163,7 @@ fn classify_one(input: &str, known: classifier::Known) -> Result<Option<String>>
 
 #[pg_extern(sql = false)]
 fn llm_classify(input: &str, task: &str) -> std::result::Result<Option<String>, ErrorReport> {
+    check_loaded()?;
     Ok(classify_one(input, classifier::load(task, &json!({}))?)?)
 }
 
@@ -165,6 +173,7 @@ fn llm_classify_labels(
     labels: Vec<Option<String>>,
     options: JsonB,
 ) -> std::result::Result<Option<String>, ErrorReport> {
+    check_loaded()?;
     Ok(classify_one(input, classifier::from_labels(labels, &options.0)?)?)
 }
 
@@ -177,7 +186,6 @@ struct Answer {
 }
 
 fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> {
-    check_loaded()?;
     let (stream, model) = stream(known)?;
     let answers: RefCell<Vec<Answer>> = RefCell::new(Vec::new());
     // The position among the rows that are asked about → the position among all rows.
@@ -189,15 +197,15 @@ fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> 
             // A page may consist of rows without text; only the end of the query ends the rows.
             loop {
                 let rows = cursor.fetch(n as libc::c_long)?;
-                if rows.is_empty() {
-                    return Ok(texts);
-                }
                 if rows.columns()? != 2 {
                     return Err(Error::new(
                         PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
                         format!("the query must return two columns, id and input, not {}", rows.columns()?),
                     )
                     .hint("Write it as 'SELECT id, body FROM …'."));
+                }
+                if rows.is_empty() {
+                    return Ok(texts);
                 }
                 for (id, text) in output(rows) {
                     let mut answers = answers.borrow_mut();
@@ -248,7 +256,7 @@ fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> 
 fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Vec<(Option<String>, Option<String>)> {
     let mut out = Vec::with_capacity(rows.len());
     // SAFETY: SPI_tuptable is the table that the fetch just before left, with `numvals` rows; SPI_getvalue returns a
-    // palloc'd string or NULL.
+    // palloc'd string or NULL. `rows` refers to the table and is not used any more when it is freed.
     unsafe {
         let table = pg_sys::SPI_tuptable;
         if table.is_null() {
@@ -266,6 +274,7 @@ fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Vec<(Option<String>, Option<Str
             let tuple = *(*table).vals.add(i);
             out.push((value(tuple, 1), value(tuple, 2)));
         }
+        pg_sys::SPI_freetuptable(table);
     }
     out
 }
@@ -290,6 +299,7 @@ fn llm_classify_batch(
     >,
     ErrorReport,
 > {
+    check_loaded()?;
     Ok(TableIterator::new(as_rows(classify_query(query, classifier::load(task, &options.0)?)?)))
 }
 
@@ -307,5 +317,6 @@ fn llm_classify_batch_labels(
     >,
     ErrorReport,
 > {
+    check_loaded()?;
     Ok(TableIterator::new(as_rows(classify_query(query, classifier::from_labels(labels, &options.0)?)?)))
 }

@@ -253,17 +253,17 @@ pub fn check_owner(table: &str, kind: &str, name: &str) -> Result<()> {
     }
 }
 
-const RESETTABLE: [(&str, &str); 10] = [
-    ("tokens_per_minute", "NULL"),
-    ("requests_per_minute", "NULL"),
-    ("input_tokens_per_minute", "NULL"),
-    ("output_tokens_per_minute", "NULL"),
-    ("input_price", "NULL"),
-    ("output_price", "NULL"),
-    ("max_concurrent_requests", "NULL"),
-    ("request_timeout", "interval '5 minutes'"),
-    ("max_request_tokens", "16000"),
-    ("parameters", "'{}'"),
+const RESETTABLE: [&str; 10] = [
+    "tokens_per_minute",
+    "requests_per_minute",
+    "input_tokens_per_minute",
+    "output_tokens_per_minute",
+    "input_price",
+    "output_price",
+    "max_concurrent_requests",
+    "request_timeout",
+    "max_request_tokens",
+    "parameters",
 ];
 
 #[allow(clippy::too_many_arguments)]
@@ -304,15 +304,18 @@ fn alter_model(
     given.check()?;
     let mut resets = Vec::new();
     for wanted in reset.unwrap_or_default().into_iter().flatten() {
-        match RESETTABLE.iter().find(|(n, _)| *n == wanted) {
-            Some((n, default)) => resets.push(format!("{n} = {default}")),
-            None => {
-                let valid: Vec<&str> = RESETTABLE.iter().map(|(n, _)| *n).collect();
-                return Err(Error::invalid(format!("\"{wanted}\" can't be reset"))
-                    .hint(format!("What can be reset: {}.", valid.join(", ")))
-                    .into());
-            }
+        if !RESETTABLE.contains(&wanted.as_str()) {
+            return Err(Error::invalid(format!("\"{wanted}\" can't be reset"))
+                .hint(format!("What can be reset: {}.", RESETTABLE.join(", ")))
+                .into());
         }
+        let default = match wanted.as_str() {
+            "request_timeout" => format!("interval '{REQUEST_TIMEOUT}'"),
+            "max_request_tokens" => DEFAULT_REQUEST_TOKENS.to_string(),
+            "parameters" => "'{}'".to_owned(),
+            _ => "NULL".to_owned(),
+        };
+        resets.push(format!("{wanted} = {default}"));
     }
     let mut args: Vec<DatumWithOid> = vec![name.into()];
     args.extend(given.values());

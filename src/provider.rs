@@ -1,5 +1,7 @@
 //! Providers: foreign servers of the wrapper `llm_provider`, and keys in user mappings. Postgres' own rights apply.
 
+use std::io::Read;
+
 use llm_batch_core::url;
 use llm_batch_gateway::protocol::{Endpoint, Secret};
 use pgrx::pg_sys::panic::ErrorReport;
@@ -10,7 +12,7 @@ use crate::{settings, sql};
 
 const SERVER_OPTIONS: &str = "api, base_url, account, api_key_file";
 const MAPPING_OPTIONS: &str = "api_key";
-/// Largest key file that is read, bytes.
+/// So much of a key file is read, bytes.
 const MOST_KEY: u64 = 16 * 1024;
 
 #[pg_extern(sql = false)]
@@ -141,11 +143,13 @@ fn key_from_file(server: &str, path: &str) -> Result<String> {
             .detail(why)
             .hint("api_key_file must name a file of one line that the server's operating system user can read.")
     };
-    let size = std::fs::metadata(path).map_err(|e| fail(e.to_string()))?.len();
-    if size > MOST_KEY {
-        return Err(fail("the file is too large to be a key".into()));
+    // Devices and pipes have no size, and may have no end.
+    if !std::fs::metadata(path).map_err(|e| fail(e.to_string()))?.is_file() {
+        return Err(fail("it is not an ordinary file".into()));
     }
-    let text = std::fs::read_to_string(path).map_err(|e| fail(e.to_string()))?;
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(|e| fail(e.to_string()))?;
+    file.take(MOST_KEY).read_to_string(&mut text).map_err(|e| fail(e.to_string()))?;
     let key = text.trim();
     if key.is_empty() || !is_header(key) {
         return Err(fail("the file does not hold a key".into()));

@@ -153,6 +153,17 @@ pub fn want(database: u32, job: i64, owner: u32, at: i64) {
     set_latch(pids.1);
 }
 
+/// Wants a job that a search has found to run, if nobody does yet. What is wanted, waits or runs is left alone.
+pub fn found(database: u32, job: i64, owner: u32) {
+    let mut table = TABLE.exclusive();
+    let launcher = table.launcher;
+    if let Some((entry, true)) = table.find_or_add(database, job) {
+        *entry = Entry { database, job, owner, phase: Phase::Wanted, at: now(), ..FREE };
+        drop(table);
+        set_latch(launcher);
+    }
+}
+
 /// Whether the caller's job was told to look at its row again, since the last call.
 pub fn was_poked(database: u32, job: i64) -> bool {
     TABLE.exclusive().find(database, job).is_some_and(|e| std::mem::take(&mut e.poked))
@@ -271,7 +282,10 @@ pub fn goes(database: u32, job: i64, pid: i32, end: End) {
                     *e = Entry { phase: Phase::Wanted, at: now, pid: 0, deaths: 0, poked: false, ..*e };
                 }
                 End::Finished => *e = FREE,
-                End::Again(at) => *e = Entry { phase: Phase::Wanted, at, pid: 0, deaths: 0, ..*e },
+                End::Again(at) => {
+                    let at = if e.poked { now } else { at };
+                    *e = Entry { phase: Phase::Wanted, at, pid: 0, deaths: 0, poked: false, ..*e };
+                }
                 End::Died => {}
             }
         }

@@ -12,16 +12,35 @@ pub fn run(query: &str, args: &[DatumWithOid<'_>]) -> Result<usize> {
     Spi::connect_mut(|client| Ok(client.update(query, None, args)?.len()))
 }
 
-/// The first column of the first row; `None` if there is no row or it is NULL.
+/// The first column of the first row of a query that changes nothing; `None` if there is no row or it is NULL. Takes no
+/// transaction id, so that it may run beside parallel workers.
 pub fn one<T: FromDatum + IntoDatum>(query: &str, args: &[DatumWithOid<'_>]) -> Result<Option<T>> {
+    Spi::connect(|client| {
+        let rows = client.select(query, Some(1), args)?;
+        if rows.is_empty() { Ok(None) } else { Ok(rows.first().get_one()?) }
+    })
+}
+
+/// The same for a statement that locks or changes something.
+pub fn one_mut<T: FromDatum + IntoDatum>(query: &str, args: &[DatumWithOid<'_>]) -> Result<Option<T>> {
     Spi::connect_mut(|client| {
         let rows = client.update(query, Some(1), args)?;
         if rows.is_empty() { Ok(None) } else { Ok(rows.first().get_one()?) }
     })
 }
 
-/// Every row, read by `f`.
+/// Sets a parameter until the end of the transaction.
+pub fn set_local(name: &str, value: &str) -> Result<()> {
+    one::<String>("SELECT pg_catalog.set_config($1, $2, true)", &[name.into(), value.into()]).map(|_| ())
+}
+
+/// Every row of a query that changes nothing, read by `f`.
 pub fn rows<T>(query: &str, args: &[DatumWithOid<'_>], f: impl Fn(&Row) -> Result<T>) -> Result<Vec<T>> {
+    Spi::connect(|client| client.select(query, None, args)?.map(|row| f(&Row(row))).collect())
+}
+
+/// The same for a statement that locks or changes something.
+pub fn rows_mut<T>(query: &str, args: &[DatumWithOid<'_>], f: impl Fn(&Row) -> Result<T>) -> Result<Vec<T>> {
     Spi::connect_mut(|client| client.update(query, None, args)?.map(|row| f(&Row(row))).collect())
 }
 

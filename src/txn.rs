@@ -1,5 +1,6 @@
 //! Transactions of workers, subtransactions, and the switch to the extension's owner.
 
+use std::ffi::CStr;
 use std::panic::AssertUnwindSafe;
 
 use pgrx::pg_sys;
@@ -14,8 +15,31 @@ fn caught(e: CaughtError) -> Error {
     Error::from(e)
 }
 
+/// What a worker's transaction is, whatever its role, its database or a trigger of the transaction before has set.
+const SETTINGS: [(&CStr, &CStr); 8] = [
+    (c"default_transaction_isolation", c"read committed"),
+    (c"default_transaction_read_only", c"off"),
+    (c"default_transaction_deferrable", c"off"),
+    (c"synchronous_commit", c"on"),
+    (c"statement_timeout", c"0"),
+    (c"idle_in_transaction_session_timeout", c"0"),
+    (c"lock_timeout", c"2s"),
+    (c"row_security", c"on"),
+];
+
 /// Runs `f` in a transaction of its own, in a worker. An error, Postgres' or ours, rolls back and is returned.
 pub fn run<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    for (name, value) in SETTINGS {
+        // SAFETY: outside a transaction, on the main thread; names and values are valid.
+        unsafe {
+            pg_sys::SetConfigOption(
+                name.as_ptr(),
+                value.as_ptr(),
+                pg_sys::GucContext::PGC_USERSET,
+                pg_sys::GucSource::PGC_S_SESSION,
+            );
+        }
+    }
     // SAFETY: called on a worker's main thread outside any transaction; each start is matched by a commit or an abort.
     unsafe {
         pg_sys::SetCurrentStatementStartTimestamp();
@@ -98,14 +122,16 @@ pub fn as_extension_owner<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     })
 }
 
-/// Runs `f` with the rights of a role. Not for a user's code with another's rights beyond what the caller says.
+/// Runs `f` with the rights of a role, as a security-restricted operation: what of a user's runs in it can leave nothing
+/// behind (a deferred trigger, a temporary table) that would run with the caller's rights later.
 pub fn as_role<T>(role: pg_sys::Oid, f: impl FnOnce() -> Result<T>) -> Result<T> {
     let mut user = pg_sys::InvalidOid;
     let mut context = 0;
     // SAFETY: on the main thread; an error on the way out aborts the (sub)transaction, which restores both values.
     unsafe {
         pg_sys::GetUserIdAndSecContext(&mut user, &mut context);
-        pg_sys::SetUserIdAndSecContext(role, context | pg_sys::SECURITY_LOCAL_USERID_CHANGE as i32);
+        let restricted = pg_sys::SECURITY_LOCAL_USERID_CHANGE | pg_sys::SECURITY_RESTRICTED_OPERATION;
+        pg_sys::SetUserIdAndSecContext(role, context | restricted as i32);
     }
     let result = f();
     // SAFETY: the values read above.

@@ -74,6 +74,15 @@ fn start(
             "cannot execute backfill() during recovery",
         ));
     }
+    // A snapshot of before the lock of check_alone() would not show the job it waited for.
+    // SAFETY: read on the main thread.
+    if unsafe { pg_sys::XactIsoLevel } >= pg_sys::XACT_REPEATABLE_READ as i32 {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
+            "backfill() can't be called in a REPEATABLE READ or SERIALIZABLE transaction",
+        )
+        .hint("Call it at READ COMMITTED."));
+    }
     let target = catalog::target(relation, column)?;
     let owner = owner_of(&target)?;
     let (stream, model) = stream(task, &options, owner)?;
@@ -82,9 +91,11 @@ fn start(
     if let Some(filter) = filter {
         catalog::check_expression(&target, filter, Use::Filter)?;
     }
-    catalog::check_labels(&target, stream.task.labels.iter().map(|l| l.label.as_str()))?;
     let search_path = search_path()?;
+    // A domain's CHECK and a table's expressions may call functions of whoever owns them: never with more rights than
+    // the job will have.
     txn::as_role(owner, || {
+        catalog::check_labels(&target, stream.task.labels.iter().map(|l| l.label.as_str()))?;
         sql::run(
             &format!(
                 "SELECT ({input}\n)::pg_catalog.text, {} FROM ONLY {} WHERE ({}\n) LIMIT 0",
@@ -240,7 +251,7 @@ fn insert(
         store::cluster().into(),
     ];
     let id = txn::as_extension_owner(|| {
-        let id = sql::one::<i64>(
+        let id = sql::one_mut::<i64>(
             "INSERT INTO llm_batch.job (owner, relation, root, relation_name, target, target_attnum, target_type,
                  target_typmod, key_names, key_attnums, input, filter, task, options, search_path, cluster)
              VALUES ($1::regrole, $2::regclass, $3::regclass, $4, $5::name, $6, $7::regtype, $8, $9::name[], $10, $11, $12, $13, $14, $15, $16) RETURNING id",

@@ -72,8 +72,8 @@ pub struct Claimed {
 /// Runs a claim: a statement whose single row holds an array for each column of the key, then the texts, their hashes
 /// and the keys as JSON. `None` if it found no rows.
 pub fn claim(query: &str, args: &[DatumWithOid<'_>], key_columns: usize) -> Result<Option<Claimed>> {
-    Spi::connect_mut(|client| {
-        let table = client.update(query, None, args)?;
+    Spi::connect(|client| {
+        let table = client.select(query, None, args)?;
         if table.is_empty() {
             return Ok(None);
         }

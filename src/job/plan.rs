@@ -11,6 +11,8 @@ use crate::sql::name;
 /// The statements of a job for the table as it is named now.
 #[derive(Debug, Clone)]
 pub struct Plan {
+    /// The search_path under which input and filter are read.
+    pub search_path: String,
     /// How many rows are to fill, and how many of them have no text.
     pub count: String,
     /// The first page; `$1` is its size.
@@ -27,6 +29,8 @@ pub struct Plan {
     pub update: String,
     /// Whether we may write the target at all.
     pub may_update: String,
+    /// Which of the rows `$k+1` are NULL still: position.
+    pub still_null: String,
     /// The keys of rows `$k+1` as JSON: position, key.
     pub describe: String,
 }
@@ -74,6 +78,20 @@ pub fn table(job: &Job) -> Result<Table> {
             ));
         }
     }
+    let is_key = sql::one::<bool>(
+        "SELECT true FROM pg_catalog.pg_index i
+          WHERE i.indrelid OPERATOR(pg_catalog.=) $1 AND i.indisunique AND i.indisvalid AND i.indimmediate
+            AND i.indpred IS NULL AND i.indexprs IS NULL
+            AND pg_catalog.array_to_string((i.indkey::pg_catalog.int2[])[0:i.indnkeyatts OPERATOR(pg_catalog.-) 1], ' ')
+                OPERATOR(pg_catalog.=) pg_catalog.array_to_string($2, ' ') LIMIT 1",
+        &[job.relation.into(), job.key_attnums.clone().into()],
+    )?;
+    if is_key != Some(true) {
+        return Err(Error::new(
+            pgrx::PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+            format!("the key of {} was dropped while the job ran", table.full),
+        ));
+    }
     Ok(table)
 }
 
@@ -84,7 +102,8 @@ impl Plan {
         let Table { full, bare, is_partitioned } = table;
         let only = if *is_partitioned { String::new() } else { "ONLY ".to_owned() };
         let target = name(&job.target);
-        let input = format!("(({})\n)::pg_catalog.text", job.input);
+        // The line end closes a comment at the end of the expression.
+        let input = format!("(({}\n))::pg_catalog.text", job.input);
         let keys: Vec<String> = job.key_names.iter().map(|n| name(n)).collect();
         let k = keys.len();
         let todo = format!("{target} IS NULL AND ({}\n)", job.filter.as_deref().unwrap_or("true"));
@@ -140,6 +159,7 @@ impl Plan {
         let described: Vec<String> =
             job.key_names.iter().zip(at(u)).map(|(n, v)| format!("{}, {v}", pgrx::spi::quote_literal(n))).collect();
         Self {
+            search_path: format!("{}, pg_temp", job.search_path),
             count: format!(
                 "SELECT pg_catalog.count(*), pg_catalog.count(*) FILTER (WHERE NOT ({has_text})) FROM {only}{full} WHERE {todo}"
             ),
@@ -161,6 +181,10 @@ impl Plan {
                 "SELECT pg_catalog.has_column_privilege({}::pg_catalog.oid, {}::pg_catalog.int2, 'UPDATE')",
                 job.relation.to_u32(),
                 job.target_attnum
+            ),
+            still_null: format!(
+                "SELECT {u} FROM {positions} JOIN {only}{full} ON {} WHERE {qualifier}{target} IS NULL",
+                matches(&qualifier)
             ),
             describe: format!(
                 "SELECT {u}, pg_catalog.jsonb_build_object({}) FROM {positions}",

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::Verdict;
 use pgrx::PgSqlErrorCode as Code;
@@ -22,7 +23,12 @@ pub struct Answer {
     pub position: i32,
     pub verdict: Verdict,
     pub attempts: u32,
+    /// Since when its row has been found locked.
+    pub locked_since: Option<Instant>,
 }
+
+/// How long a row that others hold locked is waited for.
+const LOCK_PATIENCE: Duration = Duration::from_secs(600);
 
 /// What became of the answers.
 #[derive(Debug, Default)]
@@ -68,24 +74,26 @@ pub fn settle(plan: &Plan, labels: &[String], answers: &[Answer]) -> Result<Sett
 /// What a row looks like now: whether its target is NULL, its input's hash.
 type Look = BTreeMap<i32, (bool, Option<i64>)>;
 
-fn look(query: &str, page: &Page, positions: Vec<i32>) -> Result<Look> {
+fn look(plan: &Plan, query: &str, page: &Page, positions: Vec<i32>) -> Result<Look> {
+    // Each time, since a trigger of the statement before may have changed it.
+    sql::set_local("search_path", &plan.search_path)?;
     let mut args = page.args();
     args.push(positions.into());
-    let rows = sql::rows(query, &args, |r| Ok((r.get::<i32>(1)?, (r.get::<bool>(2)?, r.maybe::<i64>(3)?))))?;
+    let rows = sql::rows_mut(query, &args, |r| Ok((r.get::<i32>(1)?, (r.get::<bool>(2)?, r.maybe::<i64>(3)?))))?;
     Ok(rows.into_iter().collect())
 }
 
 fn settle_page(plan: &Plan, labels: &[String], answers: &[&Answer], settled: &mut Settled) -> Result<()> {
     let Some(page) = answers.first().map(|a| Rc::clone(&a.page)) else { return Ok(()) };
     let by_position: BTreeMap<i32, &Answer> = answers.iter().map(|a| (a.position, *a)).collect();
-    let locked = look(&plan.lock, &page, by_position.keys().copied().collect())?;
+    let locked = look(plan, &plan.lock, &page, by_position.keys().copied().collect())?;
     let missing: Vec<i32> = by_position.keys().filter(|p| !locked.contains_key(p)).copied().collect();
     let mut changed: Vec<(i32, u32)> = Vec::new();
     let mut listed: Vec<(i32, bool, String, u32, String)> = Vec::new();
     let has_changed = |position: i32, hash: Option<i64>| hash != page.hashes.get(position as usize - 1).copied();
 
     if !missing.is_empty() {
-        let seen = look(&plan.look, &page, missing.clone())?;
+        let seen = look(plan, &plan.look, &page, missing.clone())?;
         for position in missing {
             let Some(answer) = by_position.get(&position) else { continue };
             match seen.get(&position) {
@@ -98,6 +106,13 @@ fn settle_page(plan: &Plan, labels: &[String], answers: &[&Answer], settled: &mu
                     "not_written".to_owned(),
                     answer.attempts,
                     "row security hides the row from UPDATE".to_owned(),
+                )),
+                Some((true, _)) if answer.locked_since.is_some_and(|t| t.elapsed() > LOCK_PATIENCE) => listed.push((
+                    position,
+                    false,
+                    "not_written".to_owned(),
+                    answer.attempts,
+                    "the row stayed locked by another transaction".to_owned(),
                 )),
                 Some((true, _)) => settled.locked.push((*answer).clone()),
             }
@@ -129,8 +144,19 @@ fn settle_page(plan: &Plan, labels: &[String], answers: &[&Answer], settled: &mu
             }
         }
     }
-    let mut unwritten = Vec::new();
-    settled.done += write(plan, &page, &writes, &mut unwritten)?;
+    let (mut unwritten, mut blocked) = (Vec::new(), Vec::new());
+    let mut done = write(plan, &page, &writes, &mut unwritten, &mut blocked)?;
+    if !done.is_empty() {
+        // What a trigger made NULL again after the UPDATE would be asked again for ever.
+        let mut args = page.args();
+        args.push(done.clone().into());
+        for position in sql::rows_mut(&plan.still_null, &args, |r| r.get::<i32>(1))? {
+            done.retain(|p| *p != position);
+            unwritten.push((position, "not_written", STILL_NULL.to_owned()));
+        }
+    }
+    settled.done += done.len() as i64;
+    settled.locked.extend(blocked.iter().filter_map(|p| by_position.get(p)).map(|a| (*a).clone()));
     for (position, class, detail) in unwritten {
         let attempts = by_position.get(&position).map_or(1, |a| a.attempts);
         listed.push((position, false, class.to_owned(), attempts, detail));
@@ -165,17 +191,21 @@ fn is_out_of_reach(plan: &Plan, page: &Page, position: i32) -> Result<bool> {
     }
 }
 
-/// Writes labels to locked rows; the number of rows written. If the statement raises, the rows it raises for are found
+/// Why a row counts as not written that the UPDATE did reach.
+const STILL_NULL: &str = "the column is still NULL after the UPDATE; a trigger may have set it";
+
+/// Writes labels to locked rows; the rows that the UPDATE reached. If the statement raises, the rows it raises for are found
 /// by halving, so that the others are written.
 fn write(
     plan: &Plan,
     page: &Page,
     writes: &[(i32, String)],
     unwritten: &mut Vec<(i32, &'static str, String)>,
-) -> Result<i64> {
+    blocked: &mut Vec<i32>,
+) -> Result<Vec<i32>> {
     // Halves still to write; a list instead of recursion.
     let mut todo: Vec<&[(i32, String)]> = vec![writes];
-    let mut done = 0;
+    let mut done = Vec::new();
     while let Some(part) = todo.pop() {
         if part.is_empty() {
             continue;
@@ -184,19 +214,15 @@ fn write(
             let mut args: Vec<DatumWithOid> = page.args();
             args.push(part.iter().map(|w| w.0).collect::<Vec<i32>>().into());
             args.push(part.iter().map(|w| w.1.clone()).collect::<Vec<String>>().into());
-            sql::rows(&plan.update, &args, |r| Ok((r.get::<i32>(1)?, r.get::<bool>(2)?)))
+            sql::rows_mut(&plan.update, &args, |r| Ok((r.get::<i32>(1)?, r.get::<bool>(2)?)))
         });
         match result {
             Ok(rows) => {
                 let written: BTreeMap<i32, bool> = rows.into_iter().collect();
                 for (position, _) in part {
                     match written.get(position) {
-                        Some(false) => done += 1,
-                        Some(true) => unwritten.push((
-                            *position,
-                            "not_written",
-                            "the column is still NULL after the UPDATE; a trigger may have set it".to_owned(),
-                        )),
+                        Some(false) => done.push(*position),
+                        Some(true) => unwritten.push((*position, "not_written", STILL_NULL.to_owned())),
                         None => unwritten.push((
                             *position,
                             "not_written",
@@ -205,8 +231,15 @@ fn write(
                     }
                 }
             }
-            Err(e) if is_passing(e.code) || is_of_the_table(plan, e.code)? => return Err(e),
+            // A lock may be on something that one row alone needs, such as what its label refers to.
+            Err(e)
+                if e.code != Code::ERRCODE_LOCK_NOT_AVAILABLE
+                    && (is_passing(e.code) || is_of_the_table(plan, e.code)?) =>
+            {
+                return Err(e);
+            }
             Err(e) => match part {
+                [(position, _)] if e.code == Code::ERRCODE_LOCK_NOT_AVAILABLE => blocked.push(*position),
                 [(position, _)] => unwritten.push((*position, "write_error", sqlstate_and_text(&e))),
                 _ => {
                     let (first, second) = part.split_at(part.len() / 2);
@@ -219,16 +252,10 @@ fn write(
     Ok(done)
 }
 
-/// Errors that every row would meet.
+/// Errors that every row would meet. A trigger may be denied something for one row; the right to write the column is
+/// another matter. Table and columns were looked at in this transaction: what is missing else is missing in user code.
 fn is_of_the_table(plan: &Plan, code: Code) -> Result<bool> {
-    Ok(match code {
-        Code::ERRCODE_UNDEFINED_TABLE | Code::ERRCODE_UNDEFINED_COLUMN | Code::ERRCODE_READ_ONLY_SQL_TRANSACTION => {
-            true
-        }
-        // A trigger may be denied something for one row; the right to write the column is another matter.
-        Code::ERRCODE_INSUFFICIENT_PRIVILEGE => sql::one::<bool>(&plan.may_update, &[])? != Some(true),
-        _ => false,
-    })
+    Ok(code == Code::ERRCODE_INSUFFICIENT_PRIVILEGE && sql::one::<bool>(&plan.may_update, &[])? != Some(true))
 }
 
 fn sqlstate_and_text(e: &Error) -> String {

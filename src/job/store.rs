@@ -73,8 +73,8 @@ pub struct Job {
     pub wanted: String,
     pub epoch: i32,
     pub retry_epoch: i32,
-    /// What its state said in the present epoch.
-    pub status: String,
+    /// It is to run now: not ended, not paused for longer.
+    pub is_due: bool,
     /// Whether the rows have been counted.
     pub is_counted: bool,
     pub retried_epoch: i32,
@@ -88,7 +88,9 @@ pub fn load(id: i64) -> Result<Option<Job>> {
         sql::row(
             "SELECT j.relation::oid, j.target::text, j.target_attnum, j.target_type::oid, j.key_names::text[], j.key_attnums,
                     j.input, j.filter, j.task, j.options, j.search_path, j.cluster, j.wanted, j.epoch, j.retry_epoch,
-                    CASE WHEN s.epoch = j.epoch THEN s.status ELSE 'running' END, s.rows_total IS NOT NULL, s.retried_epoch,
+                    j.wanted = 'running' AND (s.epoch < j.epoch OR s.status = 'running'
+                        OR (s.status = 'paused' AND s.resume_at IS NOT NULL AND s.resume_at <= clock_timestamp())),
+                    s.rows_total IS NOT NULL, s.retried_epoch,
                     EXISTS (SELECT FROM llm_batch.row_failure f WHERE f.job_id = j.id)
                FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id WHERE j.id = $1",
             &[id.into()],
@@ -110,7 +112,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     wanted: r.get(13)?,
                     epoch: r.get(14)?,
                     retry_epoch: r.get(15)?,
-                    status: r.get(16)?,
+                    is_due: r.get(16)?,
                     is_counted: r.get(17)?,
                     retried_epoch: r.get(18)?,
                     has_failures: r.get(19)?,
@@ -251,7 +253,7 @@ pub enum Outcome {
 }
 
 /// Enters how a run of an epoch ended. False, and nothing is entered, if the job is done but was given more to do
-/// meanwhile.
+/// meanwhile, or is gone.
 pub fn end(id: i64, epoch: i32, outcome: &Outcome) -> Result<bool> {
     let (status, reason, error, resume_at) = match outcome {
         Outcome::Done => ("done", None, None, None),
@@ -281,7 +283,8 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome) -> Result<bool> {
         let payload = format!("{{\"job\": {id}, \"status\": \"{status}\"}}");
         sql::run("SELECT pg_catalog.pg_notify('llm_batch', $1)", &[payload.into()])?;
     }
-    Ok(entered == 1)
+    // Of a job whose row is gone nothing is left to enter.
+    Ok(entered == 1 || !matches!(outcome, Outcome::Done))
 }
 
 /// Whether the extension is still there, in a transaction of its caller.

@@ -30,10 +30,10 @@ const WINDOW_BYTES: usize = 4 << 20;
 const MESSAGE_BYTES: usize = 1 << 20;
 /// Rows that others hold locked, above which no more are claimed.
 const MOST_LOCKED: usize = 1_000;
-/// How long a locked row is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_secs(600);
-/// How often locked rows, and transactions that failed in passing, are tried again.
+/// How often locked rows are tried again, and transactions that failed in passing.
 const AGAIN: Duration = Duration::from_secs(1);
+/// How long a job that is to stop tries to write rows that others hold locked.
+const LAST_TRIES: Duration = Duration::from_secs(10);
 /// How often its row is looked at without being told to.
 const CONTROL: Duration = Duration::from_secs(10);
 /// Transactions that fail in passing one after the other, until the job is given up.
@@ -61,27 +61,6 @@ pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
         // SAFETY: the name is copied.
         unsafe { pg_sys::pgstat_report_appname(name.as_ptr()) };
     }
-    // What the owner's role or the database sets must not change what a settle is.
-    for (name, value) in [
-        (c"default_transaction_isolation", c"read committed"),
-        (c"default_transaction_read_only", c"off"),
-        (c"default_transaction_deferrable", c"off"),
-        (c"synchronous_commit", c"on"),
-        (c"statement_timeout", c"0"),
-        (c"idle_in_transaction_session_timeout", c"0"),
-        (c"lock_timeout", c"5s"),
-        (c"row_security", c"on"),
-    ] {
-        // SAFETY: outside a transaction, on the main thread; names and values are valid.
-        unsafe {
-            pg_sys::SetConfigOption(
-                name.as_ptr(),
-                value.as_ptr(),
-                pg_sys::GucContext::PGC_USERSET,
-                pg_sys::GucSource::PGC_S_OVERRIDE,
-            );
-        }
-    }
     let end = run(id);
     shared::goes(database, id, my_pid(), end);
 }
@@ -89,7 +68,6 @@ pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
 fn run(id: i64) -> End {
     let worker = match txn::run(|| Worker::begin(id)) {
         Ok(Begun::Worker(worker)) => worker,
-        Ok(Begun::NotNow) => return End::Again(shared::now() + 1_000_000),
         Ok(Begun::Nothing) => return End::Finished,
         // The extension, or the database's good order, is gone.
         Err(e) if e.code == Code::ERRCODE_UNDEFINED_OBJECT || e.code == Code::ERRCODE_UNDEFINED_TABLE => {
@@ -105,8 +83,6 @@ fn run(id: i64) -> End {
 
 enum Begun {
     Worker(Box<Worker>),
-    /// Another process still has the job.
-    NotNow,
     /// There is nothing to do.
     Nothing,
 }
@@ -133,10 +109,10 @@ struct Worker {
     next_n: u64,
     /// Outcomes to write.
     answers: Vec<Answer>,
-    /// Outcomes of rows that others hold locked, and since when.
+    /// Outcomes of rows that others hold locked.
     locked: Vec<Answer>,
-    locked_since: Option<Instant>,
-    next_try: Option<Instant>,
+    /// When they were last tried.
+    locked_tried: Instant,
     /// Where the pass over the key has come to.
     last: Option<Place>,
     pass_ended: bool,
@@ -153,15 +129,9 @@ struct Worker {
     reopen: Option<(Stream, String)>,
     failures_in_a_row: u32,
     looked: Instant,
-    /// How many rows there are to fill is known.
-    counted: bool,
+    look_now: bool,
     /// `llm_batch.enabled` was found to be off.
     disabled: bool,
-}
-
-/// The lock that keeps a job from being worked on twice. Its number is of this extension's own range.
-fn lock_key(id: i64) -> i64 {
-    id.wrapping_add(0x6C6C_6D62 << 32)
 }
 
 impl Worker {
@@ -169,13 +139,9 @@ impl Worker {
         if !store::is_installed()? {
             return Ok(Begun::Nothing);
         }
-        if sql::one::<bool>("SELECT pg_catalog.pg_try_advisory_lock($1)", &[lock_key(id).into()])? != Some(true) {
-            return Ok(Begun::NotNow);
-        }
         let Some(mut job) = store::load(id)? else { return Ok(Begun::Nothing) };
-        // A pause that was to end by itself is over: that is why this process was started.
-        let is_over = matches!(job.status.as_str(), "done" | "failed" | "cancelled");
-        if job.wanted != "running" || is_over {
+        // A start for nothing, such as one whose cause was rolled back to a savepoint, changes nothing.
+        if !job.is_due {
             return Ok(Begun::Nothing);
         }
         if job.cluster != store::cluster() {
@@ -194,7 +160,6 @@ impl Worker {
             }
         };
         job.max_attempts = stream.task.options.max_attempts;
-        let counted = job.is_counted;
         Ok(Begun::Worker(Box::new(Self {
             labels: labels(&stream),
             page_size: whole_packs(FIRST_PAGE, &stream),
@@ -210,8 +175,7 @@ impl Worker {
             next_n: 0,
             answers: Vec::new(),
             locked: Vec::new(),
-            locked_since: None,
-            next_try: None,
+            locked_tried: Instant::now(),
             last: None,
             pass_ended: false,
             claimed_in_pass: 0,
@@ -223,7 +187,7 @@ impl Worker {
             reopen: None,
             failures_in_a_row: 0,
             looked: Instant::now(),
-            counted,
+            look_now: false,
             disabled: false,
         })))
     }
@@ -251,7 +215,7 @@ impl Worker {
 
     /// One turn: look at what is wanted, claim, hand over, wait, write.
     fn turn(&mut self) -> Result<()> {
-        if shared::was_poked(my_database(), self.job.id) || self.looked.elapsed() > CONTROL {
+        if shared::was_poked(my_database(), self.job.id) || self.look_now || self.looked.elapsed() > CONTROL {
             self.look()?;
         }
         if self.client.is_none() && self.stopping.is_none() {
@@ -265,7 +229,7 @@ impl Worker {
         }
         self.hand_over()?;
         self.receive()?;
-        let try_locked = !self.locked.is_empty() && self.next_try.is_none_or(|t| t <= Instant::now());
+        let try_locked = !self.locked.is_empty() && self.locked_tried.elapsed() >= AGAIN;
         if !self.answers.is_empty() || try_locked || self.delta.requests > 0 || !self.too_late.is_empty() {
             self.settle(try_locked)?;
         }
@@ -287,7 +251,7 @@ impl Worker {
         let is_new_pass = self.last.is_none();
         is_free
             && !self.pass_ended
-            && self.next_try.is_none_or(|t| t <= Instant::now())
+            && self.too_late.is_empty()
             && self.waiting.is_empty()
             && self.outstanding.len() < WINDOW_ROWS / 2
             && self.locked.len() < MOST_LOCKED
@@ -301,7 +265,7 @@ impl Worker {
 
     /// Looks at what the owner wants.
     fn look(&mut self) -> Result<()> {
-        self.looked = Instant::now();
+        (self.looked, self.look_now) = (Instant::now(), false);
         let id = self.job.id;
         let job = txn::run(|| if store::is_installed()? { store::load(id) } else { Ok(None) })?;
         let Some(job) = job else {
@@ -317,12 +281,15 @@ impl Worker {
         if job.epoch != self.job.epoch {
             // Resumed or to be retried while this process was still at it.
             self.job.epoch = job.epoch;
-            if job.wanted == "running" {
-                self.stopping = None;
+            if job.wanted == "running" && self.stopping.take().is_some() {
+                // The gateway sends nothing more on the old stream.
+                self.reopen = Some((self.stream.clone(), self.model.clone()));
             }
             txn::run(|| store::begin(&job))?;
             self.job.has_failures = job.has_failures && job.retry_epoch <= job.retried_epoch;
-            self.restart_pass();
+            // There may be rows behind that are to be asked again: not before the end of this pass, since what is open
+            // is NULL still.
+            self.claimed_in_pass = self.claimed_in_pass.max(1);
         }
         Ok(())
     }
@@ -348,12 +315,12 @@ impl Worker {
     fn claim(&mut self) -> Result<()> {
         let job = self.job.clone();
         let (plan, last, size) = (self.plan.clone(), self.last.clone(), self.page_size);
-        let counted = self.counted;
-        let (count, ready, claimed, gone) = txn::run(|| {
+        let counted = self.job.is_counted;
+        let (ready, claimed, gone) = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
             // Rights, key, model and task may have changed: what holds now holds for the next request.
             let ready = Self::ready(&job)?;
-            set_path(&job)?;
+            sql::set_local("search_path", &plan.search_path)?;
             let count =
                 if counted { None } else { sql::row(&plan.count, &[], |r| Ok((r.get::<i64>(1)?, r.get::<i64>(2)?)))? };
             if let Some((total, empty)) = count {
@@ -361,11 +328,10 @@ impl Worker {
             }
             // With an index on the target, and for statistics that have not caught up, the planner would sort or scan
             // what is left for every page. The key's index is the way.
-            sql::run(
-                "SELECT pg_catalog.set_config(n, 'off', true) FROM pg_catalog.unnest('{enable_sort,enable_incremental_sort,enable_seqscan,enable_bitmapscan}'::pg_catalog.text[]) n",
-                &[],
-            )?;
-            let claimed = match &last {
+            for path in ["enable_sort", "enable_incremental_sort", "enable_seqscan", "enable_bitmapscan"] {
+                sql::set_local(path, "off")?;
+            }
+            let mut claimed = match &last {
                 None => page::claim(&plan.claim_first, &[size.into()], job.key_names.len())?,
                 Some((page, position)) => {
                     let mut args = page.args();
@@ -374,23 +340,21 @@ impl Worker {
                     page::claim(&plan.claim_next, &args, job.key_names.len())?
                 }
             };
-            let mut claimed = claimed;
             let gone = match &mut claimed {
                 Some(claimed) if job.has_failures => store::failed_among(job.id, std::mem::take(&mut claimed.keys))?,
                 _ => Vec::new(),
             };
-            Ok((count, ready, claimed, gone))
+            Ok((ready, claimed, gone))
         })?;
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
-        self.counted = true;
-        if count.is_some() {
-            self.job.is_counted = true;
-        }
+        self.job.is_counted = true;
         let (stream, model, table, plan) = ready;
-        if stream != self.stream || model != self.model {
-            self.reopen = Some((stream, model));
-        }
         (self.table, self.plan) = (table, plan);
+        if stream != self.stream || model != self.model {
+            // The page is read again when the stream has been opened anew.
+            self.reopen = Some((stream, model));
+            return Ok(());
+        }
         let Some(page::Claimed { page, texts, .. }) = claimed else {
             self.pass_ended = true;
             return Ok(());
@@ -431,9 +395,9 @@ impl Worker {
     /// Waits for outcomes, and takes all that have come.
     fn receive(&mut self) -> Result<()> {
         let is_idle = self.outstanding.is_empty() && self.waiting.is_empty() && self.locked.is_empty();
-        let mut timeout = if self.may_claim() || (is_idle && self.next_try.is_none()) {
+        let mut timeout = if self.may_claim() || is_idle {
             Duration::ZERO
-        } else if !self.locked.is_empty() || self.next_try.is_some() {
+        } else if !self.locked.is_empty() {
             AGAIN
         } else {
             CONTROL
@@ -454,7 +418,13 @@ impl Worker {
                         let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
                         self.outstanding_bytes -= bytes;
                         if o.verdict != Verdict::Withdrawn {
-                            self.answers.push(Answer { page, position, verdict: o.verdict, attempts: o.attempts });
+                            self.answers.push(Answer {
+                                page,
+                                position,
+                                verdict: o.verdict,
+                                attempts: o.attempts,
+                                locked_since: None,
+                            });
                         }
                     }
                 }
@@ -500,6 +470,7 @@ impl Worker {
     fn settle(&mut self, with_locked: bool) -> Result<()> {
         let mut batch = std::mem::take(&mut self.answers);
         if with_locked {
+            self.locked_tried = Instant::now();
             batch.append(&mut self.locked);
         }
         self.sample(0, 0);
@@ -515,13 +486,11 @@ impl Worker {
                 *plan = make_plan(job, &table, stream)?;
                 *known = table;
             }
-            set_path(job)?;
             // Deferred constraints raise here, where the row they raise for can be found, not at the commit.
             sql::run("SET CONSTRAINTS ALL IMMEDIATE", &[])?;
-            sql::run(
-                "SELECT pg_catalog.set_config(n, 'off', true) FROM pg_catalog.unnest('{enable_hashjoin,enable_mergejoin,enable_seqscan}'::pg_catalog.text[]) n",
-                &[],
-            )?;
+            for path in ["enable_hashjoin", "enable_mergejoin", "enable_seqscan"] {
+                sql::set_local(path, "off")?;
+            }
             let settled = settle::settle(plan, labels, batch_ref)?;
             let delta = Delta {
                 done: settled.done,
@@ -548,7 +517,6 @@ impl Worker {
         let tokens = self.delta.input_tokens + self.delta.output_tokens;
         self.delta = Delta::default();
         let listed_late = !std::mem::take(&mut self.too_late).is_empty();
-        self.next_try = None;
         if !settled.failures.is_empty() || listed_late {
             self.job.has_failures = true;
         }
@@ -556,7 +524,10 @@ impl Worker {
         for (key, attempts) in settled.changed {
             self.came_too_late(key, attempts);
         }
-        self.keep_locked(settled.locked);
+        for mut answer in settled.locked {
+            answer.locked_since.get_or_insert_with(Instant::now);
+            self.locked.push(answer);
+        }
         Ok(())
     }
 
@@ -575,21 +546,6 @@ impl Worker {
                 detail: "the input changed each time before the answer came".to_owned(),
             });
         }
-    }
-
-    fn keep_locked(&mut self, locked: Vec<Answer>) {
-        if locked.is_empty() && self.locked.is_empty() {
-            self.locked_since = None;
-            return;
-        }
-        let since = *self.locked_since.get_or_insert_with(Instant::now);
-        if since.elapsed() > LOCK_PATIENCE {
-            // Whoever holds them: the answers are let go, and the rows stay NULL.
-            self.locked_since = None;
-            return;
-        }
-        self.locked.extend(locked);
-        self.next_try = Some(Instant::now() + AGAIN);
     }
 
     fn sample(&mut self, rows: i64, tokens: i64) {
@@ -617,10 +573,13 @@ impl Worker {
     fn fail(&mut self, e: &Error) {
         self.failures_in_a_row += 1;
         let id = self.job.id;
+        if e.code == Code::ERRCODE_PROGRAM_LIMIT_EXCEEDED && self.page_size > 1 {
+            // A page of very large texts.
+            self.page_size = (self.page_size / 2).max(1);
+            return;
+        }
         if settle::is_passing(e.code) && self.failures_in_a_row < MOST_FAILURES {
-            self.next_try = Some(Instant::now() + AGAIN);
             worker::wait(None, Some(AGAIN));
-            self.next_try = None;
             return;
         }
         pgrx::log!("llm_batch job {id} stops: {}", e.one_line());
@@ -631,8 +590,9 @@ impl Worker {
 
     /// Ends the run once it is stopping and nothing is open any more.
     fn try_end(&mut self) -> Option<End> {
-        // Answers to what was sent are still awaited and written; locked rows are not.
-        if !self.outstanding.is_empty() || !self.answers.is_empty() {
+        // Answers to what was sent are still awaited and written, locked rows for a moment.
+        let is_young = |a: &Answer| a.locked_since.is_none_or(|t| t.elapsed() < LAST_TRIES);
+        if !self.outstanding.is_empty() || !self.answers.is_empty() || self.locked.iter().any(is_young) {
             return None;
         }
         if self.disabled {
@@ -646,7 +606,7 @@ impl Worker {
             // There is more to do.
             Ok(false) => {
                 self.stopping = None;
-                self.looked = Instant::now() - CONTROL - AGAIN;
+                self.look_now = true;
                 self.restart_pass();
                 return None;
             }
@@ -672,15 +632,9 @@ fn labels(stream: &Stream) -> Vec<String> {
     stream.task.labels.iter().map(|l| l.label.clone()).collect()
 }
 
-/// The search_path of the job's maker, for the rest of the transaction.
-fn set_path(job: &Job) -> Result<()> {
-    let path = format!("{}, pg_temp", job.search_path);
-    sql::run("SELECT pg_catalog.set_config('search_path', $1, true)", &[path.into()]).map(|_| ())
-}
-
 fn make_plan(job: &Job, table: &plan::Table, stream: &Stream) -> Result<Plan> {
     // With nothing but pg_catalog in the path every other type is written with its schema.
-    sql::run("SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true)", &[])?;
+    sql::set_local("search_path", "pg_catalog, pg_temp")?;
     let target_type = sql::one::<String>(
         "SELECT pg_catalog.format_type(a.atttypid, a.atttypmod) FROM pg_catalog.pg_attribute a
           WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) $2",

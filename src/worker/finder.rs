@@ -53,7 +53,7 @@ pub extern "C-unwind" fn llm_batch_finder_main(_arg: pg_sys::Datum) {
 
 /// Wants every job that is to run; when to look again, if a pause of one will be over then.
 fn search() -> Result<Option<i64>> {
-    sql::run("SET LOCAL search_path = pg_catalog, pg_temp", &[])?;
+    sql::set_local("search_path", "pg_catalog, pg_temp")?;
     let installed = sql::one::<bool>(
         "SELECT true FROM pg_extension WHERE extname = 'pg_llm_batch' AND pg_catalog.to_regclass('llm_batch.job_state') IS NOT NULL",
         &[],
@@ -92,7 +92,7 @@ fn search() -> Result<Option<i64>> {
         }
         let at = if waits { now + microseconds.unwrap_or(0).max(0) } else { now };
         if at <= now {
-            shared::want(super::my_database(), id, owner, now);
+            shared::found(super::my_database(), id, owner);
         } else {
             next = Some(next.map_or(at, |n: i64| n.min(at)));
         }

@@ -11,6 +11,9 @@ use crate::{settings, shared};
 
 /// A worker that has not come up after so long (microseconds) could not connect.
 const PATIENCE: i64 = 10_000_000;
+/// How often all databases are searched, microseconds: for what no commit told of (a full table, a database that was
+/// opened).
+const SEARCH: i64 = 300_000_000;
 /// The next try where no background worker was free, microseconds.
 const NO_SLOT: i64 = 10_000_000;
 
@@ -21,27 +24,38 @@ pub extern "C-unwind" fn llm_batch_launcher_main(_arg: pg_sys::Datum) {
     // SAFETY: at the start of a background worker; no database, but shared catalogs can be read.
     unsafe { pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0) };
     shared::launcher_starts(my_pid());
-    for database in databases() {
-        shared::want(database, 0, 0, 0);
-    }
     report(pg_sys::BackendState::STATE_IDLE, "");
     let mut warned = false;
+    let mut searched = None;
     loop {
         reload_if_asked();
         let now = shared::now();
+        if searched.is_none_or(|at| at + SEARCH < now) {
+            searched = Some(now);
+            for database in databases(&settings::databases()) {
+                shared::want(database, 0, 0, now);
+            }
+        }
         shared::bury(now, PATIENCE);
         if settings::enabled() {
             launch(now, &mut warned);
         }
-        let pause = shared::next_due().map_or(10_000_000, |at| at - shared::now()).clamp(100_000, 10_000_000);
+        let due = shared::next_due().filter(|_| settings::enabled());
+        let pause = due.map_or(10_000_000, |at| at - shared::now()).clamp(100_000, 10_000_000);
         wait(None, Some(Duration::from_micros(pause as u64)));
     }
 }
 
 fn launch(now: i64, warned: &mut bool) {
     let (due, mut running) = shared::due(now);
+    let all = if due.is_empty() { Vec::new() } else { databases(&[]) };
     for entry in due {
         let is_job = entry.job != 0;
+        if !all.contains(&entry.database) {
+            // Dropped, or closed to connections: a job there is found again should it be opened.
+            shared::unwant(entry.database, entry.job);
+            continue;
+        }
         if is_job && running >= settings::max_job_workers() {
             shared::no_slot(entry.database, entry.job, now + 1_000_000);
             continue;
@@ -84,9 +98,8 @@ fn launch(now: i64, warned: &mut bool) {
     }
 }
 
-/// The databases to search: those that can be connected to, or of these the ones of `llm_batch.databases`.
-fn databases() -> Vec<u32> {
-    let wanted = settings::databases();
+/// The databases that can be connected to; of these the ones of the given names, if any are given.
+fn databases(wanted: &[String]) -> Vec<u32> {
     let mut found = Vec::new();
     // SAFETY: a transaction of a background worker; pg_database is a shared catalog and may be read without a
     // database. The scan is ended and the lock released before the commit.

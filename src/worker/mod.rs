@@ -37,15 +37,24 @@ unsafe extern "C-unwind" {
     fn die(signal: std::ffi::c_int);
 }
 
+/// A statement of a worker is nobody's to cancel, and outside of one a cancellation would end the process.
+extern "C-unwind" fn ignore(_signal: std::ffi::c_int) {}
+
 /// Sets the signal handlers, then lets signals in.
 pub fn handle_signals() {
     // SAFETY: at the start of a background worker, while signals are blocked. pgrx' attach_signal_handlers unblocks
     // them as its last act.
     unsafe {
         #[cfg(not(feature = "pg18"))]
-        pg_sys::pqsignal(pg_sys::SIGTERM as i32, Some(die));
+        {
+            pg_sys::pqsignal(pg_sys::SIGTERM as i32, Some(die));
+            pg_sys::pqsignal(pg_sys::SIGINT as i32, Some(ignore));
+        }
         #[cfg(feature = "pg18")]
-        pg_sys::pqsignal_be(pg_sys::SIGTERM as i32, Some(die));
+        {
+            pg_sys::pqsignal_be(pg_sys::SIGTERM as i32, Some(die));
+            pg_sys::pqsignal_be(pg_sys::SIGINT as i32, Some(ignore));
+        }
     }
     BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP);
 }

@@ -64,7 +64,16 @@ fn pairs(text: &str) -> Vec<(String, String)> {
         at += start
             + match whole {
                 Ok(()) => consumed(&text[at + start..]),
-                Err(_) if found.len() > before => return found,
+                Err(_) if found.len() > before => {
+                    // A number that ends where the text was cut may go on.
+                    if found
+                        .last()
+                        .is_some_and(|(_, code)| text.ends_with(code.as_str()) && code.parse::<f64>().is_ok())
+                    {
+                        found.pop();
+                    }
+                    return found;
+                }
                 Err(_) => 1,
             };
     }
@@ -211,6 +220,7 @@ mod tests {
         check(r#"{"417":"billing","902":"bu"#, [Label(0), Missing, Missing]);
         check(r#"{"r":[{"i":417,"c":"billing"},{"i":902,"c":"#, [Label(0), Missing, Missing]);
         check(r#"{"r":["417billing","902b"#, [Label(0), Missing, Missing]);
+        check(r#"{"417":"billing","902":3"#, [Label(0), Missing, Missing]);
         check(r#"{"417":"billing","902":bug}"#, [Label(0), Missing, Missing]);
     }
 

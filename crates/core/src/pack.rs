@@ -48,11 +48,13 @@ impl Default for Ratio {
 
 impl Ratio {
     /// Lowest and highest relation that is believed.
-    const RANGE: (f64, f64) = (0.2, 8.0);
+    const RANGE: (f64, f64) = (0.2, 4.0);
+    /// Fewer tokens than this say little: a server's own prompt may be longer.
+    const LEAST: u64 = 20;
 
     /// Takes a finished request into account; amounts in tokens.
     pub fn observe(&mut self, estimated: u64, actual: u64) {
-        if estimated == 0 || actual == 0 {
+        if estimated < Self::LEAST || actual == 0 {
             return;
         }
         let seen = (actual as f64 / estimated as f64).clamp(Self::RANGE.0, Self::RANGE.1);

@@ -14,7 +14,7 @@ use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Tokens};
 use llm_batch_core::options::{AnswerShape, StructuredOutput};
 use llm_batch_core::pack;
 use llm_batch_core::prompt;
-use llm_batch_core::trouble::{Parameter, Report, Trouble, one_line};
+use llm_batch_core::trouble::{Parameter, Report, Trouble};
 use serde_json::Value;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
@@ -29,8 +29,10 @@ use crate::protocol::{
 use crate::request::TIMED_OUT;
 
 /// A row that has met this many points of trouble not its own is split off, and given up when alone, if other
-/// requests go through; if none does, the provider is down.
+/// requests go through; if that many requests in a row were not answered, the provider is down.
 const MOST_TROUBLE: u32 = 5;
+/// But not before this much time (ms): many requests under way may fail at the same instant.
+const DOWN_AFTER: u64 = 3_000;
 /// First wait after a request that was not answered, ms; doubled with each further one, with jitter.
 const BACKOFF: u64 = 250;
 /// Longest wait after requests that were not answered, ms.
@@ -88,6 +90,8 @@ pub struct Launch {
 pub enum Probe {
     /// The model answered a moment ago.
     Alive,
+    /// Nothing may be sent at all.
+    Disabled,
     /// Not before this time (ms).
     Until(u64),
     Send(Endpoint, Value, Duration),
@@ -187,15 +191,25 @@ impl State {
 
     /// Brings a lane in line with the streams that are open on it: the smallest limits, groups that are used.
     fn tidy(&mut self, key: &LaneKey) {
-        let open: Vec<&(LaneKey, String, Rc<Stream>)> =
-            self.conns.values().filter_map(|c| c.stream.as_ref()).filter(|(lane, _, _)| lane == key).collect();
+        let on_lane = |c: &&Conn| c.stream.as_ref().is_some_and(|(lane, _, _)| lane == key);
+        let open: Vec<&Conn> = self.conns.values().filter(on_lane).collect();
         if let Some(lane) = self.lanes.get_mut(key) {
-            lane.groups
-                .retain(|(k, g)| g.in_flight > 0 || g.queued() > 0 || open.iter().any(|(_, group, _)| group == k));
-            // With the last stream gone the limits stay: what was sent under them still counts.
-            if let Some(limits) = open.iter().map(|(_, _, s)| s.model.limits()).reduce(Limits::min) {
+            lane.groups.retain(|(k, g)| {
+                g.in_flight > 0
+                    || g.queued() > 0
+                    || open.iter().filter_map(|c| c.stream.as_ref()).any(|(_, group, _)| group == k)
+            });
+            // Sessions keep their streams open; only those with rows under way have a say. Without any the limits
+            // stay: what was sent under them still counts.
+            let busy: Vec<&Stream> = open
+                .iter()
+                .filter(|c| c.outstanding > 0)
+                .filter_map(|c| c.stream.as_ref())
+                .map(|(_, _, s)| &**s)
+                .collect();
+            if let Some(limits) = busy.iter().map(|s| s.model.limits()).reduce(Limits::min) {
                 lane.limiter.set_limits(limits);
-                lane.set_max_concurrent(open.iter().filter_map(|(_, _, s)| s.model.max_concurrent_requests).min());
+                lane.set_max_concurrent(busy.iter().filter_map(|s| s.model.max_concurrent_requests).min());
             }
         }
         if self.lanes.len() > MOST_IDLE_LANES {
@@ -208,6 +222,7 @@ impl State {
         let Some((lane, group, _)) = c.stream.clone() else {
             return Err("rows came before a stream was opened".to_owned());
         };
+        let was_idle = c.outstanding == 0;
         for item in items {
             let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
             if c.outstanding >= MAX_OUTSTANDING_ITEMS
@@ -229,6 +244,9 @@ impl State {
                 self.outcome(conn, n, bytes, 0, too_long());
             }
         }
+        if was_idle {
+            self.tidy(&lane);
+        }
         if !self.settings.enabled {
             self.stop(&lane, Some(&group), &disabled());
         }
@@ -237,7 +255,9 @@ impl State {
     }
 
     pub fn withdraw(&mut self, conn: u64) {
-        let Some((lane, group, _)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else { return };
+        let Some(c) = self.conns.get_mut(&conn) else { return };
+        c.stopped = true;
+        let Some((lane, group, _)) = c.stream.clone() else { return };
         let rows = self.lanes.get_mut(&lane).and_then(|l| l.group(&group)).map(|g| g.withdraw(Some(conn)));
         self.give_back(rows.unwrap_or_default());
         self.flush();
@@ -440,8 +460,7 @@ impl State {
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         lane.limiter.settle(grant, usage);
         lane.prompt_ratio.observe(estimate.input, usage.input);
-        lane.failures = 0;
-        lane.last_success = Some(now);
+        lane.answers(now);
         if reply.finish == Finish::Length {
             lane.learned.answers_are_cut();
         } else {
@@ -500,7 +519,7 @@ impl State {
 
     fn troubled(&mut self, now: u64, request: InFlight, report: &Report) {
         let InFlight { lane: lane_key, group: group_key, mut rows, grant, format, max_completion_tokens, .. } = request;
-        let message = self.redact(&lane_key, &report.message);
+        let message = report.message.clone();
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         match report.trouble {
             Trouble::Rate(_) => lane.throttled += 1,
@@ -553,10 +572,12 @@ impl State {
                     self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::Rejected, message, None);
                 }
             }
-            Trouble::Auth => self.stop_with(now, &lane_key, None, rows, StopReason::Auth, message, None),
+            Trouble::Auth => self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::Auth, message, None),
             Trouble::Spend => self.stop_with(now, &lane_key, None, rows, StopReason::Spend, message, None),
             Trouble::Quota(wait) => self.stop_with(now, &lane_key, None, rows, StopReason::Quota, message, *wait),
-            Trouble::NotFound => self.stop_with(now, &lane_key, None, rows, StopReason::NotFound, message, None),
+            Trouble::NotFound => {
+                self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::NotFound, message, None)
+            }
             Trouble::Rejected if !succeeded => {
                 self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::Rejected, message, None);
             }
@@ -583,29 +604,22 @@ impl State {
                 }
             }
             Trouble::Overload(wait) => {
-                lane.failures += 1;
-                let (failures, last_success) = (lane.failures, lane.last_success);
-                // Many in a row: the lane as a whole holds back.
-                if failures >= MOST_TROUBLE || wait.is_some() {
-                    let wait = wait.unwrap_or_else(|| backoff(failures));
-                    lane.limiter.penalize(now + wait.min(MOST_BACKOFF));
-                }
                 let points = if message == TIMED_OUT { 2 } else { 1 };
-                let mut given_up = false;
-                // One wait for all of them, so that they stay together.
+                lane.failures += points;
+                let failing_since = *lane.failing_since.get_or_insert(now);
+                if lane.failures >= MOST_TROUBLE && now >= failing_since + DOWN_AFTER {
+                    self.stop_with(now, &lane_key, None, rows, StopReason::ProviderDown, message, Some(DOWN_FOR));
+                    return;
+                }
+                if let Some(wait) = wait {
+                    lane.limiter.penalize(now + wait.min(&MOST_BACKOFF));
+                }
+                // One wait for all rows, so that they stay together.
                 let worst = rows.iter().map(|r| r.trouble).max().unwrap_or(0) + points;
                 let not_before = now + backoff(worst);
                 for row in &mut rows {
-                    if row.trouble == 0 {
-                        row.trouble_since = now;
-                    }
                     row.trouble += points;
                     row.not_before = not_before;
-                    given_up |= row.trouble >= MOST_TROUBLE && last_success.is_none_or(|at| at < row.trouble_since);
-                }
-                if given_up {
-                    self.stop_with(now, &lane_key, None, rows, StopReason::ProviderDown, message, Some(DOWN_FOR));
-                    return;
                 }
                 self.notice(
                     now,
@@ -715,21 +729,14 @@ impl State {
         }
     }
 
-    /// Providers quote keys; nobody else does.
-    fn redact(&self, lane: &LaneKey, message: &str) -> String {
-        let keys = self.conns.values().filter_map(|c| c.stream.as_ref()).filter(|(l, _, _)| l == lane);
-        let mut out = message.to_owned();
-        for key in keys.filter_map(|(_, _, s)| s.endpoint.api_key.as_ref()) {
-            out = redact(&out, &key.0);
-        }
-        out
-    }
-
     // --- probes and views ------------------------------------------------------------------------------------------
 
     /// Prepares a probe of a client's model.
     pub fn probe(&mut self, now: u64, conn: u64) -> Option<Probe> {
         let (lane_key, _, stream) = self.conns.get(&conn)?.stream.clone()?;
+        if !self.settings.enabled {
+            return Some(Probe::Disabled);
+        }
         let lane = self.lanes.get_mut(&lane_key)?;
         if lane.last_success.is_some_and(|at| at + 60_000 > now) {
             return Some(Probe::Alive);
@@ -757,12 +764,11 @@ impl State {
         let (lane_key, _, _) = self.conns.get(&conn)?.stream.clone()?;
         let Err(report) = result else {
             if let Some(lane) = self.lanes.get_mut(&lane_key) {
-                lane.last_success = Some(now);
-                lane.failures = 0;
+                lane.answers(now);
             }
             return Some(None);
         };
-        let message = self.redact(&lane_key, &report.message);
+        let message = report.message;
         let lane = self.lanes.get_mut(&lane_key)?;
         let stop = |reason, retry_after_ms| Some(Some(Stop { reason, message: message.clone(), retry_after_ms }));
         match report.trouble {
@@ -831,7 +837,8 @@ fn too_long() -> Verdict {
     Verdict::Skip { class: "too_long".into(), detail: "the text is larger than a request may be".into() }
 }
 
-fn disabled() -> Stop {
+/// Why nothing is sent while `llm_batch.enabled` is off.
+pub fn disabled() -> Stop {
     Stop { reason: StopReason::Disabled, message: "llm_batch.enabled is off".into(), retry_after_ms: None }
 }
 
@@ -863,12 +870,9 @@ fn backoff(failures: u32) -> u64 {
 
 /// Distinct numbers of three digits, each one token, in random order.
 fn random_ids(n: usize) -> Vec<u16> {
-    fastrand::choose_multiple(100..1000, n)
-        .into_iter()
-        .map(|id| (fastrand::u32(..), id))
-        .collect::<BTreeMap<u32, u16>>()
-        .into_values()
-        .collect()
+    let mut ids = fastrand::choose_multiple(100..1000, n);
+    fastrand::shuffle(&mut ids);
+    ids
 }
 
 /// Whose limits an endpoint is under: as the user named it, else the URL, and a mark of the key.
@@ -887,23 +891,6 @@ fn account(endpoint: &Endpoint) -> String {
     }
 }
 
-/// Takes a key, and what looks like a part of one, out of a message.
-fn redact(message: &str, key: &str) -> String {
-    let out = if key.is_empty() { message.to_owned() } else { message.replace(key, "[redacted]") };
-    let beginning: String = key.chars().take(6).collect();
-    let words: Vec<&str> = out
-        .split(' ')
-        .map(|w| {
-            if w.starts_with("sk-") || (key.chars().count() > 12 && w.starts_with(&beginning)) {
-                "[redacted]"
-            } else {
-                w
-            }
-        })
-        .collect();
-    one_line(&words.join(" "))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -917,14 +904,6 @@ mod tests {
             ids.dedup();
             assert_eq!(ids.len(), n);
             assert!(ids.iter().all(|i| (100..1000).contains(i)));
-        }
-    }
-
-    #[test]
-    fn keys_are_redacted() {
-        let key = "secret-0123456789";
-        for message in ["key secret-0123456789 is wrong", "key secret-0***6789 is wrong", "key sk-abc***x is wrong"] {
-            assert_eq!(redact(message, key), "key [redacted] is wrong");
         }
     }
 }

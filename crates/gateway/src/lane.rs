@@ -37,8 +37,6 @@ pub struct Queued {
     pub attempts: u32,
     /// Points of trouble that were not the row's fault; see `State::row_in_trouble`.
     pub trouble: u32,
-    /// When (ms) that trouble began.
-    pub trouble_since: u64,
     /// Most rows of its next request.
     pub most_rows: usize,
     /// Not before this time (ms).
@@ -129,7 +127,6 @@ impl Group {
             bytes,
             attempts: 0,
             trouble: 0,
-            trouble_since: 0,
             most_rows: options.max_rows_per_request as usize,
             not_before: 0,
         });
@@ -197,22 +194,12 @@ impl Group {
         }
         let bounds = Bounds { rows: cap, tokens, fixed: self.prefix_tokens };
         let n = pack::fit(bounds, rows.iter().map(|r| r.tokens + self.answer_tokens)).max(1);
-        // What does not fit goes back to where it came from, in order.
-        while rows.len() > n {
-            if let Some(row) = rows.pop() {
-                let queue = if row.attempts + row.trouble > 0 || row.most_rows < most {
-                    &mut self.retry
-                } else {
-                    &mut self.fresh
-                };
-                queue.push_front(row);
-            }
-        }
+        self.put_back(rows.split_off(n));
         self.waiting_since = now;
         Next::Rows(rows)
     }
 
-    /// Puts rows back that could not be sent now.
+    /// Puts rows back to where they came from, in order.
     pub fn put_back(&mut self, rows: Vec<Queued>) {
         let most = self.stream.task.options.max_rows_per_request as usize;
         for row in rows.into_iter().rev() {
@@ -273,8 +260,10 @@ pub struct Lane {
     pub max_concurrent: usize,
     pub in_flight: usize,
     pub in_flight_rows: usize,
-    /// Requests in a row that were not answered.
+    /// Requests in a row that were not answered; those that timed out count twice.
     pub failures: u32,
+    /// When (ms) the first of them failed.
+    pub failing_since: Option<u64>,
     /// When (ms) a request was last answered with a 2xx.
     pub last_success: Option<u64>,
     pub requests_total: u64,
@@ -300,6 +289,7 @@ impl Lane {
             in_flight: 0,
             in_flight_rows: 0,
             failures: 0,
+            failing_since: None,
             last_success: None,
             requests_total: 0,
             rows_total: 0,
@@ -307,6 +297,13 @@ impl Lane {
             errors: 0,
             last_error: None,
         }
+    }
+
+    /// A request was answered with a 2xx.
+    pub fn answers(&mut self, now: u64) {
+        self.failures = 0;
+        self.failing_since = None;
+        self.last_success = Some(now);
     }
 
     pub fn set_max_concurrent(&mut self, most: Option<u32>) {

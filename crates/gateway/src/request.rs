@@ -54,8 +54,10 @@ pub async fn send(
             Err(e) => return Err(overload(causes(&e))),
         }
     }
+    // Providers quote keys in what they say. Nothing of it is cut to size, and so a key cut in two, before it is redacted.
+    let redacted = || redact(&String::from_utf8_lossy(&answer), endpoint.api_key.as_ref().map_or("", |k| &k.0));
     if status.is_success() {
-        dialect::reply(&answer).map_err(overload)
+        dialect::reply(&answer).or_else(|_| dialect::reply(redacted().as_bytes())).map_err(overload)
     } else if status.is_redirection() {
         Err(Report {
             trouble: Trouble::Rejected,
@@ -65,8 +67,33 @@ pub async fn send(
             ),
         })
     } else {
-        Err(trouble::classify(status.as_u16(), &String::from_utf8_lossy(&answer), wait))
+        Err(trouble::classify(status.as_u16(), &redacted(), wait))
     }
+}
+
+/// Takes a key, and what looks like a part of one, out of a text.
+fn redact(text: &str, key: &str) -> String {
+    let mut out = if key.is_empty() { text.to_owned() } else { text.replace(key, "[redacted]") };
+    let beginning: String = key.chars().take(6).collect();
+    let mut beginnings = vec!["sk-"];
+    if key.chars().count() > 12 {
+        beginnings.push(&beginning);
+    }
+    for beginning in beginnings {
+        let mut rest = std::mem::take(&mut out);
+        while let Some(at) = rest.find(beginning) {
+            let before = rest[..at].chars().next_back();
+            let end = rest[at..]
+                .find(|c: char| c.is_whitespace() || "\"'`<>,;()\\".contains(c))
+                .map_or(rest.len(), |n| at + n);
+            let inside_a_word = before.is_some_and(char::is_alphanumeric) && beginning == "sk-";
+            out.push_str(&rest[..at]);
+            out.push_str(if inside_a_word { &rest[at..end] } else { "[redacted]" });
+            rest = rest[end..].to_owned();
+        }
+        out.push_str(&rest);
+    }
+    out.replace("[redacted][redacted]", "[redacted]")
 }
 
 /// An error with its causes, without the URL (it is in the server's options).
@@ -85,3 +112,24 @@ fn causes(error: &reqwest::Error) -> String {
 
 /// How a request that took too long is reported.
 pub const TIMED_OUT: &str = "the request timed out";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_and_parts_of_them_are_redacted() {
+        let key = "secret-0123456789";
+        for text in [
+            "key secret-0123456789 is",
+            "key secret-0***6789 is",
+            "key sk-abc***x is",
+            "key secret-0123456789secret-0123 is",
+        ] {
+            assert_eq!(redact(text, key), "key [redacted] is", "{text}");
+        }
+        assert_eq!(redact("{\"a\":\"'secret-01234\"}", key), "{\"a\":\"'[redacted]\"}");
+        assert_eq!(redact("a task-force", ""), "a task-force");
+        assert_eq!(redact("short key", "key"), "short [redacted]");
+    }
+}

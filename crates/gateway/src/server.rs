@@ -1,6 +1,6 @@
 //! The socket: who may connect, frames in, frames out.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::os::unix::net::UnixListener;
 use std::rc::Rc;
 use std::sync::mpsc;
@@ -12,7 +12,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::spawn_local;
 use tokio::time::Instant;
 
-use crate::dispatch::{Launch, Probe, State};
+use crate::dispatch::{Launch, Probe, State, disabled};
 use crate::protocol::{FromGateway, ToGateway, decode};
 use crate::{Settings, request};
 
@@ -28,6 +28,8 @@ struct Shared {
     room: Notify,
     client: reqwest::Client,
     started: Instant,
+    /// A task has panicked.
+    broken: Cell<bool>,
 }
 
 impl Shared {
@@ -51,11 +53,19 @@ pub async fn run(
         room: Notify::new(),
         client,
         started: Instant::now(),
+        broken: Cell::new(false),
     });
     loop {
         let (launches, wake) = shared.state.borrow_mut().pump(shared.now());
         for launch in launches {
-            spawn_local(carry_out(Rc::clone(&shared), launch));
+            spawn(&shared, carry_out(Rc::clone(&shared), launch));
+        }
+        if !shared.state.borrow().is_full() {
+            shared.room.notify_waiters();
+        }
+        // Better no gateway than one that has lost track of a row: the process ends, and another one comes.
+        if shared.broken.get() {
+            return;
         }
         let pause =
             wake.map_or(Duration::from_secs(60), |at| Duration::from_millis(at.saturating_sub(shared.now()).max(1)));
@@ -64,8 +74,9 @@ pub async fn run(
             () = tokio::time::sleep(pause) => {}
             connection = listener.accept() => {
                 // A failed accept (out of descriptors) is the client's to try again.
-                if let Ok((stream, _)) = connection {
-                    spawn_local(serve(Rc::clone(&shared), stream));
+                match connection {
+                    Ok((stream, _)) => spawn(&shared, serve(Rc::clone(&shared), stream)),
+                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
                 }
             }
             change = settings.changed() => {
@@ -78,6 +89,18 @@ pub async fn run(
             }
         }
     }
+}
+
+/// Runs a task beside the others. A panic in it is noticed.
+fn spawn(shared: &Rc<Shared>, task: impl Future<Output = ()> + 'static) {
+    let shared = Rc::clone(shared);
+    let handle = spawn_local(task);
+    spawn_local(async move {
+        if handle.await.is_err_and(|e| e.is_panic()) {
+            shared.broken.set(true);
+            shared.changed.notify_one();
+        }
+    });
 }
 
 async fn carry_out(shared: Rc<Shared>, launch: Launch) {
@@ -152,9 +175,7 @@ fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), Stri
                 let activity = state.activity(shared.now());
                 state.say(conn, &FromGateway::Activity(activity));
             }
-            ToGateway::Probe => {
-                spawn_local(probe(Rc::clone(shared), conn));
-            }
+            ToGateway::Probe => spawn(shared, probe(Rc::clone(shared), conn)),
         }
         shared.changed.notify_one();
     }
@@ -170,6 +191,7 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
         match next {
             None => return,
             Some(Probe::Alive) => break None,
+            Some(Probe::Disabled) => break Some(disabled()),
             Some(Probe::Until(at)) => {
                 tokio::time::sleep(Duration::from_millis(at.saturating_sub(now).clamp(1, 1000))).await
             }

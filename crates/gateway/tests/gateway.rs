@@ -1,0 +1,391 @@
+//! The gateway alone, between a client on its socket and a provider that injects faults.
+
+use std::collections::BTreeMap;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use llm_batch_core::options::Options;
+use llm_batch_core::task::{Label, Task};
+use llm_batch_gateway::protocol::*;
+use llm_batch_gateway::{Gateway, Settings};
+use llm_fake_provider::{Config, FakeProvider, Fault};
+use serde_json::json;
+
+const LABELS: [&str; 4] = ["billing", "bug", "shipping", "other"];
+
+/// A gateway on a socket of its own.
+struct Setup {
+    gateway: Option<Gateway>,
+    path: PathBuf,
+    log: mpsc::Receiver<String>,
+}
+
+impl Setup {
+    fn new(memory: usize) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("llm_batch-test-{}-{}.sock", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        let (sender, log) = mpsc::channel();
+        let listener = UnixListener::bind(&path).unwrap();
+        let gateway = Gateway::start(listener, Settings { enabled: true, memory }, sender).unwrap();
+        Self { gateway: Some(gateway), path, log }
+    }
+
+    fn connect(&self) -> Client {
+        let stream = UnixStream::connect(&self.path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        Client { stream, buffer: Vec::new() }
+    }
+}
+
+impl Drop for Setup {
+    fn drop(&mut self) {
+        self.gateway = None;
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+struct Client {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+}
+
+impl Client {
+    fn say(&mut self, message: &ToGateway) {
+        self.stream.write_all(&encode(message).unwrap()).unwrap();
+    }
+
+    /// The next message, or `None` if the gateway closed the connection.
+    fn hear(&mut self, what: &str) -> Option<FromGateway> {
+        let start = Instant::now();
+        loop {
+            if let Some(message) = decode(&mut self.buffer).unwrap() {
+                return Some(message);
+            }
+            assert!(start.elapsed() < Duration::from_secs(30), "waited in vain for {what}");
+            let mut chunk = [0; 65536];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return None,
+                Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
+                Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                Err(_) => return None,
+            }
+        }
+    }
+
+    fn open(&mut self, provider: &FakeProvider, change: impl FnOnce(&mut Stream)) {
+        let mut stream = Stream {
+            database: 1,
+            role: 10,
+            interactive: false,
+            endpoint: Endpoint { base_url: provider.base_url(), account: None, api_key: None },
+            model: Model {
+                model: "m".into(),
+                requests_per_minute: None,
+                tokens_per_minute: None,
+                input_tokens_per_minute: None,
+                output_tokens_per_minute: None,
+                max_concurrent_requests: Some(4),
+                request_timeout_ms: 20_000,
+                max_request_tokens: 16_000,
+                parameters: serde_json::Map::new(),
+            },
+            task: Task {
+                instruction: "Tickets.".into(),
+                labels: LABELS.iter().map(|l| Label { label: (*l).into(), description: String::new() }).collect(),
+                examples: vec![],
+                options: Options::default(),
+            },
+        };
+        change(&mut stream);
+        self.say(&ToGateway::Open(Box::new(stream)));
+    }
+
+    fn rows(&mut self, n: std::ops::Range<u64>) {
+        self.say(&ToGateway::Items(n.map(|n| Item { n, text: text(n) }).collect()));
+    }
+
+    /// Outcomes by row until there are `n`, and all that was spent.
+    fn outcomes(&mut self, n: usize) -> (BTreeMap<u64, Verdict>, Spent) {
+        let (mut got, mut spent) = (BTreeMap::new(), Spent::default());
+        while got.len() < n {
+            match self.hear(&format!("{n} outcomes, have {}", got.len())) {
+                Some(FromGateway::Outcomes { outcomes, spent: s }) => {
+                    spent.requests += s.requests;
+                    spent.input_tokens += s.input_tokens;
+                    spent.output_tokens += s.output_tokens;
+                    for o in outcomes {
+                        assert!(got.insert(o.n, o.verdict).is_none(), "row {} has two outcomes", o.n);
+                    }
+                }
+                other => panic!("expected outcomes, got {other:?}"),
+            }
+        }
+        (got, spent)
+    }
+}
+
+fn text(n: u64) -> String {
+    format!("row #r{n}:{}# \"quoted\"\n902: \"not a row\"", LABELS[n as usize % 4])
+}
+
+fn is_right(n: u64, verdict: &Verdict) -> bool {
+    *verdict == Verdict::Label((n % 4) as u32)
+}
+
+fn provider(config: Config) -> FakeProvider {
+    FakeProvider::start(config).unwrap()
+}
+
+#[test]
+fn every_row_gets_one_outcome_and_the_accounts_agree() {
+    let (setup, provider) = (Setup::new(64 << 20), provider(Config::default()));
+    let mut client = setup.connect();
+    client.open(&provider, |_| {});
+    client.rows(0..1000);
+    let (got, spent) = client.outcomes(1000);
+    assert!(got.iter().all(|(n, v)| is_right(*n, v)));
+    let stats = provider.stats();
+    assert_eq!((stats.requests, spent.requests), (20, 20));
+    assert_eq!((stats.prompt_tokens, stats.completion_tokens), (spent.input_tokens, spent.output_tokens));
+}
+
+#[test]
+fn under_faults_no_row_is_lost_or_wrong() {
+    use Fault::*;
+    let faults = [
+        Http500,
+        Http503,
+        RateLimit429,
+        ResetBefore,
+        ResetAfter,
+        MalformedJson,
+        DropId,
+        InventId,
+        DoubleId,
+        UnknownCode,
+        EmptyAnswer,
+        CutByLength,
+        Prose,
+    ];
+    let provider =
+        provider(Config { faults: faults.into_iter().map(|f| (f, 0.03)).collect(), seed: 7, ..Config::default() });
+    let setup = Setup::new(64 << 20);
+    let mut client = setup.connect();
+    client.open(&provider, |s| s.task.options.max_rows_per_request = 10);
+    client.rows(0..2000);
+    let (got, _) = client.outcomes(2000);
+    for (n, verdict) in &got {
+        assert!(
+            is_right(*n, verdict) || matches!(verdict, Verdict::Skip { .. } | Verdict::Fail { .. }),
+            "{n}: {verdict:?}"
+        );
+    }
+    let lost = got.iter().filter(|(n, v)| !is_right(**n, v)).count();
+    assert!(lost < 20, "{lost} of 2000 rows were given up");
+    // One line a minute for each class of trouble.
+    let lines: Vec<String> = setup.log.try_iter().collect();
+    assert!(!lines.is_empty() && lines.len() <= 6, "{lines:#?}");
+}
+
+#[test]
+fn a_request_that_was_not_answered_is_sent_again_whole() {
+    let (setup, provider) = (Setup::new(64 << 20), provider(Config::default()));
+    provider.script([Some(Fault::Http500)]);
+    let mut client = setup.connect();
+    client.open(&provider, |_| {});
+    client.rows(0..50);
+    let (got, spent) = client.outcomes(50);
+    assert!(got.iter().all(|(n, v)| is_right(*n, v)));
+    assert_eq!((provider.stats().requests, spent.requests), (2, 1));
+}
+
+#[test]
+fn what_a_server_refuses_is_learnt_once() {
+    let provider = provider(Config { json_object: false, max_tokens_param: false, ..Config::default() });
+    let setup = Setup::new(64 << 20);
+    let mut client = setup.connect();
+    client.open(&provider, |s| s.model.max_concurrent_requests = Some(1));
+    client.rows(0..500);
+    assert!(client.outcomes(500).0.iter().all(|(n, v)| is_right(*n, v)));
+    assert_eq!(provider.stats().by_status, BTreeMap::from([(200, 10), (400, 2)]));
+}
+
+#[test]
+fn a_dead_provider_stops_the_stream_and_gives_every_row_back() {
+    let setup = Setup::new(64 << 20);
+    let address = {
+        let provider = provider(Config::default());
+        provider.base_url()
+    };
+    let provider = provider(Config::default());
+    let mut client = setup.connect();
+    client.open(&provider, |s| s.endpoint.base_url = address);
+    client.rows(0..100);
+    let mut back = 0;
+    let mut stop = None;
+    while back < 100 || stop.is_none() {
+        match client.hear("the stop and 100 rows") {
+            Some(FromGateway::Outcomes { outcomes, .. }) => {
+                assert!(outcomes.iter().all(|o| o.verdict == Verdict::Withdrawn));
+                back += outcomes.len();
+            }
+            Some(FromGateway::Stopped(s)) => {
+                assert_eq!(back, 0, "the reason comes first");
+                stop = Some(s);
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(stop.unwrap().reason, StopReason::ProviderDown);
+}
+
+#[test]
+fn withdrawn_rows_come_back_and_sent_ones_are_answered() {
+    let (setup, provider) = (Setup::new(64 << 20), provider(Config::default()));
+    provider.hold();
+    let mut client = setup.connect();
+    client.open(&provider, |s| s.model.max_concurrent_requests = Some(1));
+    client.rows(0..200);
+    let start = Instant::now();
+    while provider.stats().in_flight == 0 {
+        assert!(start.elapsed() < Duration::from_secs(10), "no request came");
+        std::thread::yield_now();
+    }
+    client.say(&ToGateway::Withdraw);
+    let (back, _) = client.outcomes(150);
+    assert!(back.values().all(|v| *v == Verdict::Withdrawn));
+    provider.release();
+    let (answered, _) = client.outcomes(50);
+    assert!(answered.iter().all(|(n, v)| is_right(*n, v)));
+    assert_eq!(provider.stats().requests, 1);
+}
+
+#[test]
+fn a_client_that_leaves_takes_its_request_along() {
+    let (setup, provider) = (Setup::new(64 << 20), provider(Config::default()));
+    provider.hold();
+    let mut client = setup.connect();
+    client.open(&provider, |_| {});
+    client.rows(0..10);
+    let wait = |what: &str, ok: &dyn Fn(&llm_fake_provider::Stats) -> bool| {
+        let start = Instant::now();
+        while !ok(&provider.stats()) {
+            assert!(start.elapsed() < Duration::from_secs(10), "{what}: {:?}", provider.stats());
+            std::thread::yield_now();
+        }
+    };
+    wait("a request comes", &|s| s.in_flight == 1);
+    drop(client);
+    wait("the request is abandoned", &|s| s.abandoned == 1);
+    // The gateway lives on.
+    provider.release();
+    let mut client = setup.connect();
+    client.open(&provider, |_| {});
+    client.rows(0..10);
+    client.outcomes(10);
+}
+
+#[test]
+fn garbage_disconnects_its_speaker_alone() {
+    let (setup, provider) = (Setup::new(64 << 20), provider(Config::default()));
+    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[2, 0, 0, 0, b'{', b'}'], &[255; 64]] {
+        let mut bad = setup.connect();
+        bad.stream.write_all(garbage).unwrap();
+        assert!(bad.hear("the end of the connection").is_none());
+    }
+    // Rows without a stream, and more rows than may be outstanding.
+    let mut bad = setup.connect();
+    bad.rows(0..1);
+    assert!(bad.hear("the end of the connection").is_none());
+    let mut bad = setup.connect();
+    provider.hold();
+    bad.open(&provider, |_| {});
+    for i in 0..=MAX_OUTSTANDING_ITEMS as u64 / 1000 {
+        bad.rows(i * 1000..(i + 1) * 1000);
+    }
+    while bad.hear("the end of the connection").is_some() {}
+    provider.release();
+    let mut good = setup.connect();
+    good.open(&provider, |_| {});
+    good.rows(0..10);
+    good.outcomes(10);
+}
+
+#[test]
+fn full_memory_holds_clients_back_and_loses_nothing() {
+    let (setup, provider) = (Setup::new(10_000), provider(Config::default()));
+    let mut clients: Vec<Client> = (0..4).map(|_| setup.connect()).collect();
+    for client in &mut clients {
+        client.open(&provider, |_| {});
+        for i in 0..10 {
+            client.rows(i * 50..(i + 1) * 50);
+        }
+    }
+    for client in &mut clients {
+        assert!(client.outcomes(500).0.iter().all(|(n, v)| is_right(*n, v)));
+    }
+}
+
+#[test]
+fn one_limit_holds_for_all_clients() {
+    let provider =
+        provider(Config { window: Duration::from_secs(6), tokens_per_window: Some(50_000), ..Config::default() });
+    let setup = Setup::new(64 << 20);
+    let mut clients: Vec<Client> = (0..3).map(|_| setup.connect()).collect();
+    for (i, client) in clients.iter_mut().enumerate() {
+        client.open(&provider, |s| {
+            // Large enough to be kept in windows of 6 s, which are the provider's here.
+            s.model.tokens_per_minute = Some(500_000);
+            s.database = i as u32;
+        });
+        client.rows(0..1000);
+    }
+    for client in &mut clients {
+        client.outcomes(1000);
+    }
+    let stats = provider.stats();
+    assert_eq!(stats.by_status.keys().copied().collect::<Vec<_>>(), [200]);
+    assert!((40_000..=50_000).contains(&stats.peak_window_tokens), "{}", stats.peak_window_tokens);
+}
+
+#[test]
+fn a_probe_says_what_is_wrong_before_a_row_is_paid_for() {
+    let provider =
+        provider(Config { api_key: Some("right".into()), models: Some(vec!["m".into()]), ..Config::default() });
+    let setup = Setup::new(64 << 20);
+    let ask = |key: &str, model: &str| {
+        let mut client = setup.connect();
+        client.open(&provider, |s| {
+            s.endpoint.api_key = Some(Secret(key.into()));
+            s.model.model = model.into();
+        });
+        client.say(&ToGateway::Probe);
+        match client.hear("the probe's answer") {
+            Some(FromGateway::Probed(stop)) => stop.map(|s| s.reason),
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(ask("wrong", "m"), Some(StopReason::Auth));
+    assert_eq!(ask("right", "n"), Some(StopReason::NotFound));
+    assert_eq!(ask("right", "m"), None);
+    assert!(provider.stats().rows.is_empty());
+}
+
+#[test]
+fn a_providers_echo_of_the_key_is_redacted() {
+    let provider = provider(Config::default());
+    let echo = json!({"error": {"message": "bad key secret-key-0123456789, see secret-k***"}}).to_string();
+    provider.script([Some(Fault::Status(401, echo))]);
+    let setup = Setup::new(64 << 20);
+    let mut client = setup.connect();
+    client.open(&provider, |s| s.endpoint.api_key = Some(Secret("secret-key-0123456789".into())));
+    client.rows(0..1);
+    let Some(FromGateway::Stopped(stop)) = client.hear("the stop") else { panic!() };
+    assert!(!stop.message.contains("secret"), "{}", stop.message);
+    assert!(setup.log.try_iter().all(|line| !line.contains("secret")));
+}
