@@ -126,3 +126,8 @@ CREATE FUNCTION llm_batch.gateway_activity() RETURNS jsonb
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'gateway_activity_wrapper';
 COMMENT ON FUNCTION llm_batch.gateway_activity IS 'the gateway''s state; for llm_batch.activity';
+
+CREATE FUNCTION llm_batch.refuse_transaction_block(what text) RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'refuse_transaction_block_wrapper';
+COMMENT ON FUNCTION llm_batch.refuse_transaction_block(text) IS 'raises inside a transaction block; for llm_batch.wait()';

@@ -76,8 +76,8 @@ DECLARE
     job      record;
     pauses   pg_catalog.float8 := 0.05;
 BEGIN
+    PERFORM llm_batch.refuse_transaction_block('llm_batch.wait()');
     LOOP
-        -- Raises invalid_transaction_termination inside a transaction block, where no other state could be seen.
         COMMIT;
         SELECT p.status, p.reason, p.last_error, p.rows_left INTO job
           FROM llm_batch.progress p WHERE p.job_id OPERATOR(pg_catalog.=) wait.job_id;
@@ -97,7 +97,6 @@ BEGIN
             RAISE EXCEPTION 'job % is not done after %', wait.job_id, wait.timeout USING ERRCODE = 'query_canceled',
                 DETAIL = pg_catalog.concat(job.rows_left, ' rows are left.');
         END IF;
-        COMMIT;
         PERFORM pg_catalog.pg_sleep(pauses);
         pauses := LEAST(pauses OPERATOR(pg_catalog.*) 1.5::pg_catalog.float8, 0.5::pg_catalog.float8);
     END LOOP;

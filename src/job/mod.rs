@@ -350,3 +350,17 @@ fn retry_failed(job_id: i64) -> std::result::Result<bool, ErrorReport> {
     })?;
     Ok(changed)
 }
+
+#[pg_extern(sql = false)]
+fn refuse_transaction_block(what: &str) -> std::result::Result<(), ErrorReport> {
+    // SAFETY: reads the transaction's state on the main thread.
+    if unsafe { pg_sys::IsTransactionBlock() } {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_ACTIVE_SQL_TRANSACTION,
+            format!("{what} cannot run inside a transaction block"),
+        )
+        .hint("Commit first: a job starts when the transaction that made it commits.")
+        .into());
+    }
+    Ok(())
+}
