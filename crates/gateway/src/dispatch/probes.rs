@@ -1,0 +1,111 @@
+//! What is asked about the state: whether a model answers at all, and what is going on.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use llm_batch_core::dialect::{self, Reply};
+use llm_batch_core::limiter::{Refusal, Tokens};
+use llm_batch_core::trouble::{Parameter, Report, Trouble};
+
+use super::{DOWN_FOR, LaneKey, Probe, State, say};
+use crate::protocol::{Activity, FromGateway, Stop, StopReason};
+use crate::request::TIMED_OUT;
+
+/// Tokens a probe reserves.
+const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
+
+impl State {
+    /// Prepares a probe of a client's model.
+    pub fn probe(&mut self, now: u64, conn: u64) -> Option<Probe> {
+        let (lane_key, _, stream) = self.conns.get(&conn)?.stream.clone()?;
+        if !self.settings.enabled {
+            return Some(Probe::Disabled);
+        }
+        let lane = self.lanes.get_mut(&lane_key)?;
+        if lane.last_success.is_some_and(|at| at + 60_000 > now) {
+            return Some(Probe::Alive);
+        }
+        match lane.limiter.reserve(now, PROBE_TOKENS) {
+            Ok(grant) => lane.limiter.settle(grant, PROBE_TOKENS),
+            Err(Refusal::Until(at)) => return Some(Probe::Until(at)),
+            Err(Refusal::TooLarge) => {}
+        }
+        let body = dialect::body(&dialect::Request {
+            model: &stream.model.model,
+            system: "Answer with one word.",
+            user: "Say ok.",
+            max_tokens: 16,
+            max_completion_tokens: lane.learned.max_completion_tokens,
+            response_format: None,
+            parameters: &stream.model.parameters,
+        });
+        let timeout = Duration::from_millis(stream.model.request_timeout_ms.min(60_000));
+        Some(Probe::Send(stream.endpoint.clone(), body, timeout))
+    }
+
+    /// What a probe's end means: `None` if it is to be sent again, else the answer to give.
+    pub fn probed(&mut self, now: u64, conn: u64, tries: u32, result: Result<Reply, Report>) -> Option<Option<Stop>> {
+        let (lane_key, _, _) = self.conns.get(&conn)?.stream.clone()?;
+        let Err(report) = result else {
+            if let Some(lane) = self.lanes.get_mut(&lane_key) {
+                lane.answers(now);
+            }
+            return Some(None);
+        };
+        let message = report.message;
+        let lane = self.lanes.get_mut(&lane_key)?;
+        let stop = |reason, retry_after_ms| Some(Some(Stop { reason, message: message.clone(), retry_after_ms }));
+        match report.trouble {
+            Trouble::Rate(_) | Trouble::TooLarge | Trouble::Filtered => Some(None),
+            Trouble::Unsupported(Parameter::MaxTokens) if !lane.learned.max_completion_tokens => {
+                lane.learned.max_completion_tokens = true;
+                None
+            }
+            Trouble::Overload(_) if tries < 3 && message != TIMED_OUT => None,
+            Trouble::Overload(_) => stop(StopReason::ProviderDown, Some(DOWN_FOR)),
+            Trouble::Auth => stop(StopReason::Auth, None),
+            Trouble::Spend => stop(StopReason::Spend, None),
+            Trouble::Quota(wait) => stop(StopReason::Quota, wait),
+            Trouble::NotFound => stop(StopReason::NotFound, None),
+            Trouble::Unsupported(_) | Trouble::Rejected => stop(StopReason::Rejected, None),
+        }
+    }
+
+    pub fn say(&mut self, conn: u64, message: &FromGateway) {
+        if let Some(c) = self.conns.get(&conn) {
+            say(c, message);
+        }
+    }
+
+    pub fn activity(&mut self, now: u64) -> Vec<Activity> {
+        let mut roles: HashMap<&LaneKey, Vec<u32>> = HashMap::new();
+        for (lane, _, stream) in self.conns.values().filter_map(|c| c.stream.as_ref()) {
+            roles.entry(lane).or_default().push(stream.role);
+        }
+        self.lanes
+            .iter_mut()
+            .map(|(key, lane)| {
+                let usage = lane.limiter.usage(now);
+                Activity {
+                    account: key.0.clone(),
+                    model: key.1.clone(),
+                    roles: roles.get(key).cloned().unwrap_or_default(),
+                    queued: lane.groups.iter().map(|(_, g)| g.queued() as u64).sum(),
+                    in_flight_requests: lane.in_flight as u64,
+                    in_flight_rows: lane.in_flight_rows as u64,
+                    tokens_in_window: usage.tokens,
+                    tokens_limit: usage.tokens_limit,
+                    requests_in_window: usage.requests,
+                    requests_limit: usage.requests_limit,
+                    used: usage.used,
+                    waiting_ms: lane.limiter.blocked_until().checked_sub(now).filter(|ms| *ms > 0),
+                    requests_total: lane.requests_total,
+                    rows_total: lane.rows_total,
+                    throttled: lane.throttled,
+                    errors: lane.errors,
+                    last_error: lane.last_error.clone(),
+                }
+            })
+            .collect()
+    }
+}

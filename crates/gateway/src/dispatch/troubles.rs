@@ -1,0 +1,242 @@
+//! What comes back otherwise, by its class of trouble.
+
+use llm_batch_core::limiter::Tokens;
+use llm_batch_core::options::{AnswerShape, StructuredOutput};
+use llm_batch_core::trouble::{Parameter, Report, Trouble};
+
+use super::{DOWN_FOR, InFlight, LaneKey, State, too_long};
+use crate::lane::{Lane, Queued};
+use crate::protocol::{Stop, StopReason, Verdict};
+use crate::request::TIMED_OUT;
+
+/// A row that has met this many points of trouble not its own is split off, and given up when alone, if other
+/// requests go through; if that many requests in a row were not answered, the provider is down.
+const MOST_TROUBLE: u32 = 5;
+/// But not before this much time (ms): many requests under way may fail at the same instant.
+const DOWN_AFTER: u64 = 3_000;
+/// First wait after a request that was not answered, ms; doubled with each further one, with jitter.
+const BACKOFF: u64 = 250;
+/// Longest wait after requests that were not answered, ms.
+const MOST_BACKOFF: u64 = 30_000;
+/// Waits (ms) that are longer park the model; shorter ones are sat out.
+const LONGEST_RATE_WAIT: u64 = 120_000;
+
+impl State {
+    pub(super) fn troubled(&mut self, now: u64, request: InFlight, report: &Report) {
+        let InFlight { lane: lane_key, group: group_key, mut rows, grant, format, max_completion_tokens, .. } = request;
+        let message = report.message.clone();
+        let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
+        match report.trouble {
+            Trouble::Rate(_) => lane.throttled += 1,
+            Trouble::Unsupported(_) | Trouble::TooLarge => {}
+            _ => {
+                lane.errors += 1;
+                lane.last_error = Some(message.clone());
+            }
+        }
+        // Refused requests took nothing. Of requests that broke off it is not known, so what was reserved stays.
+        if !matches!(report.trouble, Trouble::Overload(_)) {
+            lane.limiter.settle(grant, Tokens::default());
+        }
+        let size = rows.len();
+        let succeeded = lane.group(&group_key).is_some_and(|g| g.succeeded);
+        match &report.trouble {
+            Trouble::Rate(wait) if wait.is_some_and(|w| w > LONGEST_RATE_WAIT) => {
+                self.stop_with(now, &lane_key, None, rows, StopReason::Quota, message, *wait);
+            }
+            Trouble::Rate(wait) => {
+                // Without a word from the provider, the more refusals in a row the longer.
+                lane.failures += 1;
+                let wait = wait.unwrap_or_else(|| backoff(lane.failures));
+                lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
+                self.put_back(&lane_key, &group_key, rows);
+                self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
+            }
+            Trouble::TooLarge => {
+                self.notice(
+                    now,
+                    &lane_key,
+                    "too large",
+                    &format!("{message}; {size} rows are sent in smaller requests"),
+                );
+                self.too_large(now, &lane_key, &group_key, rows);
+            }
+            Trouble::Unsupported(parameter) => {
+                let learned = match parameter {
+                    Parameter::MaxTokens if !max_completion_tokens => {
+                        lane.learned.max_completion_tokens = true;
+                        true
+                    }
+                    Parameter::MaxTokens => false,
+                    Parameter::ResponseFormat => weaker(lane, &group_key, format),
+                };
+                if learned {
+                    self.put_back(&lane_key, &group_key, rows);
+                    self.notice(now, &lane_key, "unsupported", &format!("{message}; going on without it"));
+                } else {
+                    self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::Rejected, message, None);
+                }
+            }
+            Trouble::Auth => self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::Auth, message, None),
+            Trouble::Spend => self.stop_with(now, &lane_key, None, rows, StopReason::Spend, message, None),
+            Trouble::Quota(wait) => self.stop_with(now, &lane_key, None, rows, StopReason::Quota, message, *wait),
+            Trouble::NotFound => {
+                self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::NotFound, message, None)
+            }
+            Trouble::Rejected if !succeeded => {
+                self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::Rejected, message, None);
+            }
+            Trouble::Filtered | Trouble::Rejected if size == 1 => {
+                let verdict = if report.trouble == Trouble::Filtered {
+                    Verdict::Skip { class: "refused".into(), detail: message }
+                } else {
+                    Verdict::Fail { class: "rejected".into(), detail: message }
+                };
+                for row in rows {
+                    self.outcome(row.conn, row.n, row.bytes, row.attempts + 1, verdict.clone());
+                }
+            }
+            Trouble::Filtered | Trouble::Rejected => {
+                self.notice(
+                    now,
+                    &lane_key,
+                    "rejected",
+                    &format!("{message}; {size} rows are sent in smaller requests"),
+                );
+                for mut row in rows {
+                    row.most_rows = size.div_ceil(2);
+                    self.again(&lane_key, &group_key, row);
+                }
+            }
+            Trouble::Overload(wait) => {
+                let points = if message == TIMED_OUT { 2 } else { 1 };
+                lane.failures += points;
+                let failing_since = *lane.failing_since.get_or_insert(now);
+                if lane.failures >= MOST_TROUBLE && now >= failing_since + DOWN_AFTER {
+                    self.stop_with(now, &lane_key, None, rows, StopReason::ProviderDown, message, Some(DOWN_FOR));
+                    return;
+                }
+                if let Some(wait) = wait {
+                    lane.limiter.penalize(now + wait.min(&MOST_BACKOFF));
+                }
+                // One wait for all rows, so that they stay together.
+                let worst = rows.iter().map(|r| r.trouble).max().unwrap_or(0) + points;
+                let not_before = now + backoff(worst);
+                for row in &mut rows {
+                    row.trouble += points;
+                    row.not_before = not_before;
+                }
+                self.notice(
+                    now,
+                    &lane_key,
+                    "unanswered",
+                    &format!("a request was not answered and is sent again: {message}"),
+                );
+                for row in rows {
+                    self.row_in_trouble(&lane_key, &group_key, row, size, &message);
+                }
+            }
+        }
+    }
+
+    /// A row whose request was not answered, while others are: it waits, then its requests get smaller, then it is
+    /// given up.
+    fn row_in_trouble(&mut self, lane: &LaneKey, group: &str, mut row: Queued, size: usize, message: &str) {
+        if row.trouble >= MOST_TROUBLE {
+            if size == 1 {
+                let verdict = Verdict::Fail { class: "provider_error".into(), detail: message.to_owned() };
+                self.outcome(row.conn, row.n, row.bytes, row.attempts, verdict);
+                return;
+            }
+            row.most_rows = size.div_ceil(2);
+            row.trouble = MOST_TROUBLE - 2;
+        }
+        self.again(lane, group, row);
+    }
+
+    pub(super) fn too_large(&mut self, now: u64, lane: &LaneKey, group: &str, rows: Vec<Queued>) {
+        let size = rows.len();
+        for mut row in rows {
+            if size == 1 {
+                self.outcome(row.conn, row.n, row.bytes, row.attempts, too_long());
+            } else {
+                row.most_rows = size.div_ceil(2);
+                row.not_before = now;
+                self.again(lane, group, row);
+            }
+        }
+    }
+
+    /// Whether anybody still wants a row to be sent.
+    fn is_wanted(&self, row: &Queued) -> bool {
+        self.conns.get(&row.conn).is_some_and(|c| !c.stopped)
+    }
+
+    /// Queues rows again that were refused through no trouble of theirs.
+    pub(super) fn put_back(&mut self, lane: &LaneKey, group: &str, rows: Vec<Queued>) {
+        let (wanted, rest) = rows.into_iter().partition(|row| self.is_wanted(row));
+        self.give_back(rest);
+        match self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
+            Some(g) => g.put_back(wanted),
+            None => self.give_back(wanted),
+        }
+    }
+
+    /// Queues a row again for another request.
+    pub(super) fn again(&mut self, lane: &LaneKey, group: &str, row: Queued) {
+        let wanted = self.is_wanted(&row);
+        match self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
+            Some(g) if wanted => g.push_again(row),
+            _ => self.outcome(row.conn, row.n, row.bytes, row.attempts, Verdict::Withdrawn),
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn stop_with(
+        &mut self,
+        now: u64,
+        lane: &LaneKey,
+        group: Option<&str>,
+        rows: Vec<Queued>,
+        reason: StopReason,
+        message: String,
+        retry_after_ms: Option<u64>,
+    ) {
+        self.notice(now, lane, "stopped", &message);
+        self.give_back(rows);
+        self.stop(lane, group, &Stop { reason, message, retry_after_ms });
+    }
+
+    pub(super) fn notice(&mut self, now: u64, lane: &LaneKey, class: &str, message: &str) {
+        if let Some(line) = self.notices.line(now, &format!("{} {} {class}", lane.0, lane.1), message) {
+            // The receiver lives as long as the gateway.
+            let _ = self.log.send(format!("llm_batch: model \"{}\": {line}", lane.1));
+        }
+    }
+}
+
+/// Falls back to the next weaker form of `response_format` than the one that was refused. False if there is none, or
+/// if the task insists on the form.
+fn weaker(lane: &mut Lane, group: &str, refused: StructuredOutput) -> bool {
+    let Some(group) = lane.group(group) else { return false };
+    let options = &group.stream.task.options;
+    if options.structured_output != StructuredOutput::Auto {
+        return false;
+    }
+    let next = match (refused, options.answer_shape) {
+        (StructuredOutput::Auto, AnswerShape::Map) | (StructuredOutput::JsonObject, _) => StructuredOutput::None,
+        (StructuredOutput::Auto | StructuredOutput::JsonSchema, _) => StructuredOutput::JsonObject,
+        (StructuredOutput::None, _) => return false,
+    };
+    // Requests that were under way together are refused together; only the first changes anything.
+    if lane.learned.format == refused {
+        lane.learned.format = next;
+    }
+    true
+}
+
+/// A wait (ms) after so many failures: doubled with each, with jitter.
+fn backoff(failures: u32) -> u64 {
+    let wait = (BACKOFF << failures.saturating_sub(1).min(10)).min(MOST_BACKOFF);
+    wait * 3 / 4 + fastrand::u64(0..=wait / 2)
+}
