@@ -1,0 +1,210 @@
+//! Rows out, outcomes in: claiming pages, handing them to the gateway, taking what comes back.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
+use pgrx::pg_sys;
+
+use super::{AGAIN, CONTROL, LATER, Worker};
+use crate::client::Received;
+use crate::error::{Error, Result};
+use crate::job::page;
+use crate::job::settle::Answer;
+use crate::job::store::{self, Outcome};
+use crate::worker::{self, report};
+use crate::{shared, sql, txn};
+
+/// Rows claimed at first, and at most, at a time: as many as stay below `WINDOW_BYTES`.
+pub const FIRST_PAGE: i64 = 200;
+const LARGEST_PAGE: i64 = 500;
+/// Rows handed over and not yet written, above which no more are claimed; a page may go beyond.
+const WINDOW_ROWS: usize = 2_000;
+/// Bytes of text handed over and not yet answered, above which no more is handed over.
+const WINDOW_BYTES: usize = 4 << 20;
+/// Bytes of text in one message.
+const MESSAGE_BYTES: usize = 1 << 20;
+/// Rows that others hold locked, above which no more are claimed.
+const MOST_LOCKED: usize = 1_000;
+
+impl Worker {
+    /// Whether the next page may be claimed now. A pass begins only when nothing of the one before is open: what is
+    /// open is NULL still, and would be claimed and paid for again.
+    pub(super) fn may_claim(&self) -> bool {
+        let is_free = self.stopping.is_none() && self.reopen.is_none() && !self.disabled && self.client.is_some();
+        let is_new_pass = self.last.is_none();
+        is_free
+            && !self.pass_ended
+            && self.too_late.is_empty()
+            && self.waiting.is_empty()
+            && self.outstanding.len() < WINDOW_ROWS / 2
+            && self.locked.len() < MOST_LOCKED
+            && (!is_new_pass || (self.outstanding.is_empty() && self.answers.is_empty() && self.locked.is_empty()))
+    }
+
+    /// Whether a row may be handed over now.
+    fn may_hand_over(&self) -> bool {
+        self.outstanding.is_empty() || (self.outstanding.len() < WINDOW_ROWS && self.outstanding_bytes < WINDOW_BYTES)
+    }
+
+    pub(super) fn claim(&mut self) -> Result<()> {
+        let job = self.job.clone();
+        let (plan, last, size) = (self.plan.clone(), self.last.clone(), self.page_size);
+        let counted = self.job.is_counted;
+        let (ready, claimed, gone) = txn::run(|| {
+            report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
+            // Rights, key, model and task may have changed: what holds now holds for the next request.
+            let ready = Self::ready(&job)?;
+            sql::set_local("search_path", &plan.search_path)?;
+            let count =
+                if counted { None } else { sql::row(&plan.count, &[], |r| Ok((r.get::<i64>(1)?, r.get::<i64>(2)?)))? };
+            if let Some((total, empty)) = count {
+                store::count(job.id, total, empty)?;
+            }
+            // With an index on the target, and for statistics that have not caught up, the planner would sort or scan
+            // what is left for every page. The key's index is the way.
+            for path in ["enable_sort", "enable_incremental_sort", "enable_seqscan", "enable_bitmapscan"] {
+                sql::set_local(path, "off")?;
+            }
+            let mut claimed = match &last {
+                None => page::claim(&plan.claim_first, &[size.into()], job.key_names.len())?,
+                Some((page, position)) => {
+                    let mut args = page.args();
+                    args.push((*position).into());
+                    args.push(size.into());
+                    page::claim(&plan.claim_next, &args, job.key_names.len())?
+                }
+            };
+            let gone = match &mut claimed {
+                Some(claimed) if job.has_failures => store::failed_among(job.id, std::mem::take(&mut claimed.keys))?,
+                _ => Vec::new(),
+            };
+            Ok((ready, claimed, gone))
+        })?;
+        report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
+        self.job.is_counted = true;
+        let (stream, model, table, plan) = ready;
+        (self.table, self.plan) = (table, plan);
+        if stream != self.stream || model != self.model {
+            // The page is read again when the stream has been opened anew.
+            self.reopen = Some((stream, model));
+            return Ok(());
+        }
+        let Some(page::Claimed { page, texts, .. }) = claimed else {
+            self.pass_ended = true;
+            return Ok(());
+        };
+        let page = Rc::new(page);
+        self.pass_ended = page.len < size as usize;
+        let bytes: usize = texts.iter().map(String::len).sum();
+        let rows = ((WINDOW_BYTES * page.len / bytes.max(1)) as i64).clamp(1, LARGEST_PAGE);
+        self.page_size = whole_packs(rows, &self.stream);
+        self.last = Some((Rc::clone(&page), page.len as i32));
+        for (i, text) in texts.into_iter().enumerate() {
+            if !gone.contains(&(i as i64 + 1)) {
+                self.claimed_in_pass += 1;
+                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn hand_over(&mut self) -> Result<()> {
+        while self.client.is_some() && !self.waiting.is_empty() && self.may_hand_over() {
+            let (mut items, mut bytes) = (Vec::new(), 0);
+            while bytes < MESSAGE_BYTES && self.may_hand_over() {
+                let Some((place, text)) = self.waiting.pop_front() else { break };
+                bytes += text.len();
+                self.outstanding_bytes += text.len();
+                self.outstanding.insert(self.next_n, (place, text.len()));
+                items.push(Item { n: self.next_n, text });
+                self.next_n += 1;
+            }
+            if let Some(client) = &mut self.client {
+                client.send(&ToGateway::Items(items))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for outcomes, and takes all that have come.
+    pub(super) fn receive(&mut self) -> Result<()> {
+        let is_idle = self.outstanding.is_empty() && self.waiting.is_empty() && self.locked.is_empty();
+        let mut timeout = if self.may_claim() || is_idle {
+            Duration::ZERO
+        } else if !self.locked.is_empty() {
+            AGAIN
+        } else {
+            CONTROL
+        };
+        let Some(client) = &mut self.client else {
+            if !timeout.is_zero() {
+                worker::wait(None, Some(timeout));
+            }
+            return Ok(());
+        };
+        loop {
+            match client.receive(timeout)? {
+                Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
+                    self.delta.requests += spent.requests as i64;
+                    self.delta.input_tokens += spent.input_tokens as i64;
+                    self.delta.output_tokens += spent.output_tokens as i64;
+                    for o in outcomes {
+                        let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
+                        self.outstanding_bytes -= bytes;
+                        if o.verdict != Verdict::Withdrawn {
+                            self.answers.push(Answer {
+                                page,
+                                position,
+                                verdict: o.verdict,
+                                attempts: o.attempts,
+                                locked_since: None,
+                            });
+                        }
+                    }
+                }
+                Received::Message(FromGateway::Stopped(stop)) => {
+                    self.waiting.clear();
+                    if stop.reason == StopReason::Disabled {
+                        self.disabled = true;
+                    } else {
+                        let outcome = self.outcome_of_stop(&stop);
+                        self.stopping.get_or_insert(outcome);
+                    }
+                    return Ok(());
+                }
+                Received::Message(_) => {}
+                Received::Nothing => return Ok(()),
+                Received::Lost => {
+                    // The gateway ended. What it had not answered is claimed again from the table.
+                    self.client = None;
+                    self.outstanding.clear();
+                    self.outstanding_bytes = 0;
+                    self.waiting.clear();
+                    self.restart_pass();
+                    return Ok(());
+                }
+            }
+            // More may have come; it is taken along, and then written together.
+            timeout = Duration::ZERO;
+        }
+    }
+
+    fn outcome_of_stop(&self, stop: &Stop) -> Outcome {
+        let text = Error::from_stop(stop, &self.model).one_line();
+        let at = shared::now() + stop.retry_after_ms.map_or(LATER, |ms| ms as i64 * 1000);
+        match stop.reason {
+            StopReason::Auth => Outcome::Paused("auth", Some(text), None),
+            StopReason::Spend => Outcome::Paused("spend", Some(text), None),
+            StopReason::Quota => Outcome::Paused("quota", Some(text), Some(at)),
+            StopReason::ProviderDown | StopReason::Disabled => Outcome::Paused("provider_down", Some(text), Some(at)),
+            StopReason::NotFound | StopReason::Rejected => Outcome::Failed(text),
+        }
+    }
+}
+
+/// A page of so many rows, less what would not fill a request.
+pub fn whole_packs(rows: i64, stream: &Stream) -> i64 {
+    let pack = i64::from(stream.task.options.max_rows_per_request.max(1));
+    if rows > pack { rows - rows % pack } else { rows }
+}

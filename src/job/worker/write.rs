@@ -1,0 +1,118 @@
+//! What has arrived, into the table and the counters.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use pgrx::pg_sys;
+
+use super::{Worker, make_plan};
+use crate::error::Result;
+use crate::job::store::{self, Delta, Failure};
+use crate::job::{plan, settle};
+use crate::worker::report;
+use crate::{sql, txn};
+
+/// The time over which rates are measured.
+const RATES: Duration = Duration::from_secs(60);
+
+impl Worker {
+    pub(super) fn settle(&mut self, with_locked: bool) -> Result<()> {
+        let mut batch = std::mem::take(&mut self.answers);
+        if with_locked {
+            self.locked_tried = Instant::now();
+            batch.append(&mut self.locked);
+        }
+        self.sample(0, 0);
+        let job = &self.job;
+        let (plan, labels, model, stream) = (&mut self.plan, &self.labels, &self.model, &self.stream);
+        let (delta, too_late, known) = (&self.delta, &self.too_late, &mut self.table);
+        let (rows_per_second, tokens_per_minute) = rates(&self.samples);
+        let batch_ref = &batch;
+        let result = txn::run(|| {
+            report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
+            let table = plan::table(job)?;
+            if table != *known {
+                *plan = make_plan(job, &table, stream)?;
+                *known = table;
+            }
+            // Deferred constraints raise here, where the row they raise for can be found, not at the commit.
+            sql::run("SET CONSTRAINTS ALL IMMEDIATE", &[])?;
+            for path in ["enable_hashjoin", "enable_mergejoin", "enable_seqscan"] {
+                sql::set_local(path, "off")?;
+            }
+            let settled = settle::settle(plan, labels, batch_ref)?;
+            let delta = Delta {
+                done: settled.done,
+                superseded: settled.superseded,
+                requests: delta.requests,
+                input_tokens: delta.input_tokens,
+                output_tokens: delta.output_tokens,
+                rows_per_second,
+                tokens_per_minute,
+            };
+            store::write(job.id, model, &delta, &settled.failures)?;
+            store::write(job.id, model, &Delta { rows_per_second, tokens_per_minute, ..Delta::default() }, too_late)?;
+            Ok(settled)
+        });
+        report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
+        let settled = match result {
+            Ok(settled) => settled,
+            Err(e) => {
+                // Nothing was written. All of it is tried again, if there is any use in that.
+                if settle::is_passing(e.code) {
+                    self.answers = batch;
+                }
+                return Err(e);
+            }
+        };
+        let tokens = self.delta.input_tokens + self.delta.output_tokens;
+        self.delta = Delta::default();
+        let listed_late = !std::mem::take(&mut self.too_late).is_empty();
+        if !settled.failures.is_empty() || listed_late {
+            self.job.has_failures = true;
+        }
+        self.sample(settled.done + settled.failures.len() as i64, tokens);
+        for (key, attempts) in settled.changed {
+            self.came_too_late(key, attempts);
+        }
+        for mut answer in settled.locked {
+            answer.locked_since.get_or_insert_with(Instant::now);
+            self.locked.push(answer);
+        }
+        Ok(())
+    }
+
+    /// A row whose input changed while it was asked about is claimed again by the next pass, with its new text; but not
+    /// for ever.
+    fn came_too_late(&mut self, key: serde_json::Value, attempts: u32) {
+        let times = self.late.entry(key.to_string()).or_default();
+        *times += attempts.max(1);
+        self.claimed_in_pass = self.claimed_in_pass.max(1);
+        if *times >= self.job.max_attempts {
+            self.too_late.push(Failure {
+                key,
+                is_skip: false,
+                class: "input_changed".to_owned(),
+                attempts: *times,
+                detail: "the input changed each time before the answer came".to_owned(),
+            });
+        }
+    }
+
+    fn sample(&mut self, rows: i64, tokens: i64) {
+        let now = Instant::now();
+        self.samples.push_back((now, rows, tokens));
+        while self.samples.front().is_some_and(|s| now - s.0 > RATES) {
+            self.samples.pop_front();
+        }
+    }
+}
+
+/// Rows a second and tokens a minute over the samples.
+fn rates(samples: &VecDeque<(Instant, i64, i64)>) -> (f64, f64) {
+    let (Some(first), Some(last)) = (samples.front(), samples.back()) else { return (0.0, 0.0) };
+    let seconds = (last.0 - first.0).as_secs_f64().max(0.001);
+    let rows: i64 = samples.iter().map(|s| s.1).sum();
+    let tokens: i64 = samples.iter().map(|s| s.2).sum();
+    (rows as f64 / seconds, tokens as f64 / seconds * 60.0)
+}
