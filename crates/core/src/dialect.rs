@@ -5,7 +5,6 @@
 use serde_json::{Map, Value, json};
 
 use crate::limiter::Tokens;
-use crate::trouble::one_line;
 
 /// Parameters of a request that a user may not set for a model, because the gateway does.
 pub const RESERVED_PARAMETERS: [&str; 7] =
@@ -81,12 +80,12 @@ pub struct Reply {
 ///
 /// # Errors
 /// What is wrong, as text: a body that is no JSON, or one that carries an error (a 200 is no success at every
-/// provider).
+/// provider). It may quote the key: redact it.
 pub fn reply(body: &[u8]) -> Result<Reply, String> {
     let json: Value = serde_json::from_slice(body).map_err(|_| "the provider's answer is not JSON".to_owned())?;
     if !json["error"].is_null() {
         let message = json["error"]["message"].as_str().or(json["error"].as_str()).unwrap_or("unknown error");
-        return Err(format!("the provider's answer carries an error: {}", one_line(message)));
+        return Err(format!("the provider's answer carries an error: {message}"));
     }
     let choice = &json["choices"][0];
     let message = &choice["message"];
@@ -142,7 +141,7 @@ mod tests {
         let refusal = br#"{"choices":[{"message":{"content":null,"refusal":"no"},"finish_reason":"stop"}]}"#;
         assert_eq!(reply(refusal).unwrap().finish, Finish::Refused);
         assert_eq!(reply(br#"{"choices":[{"finish_reason":"length"}]}"#).unwrap().finish, Finish::Length);
-        assert!(reply(br#"{"error":{"message":"upstream\nbroke"}}"#).unwrap_err().ends_with("upstream broke"));
+        assert!(reply(br#"{"error":{"message":"upstream\nbroke"}}"#).unwrap_err().ends_with("upstream\nbroke"));
         assert!(reply(b"<html>").is_err());
         assert_eq!(reply(b"{}").unwrap().text, "");
     }

@@ -45,7 +45,7 @@ pub enum Parameter {
 pub struct Report {
     /// The class.
     pub trouble: Trouble,
-    /// What the provider said, one line, at most 300 characters. It may quote the request: redact keys before it is shown.
+    /// What the provider said, as it said it. It may quote the key: redact it, then take `one_line` of it.
     pub message: String,
 }
 
@@ -128,9 +128,9 @@ pub fn classify(status: u16, body: &str, retry_after: Option<u64>) -> Report {
         }
         _ => Trouble::Rejected,
     };
-    let message = if message.is_empty() { one_line(body) } else { one_line(&message) };
+    let said = if message.is_empty() { body.trim() } else { &message };
     let message =
-        if message.is_empty() { format!("HTTP status {status}") } else { format!("HTTP status {status}: {message}") };
+        if said.is_empty() { format!("HTTP status {status}") } else { format!("HTTP status {status}: {said}") };
     Report { trouble, message }
 }
 
@@ -190,7 +190,7 @@ mod tests {
             assert_eq!(classify(status, body, Some(7)).trouble, want, "{status} {body}");
         }
         assert_eq!(classify(500, "", None).message, "HTTP status 500");
-        assert_eq!(classify(500, r#"{"error":"a\n b"}"#, None).message, "HTTP status 500: a b");
+        assert_eq!(one_line(&classify(500, r#"{"error":"a\n b"}"#, None).message), "HTTP status 500: a b");
     }
 
     #[test]
@@ -204,7 +204,7 @@ mod tests {
     proptest! {
         #[test]
         fn never_panics(status in 0u16..1000, body in ".{0,600}", json in r#"[{}\[\]":,a-z ]{0,80}"#) {
-            prop_assert!(classify(status, &body, None).message.chars().count() <= 330);
+            prop_assert!(one_line(&classify(status, &body, None).message).chars().count() <= MOST_MESSAGE + 1);
             classify(status, &json, None);
         }
     }

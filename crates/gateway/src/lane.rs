@@ -262,6 +262,8 @@ pub struct Lane {
     pub in_flight_rows: usize,
     /// Requests in a row that were not answered; those that timed out count twice.
     pub failures: u32,
+    /// The last word of the provider was a 429: one request at a time, until one is answered.
+    pub throttled_now: bool,
     /// When (ms) the first of them failed.
     pub failing_since: Option<u64>,
     /// When (ms) a request was last answered with a 2xx.
@@ -290,6 +292,7 @@ impl Lane {
             in_flight_rows: 0,
             failures: 0,
             failing_since: None,
+            throttled_now: false,
             last_success: None,
             requests_total: 0,
             rows_total: 0,
@@ -303,7 +306,13 @@ impl Lane {
     pub fn answers(&mut self, now: u64) {
         self.failures = 0;
         self.failing_since = None;
+        self.throttled_now = false;
         self.last_success = Some(now);
+    }
+
+    /// Most requests that may be under way now.
+    pub fn may_be_in_flight(&self) -> usize {
+        if self.throttled_now { 1 } else { self.max_concurrent }
     }
 
     pub fn set_max_concurrent(&mut self, most: Option<u32>) {

@@ -54,10 +54,12 @@ pub async fn send(
             Err(e) => return Err(overload(causes(&e))),
         }
     }
-    // Providers quote keys in what they say. Nothing of it is cut to size, and so a key cut in two, before it is redacted.
-    let redacted = || redact(&String::from_utf8_lossy(&answer), endpoint.api_key.as_ref().map_or("", |k| &k.0));
+    // Providers quote keys in what they say. What they say is read first (JSON may hide a key behind escapes) and cut
+    // to size last (a key cut in two is not found).
+    let key = endpoint.api_key.as_ref().map_or("", |k| &k.0);
+    let presentable = |said: &str| trouble::one_line(&redact(said, key));
     if status.is_success() {
-        dialect::reply(&answer).or_else(|_| dialect::reply(redacted().as_bytes())).map_err(overload)
+        dialect::reply(&answer).map_err(|said| overload(presentable(&said)))
     } else if status.is_redirection() {
         Err(Report {
             trouble: Trouble::Rejected,
@@ -67,7 +69,8 @@ pub async fn send(
             ),
         })
     } else {
-        Err(trouble::classify(status.as_u16(), &redacted(), wait))
+        let report = trouble::classify(status.as_u16(), &String::from_utf8_lossy(&answer), wait);
+        Err(Report { message: presentable(&report.message), ..report })
     }
 }
 
@@ -83,9 +86,8 @@ fn redact(text: &str, key: &str) -> String {
         let mut rest = std::mem::take(&mut out);
         while let Some(at) = rest.find(beginning) {
             let before = rest[..at].chars().next_back();
-            let end = rest[at..]
-                .find(|c: char| c.is_whitespace() || "\"'`<>,;()\\".contains(c))
-                .map_or(rest.len(), |n| at + n);
+            let end =
+                rest[at..].find(|c: char| c.is_whitespace() || "\"'`<>,;()".contains(c)).map_or(rest.len(), |n| at + n);
             let inside_a_word = before.is_some_and(char::is_alphanumeric) && beginning == "sk-";
             out.push_str(&rest[..at]);
             out.push_str(if inside_a_word { &rest[at..end] } else { "[redacted]" });
@@ -129,6 +131,7 @@ mod tests {
             assert_eq!(redact(text, key), "key [redacted] is", "{text}");
         }
         assert_eq!(redact("{\"a\":\"'secret-01234\"}", key), "{\"a\":\"'[redacted]\"}");
+        assert_eq!(redact("is secret\\/0123\\/4567 wrong", "secret/0123/4567"), "is [redacted] wrong");
         assert_eq!(redact("a task-force", ""), "a task-force");
         assert_eq!(redact("short key", "key"), "short [redacted]");
     }

@@ -32,7 +32,7 @@ impl State {
         let mut wake: Option<u64> = None;
         loop {
             let lane = self.lanes.get_mut(key)?;
-            if lane.in_flight >= lane.max_concurrent {
+            if lane.in_flight >= lane.may_be_in_flight() {
                 return wake;
             }
             lane.order();
