@@ -192,7 +192,7 @@ pub struct Delta {
 }
 
 /// Writes failures and counters.
-pub fn write(id: i64, model: &str, delta: &Delta, failures: &[Failure]) -> Result<()> {
+pub fn write<'a>(id: i64, model: &str, delta: &Delta, failures: impl Iterator<Item = &'a Failure>) -> Result<()> {
     txn::as_extension_owner(|| {
         let (mut skipped, mut failed) = (0_i64, 0_i64);
         for f in failures {

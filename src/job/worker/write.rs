@@ -50,8 +50,7 @@ impl Worker {
                 rows_per_second,
                 tokens_per_minute,
             };
-            store::write(job.id, model, &delta, &settled.failures)?;
-            store::write(job.id, model, &Delta { rows_per_second, tokens_per_minute, ..Delta::default() }, too_late)?;
+            store::write(job.id, model, &delta, settled.failures.iter().chain(too_late))?;
             Ok(settled)
         });
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
