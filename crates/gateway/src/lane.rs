@@ -262,8 +262,9 @@ pub struct Lane {
     pub in_flight_rows: usize,
     /// Requests in a row that were not answered; those that timed out count twice.
     pub failures: u32,
-    /// The last word of the provider was a 429: one request at a time, until one is answered.
-    pub throttled_now: bool,
+    /// After a 429: how many requests may be under way, and when (ms) it came. One at first, one more for each that was
+    /// sent since and answered.
+    pub throttled_to: Option<(usize, u64)>,
     /// When (ms) the first of them failed.
     pub failing_since: Option<u64>,
     /// When (ms) a request was last answered with a 2xx.
@@ -292,7 +293,7 @@ impl Lane {
             in_flight_rows: 0,
             failures: 0,
             failing_since: None,
-            throttled_now: false,
+            throttled_to: None,
             last_success: None,
             requests_total: 0,
             rows_total: 0,
@@ -302,17 +303,24 @@ impl Lane {
         }
     }
 
-    /// A request was answered with a 2xx.
-    pub fn answers(&mut self, now: u64) {
+    /// A request that was sent at `sent` (ms) was answered with a 2xx.
+    pub fn answers(&mut self, now: u64, sent: u64) {
         self.failures = 0;
         self.failing_since = None;
-        self.throttled_now = false;
+        if let Some((most, since)) = &mut self.throttled_to
+            && sent > *since
+        {
+            *most += 1;
+            if *most >= self.max_concurrent {
+                self.throttled_to = None;
+            }
+        }
         self.last_success = Some(now);
     }
 
     /// Most requests that may be under way now.
     pub fn may_be_in_flight(&self) -> usize {
-        if self.throttled_now { 1 } else { self.max_concurrent }
+        self.throttled_to.map_or(self.max_concurrent, |(most, _)| most.min(self.max_concurrent))
     }
 
     pub fn set_max_concurrent(&mut self, most: Option<u32>) {

@@ -35,12 +35,12 @@ impl State {
     }
 
     fn answered(&mut self, now: u64, request: InFlight, reply: &Reply) {
-        let InFlight { lane: lane_key, group: group_key, rows, ids, grant, estimate, .. } = request;
+        let InFlight { lane: lane_key, group: group_key, rows, ids, grant, estimate, sent, .. } = request;
         let usage = reply.usage.unwrap_or(estimate);
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         lane.limiter.settle(grant, usage);
         lane.prompt_ratio.observe(estimate.input, usage.input);
-        lane.answers(now);
+        lane.answers(now, sent);
         if reply.finish == Finish::Length {
             lane.learned.answers_are_cut();
         } else {

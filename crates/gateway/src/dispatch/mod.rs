@@ -57,6 +57,8 @@ pub struct InFlight {
     grant: Grant,
     /// By our count.
     estimate: Tokens,
+    /// When (ms) it was sent.
+    sent: u64,
     /// What was asked for.
     format: StructuredOutput,
     max_completion_tokens: bool,

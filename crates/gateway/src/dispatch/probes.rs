@@ -48,7 +48,7 @@ impl State {
         let (lane_key, _, _) = self.conns.get(&conn)?.stream.clone()?;
         let Err(report) = result else {
             if let Some(lane) = self.lanes.get_mut(&lane_key) {
-                lane.answers(now);
+                lane.answers(now, 0);
             }
             return Some(None);
         };

@@ -111,6 +111,7 @@ impl State {
                     ids,
                     grant,
                     estimate,
+                    sent: now,
                     format,
                     max_completion_tokens: learned.max_completion_tokens,
                     abandoned,

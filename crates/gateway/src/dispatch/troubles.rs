@@ -47,7 +47,7 @@ impl State {
             Trouble::Rate(wait) => {
                 // Without a word from the provider, the more refusals in a row the longer.
                 lane.failures += 1;
-                lane.throttled_now = true;
+                lane.throttled_to = Some((1, now));
                 let wait = wait.unwrap_or_else(|| backoff(lane.failures));
                 lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
                 self.put_back(&lane_key, &group_key, rows);
