@@ -1,0 +1,313 @@
+//! What tests with the extension share: a cluster with a fake provider, marked rows, the accounts of a job.
+
+// Each test file is a crate of its own and uses a part of this.
+#![allow(dead_code)]
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use llm_fake_provider::{Config, FakeProvider};
+use pg_llm_batch_e2e::{Builder, Cluster, wait_until};
+use postgres::Client;
+
+/// The labels of the classifier `topic`.
+pub const LABELS: [&str; 8] = ["billing", "bug", "shipping", "refund", "account", "praise", "spam", "other"];
+
+/// For a job to end, or anything else that is not to be timed.
+pub const PATIENCE: Duration = Duration::from_secs(90);
+
+/// A cluster and the provider its jobs ask. In database `postgres`: the extension, the server `fake` (with a key
+/// `sk-test-…` for everybody), the model `m` without limits and with prices, the classifier `topic`.
+pub struct Bed {
+    /// First, so that it is dropped before the provider: nobody logs that it has gone.
+    pub cluster: Cluster,
+    pub provider: FakeProvider,
+}
+
+impl Bed {
+    /// Starts a cluster with `postgres` set up against a provider without limits.
+    #[track_caller]
+    pub fn new(name: &str) -> Self {
+        Self::with(name, Config::default())
+    }
+
+    /// The same with another provider.
+    #[track_caller]
+    pub fn with(name: &str, config: Config) -> Self {
+        Self::build(Cluster::builder(name), config)
+    }
+
+    /// The same with another cluster.
+    #[track_caller]
+    pub fn build(builder: Builder, config: Config) -> Self {
+        let provider = FakeProvider::start(config).unwrap();
+        let bed = Self { cluster: builder.start(), provider };
+        let mut client = bed.connect();
+        install(&mut client, &bed.provider.base_url());
+        model(&mut client, "m", "input_price => 0.15, output_price => 0.60");
+        classifier(&mut client, "topic", &labels_json(&LABELS), "m", "{}");
+        bed
+    }
+
+    /// A superuser's session in `postgres`.
+    #[track_caller]
+    pub fn connect(&self) -> Client {
+        self.cluster.connect("postgres")
+    }
+
+    /// Waits until a job of database `postgres` is done, and checks its accounts.
+    #[track_caller]
+    pub fn done(&self, job: i64) -> Progress {
+        wait_status(&mut self.connect(), job, "done")
+    }
+}
+
+/// Makes the extension, the server `fake` and a key for everybody.
+#[track_caller]
+pub fn install(client: &mut Client, base_url: &str) {
+    run(client, "CREATE EXTENSION pg_llm_batch");
+    run(
+        client,
+        &format!("CREATE SERVER fake FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'openai', base_url '{base_url}')"),
+    );
+    run(client, "CREATE USER MAPPING FOR PUBLIC SERVER fake OPTIONS (api_key 'sk-test-0123456789abcdef')");
+}
+
+/// Makes a model of the server `fake`; `settings` are further arguments of `create_model()`, or empty.
+#[track_caller]
+pub fn model(client: &mut Client, name: &str, settings: &str) {
+    let comma = if settings.is_empty() { "" } else { ", " };
+    run(
+        client,
+        &format!("SELECT llm_batch.create_model('{name}', server => 'fake', model => 'fake-{name}'{comma}{settings})"),
+    );
+}
+
+/// Makes a classifier; `labels` and `options` are JSON.
+#[track_caller]
+pub fn classifier(client: &mut Client, name: &str, labels: &str, model: &str, options: &str) {
+    run(
+        client,
+        &format!(
+            "SELECT llm_batch.create_classifier('{name}', labels => '{labels}', model => '{model}', \
+             instruction => 'Tickets of a web shop.', options => '{options}')"
+        ),
+    );
+}
+
+/// Labels as a JSON array.
+pub fn labels_json(labels: &[&str]) -> String {
+    serde_json::to_string(labels).unwrap()
+}
+
+/// Makes a table `(id bigint primary key, body text, want text, topic text)` and fills it with [`rows`].
+#[track_caller]
+pub fn tickets(client: &mut Client, table: &str, ids: RangeInclusive<i64>) {
+    run(
+        client,
+        &format!(
+            "CREATE TABLE {table} (id bigint PRIMARY KEY, body text, want text NOT NULL, topic text DEFAULT NULL)"
+        ),
+    );
+    rows(client, table, ids);
+}
+
+/// Inserts rows whose body carries the marker `#r000123:LABEL#`, and whose `want` is that label.
+#[track_caller]
+pub fn rows(client: &mut Client, table: &str, ids: RangeInclusive<i64>) {
+    let (first, last) = (ids.start(), ids.end());
+    let labels = LABELS.join(",");
+    run(
+        client,
+        &format!(
+            "INSERT INTO {table} (id, body, want)
+             SELECT i, concat('My order #r', lpad(i::text, 6, '0'), ':', l, '# is not what I wanted'), l
+               FROM generate_series({first}, {last}) i, LATERAL (SELECT ('{{{labels}}}'::text[])[1 + i % 8]) x (l)"
+        ),
+    );
+}
+
+/// Starts a job on `table` (`body` → `topic`, classifier `topic`).
+#[track_caller]
+pub fn backfill(client: &mut Client, table: &str) -> i64 {
+    backfill_with(client, table, "")
+}
+
+/// The same with further arguments of `backfill()`, or none; a later one must not repeat an earlier one.
+#[track_caller]
+pub fn backfill_with(client: &mut Client, table: &str, more: &str) -> i64 {
+    let comma = if more.is_empty() { "" } else { ", " };
+    one(
+        client,
+        &format!(
+            "SELECT llm_batch.backfill('{table}', input => 'body', target => 'topic', task => 'topic'{comma}{more})"
+        ),
+    )
+}
+
+/// A row of `llm_batch.progress`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Progress {
+    pub status: String,
+    pub reason: Option<String>,
+    /// -1 until they are counted.
+    pub total: i64,
+    pub done: i64,
+    pub skipped: i64,
+    pub failed: i64,
+    pub superseded: i64,
+    /// -1 until they are counted.
+    pub left: i64,
+    pub input_tokens: i64,
+    pub output_tokens: i64,
+    pub requests: i64,
+    /// As SQL writes it, without trailing zeros.
+    pub cost: String,
+    pub last_error: Option<String>,
+}
+
+impl Progress {
+    /// Promise 7: total = done + skipped + failed + superseded + left.
+    #[track_caller]
+    pub fn adds_up(&self) {
+        if self.total >= 0 {
+            let sum = self.done + self.skipped + self.failed + self.superseded + self.left;
+            assert_eq!(self.total, sum, "the accounts do not add up: {self:?}");
+        }
+    }
+
+    /// (total, done, skipped, failed, superseded, left)
+    pub fn counts(&self) -> (i64, i64, i64, i64, i64, i64) {
+        (self.total, self.done, self.skipped, self.failed, self.superseded, self.left)
+    }
+}
+
+/// A job's progress. Its accounts are checked at every look.
+#[track_caller]
+pub fn progress(client: &mut Client, job: i64) -> Progress {
+    let row = client
+        .query_one(
+            "SELECT status, reason, coalesce(rows_total, -1), rows_done, rows_skipped, rows_failed, rows_superseded,
+                    coalesce(rows_left, -1), input_tokens, output_tokens, requests, cost::text, last_error
+               FROM llm_batch.progress WHERE job_id = $1",
+            &[&job],
+        )
+        .unwrap_or_else(|e| panic!("progress of job {job}: {e:?}"));
+    let progress = Progress {
+        status: row.get(0),
+        reason: row.get(1),
+        total: row.get(2),
+        done: row.get(3),
+        skipped: row.get(4),
+        failed: row.get(5),
+        superseded: row.get(6),
+        left: row.get(7),
+        input_tokens: row.get(8),
+        output_tokens: row.get(9),
+        requests: row.get(10),
+        cost: row.get(11),
+        last_error: row.get(12),
+    };
+    progress.adds_up();
+    progress
+}
+
+/// Waits until a job has a status. The accounts are checked at every look.
+#[track_caller]
+pub fn wait_status(client: &mut Client, job: i64, status: &str) -> Progress {
+    wait_until(
+        &format!("job {job} is {status}"),
+        PATIENCE,
+        || progress(client, job),
+        |p| p.status == status || (matches!(p.status.as_str(), "done" | "failed" | "cancelled") && status != p.status),
+    )
+    .checked(status)
+}
+
+impl Progress {
+    #[track_caller]
+    fn checked(self, status: &str) -> Self {
+        assert_eq!(self.status, status, "{self:?}");
+        self
+    }
+}
+
+/// A row of `llm_batch.failure`: key, state, class, attempts, detail.
+pub type Failure = (serde_json::Value, String, String, i32, String);
+
+/// What `llm_batch.failure` lists for a job, by key.
+#[track_caller]
+pub fn failures(client: &mut Client, job: i64) -> Vec<Failure> {
+    client
+        .query(
+            "SELECT key::text, state, class, attempts, coalesce(detail, '') FROM llm_batch.failure WHERE job_id = $1 ORDER BY key",
+            &[&job],
+        )
+        .unwrap()
+        .iter()
+        .map(|r| (serde_json::from_str(r.get(0)).unwrap(), r.get(1), r.get(2), r.get(3), r.get(4)))
+        .collect()
+}
+
+/// Rows of a [`tickets`] table with a value that is not the wanted one.
+#[track_caller]
+pub fn wrong(client: &mut Client, table: &str) -> i64 {
+    one(client, &format!("SELECT count(*) FROM {table} WHERE topic <> want"))
+}
+
+/// Rows of a [`tickets`] table without a value.
+#[track_caller]
+pub fn left(client: &mut Client, table: &str) -> i64 {
+    one(client, &format!("SELECT count(*) FROM {table} WHERE topic IS NULL"))
+}
+
+/// Runs a script.
+#[track_caller]
+pub fn run(client: &mut Client, sql: &str) {
+    if let Err(error) = client.batch_execute(sql) {
+        panic!("{sql}\n{error:?}");
+    }
+}
+
+/// The single number a query yields.
+#[track_caller]
+pub fn one(client: &mut Client, sql: &str) -> i64 {
+    match client.query_one(sql, &[]) {
+        Ok(row) => row.get(0),
+        Err(error) => panic!("{sql}\n{error:?}"),
+    }
+}
+
+/// The single text a query yields; NULL is empty.
+#[track_caller]
+pub fn text(client: &mut Client, sql: &str) -> String {
+    let output = client.simple_query(sql).unwrap_or_else(|e| panic!("{sql}\n{e:?}"));
+    output
+        .iter()
+        .find_map(|m| match m {
+            postgres::SimpleQueryMessage::Row(row) => Some(row.get(0).unwrap_or_default().to_owned()),
+            _ => None,
+        })
+        .unwrap_or_else(|| panic!("{sql}\nno row"))
+}
+
+/// The error of a statement that has to fail: SQLSTATE, message, detail and hint (empty if there is none).
+#[track_caller]
+pub fn error(client: &mut Client, sql: &str) -> (String, String, String, String) {
+    let error = match client.batch_execute(sql) {
+        Ok(()) => panic!("{sql}\nshould have failed"),
+        Err(error) => error,
+    };
+    let Some(db) = error.as_db_error() else { panic!("{sql}\n{error:?}") };
+    let or_empty = |t: Option<&str>| t.unwrap_or_default().to_owned();
+    (db.code().code().to_owned(), db.message().to_owned(), or_empty(db.detail()), or_empty(db.hint()))
+}
+
+/// Has the model answer, so that `backfill()` sends no probe for the next minute: then the provider can be told to hold
+/// its answers before a job starts.
+#[track_caller]
+pub fn warm(client: &mut Client, table: &str) {
+    run(client, "BEGIN");
+    backfill(client, table);
+    run(client, "ROLLBACK");
+}

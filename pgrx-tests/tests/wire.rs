@@ -1,0 +1,95 @@
+//! The wire against a real model server (llama.cpp's), if `LLM_BATCH_TEST_MODEL_URL` names one, such as
+//! `http://127.0.0.1:8080/v1`. The model is small and its answers are nonsense; that it is asked, answers in the form
+//! it is asked for, and that its tokens are counted is what is tested.
+
+mod common;
+
+use common::*;
+use llm_fake_provider::{Config, FakeProvider};
+use pg_llm_batch_e2e::Cluster;
+
+#[test]
+fn a_real_model_is_asked() {
+    let Ok(url) = std::env::var("LLM_BATCH_TEST_MODEL_URL") else {
+        eprintln!("SKIPPED a_real_model_is_asked: LLM_BATCH_TEST_MODEL_URL is not set");
+        return;
+    };
+    let cluster = Cluster::builder("wire").start();
+    let mut c = cluster.connect("postgres");
+    install(&mut c, &url);
+    model(&mut c, "m", "request_timeout => '60 s', max_request_tokens => 2000, parameters => '{\"temperature\": 0}'");
+    // This form names each row and the labels in its schema: even a model that knows nothing must answer in it.
+    let options = r#"{"answer_shape": "properties", "structured_output": "json_schema", "max_rows_per_request": 3}"#;
+    classifier(&mut c, "mood", r#"["positive", "neutral", "negative"]"#, "m", options);
+
+    let answers = c
+        .query(
+            r#"SELECT id, label, status, detail FROM llm_classify_batch(
+                 $$ VALUES (1, 'I love it.'), (2, 'It is a table.'), (3, 'The worst day of my "life" \ 日本語') $$, 'mood')"#,
+            &[],
+        )
+        .unwrap_or_else(|e| panic!("{e:?}"));
+    assert_eq!(answers.len(), 3);
+    let mut labelled = 0;
+    for row in &answers {
+        let (id, label): (String, Option<String>) = (row.get(0), row.get(1));
+        let (status, detail): (String, Option<String>) = (row.get(2), row.get(3));
+        println!("{id} {label:?} {status} {detail:?}");
+        match status.as_str() {
+            "ok" => assert!(label.is_some_and(|l| ["positive", "neutral", "negative"].contains(&l.as_str()))),
+            "skipped" | "failed" => assert!(label.is_none() && detail.is_some()),
+            _ => panic!("{status}"),
+        }
+        labelled += i32::from(status == "ok");
+    }
+    assert!(labelled > 0, "the schema forces an answer for each row");
+    let requests = "SELECT requests_total FROM llm_batch.activity WHERE model = 'fake-m'";
+    assert!(one(&mut c, requests) > 0);
+
+    run(&mut c, "CREATE TABLE t (id int PRIMARY KEY, body text, topic text)");
+    run(&mut c, "INSERT INTO t VALUES (1, 'Great!'), (2, 'Awful.'), (3, 'A chair.'), (4, 'So happy today')");
+    let job = one(&mut c, "SELECT llm_batch.backfill('t', input => 'body', target => 'topic', task => 'mood')");
+    let p = wait_status(&mut c, job, "done");
+    println!("{p:?}");
+    assert_eq!((p.total, p.left, p.superseded), (4, 0, 0));
+    assert_eq!(p.done, one(&mut c, "SELECT count(*) FROM t WHERE topic IN ('positive', 'neutral', 'negative')"));
+    assert!(p.done > 0 && p.requests >= 2, "4 rows do not fit one request of 3");
+    assert!(p.input_tokens > 100 && p.output_tokens > 10, "the model's own counts");
+
+    // The other forms: whatever it answers, the statement ends and each row has its state.
+    for shape in ["map", "object", "compact"] {
+        let sql = format!(
+            r#"SELECT count(*) FROM llm_classify_batch($$ VALUES (1, 'I love it.'), (2, 'Bad') $$, 'mood',
+                 '{{"answer_shape": "{shape}", "structured_output": "auto", "max_attempts": 1}}')
+                WHERE status IN ('ok', 'skipped', 'failed')"#
+        );
+        assert_eq!(one(&mut c, &sql), 2, "{shape}");
+    }
+}
+
+#[test]
+fn what_is_sent_is_what_openai_documents() {
+    let provider = FakeProvider::start(Config::default()).unwrap();
+    let cluster = Cluster::builder("sent").start();
+    let mut c = cluster.connect("postgres");
+    install(&mut c, &provider.base_url());
+    model(&mut c, "m", "parameters => '{\"temperature\": 0, \"seed\": 7}'");
+    classifier(&mut c, "topic", &labels_json(&LABELS), "m", r#"{"answer_shape": "object"}"#);
+    run(&mut c, "SELECT llm_classify('#r000001:bug#', 'topic'), llm_classify('#r000002:spam#', 'topic')");
+    let bodies = provider.bodies();
+    assert_eq!(bodies.len(), 2);
+    for body in &bodies {
+        assert_eq!(body["model"], "fake-m");
+        assert_eq!((&body["temperature"], &body["seed"]), (&0.into(), &7.into()));
+        assert_eq!(body["messages"].as_array().unwrap().len(), 2);
+        assert_eq!((&body["messages"][0]["role"], &body["messages"][1]["role"]), (&"system".into(), &"user".into()));
+        assert!(body["max_tokens"].as_u64().is_some_and(|n| n > 0));
+        assert_eq!(body["response_format"]["type"], "json_schema");
+        assert_eq!(body["response_format"]["json_schema"]["strict"], true);
+        assert!(body.get("stream").is_none_or(|s| s == false));
+    }
+    // Nothing but the rows changes from request to request, so that prompt caches hit.
+    assert_eq!(bodies[0]["messages"][0], bodies[1]["messages"][0]);
+    assert_eq!(bodies[0]["response_format"], bodies[1]["response_format"]);
+    assert_ne!(bodies[0]["messages"][1], bodies[1]["messages"][1]);
+}
