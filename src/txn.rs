@@ -8,7 +8,7 @@ use pgrx::pg_sys::panic::CaughtError;
 use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::sql;
+use crate::{sql, worker};
 
 /// What a caught error is turned into: ours, or one of Postgres.
 fn caught(e: CaughtError) -> Error {
@@ -40,6 +40,7 @@ pub fn run<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
             );
         }
     }
+    worker::set_in_transaction(true);
     // SAFETY: called on a worker's main thread outside any transaction; each start is matched by a commit or an abort.
     unsafe {
         pg_sys::SetCurrentStatementStartTimestamp();
@@ -63,6 +64,7 @@ pub fn run<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
         if result.is_err() {
             pg_sys::AbortCurrentTransaction();
         }
+        worker::set_in_transaction(false);
         pg_sys::pgstat_report_stat(true);
     }
     result

@@ -4,6 +4,7 @@ pub mod finder;
 pub mod gateway;
 pub mod launcher;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use pgrx::bgworkers::{BackgroundWorker, BackgroundWorkerBuilder, BgWorkerStartTime, SignalWakeFlags};
@@ -35,10 +36,29 @@ unsafe extern "C-unwind" {
     /// Postgres' own handler of SIGTERM: ends the process at the next check for interrupts, also in the midst of a
     /// long statement.
     fn die(signal: std::ffi::c_int);
+    /// Postgres' own handler of SIGINT: cancels the statement. `lock_timeout` sends that signal too.
+    fn StatementCancelHandler(signal: std::ffi::c_int);
 }
 
-/// A statement of a worker is nobody's to cancel, and outside of one a cancellation would end the process.
-extern "C-unwind" fn ignore(_signal: std::ffi::c_int) {}
+static IN_TRANSACTION: AtomicBool = AtomicBool::new(false);
+
+/// SIGINT cancels a worker's statement; outside a transaction there is nothing to cancel, and an error would end the
+/// process.
+extern "C-unwind" fn cancel(signal: std::ffi::c_int) {
+    if IN_TRANSACTION.load(Ordering::Relaxed) {
+        // SAFETY: the handler that Postgres itself installs; sets flags and the latch.
+        unsafe { StatementCancelHandler(signal) };
+    }
+}
+
+/// Whether a statement may be cancelled now. A cancellation that came too late is forgotten.
+pub fn set_in_transaction(value: bool) {
+    IN_TRANSACTION.store(value, Ordering::Relaxed);
+    if !value {
+        // SAFETY: a flag that the handler above sets and that is read on the main thread.
+        unsafe { pg_sys::QueryCancelPending = 0 };
+    }
+}
 
 /// Sets the signal handlers, then lets signals in.
 pub fn handle_signals() {
@@ -48,12 +68,12 @@ pub fn handle_signals() {
         #[cfg(not(feature = "pg18"))]
         {
             pg_sys::pqsignal(pg_sys::SIGTERM as i32, Some(die));
-            pg_sys::pqsignal(pg_sys::SIGINT as i32, Some(ignore));
+            pg_sys::pqsignal(pg_sys::SIGINT as i32, Some(cancel));
         }
         #[cfg(feature = "pg18")]
         {
             pg_sys::pqsignal_be(pg_sys::SIGTERM as i32, Some(die));
-            pg_sys::pqsignal_be(pg_sys::SIGINT as i32, Some(ignore));
+            pg_sys::pqsignal_be(pg_sys::SIGINT as i32, Some(cancel));
         }
     }
     BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP);
