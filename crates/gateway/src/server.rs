@@ -195,9 +195,12 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
             Some(Probe::Until(at)) => {
                 tokio::time::sleep(Duration::from_millis(at.saturating_sub(now).clamp(1, 1000))).await
             }
-            Some(Probe::Send(endpoint, body, timeout)) => {
+            Some(Probe::Send(endpoint, body, timeout, left)) => {
                 tries += 1;
-                let result = request::send(&shared.client, &endpoint, &body, timeout).await;
+                let result = tokio::select! {
+                    result = request::send(&shared.client, &endpoint, &body, timeout) => result,
+                    () = left.notified() => return,
+                };
                 let end = shared.state.borrow_mut().probed(shared.now(), conn, tries, result);
                 match end {
                     Some(answer) => break answer,

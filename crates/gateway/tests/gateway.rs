@@ -378,6 +378,25 @@ fn a_probe_says_what_is_wrong_before_a_row_is_paid_for() {
 }
 
 #[test]
+fn a_probe_is_dropped_with_its_client() {
+    let (setup, provider) = (Setup::new(64 << 20), provider(Config::default()));
+    provider.hold();
+    let mut client = setup.connect();
+    client.open(&provider, |_| {});
+    client.say(&ToGateway::Probe);
+    let wait = |what: &str, ok: &dyn Fn(&llm_fake_provider::Stats) -> bool| {
+        let start = Instant::now();
+        while !ok(&provider.stats()) {
+            assert!(start.elapsed() < Duration::from_secs(10), "{what}");
+            std::thread::yield_now();
+        }
+    };
+    wait("the probe comes", &|s| s.in_flight == 1);
+    drop(client);
+    wait("the probe is abandoned", &|s| s.abandoned == 1);
+}
+
+#[test]
 fn a_providers_echo_of_the_key_is_redacted() {
     let provider = provider(Config::default());
     let echo = json!({"error": {"message": "bad key secret-key-0123456789, see secret-k***"}}).to_string();

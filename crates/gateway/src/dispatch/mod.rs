@@ -46,6 +46,8 @@ struct Conn {
     spent: Spent,
     /// It was told to stop: nothing more is sent for it until it opens a stream again.
     stopped: bool,
+    /// Woken when it leaves.
+    left: Rc<Notify>,
 }
 
 /// A request under way.
@@ -83,7 +85,8 @@ pub enum Probe {
     Disabled,
     /// Not before this time (ms).
     Until(u64),
-    Send(Endpoint, Value, Duration),
+    /// To whom, what, how long it may take; and what is woken if nobody waits for it any more.
+    Send(Endpoint, Value, Duration, Rc<Notify>),
 }
 
 /// All of the gateway's state.
@@ -133,6 +136,7 @@ impl State {
                 outcomes: Vec::new(),
                 spent: Spent::default(),
                 stopped: false,
+                left: Rc::new(Notify::new()),
             },
         );
         id
@@ -140,7 +144,10 @@ impl State {
 
     pub fn disconnect(&mut self, conn: u64) {
         self.withdraw(conn);
-        let stream = self.conns.remove(&conn).and_then(|c| c.stream);
+        let stream = self.conns.remove(&conn).and_then(|c| {
+            c.left.notify_one();
+            c.stream
+        });
         for request in self.in_flight.values() {
             if !request.rows.iter().any(|r| self.conns.contains_key(&r.conn)) {
                 request.abandoned.notify_one();

@@ -1,6 +1,7 @@
 //! What is asked about the state: whether a model answers at all, and what is going on.
 
 use std::collections::HashMap;
+use std::rc::Rc;
 use std::time::Duration;
 
 use llm_batch_core::dialect::{self, Reply};
@@ -17,6 +18,7 @@ const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
 impl State {
     /// Prepares a probe of a client's model.
     pub fn probe(&mut self, now: u64, conn: u64) -> Option<Probe> {
+        let left = Rc::clone(&self.conns.get(&conn)?.left);
         let (lane_key, _, stream) = self.conns.get(&conn)?.stream.clone()?;
         if !self.settings.enabled {
             return Some(Probe::Disabled);
@@ -40,7 +42,7 @@ impl State {
             parameters: &stream.model.parameters,
         });
         let timeout = Duration::from_millis(stream.model.request_timeout_ms.min(60_000));
-        Some(Probe::Send(stream.endpoint.clone(), body, timeout))
+        Some(Probe::Send(stream.endpoint.clone(), body, timeout, left))
     }
 
     /// What a probe's end means: `None` if it is to be sent again, else the answer to give.
