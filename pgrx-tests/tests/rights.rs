@@ -1,0 +1,549 @@
+//! Who may do what: Postgres' own rights hold, also in jobs; a job's worker has its owner's rights and no more.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
+
+use common::{Bed, PATIENCE, backfill_with, error, one, progress, run, text, tickets, wait_status, warm};
+use llm_fake_provider::Config;
+use pg_llm_batch_e2e::{Cluster, wait_until};
+use postgres::Client;
+
+/// The statement fails with 42501 and says this.
+#[track_caller]
+fn denied(client: &mut Client, sql: &str, says: &str) {
+    let (code, message, detail, hint) = error(client, sql);
+    assert_eq!(code, "42501", "{sql}\n{message}");
+    let all = format!("{message}\n{detail}\n{hint}");
+    assert!(all.contains(says), "{sql}\n{all}");
+}
+
+const BACKFILL: &str = "SELECT llm_batch.backfill('tickets', input => 'body', target => 'topic', task => 'topic')";
+
+/// Roles `alice` and `bob` with USAGE on the server, and `tickets` of `alice`.
+#[track_caller]
+fn roles(bed: &Bed, rows: i64) -> Client {
+    let mut client = bed.connect();
+    tickets(&mut client, "tickets", 1..=rows);
+    run(
+        &mut client,
+        "CREATE ROLE alice LOGIN; CREATE ROLE bob LOGIN;
+         GRANT USAGE ON FOREIGN SERVER fake TO alice, bob;
+         ALTER TABLE tickets OWNER TO alice;",
+    );
+    client
+}
+
+/// A job of `alice`, 5 rows a request, 2 at a time, whose first requests are held back.
+#[track_caller]
+fn held_job(bed: &Bed, client: &mut Client) -> i64 {
+    run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");
+    warm(client, "tickets");
+    bed.provider.hold();
+    let mut alice = bed.cluster.connect_as("postgres", "alice");
+    let job = backfill_with(&mut alice, "tickets", "options => '{\"max_rows_per_request\": 5}'");
+    wait_until("two requests are in flight", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);
+    job
+}
+
+#[test]
+fn usage_on_the_server() {
+    let bed = Bed::new("rights_usage");
+    let client = &mut bed.connect();
+    tickets(client, "tickets", 1..=20);
+    run(client, "CREATE ROLE carol LOGIN; ALTER TABLE tickets OWNER TO carol");
+    let carol = &mut bed.cluster.connect_as("postgres", "carol");
+    for sql in [
+        BACKFILL,
+        "SELECT llm_classify('x', 'topic')",
+        "SELECT llm_classify_batch('SELECT 1, body FROM tickets', 'topic')",
+        "SELECT llm_batch.create_model('mine', server => 'fake', model => 'x')",
+        "SELECT llm_batch.create_classifier('mine', labels => '[\"a\", \"b\"]', model => 'm')",
+        "SET llm_batch.default_model = 'm'; SELECT llm_classify('x', ARRAY['a', 'b'])",
+    ] {
+        denied(carol, sql, "permission denied for foreign server fake");
+    }
+    // A superuser's job on carol's table runs as carol.
+    denied(client, BACKFILL, "permission denied for foreign server fake");
+    assert_eq!(bed.provider.stats().requests, 0);
+    run(client, "GRANT USAGE ON FOREIGN SERVER fake TO carol");
+    let job = one(carol, BACKFILL);
+    bed.done(job);
+    // Taken away in the middle of a job.
+    run(client, "REVOKE USAGE ON FOREIGN SERVER fake FROM carol");
+    denied(carol, "SELECT llm_classify('x', 'topic')", "permission denied");
+}
+
+#[test]
+fn objects_and_jobs_of_others() {
+    let bed = Bed::new("rights_others");
+    let client = &mut roles(&bed, 100);
+    let job = held_job(&bed, client);
+    let alice = &mut bed.cluster.connect_as("postgres", "alice");
+    let bob = &mut bed.cluster.connect_as("postgres", "bob");
+    run(
+        client,
+        "CREATE ROLE watcher LOGIN; GRANT pg_monitor TO watcher; CREATE ROLE friend LOGIN; GRANT alice TO friend",
+    );
+    let watcher = &mut bed.cluster.connect_as("postgres", "watcher");
+    let friend = &mut bed.cluster.connect_as("postgres", "friend");
+    for verb in ["pause", "resume", "cancel", "retry_failed"] {
+        for role in [&mut *bob, &mut *watcher] {
+            denied(role, &format!("SELECT llm_batch.{verb}({job})"), &format!("must be owner of job {job}"));
+        }
+    }
+    let sees = |client: &mut Client| {
+        ["progress", "failure", "activity"].map(|view| one(client, &format!("SELECT count(*) FROM llm_batch.{view}")))
+    };
+    assert_eq!(sees(alice), [1, 0, 1]);
+    assert_eq!(sees(bob), [0, 0, 0]);
+    assert_eq!(sees(watcher), [1, 0, 1]);
+    assert_eq!(sees(friend), [1, 0, 1]);
+    assert_eq!(error(bob, &format!("CALL llm_batch.wait({job})")).0, "42704");
+    // Not by a function in a condition either: the views are barriers.
+    run(
+        bob,
+        "CREATE FUNCTION pg_temp.leak(text) RETURNS boolean LANGUAGE plpgsql COST 0.0001 AS
+         $$ BEGIN RAISE EXCEPTION 'seen %', $1; END $$",
+    );
+    for (view, column) in [("progress", "relation"), ("failure", "class"), ("activity", "model")] {
+        assert_eq!(one(bob, &format!("SELECT count(*) FROM llm_batch.{view} WHERE pg_temp.leak({column}::text)")), 0);
+    }
+    // Models and classifiers of the superuser.
+    for role in [&mut *alice, &mut *watcher] {
+        denied(role, "SELECT llm_batch.alter_model('m', requests_per_minute => 1)", "must be owner of model \"m\"");
+        denied(role, "SELECT llm_batch.drop_model('m')", "must be owner of model");
+        denied(role, "SELECT llm_batch.alter_classifier('topic', instruction => 'x')", "must be owner of classifier");
+        denied(role, "SELECT llm_batch.drop_classifier('topic')", "must be owner of classifier");
+    }
+    run(alice, "SELECT llm_batch.create_model('mine', server => 'fake', model => 'fake-mine')");
+    denied(bob, "SELECT llm_batch.alter_model('mine', requests_per_minute => 1)", "must be owner");
+    run(friend, "SELECT llm_batch.alter_model('mine', requests_per_minute => 1000)");
+    run(alice, "SELECT llm_batch.drop_model('mine')");
+    // Bob has no right on the table.
+    denied(bob, &BACKFILL.replace("'tickets'", "'tickets'::regclass"), "permission denied");
+    run(client, "GRANT SELECT ON tickets TO bob");
+    denied(bob, BACKFILL, "topic");
+    assert_eq!(text(friend, &format!("SELECT llm_batch.pause({job})")), "t");
+    assert_eq!(text(client, &format!("SELECT llm_batch.resume({job})")), "t");
+    bed.provider.release();
+    let p = bed.done(job);
+    assert_eq!(p.counts(), (100, 100, 0, 0, 0, 0));
+}
+
+#[test]
+fn our_tables_are_written_by_nobody() {
+    let bed = Bed::new("rights_tables");
+    let client = &mut roles(&bed, 10);
+    let tables: Vec<String> = client
+        .query(
+            "SELECT c.oid::regclass::text FROM pg_class c WHERE c.relnamespace = 'llm_batch'::regnamespace
+                AND c.relkind IN ('r', 'v', 'S', 'm', 'p') ORDER BY 1",
+            &[],
+        )
+        .unwrap()
+        .iter()
+        .map(|r| r.get(0))
+        .collect();
+    assert!(tables.len() >= 8, "{tables:?}");
+    run(
+        client,
+        "CREATE ROLE watcher LOGIN; GRANT pg_monitor, pg_read_all_stats TO watcher; GRANT CREATE ON DATABASE postgres TO alice",
+    );
+    for role in ["alice", "watcher"] {
+        let session = &mut bed.cluster.connect_as("postgres", role);
+        for table in &tables {
+            if table.ends_with("_seq") {
+                denied(session, &format!("SELECT nextval('{table}')"), "permission denied");
+                denied(session, &format!("SELECT setval('{table}', 1)"), "permission denied");
+                continue;
+            }
+            for sql in [format!("INSERT INTO {table} DEFAULT VALUES"), format!("DELETE FROM {table}")] {
+                let (code, message, ..) = error(session, &sql);
+                assert!(code == "42501" || (is_view(table) && code == "55000"), "{sql}: {code} {message}");
+            }
+            denied(
+                session,
+                &format!("DROP {} {table}", if is_view(table) { "VIEW" } else { "TABLE" }),
+                "must be owner",
+            );
+            if !is_view(table) {
+                denied(session, &format!("TRUNCATE {table}"), "permission denied");
+                denied(
+                    session,
+                    &format!(
+                        "CREATE TRIGGER x BEFORE UPDATE ON {table} EXECUTE FUNCTION suppress_redundant_updates_trigger()"
+                    ),
+                    "permission denied",
+                );
+            }
+        }
+        for (table, column) in [
+            ("job", "wanted"),
+            ("job_state", "status"),
+            ("model", "server"),
+            ("classifier", "labels"),
+            ("row_failure", "class"),
+        ] {
+            denied(session, &format!("UPDATE llm_batch.{table} SET {column} = {column}"), "permission denied");
+        }
+        for table in ["job", "job_state", "row_failure"] {
+            denied(session, &format!("SELECT * FROM llm_batch.{table}"), "permission denied");
+        }
+        denied(session, "CREATE TABLE llm_batch.x (a int)", "permission denied");
+        denied(session, "CREATE FUNCTION llm_batch.x() RETURNS int LANGUAGE sql AS 'SELECT 1'", "permission denied");
+    }
+    // Names of theirs that are like ours get into nobody's way.
+    let alice = &mut bed.cluster.connect_as("postgres", "alice");
+    run(
+        alice,
+        "CREATE SCHEMA evil;
+         CREATE FUNCTION evil.now() RETURNS timestamptz LANGUAGE plpgsql AS $$ BEGIN RAISE 'evil'; END $$;
+         CREATE FUNCTION evil.count(anyelement) RETURNS bigint LANGUAGE plpgsql AS $$ BEGIN RAISE 'evil'; END $$;
+         CREATE FUNCTION evil.concat(text, text) RETURNS text LANGUAGE plpgsql AS $$ BEGIN RAISE 'evil'; END $$;
+         CREATE FUNCTION evil.same(bigint, bigint) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE 'evil'; END $$;
+         CREATE OPERATOR evil.= (LEFTARG = bigint, RIGHTARG = bigint, FUNCTION = evil.same);
+         CREATE FUNCTION evil.differs(text, text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE 'evil'; END $$;
+         CREATE OPERATOR evil.<> (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.differs);
+         CREATE FUNCTION evil.same(text, text) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE 'evil'; END $$;
+         CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.same);
+         CREATE FUNCTION evil.greater(bigint, bigint) RETURNS boolean LANGUAGE plpgsql AS $$ BEGIN RAISE 'evil'; END $$;
+         CREATE OPERATOR evil.> (LEFTARG = bigint, RIGHTARG = bigint, FUNCTION = evil.greater);
+         CREATE TABLE evil.tickets (id bigint PRIMARY KEY);
+         CREATE DOMAIN evil.text AS pg_catalog.text;
+         SET search_path = evil, pg_catalog, public",
+    );
+    let job =
+        one(alice, "SELECT llm_batch.backfill('public.tickets', input => 'body', target => 'topic', task => 'topic')");
+    let sql = format!("CALL llm_batch.wait({job})");
+    run(alice, &sql);
+    for verb in ["cancel", "retry_failed"] {
+        assert_eq!(text(alice, &format!("SELECT llm_batch.{verb}({job})")), "f");
+    }
+    run(alice, "SELECT * FROM llm_batch.progress; SELECT * FROM llm_batch.failure; SELECT * FROM llm_batch.activity");
+    assert_eq!(text(alice, "SELECT llm_classify('#r000001:bug#', 'topic')"), "bug");
+    bed.done(job);
+    assert_eq!(common::wrong(client, "tickets") + common::left(client, "tickets"), 0);
+    assert!(!bed.cluster.log().contains("ERROR:  evil"), "{}", bed.cluster.log());
+}
+
+fn is_view(table: &str) -> bool {
+    ["progress", "failure", "activity"].iter().any(|v| table == format!("llm_batch.{v}"))
+}
+
+#[test]
+fn a_superusers_job_on_anothers_table() {
+    let bed = Bed::with("rights_superuser", Config { api_key: Some("sk-of-alice".to_owned()), ..Config::default() });
+    let client = &mut roles(&bed, 100);
+    run(
+        client,
+        "CREATE USER MAPPING FOR alice SERVER fake OPTIONS (api_key 'sk-of-alice');
+         CREATE TABLE seen (what text, who text);
+         GRANT ALL ON seen TO PUBLIC;
+         ALTER TABLE tickets ADD by text;
+         GRANT CREATE ON SCHEMA public TO alice;",
+    );
+    let alice = &mut bed.cluster.connect_as("postgres", "alice");
+    // All that alice can have called: a trigger, an expression, the checks of a domain, a default, an index.
+    run(
+        alice,
+        "CREATE FUNCTION note(what text) RETURNS boolean LANGUAGE plpgsql IMMUTABLE AS $$
+         BEGIN
+             EXECUTE format('INSERT INTO public.seen VALUES (%L, %L)', what, current_user::text);
+             RETURN true;
+         EXCEPTION WHEN read_only_sql_transaction OR feature_not_supported THEN
+             RAISE WARNING 'seen % as %', what, current_user;
+             RETURN true;
+         END $$;
+         CREATE FUNCTION note_it() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN INSERT INTO public.seen VALUES (TG_ARGV[0], current_user); NEW.by := current_user; RETURN NEW; END $$;
+         CREATE TRIGGER note_it BEFORE UPDATE ON tickets FOR EACH ROW EXECUTE FUNCTION note_it('trigger');
+         CREATE CONSTRAINT TRIGGER note_late AFTER UPDATE ON tickets DEFERRABLE INITIALLY DEFERRED
+             FOR EACH ROW EXECUTE FUNCTION note_it('deferred');
+         CREATE DOMAIN subject AS text CHECK (note('domain'));
+         CREATE FUNCTION noted(t text) RETURNS text LANGUAGE plpgsql STABLE AS $$ BEGIN PERFORM note('input'); RETURN t; END $$;
+         CREATE FUNCTION constant() RETURNS text LANGUAGE plpgsql IMMUTABLE AS $$ BEGIN PERFORM note('constant'); RETURN ''; END $$;
+         CREATE VIEW harmless AS SELECT 1;
+         ALTER TABLE tickets ALTER topic TYPE subject;
+         CREATE INDEX ON tickets (topic) WHERE note(topic);
+         TRUNCATE seen;",
+    );
+    bed.provider.hold();
+    std::thread::scope(|scope| {
+        // The probe is held back too, so this is on the side.
+        let mut session = bed.connect();
+        let starts = scope.spawn(move || {
+            one(
+                &mut session,
+                "SELECT llm_batch.backfill('tickets', input => 'noted(body) || constant()', target => 'topic',
+                     task => 'topic', filter => 'note(''filter'') AND constant() = ''''',
+                     options => '{\"max_rows_per_request\": 10}')",
+            )
+        });
+        wait_until("the probe is in flight", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 1);
+        bed.provider.release();
+        let job = starts.join().unwrap();
+        assert_eq!(text(client, &format!("SELECT owner FROM llm_batch.job WHERE id = {job}")), "alice");
+        let user = wait_until(
+            "the worker is seen",
+            PATIENCE,
+            || {
+                text(
+                    client,
+                    "SELECT coalesce(string_agg(DISTINCT usename::text, ' '), '') FROM pg_stat_activity WHERE backend_type = 'llm_batch job'",
+                )
+            },
+            |u| !u.is_empty() || progress(&mut bed.connect(), job).status == "done",
+        );
+        assert!(user == "alice" || user.is_empty(), "the worker runs as {user}");
+        bed.done(job);
+    });
+    assert_eq!(one(client, "SELECT count(*) FROM tickets WHERE by = 'alice' AND topic = want"), 100);
+    let whats = text(client, "SELECT string_agg(DISTINCT what, ' ' ORDER BY what) FROM seen");
+    assert_eq!(whats, "deferred trigger");
+    let others = text(
+        client,
+        "SELECT coalesce(string_agg(DISTINCT what || ' as ' || who, ', '), '') FROM seen WHERE who <> 'alice'",
+    );
+    assert_eq!(others, "", "code of alice's ran with another's rights");
+    // Where writing is not allowed it warns.
+    let log = bed.cluster.log();
+    for what in ["billing", "filter", "constant", "input"] {
+        assert!(log.contains(&format!("seen {what} as alice")), "{what} was not evaluated");
+    }
+    let as_superuser: Vec<&str> =
+        log.lines().filter(|l| l.contains("WARNING:  seen ") && !l.ends_with("as alice")).collect();
+    assert!(as_superuser.is_empty(), "code of alice's ran with another's rights: {as_superuser:#?}");
+}
+
+#[test]
+fn a_job_has_its_owners_rights_and_no_more() {
+    let bed = Bed::new("rights_worker");
+    let client = &mut roles(&bed, 50);
+    run(
+        client,
+        "CREATE TABLE secrets (a text); INSERT INTO secrets VALUES ('x');
+         CREATE TABLE small (id bigint PRIMARY KEY, body text, topic text, hidden text DEFAULT 'x');
+         INSERT INTO small SELECT id, body FROM tickets;
+         GRANT SELECT (id, body, topic), UPDATE (topic) ON small TO bob;
+         ALTER ROLE bob SET row_security = off;
+         ALTER ROLE bob SET search_path = nowhere;",
+    );
+    let bob = &mut bed.cluster.connect_as("postgres", "bob");
+    let call = |change: &str| {
+        let (name, _) = change.split_once(" => ").unwrap();
+        let args = [("input", "'body'"), ("target", "'topic'")]
+            .map(|(n, v)| if n == name { change.to_owned() } else { format!("{n} => {v}") });
+        let more = if args.iter().any(|a| a == change) { String::new() } else { format!(", {change}") };
+        format!("SELECT llm_batch.backfill('public.small', {}, task => 'topic'{more})", args.join(", "))
+    };
+    denied(bob, &call("input => 'hidden'"), "permission denied");
+    denied(bob, &call("input => '(SELECT a FROM public.secrets)'"), "permission denied");
+    denied(bob, &call("filter => 'EXISTS (SELECT FROM public.secrets)'"), "permission denied");
+    denied(bob, &call("input => 'small::text'"), "permission denied");
+    denied(bob, &call("target => 'hidden'"), "hidden");
+    denied(bob, &call("target => 'body'"), "body");
+    denied(bob, BACKFILL.replace("'tickets'", "'public.tickets'").as_str(), "permission denied");
+    assert!(bed.provider.stats().rows.is_empty());
+    // With the rights on the columns alone it works.
+    let job = one(bob, &call("filter => 'true'"));
+    let p = bed.done(job);
+    assert_eq!(p.counts(), (50, 50, 0, 0, 0, 0));
+    // SELECT on the key is needed too.
+    run(client, "UPDATE small SET topic = NULL; REVOKE SELECT (id) ON small FROM bob");
+    denied(bob, &call("filter => 'true'"), "id");
+}
+
+#[test]
+fn an_owner_that_loses_a_right_in_the_middle() {
+    let bed = Bed::new("rights_lost");
+    let client = &mut roles(&bed, 100);
+    run(client, "ALTER TABLE tickets OWNER TO postgres; GRANT SELECT, UPDATE ON tickets TO alice");
+    let job = held_job(&bed, client);
+    // Slow, so that the provider is not done with all rows before the worker meets the error.
+    bed.provider.configure(|c| c.latency.base = Duration::from_millis(300));
+    run(client, "REVOKE UPDATE ON tickets FROM alice");
+    bed.provider.release();
+    let p = wait_status(client, job, "paused");
+    assert_eq!(p.reason.as_deref(), Some("owner"), "{p:?}");
+    assert!(p.last_error.unwrap().contains("permission denied"));
+    assert_eq!(one(client, "SELECT count(*) FROM tickets WHERE topic IS NOT NULL"), 0);
+    let asked = bed.provider.stats().rows.len();
+    assert!(asked <= 20, "{asked} rows were paid for though nothing can be written");
+    // Resumed without mending, it pauses again, and pays for nothing.
+    run(client, &format!("SELECT llm_batch.resume({job})"));
+    wait_until(
+        "it has paused again",
+        PATIENCE,
+        || {
+            text(
+                client,
+                &format!(
+                    "SELECT j.epoch = s.epoch AND s.status = 'paused' FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id WHERE j.id = {job}"
+                ),
+            )
+        },
+        |t| t == "t",
+    );
+    assert_eq!(progress(client, job).reason.as_deref(), Some("owner"));
+    let now = bed.provider.stats().rows.len();
+    assert!(now <= asked + 20, "{now} rows were paid for in vain");
+    run(client, &format!("GRANT UPDATE ON tickets TO alice; SELECT llm_batch.resume({job})"));
+    assert_eq!(bed.done(job).counts(), (100, 100, 0, 0, 0, 0));
+    assert_eq!(common::wrong(client, "tickets"), 0);
+}
+
+#[test]
+fn an_owner_that_loses_usage_or_login_in_the_middle() {
+    let bed = Bed::new("rights_login");
+    let client = &mut roles(&bed, 2000);
+    let job = held_job(&bed, client);
+    // Noticed with the next page.
+    run(client, "REVOKE USAGE ON FOREIGN SERVER fake FROM alice");
+    bed.provider.release();
+    let p = wait_status(client, job, "paused");
+    assert_eq!(p.reason.as_deref(), Some("owner"), "{p:?}");
+    assert!(p.last_error.unwrap().contains("foreign server fake"));
+    assert!(p.left > 0, "{}", p.left);
+    run(
+        client,
+        &format!(
+            "GRANT USAGE ON FOREIGN SERVER fake TO alice; ALTER ROLE alice NOLOGIN; SELECT llm_batch.resume({job})"
+        ),
+    );
+    let p = wait_until(
+        "the job says that its owner can't log in",
+        PATIENCE,
+        || progress(client, job),
+        |p| p.status == "paused" && p.last_error.as_ref().is_some_and(|e| e.contains("log in")),
+    );
+    assert_eq!(p.reason.as_deref(), Some("owner"), "{p:?}");
+    let (code, message, detail, hint) = error(client, BACKFILL.replace("'topic', task", "'want', task").as_str());
+    assert!(code == "42809" || code == "28000", "{code} {message} {detail} {hint}");
+    run(client, &format!("ALTER ROLE alice LOGIN; SELECT llm_batch.resume({job})"));
+    assert_eq!(bed.done(job).counts(), (2000, 2000, 0, 0, 0, 0));
+    assert_eq!(common::wrong(client, "tickets"), 0);
+    // Gone altogether: a role that owns a job but nothing else may be dropped.
+    assert!(bed.provider.stats().rows.values().all(|r| r.asked <= 2));
+}
+
+#[test]
+fn an_owner_without_login() {
+    let bed = Bed::new("rights_nologin");
+    let client = &mut roles(&bed, 10);
+    run(client, "ALTER ROLE alice NOLOGIN");
+    let (code, message, _, hint) = error(client, BACKFILL);
+    assert_eq!(code, "28000");
+    assert!(message.contains("\"alice\"") && hint.contains("ALTER ROLE alice LOGIN"), "{message} {hint}");
+    // A group's table, by a member: the job is the member's own.
+    run(client, "GRANT alice TO bob");
+    let bob = &mut bed.cluster.connect_as("postgres", "bob");
+    let job = one(bob, BACKFILL);
+    assert_eq!(text(client, &format!("SELECT owner FROM llm_batch.job WHERE id = {job}")), "bob");
+    bed.done(job);
+    run(client, "UPDATE tickets SET topic = NULL");
+    let (code, ..) = error(bob, &format!("SET ROLE alice; {BACKFILL}"));
+    assert_eq!(code, "28000");
+    assert_eq!(bed.provider.stats().rows.values().map(|r| r.asked).max(), Some(1));
+}
+
+/// Sets a parameter for all, and waits until a new session has it.
+#[track_caller]
+fn set(bed: &Bed, name: &str, value: &str) {
+    let client = &mut bed.connect();
+    run(client, &format!("ALTER SYSTEM SET {name} = '{value}'"));
+    run(client, "SELECT pg_reload_conf()");
+    wait_until("the parameter is set", PATIENCE, || text(&mut bed.connect(), &format!("SHOW {name}")), |v| v == value);
+}
+
+#[test]
+fn allowed_hosts_and_key_files() {
+    let bed = Bed::with("rights_allowed", Config { api_key: Some("sk-from-a-file".to_owned()), ..Config::default() });
+    let client = &mut roles(&bed, 600);
+    run(client, "GRANT USAGE ON FOREIGN DATA WRAPPER llm_provider TO alice; DROP USER MAPPING FOR PUBLIC SERVER fake");
+    let url = bed.provider.base_url();
+    let secret = bed.cluster.socket_dir().join("key");
+    fs::write(&secret, "sk-from-a-file\n").unwrap();
+    fs::set_permissions(&secret, fs::Permissions::from_mode(0o644)).unwrap();
+    let secret = secret.display();
+
+    // A superuser's server: the file is read, for whoever has USAGE.
+    let (code, _, _, hint) = error(client, BACKFILL);
+    assert_eq!(code, "28000", "{hint}");
+    run(client, &format!("ALTER SERVER fake OPTIONS (ADD api_key_file '{secret}')"));
+    let alice = &mut bed.cluster.connect_as("postgres", "alice");
+    assert_eq!(text(alice, "SELECT llm_classify('#r000001:bug#', 'topic')"), "bug");
+    for (path, code) in [
+        ("/nowhere", "58P01"),
+        ("/etc/shadow", "58P01"),
+        ("/etc/passwd", "58P01"),
+        ("/tmp", "58P01"),
+        ("/dev/zero", "58P01"),
+    ] {
+        run(client, &format!("ALTER SERVER fake OPTIONS (SET api_key_file '{path}')"));
+        let (found, message, detail, hint) = error(alice, "SELECT llm_classify('x', 'topic')");
+        assert_eq!(found, code, "{path}: {message}");
+        assert!(!format!("{message}{detail}{hint}").contains("root:"), "{detail}");
+    }
+    run(client, &format!("ALTER SERVER fake OPTIONS (SET api_key_file '{secret}')"));
+    assert!(alice.batch_execute("ALTER SERVER fake OPTIONS (SET base_url 'https://evil.example')").is_err());
+
+    // A server of hers.
+    run(
+        alice,
+        &format!(
+            "CREATE SERVER hers FOREIGN DATA WRAPPER llm_provider OPTIONS (base_url '{url}', api_key_file '{secret}')"
+        ),
+    );
+    let create = "SELECT llm_batch.create_model('hers', server => 'hers', model => 'x')";
+    denied(alice, create, "llm_batch.allowed_hosts");
+    // The superuser himself is no way around it.
+    denied(client, create, "llm_batch.allowed_hosts");
+    set(&bed, "llm_batch.allowed_hosts", "api.openai.com, 127.0.0.1");
+    denied(alice, create, "may not read a key from a file");
+    denied(client, create, "may not read a key from a file");
+    run(
+        alice,
+        "ALTER SERVER hers OPTIONS (DROP api_key_file); CREATE USER MAPPING FOR alice SERVER hers OPTIONS (api_key 'sk-from-a-file')",
+    );
+    run(alice, create);
+    run(alice, "SELECT llm_batch.create_classifier('hers', labels => '[\"bug\", \"spam\"]', model => 'hers')");
+    assert_eq!(text(alice, "SELECT llm_classify('#r000001:spam#', 'hers')"), "spam");
+    // It does not help to point it elsewhere afterwards.
+    run(alice, "ALTER SERVER hers OPTIONS (SET base_url 'https://metadata.internal/v1')");
+    denied(alice, "SELECT llm_classify('x', 'hers')", "\"metadata.internal\"");
+    run(alice, &format!("ALTER SERVER hers OPTIONS (SET base_url '{url}')"));
+    // The host is taken away again, in the middle of a job.
+    run(alice, "ALTER TABLE tickets ADD hers text");
+    assert_eq!(text(alice, "SELECT llm_classify('#r000001:spam#', 'hers')"), "spam");
+    bed.provider.hold();
+    let job = one(alice, "SELECT llm_batch.backfill('tickets', input => 'body', target => 'hers', task => 'hers')");
+    wait_until("rows are in flight", PATIENCE, || bed.provider.stats().rows_in_flight, |n| *n > 0);
+    run(alice, "ALTER SERVER hers OPTIONS (SET base_url 'https://metadata.internal/v1')");
+    bed.provider.release();
+    let p = wait_status(client, job, "paused");
+    assert_eq!(p.reason.as_deref(), Some("owner"), "{p:?}");
+    assert!(p.last_error.unwrap().contains("metadata.internal"));
+    set(&bed, "llm_batch.allowed_hosts", "");
+    run(alice, &format!("ALTER SERVER hers OPTIONS (SET base_url '{url}')"));
+    denied(alice, "SELECT llm_classify('x', 'hers')", "allowed_hosts");
+    let log = bed.cluster.log();
+    assert!(!log.contains("from-a-file"), "the key is in the log");
+}
+
+#[test]
+fn settings_that_a_session_cannot_make() {
+    let cluster = Cluster::builder("rights_settings").start();
+    let client = &mut cluster.connect("postgres");
+    run(client, "CREATE ROLE app LOGIN");
+    let app = &mut cluster.connect_as("postgres", "app");
+    for name in ["enabled", "databases", "allowed_hosts", "max_job_workers", "gateway_memory"] {
+        for session in [&mut *app, &mut *client] {
+            let (code, message, ..) = error(session, &format!("SET llm_batch.{name} = '1'"));
+            assert_eq!(code, "55P02", "{name}: {message}");
+        }
+    }
+    run(app, "SET llm_batch.default_model = 'x'");
+}
