@@ -106,6 +106,7 @@ fn spawn(shared: &Rc<Shared>, task: impl Future<Output = ()> + 'static) {
 async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     let Launch { id, stream, body, timeout, abandoned } = launch;
     let client = shared.client.clone();
+    shared.state.borrow_mut().sent(shared.now(), id);
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
     let mut sending = spawn_local(async move { request::send(&client, &stream.endpoint, &body, timeout).await });
     let result = tokio::select! {

@@ -12,6 +12,16 @@ use super::{InFlight, LaneKey, Launch, State, too_long};
 use crate::lane::Next;
 
 impl State {
+    /// A request is sent now (ms): since it was granted, other work may have gone before it.
+    pub fn sent(&mut self, now: u64, id: u64) {
+        let Some(mut request) = self.in_flight.remove(&id) else { return };
+        if let Some(lane) = self.lanes.get_mut(&request.lane) {
+            request.grant = lane.limiter.sent(request.grant, now);
+            request.sent = now;
+        }
+        self.in_flight.insert(id, request);
+    }
+
     /// What can be sent at `now` (ms), and when to look again.
     pub fn pump(&mut self, now: u64) -> (Vec<Launch>, Option<u64>) {
         let mut launches = Vec::new();
