@@ -152,8 +152,8 @@ impl Group {
         out
     }
 
-    /// The next rows to send in one request of at most `tokens` (prompt and answer), by our count of tokens. A single
-    /// row that does not fit comes back with an empty rest: the caller sees that by its size.
+    /// The next rows to send in one request of at most `tokens` (prompt and answer), by our count of tokens. Never
+    /// none: a row that does not fit even alone is the caller's to notice.
     pub fn next(&mut self, now: u64, tokens: usize) -> Next {
         if self.queued() == 0 {
             return Next::Empty;
