@@ -2,6 +2,7 @@
 
 use llm_batch_core::options::Options;
 use llm_batch_core::task::{Label, Task, check_labels, examples_from_json, labels_from_json};
+use llm_batch_gateway::protocol::Stream;
 use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -55,6 +56,22 @@ pub fn from_labels(labels: Vec<Option<String>>, options: &Value) -> Result<Known
             options: Options::from_json([options])?,
         },
     })
+}
+
+impl Known {
+    /// The task as a stream on behalf of a role, with the settings of this moment, and its model's name.
+    pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<(Stream, String)> {
+        let known = model::load(&self.model)?;
+        let stream = Stream {
+            database: crate::worker::my_database(),
+            role: role.to_u32(),
+            interactive,
+            endpoint: crate::provider::endpoint(&known.server, role)?,
+            model: known.model,
+            task: self.task,
+        };
+        Ok((stream, self.model))
+    }
 }
 
 /// What a classifier's row holds, checked.

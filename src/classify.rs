@@ -12,10 +12,10 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::json;
 
+use crate::classifier;
 use crate::client::{Client, Received, check_loaded};
 use crate::error::{Error, Result};
 use crate::model::current_user;
-use crate::{classifier, model, provider, worker};
 
 /// Rows of a statement that are under way at the same time.
 const WINDOW_ROWS: usize = 2_000;
@@ -23,20 +23,6 @@ const WINDOW_ROWS: usize = 2_000;
 const WINDOW_BYTES: usize = 4 << 20;
 /// Rows taken from a query at a time.
 const FETCH: usize = 100;
-
-/// A task as a stream of this session's role.
-fn stream(known: classifier::Known) -> Result<(Stream, String)> {
-    let m = model::load(&known.model)?;
-    let stream = Stream {
-        database: worker::my_database(),
-        role: current_user().to_u32(),
-        interactive: true,
-        endpoint: provider::endpoint(&m.server, current_user())?,
-        model: m.model,
-        task: known.task,
-    };
-    Ok((stream, known.model))
-}
 
 thread_local! {
     /// The connection of the last statement and what was opened on it: a scalar function is called row by row.
@@ -55,9 +41,9 @@ fn ask(
     let mut client = match kept {
         Some((client, opened)) if opened == *stream => match if_fresh(client)? {
             Some(client) => client,
-            None => open(stream)?,
+            None => Client::open(stream)?,
         },
-        _ => open(stream)?,
+        _ => Client::open(stream)?,
     };
     let most_text = most_text(stream.model.max_request_tokens);
     let mut fetched: VecDeque<String> = VecDeque::new();
@@ -103,7 +89,7 @@ fn ask(
             Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, model)),
             Received::Message(_) | Received::Nothing => {}
             Received::Lost => {
-                client = open(stream)?;
+                client = Client::open(stream)?;
                 let items = pending.iter().map(|(n, text)| Item { n: *n, text: text.clone() }).collect();
                 send(&mut client, items)?;
             }
@@ -114,12 +100,6 @@ fn ask(
 /// A connection, if nothing has come on it since it was last used: a stop of back then says nothing about today.
 fn if_fresh(mut client: Client) -> Result<Option<Client>> {
     Ok(matches!(client.receive(Duration::ZERO)?, Received::Nothing).then_some(client))
-}
-
-fn open(stream: &Stream) -> Result<Client> {
-    let mut client = Client::connect()?;
-    client.send(&ToGateway::Open(Box::new(stream.clone())))?;
-    Ok(client)
 }
 
 /// Sends rows in frames that are small enough.
@@ -142,7 +122,7 @@ fn classify_one(input: &str, known: classifier::Known) -> Result<Option<String>>
     if input.is_empty() {
         return Ok(None);
     }
-    let (stream, model) = stream(known)?;
+    let (stream, model) = known.stream(current_user(), true)?;
     let mut source = vec![input.to_owned()];
     let mut got = None;
     ask(&stream, &model, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
@@ -186,7 +166,7 @@ struct Answer {
 }
 
 fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> {
-    let (stream, model) = stream(known)?;
+    let (stream, model) = known.stream(current_user(), true)?;
     let answers: RefCell<Vec<Answer>> = RefCell::new(Vec::new());
     // The position among the rows that are asked about → the position among all rows.
     let asked: RefCell<Vec<usize>> = RefCell::new(Vec::new());

@@ -6,7 +6,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{FromGateway, ToGateway, decode, encode};
+use llm_batch_gateway::protocol::{FromGateway, Stream, ToGateway, decode, encode};
 use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
@@ -62,6 +62,13 @@ impl Client {
                 Err(_) => wait(None, Some(Duration::from_millis(50))),
             }
         }
+    }
+
+    /// Connects, and says what will be asked.
+    pub fn open(stream: &Stream) -> Result<Self> {
+        let mut client = Self::connect()?;
+        client.send(&ToGateway::Open(Box::new(stream.clone())))?;
+        Ok(client)
     }
 
     /// Queues a message and writes as much as goes at once; `receive` writes the rest.

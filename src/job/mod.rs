@@ -20,22 +20,7 @@ use crate::catalog::{self, Target, Use};
 use crate::client::{Client, Received, check_loaded};
 use crate::error::{Error, Result};
 use crate::model::{current_user, from_name, required};
-use crate::{classifier, model, provider, shared, sql, txn};
-
-/// What a job of `owner` asks, with the settings of this moment.
-pub fn stream(task: &str, options: &Value, owner: pg_sys::Oid) -> Result<(Stream, String)> {
-    let known = classifier::load(task, options)?;
-    let m = model::load(&known.model)?;
-    let stream = Stream {
-        database: crate::worker::my_database(),
-        role: owner.to_u32(),
-        interactive: false,
-        endpoint: provider::endpoint(&m.server, owner)?,
-        model: m.model,
-        task: known.task,
-    };
-    Ok((stream, known.model))
-}
+use crate::{classifier, shared, sql, txn};
 
 #[pg_extern(sql = false)]
 fn backfill(
@@ -85,7 +70,7 @@ fn start(
     }
     let target = catalog::target(relation, column)?;
     let owner = owner_of(&target)?;
-    let (stream, model) = stream(task, &options, owner)?;
+    let (stream, model) = classifier::load(task, &options)?.stream(owner, false)?;
     check_rights(&target, owner)?;
     catalog::check_expression(&target, input, Use::Input)?;
     if let Some(filter) = filter {
@@ -109,7 +94,7 @@ fn start(
     check_alone(&target, 0)?;
     probe(&stream, &model)?;
     let id = insert(&target, owner, input, filter, task, options, &search_path)?;
-    at_commit(Wake { job: id, owner: owner.to_u32() });
+    wake_at_commit(id, owner);
     Ok(id)
 }
 
@@ -139,21 +124,14 @@ fn owner_of(target: &Target) -> Result<pg_sys::Oid> {
 }
 
 fn check_rights(target: &Target, owner: pg_sys::Oid) -> Result<()> {
-    let may = sql::one::<bool>(
-        "SELECT pg_catalog.has_column_privilege($1, $2, $3::pg_catalog.int2, 'UPDATE')",
-        &[owner.into(), target.relation.into(), target.attnum.into()],
-    )?;
-    if may != Some(true) {
-        return Err(Error::denied(format!("permission denied for column \"{}\" of {}", target.column, target.name))
-            .hint("The job's owner needs SELECT on the key, the target and the input, and UPDATE on the target."));
-    }
-    for name in &target.key_names {
+    let reads = target.key_names.iter().map(|name| (name, "SELECT"));
+    for (column, right) in [(&target.column, "UPDATE")].into_iter().chain(reads) {
         let may = sql::one::<bool>(
-            "SELECT pg_catalog.has_column_privilege($1, $2, $3, 'SELECT')",
-            &[owner.into(), target.relation.into(), name.as_str().into()],
+            "SELECT pg_catalog.has_column_privilege($1, $2, $3, $4)",
+            &[owner.into(), target.relation.into(), column.as_str().into(), right.into()],
         )?;
         if may != Some(true) {
-            return Err(Error::denied(format!("permission denied for column \"{name}\" of {}", target.name))
+            return Err(Error::denied(format!("permission denied for column \"{column}\" of {}", target.name))
                 .hint("The job's owner needs SELECT on the key, the target and the input, and UPDATE on the target."));
         }
     }
@@ -197,9 +175,12 @@ fn check_alone(target: &Target, except: i64) -> Result<()> {
 
 /// Asks the model whether it answers at all, before a row is paid for.
 fn probe(stream: &Stream, model: &str) -> Result<()> {
-    let mut client = Client::connect()?;
-    client.send(&ToGateway::Open(Box::new(stream.clone())))?;
-    client.send(&ToGateway::Probe)?;
+    let ask = || -> Result<Client> {
+        let mut client = Client::open(stream)?;
+        client.send(&ToGateway::Probe)?;
+        Ok(client)
+    };
+    let mut client = ask()?;
     let start = Instant::now();
     loop {
         match client.receive(Duration::from_secs(5))? {
@@ -214,11 +195,7 @@ fn probe(stream: &Stream, model: &str) -> Result<()> {
                     "lost the connection to the llm_batch gateway",
                 ));
             }
-            Received::Lost => {
-                client = Client::connect()?;
-                client.send(&ToGateway::Open(Box::new(stream.clone())))?;
-                client.send(&ToGateway::Probe)?;
-            }
+            Received::Lost => client = ask()?,
         }
     }
 }
@@ -263,18 +240,11 @@ fn insert(
     required(id, "id")
 }
 
-/// A job to wake when the transaction commits.
-#[derive(Debug, Clone, Copy)]
-struct Wake {
-    job: i64,
-    owner: u32,
-}
-
 /// Wakes a job when the transaction commits. After a commit nothing may raise: this writes to shared memory alone.
-fn at_commit(wake: Wake) {
+fn wake_at_commit(job: i64, owner: pg_sys::Oid) {
     let database = crate::worker::my_database();
     register_xact_callback(PgXactCallbackEvent::Commit, move || {
-        shared::want(database, wake.job, wake.owner, shared::now());
+        shared::want(database, job, owner.to_u32(), shared::now());
     });
     // A prepared transaction is committed by another session, which knows nothing of this: a search finds the job.
     register_xact_callback(PgXactCallbackEvent::Prepare, move || {
@@ -290,7 +260,7 @@ fn control(job_id: i64, change: impl FnOnce(&store::Status) -> Result<Option<Str
     txn::as_extension_owner(|| {
         sql::run(&format!("UPDATE llm_batch.job SET {assignment} WHERE id = $1"), &[job_id.into()])
     })?;
-    at_commit(Wake { job: job_id, owner: status.owner.to_u32() });
+    wake_at_commit(job_id, status.owner);
     Ok(true)
 }
 

@@ -20,7 +20,7 @@ use crate::job::settle::{self, Answer};
 use crate::job::store::{self, Delta, Failure, Job, Outcome};
 use crate::shared::{self, End};
 use crate::worker::{self, finder, handle_signals, my_database, my_pid, reload_if_asked, report};
-use crate::{settings, sql, txn};
+use crate::{classifier, settings, sql, txn};
 
 /// How often locked rows are tried again, and transactions that failed in passing.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -184,7 +184,7 @@ impl Worker {
 
     /// What is needed before the first row.
     fn ready(job: &Job) -> Result<(Stream, String, plan::Table, Plan)> {
-        let (stream, model) = super::stream(&job.task, &job.options, me())?;
+        let (stream, model) = classifier::load(&job.task, &job.options)?.stream(me(), false)?;
         let table = plan::table(job)?;
         let plan = make_plan(job, &table, &stream)?;
         Ok((stream, model, table, plan))
@@ -210,9 +210,7 @@ impl Worker {
         }
         if self.client.is_none() && self.stopping.is_none() {
             report(pg_sys::BackendState::STATE_IDLE, "connecting to the gateway");
-            let mut client = Client::connect()?;
-            client.send(&ToGateway::Open(Box::new(self.stream.clone())))?;
-            self.client = Some(client);
+            self.client = Some(Client::open(&self.stream)?);
         }
         if self.may_claim() {
             self.claim()?;
