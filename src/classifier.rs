@@ -69,6 +69,7 @@ impl Known {
             endpoint: crate::provider::endpoint(&known.server, role)?,
             model: known.model,
             task: self.task,
+            budget: None,
         };
         Ok((stream, self.model))
     }

@@ -11,6 +11,8 @@ static MAX_JOB_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(4);
 // A row of 40 tokens takes some 500 bytes while it waits: 64 MB is a hundred thousand rows, more than any limit lets
 // through in a minute.
 static GATEWAY_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(64 * 1024);
+// An answer takes some 60 bytes: 16 MB is a quarter of a million texts.
+static GATEWAY_CACHE: GucSetting<i32> = GucSetting::<i32>::new(16 * 1024);
 static DEFAULT_MODEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 
 pub fn init() {
@@ -58,6 +60,16 @@ pub fn init() {
         GucContext::Sighup,
         GucFlags::UNIT_KB,
     );
+    GucRegistry::define_int_guc(
+        c"llm_batch.gateway_cache",
+        c"Memory for answers that are kept for later rows of the same text.",
+        c"0 keeps none; what is under way is shared all the same.",
+        &GATEWAY_CACHE,
+        0,
+        1024 * 1024,
+        GucContext::Sighup,
+        GucFlags::UNIT_KB,
+    );
     GucRegistry::define_string_guc(
         c"llm_batch.default_model",
         c"Model of llm_classify() with labels, and of classifiers that name none.",
@@ -82,6 +94,11 @@ pub fn max_job_workers() -> usize {
 /// Bytes.
 pub fn gateway_memory() -> usize {
     GATEWAY_MEMORY.get().max(1) as usize * 1024
+}
+
+/// Bytes.
+pub fn gateway_cache() -> usize {
+    GATEWAY_CACHE.get().max(0) as usize * 1024
 }
 
 pub fn default_model() -> String {

@@ -18,7 +18,7 @@ use crate::settings;
 pub const SOCKET: &str = "pg_stat_tmp/llm_batch.sock";
 
 fn current_settings() -> Settings {
-    Settings { enabled: settings::enabled(), memory: settings::gateway_memory() }
+    Settings { enabled: settings::enabled(), memory: settings::gateway_memory(), cache: settings::gateway_cache() }
 }
 
 /// Binds the socket. There is one gateway a data directory, so what lies in its place is left of an earlier one.

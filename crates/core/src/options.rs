@@ -76,6 +76,8 @@ pub struct Options {
     pub answer_shape: AnswerShape,
     /// What becomes of a text that is too large.
     pub too_long: TooLong,
+    /// A text that was answered before, for the same task, model and role, is not asked again.
+    pub reuse: bool,
 }
 
 impl Default for Options {
@@ -88,11 +90,13 @@ impl Default for Options {
             codes: Codes::default(),
             answer_shape: AnswerShape::default(),
             too_long: TooLong::default(),
+            reuse: true,
         }
     }
 }
 
-const KEYS: &str = "max_rows_per_request, max_attempts, priority, structured_output, codes, answer_shape, too_long";
+const KEYS: &str =
+    "max_rows_per_request, max_attempts, priority, structured_output, codes, answer_shape, too_long, reuse";
 
 impl Options {
     /// Reads a JSON object. Later objects override earlier ones key by key.
@@ -126,6 +130,7 @@ impl Options {
                 "codes" => self.codes = word(key, value, "auto, words, letters")?,
                 "answer_shape" => self.answer_shape = word(key, value, "map, object, compact, properties")?,
                 "too_long" => self.too_long = word(key, value, "skip, truncate")?,
+                "reuse" => self.reuse = word(key, value, "true, false")?,
                 _ => {
                     return Err(Error::new(format!("unrecognized option \"{key}\""))
                         .hint(format!("Valid options are: {KEYS}.")));

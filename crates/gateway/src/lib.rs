@@ -23,6 +23,8 @@ pub struct Settings {
     pub enabled: bool,
     /// Bytes of waiting text above which no more is read from clients.
     pub memory: usize,
+    /// Bytes for answers that are kept for later rows of the same text; 0 keeps none.
+    pub cache: usize,
 }
 
 /// The gateway on its own thread. Dropping it ends the thread; requests under way are abandoned.

@@ -97,6 +97,27 @@ pub struct Stream {
     pub model: Model,
     /// What to ask.
     pub task: Task,
+    /// With prices, nothing is sent beyond what `Allow` has granted since the stream was opened, and its rows share
+    /// requests with nobody's; without, the stream spends what it takes.
+    pub budget: Option<Prices>,
+}
+
+/// What a token costs, in picodollars (10^-12 $; a price of $1 per million tokens is 1,000,000 of them).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Prices {
+    /// A token of a prompt that the provider had not cached.
+    pub input: u64,
+    /// A token of an answer.
+    pub output: u64,
+}
+
+/// What a stream with a budget may spend, or what a request may take at the worst.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Allowance {
+    /// Picodollars; `u64::MAX` is no limit.
+    pub cost: u64,
+    /// Tokens, prompts and answers together; `u64::MAX` is no limit.
+    pub tokens: u64,
 }
 
 /// One row.
@@ -114,8 +135,12 @@ pub struct Item {
 pub enum ToGateway {
     /// Sets what to ask from now on. Only while no row is without an outcome.
     Open(Box<Stream>),
+    /// Adds to what a stream with a budget may spend.
+    Allow(Allowance),
     /// Asks whether the model answers at all; answered by `Probed`.
     Probe,
+    /// Asks what rows would take, without sending them; answered by `Estimated`.
+    Estimate(Vec<Item>),
     /// Rows to ask about.
     Items(Vec<Item>),
     /// Rows that have not been sent come back as `Withdrawn`; what was sent is still answered.
@@ -157,6 +182,8 @@ pub struct Outcome {
     pub verdict: Verdict,
     /// Completed requests that contained it.
     pub attempts: u32,
+    /// Its label was paid for with another row of the same text.
+    pub reused: bool,
 }
 
 /// What was spent on a stream since the last frame that said so.
@@ -166,8 +193,14 @@ pub struct Spent {
     pub requests: u64,
     /// Tokens of prompts, as the provider counts.
     pub input_tokens: u64,
+    /// Those of them that the provider had cached.
+    pub cached_input_tokens: u64,
     /// Tokens of answers, as the provider counts.
     pub output_tokens: u64,
+    /// Tokens of prompts of requests that broke off, which may have been charged or not; by our count, at the worst.
+    pub unconfirmed_input_tokens: u64,
+    /// Tokens of answers of such requests, at the worst.
+    pub unconfirmed_output_tokens: u64,
 }
 
 /// Why a stream can't go on.
@@ -226,6 +259,22 @@ pub struct Activity {
     pub requests_limit: Option<u64>,
     /// The part of the tightest limit that is used up, 0 to 1.
     pub used: Option<f64>,
+    /// Most requests that may be under way, as it has proved useful so far.
+    pub requests_allowed: u64,
+    /// Most rows in a request at present: less than the task allows after incomplete or slow answers.
+    pub rows_allowed: Option<u64>,
+    /// The part of the limit that is left to us, 0 to 1: less than 1 after refusals that nothing else explains.
+    pub share: f64,
+    /// Tokens that the provider said were left, and what we reckon is left of them now.
+    pub reported_left: Option<u64>,
+    /// Tokens of prompts as the provider counts them, for each that we count.
+    pub token_ratio: f64,
+    /// Tokens of an answer for each that we expected.
+    pub answer_ratio: f64,
+    /// Time from sending to the answer of late, ms.
+    pub latency_ms: Option<u64>,
+    /// Rows that were answered without being sent, since the gateway started.
+    pub rows_reused: u64,
     /// Nothing is sent for so many ms more, because the provider said so or is in trouble.
     pub waiting_ms: Option<u64>,
     /// Requests that were sent since the gateway started.
@@ -238,6 +287,21 @@ pub struct Activity {
     pub errors: u64,
     /// What went wrong last, keys redacted.
     pub last_error: Option<String>,
+}
+
+/// What rows would take.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Estimate {
+    /// Rows that would be sent: not too long, and not the same as one before where the task reuses answers.
+    pub rows: u64,
+    /// Requests.
+    pub requests: u64,
+    /// Tokens of prompts, by our count and the relation measured so far.
+    pub input_tokens: u64,
+    /// Tokens of answers.
+    pub output_tokens: u64,
+    /// The first request's body, as JSON.
+    pub example: Option<String>,
 }
 
 /// What the gateway says.
@@ -253,6 +317,16 @@ pub enum FromGateway {
     },
     /// The stream can't go on. Rows not sent have been withdrawn, rows under way are still answered.
     Stopped(Stop),
+    /// What is left of the allowance does not suffice for the smallest next request, and nothing is under way that
+    /// could give some back. More is needed with `Allow`, or `Withdraw`.
+    Exhausted {
+        /// What the next request may take with a single row.
+        least: Allowance,
+        /// What a full request may take.
+        full: Allowance,
+    },
+    /// The answer to `Estimate`.
+    Estimated(Estimate),
     /// The answer to `Probe`: nothing if the model answers, else what is wrong.
     Probed(Option<Stop>),
     /// The answer to `Activity`.

@@ -172,6 +172,8 @@ fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), Stri
             ToGateway::Open(stream) => state.open(conn, *stream)?,
             ToGateway::Items(items) => state.items(shared.now(), conn, items)?,
             ToGateway::Withdraw => state.withdraw(conn),
+            ToGateway::Allow(_) => {}
+            ToGateway::Estimate(_) => state.say(conn, &FromGateway::Estimated(Default::default())),
             ToGateway::Activity => {
                 let activity = state.activity(shared.now());
                 state.say(conn, &FromGateway::Activity(activity));

@@ -32,7 +32,7 @@ impl Setup {
         let path = std::env::temp_dir().join(name);
         let (sender, log) = mpsc::channel();
         let listener = UnixListener::bind(&path).unwrap();
-        let gateway = Gateway::start(listener, Settings { enabled: true, memory }, sender).unwrap();
+        let gateway = Gateway::start(listener, Settings { enabled: true, memory, cache: 0 }, sender).unwrap();
         Self { gateway: Some(gateway), path, log }
     }
 
@@ -101,6 +101,7 @@ impl Client {
                 examples: vec![],
                 options: Options::default(),
             },
+            budget: None,
         };
         change(&mut stream);
         self.say(&ToGateway::Open(Box::new(stream)));

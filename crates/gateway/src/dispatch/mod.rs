@@ -268,7 +268,7 @@ impl State {
         if let Some(c) = self.conns.get_mut(&conn) {
             c.outstanding = c.outstanding.saturating_sub(1);
             c.outstanding_bytes = c.outstanding_bytes.saturating_sub(bytes);
-            c.outcomes.push(Outcome { n, verdict, attempts });
+            c.outcomes.push(Outcome { n, verdict, attempts, reused: false });
         }
     }
 
