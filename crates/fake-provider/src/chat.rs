@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::answer::{self, Answer};
+use crate::limits::{Amounts, Full, Limit};
 use crate::prompt::Task;
 use crate::reply::{Reply, go_duration, unix_time};
 use crate::request::{Chat, Format};
 use crate::server::State;
-use crate::window::Full;
 use crate::{Config, Fault, Reserve};
 
 /// What becomes of a request.
@@ -79,10 +79,10 @@ impl State {
             self.script.pop_front();
         }
 
-        self.tally.admitted(now, charge, &task);
+        self.tally.admitted(now, charge[Limit::Tokens as usize], &task);
         let stats = &mut self.tally.stats;
-        stats.peak_window_tokens = stats.peak_window_tokens.max(self.window.tokens());
-        stats.peak_window_requests = stats.peak_window_requests.max(self.window.requests());
+        stats.peak_window_tokens = stats.peak_window_tokens.max(self.limits.window().used(Limit::Tokens));
+        stats.peak_window_requests = stats.peak_window_requests.max(self.limits.window().used(Limit::Requests));
         if let Some(fault) = &fault {
             self.tally.fault(fault.name());
         }
@@ -113,35 +113,19 @@ impl State {
         None
     }
 
-    fn admit(&mut self, now: Instant, charge: u64, model: &str) -> Result<(), Reply> {
+    fn admit(&mut self, now: Instant, charge: Amounts, model: &str) -> Result<(), Reply> {
         let config = &self.config;
-        let (tokens, requests) = (config.tokens_per_window, config.requests_per_window);
-        let admitted = self.window.admit(now, config.window, charge, tokens, requests);
-        let Err(full) = admitted else { return Ok(()) };
-        let token_cap = tokens.unwrap_or_default();
-        let (kind, wait, message) = match full {
-            Full::TooLarge => ("tokens", None, too_large(model, token_cap, charge)),
-            Full::Tokens(wait) => (
-                "tokens",
-                Some(wait),
-                format!(
-                    "Rate limit reached for {model} on tokens per min (TPM): Limit {token_cap}, \
-                     Used {}, Requested {charge}. Please try again in {}.",
-                    self.window.tokens(),
-                    go_duration(wait),
-                ),
-            ),
-            Full::Requests(wait) => (
-                "requests",
-                Some(wait),
-                format!(
-                    "Rate limit reached for {model} on requests per min (RPM): Limit {}, \
-                     Used {}, Requested 1. Please try again in {}.",
-                    requests.unwrap_or_default(),
-                    self.window.requests(),
-                    go_duration(wait),
-                ),
-            ),
+        let Err(full) = self.limits.admit(now, config, charge) else { return Ok(()) };
+        let (Full::TooLarge(limit) | Full::For(limit, _)) = full;
+        let cap = config.caps()[limit as usize].unwrap_or_default();
+        let asked = charge[limit as usize];
+        let kind = if limit == Limit::Requests { "requests" } else { "tokens" };
+        let (wait, message) = match full {
+            Full::TooLarge(_) => (None, too_large(model, limit, cap, asked)),
+            Full::For(_, wait) => {
+                let used = self.limits.used(config, limit);
+                (Some(wait), rate_limited(model, limit, cap, used, asked, wait))
+            }
         };
         let mut reply = Reply::error(429, kind, "", "rate_limit_exceeded", &message);
         if let Some(wait) = wait.filter(|_| config.retry_after) {
@@ -159,21 +143,20 @@ impl State {
         if !config.rate_headers {
             return;
         }
-        let reset = go_duration(self.window.empty_in(now, config.window));
+        let left = |limit, cap: u64| cap.saturating_sub(self.limits.used(config, limit)).to_string();
+        let reset = |limit| go_duration(self.limits.full_in(now, config, limit));
         if let Some(cap) = config.requests_per_window {
-            let left = cap.saturating_sub(self.window.requests());
             reply.headers.extend([
                 ("x-ratelimit-limit-requests", cap.to_string()),
-                ("x-ratelimit-remaining-requests", left.to_string()),
-                ("x-ratelimit-reset-requests", reset.clone()),
+                ("x-ratelimit-remaining-requests", left(Limit::Requests, cap)),
+                ("x-ratelimit-reset-requests", reset(Limit::Requests)),
             ]);
         }
         if let Some(cap) = config.tokens_per_window {
-            let left = cap.saturating_sub(self.window.tokens());
             reply.headers.extend([
                 ("x-ratelimit-limit-tokens", cap.to_string()),
-                ("x-ratelimit-remaining-tokens", left.to_string()),
-                ("x-ratelimit-reset-tokens", reset),
+                ("x-ratelimit-remaining-tokens", left(Limit::Tokens, cap)),
+                ("x-ratelimit-reset-tokens", reset(Limit::Tokens)),
             ]);
         }
     }
@@ -267,13 +250,15 @@ fn check(config: &Config, chat: &Chat) -> Result<(), Reply> {
     Ok(())
 }
 
-fn charge(reserve: Reserve, chat: &Chat, answer: &Answer) -> u64 {
+/// What a request takes of each limit.
+fn charge(reserve: Reserve, chat: &Chat, answer: &Answer) -> Amounts {
     let prompt = chat.prompt_tokens;
-    match (reserve, chat.max_tokens) {
+    let tokens = match (reserve, chat.max_tokens) {
         (Reserve::PromptPlusMax, Some(max)) => prompt.saturating_add(max),
         (Reserve::Max, max) => prompt.max(max.unwrap_or(0)),
         _ => prompt + answer.completion_tokens,
-    }
+    };
+    [tokens, prompt, answer.completion_tokens, 1]
 }
 
 /// The response of a fault that refuses; `None` is a reset.
@@ -292,9 +277,13 @@ fn refusal(fault: &Fault, model: &str) -> Option<Reply> {
             "insufficient_quota",
             "You exceeded your current quota, please check your plan and billing details.",
         )),
-        Fault::TooLarge429 => {
-            Some(Reply::error(429, "tokens", "", "rate_limit_exceeded", &too_large(model, 30_000, 34_472)))
-        }
+        Fault::TooLarge429 => Some(Reply::error(
+            429,
+            "tokens",
+            "",
+            "rate_limit_exceeded",
+            &too_large(model, Limit::Tokens, 30_000, 34_472),
+        )),
         Fault::Status(status, body) => Some(Reply { status: *status, headers: Vec::new(), body: body.clone() }),
         Fault::Redirect(location) => {
             Some(Reply { status: 302, headers: vec![("location", location.clone())], body: String::new() })
@@ -303,9 +292,29 @@ fn refusal(fault: &Fault, model: &str) -> Option<Reply> {
     }
 }
 
-fn too_large(model: &str, limit: u64, requested: u64) -> String {
+fn too_large(model: &str, limit: Limit, cap: u64, requested: u64) -> String {
     format!(
-        "Request too large for {model} on tokens per min (TPM): Limit {limit}, Requested \
-         {requested}. The input or output tokens must be reduced in order to run successfully."
+        "Request too large for {model} on {}: Limit {cap}, Requested {requested}. \
+         The input or output tokens must be reduced in order to run successfully.",
+        spelled(limit),
     )
+}
+
+fn rate_limited(model: &str, limit: Limit, cap: u64, used: u64, requested: u64, wait: Duration) -> String {
+    format!(
+        "Rate limit reached for {model} on {}: Limit {cap}, Used {used}, Requested {requested}. \
+         Please try again in {}.",
+        spelled(limit),
+        go_duration(wait),
+    )
+}
+
+/// A limit's name in messages.
+fn spelled(limit: Limit) -> &'static str {
+    match limit {
+        Limit::Tokens => "tokens per min (TPM)",
+        Limit::Input => "input tokens per min",
+        Limit::Output => "output tokens per min",
+        Limit::Requests => "requests per min (RPM)",
+    }
 }

@@ -3,7 +3,10 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use serde::Deserialize;
+
 use crate::Fault;
+use crate::limits::Caps;
 
 /// Everything that can be set. All but `listen` may change at run time through
 /// [`FakeProvider::configure`](crate::FakeProvider::configure).
@@ -15,11 +18,18 @@ pub struct Config {
     pub api_key: Option<String>,
     /// The models served; any other gets 404 `model_not_found`. `None` serves every name.
     pub models: Option<Vec<String>>,
-    /// Length of the rolling window both limits apply to. Default 60 s.
+    /// How the limits are kept.
+    pub limiter: Limiter,
+    /// The time all limits are given for. Default 60 s.
     pub window: Duration,
-    /// Most tokens charged within any window; `None` is no limit.
+    /// Most tokens charged in a window; `None` is no limit.
     pub tokens_per_window: Option<u64>,
-    /// Most requests admitted within any window; `None` is no limit.
+    /// Most prompt tokens in a window; `None` is no limit.
+    pub input_tokens_per_window: Option<u64>,
+    /// Most completion tokens in a window, charged at admission as the answer
+    /// will have them; `None` is no limit.
+    pub output_tokens_per_window: Option<u64>,
+    /// Most requests admitted in a window; `None` is no limit.
     pub requests_per_window: Option<u64>,
     /// What a request is charged against `tokens_per_window`.
     pub reserve: Reserve,
@@ -51,8 +61,11 @@ impl Default for Config {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             api_key: None,
             models: None,
+            limiter: Limiter::Rolling,
             window: Duration::from_secs(60),
             tokens_per_window: None,
+            input_tokens_per_window: None,
+            output_tokens_per_window: None,
             requests_per_window: None,
             reserve: Reserve::Actual,
             retry_after: true,
@@ -68,8 +81,29 @@ impl Default for Config {
     }
 }
 
+impl Config {
+    /// The limits, by `Limit as usize`.
+    pub(crate) fn caps(&self) -> Caps {
+        [self.tokens_per_window, self.input_tokens_per_window, self.output_tokens_per_window, self.requests_per_window]
+    }
+}
+
+/// How limits are kept. Names on the command line and in `/control` are those of
+/// the variants, in lower case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Limiter {
+    /// No window, wherever it begins, has more than the limit.
+    #[default]
+    Rolling,
+    /// A token bucket: it holds a window's worth, starts full and refills
+    /// evenly, a window's worth in a window's time.
+    Bucket,
+}
+
 /// Tokens charged at admission. The charge is never corrected afterwards.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Reserve {
     /// The prompt and the completion the request will get.
     #[default]

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::Fault;
 use crate::server::Shared;
+use crate::{Fault, Limiter, Reserve};
 
 /// The body of `POST /control`. What is left out stays as it is.
 #[derive(Deserialize)]
@@ -15,11 +15,17 @@ struct Control {
     faults: Option<serde_json::Map<String, serde_json::Value>>,
     /// Faults of the next requests, null for none.
     script: Option<Vec<Option<String>>>,
+    reserve: Option<Reserve>,
     latency: Option<LatencyChange>,
+    limiter: Option<Limiter>,
     window_seconds: Option<f64>,
     /// Null removes the limit, hence two layers.
     #[serde(default, deserialize_with = "present")]
     tokens_per_window: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "present")]
+    input_tokens_per_window: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "present")]
+    output_tokens_per_window: Option<Option<u64>>,
     #[serde(default, deserialize_with = "present")]
     requests_per_window: Option<Option<u64>>,
     #[serde(default, deserialize_with = "present")]
@@ -73,18 +79,22 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
         }
         set(&mut config.latency.spread, latency.spread);
     }
+    set(&mut config.limiter, control.limiter);
     if let Some(window) = control.window_seconds {
         config.window = seconds(window)?;
     }
     set(&mut config.tokens_per_window, control.tokens_per_window);
+    set(&mut config.input_tokens_per_window, control.input_tokens_per_window);
+    set(&mut config.output_tokens_per_window, control.output_tokens_per_window);
     set(&mut config.requests_per_window, control.requests_per_window);
+    set(&mut config.reserve, control.reserve);
     set(&mut config.context_tokens, control.context_tokens);
     set(&mut config.json_schema, control.json_schema);
     set(&mut config.json_object, control.json_object);
     set(&mut config.max_tokens_param, control.max_tokens_param);
     set(&mut config.retry_after, control.retry_after);
     set(&mut config.rate_headers, control.rate_headers);
-    state.config = config;
+    state.configure(|current| *current = config);
     state.script.extend(script);
     if control.reset_stats {
         state.tally.reset();

@@ -4,13 +4,16 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use llm_fake_provider::{Config, FakeProvider, Reserve};
+use llm_fake_provider::{Config, FakeProvider};
+use serde::Deserialize;
 
 const USAGE: &str = "\
 usage: llm-fake-provider [OPTION]...
   --listen ADDR:PORT        default 127.0.0.1:0
-  --window SECONDS          length of the rolling window, default 60
+  --limiter KIND            rolling (default) or bucket
+  --window SECONDS          the time limits are given for, default 60
   --tokens-per-window N     default no limit
+  --input-tokens-per-window N, --output-tokens-per-window N,
   --requests-per-window N   default no limit
   --reserve HOW             actual (default), prompt-plus-max or max
   --context-tokens N        default no limit
@@ -71,18 +74,14 @@ fn configure(arguments: Vec<String>) -> Result<Config, String> {
 fn set(config: &mut Config, option: &str, value: &str) -> Option<()> {
     match option {
         "--listen" => config.listen = value.parse().ok()?,
+        "--limiter" => config.limiter = named(value)?,
         "--window" => config.window = seconds(value, 1.0)?,
         "--tokens-per-window" => config.tokens_per_window = Some(value.parse().ok()?),
+        "--input-tokens-per-window" => config.input_tokens_per_window = Some(value.parse().ok()?),
+        "--output-tokens-per-window" => config.output_tokens_per_window = Some(value.parse().ok()?),
         "--requests-per-window" => config.requests_per_window = Some(value.parse().ok()?),
         "--context-tokens" => config.context_tokens = Some(value.parse().ok()?),
-        "--reserve" => {
-            config.reserve = match value {
-                "actual" => Reserve::Actual,
-                "prompt-plus-max" => Reserve::PromptPlusMax,
-                "max" => Reserve::Max,
-                _ => return None,
-            }
-        }
+        "--reserve" => config.reserve = named(value)?,
         "--base-ms" => config.latency.base = seconds(value, 1000.0)?,
         "--per-token-ms" => config.latency.per_output_token = seconds(value, 1000.0)?,
         "--spread" => config.latency.spread = value.parse().ok()?,
@@ -97,6 +96,11 @@ fn set(config: &mut Config, option: &str, value: &str) -> Option<()> {
         _ => return None,
     }
     Some(())
+}
+
+/// The variant of this name.
+fn named<T: for<'de> Deserialize<'de>>(name: &str) -> Option<T> {
+    serde_json::from_value(name.into()).ok()
 }
 
 fn seconds(value: &str, per_second: f64) -> Option<Duration> {

@@ -14,10 +14,10 @@ use tokio::sync::{oneshot, watch};
 use crate::chat::{Admitted, Verdict, authorized};
 use crate::control;
 use crate::http::{Connection, Next, Request};
+use crate::limits::Limits;
 use crate::reply::Reply;
 use crate::rng::Rng;
 use crate::stats::Tally;
-use crate::window::Window;
 use crate::{Config, Fault, Stats};
 
 const BODIES_KEPT: usize = 100;
@@ -78,7 +78,7 @@ impl FakeProvider {
 
     /// Changes the configuration; a change of `listen` or `seed` has no effect.
     pub fn configure(&self, change: impl FnOnce(&mut Config)) {
-        change(&mut self.shared.lock().config);
+        self.shared.lock().configure(change);
     }
 
     /// Holds all answers back. Requests are still admitted, charged and billed.
@@ -116,7 +116,7 @@ pub(crate) struct Shared {
 /// All but the gate.
 pub(crate) struct State {
     pub(crate) config: Config,
-    pub(crate) window: Window,
+    pub(crate) limits: Limits,
     pub(crate) tally: Tally,
     pub(crate) rng: Rng,
     pub(crate) script: VecDeque<Option<Fault>>,
@@ -131,6 +131,12 @@ struct Gate {
 }
 
 impl State {
+    pub(crate) fn configure(&mut self, change: impl FnOnce(&mut Config)) {
+        // What happened so far did so under the configuration of its time.
+        self.limits.advance(Instant::now(), &self.config);
+        change(&mut self.config);
+    }
+
     pub(crate) fn keep_body(&mut self, body: Value) {
         if self.bodies.len() == BODIES_KEPT {
             self.bodies.pop_front();
@@ -145,7 +151,7 @@ impl Shared {
             state: Mutex::new(State {
                 rng: Rng::new(config.seed),
                 config,
-                window: Window::default(),
+                limits: Limits::default(),
                 tally: Tally::new(Instant::now()),
                 script: VecDeque::new(),
                 bodies: VecDeque::new(),

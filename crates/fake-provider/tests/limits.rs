@@ -6,7 +6,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Reserve};
+use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Limiter, Reserve};
 use support::*;
 
 /// What the three rows cost.
@@ -149,4 +149,70 @@ fn the_gate_holds_answers_that_are_billed() {
     assert_eq!((stats.in_flight, stats.peak_in_flight, stats.peak_rows_in_flight), (0, 2, 6));
     // The gate is open.
     assert_eq!(second.chat(&three_rows()).status, 200);
+}
+
+#[test]
+fn a_bucket_gives_back_evenly_what_a_rolling_window_gives_back_at_once() {
+    let window = Duration::from_millis(1_500);
+    let provider = FakeProvider::start(Config {
+        limiter: Limiter::Bucket,
+        window,
+        tokens_per_window: Some(3 * cost()),
+        ..Config::default()
+    })
+    .unwrap();
+    let mut client = Client::connect(&provider);
+    let start = Instant::now();
+    let mut admitted = 0;
+    let full = loop {
+        let response = client.chat(&three_rows());
+        if response.status == 429 {
+            break response;
+        }
+        admitted += 1;
+    };
+    assert!(admitted >= 3, "{admitted}");
+    let wait: u64 = full.header("retry-after-ms").unwrap().parse().unwrap();
+    assert!((1..=500).contains(&wait), "a third of the window at most, not {wait} ms");
+    std::thread::sleep(Duration::from_millis(wait));
+    assert_eq!(client.chat(&three_rows()).status, 200);
+    if start.elapsed() < window {
+        // More than the limit, within one window.
+        assert_eq!(provider.stats().peak_window_tokens, (admitted + 1) * cost());
+    }
+}
+
+#[test]
+fn prompts_and_completions_have_limits_of_their_own() {
+    let provider = FakeProvider::start(Config::default()).unwrap();
+    let usage = chat(&provider, &three_rows()).json()["usage"].clone();
+    for (cap, word, of) in [
+        ("input_tokens_per_window", "input", "prompt_tokens"),
+        ("output_tokens_per_window", "output", "completion_tokens"),
+    ] {
+        let used = usage[of].as_u64().unwrap();
+        let mut client = Client::connect(&provider);
+        let mut set = |cap: &str, value: Option<u64>| {
+            client.send("POST", "/control", "", &serde_json::json!({ cap: value }).to_string());
+            assert_eq!(client.receive().unwrap().status, 200);
+        };
+        // One request is in the window already.
+        set(cap, Some(2 * used));
+        assert_eq!(chat(&provider, &three_rows()).status, 200);
+        let full = chat(&provider, &three_rows());
+        assert_eq!((full.status, full.json()["error"]["type"].as_str()), (429, Some("tokens")));
+        let says = format!("on {word} tokens per min: Limit {}, Used {}, Requested {used}.", 2 * used, 2 * used);
+        assert!(full.body.contains(&says) && full.header("retry-after").is_some(), "{}", full.body);
+        set(cap, Some(used - 1));
+        let large = chat(&provider, &three_rows());
+        assert!(large.body.contains(&format!("Request too large for m on {word} tokens per min")), "{}", large.body);
+        set(cap, None);
+        // The next turn begins with one request in the window again.
+        provider.configure(|config| config.window = Duration::from_millis(1));
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(chat(&provider, &three_rows()).status, 200);
+        std::thread::sleep(Duration::from_millis(2));
+        provider.configure(|config| config.window = Duration::from_secs(60));
+        assert_eq!(chat(&provider, &three_rows()).status, 200);
+    }
 }

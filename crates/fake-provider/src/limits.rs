@@ -1,0 +1,141 @@
+//! Which limits there are, and whether a request passes them all.
+
+use std::time::{Duration, Instant};
+
+use crate::bucket::Bucket;
+use crate::window::Window;
+use crate::{Config, Limiter};
+
+/// What can be limited. In this order limits are checked, and the first that is
+/// full is named in the refusal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Limit {
+    Tokens,
+    Input,
+    Output,
+    Requests,
+}
+
+impl Limit {
+    pub(crate) const ALL: [Self; 4] = [Self::Tokens, Self::Input, Self::Output, Self::Requests];
+}
+
+/// What is taken of each limit, by `Limit as usize`.
+pub(crate) type Amounts = [u64; 4];
+
+/// The most there is of each limit, by `Limit as usize`; `None` is no limit.
+pub(crate) type Caps = [Option<u64>; 4];
+
+/// Why a request is not admitted.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Full {
+    /// It needs more than the limit ever has.
+    TooLarge(Limit),
+    /// It would fit this limit after this time, were nothing else admitted.
+    For(Limit, Duration),
+}
+
+/// What was admitted, by both kinds of limiter: the log is exact and serves the
+/// counts too, the bucket follows along so that either may decide.
+#[derive(Default)]
+pub(crate) struct Limits {
+    window: Window,
+    bucket: Bucket,
+}
+
+impl Limits {
+    /// Brings everything up to `now`.
+    pub(crate) fn advance(&mut self, now: Instant, config: &Config) {
+        self.window.expire(now, config.window);
+        self.bucket.refill(now, config.window, &config.caps());
+    }
+
+    /// Admits a request and charges it, or says why not.
+    pub(crate) fn admit(&mut self, now: Instant, config: &Config, charge: Amounts) -> Result<(), Full> {
+        self.advance(now, config);
+        self.check(now, config, &charge)?;
+        self.window.push(now, charge);
+        self.bucket.take(&charge);
+        Ok(())
+    }
+
+    /// What the limiter holds against this limit, as of the last `advance`.
+    pub(crate) fn used(&self, config: &Config, limit: Limit) -> u64 {
+        match config.limiter {
+            Limiter::Rolling => self.window.used(limit),
+            Limiter::Bucket => self.bucket.used(limit),
+        }
+    }
+
+    /// Time until all of this limit is there again, were nothing else admitted.
+    pub(crate) fn full_in(&self, now: Instant, config: &Config, limit: Limit) -> Duration {
+        match (config.limiter, config.caps()[limit as usize]) {
+            (Limiter::Rolling, _) => self.window.empty_in(now, config.window),
+            (Limiter::Bucket, Some(cap)) => self.bucket.wait(limit, config.window, cap, cap),
+            (Limiter::Bucket, None) => Duration::ZERO,
+        }
+    }
+
+    /// The log of the last window, as of the last `advance`.
+    pub(crate) fn window(&self) -> &Window {
+        &self.window
+    }
+
+    fn check(&self, now: Instant, config: &Config, charge: &Amounts) -> Result<(), Full> {
+        let caps = config.caps();
+        for limit in Limit::ALL {
+            let (need, Some(cap)) = (charge[limit as usize], caps[limit as usize]) else { continue };
+            // Providers have no such message for a limit of no requests at all.
+            if need > cap && limit != Limit::Requests {
+                return Err(Full::TooLarge(limit));
+            }
+            if self.used(config, limit).saturating_add(need) > cap {
+                let wait = match config.limiter {
+                    Limiter::Rolling => self.window.wait(now, config.window, limit, cap.saturating_sub(need)),
+                    Limiter::Bucket => self.bucket.wait(limit, config.window, cap, need),
+                };
+                return Err(Full::For(limit, wait));
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_limit_is_held_by_either_limiter() {
+        let now = Instant::now();
+        let charge: Amounts = [30, 20, 10, 1];
+        for limiter in [Limiter::Rolling, Limiter::Bucket] {
+            for limit in Limit::ALL {
+                let amount = charge[limit as usize];
+                let cap = |cap| {
+                    let mut config = Config { limiter, ..Config::default() };
+                    match limit {
+                        Limit::Tokens => config.tokens_per_window = Some(cap),
+                        Limit::Input => config.input_tokens_per_window = Some(cap),
+                        Limit::Output => config.output_tokens_per_window = Some(cap),
+                        Limit::Requests => config.requests_per_window = Some(cap),
+                    }
+                    config
+                };
+                let mut limits = Limits::default();
+                let config = cap(2 * amount);
+                assert_eq!(limits.admit(now, &config, charge), Ok(()));
+                assert_eq!(limits.admit(now, &config, charge), Ok(()));
+                // Rolling: both leave at once. Bucket: half the capacity takes half the window.
+                let seconds = if limiter == Limiter::Rolling { 60 } else { 30 };
+                let full = Full::For(limit, Duration::from_secs(seconds));
+                assert_eq!(limits.admit(now, &config, charge), Err(full));
+                assert_eq!(limits.used(&config, limit), 2 * amount);
+                assert_eq!(limits.full_in(now, &config, limit), Duration::from_secs(60));
+                if limit != Limit::Requests {
+                    assert_eq!(limits.admit(now, &cap(amount - 1), charge), Err(Full::TooLarge(limit)));
+                }
+            }
+        }
+    }
+}
