@@ -38,6 +38,12 @@ impl Bucket {
         }
     }
 
+    /// Puts tokens back, up to the capacity.
+    pub(crate) fn put_back(&mut self, tokens: u64) {
+        let missing = &mut self.missing[Limit::Tokens as usize];
+        *missing = (*missing - tokens as f64).max(0.0);
+    }
+
     /// What is missing, rounded up, as of the last `refill`.
     pub(crate) fn used(&self, limit: Limit) -> u64 {
         (self.missing[limit as usize] - EPSILON).ceil() as u64
@@ -81,6 +87,11 @@ mod tests {
         bucket.refill(at(4_000), W, &caps);
         assert_eq!(bucket.wait(Limit::Tokens, W, 100, 40), Duration::ZERO);
         assert_eq!(Limit::ALL.map(|limit| bucket.used(limit)), [60, 0, 0, 0]);
+        bucket.put_back(50);
+        assert_eq!(bucket.used(Limit::Tokens), 10);
+        bucket.put_back(50);
+        bucket.take(&[1, 0, 0, 0]);
+        assert_eq!(bucket.used(Limit::Tokens), 1, "it holds no more than its capacity");
         bucket.refill(at(60_000), W, &caps);
         bucket.take(&[1, 0, 0, 0]);
         assert_eq!(bucket.used(Limit::Tokens), 1, "a long rest saves up no more than the capacity");

@@ -30,6 +30,8 @@ pub(crate) struct Admitted {
     pub(crate) fault: Option<Fault>,
     pub(crate) rows: u64,
     pub(crate) prompt_tokens: u64,
+    /// The admission's number in the limits, and the tokens charged there.
+    pub(crate) charge: (u64, u64),
     pub(crate) answer: Answer,
 }
 
@@ -71,15 +73,17 @@ impl State {
         let rng = &mut self.rng;
         let answer = answer::compose(&task, enforced, chat.max_tokens, &mut fault, rng);
         let charge = charge(self.config.reserve, &chat, &answer);
-        if let Err(reply) = self.admit(now, charge, &chat.model) {
+        let number = match self.admit(now, charge, &chat.model) {
+            Ok(number) => number,
             // The script's entry waits for a request that is let in.
-            return Verdict::Refused(reply);
-        }
+            Err(reply) => return Verdict::Refused(reply),
+        };
         if scripted.is_some() {
             self.script.pop_front();
         }
 
-        self.tally.admitted(now, charge[Limit::Tokens as usize], &task);
+        let charged_tokens = charge[Limit::Tokens as usize];
+        self.tally.admitted(now, charged_tokens, &task);
         let stats = &mut self.tally.stats;
         stats.peak_window_tokens = stats.peak_window_tokens.max(self.limits.window().used(Limit::Tokens));
         stats.peak_window_requests = stats.peak_window_requests.max(self.limits.window().used(Limit::Requests));
@@ -97,6 +101,7 @@ impl State {
             fault,
             rows: task.rows.len() as u64,
             prompt_tokens: chat.prompt_tokens,
+            charge: (number, charged_tokens),
             answer,
         }))
     }
@@ -113,9 +118,12 @@ impl State {
         None
     }
 
-    fn admit(&mut self, now: Instant, charge: Amounts, model: &str) -> Result<(), Reply> {
+    fn admit(&mut self, now: Instant, charge: Amounts, model: &str) -> Result<u64, Reply> {
         let config = &self.config;
-        let Err(full) = self.limits.admit(now, config, charge) else { return Ok(()) };
+        let full = match self.limits.admit(now, config, charge) {
+            Ok(number) => return Ok(number),
+            Err(full) => full,
+        };
         let (Full::TooLarge(limit) | Full::For(limit, _)) = full;
         let cap = config.caps()[limit as usize].unwrap_or_default();
         let asked = charge[limit as usize];

@@ -33,6 +33,9 @@ pub struct Config {
     pub requests_per_window: Option<u64>,
     /// What a request is charged against `tokens_per_window`.
     pub reserve: Reserve,
+    /// Once a request has its answer, lower its charge to what it used. Matters
+    /// where `reserve` charges more than that. Default false.
+    pub release: bool,
     /// Send `retry-after` (s) and `retry-after-ms` with the 429 of a full window. Default true.
     pub retry_after: bool,
     /// Send the `x-ratelimit-*` headers of the limits that are set. Default true.
@@ -68,6 +71,7 @@ impl Default for Config {
             output_tokens_per_window: None,
             requests_per_window: None,
             reserve: Reserve::Actual,
+            release: false,
             retry_after: true,
             rate_headers: true,
             latency: Latency::default(),
@@ -101,7 +105,7 @@ pub enum Limiter {
     Bucket,
 }
 
-/// Tokens charged at admission. The charge is never corrected afterwards.
+/// Tokens charged at admission. [`Config::release`] corrects the charge afterwards.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Reserve {

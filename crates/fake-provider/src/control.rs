@@ -16,6 +16,7 @@ struct Control {
     /// Faults of the next requests, null for none.
     script: Option<Vec<Option<String>>>,
     reserve: Option<Reserve>,
+    release: Option<bool>,
     latency: Option<LatencyChange>,
     limiter: Option<Limiter>,
     window_seconds: Option<f64>,
@@ -88,6 +89,7 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
     set(&mut config.output_tokens_per_window, control.output_tokens_per_window);
     set(&mut config.requests_per_window, control.requests_per_window);
     set(&mut config.reserve, control.reserve);
+    set(&mut config.release, control.release);
     set(&mut config.context_tokens, control.context_tokens);
     set(&mut config.json_schema, control.json_schema);
     set(&mut config.json_object, control.json_object);

@@ -50,13 +50,19 @@ impl Limits {
         self.bucket.refill(now, config.window, &config.caps());
     }
 
-    /// Admits a request and charges it, or says why not.
-    pub(crate) fn admit(&mut self, now: Instant, config: &Config, charge: Amounts) -> Result<(), Full> {
+    /// Admits a request and charges it, or says why not. Returns a number for `give_back`.
+    pub(crate) fn admit(&mut self, now: Instant, config: &Config, charge: Amounts) -> Result<u64, Full> {
         self.advance(now, config);
         self.check(now, config, &charge)?;
-        self.window.push(now, charge);
         self.bucket.take(&charge);
-        Ok(())
+        Ok(self.window.push(now, charge))
+    }
+
+    /// Lowers the tokens an admitted request is charged.
+    pub(crate) fn give_back(&mut self, now: Instant, config: &Config, number: u64, tokens: u64) {
+        self.advance(now, config);
+        self.window.lower(number, tokens);
+        self.bucket.put_back(tokens);
     }
 
     /// What the limiter holds against this limit, as of the last `advance`.
@@ -124,8 +130,8 @@ mod tests {
                 };
                 let mut limits = Limits::default();
                 let config = cap(2 * amount);
-                assert_eq!(limits.admit(now, &config, charge), Ok(()));
-                assert_eq!(limits.admit(now, &config, charge), Ok(()));
+                assert_eq!(limits.admit(now, &config, charge), Ok(0));
+                assert_eq!(limits.admit(now, &config, charge), Ok(1));
                 // Rolling: both leave at once. Bucket: half the capacity takes half the window.
                 let seconds = if limiter == Limiter::Rolling { 60 } else { 30 };
                 let full = Full::For(limit, Duration::from_secs(seconds));

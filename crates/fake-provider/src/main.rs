@@ -16,6 +16,7 @@ usage: llm-fake-provider [OPTION]...
   --input-tokens-per-window N, --output-tokens-per-window N,
   --requests-per-window N   default no limit
   --reserve HOW             actual (default), prompt-plus-max or max
+  --release                 give back what was reserved and not used
   --context-tokens N        default no limit
   --base-ms N               delay of every answer
   --per-token-ms N          delay per completion token
@@ -59,6 +60,7 @@ fn configure(arguments: Vec<String>) -> Result<Config, String> {
         match option.as_str() {
             "--no-retry-after" => config.retry_after = false,
             "--no-rate-headers" => config.rate_headers = false,
+            "--release" => config.release = true,
             "--no-json-schema" => config.json_schema = false,
             "--no-json-object" => config.json_object = false,
             "--no-max-tokens" => config.max_tokens_param = false,

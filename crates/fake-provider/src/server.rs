@@ -301,6 +301,11 @@ async fn chat(shared: &Shared, request: &Request, connection: &Connection) -> Af
 
 /// Takes an admitted request out of flight.
 fn finish(state: &mut State, mut admitted: Admitted, stayed: bool) -> After {
+    let now = Instant::now();
+    // A client that leaves does not stop its answer, except one that hangs.
+    if stayed || admitted.fault != Some(Fault::Hang) {
+        release_reservation(state, now, &admitted);
+    }
     let tally = &mut state.tally;
     tally.stats.in_flight -= 1;
     tally.stats.rows_in_flight -= admitted.rows;
@@ -308,7 +313,7 @@ fn finish(state: &mut State, mut admitted: Admitted, stayed: bool) -> After {
         tally.stats.abandoned += 1;
         return After::Left;
     }
-    tally.answered(Instant::now());
+    tally.answered(now);
     match admitted.fault {
         Some(Fault::ResetAfter) => {
             tally.stats.connections_reset += 1;
@@ -321,6 +326,16 @@ fn finish(state: &mut State, mut admitted: Admitted, stayed: bool) -> After {
     let id = request_id(state);
     admitted.reply.headers.push(("x-request-id", id));
     After::Reply(admitted.reply)
+}
+
+/// Takes back what an admitted request was charged and did not use.
+fn release_reservation(state: &mut State, now: Instant, admitted: &Admitted) {
+    let (number, charged) = admitted.charge;
+    let unused = charged.saturating_sub(admitted.prompt_tokens + admitted.answer.completion_tokens);
+    if state.config.release && unused > 0 {
+        state.limits.give_back(now, &state.config, number, unused);
+        state.tally.stats.released_tokens += unused;
+    }
 }
 
 fn request_id(state: &mut State) -> String {

@@ -28,6 +28,8 @@ pub struct Stats {
     pub completion_tokens: u64,
     /// Tokens charged against the window, see [`Reserve`](crate::Reserve).
     pub charged_tokens: u64,
+    /// Tokens of those given back, see [`Config::release`](crate::Config::release).
+    pub released_tokens: u64,
     /// Requests admitted and neither answered nor abandoned yet.
     pub in_flight: u64,
     /// The most requests ever in flight.

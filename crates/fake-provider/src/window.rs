@@ -9,15 +9,28 @@ use crate::limits::{Amounts, Limit};
 #[derive(Default)]
 pub(crate) struct Window {
     log: VecDeque<(Instant, Amounts)>,
+    /// How many have left the log: the number of its first entry.
+    gone: u64,
     used: Amounts,
 }
 
 impl Window {
-    /// Adds an admission, the latest.
-    pub(crate) fn push(&mut self, now: Instant, charge: Amounts) {
+    /// Adds an admission, the latest, and returns its number.
+    pub(crate) fn push(&mut self, now: Instant, charge: Amounts) -> u64 {
         self.log.push_back((now, charge));
         for (used, amount) in self.used.iter_mut().zip(charge) {
             *used += amount;
+        }
+        self.gone + self.log.len() as u64 - 1
+    }
+
+    /// Lowers the tokens of an admission, if it is still in the window.
+    pub(crate) fn lower(&mut self, number: u64, tokens: u64) {
+        let index = number.checked_sub(self.gone);
+        if let Some((_, charge)) = index.and_then(|index| self.log.get_mut(index as usize)) {
+            let lowered = tokens.min(charge[Limit::Tokens as usize]);
+            charge[Limit::Tokens as usize] -= lowered;
+            self.used[Limit::Tokens as usize] -= lowered;
         }
     }
 
@@ -40,6 +53,7 @@ impl Window {
                 *used -= amount;
             }
             self.log.pop_front();
+            self.gone += 1;
         }
     }
 
@@ -81,6 +95,23 @@ mod tests {
         window.expire(at(10), W);
         assert_eq!(Limit::ALL.map(|limit| window.used(limit)), [60, 40, 20, 1]);
         assert_eq!(window.empty_in(at(12), W), Duration::from_secs(2));
+    }
+
+    #[test]
+    fn what_is_lowered_comes_back_but_once() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let mut window = Window::default();
+        let early = window.push(at(0), [40, 0, 0, 1]);
+        let late = window.push(at(4), [60, 0, 0, 1]);
+        window.lower(late, 50);
+        assert_eq!(window.used(Limit::Tokens), 50);
+        window.expire(at(10), W);
+        window.lower(early, 30);
+        assert_eq!(window.used(Limit::Tokens), 10);
+        window.lower(late, 5);
+        window.expire(at(14), W);
+        assert_eq!(window.used(Limit::Tokens), 0);
     }
 
     #[test]

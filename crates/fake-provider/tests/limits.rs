@@ -216,3 +216,36 @@ fn prompts_and_completions_have_limits_of_their_own() {
         assert_eq!(chat(&provider, &three_rows()).status, 200);
     }
 }
+
+#[test]
+fn a_reservation_that_was_not_used_is_given_back_after_the_answer() {
+    for limiter in [Limiter::Rolling, Limiter::Bucket] {
+        let provider = FakeProvider::start(Config {
+            limiter,
+            tokens_per_window: Some(1_500),
+            reserve: Reserve::PromptPlusMax,
+            release: true,
+            window: Duration::from_secs(3_600),
+            ..Config::default()
+        })
+        .unwrap();
+        let mut body = three_rows();
+        body["max_tokens"] = 1_000.into();
+        provider.hold();
+        let mut first = Client::connect(&provider);
+        first.send_chat(&body);
+        wait_for(&provider, |stats| stats.in_flight == 1);
+        assert_eq!(chat(&provider, &body).status, 429, "no room for two reservations");
+        provider.release();
+        assert_eq!(first.receive().unwrap().status, 200);
+        let stats = provider.stats();
+        assert_eq!(stats.charged_tokens - stats.released_tokens, cost());
+        assert_eq!(chat(&provider, &body).status, 200, "there is room after the answer");
+        // Left: all but two answers and this reservation. (A bucket may have got a token meanwhile.)
+        provider.configure(|config| config.release = false);
+        let left = chat(&provider, &body).header("x-ratelimit-remaining-tokens").unwrap().parse::<u64>().unwrap();
+        let prompt = stats.prompt_tokens;
+        assert!((0..=5).contains(&(left - (1_500 - 2 * cost() - prompt - 1_000))), "{left}");
+        assert_eq!(chat(&provider, &body).status, 429, "nothing is given back any more");
+    }
+}
