@@ -41,6 +41,7 @@ impl State {
     pub(crate) fn judge(&mut self, bearer: Option<&str>, body: &[u8]) -> Verdict {
         let now = Instant::now();
         self.tally.arrived(now);
+        self.limits.arrived(now);
         let checked = serde_json::from_slice(body)
             .map_err(|_| Reply::invalid("", "", "the body is not JSON"))
             .and_then(|body: Value| {
@@ -83,10 +84,7 @@ impl State {
         }
 
         let charged_tokens = charge[Limit::Tokens as usize];
-        self.tally.admitted(now, charged_tokens, &task);
-        let stats = &mut self.tally.stats;
-        stats.peak_window_tokens = stats.peak_window_tokens.max(self.limits.window().used(Limit::Tokens));
-        stats.peak_window_requests = stats.peak_window_requests.max(self.limits.window().used(Limit::Requests));
+        self.tally.admitted(charged_tokens, &task);
         if let Some(fault) = &fault {
             self.tally.fault(fault.name());
         }

@@ -31,6 +31,8 @@ pub struct Config {
     pub output_tokens_per_window: Option<u64>,
     /// Most requests admitted in a window; `None` is no limit.
     pub requests_per_window: Option<u64>,
+    /// Another client that uses the same limits. Default none.
+    pub other_client: Option<OtherClient>,
     /// What a request is charged against `tokens_per_window`.
     pub reserve: Reserve,
     /// Once a request has its answer, lower its charge to what it used. Matters
@@ -70,6 +72,7 @@ impl Default for Config {
             input_tokens_per_window: None,
             output_tokens_per_window: None,
             requests_per_window: None,
+            other_client: None,
             reserve: Reserve::Actual,
             release: false,
             retry_after: true,
@@ -103,6 +106,29 @@ pub enum Limiter {
     /// A token bucket: it holds a window's worth, starts full and refills
     /// evenly, a window's worth in a window's time.
     Bucket,
+}
+
+/// Another client on the same account. Its requests are evenly spaced, are
+/// charged like ours, and are not in the counts of ours.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OtherClient {
+    /// The part (0 to 1, or more) it takes of the token limit, and likewise of
+    /// those of input and output tokens. Default 0.
+    pub share: f64,
+    /// Tokens of each of its requests. Default 1,000.
+    pub request_tokens: u64,
+    /// When it begins, counted from our first chat request after it was set.
+    /// Default 0.
+    pub after: Duration,
+    /// Its requests are always charged, even where there is no room for them.
+    /// Otherwise it is refused like us and tries again every 100 ms. Default true.
+    pub insists: bool,
+}
+
+impl Default for OtherClient {
+    fn default() -> Self {
+        Self { share: 0.0, request_tokens: 1_000, after: Duration::ZERO, insists: true }
+    }
 }
 
 /// Tokens charged at admission. [`Config::release`] corrects the charge afterwards.

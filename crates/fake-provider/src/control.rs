@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::server::Shared;
-use crate::{Fault, Limiter, Reserve};
+use crate::{Fault, Limiter, OtherClient, Reserve};
 
 /// The body of `POST /control`. What is left out stays as it is.
 #[derive(Deserialize)]
@@ -15,6 +15,9 @@ struct Control {
     faults: Option<serde_json::Map<String, serde_json::Value>>,
     /// Faults of the next requests, null for none.
     script: Option<Vec<Option<String>>>,
+    /// Null removes it.
+    #[serde(default, deserialize_with = "present")]
+    other_client: Option<Option<OtherChange>>,
     reserve: Option<Reserve>,
     release: Option<bool>,
     latency: Option<LatencyChange>,
@@ -48,6 +51,16 @@ struct LatencyChange {
     base_ms: Option<f64>,
     per_token_ms: Option<f64>,
     spread: Option<f64>,
+}
+
+/// What is left out has its default; the client begins anew.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OtherChange {
+    share: f64,
+    request_tokens: Option<u64>,
+    after_seconds: Option<f64>,
+    insists: Option<bool>,
 }
 
 /// Applies a change, all of it or none.
@@ -96,10 +109,14 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
     set(&mut config.max_tokens_param, control.max_tokens_param);
     set(&mut config.retry_after, control.retry_after);
     set(&mut config.rate_headers, control.rate_headers);
+    if let Some(other) = control.other_client {
+        config.other_client = other.map(other_client).transpose()?;
+        state.limits.restart_other();
+    }
     state.configure(|current| *current = config);
     state.script.extend(script);
     if control.reset_stats {
-        state.tally.reset();
+        state.reset_stats();
     }
     drop(state);
     match control.hold {
@@ -108,6 +125,16 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
         None => {}
     }
     Ok(())
+}
+
+fn other_client(change: OtherChange) -> Result<OtherClient, String> {
+    let mut other = OtherClient { share: change.share, ..OtherClient::default() };
+    set(&mut other.request_tokens, change.request_tokens);
+    set(&mut other.insists, change.insists);
+    if let Some(after) = change.after_seconds {
+        other.after = seconds(after)?;
+    }
+    Ok(other)
 }
 
 fn set<T>(field: &mut T, change: Option<T>) {

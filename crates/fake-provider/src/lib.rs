@@ -32,6 +32,9 @@ mod control;
 mod fault;
 mod http;
 mod limits;
+mod mean;
+mod meter;
+mod other;
 mod prompt;
 mod reply;
 mod request;
@@ -40,7 +43,7 @@ mod server;
 mod stats;
 mod window;
 
-pub use config::{Config, Latency, Limiter, Reserve};
+pub use config::{Config, Latency, Limiter, OtherClient, Reserve};
 pub use fault::Fault;
 pub use server::FakeProvider;
 pub use stats::{Row, Stats};

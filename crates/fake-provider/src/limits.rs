@@ -3,6 +3,8 @@
 use std::time::{Duration, Instant};
 
 use crate::bucket::Bucket;
+use crate::meter::Meter;
+use crate::other::Other;
 use crate::window::Window;
 use crate::{Config, Limiter};
 
@@ -41,11 +43,37 @@ pub(crate) enum Full {
 pub(crate) struct Limits {
     window: Window,
     bucket: Bucket,
+    other: Other,
 }
 
 impl Limits {
-    /// Brings everything up to `now`.
+    /// A chat request of ours arrived.
+    pub(crate) fn arrived(&mut self, now: Instant) {
+        self.other.arrived(now);
+    }
+
+    /// The other client begins anew, with our next chat request.
+    pub(crate) fn restart_other(&mut self) {
+        self.other = Other::default();
+    }
+
+    /// Brings everything up to `now`. The other client's requests have their
+    /// effect at their own times, although they are worked out only here.
     pub(crate) fn advance(&mut self, now: Instant, config: &Config) {
+        let insists = config.other_client.as_ref().is_some_and(|other| other.insists);
+        while let Some((at, charge)) = self.other.due(now, config) {
+            self.expire(at, config);
+            let charged = insists || self.check(at, config, &charge).is_ok();
+            if charged {
+                self.bucket.take(&charge);
+                self.window.push(at, config.window, charge, false);
+            }
+            self.other.asked(at, config, charged);
+        }
+        self.expire(now, config);
+    }
+
+    fn expire(&mut self, now: Instant, config: &Config) {
         self.window.expire(now, config.window);
         self.bucket.refill(now, config.window, &config.caps());
     }
@@ -55,13 +83,13 @@ impl Limits {
         self.advance(now, config);
         self.check(now, config, &charge)?;
         self.bucket.take(&charge);
-        Ok(self.window.push(now, charge))
+        Ok(self.window.push(now, config.window, charge, true))
     }
 
     /// Lowers the tokens an admitted request is charged.
     pub(crate) fn give_back(&mut self, now: Instant, config: &Config, number: u64, tokens: u64) {
         self.advance(now, config);
-        self.window.lower(number, tokens);
+        self.window.lower(now, number, tokens);
         self.bucket.put_back(tokens);
     }
 
@@ -82,9 +110,14 @@ impl Limits {
         }
     }
 
-    /// The log of the last window, as of the last `advance`.
-    pub(crate) fn window(&self) -> &Window {
-        &self.window
+    /// What was in the windows so far, as of the last `advance`.
+    pub(crate) fn meter(&self) -> &Meter {
+        &self.window.meter
+    }
+
+    /// Starts peaks, means and counts anew.
+    pub(crate) fn reset_meter(&mut self) {
+        self.window.meter = Meter::default();
     }
 
     fn check(&self, now: Instant, config: &Config, charge: &Amounts) -> Result<(), Full> {
@@ -110,6 +143,7 @@ impl Limits {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::OtherClient;
 
     #[test]
     fn each_limit_is_held_by_either_limiter() {
@@ -140,6 +174,55 @@ mod tests {
                 assert_eq!(limits.full_in(now, &config, limit), Duration::from_secs(60));
                 if limit != Limit::Requests {
                     assert_eq!(limits.admit(now, &cap(amount - 1), charge), Err(Full::TooLarge(limit)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_other_client_takes_its_share_and_may_take_turns() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let ours: Amounts = [400, 300, 100, 1];
+        for limiter in [Limiter::Rolling, Limiter::Bucket] {
+            for insists in [true, false] {
+                let other = OtherClient { share: 0.5, request_tokens: 100, insists, ..OtherClient::default() };
+                let config = Config {
+                    limiter,
+                    window: Duration::from_secs(10),
+                    tokens_per_window: Some(1_000),
+                    other_client: Some(other),
+                    ..Config::default()
+                };
+                let mut limits = Limits::default();
+                limits.arrived(at(0));
+                // At 0, 2 and 4 s it takes 100 each.
+                let used = |limits: &Limits| limits.used(&config, Limit::Tokens);
+                limits.advance(at(4), &config);
+                assert_eq!(limits.meter().other_tokens, 300);
+                assert!(limits.admit(at(4), &config, ours).is_ok());
+                let full = used(&limits);
+                if limiter == Limiter::Rolling {
+                    assert_eq!(full, 700);
+                    assert!(limits.admit(at(4), &config, ours).is_err(), "the other client's tokens count");
+                    // It asks at 6 s and at 8 s: the window is full then.
+                    assert!(limits.admit(at(5), &config, [300, 0, 0, 1]).is_ok());
+                    limits.advance(at(9), &config);
+                    assert_eq!(used(&limits), if insists { 1_200 } else { 1_000 });
+                    // The first 100 left at 10 s: who waited gets that room at once.
+                    limits.advance(at(10), &config);
+                    assert_eq!(limits.meter().other_tokens, if insists { 600 } else { 400 });
+                    assert_eq!(limits.meter().peak_tokens, 700);
+                    assert_eq!(limits.meter().peak_tokens_all, if insists { 1_200 } else { 1_000 });
+                } else {
+                    assert_eq!(full, 500, "what it took at first has come back");
+                    assert!(limits.admit(at(5), &config, [600, 0, 0, 1]).is_ok());
+                    assert!(limits.admit(start + Duration::from_millis(5_950), &config, [95, 0, 0, 1]).is_ok());
+                    // 995 are taken at 6 s. At 7 s, its tenth try, there is room.
+                    limits.advance(at(6), &config);
+                    assert_eq!(used(&limits), if insists { 1_095 } else { 995 });
+                    limits.advance(at(7), &config);
+                    assert_eq!((used(&limits), limits.meter().other_tokens), (995, 400));
                 }
             }
         }

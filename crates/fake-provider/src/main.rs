@@ -15,6 +15,11 @@ usage: llm-fake-provider [OPTION]...
   --tokens-per-window N     default no limit
   --input-tokens-per-window N, --output-tokens-per-window N,
   --requests-per-window N   default no limit
+  --other-client SHARE      another client takes this part (0 to 1) of the token limit
+  --other-client-tokens N   tokens of each of its requests, default 1000
+  --other-client-after SECONDS
+                            it begins so long after our first request
+  --other-client-yields     it is refused too where there is no room
   --reserve HOW             actual (default), prompt-plus-max or max
   --release                 give back what was reserved and not used
   --context-tokens N        default no limit
@@ -60,6 +65,7 @@ fn configure(arguments: Vec<String>) -> Result<Config, String> {
         match option.as_str() {
             "--no-retry-after" => config.retry_after = false,
             "--no-rate-headers" => config.rate_headers = false,
+            "--other-client-yields" => config.other_client.get_or_insert_default().insists = false,
             "--release" => config.release = true,
             "--no-json-schema" => config.json_schema = false,
             "--no-json-object" => config.json_object = false,
@@ -83,6 +89,9 @@ fn set(config: &mut Config, option: &str, value: &str) -> Option<()> {
         "--output-tokens-per-window" => config.output_tokens_per_window = Some(value.parse().ok()?),
         "--requests-per-window" => config.requests_per_window = Some(value.parse().ok()?),
         "--context-tokens" => config.context_tokens = Some(value.parse().ok()?),
+        "--other-client" => config.other_client.get_or_insert_default().share = value.parse().ok()?,
+        "--other-client-tokens" => config.other_client.get_or_insert_default().request_tokens = value.parse().ok()?,
+        "--other-client-after" => config.other_client.get_or_insert_default().after = seconds(value, 1.0)?,
         "--reserve" => config.reserve = named(value)?,
         "--base-ms" => config.latency.base = seconds(value, 1000.0)?,
         "--per-token-ms" => config.latency.per_output_token = seconds(value, 1000.0)?,

@@ -65,7 +65,7 @@ impl FakeProvider {
 
     /// Starts the counts anew. What is in flight and what the window holds stay.
     pub fn reset_stats(&self) {
-        self.shared.lock().tally.reset();
+        self.shared.lock().reset_stats();
     }
 
     /// Sets the faults of the next chat requests, one each, in order; `None` is
@@ -134,7 +134,22 @@ impl State {
     pub(crate) fn configure(&mut self, change: impl FnOnce(&mut Config)) {
         // What happened so far did so under the configuration of its time.
         self.limits.advance(Instant::now(), &self.config);
+        let other = self.config.other_client;
         change(&mut self.config);
+        if self.config.other_client != other {
+            self.limits.restart_other();
+        }
+    }
+
+    pub(crate) fn reset_stats(&mut self) {
+        self.limits.advance(Instant::now(), &self.config);
+        self.limits.reset_meter();
+        self.tally.reset();
+    }
+
+    fn stats(&mut self) -> Stats {
+        self.limits.advance(Instant::now(), &self.config);
+        self.tally.snapshot(self.limits.meter(), self.config.tokens_per_window)
     }
 
     pub(crate) fn keep_body(&mut self, body: Value) {
@@ -177,9 +192,7 @@ impl Shared {
     }
 
     fn stats(&self) -> Stats {
-        let state = self.lock();
-        let Config { window, tokens_per_window, .. } = state.config;
-        state.tally.snapshot(window, tokens_per_window)
+        self.lock().stats()
     }
 }
 

@@ -1,11 +1,12 @@
 //! What happened so far.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde::Serialize;
 
 use crate::answer::Answer;
+use crate::meter::Meter;
 use crate::prompt::{Shape, Task};
 
 /// Counts since the start, or since the last
@@ -46,6 +47,12 @@ pub struct Stats {
     /// end of the first window to the last admission, of the tokens in the
     /// window. 0 when there is no limit or all happened within one window.
     pub window_used: f64,
+    /// The same, with the tokens of [`OtherClient`](crate::OtherClient).
+    pub window_used_all: f64,
+    /// The most tokens charged within any window, those of the other client included.
+    pub peak_window_tokens_all: u64,
+    /// Tokens charged to the other client.
+    pub other_tokens: u64,
     /// Rows with a marker, by the marker's id as written (`000123`).
     pub rows: BTreeMap<String, Row>,
     /// Rows without a marker that were asked.
@@ -76,19 +83,16 @@ pub struct Row {
 pub(crate) struct Tally {
     pub(crate) stats: Stats,
     started: Instant,
-    /// Admissions, for `window_used`.
-    charges: Vec<(Instant, u64)>,
 }
 
 impl Tally {
     pub(crate) fn new(started: Instant) -> Self {
-        Self { stats: Stats::default(), started, charges: Vec::new() }
+        Self { stats: Stats::default(), started }
     }
 
     /// Starts anew. Requests in flight stay so.
     pub(crate) fn reset(&mut self) {
         let Stats { in_flight, rows_in_flight, .. } = self.stats;
-        self.charges.clear();
         self.stats = Stats {
             in_flight,
             rows_in_flight,
@@ -104,9 +108,8 @@ impl Tally {
         self.stats.first_request_ms.get_or_insert(ms);
     }
 
-    pub(crate) fn admitted(&mut self, now: Instant, charge: u64, task: &Task) {
+    pub(crate) fn admitted(&mut self, charge: u64, task: &Task) {
         let stats = &mut self.stats;
-        self.charges.push((now, charge));
         stats.admitted += 1;
         stats.charged_tokens += charge;
         stats.in_flight += 1;
@@ -144,54 +147,20 @@ impl Tally {
     }
 
     /// The stats, with what is worked out only when asked for.
-    pub(crate) fn snapshot(&self, window: Duration, token_cap: Option<u64>) -> Stats {
+    pub(crate) fn snapshot(&self, meter: &Meter, token_cap: Option<u64>) -> Stats {
+        let [window_used, window_used_all] = meter.used(token_cap.unwrap_or(0));
         Stats {
-            window_used: token_cap.map_or(0.0, |cap| window_used(&self.charges, window, cap)),
+            peak_window_tokens: meter.peak_tokens,
+            peak_window_requests: meter.peak_requests,
+            peak_window_tokens_all: meter.peak_tokens_all,
+            other_tokens: meter.other_tokens,
+            window_used,
+            window_used_all,
             ..self.stats.clone()
         }
     }
 
     fn ms(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.started).as_millis() as u64
-    }
-}
-
-/// Each charge fills the window from its admission on, for the window's length:
-/// the integral of the tokens in the window is the sum of what each charge adds.
-fn window_used(charges: &[(Instant, u64)], window: Duration, cap: u64) -> f64 {
-    let (Some((first, _)), Some((last, _))) = (charges.first(), charges.last()) else {
-        return 0.0;
-    };
-    let (begin, end) = (*first + window, *last);
-    if begin >= end || cap == 0 {
-        return 0.0;
-    }
-    let integral: f64 = charges
-        .iter()
-        .map(|(at, tokens)| {
-            let overlap = (*at + window).min(end).saturating_duration_since((*at).max(begin));
-            *tokens as f64 * overlap.as_secs_f64()
-        })
-        .sum();
-    integral / ((end - begin).as_secs_f64() * cap as f64)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_mean_share_of_the_window() {
-        let start = Instant::now();
-        let at = |s| start + Duration::from_secs(s);
-        let used = |charges: &[(Instant, u64)]| window_used(charges, Duration::from_secs(10), 100);
-        // A full window again and again.
-        let full = used(&[(at(0), 100), (at(10), 100), (at(20), 100)]);
-        assert!((full - 1.0).abs() < 1e-9);
-        // From 10 s to 30 s: 100 for 10 s, nothing for 5, 40 for 5.
-        let gaps = used(&[(at(0), 7), (at(10), 100), (at(25), 40), (at(30), 9)]);
-        assert!((gaps - 0.6).abs() < 1e-9);
-        assert_eq!(used(&[(at(0), 7), (at(5), 7)]), 0.0);
-        assert_eq!(used(&[]), 0.0);
     }
 }

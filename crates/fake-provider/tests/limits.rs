@@ -6,7 +6,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Limiter, Reserve};
+use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Limiter, OtherClient, Reserve};
 use support::*;
 
 /// What the three rows cost.
@@ -248,4 +248,43 @@ fn a_reservation_that_was_not_used_is_given_back_after_the_answer() {
         assert!((0..=5).contains(&(left - (1_500 - 2 * cost() - prompt - 1_000))), "{left}");
         assert_eq!(chat(&provider, &body).status, 429, "nothing is given back any more");
     }
+}
+
+#[test]
+fn another_client_takes_from_the_same_limit() {
+    let provider = FakeProvider::start(Config {
+        tokens_per_window: Some(100_000),
+        other_client: Some(OtherClient { share: 0.4, request_tokens: 40_000, ..OtherClient::default() }),
+        ..Config::default()
+    })
+    .unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(provider.stats().other_tokens, 0, "it begins with our first request");
+    let response = chat(&provider, &three_rows());
+    let left: u64 = response.header("x-ratelimit-remaining-tokens").unwrap().parse().unwrap();
+    assert_eq!(left, 60_000 - cost());
+    let stats = provider.stats();
+    assert_eq!((stats.requests, stats.charged_tokens, stats.peak_window_tokens), (1, cost(), cost()));
+    assert_eq!((stats.other_tokens, stats.peak_window_tokens_all), (40_000, 40_000 + cost()));
+
+    // Anew, and soon enough to see it take its part, whether or not there is room.
+    let mut client = Client::connect(&provider);
+    client.send(
+        "POST",
+        "/control",
+        "",
+        r#"{"other_client":{"share":90,"request_tokens":30000,"after_seconds":0.05},"reset_stats":true}"#,
+    );
+    assert_eq!(client.receive().unwrap().status, 200);
+    std::thread::sleep(Duration::from_millis(60));
+    assert_eq!(client.chat(&three_rows()).status, 200, "it has not begun");
+    assert_eq!(provider.stats().other_tokens, 0);
+    let stats = wait_for(&provider, |stats| stats.other_tokens >= 90_000);
+    assert_eq!(stats.peak_window_tokens_all, 40_000 + 2 * cost() + stats.other_tokens);
+    assert_eq!(client.chat(&three_rows()).status, 429);
+
+    client.send("POST", "/control", "", r#"{"other_client":null,"reset_stats":true}"#);
+    assert_eq!(client.receive().unwrap().status, 200);
+    std::thread::sleep(Duration::from_millis(250));
+    assert_eq!(provider.stats().other_tokens, 0);
 }
