@@ -5,9 +5,11 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::answer::{self, Answer};
+use crate::date::{go_duration, unix_time};
+use crate::headers::{Header, Standing, per_minute, rate_headers, retry_headers};
 use crate::limits::{Amounts, Full, Limit};
 use crate::prompt::Task;
-use crate::reply::{Reply, go_duration, unix_time};
+use crate::reply::Reply;
 use crate::request::{Chat, Format};
 use crate::server::State;
 use crate::{Config, Fault, Reserve};
@@ -92,7 +94,7 @@ impl State {
             self.tally.billed(chat.prompt_tokens, &answer);
         }
         let mut reply = self.completion(&chat, &answer);
-        self.add_rate_headers(&mut reply, now);
+        reply.headers.extend(self.rate_headers(now, charge));
         Verdict::Admitted(Box::new(Admitted {
             reply,
             delay: self.delay(answer.completion_tokens),
@@ -134,37 +136,23 @@ impl State {
             }
         };
         let mut reply = Reply::error(429, kind, "", "rate_limit_exceeded", &message);
-        if let Some(wait) = wait.filter(|_| config.retry_after) {
-            let ms = wait.as_nanos().div_ceil(1_000_000).max(1);
-            let seconds = ms.div_ceil(1000);
-            reply.headers.push(("retry-after-ms", ms.to_string()));
-            reply.headers.push(("retry-after", seconds.to_string()));
-        }
-        self.add_rate_headers(&mut reply, now);
+        reply.headers.extend(wait.map(|wait| retry_headers(config.retry_after, wait)).unwrap_or_default());
+        reply.headers.extend(self.rate_headers(now, charge));
         Err(reply)
     }
 
-    fn add_rate_headers(&mut self, reply: &mut Reply, now: Instant) {
+    /// How the limits stand, as of the last admission or refusal.
+    fn rate_headers(&self, now: Instant, charge: Amounts) -> Vec<Header> {
         let config = &self.config;
-        if !config.rate_headers {
-            return;
-        }
-        let left = |limit, cap: u64| cap.saturating_sub(self.limits.used(config, limit)).to_string();
-        let reset = |limit| go_duration(self.limits.full_in(now, config, limit));
-        if let Some(cap) = config.requests_per_window {
-            reply.headers.extend([
-                ("x-ratelimit-limit-requests", cap.to_string()),
-                ("x-ratelimit-remaining-requests", left(Limit::Requests, cap)),
-                ("x-ratelimit-reset-requests", reset(Limit::Requests)),
-            ]);
-        }
-        if let Some(cap) = config.tokens_per_window {
-            reply.headers.extend([
-                ("x-ratelimit-limit-tokens", cap.to_string()),
-                ("x-ratelimit-remaining-tokens", left(Limit::Tokens, cap)),
-                ("x-ratelimit-reset-tokens", reset(Limit::Tokens)),
-            ]);
-        }
+        let caps = config.caps();
+        rate_headers(config.rate_headers, charge[Limit::Tokens as usize], |limit| {
+            let cap = caps[limit as usize]?;
+            Some(Standing {
+                per_minute: per_minute(cap, config.window),
+                left: (cap as i64).saturating_sub(self.limits.used(config, limit) as i64),
+                full_in: self.limits.full_in(now, config, limit),
+            })
+        })
     }
 
     fn delay(&mut self, completion_tokens: u64) -> Duration {
@@ -178,7 +166,7 @@ impl State {
         let body = json!({
             "id": format!("chatcmpl-{:016x}", self.rng.next_u64()),
             "object": "chat.completion",
-            "created": unix_time(),
+            "created": unix_time().as_secs(),
             "model": chat.model,
             "choices": [{
                 "index": 0,

@@ -38,10 +38,10 @@ pub struct Config {
     /// Once a request has its answer, lower its charge to what it used. Matters
     /// where `reserve` charges more than that. Default false.
     pub release: bool,
-    /// Send `retry-after` (s) and `retry-after-ms` with the 429 of a full window. Default true.
-    pub retry_after: bool,
-    /// Send the `x-ratelimit-*` headers of the limits that are set. Default true.
-    pub rate_headers: bool,
+    /// How the 429 of a full limit says how long to wait.
+    pub retry_after: RetryAfter,
+    /// Which headers tell of the limits that are set.
+    pub rate_headers: RateHeaders,
     /// How long an answer takes.
     pub latency: Latency,
     /// Accept `response_format` of type `json_schema`; otherwise 400. Default true.
@@ -75,8 +75,8 @@ impl Default for Config {
             other_client: None,
             reserve: Reserve::Actual,
             release: false,
-            retry_after: true,
-            rate_headers: true,
+            retry_after: RetryAfter::Both,
+            rate_headers: RateHeaders::OpenAi,
             latency: Latency::default(),
             json_schema: true,
             json_object: true,
@@ -142,6 +142,48 @@ pub enum Reserve {
     PromptPlusMax,
     /// The larger of the prompt and the maximum asked for.
     Max,
+}
+
+/// The headers about limits, sent with every admission and every refusal of a
+/// full limit. The limit told is that of a minute; what remains is what is really
+/// left after the request's charge. Names on the command line and in `/control`
+/// are those of the variants, in lower case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RateHeaders {
+    /// None at all.
+    None,
+    /// `x-ratelimit-{limit,remaining,reset}-{requests,tokens}`; the reset is the
+    /// time until all is there again: `6m0s`.
+    #[default]
+    OpenAi,
+    /// `anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,
+    /// remaining,reset}`; remaining tokens are rounded to thousands, the reset is
+    /// the time (RFC 3339) when all is there again.
+    Anthropic,
+    /// `x-ratelimit-{limit,remaining}-{req,tokens}-minute` and
+    /// `x-ratelimit-tokens-query-cost`, the tokens charged.
+    Mistral,
+    /// `x-ratelimit-{limit,remaining}-{requests,tokens}`; what remains may be
+    /// less than nothing.
+    Azure,
+}
+
+/// How the 429 of a full limit says how long to wait, rounded up. Names on the
+/// command line and in `/control` are `none`, `seconds`, `both` and `date`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RetryAfter {
+    /// Not at all.
+    None,
+    /// `retry-after` in seconds.
+    Seconds,
+    /// `retry-after` in seconds, and `retry-after-ms`.
+    #[default]
+    Both,
+    /// `retry-after` as a date, to be compared with the header `date`.
+    #[serde(rename = "date")]
+    HttpDate,
 }
 
 /// How long an admitted request takes: `(base + per_output_token * completion

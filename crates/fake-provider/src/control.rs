@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::server::Shared;
-use crate::{Fault, Limiter, OtherClient, Reserve};
+use crate::{Fault, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 
 /// The body of `POST /control`. What is left out stays as it is.
 #[derive(Deserialize)]
@@ -37,8 +37,8 @@ struct Control {
     json_schema: Option<bool>,
     json_object: Option<bool>,
     max_tokens_param: Option<bool>,
-    retry_after: Option<bool>,
-    rate_headers: Option<bool>,
+    retry_after: Option<RetryAfter>,
+    rate_headers: Option<RateHeaders>,
     /// True holds all answers, false releases them.
     hold: Option<bool>,
     #[serde(default)]

@@ -29,7 +29,9 @@ mod bucket;
 mod chat;
 mod config;
 mod control;
+mod date;
 mod fault;
+mod headers;
 mod http;
 mod limits;
 mod mean;
@@ -43,7 +45,7 @@ mod server;
 mod stats;
 mod window;
 
-pub use config::{Config, Latency, Limiter, OtherClient, Reserve};
+pub use config::{Config, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 pub use fault::Fault;
 pub use server::FakeProvider;
 pub use stats::{Row, Stats};

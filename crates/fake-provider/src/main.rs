@@ -4,7 +4,7 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use llm_fake_provider::{Config, FakeProvider};
+use llm_fake_provider::{Config, FakeProvider, RateHeaders, RetryAfter};
 use serde::Deserialize;
 
 const USAGE: &str = "\
@@ -22,6 +22,8 @@ usage: llm-fake-provider [OPTION]...
   --other-client-yields     it is refused too where there is no room
   --reserve HOW             actual (default), prompt-plus-max or max
   --release                 give back what was reserved and not used
+  --rate-headers STYLE      openai (default), anthropic, mistral, azure or none
+  --retry-after STYLE       both (default: s and ms), seconds, date or none
   --context-tokens N        default no limit
   --base-ms N               delay of every answer
   --per-token-ms N          delay per completion token
@@ -63,8 +65,8 @@ fn configure(arguments: Vec<String>) -> Result<Config, String> {
     let mut arguments = arguments.into_iter();
     while let Some(option) = arguments.next() {
         match option.as_str() {
-            "--no-retry-after" => config.retry_after = false,
-            "--no-rate-headers" => config.rate_headers = false,
+            "--no-retry-after" => config.retry_after = RetryAfter::None,
+            "--no-rate-headers" => config.rate_headers = RateHeaders::None,
             "--other-client-yields" => config.other_client.get_or_insert_default().insists = false,
             "--release" => config.release = true,
             "--no-json-schema" => config.json_schema = false,
@@ -92,6 +94,8 @@ fn set(config: &mut Config, option: &str, value: &str) -> Option<()> {
         "--other-client" => config.other_client.get_or_insert_default().share = value.parse().ok()?,
         "--other-client-tokens" => config.other_client.get_or_insert_default().request_tokens = value.parse().ok()?,
         "--other-client-after" => config.other_client.get_or_insert_default().after = seconds(value, 1.0)?,
+        "--rate-headers" => config.rate_headers = named(value)?,
+        "--retry-after" => config.retry_after = named(value)?,
         "--reserve" => config.reserve = named(value)?,
         "--base-ms" => config.latency.base = seconds(value, 1000.0)?,
         "--per-token-ms" => config.latency.per_output_token = seconds(value, 1000.0)?,

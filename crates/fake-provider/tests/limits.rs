@@ -6,7 +6,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Limiter, OtherClient, Reserve};
+use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 use support::*;
 
 /// What the three rows cost.
@@ -68,8 +68,8 @@ fn what_a_429_says() {
     provider.configure(|config| {
         config.tokens_per_window = None;
         config.requests_per_window = Some(1);
-        config.retry_after = false;
-        config.rate_headers = false;
+        config.retry_after = RetryAfter::None;
+        config.rate_headers = RateHeaders::None;
     });
     let full = client.chat(&three_rows());
     assert_eq!(full.json()["error"]["type"], "requests");
@@ -273,7 +273,7 @@ fn another_client_takes_from_the_same_limit() {
         "POST",
         "/control",
         "",
-        r#"{"other_client":{"share":90,"request_tokens":30000,"after_seconds":0.05},"reset_stats":true}"#,
+        r#"{"other_client":{"share":90,"request_tokens":30000,"after_seconds":0.5},"reset_stats":true}"#,
     );
     assert_eq!(client.receive().unwrap().status, 200);
     std::thread::sleep(Duration::from_millis(60));
