@@ -32,6 +32,8 @@ pub(crate) struct Admitted {
     pub(crate) fault: Option<Fault>,
     pub(crate) rows: u64,
     pub(crate) prompt_tokens: u64,
+    /// Of those, the ones reported as cached.
+    pub(crate) cached_tokens: u64,
     /// The admission's number in the limits, and the tokens charged there.
     pub(crate) charge: (u64, u64),
     pub(crate) answer: Answer,
@@ -90,10 +92,14 @@ impl State {
         if let Some(fault) = &fault {
             self.tally.fault(fault.name());
         }
+        let cached_tokens = match self.config.cache_prefix {
+            true => self.prefixes.cached(&chat.system, chat.system_tokens),
+            false => 0,
+        };
         if fault != Some(Fault::Hang) {
-            self.tally.billed(chat.prompt_tokens, &answer);
+            self.tally.billed(chat.prompt_tokens, cached_tokens, &answer);
         }
-        let mut reply = self.completion(&chat, &answer);
+        let mut reply = self.completion(&chat, cached_tokens, &answer);
         reply.headers.extend(self.rate_headers(now, charge));
         Verdict::Admitted(Box::new(Admitted {
             reply,
@@ -101,6 +107,7 @@ impl State {
             fault,
             rows: task.rows.len() as u64,
             prompt_tokens: chat.prompt_tokens,
+            cached_tokens,
             charge: (number, charged_tokens),
             answer,
         }))
@@ -162,7 +169,7 @@ impl State {
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::ZERO)
     }
 
-    fn completion(&mut self, chat: &Chat, answer: &Answer) -> Reply {
+    fn completion(&mut self, chat: &Chat, cached_tokens: u64, answer: &Answer) -> Reply {
         let body = json!({
             "id": format!("chatcmpl-{:016x}", self.rng.next_u64()),
             "object": "chat.completion",
@@ -182,7 +189,7 @@ impl State {
                 "prompt_tokens": chat.prompt_tokens,
                 "completion_tokens": answer.completion_tokens,
                 "total_tokens": chat.prompt_tokens + answer.completion_tokens,
-                "prompt_tokens_details": { "cached_tokens": 0 },
+                "prompt_tokens_details": { "cached_tokens": cached_tokens },
             },
         });
         Reply::json(200, &body)

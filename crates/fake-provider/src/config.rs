@@ -50,6 +50,10 @@ pub struct Config {
     pub json_object: bool,
     /// Accept `max_tokens`; otherwise 400 asking for `max_completion_tokens`. Default true.
     pub max_tokens_param: bool,
+    /// Bills tell of cached prompts: requests whose system message, of 1,024
+    /// tokens or more, was in an admitted request before. Charges and latency
+    /// stay the same. Default false.
+    pub cache_prefix: bool,
     /// Most tokens of the prompt plus the maximum asked for (when one is); above it,
     /// 400 `context_length_exceeded`. `None` is no limit.
     pub context_tokens: Option<u64>,
@@ -81,6 +85,7 @@ impl Default for Config {
             json_schema: true,
             json_object: true,
             max_tokens_param: true,
+            cache_prefix: false,
             context_tokens: None,
             faults: Vec::new(),
             seed: 1,

@@ -34,6 +34,7 @@ struct Control {
     requests_per_window: Option<Option<u64>>,
     #[serde(default, deserialize_with = "present")]
     context_tokens: Option<Option<u64>>,
+    cache_prefix: Option<bool>,
     json_schema: Option<bool>,
     json_object: Option<bool>,
     max_tokens_param: Option<bool>,
@@ -104,6 +105,7 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
     set(&mut config.reserve, control.reserve);
     set(&mut config.release, control.release);
     set(&mut config.context_tokens, control.context_tokens);
+    set(&mut config.cache_prefix, control.cache_prefix);
     set(&mut config.json_schema, control.json_schema);
     set(&mut config.json_object, control.json_object);
     set(&mut config.max_tokens_param, control.max_tokens_param);

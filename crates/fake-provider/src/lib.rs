@@ -37,6 +37,7 @@ mod limits;
 mod mean;
 mod meter;
 mod other;
+mod prefix;
 mod prompt;
 mod reply;
 mod request;

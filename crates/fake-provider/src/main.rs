@@ -24,6 +24,7 @@ usage: llm-fake-provider [OPTION]...
   --release                 give back what was reserved and not used
   --rate-headers STYLE      openai (default), anthropic, mistral, azure or none
   --retry-after STYLE       both (default: s and ms), seconds, date or none
+  --cache-prefix            report system messages that come again as cached
   --context-tokens N        default no limit
   --base-ms N               delay of every answer
   --per-token-ms N          delay per completion token
@@ -69,6 +70,7 @@ fn configure(arguments: Vec<String>) -> Result<Config, String> {
             "--no-rate-headers" => config.rate_headers = RateHeaders::None,
             "--other-client-yields" => config.other_client.get_or_insert_default().insists = false,
             "--release" => config.release = true,
+            "--cache-prefix" => config.cache_prefix = true,
             "--no-json-schema" => config.json_schema = false,
             "--no-json-object" => config.json_object = false,
             "--no-max-tokens" => config.max_tokens_param = false,

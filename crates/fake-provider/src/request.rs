@@ -20,6 +20,8 @@ pub(crate) struct Chat {
     /// Whether the older name, `max_tokens`, is used.
     pub(crate) old_max_tokens: bool,
     pub(crate) format: Format,
+    /// Tokens of the system messages.
+    pub(crate) system_tokens: u64,
     /// Tokens of the messages and of the schema.
     pub(crate) prompt_tokens: u64,
 }
@@ -59,13 +61,18 @@ impl Chat {
             old_max_tokens: !body["max_tokens"].is_null(),
             format: Format::Text,
             // As OpenAI counts: 3 tokens open the answer, 3 frame each message.
+            system_tokens: 0,
             prompt_tokens: 3,
         };
         for message in messages {
             let content = content(&message["content"]);
-            chat.prompt_tokens += 3 + tokens(&content);
+            let count = tokens(&content);
+            chat.prompt_tokens += 3 + count;
             let part = match message["role"].as_str() {
-                Some("system" | "developer") => &mut chat.system,
+                Some("system" | "developer") => {
+                    chat.system_tokens += count;
+                    &mut chat.system
+                }
                 Some("user") => &mut chat.user,
                 _ => continue,
             };

@@ -15,6 +15,7 @@ use crate::chat::{Admitted, Verdict, authorized};
 use crate::control;
 use crate::http::{Connection, Next, Request};
 use crate::limits::Limits;
+use crate::prefix::Prefixes;
 use crate::reply::Reply;
 use crate::rng::Rng;
 use crate::stats::Tally;
@@ -117,6 +118,7 @@ pub(crate) struct Shared {
 pub(crate) struct State {
     pub(crate) config: Config,
     pub(crate) limits: Limits,
+    pub(crate) prefixes: Prefixes,
     pub(crate) tally: Tally,
     pub(crate) rng: Rng,
     pub(crate) script: VecDeque<Option<Fault>>,
@@ -167,6 +169,7 @@ impl Shared {
                 rng: Rng::new(config.seed),
                 config,
                 limits: Limits::default(),
+                prefixes: Prefixes::default(),
                 tally: Tally::new(Instant::now()),
                 script: VecDeque::new(),
                 bodies: VecDeque::new(),
@@ -332,7 +335,7 @@ fn finish(state: &mut State, mut admitted: Admitted, stayed: bool) -> After {
             tally.stats.connections_reset += 1;
             return After::Reset;
         }
-        Some(Fault::Hang) => tally.billed(admitted.prompt_tokens, &admitted.answer),
+        Some(Fault::Hang) => tally.billed(admitted.prompt_tokens, admitted.cached_tokens, &admitted.answer),
         _ => {}
     }
     tally.status(admitted.reply.status);

@@ -25,6 +25,8 @@ pub struct Stats {
     pub abandoned: u64,
     /// Prompt tokens billed. Billing happens at admission, except for `Hang`.
     pub prompt_tokens: u64,
+    /// Prompt tokens of those that were reported as cached.
+    pub cached_tokens: u64,
     /// Completion tokens billed.
     pub completion_tokens: u64,
     /// Tokens charged against the window, see [`Reserve`](crate::Reserve).
@@ -125,8 +127,9 @@ impl Tally {
         }
     }
 
-    pub(crate) fn billed(&mut self, prompt_tokens: u64, answer: &Answer) {
+    pub(crate) fn billed(&mut self, prompt_tokens: u64, cached_tokens: u64, answer: &Answer) {
         self.stats.prompt_tokens += prompt_tokens;
+        self.stats.cached_tokens += cached_tokens;
         self.stats.completion_tokens += answer.completion_tokens;
         for id in &answer.answered {
             self.stats.rows.entry(id.clone()).or_default().answered += 1;
