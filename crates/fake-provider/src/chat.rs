@@ -88,7 +88,7 @@ impl State {
         }
 
         let charged_tokens = charge[Limit::Tokens as usize];
-        self.tally.admitted(charged_tokens, &task);
+        self.tally.admitted(now, charged_tokens, &task);
         if let Some(fault) = &fault {
             self.tally.fault(fault.name());
         }

@@ -323,13 +323,12 @@ fn finish(state: &mut State, mut admitted: Admitted, stayed: bool) -> After {
         release_reservation(state, now, &admitted);
     }
     let tally = &mut state.tally;
-    tally.stats.in_flight -= 1;
-    tally.stats.rows_in_flight -= admitted.rows;
+    tally.landed(now, admitted.rows);
     if !stayed {
         tally.stats.abandoned += 1;
         return After::Left;
     }
-    tally.answered(now);
+    tally.answered(now, admitted.delay);
     match admitted.fault {
         Some(Fault::ResetAfter) => {
             tally.stats.connections_reset += 1;

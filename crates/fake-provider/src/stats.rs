@@ -1,11 +1,12 @@
 //! What happened so far.
 
 use std::collections::BTreeMap;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::answer::Answer;
+use crate::mean::Means;
 use crate::meter::Meter;
 use crate::prompt::{Shape, Task};
 
@@ -41,6 +42,14 @@ pub struct Stats {
     pub rows_in_flight: u64,
     /// The most rows ever in flight.
     pub peak_rows_in_flight: u64,
+    /// The mean number of requests in flight, over the time from the first
+    /// admission to the last answer.
+    pub in_flight_mean: f64,
+    /// The mean number of rows in flight, over the same time.
+    pub rows_in_flight_mean: f64,
+    /// The mean delay asked for of the answers to admitted requests, in ms: by
+    /// [`Latency`](crate::Latency), without `hold` and without the provider's own work.
+    pub latency_ms_mean: f64,
     /// The most tokens ever admitted within any window.
     pub peak_window_tokens: u64,
     /// The most requests ever admitted within any window.
@@ -85,16 +94,22 @@ pub struct Row {
 pub(crate) struct Tally {
     pub(crate) stats: Stats,
     started: Instant,
+    /// Of requests and rows in flight.
+    in_flight: Means,
+    /// Answers, and the sum of their delays.
+    answers: u64,
+    delays: Duration,
 }
 
 impl Tally {
     pub(crate) fn new(started: Instant) -> Self {
-        Self { stats: Stats::default(), started }
+        Self { stats: Stats::default(), started, in_flight: Means::default(), answers: 0, delays: Duration::ZERO }
     }
 
     /// Starts anew. Requests in flight stay so.
     pub(crate) fn reset(&mut self) {
         let Stats { in_flight, rows_in_flight, .. } = self.stats;
+        *self = Self::new(self.started);
         self.stats = Stats {
             in_flight,
             rows_in_flight,
@@ -110,7 +125,9 @@ impl Tally {
         self.stats.first_request_ms.get_or_insert(ms);
     }
 
-    pub(crate) fn admitted(&mut self, charge: u64, task: &Task) {
+    pub(crate) fn admitted(&mut self, now: Instant, charge: u64, task: &Task) {
+        self.in_flight.begin(Some(now));
+        self.advance(now);
         let stats = &mut self.stats;
         stats.admitted += 1;
         stats.charged_tokens += charge;
@@ -144,13 +161,28 @@ impl Tally {
         *self.stats.by_status.entry(status).or_default() += 1;
     }
 
-    /// An admitted request got its answer.
-    pub(crate) fn answered(&mut self, now: Instant) {
+    /// An admitted request is in flight no more.
+    pub(crate) fn landed(&mut self, now: Instant, rows: u64) {
+        self.advance(now);
+        self.stats.in_flight -= 1;
+        self.stats.rows_in_flight -= rows;
+    }
+
+    /// An admitted request that landed got its answer, which was to take `delay`.
+    pub(crate) fn answered(&mut self, now: Instant, delay: Duration) {
+        self.in_flight.mark();
+        self.answers += 1;
+        self.delays += delay;
         self.stats.last_answer_ms = Some(self.ms(now));
+    }
+
+    fn advance(&mut self, now: Instant) {
+        self.in_flight.advance(now, [self.stats.in_flight, self.stats.rows_in_flight]);
     }
 
     /// The stats, with what is worked out only when asked for.
     pub(crate) fn snapshot(&self, meter: &Meter, token_cap: Option<u64>) -> Stats {
+        let [in_flight_mean, rows_in_flight_mean] = self.in_flight.means();
         let [window_used, window_used_all] = meter.used(token_cap.unwrap_or(0));
         Stats {
             peak_window_tokens: meter.peak_tokens,
@@ -159,6 +191,9 @@ impl Tally {
             other_tokens: meter.other_tokens,
             window_used,
             window_used_all,
+            in_flight_mean,
+            rows_in_flight_mean,
+            latency_ms_mean: self.delays.as_secs_f64() * 1_000.0 / self.answers.max(1) as f64,
             ..self.stats.clone()
         }
     }

@@ -288,3 +288,30 @@ fn another_client_takes_from_the_same_limit() {
     std::thread::sleep(Duration::from_millis(250));
     assert_eq!(provider.stats().other_tokens, 0);
 }
+
+#[test]
+fn means_of_what_is_in_flight_and_of_the_delays() {
+    let base = Duration::from_millis(200);
+    let provider =
+        FakeProvider::start(Config { latency: Latency { base, ..Latency::default() }, ..Config::default() }).unwrap();
+    assert_eq!(provider.stats().in_flight_mean, 0.0);
+    let mut clients = [0; 4].map(|_| Client::connect(&provider));
+    for client in &mut clients {
+        client.send_chat(&three_rows());
+    }
+    let [gone, others @ ..] = clients;
+    drop(gone);
+    for mut client in others {
+        assert_eq!(client.receive().unwrap().status, 200);
+    }
+    let stats = wait_for(&provider, |stats| stats.in_flight == 0);
+    // All at once, most of the time; one left soon.
+    assert!((1.5..4.0).contains(&stats.in_flight_mean), "{}", stats.in_flight_mean);
+    assert!((stats.rows_in_flight_mean - 3.0 * stats.in_flight_mean).abs() < 1e-9);
+    assert!((stats.latency_ms_mean - 200.0).abs() < 1e-9, "{}", stats.latency_ms_mean);
+    // The time after the last answer does not count.
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(provider.stats().in_flight_mean, stats.in_flight_mean);
+    provider.reset_stats();
+    assert_eq!((provider.stats().in_flight_mean, provider.stats().latency_ms_mean), (0.0, 0.0));
+}
