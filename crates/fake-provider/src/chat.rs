@@ -49,7 +49,7 @@ impl State {
         let checked = serde_json::from_slice(body)
             .map_err(|_| Reply::invalid("", "", "the body is not JSON"))
             .and_then(|body: Value| {
-                let chat = authorized(&self.config, bearer).and_then(|()| Chat::read(&body));
+                let chat = authorized(&self.config, bearer).and_then(|()| Chat::read(&body, &mut self.counts));
                 self.keep_body(body);
                 chat
             })

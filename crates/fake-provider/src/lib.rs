@@ -44,6 +44,7 @@ mod request;
 mod rng;
 mod server;
 mod stats;
+mod tokens;
 mod window;
 
 pub use config::{Config, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};

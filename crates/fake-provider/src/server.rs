@@ -19,6 +19,7 @@ use crate::prefix::Prefixes;
 use crate::reply::Reply;
 use crate::rng::Rng;
 use crate::stats::Tally;
+use crate::tokens::Counts;
 use crate::{Config, Fault, Stats};
 
 const BODIES_KEPT: usize = 100;
@@ -119,6 +120,7 @@ pub(crate) struct State {
     pub(crate) config: Config,
     pub(crate) limits: Limits,
     pub(crate) prefixes: Prefixes,
+    pub(crate) counts: Counts,
     pub(crate) tally: Tally,
     pub(crate) rng: Rng,
     pub(crate) script: VecDeque<Option<Fault>>,
@@ -170,6 +172,7 @@ impl Shared {
                 config,
                 limits: Limits::default(),
                 prefixes: Prefixes::default(),
+                counts: Counts::default(),
                 tally: Tally::new(Instant::now()),
                 script: VecDeque::new(),
                 bodies: VecDeque::new(),

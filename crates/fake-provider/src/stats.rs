@@ -1,6 +1,6 @@
 //! What happened so far.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -8,7 +8,7 @@ use serde::Serialize;
 use crate::answer::Answer;
 use crate::mean::Means;
 use crate::meter::Meter;
-use crate::prompt::{Shape, Task};
+use crate::prompt::{RowId, Shape, Task};
 
 /// Counts since the start, or since the last
 /// [`reset_stats`](crate::FakeProvider::reset_stats).
@@ -92,7 +92,9 @@ pub struct Row {
 
 /// Stats in the making.
 pub(crate) struct Tally {
+    /// Without the rows.
     pub(crate) stats: Stats,
+    rows: HashMap<RowId, Row>,
     started: Instant,
     /// Of requests and rows in flight.
     in_flight: Means,
@@ -103,7 +105,14 @@ pub(crate) struct Tally {
 
 impl Tally {
     pub(crate) fn new(started: Instant) -> Self {
-        Self { stats: Stats::default(), started, in_flight: Means::default(), answers: 0, delays: Duration::ZERO }
+        Self {
+            stats: Stats::default(),
+            rows: HashMap::new(),
+            started,
+            in_flight: Means::default(),
+            answers: 0,
+            delays: Duration::ZERO,
+        }
     }
 
     /// Starts anew. Requests in flight stay so.
@@ -137,8 +146,8 @@ impl Tally {
         stats.peak_rows_in_flight = stats.peak_rows_in_flight.max(stats.rows_in_flight);
         stats.probes += u64::from(task.shape == Shape::Probe);
         for row in &task.rows {
-            match &row.id {
-                Some(id) => stats.rows.entry(id.clone()).or_default().asked += 1,
+            match row.id {
+                Some(id) => self.rows.entry(id).or_default().asked += 1,
                 None => stats.unmarked_rows += 1,
             }
         }
@@ -149,7 +158,7 @@ impl Tally {
         self.stats.cached_tokens += cached_tokens;
         self.stats.completion_tokens += answer.completion_tokens;
         for id in &answer.answered {
-            self.stats.rows.entry(id.clone()).or_default().answered += 1;
+            self.rows.entry(*id).or_default().answered += 1;
         }
     }
 
@@ -191,6 +200,7 @@ impl Tally {
             other_tokens: meter.other_tokens,
             window_used,
             window_used_all,
+            rows: self.rows.iter().map(|(id, row)| (id.to_string(), *row)).collect(),
             in_flight_mean,
             rows_in_flight_mean,
             latency_ms_mean: self.delays.as_secs_f64() * 1_000.0 / self.answers.max(1) as f64,

@@ -306,7 +306,7 @@ fn means_of_what_is_in_flight_and_of_the_delays() {
     }
     let stats = wait_for(&provider, |stats| stats.in_flight == 0);
     // All at once, most of the time; one left soon.
-    assert!((1.5..4.0).contains(&stats.in_flight_mean), "{}", stats.in_flight_mean);
+    assert!((0.7..4.0).contains(&stats.in_flight_mean), "{}", stats.in_flight_mean);
     assert!((stats.rows_in_flight_mean - 3.0 * stats.in_flight_mean).abs() < 1e-9);
     assert!((stats.latency_ms_mean - 200.0).abs() < 1e-9, "{}", stats.latency_ms_mean);
     // The time after the last answer does not count.
