@@ -14,7 +14,12 @@ pub(crate) struct Reply {
 
 impl Reply {
     pub(crate) fn json(status: u16, body: &Value) -> Self {
-        Self { status, headers: vec![("content-type", "application/json".to_owned())], body: body.to_string() }
+        Self::text(status, body.to_string())
+    }
+
+    /// A body that is JSON already.
+    pub(crate) fn text(status: u16, body: String) -> Self {
+        Self { status, headers: vec![("content-type", "application/json".to_owned())], body }
     }
 
     /// An error of OpenAI's shape; `param` and `code` may be empty, for null.

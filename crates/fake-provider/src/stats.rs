@@ -189,8 +189,12 @@ impl Tally {
         self.in_flight.advance(now, [self.stats.in_flight, self.stats.rows_in_flight]);
     }
 
-    /// The stats, with what is worked out only when asked for.
-    pub(crate) fn snapshot(&self, meter: &Meter, token_cap: Option<u64>) -> Stats {
+    pub(crate) fn rows(&self) -> BTreeMap<String, Row> {
+        self.rows.iter().map(|(id, row)| (id.to_string(), *row)).collect()
+    }
+
+    /// The stats without the rows, with what is worked out only when asked for.
+    pub(crate) fn totals(&self, meter: &Meter, token_cap: Option<u64>) -> Stats {
         let [in_flight_mean, rows_in_flight_mean] = self.in_flight.means();
         let [window_used, window_used_all] = meter.used(token_cap.unwrap_or(0));
         Stats {
@@ -200,7 +204,6 @@ impl Tally {
             other_tokens: meter.other_tokens,
             window_used,
             window_used_all,
-            rows: self.rows.iter().map(|(id, row)| (id.to_string(), *row)).collect(),
             in_flight_mean,
             rows_in_flight_mean,
             latency_ms_mean: self.delays.as_secs_f64() * 1_000.0 / self.answers.max(1) as f64,

@@ -198,6 +198,8 @@ fn other_routes() {
     let statuses = [0; 3].map(|_| chat(&provider, &three_rows()).status);
     assert_eq!(statuses, [200, 418, 500]);
     let stats = call("GET", "/stats", "").json();
+    let totals = call("GET", "/stats/totals", "").json();
+    assert_eq!((&totals["requests"], totals["rows"].as_object().unwrap().len()), (&stats["requests"], 0));
     assert_eq!(stats["by_status"]["418"], 1);
     assert_eq!(stats["rows"]["1"]["answered"], 1);
     assert_eq!(call("POST", "/control", r#"{"tokens_per_window":null,"faults":{}}"#).status, 200);
