@@ -29,8 +29,9 @@ impl State {
         }
         let lane_key = request.lane.clone();
         match answered {
-            // Whoever asked has gone; what it took is not known and stays reserved.
+            // Whoever asked has gone, or all is to stop; what it took is not known and stays reserved.
             None => {
+                self.unsure(&request);
                 for row in request.rows {
                     self.done(&lane_key, &request.group, row, Verdict::Withdrawn);
                 }
@@ -115,6 +116,16 @@ impl State {
             };
             let message = format!("{what}: {missing} of {size} rows are asked again");
             self.notice(now, &lane_key, "incomplete", &message);
+        }
+    }
+
+    /// A request may have been charged or not.
+    pub(super) fn unsure(&mut self, request: &InFlight) {
+        let group = self.lanes.get_mut(&request.lane).and_then(|l| l.group(&request.group));
+        let payer = group.and_then(|g| g.payers(&request.rows).first().copied());
+        if let Some(c) = payer.and_then(|conn| self.conns.get_mut(&conn)) {
+            c.spent.unconfirmed_input_tokens += request.worst.input;
+            c.spent.unconfirmed_output_tokens += request.worst.output;
         }
     }
 

@@ -28,6 +28,10 @@ const LONGEST_RATE_WAIT: u64 = 120_000;
 
 impl State {
     pub(super) fn troubled(&mut self, now: u64, request: InFlight, report: &Report, said: &Reported, is_unsure: bool) {
+        // What may have been charged counts as spent.
+        if is_unsure {
+            self.unsure(&request);
+        }
         let InFlight {
             lane: lane_key,
             group: group_key,
@@ -66,19 +70,8 @@ impl State {
         {
             lane.heed_limit(now, limit);
         }
-        if let Some(group) = lane.group(&group_key) {
-            // What may have been charged counts as spent.
-            let taken = if is_unsure { worst } else { Tokens::default() };
-            if let Some(purse) = &mut group.purse {
-                purse.give_back(worst, taken);
-            }
-            if is_unsure {
-                let payer = group.payers(&rows).first().copied();
-                if let Some(c) = payer.and_then(|conn| self.conns.get_mut(&conn)) {
-                    c.spent.unconfirmed_input_tokens += worst.input;
-                    c.spent.unconfirmed_output_tokens += worst.output;
-                }
-            }
+        if !is_unsure && let Some(purse) = lane.group(&group_key).and_then(|g| g.purse.as_mut()) {
+            purse.give_back(worst, Tokens::default());
         }
         let size = rows.len();
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
