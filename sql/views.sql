@@ -1,11 +1,12 @@
 CREATE VIEW llm_batch.progress WITH (security_barrier = true) AS
 SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.reason,
-       p.rows_total, p.rows_done, p.rows_skipped, p.rows_failed, p.rows_superseded, p.rows_left,
+       p.rows_total, p.rows_done, p.rows_skipped, p.rows_failed, p.rows_superseded, p.rows_reused, p.rows_left,
        CASE WHEN p.rows_total OPERATOR(pg_catalog.>) 0
             THEN pg_catalog.round((100.0 OPERATOR(pg_catalog.*) (p.rows_total OPERATOR(pg_catalog.-) p.rows_left)) OPERATOR(pg_catalog./) p.rows_total, 1)
             WHEN p.rows_total OPERATOR(pg_catalog.=) 0 THEN 100.0 END AS percent,
        pg_catalog.round(p.rows_per_second::pg_catalog.numeric, 1) AS rows_per_second,
-       pg_catalog.round(p.tokens_per_minute::pg_catalog.numeric) AS tokens_per_minute, p.input_tokens, p.output_tokens, p.requests,
+       pg_catalog.round(p.tokens_per_minute::pg_catalog.numeric) AS tokens_per_minute,
+       p.input_tokens, p.cached_input_tokens, p.output_tokens, p.requests,
        pg_catalog.trim_scale(p.cost) AS cost, pg_catalog.trim_scale(p.cost_unconfirmed) AS cost_unconfirmed,
        CASE WHEN p.handled OPERATOR(pg_catalog.>) 0
             THEN pg_catalog.trim_scale(pg_catalog.round((p.cost OPERATOR(pg_catalog.*) p.rows_total) OPERATOR(pg_catalog./) p.handled, 6)) END AS projected_cost,
@@ -26,9 +27,9 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.reason
                 WHEN llm_batch.waits_for_slot(j.id) THEN 'no_worker_slot' END AS reason,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total, h.handled) END AS rows_total,
-           s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded,
+           s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded, s.rows_reused,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total OPERATOR(pg_catalog.-) h.handled, 0) END AS rows_left, h.handled,
-           s.rows_per_second, s.tokens_per_minute, s.input_tokens, s.output_tokens, s.requests,
+           s.rows_per_second, s.tokens_per_minute, s.input_tokens, s.cached_input_tokens, s.output_tokens, s.requests,
            s.cost, s.cost_unconfirmed, s.last_error, s.started_at, s.updated_at
       FROM llm_batch.job j
       JOIN llm_batch.job_state s ON s.job_id OPERATOR(pg_catalog.=) j.id
@@ -41,8 +42,10 @@ COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed, c
 COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, owner, restored wait for resume(); provider_down, quota, no_worker_slot go on by themselves';
 COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and those that came since; NULL until they are counted';
 COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that others filled, changed or deleted meanwhile';
+COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows among rows_done whose answer was paid for with another row of the same text';
+COMMENT ON COLUMN llm_batch.progress.cached_input_tokens IS 'tokens among input_tokens that the provider had cached';
 COMMENT ON COLUMN llm_batch.progress.cost IS 'dollars, by the model''s prices and the tokens the provider reported';
-COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'dollars that requests may have cost whose answers were lost in a crash';
+COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'dollars that requests may have cost whose answers were lost, at the most';
 COMMENT ON COLUMN llm_batch.progress.projected_cost IS 'dollars, if the rest costs as much a row as what is done';
 
 CREATE VIEW llm_batch.failure WITH (security_barrier = true) AS

@@ -9,7 +9,7 @@ use pgrx::prelude::*;
 use serde_json::{Value, json};
 
 use crate::error::{Error, Result};
-use crate::model::{self, check_owner, current_user, exists, new_name, required};
+use crate::model::{self, Price, check_owner, current_user, exists, new_name, required};
 use crate::{sql, txn};
 
 /// A task and the name of the model it is asked of.
@@ -58,9 +58,17 @@ pub fn from_labels(labels: Vec<Option<String>>, options: &Value) -> Result<Known
     })
 }
 
+/// A task as a stream, with what its model is called and costs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asked {
+    pub stream: Stream,
+    pub model: String,
+    pub price: Price,
+}
+
 impl Known {
-    /// The task as a stream on behalf of a role, with the settings of this moment, and its model's name.
-    pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<(Stream, String)> {
+    /// The task as a stream on behalf of a role, with the settings of this moment.
+    pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<Asked> {
         let known = model::load(&self.model)?;
         let stream = Stream {
             database: crate::worker::my_database(),
@@ -71,7 +79,7 @@ impl Known {
             task: self.task,
             budget: None,
         };
-        Ok((stream, self.model))
+        Ok(Asked { stream, model: self.model, price: known.price })
     }
 }
 

@@ -12,7 +12,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::json;
 
-use crate::classifier;
+use crate::classifier::{self, Asked};
 use crate::client::{Client, Received, check_loaded};
 use crate::error::{Error, Result};
 use crate::model::current_user;
@@ -32,11 +32,11 @@ thread_local! {
 /// Asks about rows as `source` yields them (at most so many at a call; none: the end), and hands what became of each,
 /// by its position, to `sink`.
 fn ask(
-    stream: &Stream,
-    model: &str,
+    asked: &Asked,
     source: &mut dyn FnMut(usize) -> Result<Vec<String>>,
     sink: &mut dyn FnMut(usize, Verdict),
 ) -> Result<()> {
+    let stream = &asked.stream;
     let kept = KEPT.with_borrow_mut(Option::take);
     let mut client = match kept {
         Some((client, opened)) if opened == *stream => match if_fresh(client)? {
@@ -86,7 +86,7 @@ fn ask(
                     }
                 }
             }
-            Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, model)),
+            Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, &asked.model)),
             Received::Message(_) | Received::Nothing => {}
             Received::Lost => {
                 client = Client::open(stream)?;
@@ -122,12 +122,12 @@ fn classify_one(input: &str, known: classifier::Known) -> Result<Option<String>>
     if input.is_empty() {
         return Ok(None);
     }
-    let (stream, model) = known.stream(current_user(), true)?;
+    let asked = known.stream(current_user(), true)?;
     let mut source = vec![input.to_owned()];
     let mut got = None;
-    ask(&stream, &model, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
+    ask(&asked, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
     match got {
-        Some(Verdict::Label(i)) => Ok(stream.task.labels.get(i as usize).map(|l| l.label.clone())),
+        Some(Verdict::Label(i)) => Ok(asked.stream.task.labels.get(i as usize).map(|l| l.label.clone())),
         Some(Verdict::Skip { class, detail } | Verdict::Fail { class, detail }) => {
             ereport!(
                 WARNING,
@@ -166,10 +166,10 @@ struct Answer {
 }
 
 fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> {
-    let (stream, model) = known.stream(current_user(), true)?;
+    let asked = known.stream(current_user(), true)?;
     let answers: RefCell<Vec<Answer>> = RefCell::new(Vec::new());
     // The position among the rows that are asked about → the position among all rows.
-    let asked: RefCell<Vec<usize>> = RefCell::new(Vec::new());
+    let places: RefCell<Vec<usize>> = RefCell::new(Vec::new());
     Spi::connect(|client| -> Result<()> {
         let mut cursor = client.try_open_cursor(query, &[])?;
         let mut source = |n: usize| -> Result<Vec<String>> {
@@ -191,7 +191,7 @@ fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> 
                     let mut answers = answers.borrow_mut();
                     match text.filter(|t| !t.is_empty()) {
                         Some(text) => {
-                            asked.borrow_mut().push(answers.len());
+                            places.borrow_mut().push(answers.len());
                             texts.push(text);
                             answers.push(Answer { id, ..Answer::default() });
                         }
@@ -207,11 +207,11 @@ fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> 
             }
         };
         let mut sink = |n: usize, verdict: Verdict| {
-            let at = asked.borrow().get(n).copied().unwrap_or(usize::MAX);
+            let at = places.borrow().get(n).copied().unwrap_or(usize::MAX);
             if let Some(answer) = answers.borrow_mut().get_mut(at) {
                 match verdict {
                     Verdict::Label(i) => {
-                        answer.label = stream.task.labels.get(i as usize).map(|l| l.label.clone());
+                        answer.label = asked.stream.task.labels.get(i as usize).map(|l| l.label.clone());
                         answer.status = "ok";
                     }
                     Verdict::Skip { class, detail } => {
@@ -226,7 +226,7 @@ fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> 
                 }
             }
         };
-        ask(&stream, &model, &mut source, &mut sink)
+        ask(&asked, &mut source, &mut sink)
     })?;
     Ok(answers.into_inner())
 }

@@ -17,10 +17,11 @@ use pgrx::{PgXactCallbackEvent, register_xact_callback};
 use serde_json::{Value, json};
 
 use crate::catalog::{self, Target, Use};
+use crate::classifier::{self, Asked};
 use crate::client::{Client, Received, check_loaded};
 use crate::error::{Error, Result};
 use crate::model::{current_user, from_name, required};
-use crate::{classifier, shared, sql, txn};
+use crate::{shared, sql, txn};
 
 #[pg_extern(sql = false)]
 fn backfill(
@@ -70,7 +71,7 @@ fn start(
     }
     let target = catalog::target(relation, column)?;
     let owner = owner_of(&target)?;
-    let (stream, model) = classifier::load(task, &options)?.stream(owner, false)?;
+    let Asked { stream, model, .. } = classifier::load(task, &options)?.stream(owner, false)?;
     check_rights(&target, owner)?;
     catalog::check_expression(&target, input, Use::Input)?;
     if let Some(filter) = filter {

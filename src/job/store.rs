@@ -1,10 +1,12 @@
 //! Our own tables, read and written as the extension's owner: jobs, their state, their failures.
 
-use pgrx::datum::{JsonB, TimestampWithTimeZone};
+use llm_batch_gateway::protocol::Spent;
+use pgrx::datum::{DatumWithOid, JsonB, TimestampWithTimeZone};
 use pgrx::prelude::*;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::model::Price;
 use crate::{sql, txn};
 
 /// A number that tells this cluster from others; a dump that is restored elsewhere brings another one with it.
@@ -184,15 +186,14 @@ pub struct Failure {
 pub struct Delta {
     pub done: i64,
     pub superseded: i64,
-    pub requests: i64,
-    pub input_tokens: i64,
-    pub output_tokens: i64,
+    pub reused: i64,
+    pub spent: Spent,
     pub rows_per_second: f64,
     pub tokens_per_minute: f64,
 }
 
 /// Writes failures and counters.
-pub fn write<'a>(id: i64, model: &str, delta: &Delta, failures: impl Iterator<Item = &'a Failure>) -> Result<()> {
+pub fn write<'a>(id: i64, price: &Price, delta: &Delta, failures: impl IntoIterator<Item = &'a Failure>) -> Result<()> {
     txn::as_extension_owner(|| {
         let (mut skipped, mut failed) = (0_i64, 0_i64);
         for f in failures {
@@ -215,14 +216,20 @@ pub fn write<'a>(id: i64, model: &str, delta: &Delta, failures: impl Iterator<It
                 failed += new;
             }
         }
+        let count = |n: u64| DatumWithOid::from(i64::try_from(n).unwrap_or(i64::MAX));
+        let spent = &delta.spent;
+        // Multiplied and never divided: exact to the last digit.
         sql::run(
             "UPDATE llm_batch.job_state s
                 SET rows_done = rows_done + $2, rows_skipped = rows_skipped + $3, rows_failed = rows_failed + $4,
-                    rows_superseded = rows_superseded + $5, requests = requests + $6,
-                    input_tokens = input_tokens + $7, output_tokens = output_tokens + $8,
-                    cost = cost + coalesce((SELECT ($7 * coalesce(m.input_price, 0) + $8 * coalesce(m.output_price, 0)) / 1000000
-                                              FROM llm_batch.model m WHERE m.name = $9), 0),
-                    rows_per_second = $10, tokens_per_minute = $11, updated_at = now()
+                    rows_superseded = rows_superseded + $5, rows_reused = rows_reused + $6,
+                    requests = requests + $7, input_tokens = input_tokens + $8,
+                    cached_input_tokens = cached_input_tokens + $9, output_tokens = output_tokens + $10,
+                    cost = cost + (($8 - $9) * p.input + $9 * p.cached_input + $10 * p.output) * 0.000001,
+                    tokens_unconfirmed = tokens_unconfirmed + $11 + $12,
+                    cost_unconfirmed = cost_unconfirmed + ($11 * p.input + $12 * p.output) * 0.000001,
+                    rows_per_second = $13, tokens_per_minute = $14, updated_at = now()
+               FROM (SELECT coalesce($15::numeric, 0), coalesce($16::numeric, 0), coalesce($17::numeric, $15::numeric, 0)) p (input, output, cached_input)
               WHERE job_id = $1",
             &[
                 id.into(),
@@ -230,12 +237,18 @@ pub fn write<'a>(id: i64, model: &str, delta: &Delta, failures: impl Iterator<It
                 skipped.into(),
                 failed.into(),
                 delta.superseded.into(),
-                delta.requests.into(),
-                delta.input_tokens.into(),
-                delta.output_tokens.into(),
-                model.into(),
+                delta.reused.into(),
+                count(spent.requests),
+                count(spent.input_tokens),
+                count(spent.cached_input_tokens),
+                count(spent.output_tokens),
+                count(spent.unconfirmed_input_tokens),
+                count(spent.unconfirmed_output_tokens),
                 delta.rows_per_second.into(),
                 delta.tokens_per_minute.into(),
+                price.input.as_deref().into(),
+                price.output.as_deref().into(),
+                price.cached_input.as_deref().into(),
             ],
         )?;
         Ok(())

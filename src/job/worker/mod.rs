@@ -8,19 +8,20 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{Stream, ToGateway, most_text};
+use llm_batch_gateway::protocol::{Spent, Stream, ToGateway, most_text};
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::prelude::*;
 
+use crate::classifier::{self, Asked};
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::job::page::Page;
 use crate::job::plan::{self, Plan};
 use crate::job::settle::{self, Answer};
-use crate::job::store::{self, Delta, Failure, Job, Outcome};
+use crate::job::store::{self, Failure, Job, Outcome};
 use crate::shared::{self, End};
 use crate::worker::{self, finder, handle_signals, my_database, my_pid, reload_if_asked, report};
-use crate::{classifier, settings, sql, txn};
+use crate::{settings, sql, txn};
 
 /// How often locked rows are tried again, and transactions that failed in passing.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -82,8 +83,7 @@ type Place = (Rc<Page>, i32);
 
 struct Worker {
     job: Job,
-    model: String,
-    stream: Stream,
+    asked: Asked,
     labels: Vec<String>,
     table: plan::Table,
     plan: Plan,
@@ -111,12 +111,13 @@ struct Worker {
     late: HashMap<String, u32>,
     /// Failures that come from `late`.
     too_late: Vec<Failure>,
-    delta: Delta,
+    /// What was spent and is not yet in the counters.
+    spent: Spent,
     samples: VecDeque<(Instant, i64, i64)>,
     /// Why no more is claimed.
     stopping: Option<Outcome>,
     /// The model or the task was changed: what is open is finished, then the stream is opened anew.
-    reopen: Option<(Stream, String)>,
+    reopen: Option<Asked>,
     failures_in_a_row: u32,
     looked: Instant,
     look_now: bool,
@@ -142,20 +143,19 @@ impl Worker {
         store::begin(&job)?;
         job.has_failures &= job.retry_epoch <= job.retried_epoch;
         let ready = txn::sub(|| Self::ready(&job));
-        let (stream, model, table, plan) = match ready {
+        let (asked, table, plan) = match ready {
             Ok(ready) => ready,
             Err(e) => {
                 store::end(id, job.epoch, &outcome_of(&e))?;
                 return Ok(Begun::Nothing);
             }
         };
-        job.max_attempts = stream.task.options.max_attempts;
+        job.max_attempts = asked.stream.task.options.max_attempts;
         Ok(Begun::Worker(Box::new(Self {
-            labels: labels(&stream),
-            page_size: exchange::whole_packs(exchange::FIRST_PAGE, &stream),
+            labels: labels(&asked.stream),
+            page_size: exchange::whole_packs(exchange::FIRST_PAGE, &asked.stream),
             job,
-            model,
-            stream,
+            asked,
             table,
             plan,
             client: None,
@@ -171,7 +171,7 @@ impl Worker {
             claimed_in_pass: 0,
             late: HashMap::new(),
             too_late: Vec::new(),
-            delta: Delta::default(),
+            spent: Spent::default(),
             samples: VecDeque::new(),
             stopping: None,
             reopen: None,
@@ -183,11 +183,11 @@ impl Worker {
     }
 
     /// What is needed before the first row.
-    fn ready(job: &Job) -> Result<(Stream, String, plan::Table, Plan)> {
-        let (stream, model) = classifier::load(&job.task, &job.options)?.stream(me(), false)?;
+    fn ready(job: &Job) -> Result<(Asked, plan::Table, Plan)> {
+        let asked = classifier::load(&job.task, &job.options)?.stream(me(), false)?;
         let table = plan::table(job)?;
-        let plan = make_plan(job, &table, &stream)?;
-        Ok((stream, model, table, plan))
+        let plan = make_plan(job, &table, &asked.stream)?;
+        Ok((asked, table, plan))
     }
 
     fn work(mut self) -> End {
@@ -210,7 +210,7 @@ impl Worker {
         }
         if self.client.is_none() && self.stopping.is_none() {
             report(pg_sys::BackendState::STATE_IDLE, "connecting to the gateway");
-            self.client = Some(Client::open(&self.stream)?);
+            self.client = Some(Client::open(&self.asked.stream)?);
         }
         if self.may_claim() {
             self.claim()?;
@@ -218,14 +218,14 @@ impl Worker {
         self.hand_over()?;
         self.receive()?;
         let try_locked = !self.locked.is_empty() && self.locked_tried.elapsed() >= AGAIN;
-        if !self.answers.is_empty() || try_locked || self.delta.requests > 0 || !self.too_late.is_empty() {
+        if !self.answers.is_empty() || try_locked || self.spent != Spent::default() || !self.too_late.is_empty() {
             self.settle(try_locked)?;
         }
         self.next_pass();
-        if let Some((stream, model)) = self.reopen.take_if(|_| self.outstanding.is_empty() && self.waiting.is_empty()) {
-            self.labels = labels(&stream);
-            self.job.max_attempts = stream.task.options.max_attempts;
-            (self.stream, self.model) = (stream, model);
+        if let Some(asked) = self.reopen.take_if(|_| self.outstanding.is_empty() && self.waiting.is_empty()) {
+            self.labels = labels(&asked.stream);
+            self.job.max_attempts = asked.stream.task.options.max_attempts;
+            self.asked = asked;
             self.client = None;
         }
         self.failures_in_a_row = 0;
@@ -252,7 +252,7 @@ impl Worker {
             self.job.epoch = job.epoch;
             if job.wanted == "running" && self.stopping.take().is_some() {
                 // The gateway sends nothing more on the old stream.
-                self.reopen = Some((self.stream.clone(), self.model.clone()));
+                self.reopen = Some(self.asked.clone());
             }
             txn::run(|| store::begin(&job))?;
             self.job.has_failures = job.has_failures && job.retry_epoch <= job.retried_epoch;

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use llm_batch_gateway::protocol::Spent;
 use pgrx::pg_sys;
 
 use super::{Worker, make_plan};
@@ -24,15 +25,15 @@ impl Worker {
         }
         self.sample(0, 0);
         let job = &self.job;
-        let (plan, labels, model, stream) = (&mut self.plan, &self.labels, &self.model, &self.stream);
-        let (delta, too_late, known) = (&self.delta, &self.too_late, &mut self.table);
+        let (plan, labels, asked) = (&mut self.plan, &self.labels, &self.asked);
+        let (spent, too_late, known) = (self.spent, &self.too_late, &mut self.table);
         let (rows_per_second, tokens_per_minute) = rates(&self.samples);
         let batch_ref = &batch;
         let result = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
             let table = plan::table(job)?;
             if table != *known {
-                *plan = make_plan(job, &table, stream)?;
+                *plan = make_plan(job, &table, &asked.stream)?;
                 *known = table;
             }
             // Deferred constraints raise here, where the row they raise for can be found, not at the commit.
@@ -44,13 +45,12 @@ impl Worker {
             let delta = Delta {
                 done: settled.done,
                 superseded: settled.superseded,
-                requests: delta.requests,
-                input_tokens: delta.input_tokens,
-                output_tokens: delta.output_tokens,
+                reused: settled.reused,
+                spent,
                 rows_per_second,
                 tokens_per_minute,
             };
-            store::write(job.id, model, &delta, settled.failures.iter().chain(too_late))?;
+            store::write(job.id, &asked.price, &delta, settled.failures.iter().chain(too_late))?;
             Ok(settled)
         });
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
@@ -64,13 +64,12 @@ impl Worker {
                 return Err(e);
             }
         };
-        let tokens = self.delta.input_tokens + self.delta.output_tokens;
-        self.delta = Delta::default();
+        self.spent = Spent::default();
         let listed_late = !std::mem::take(&mut self.too_late).is_empty();
         if !settled.failures.is_empty() || listed_late {
             self.job.has_failures = true;
         }
-        self.sample(settled.done + settled.failures.len() as i64, tokens);
+        self.sample(settled.done + settled.failures.len() as i64, (spent.input_tokens + spent.output_tokens) as i64);
         for (key, attempts) in settled.changed {
             self.came_too_late(key, attempts);
         }
