@@ -90,11 +90,17 @@ COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text[], jsonb) IS 'the 
 
 -- No search_path: input and filter are read under the caller's.
 CREATE FUNCTION llm_batch.backfill(
-    relation regclass, input text, target name, task text, filter text DEFAULT NULL, options jsonb DEFAULT '{}'
+    relation regclass, input text, target name, task text, filter text DEFAULT NULL,
+    max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'backfill_wrapper';
 COMMENT ON FUNCTION llm_batch.backfill IS 'starts a job, at commit, that fills a column where it is NULL; returns the job''s id';
+
+CREATE FUNCTION llm_batch.alter_job(job_id bigint, max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_job_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_job IS 'changes the budget of a job, in dollars and in tokens; NULL leaves as it is';
 
 CREATE FUNCTION llm_batch.pause(job_id bigint) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp

@@ -75,6 +75,8 @@ CREATE TABLE llm_batch.job (
     key_attnums   smallint[] NOT NULL,
     input         text NOT NULL,
     filter        text,
+    max_cost      numeric,
+    max_tokens    bigint,
     task          text NOT NULL,
     options       jsonb NOT NULL,
     search_path   text NOT NULL,
@@ -109,6 +111,9 @@ CREATE TABLE llm_batch.job_state (
     -- What requests may have taken whose answers were lost.
     cost_unconfirmed  numeric NOT NULL DEFAULT 0,
     tokens_unconfirmed bigint NOT NULL DEFAULT 0,
+    -- What of a job's budget the gateway may spend, and has not reported: always within the budget.
+    cost_reserved     numeric NOT NULL DEFAULT 0,
+    tokens_reserved   bigint NOT NULL DEFAULT 0,
     rows_per_second   double precision,
     tokens_per_minute double precision,
     last_error        text,

@@ -8,6 +8,7 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
        pg_catalog.round(p.tokens_per_minute::pg_catalog.numeric) AS tokens_per_minute,
        p.input_tokens, p.cached_input_tokens, p.output_tokens, p.requests,
        pg_catalog.trim_scale(p.cost) AS cost, pg_catalog.trim_scale(p.cost_unconfirmed) AS cost_unconfirmed,
+       p.max_cost, p.max_tokens,
        CASE WHEN p.handled OPERATOR(pg_catalog.>) 0
             THEN pg_catalog.trim_scale(pg_catalog.round((p.cost OPERATOR(pg_catalog.*) p.rows_total) OPERATOR(pg_catalog./) p.handled, 6)) END AS projected_cost,
        CASE WHEN p.status OPERATOR(pg_catalog.=) 'running' AND p.rows_per_second OPERATOR(pg_catalog.>) 0
@@ -30,7 +31,7 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
            s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded, s.rows_reused,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total OPERATOR(pg_catalog.-) h.handled, 0) END AS rows_left, h.handled,
            s.rows_per_second, s.tokens_per_minute, s.input_tokens, s.cached_input_tokens, s.output_tokens, s.requests,
-           s.cost, s.cost_unconfirmed, s.last_error, s.started_at, s.updated_at
+           s.cost, s.cost_unconfirmed, j.max_cost, j.max_tokens, s.last_error, s.started_at, s.updated_at
       FROM llm_batch.job j
       JOIN llm_batch.job_state s ON s.job_id OPERATOR(pg_catalog.=) j.id
       CROSS JOIN LATERAL (SELECT s.rows_done OPERATOR(pg_catalog.+) s.rows_skipped OPERATOR(pg_catalog.+) s.rows_failed OPERATOR(pg_catalog.+) s.rows_superseded) h (handled)
@@ -46,6 +47,8 @@ COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows among rows_done whose 
 COMMENT ON COLUMN llm_batch.progress.cached_input_tokens IS 'tokens among input_tokens that the provider had cached';
 COMMENT ON COLUMN llm_batch.progress.cost IS 'dollars, by the model''s prices and the tokens the provider reported';
 COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'dollars that requests may have cost whose answers were lost, at the most';
+COMMENT ON COLUMN llm_batch.progress.max_cost IS 'dollars that the job may cost at the most, cost_unconfirmed included';
+COMMENT ON COLUMN llm_batch.progress.max_tokens IS 'tokens that the job may take at the most';
 COMMENT ON COLUMN llm_batch.progress.projected_cost IS 'dollars, if the rest costs as much a row as what is done';
 
 CREATE VIEW llm_batch.failure WITH (security_barrier = true) AS
@@ -94,8 +97,11 @@ BEGIN
                 pg_catalog.concat(job.status, (' (' OPERATOR(pg_catalog.||) job.reason) OPERATOR(pg_catalog.||) ')')
                 USING ERRCODE = 'object_not_in_prerequisite_state',
                 DETAIL = COALESCE(job.last_error, pg_catalog.concat(job.rows_left, ' rows are left.')),
-                HINT = CASE job.status WHEN 'paused' THEN pg_catalog.concat('Mend the cause, then call llm_batch.resume(', wait.job_id, ').')
-                                       ELSE 'A new llm_batch.backfill() goes on with the rows that are still NULL.' END;
+                HINT = CASE WHEN job.reason OPERATOR(pg_catalog.=) 'budget'
+                            THEN pg_catalog.concat('Raise it with llm_batch.alter_job(', wait.job_id, ', …), then call llm_batch.resume(', wait.job_id, ').')
+                            WHEN job.status OPERATOR(pg_catalog.=) 'paused'
+                            THEN pg_catalog.concat('Mend the cause, then call llm_batch.resume(', wait.job_id, ').')
+                            ELSE 'A new llm_batch.backfill() goes on with the rows that are still NULL.' END;
         ELSIF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) deadline THEN
             RAISE EXCEPTION 'job % is not done after %', wait.job_id, wait.timeout USING ERRCODE = 'query_canceled',
                 DETAIL = pg_catalog.concat(job.rows_left, ' rows are left.');

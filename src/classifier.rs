@@ -8,8 +8,9 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
+use crate::budget::Price;
 use crate::error::{Error, Result};
-use crate::model::{self, Price, check_owner, current_user, exists, new_name, required};
+use crate::model::{self, check_owner, current_user, exists, new_name, required};
 use crate::{sql, txn};
 
 /// A task and the name of the model it is asked of.
@@ -64,6 +65,17 @@ pub struct Asked {
     pub stream: Stream,
     pub model: String,
     pub price: Price,
+}
+
+impl Asked {
+    /// The same as a stream that spends only what it is allowed to.
+    pub fn with_budget(mut self, is_in_dollars: bool) -> Result<Self> {
+        if is_in_dollars {
+            self.price.check(&self.model)?;
+        }
+        self.stream.budget = Some(self.price.rates.filter(|_| is_in_dollars).unwrap_or_default());
+        Ok(self)
+    }
 }
 
 impl Known {

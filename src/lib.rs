@@ -8,6 +8,7 @@
 use pgrx::prelude::*;
 
 mod activity;
+mod budget;
 mod catalog;
 mod classifier;
 mod classify;

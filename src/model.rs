@@ -3,12 +3,13 @@
 use std::ffi::CStr;
 
 use llm_batch_core::dialect::RESERVED_PARAMETERS;
-use llm_batch_gateway::protocol::{MAX_REQUEST_TOKENS, Model};
+use llm_batch_gateway::protocol::{MAX_REQUEST_TOKENS, Model, Prices};
 use pgrx::datum::{DatumWithOid, Interval, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::Value;
 
+use crate::budget::Price;
 use crate::error::{Error, Result};
 use crate::{client, provider, sql, txn};
 
@@ -26,26 +27,26 @@ pub struct Known {
     pub price: Price,
 }
 
-/// Dollars per million tokens, as SQL writes them: numbers that must stay exact.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Price {
-    pub input: Option<String>,
-    pub output: Option<String>,
-    /// Of tokens of prompts that the provider had cached.
-    pub cached_input: Option<String>,
-}
-
 /// Looks a model up.
 pub fn load(name: &str) -> Result<Known> {
     let found = sql::row(
         "SELECT m.server::pg_catalog.text, m.model, m.tokens_per_minute, m.requests_per_minute, m.input_tokens_per_minute,
                 m.output_tokens_per_minute, m.max_concurrent_requests,
                 (EXTRACT(epoch FROM m.request_timeout) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8, m.max_request_tokens, m.parameters,
-                m.input_price::pg_catalog.text, m.output_price::pg_catalog.text, m.cached_input_price::pg_catalog.text
+                m.input_price::pg_catalog.text, m.output_price::pg_catalog.text, m.cached_input_price::pg_catalog.text,
+                pg_catalog.ceil(GREATEST(m.input_price, m.cached_input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8,
+                pg_catalog.ceil(m.output_price OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8,
+                pg_catalog.ceil(COALESCE(m.cached_input_price, m.input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8
            FROM llm_batch.model m WHERE m.name OPERATOR(pg_catalog.=) $1",
         &[name.into()],
         |row| {
             let limit = |column| Ok::<_, Error>(row.maybe::<i32>(column)?.map(|n| n.max(1) as u64));
+            let rate = |column| Ok::<_, Error>(row.maybe::<i64>(column)?.map(|n| n.max(0) as u64));
+            let prices = (row.maybe::<String>(11)?, row.maybe::<String>(12)?);
+            let rates = match (&prices, rate(14)?, rate(15)?) {
+                ((Some(_), Some(_)), Some(input), Some(output)) => Some(Prices { input, output }),
+                _ => None,
+            };
             let parameters = match row.get::<JsonB>(10)?.0 {
                 Value::Object(map) => map,
                 _ => serde_json::Map::new(),
@@ -63,7 +64,13 @@ pub fn load(name: &str) -> Result<Known> {
                     max_request_tokens: row.get::<i32>(9)?.max(1) as u64,
                     parameters,
                 },
-                price: Price { input: row.maybe(11)?, output: row.maybe(12)?, cached_input: row.maybe(13)? },
+                price: Price {
+                    input: prices.0,
+                    output: prices.1,
+                    cached_input: row.maybe(13)?,
+                    rates,
+                    cached_rate: rate(16)?.unwrap_or_default(),
+                },
             })
         },
     )?;

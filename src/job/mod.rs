@@ -1,5 +1,6 @@
-//! Jobs: `backfill()` and what its caller may do with one later. See README.md in this folder.
+//! Jobs: `backfill()` and all it checks. See README.md in this folder.
 
+mod control;
 mod page;
 mod plan;
 mod settle;
@@ -23,6 +24,26 @@ use crate::error::{Error, Result};
 use crate::model::{current_user, from_name, required};
 use crate::{shared, sql, txn};
 
+/// What a job may spend.
+pub struct Budget {
+    max_cost: Option<AnyNumeric>,
+    max_tokens: Option<i64>,
+}
+
+impl Budget {
+    fn new(max_cost: Option<AnyNumeric>, max_tokens: Option<i64>) -> Result<Self> {
+        let refuse = |name, hint| Err(Error::invalid(format!("\"{name}\" must be greater than zero")).hint(hint));
+        if max_cost.as_ref().is_some_and(|n| n.is_nan() || *n <= AnyNumeric::from(0)) {
+            return refuse("max_cost", "It is in dollars; NULL is no limit.");
+        }
+        if max_tokens.is_some_and(|n| n <= 0) {
+            return refuse("max_tokens", "NULL is no limit.");
+        }
+        Ok(Self { max_cost, max_tokens })
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
 fn backfill(
     relation: Option<pg_sys::Oid>,
@@ -30,8 +51,11 @@ fn backfill(
     target: Option<&CStr>,
     task: Option<&str>,
     filter: Option<&str>,
+    max_cost: Option<AnyNumeric>,
+    max_tokens: Option<i64>,
     options: Option<JsonB>,
 ) -> std::result::Result<i64, ErrorReport> {
+    let budget = Budget::new(max_cost, max_tokens)?;
     let options = options.map_or(json!({}), |o| if o.0.is_null() { json!({}) } else { o.0 });
     let id = start(
         required(relation, "relation")?,
@@ -39,6 +63,7 @@ fn backfill(
         &from_name(required(target, "target")?),
         required(task, "task")?,
         filter,
+        budget,
         options,
     )?;
     Ok(id)
@@ -50,6 +75,7 @@ fn start(
     column: &str,
     task: &str,
     filter: Option<&str>,
+    budget: Budget,
     options: Value,
 ) -> Result<i64> {
     check_loaded()?;
@@ -71,7 +97,10 @@ fn start(
     }
     let target = catalog::target(relation, column)?;
     let owner = owner_of(&target)?;
-    let Asked { stream, model, .. } = classifier::load(task, &options)?.stream(owner, false)?;
+    let Asked { stream, model, price } = classifier::load(task, &options)?.stream(owner, false)?;
+    if budget.max_cost.is_some() {
+        price.check(&model)?;
+    }
     check_rights(&target, owner)?;
     catalog::check_expression(&target, input, Use::Input)?;
     if let Some(filter) = filter {
@@ -94,7 +123,7 @@ fn start(
     })?;
     check_alone(&target, 0)?;
     probe(&stream, &model)?;
-    let id = insert(&target, owner, input, filter, task, options, &search_path)?;
+    let id = insert(&target, owner, input, filter, budget, task, options, &search_path)?;
     wake_at_commit(id, owner);
     Ok(id)
 }
@@ -201,11 +230,13 @@ fn probe(stream: &Stream, model: &str) -> Result<()> {
     }
 }
 
+#[allow(clippy::too_many_arguments)]
 fn insert(
     target: &Target,
     owner: pg_sys::Oid,
     input: &str,
     filter: Option<&str>,
+    budget: Budget,
     task: &str,
     options: Value,
     search_path: &str,
@@ -227,12 +258,14 @@ fn insert(
         JsonB(options).into(),
         search_path.into(),
         store::cluster().into(),
+        budget.max_cost.into(),
+        budget.max_tokens.into(),
     ];
     let id = txn::as_extension_owner(|| {
         let id = sql::one_mut::<i64>(
             "INSERT INTO llm_batch.job (owner, relation, root, relation_name, target, target_attnum, target_type,
-                 target_typmod, key_names, key_attnums, input, filter, task, options, search_path, cluster)
-             VALUES ($1::regrole, $2::regclass, $3::regclass, $4, $5::name, $6, $7::regtype, $8, $9::name[], $10, $11, $12, $13, $14, $15, $16) RETURNING id",
+                 target_typmod, key_names, key_attnums, input, filter, task, options, search_path, cluster, max_cost, max_tokens)
+             VALUES ($1::regrole, $2::regclass, $3::regclass, $4, $5::name, $6, $7::regtype, $8, $9::name[], $10, $11, $12, $13, $14, $15, $16, $17, $18) RETURNING id",
             &args,
         )?;
         sql::run("INSERT INTO llm_batch.job_state (job_id) VALUES ($1)", &[id.into()])?;
@@ -251,87 +284,4 @@ fn wake_at_commit(job: i64, owner: pg_sys::Oid) {
     register_xact_callback(PgXactCallbackEvent::Prepare, move || {
         shared::want(database, 0, 0, shared::now());
     });
-}
-
-/// What its owner wants of a job is changed by `change`, which returns whether it changed anything.
-fn control(job_id: i64, change: impl FnOnce(&store::Status) -> Result<Option<String>>) -> Result<bool> {
-    check_loaded()?;
-    let status = store::status(job_id)?;
-    let Some(assignment) = change(&status)? else { return Ok(false) };
-    txn::as_extension_owner(|| {
-        sql::run(&format!("UPDATE llm_batch.job SET {assignment} WHERE id = $1"), &[job_id.into()])
-    })?;
-    wake_at_commit(job_id, status.owner);
-    Ok(true)
-}
-
-fn ended(status: &store::Status) -> Error {
-    Error::state(format!("job {} is {}", status.id, status.status))
-        .hint("A new llm_batch.backfill() goes on with the rows that are still NULL.")
-}
-
-#[pg_extern(sql = false)]
-fn pause(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| match (s.status.as_str(), s.reason.as_deref()) {
-        ("running", _) | ("paused", Some("provider_down" | "quota" | "no_worker_slot")) => {
-            Ok(Some("wanted = 'paused'".to_owned()))
-        }
-        ("paused", _) => Ok(None),
-        _ => Err(ended(s)),
-    })?;
-    Ok(changed)
-}
-
-#[pg_extern(sql = false)]
-fn resume(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| match s.status.as_str() {
-        "paused" => Ok(Some(format!("wanted = 'running', epoch = epoch + 1, cluster = {}", store::cluster()))),
-        "running" => Ok(None),
-        _ => Err(ended(s)),
-    })?;
-    Ok(changed)
-}
-
-#[pg_extern(sql = false)]
-fn cancel(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| match s.status.as_str() {
-        "running" | "paused" => Ok(Some("wanted = 'cancelled'".to_owned())),
-        _ => Ok(None),
-    })?;
-    Ok(changed)
-}
-
-#[pg_extern(sql = false)]
-fn retry_failed(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| {
-        if s.status == "cancelled" || s.status == "failed" {
-            return Err(ended(s));
-        }
-        let listed = txn::as_extension_owner(|| {
-            sql::one::<bool>("SELECT true FROM llm_batch.row_failure WHERE job_id = $1 LIMIT 1", &[job_id.into()])
-        })?;
-        if listed.is_none() {
-            return Ok(None);
-        }
-        if s.status == "done" {
-            let target = catalog::target(s.relation, &s.target)?;
-            check_alone(&target, job_id)?;
-        }
-        Ok(Some("wanted = 'running', epoch = epoch + 1, retry_epoch = epoch + 1".to_owned()))
-    })?;
-    Ok(changed)
-}
-
-#[pg_extern(sql = false)]
-fn refuse_transaction_block(what: &str) -> std::result::Result<(), ErrorReport> {
-    // SAFETY: reads the transaction's state on the main thread.
-    if unsafe { pg_sys::IsTransactionBlock() } {
-        return Err(Error::new(
-            PgSqlErrorCode::ERRCODE_ACTIVE_SQL_TRANSACTION,
-            format!("{what} cannot run inside a transaction block"),
-        )
-        .hint("Commit first: a job starts when the transaction that made it commits.")
-        .into());
-    }
-    Ok(())
 }

@@ -3,10 +3,10 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use llm_batch_gateway::protocol::{FromGateway, Item, Spent, Stop, StopReason, Stream, ToGateway, Verdict};
+use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
 use pgrx::pg_sys;
 
-use super::{AGAIN, CONTROL, LATER, Worker};
+use super::{AGAIN, CONTROL, LATER, Worker, money};
 use crate::client::Received;
 use crate::error::{Error, Result};
 use crate::job::page;
@@ -146,7 +146,7 @@ impl Worker {
         loop {
             match client.receive(timeout)? {
                 Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
-                    add(&mut self.spent, &spent);
+                    money::add(&mut self.spent, &spent);
                     for o in outcomes {
                         let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
                         self.outstanding_bytes -= bytes;
@@ -172,11 +172,17 @@ impl Worker {
                     }
                     return Ok(());
                 }
+                Received::Message(FromGateway::Exhausted { least, full }) => {
+                    self.money.exhausted(least, full, &self.asked.stream.model);
+                }
                 Received::Message(_) => {}
                 Received::Nothing => return Ok(()),
                 Received::Lost => {
                     // The gateway ended. What it had not answered is claimed again from the table.
                     self.client = None;
+                    if self.asked.stream.budget.is_some() {
+                        self.money.lost();
+                    }
                     self.outstanding.clear();
                     self.outstanding_bytes = 0;
                     self.waiting.clear();
@@ -200,16 +206,6 @@ impl Worker {
             StopReason::NotFound | StopReason::Rejected => Outcome::Failed(text),
         }
     }
-}
-
-fn add(sum: &mut Spent, more: &Spent) {
-    sum.requests += more.requests;
-    sum.input_tokens += more.input_tokens;
-    // What can't be more than all of it must not make the cost negative.
-    sum.cached_input_tokens += more.cached_input_tokens.min(more.input_tokens);
-    sum.output_tokens += more.output_tokens;
-    sum.unconfirmed_input_tokens += more.unconfirmed_input_tokens;
-    sum.unconfirmed_output_tokens += more.unconfirmed_output_tokens;
 }
 
 /// A page of so many rows, less what would not fill a request.
