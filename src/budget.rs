@@ -98,6 +98,11 @@ pub fn next_request(least: Allowance) -> String {
     format!("the next request may take {cost}{} tokens", least.tokens)
 }
 
+/// Dollars as picodollars.
+pub fn picodollars(dollars: f64) -> u64 {
+    (dollars * 1e12).round().clamp(0.0, 9e18) as u64
+}
+
 /// Picodollars as dollars, without zeros at the end.
 pub fn dollars(picodollars: u64) -> String {
     let text = format!("${}.{:012}", picodollars / 1_000_000_000_000, picodollars % 1_000_000_000_000);

@@ -19,6 +19,17 @@ pub struct Known {
     pub model: String,
 }
 
+/// Reads options. Budgets belong to jobs and statements, and are not among them.
+fn read_options<'a>(layers: impl IntoIterator<Item = &'a Value> + Clone) -> Result<Options> {
+    let has = |key: &&str| layers.clone().into_iter().any(|l| l.get(key).is_some());
+    if let Some(key) = ["max_cost", "max_tokens"].iter().find(|key| has(key)) {
+        return Err(Error::invalid(format!("unrecognized option \"{key}\"")).hint(
+            "A budget is an argument of llm_batch.backfill(), or an option of llm_classify_batch() and llm_classify().",
+        ));
+    }
+    Ok(Options::from_json(layers)?)
+}
+
 /// Looks a classifier up; `options` override its own.
 pub fn load(name: &str, options: &Value) -> Result<Known> {
     let found = sql::row(
@@ -33,7 +44,7 @@ pub fn load(name: &str, options: &Value) -> Result<Known> {
                     instruction: row.get(2)?,
                     examples: examples_from_json(&row.get::<JsonB>(4)?.0, &labels)?,
                     labels,
-                    options: Options::from_json([&row.get::<JsonB>(5)?.0, options])?,
+                    options: read_options([&row.get::<JsonB>(5)?.0, options])?,
                 },
             })
         },
@@ -54,7 +65,7 @@ pub fn from_labels(labels: Vec<Option<String>>, options: &Value) -> Result<Known
             instruction: String::new(),
             labels: check_labels(labels)?,
             examples: Vec::new(),
-            options: Options::from_json([options])?,
+            options: read_options([options])?,
         },
     })
 }
@@ -105,7 +116,7 @@ struct Checked {
 fn check(labels: &Value, examples: &Value, options: &Value) -> Result<Checked> {
     let labels = labels_from_json(labels)?;
     let examples = examples_from_json(examples, &labels)?;
-    Options::from_json([options])?;
+    read_options([options])?;
     Ok(Checked { labels: json!(labels), examples: json!(examples), options: options.clone() })
 }
 

@@ -20,6 +20,7 @@ mod provider;
 mod settings;
 mod shared;
 mod sql;
+mod statement;
 mod txn;
 mod worker;
 
