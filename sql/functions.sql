@@ -97,6 +97,17 @@ CREATE FUNCTION llm_batch.backfill(
     AS 'MODULE_PATHNAME', 'backfill_wrapper';
 COMMENT ON FUNCTION llm_batch.backfill IS 'starts a job, at commit, that fills a column where it is NULL; returns the job''s id';
 
+CREATE FUNCTION llm_batch.estimate(
+    relation regclass, input text, target name, task text, filter text DEFAULT NULL, options jsonb DEFAULT '{}',
+    sample_rows integer DEFAULT 1000
+) RETURNS TABLE (
+    rows bigint, requests bigint, input_tokens bigint, output_tokens bigint, cost numeric, duration interval,
+    sample_rows bigint, example_request jsonb
+)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE ROWS 1
+    AS 'MODULE_PATHNAME', 'estimate_wrapper';
+COMMENT ON FUNCTION llm_batch.estimate IS 'what llm_batch.backfill() would take, from a sample of the rows; sends nothing';
+
 CREATE FUNCTION llm_batch.alter_job(job_id bigint, max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL) RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'alter_job_wrapper';
