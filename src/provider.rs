@@ -2,6 +2,7 @@
 
 use std::io::Read;
 
+use llm_batch_core::dialect::Counts;
 use llm_batch_core::url;
 use llm_batch_gateway::protocol::{Endpoint, Secret};
 use pgrx::pg_sys::panic::ErrorReport;
@@ -10,7 +11,7 @@ use pgrx::prelude::*;
 use crate::error::{Error, Result};
 use crate::{settings, sql};
 
-const SERVER_OPTIONS: &str = "api, base_url, account, api_key_file";
+const SERVER_OPTIONS: &str = "api, base_url, account, counts, api_key_file";
 const MAPPING_OPTIONS: &str = "api_key";
 /// So much of a key file is read, bytes.
 const MOST_KEY: u64 = 16 * 1024;
@@ -52,6 +53,7 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
                 seen_url = true;
                 url::parse(value).map_err(url_error)?;
             }
+            "counts" => drop(counts(value)?),
             "api_key" if !is_header(value) => {
                 return Err(bad_value("option \"api_key\" is not a key".to_owned()).into());
             }
@@ -72,6 +74,16 @@ fn bad_value(message: String) -> Error {
 
 fn url_error(e: llm_batch_core::Error) -> Error {
     Error { code: PgSqlErrorCode::ERRCODE_FDW_INVALID_ATTRIBUTE_VALUE, ..Error::from(e) }
+}
+
+/// What a provider counts against its limit of tokens.
+fn counts(value: &str) -> Result<Counts> {
+    serde_json::from_value(value.into()).map_err(|_| {
+        bad_value(format!("invalid value for option \"counts\": \"{value}\"")).hint(
+            "Valid values are: used (what a request took), reserved (the prompt and the cap of the answer), larger (the \
+             larger of the two).",
+        )
+    })
 }
 
 /// Whether a key can be sent in a header.
@@ -134,7 +146,8 @@ pub fn endpoint(server: &str, role: pg_sys::Oid) -> Result<Endpoint> {
             None => None,
         },
     };
-    Ok(Endpoint { base_url, account: option("account"), api_key: key.map(Secret) })
+    let counts = option("counts").map_or(Ok(Counts::default()), |value| counts(&value))?;
+    Ok(Endpoint { base_url, account: option("account"), api_key: key.map(Secret), counts })
 }
 
 fn key_from_file(server: &str, path: &str) -> Result<String> {

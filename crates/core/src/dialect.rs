@@ -2,6 +2,7 @@
 //!
 //! Source: OpenAI's published API description (`/chat/completions`); what other servers leave out or add is tolerated.
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::limiter::Tokens;
@@ -54,6 +55,34 @@ pub fn body(r: &Request) -> Value {
 /// (OpenAI's cookbook, "How to count tokens with tiktoken": 3 a message and 3).
 pub const FRAME_TOKENS: usize = 9;
 
+/// What a provider counts against its limit of tokens for a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Counts {
+    /// What it took: of what is reserved before, the rest comes back with the answer.
+    #[default]
+    Used,
+    /// The prompt and the cap of the answer, however short the answer is (Azure's documents).
+    Reserved,
+    /// The larger of the prompt and the cap of the answer (OpenAI's guide to rate limits).
+    Larger,
+}
+
+impl Counts {
+    /// What to reserve for a request with this prompt and this cap of its answer, in tokens.
+    pub fn reserve(self, prompt: u64, most_answer: u64) -> Tokens {
+        match self {
+            Self::Used | Self::Reserved => Tokens { input: prompt, output: most_answer },
+            Self::Larger => Tokens { input: prompt, output: most_answer.saturating_sub(prompt) },
+        }
+    }
+
+    /// What stays counted of a reservation when the request took `used`.
+    pub fn settle(self, reserved: Tokens, used: Tokens) -> Tokens {
+        if self == Self::Used { used } else { reserved }
+    }
+}
+
 /// How an answer ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
@@ -74,6 +103,8 @@ pub struct Reply {
     pub finish: Finish,
     /// What it took, reasoning included; `None` if the provider does not say.
     pub usage: Option<Tokens>,
+    /// Tokens of the prompt that the provider had cached.
+    pub cached_input: u64,
 }
 
 /// Reads the body of a 2xx.
@@ -105,7 +136,9 @@ pub fn reply(body: &[u8]) -> Result<Reply, String> {
         .map(|input| Tokens { input, output: tokens("completion_tokens").unwrap_or(0) })
         // A usage that no request can have is none.
         .filter(|u| u.input < 1 << 32 && u.output < 1 << 32);
-    Ok(Reply { text, finish, usage })
+    let cached = json["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
+    let cached_input = usage.map_or(0, |u| cached.min(u.input));
+    Ok(Reply { text, finish, usage, cached_input })
 }
 
 #[cfg(test)]
@@ -133,10 +166,15 @@ mod tests {
 
     #[test]
     fn replies_are_read() {
-        let ok = br#"{"choices":[{"message":{"content":"{}"},"finish_reason":"stop"}],"usage":{"prompt_tokens":7,"completion_tokens":2}}"#;
+        let ok = br#"{"choices":[{"message":{"content":"{}"},"finish_reason":"stop"}],"usage":{"prompt_tokens":7,"completion_tokens":2,"prompt_tokens_details":{"cached_tokens":4}}}"#;
         assert_eq!(
             reply(ok).unwrap(),
-            Reply { text: "{}".into(), finish: Finish::Complete, usage: Some(Tokens { input: 7, output: 2 }) }
+            Reply {
+                text: "{}".into(),
+                finish: Finish::Complete,
+                usage: Some(Tokens { input: 7, output: 2 }),
+                cached_input: 4
+            }
         );
         let refusal = br#"{"choices":[{"message":{"content":null,"refusal":"no"},"finish_reason":"stop"}]}"#;
         assert_eq!(reply(refusal).unwrap().finish, Finish::Refused);

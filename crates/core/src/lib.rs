@@ -7,8 +7,10 @@
 
 pub mod answer;
 pub mod codes;
+pub mod concurrency;
 pub mod dialect;
 mod error;
+pub mod headers;
 pub mod limiter;
 pub mod options;
 pub mod pack;

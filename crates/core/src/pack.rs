@@ -35,6 +35,38 @@ pub fn rows_after(attempts: u32, max_attempts: u32, rows: usize) -> usize {
     }
 }
 
+/// How many rows go into a request: fewer after answers that are incomplete or take too long, more again after others.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Size {
+    most: f64,
+    now: f64,
+}
+
+impl Size {
+    /// Begins with the most.
+    pub fn new(most: usize) -> Self {
+        Self { most: most as f64, now: most as f64 }
+    }
+
+    /// Most rows of the next request.
+    pub fn rows(&self) -> usize {
+        (self.now as usize).max(1)
+    }
+
+    /// An answer to `rows` rows came; `missing` of them were not answered, or it `was_slow`. Answers to much fewer rows
+    /// than allowed say nothing of larger ones.
+    pub fn observe(&mut self, rows: usize, missing: usize, was_slow: bool) {
+        let part = missing as f64 / rows.max(1) as f64;
+        if part > 0.0 || was_slow {
+            // One of fifty is little reason to pay for the instructions more often; half of them is.
+            let factor = if was_slow { 0.7 } else { 1.0 - part.clamp(0.1, 0.5) };
+            self.now = self.now.min((rows as f64 * factor).max(1.0)).max(1.0);
+        } else if rows * 2 > self.rows() {
+            self.now = (self.now + (self.most / 20.0).max(1.0)).min(self.most);
+        }
+    }
+}
+
 /// The measured relation of real to estimated tokens, for a model whose tokenizer is not ours. Rises at once, falls
 /// slowly: an estimate that is too low breaks the limit, one that is too high only wastes a little of it.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -77,6 +109,29 @@ mod tests {
         assert_eq!([0, 1, 2, 3].map(|a| rows_after(a, 3, 50)), [50, 25, 1, 1]);
         assert_eq!(rows_after(1, 2, 50), 1);
         assert_eq!(rows_after(1, 10, 1), 1);
+    }
+
+    #[test]
+    fn requests_shrink_when_answers_are_incomplete_and_grow_back() {
+        let mut s = Size::new(50);
+        s.observe(50, 1, false);
+        assert_eq!(s.rows(), 45);
+        s.observe(45, 40, false);
+        assert_eq!(s.rows(), 22);
+        s.observe(1, 0, false);
+        assert_eq!(s.rows(), 22);
+        s.observe(22, 0, false);
+        assert_eq!(s.rows(), 25);
+        s.observe(25, 0, true);
+        assert_eq!(s.rows(), 17);
+        for _ in 0..20 {
+            s.observe(s.rows(), 0, false);
+        }
+        assert_eq!(s.rows(), 50);
+        for _ in 0..20 {
+            s.observe(s.rows(), s.rows(), false);
+        }
+        assert_eq!(s.rows(), 1);
     }
 
     #[test]

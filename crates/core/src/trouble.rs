@@ -134,17 +134,6 @@ pub fn classify(status: u16, body: &str, retry_after: Option<u64>) -> Report {
     Report { trouble, message }
 }
 
-/// The wait in milliseconds that headers ask for: `retry-after-ms`, else `retry-after` in seconds. At most a day; what
-/// can't be read counts as absent.
-pub fn retry_after(ms: Option<&str>, seconds: Option<&str>) -> Option<u64> {
-    let number = |s: Option<&str>, factor: f64| {
-        s.and_then(|s| s.trim().parse::<f64>().ok())
-            .filter(|n| n.is_finite() && *n >= 0.0)
-            .map(|n| ((n * factor).ceil()).min(86_400_000.0) as u64)
-    };
-    number(ms, 1.0).or_else(|| number(seconds, 1000.0))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -191,14 +180,6 @@ mod tests {
         }
         assert_eq!(classify(500, "", None).message, "HTTP status 500");
         assert_eq!(one_line(&classify(500, r#"{"error":"a\n b"}"#, None).message), "HTTP status 500: a b");
-    }
-
-    #[test]
-    fn waits_are_read_and_nonsense_is_not() {
-        assert_eq!(retry_after(Some("1250.5"), Some("9")), Some(1251));
-        assert_eq!(retry_after(None, Some(" 2 ")), Some(2000));
-        assert_eq!(retry_after(Some("-1"), Some("soon")), None);
-        assert_eq!(retry_after(None, Some("1e300")), Some(86_400_000));
     }
 
     proptest! {

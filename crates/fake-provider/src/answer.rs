@@ -1,9 +1,9 @@
 //! The answer to a task: right, or wrong in the way asked for.
 
 use crate::Fault;
-use crate::prompt::{Asked, Shape, Task};
-use crate::request::{first_tokens, tokens};
+use crate::prompt::{Asked, RowId, Shape, Task};
 use crate::rng::Rng;
+use crate::tokens::{first_tokens, tokens};
 
 const REFUSAL: &str = "I'm sorry, I can't help with that.";
 
@@ -15,7 +15,7 @@ pub(crate) struct Answer {
     pub(crate) finish_reason: &'static str,
     pub(crate) completion_tokens: u64,
     /// Ids of the markers of the rows whose right code the content holds.
-    pub(crate) answered: Vec<String>,
+    pub(crate) answered: Vec<RowId>,
 }
 
 /// One item of an answer.
@@ -23,7 +23,7 @@ struct Item {
     index: String,
     code: String,
     /// The id of the row it answers rightly.
-    answers: Option<String>,
+    answers: Option<RowId>,
 }
 
 /// Answers a task. `enforced` holds the codes a strict schema admits, if there
@@ -39,7 +39,7 @@ pub(crate) fn compose(
     let mut items: Vec<Item> = task.rows.iter().map(|row| right(row, enforced)).collect();
     spoil(&mut items, task, enforced, fault, rng);
     let (mut text, ends) = write(task.shape, &items);
-    let mut answered: Vec<(usize, String)> =
+    let mut answered: Vec<(usize, RowId)> =
         ends.into_iter().zip(items).filter_map(|(end, item)| Some((end, item.answers?))).collect();
 
     let mut finish_reason = "stop";
@@ -97,7 +97,7 @@ fn right(row: &Asked, enforced: Option<&[String]>) -> Item {
         Some(first) if !admitted => first.clone(),
         _ => row.code.clone(),
     };
-    Item { index: row.index.clone(), code, answers: row.id.clone().filter(|_| admitted) }
+    Item { index: row.index.clone(), code, answers: row.id.filter(|_| admitted) }
 }
 
 /// Applies the faults that change items.

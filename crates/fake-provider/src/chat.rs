@@ -5,11 +5,13 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::answer::{self, Answer};
+use crate::date::{go_duration, unix_time};
+use crate::headers::{Header, Standing, per_minute, rate_headers, retry_headers};
+use crate::limits::{Amounts, Full, Limit};
 use crate::prompt::Task;
-use crate::reply::{Reply, go_duration, unix_time};
+use crate::reply::Reply;
 use crate::request::{Chat, Format};
 use crate::server::State;
-use crate::window::Full;
 use crate::{Config, Fault, Reserve};
 
 /// What becomes of a request.
@@ -30,6 +32,10 @@ pub(crate) struct Admitted {
     pub(crate) fault: Option<Fault>,
     pub(crate) rows: u64,
     pub(crate) prompt_tokens: u64,
+    /// Of those, the ones reported as cached.
+    pub(crate) cached_tokens: u64,
+    /// The admission's number in the limits, and the tokens charged there.
+    pub(crate) charge: (u64, u64),
     pub(crate) answer: Answer,
 }
 
@@ -39,10 +45,11 @@ impl State {
     pub(crate) fn judge(&mut self, bearer: Option<&str>, body: &[u8]) -> Verdict {
         let now = Instant::now();
         self.tally.arrived(now);
+        self.limits.arrived(now);
         let checked = serde_json::from_slice(body)
             .map_err(|_| Reply::invalid("", "", "the body is not JSON"))
             .and_then(|body: Value| {
-                let chat = authorized(&self.config, bearer).and_then(|()| Chat::read(&body));
+                let chat = authorized(&self.config, bearer).and_then(|()| Chat::read(&body, &mut self.counts));
                 self.keep_body(body);
                 chat
             })
@@ -71,32 +78,37 @@ impl State {
         let rng = &mut self.rng;
         let answer = answer::compose(&task, enforced, chat.max_tokens, &mut fault, rng);
         let charge = charge(self.config.reserve, &chat, &answer);
-        if let Err(reply) = self.admit(now, charge, &chat.model) {
+        let number = match self.admit(now, charge, &chat.model) {
+            Ok(number) => number,
             // The script's entry waits for a request that is let in.
-            return Verdict::Refused(reply);
-        }
+            Err(reply) => return Verdict::Refused(reply),
+        };
         if scripted.is_some() {
             self.script.pop_front();
         }
 
-        self.tally.admitted(now, charge, &task);
-        let stats = &mut self.tally.stats;
-        stats.peak_window_tokens = stats.peak_window_tokens.max(self.window.tokens());
-        stats.peak_window_requests = stats.peak_window_requests.max(self.window.requests());
+        let charged_tokens = charge[Limit::Tokens as usize];
+        self.tally.admitted(now, charged_tokens, &task);
         if let Some(fault) = &fault {
             self.tally.fault(fault.name());
         }
+        let cached_tokens = match self.config.cache_prefix {
+            true => self.prefixes.cached(&chat.system, chat.system_tokens),
+            false => 0,
+        };
         if fault != Some(Fault::Hang) {
-            self.tally.billed(chat.prompt_tokens, &answer);
+            self.tally.billed(chat.prompt_tokens, cached_tokens, &answer);
         }
-        let mut reply = self.completion(&chat, &answer);
-        self.add_rate_headers(&mut reply, now);
+        let mut reply = self.completion(&chat, cached_tokens, &answer);
+        reply.headers.extend(self.rate_headers(now, charge));
         Verdict::Admitted(Box::new(Admitted {
             reply,
             delay: self.delay(answer.completion_tokens),
             fault,
             rows: task.rows.len() as u64,
             prompt_tokens: chat.prompt_tokens,
+            cached_tokens,
+            charge: (number, charged_tokens),
             answer,
         }))
     }
@@ -113,69 +125,41 @@ impl State {
         None
     }
 
-    fn admit(&mut self, now: Instant, charge: u64, model: &str) -> Result<(), Reply> {
+    fn admit(&mut self, now: Instant, charge: Amounts, model: &str) -> Result<u64, Reply> {
         let config = &self.config;
-        let (tokens, requests) = (config.tokens_per_window, config.requests_per_window);
-        let admitted = self.window.admit(now, config.window, charge, tokens, requests);
-        let Err(full) = admitted else { return Ok(()) };
-        let token_cap = tokens.unwrap_or_default();
-        let (kind, wait, message) = match full {
-            Full::TooLarge => ("tokens", None, too_large(model, token_cap, charge)),
-            Full::Tokens(wait) => (
-                "tokens",
-                Some(wait),
-                format!(
-                    "Rate limit reached for {model} on tokens per min (TPM): Limit {token_cap}, \
-                     Used {}, Requested {charge}. Please try again in {}.",
-                    self.window.tokens(),
-                    go_duration(wait),
-                ),
-            ),
-            Full::Requests(wait) => (
-                "requests",
-                Some(wait),
-                format!(
-                    "Rate limit reached for {model} on requests per min (RPM): Limit {}, \
-                     Used {}, Requested 1. Please try again in {}.",
-                    requests.unwrap_or_default(),
-                    self.window.requests(),
-                    go_duration(wait),
-                ),
-            ),
+        let full = match self.limits.admit(now, config, charge) {
+            Ok(number) => return Ok(number),
+            Err(full) => full,
+        };
+        let (Full::TooLarge(limit) | Full::For(limit, _)) = full;
+        let cap = config.caps()[limit as usize].unwrap_or_default();
+        let asked = charge[limit as usize];
+        let kind = if limit == Limit::Requests { "requests" } else { "tokens" };
+        let (wait, message) = match full {
+            Full::TooLarge(_) => (None, too_large(model, limit, cap, asked)),
+            Full::For(_, wait) => {
+                let used = self.limits.used(config, limit);
+                (Some(wait), rate_limited(model, limit, cap, used, asked, wait))
+            }
         };
         let mut reply = Reply::error(429, kind, "", "rate_limit_exceeded", &message);
-        if let Some(wait) = wait.filter(|_| config.retry_after) {
-            let ms = wait.as_nanos().div_ceil(1_000_000).max(1);
-            let seconds = ms.div_ceil(1000);
-            reply.headers.push(("retry-after-ms", ms.to_string()));
-            reply.headers.push(("retry-after", seconds.to_string()));
-        }
-        self.add_rate_headers(&mut reply, now);
+        reply.headers.extend(wait.map(|wait| retry_headers(config.retry_after, wait)).unwrap_or_default());
+        reply.headers.extend(self.rate_headers(now, charge));
         Err(reply)
     }
 
-    fn add_rate_headers(&mut self, reply: &mut Reply, now: Instant) {
+    /// How the limits stand, as of the last admission or refusal.
+    fn rate_headers(&self, now: Instant, charge: Amounts) -> Vec<Header> {
         let config = &self.config;
-        if !config.rate_headers {
-            return;
-        }
-        let reset = go_duration(self.window.empty_in(now, config.window));
-        if let Some(cap) = config.requests_per_window {
-            let left = cap.saturating_sub(self.window.requests());
-            reply.headers.extend([
-                ("x-ratelimit-limit-requests", cap.to_string()),
-                ("x-ratelimit-remaining-requests", left.to_string()),
-                ("x-ratelimit-reset-requests", reset.clone()),
-            ]);
-        }
-        if let Some(cap) = config.tokens_per_window {
-            let left = cap.saturating_sub(self.window.tokens());
-            reply.headers.extend([
-                ("x-ratelimit-limit-tokens", cap.to_string()),
-                ("x-ratelimit-remaining-tokens", left.to_string()),
-                ("x-ratelimit-reset-tokens", reset),
-            ]);
-        }
+        let caps = config.caps();
+        rate_headers(config.rate_headers, charge[Limit::Tokens as usize], |limit| {
+            let cap = caps[limit as usize]?;
+            Some(Standing {
+                per_minute: per_minute(cap, config.window),
+                left: (cap as i64).saturating_sub(self.limits.used(config, limit) as i64),
+                full_in: self.limits.full_in(now, config, limit),
+            })
+        })
     }
 
     fn delay(&mut self, completion_tokens: u64) -> Duration {
@@ -185,11 +169,11 @@ impl State {
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::ZERO)
     }
 
-    fn completion(&mut self, chat: &Chat, answer: &Answer) -> Reply {
+    fn completion(&mut self, chat: &Chat, cached_tokens: u64, answer: &Answer) -> Reply {
         let body = json!({
             "id": format!("chatcmpl-{:016x}", self.rng.next_u64()),
             "object": "chat.completion",
-            "created": unix_time(),
+            "created": unix_time().as_secs(),
             "model": chat.model,
             "choices": [{
                 "index": 0,
@@ -205,7 +189,7 @@ impl State {
                 "prompt_tokens": chat.prompt_tokens,
                 "completion_tokens": answer.completion_tokens,
                 "total_tokens": chat.prompt_tokens + answer.completion_tokens,
-                "prompt_tokens_details": { "cached_tokens": 0 },
+                "prompt_tokens_details": { "cached_tokens": cached_tokens },
             },
         });
         Reply::json(200, &body)
@@ -267,13 +251,15 @@ fn check(config: &Config, chat: &Chat) -> Result<(), Reply> {
     Ok(())
 }
 
-fn charge(reserve: Reserve, chat: &Chat, answer: &Answer) -> u64 {
+/// What a request takes of each limit.
+fn charge(reserve: Reserve, chat: &Chat, answer: &Answer) -> Amounts {
     let prompt = chat.prompt_tokens;
-    match (reserve, chat.max_tokens) {
+    let tokens = match (reserve, chat.max_tokens) {
         (Reserve::PromptPlusMax, Some(max)) => prompt.saturating_add(max),
         (Reserve::Max, max) => prompt.max(max.unwrap_or(0)),
         _ => prompt + answer.completion_tokens,
-    }
+    };
+    [tokens, prompt, answer.completion_tokens, 1]
 }
 
 /// The response of a fault that refuses; `None` is a reset.
@@ -292,9 +278,13 @@ fn refusal(fault: &Fault, model: &str) -> Option<Reply> {
             "insufficient_quota",
             "You exceeded your current quota, please check your plan and billing details.",
         )),
-        Fault::TooLarge429 => {
-            Some(Reply::error(429, "tokens", "", "rate_limit_exceeded", &too_large(model, 30_000, 34_472)))
-        }
+        Fault::TooLarge429 => Some(Reply::error(
+            429,
+            "tokens",
+            "",
+            "rate_limit_exceeded",
+            &too_large(model, Limit::Tokens, 30_000, 34_472),
+        )),
         Fault::Status(status, body) => Some(Reply { status: *status, headers: Vec::new(), body: body.clone() }),
         Fault::Redirect(location) => {
             Some(Reply { status: 302, headers: vec![("location", location.clone())], body: String::new() })
@@ -303,9 +293,29 @@ fn refusal(fault: &Fault, model: &str) -> Option<Reply> {
     }
 }
 
-fn too_large(model: &str, limit: u64, requested: u64) -> String {
+fn too_large(model: &str, limit: Limit, cap: u64, requested: u64) -> String {
     format!(
-        "Request too large for {model} on tokens per min (TPM): Limit {limit}, Requested \
-         {requested}. The input or output tokens must be reduced in order to run successfully."
+        "Request too large for {model} on {}: Limit {cap}, Requested {requested}. \
+         The input or output tokens must be reduced in order to run successfully.",
+        spelled(limit),
     )
+}
+
+fn rate_limited(model: &str, limit: Limit, cap: u64, used: u64, requested: u64, wait: Duration) -> String {
+    format!(
+        "Rate limit reached for {model} on {}: Limit {cap}, Used {used}, Requested {requested}. \
+         Please try again in {}.",
+        spelled(limit),
+        go_duration(wait),
+    )
+}
+
+/// A limit's name in messages.
+fn spelled(limit: Limit) -> &'static str {
+    match limit {
+        Limit::Tokens => "tokens per min (TPM)",
+        Limit::Input => "input tokens per min",
+        Limit::Output => "output tokens per min",
+        Limit::Requests => "requests per min (RPM)",
+    }
 }

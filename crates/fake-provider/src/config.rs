@@ -3,7 +3,10 @@
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
+use serde::Deserialize;
+
 use crate::Fault;
+use crate::limits::Caps;
 
 /// Everything that can be set. All but `listen` may change at run time through
 /// [`FakeProvider::configure`](crate::FakeProvider::configure).
@@ -15,18 +18,30 @@ pub struct Config {
     pub api_key: Option<String>,
     /// The models served; any other gets 404 `model_not_found`. `None` serves every name.
     pub models: Option<Vec<String>>,
-    /// Length of the rolling window both limits apply to. Default 60 s.
+    /// How the limits are kept.
+    pub limiter: Limiter,
+    /// The time all limits are given for. Default 60 s.
     pub window: Duration,
-    /// Most tokens charged within any window; `None` is no limit.
+    /// Most tokens charged in a window; `None` is no limit.
     pub tokens_per_window: Option<u64>,
-    /// Most requests admitted within any window; `None` is no limit.
+    /// Most prompt tokens in a window; `None` is no limit.
+    pub input_tokens_per_window: Option<u64>,
+    /// Most completion tokens in a window, charged at admission as the answer
+    /// will have them; `None` is no limit.
+    pub output_tokens_per_window: Option<u64>,
+    /// Most requests admitted in a window; `None` is no limit.
     pub requests_per_window: Option<u64>,
+    /// Another client that uses the same limits. Default none.
+    pub other_client: Option<OtherClient>,
     /// What a request is charged against `tokens_per_window`.
     pub reserve: Reserve,
-    /// Send `retry-after` (s) and `retry-after-ms` with the 429 of a full window. Default true.
-    pub retry_after: bool,
-    /// Send the `x-ratelimit-*` headers of the limits that are set. Default true.
-    pub rate_headers: bool,
+    /// Once a request has its answer, lower its charge to what it used. Matters
+    /// where `reserve` charges more than that. Default false.
+    pub release: bool,
+    /// How the 429 of a full limit says how long to wait.
+    pub retry_after: RetryAfter,
+    /// Which headers tell of the limits that are set.
+    pub rate_headers: RateHeaders,
     /// How long an answer takes.
     pub latency: Latency,
     /// Accept `response_format` of type `json_schema`; otherwise 400. Default true.
@@ -35,6 +50,10 @@ pub struct Config {
     pub json_object: bool,
     /// Accept `max_tokens`; otherwise 400 asking for `max_completion_tokens`. Default true.
     pub max_tokens_param: bool,
+    /// Bills tell of cached prompts: requests whose system message, of 1,024
+    /// tokens or more, was in an admitted request before. Charges and latency
+    /// stay the same. Default false.
+    pub cache_prefix: bool,
     /// Most tokens of the prompt plus the maximum asked for (when one is); above it,
     /// 400 `context_length_exceeded`. `None` is no limit.
     pub context_tokens: Option<u64>,
@@ -51,16 +70,22 @@ impl Default for Config {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
             api_key: None,
             models: None,
+            limiter: Limiter::Rolling,
             window: Duration::from_secs(60),
             tokens_per_window: None,
+            input_tokens_per_window: None,
+            output_tokens_per_window: None,
             requests_per_window: None,
+            other_client: None,
             reserve: Reserve::Actual,
-            retry_after: true,
-            rate_headers: true,
+            release: false,
+            retry_after: RetryAfter::Both,
+            rate_headers: RateHeaders::OpenAi,
             latency: Latency::default(),
             json_schema: true,
             json_object: true,
             max_tokens_param: true,
+            cache_prefix: false,
             context_tokens: None,
             faults: Vec::new(),
             seed: 1,
@@ -68,8 +93,52 @@ impl Default for Config {
     }
 }
 
-/// Tokens charged at admission. The charge is never corrected afterwards.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+impl Config {
+    /// The limits, by `Limit as usize`.
+    pub(crate) fn caps(&self) -> Caps {
+        [self.tokens_per_window, self.input_tokens_per_window, self.output_tokens_per_window, self.requests_per_window]
+    }
+}
+
+/// How limits are kept. Names on the command line and in `/control` are those of
+/// the variants, in lower case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Limiter {
+    /// No window, wherever it begins, has more than the limit.
+    #[default]
+    Rolling,
+    /// A token bucket: it holds a window's worth, starts full and refills
+    /// evenly, a window's worth in a window's time.
+    Bucket,
+}
+
+/// Another client on the same account. Its requests are evenly spaced, are
+/// charged like ours, and are not in the counts of ours.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct OtherClient {
+    /// The part (0 to 1, or more) it takes of the token limit, and likewise of
+    /// those of input and output tokens. Default 0.
+    pub share: f64,
+    /// Tokens of each of its requests. Default 1,000.
+    pub request_tokens: u64,
+    /// When it begins, counted from our first chat request after it was set.
+    /// Default 0.
+    pub after: Duration,
+    /// Its requests are always charged, even where there is no room for them.
+    /// Otherwise it is refused like us and tries again every 100 ms. Default true.
+    pub insists: bool,
+}
+
+impl Default for OtherClient {
+    fn default() -> Self {
+        Self { share: 0.0, request_tokens: 1_000, after: Duration::ZERO, insists: true }
+    }
+}
+
+/// Tokens charged at admission. [`Config::release`] corrects the charge afterwards.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Reserve {
     /// The prompt and the completion the request will get.
     #[default]
@@ -78,6 +147,48 @@ pub enum Reserve {
     PromptPlusMax,
     /// The larger of the prompt and the maximum asked for.
     Max,
+}
+
+/// The headers about limits, sent with every admission and every refusal of a
+/// full limit. The limit told is that of a minute; what remains is what is really
+/// left after the request's charge. Names on the command line and in `/control`
+/// are those of the variants, in lower case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RateHeaders {
+    /// None at all.
+    None,
+    /// `x-ratelimit-{limit,remaining,reset}-{requests,tokens}`; the reset is the
+    /// time until all is there again: `6m0s`.
+    #[default]
+    OpenAi,
+    /// `anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,
+    /// remaining,reset}`; remaining tokens are rounded to thousands, the reset is
+    /// the time (RFC 3339) when all is there again.
+    Anthropic,
+    /// `x-ratelimit-{limit,remaining}-{req,tokens}-minute` and
+    /// `x-ratelimit-tokens-query-cost`, the tokens charged.
+    Mistral,
+    /// `x-ratelimit-{limit,remaining}-{requests,tokens}`; what remains may be
+    /// less than nothing.
+    Azure,
+}
+
+/// How the 429 of a full limit says how long to wait, rounded up. Names on the
+/// command line and in `/control` are `none`, `seconds`, `both` and `date`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RetryAfter {
+    /// Not at all.
+    None,
+    /// `retry-after` in seconds.
+    Seconds,
+    /// `retry-after` in seconds, and `retry-after-ms`.
+    #[default]
+    Both,
+    /// `retry-after` as a date, to be compared with the header `date`.
+    #[serde(rename = "date")]
+    HttpDate,
 }
 
 /// How long an admitted request takes: `(base + per_output_token * completion

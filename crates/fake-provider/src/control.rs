@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::Fault;
 use crate::server::Shared;
+use crate::{Fault, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 
 /// The body of `POST /control`. What is left out stays as it is.
 #[derive(Deserialize)]
@@ -15,20 +15,31 @@ struct Control {
     faults: Option<serde_json::Map<String, serde_json::Value>>,
     /// Faults of the next requests, null for none.
     script: Option<Vec<Option<String>>>,
+    /// Null removes it.
+    #[serde(default, deserialize_with = "present")]
+    other_client: Option<Option<OtherChange>>,
+    reserve: Option<Reserve>,
+    release: Option<bool>,
     latency: Option<LatencyChange>,
+    limiter: Option<Limiter>,
     window_seconds: Option<f64>,
     /// Null removes the limit, hence two layers.
     #[serde(default, deserialize_with = "present")]
     tokens_per_window: Option<Option<u64>>,
     #[serde(default, deserialize_with = "present")]
+    input_tokens_per_window: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "present")]
+    output_tokens_per_window: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "present")]
     requests_per_window: Option<Option<u64>>,
     #[serde(default, deserialize_with = "present")]
     context_tokens: Option<Option<u64>>,
+    cache_prefix: Option<bool>,
     json_schema: Option<bool>,
     json_object: Option<bool>,
     max_tokens_param: Option<bool>,
-    retry_after: Option<bool>,
-    rate_headers: Option<bool>,
+    retry_after: Option<RetryAfter>,
+    rate_headers: Option<RateHeaders>,
     /// True holds all answers, false releases them.
     hold: Option<bool>,
     #[serde(default)]
@@ -41,6 +52,16 @@ struct LatencyChange {
     base_ms: Option<f64>,
     per_token_ms: Option<f64>,
     spread: Option<f64>,
+}
+
+/// What is left out has its default; the client begins anew.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OtherChange {
+    share: f64,
+    request_tokens: Option<u64>,
+    after_seconds: Option<f64>,
+    insists: Option<bool>,
 }
 
 /// Applies a change, all of it or none.
@@ -73,21 +94,31 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
         }
         set(&mut config.latency.spread, latency.spread);
     }
+    set(&mut config.limiter, control.limiter);
     if let Some(window) = control.window_seconds {
         config.window = seconds(window)?;
     }
     set(&mut config.tokens_per_window, control.tokens_per_window);
+    set(&mut config.input_tokens_per_window, control.input_tokens_per_window);
+    set(&mut config.output_tokens_per_window, control.output_tokens_per_window);
     set(&mut config.requests_per_window, control.requests_per_window);
+    set(&mut config.reserve, control.reserve);
+    set(&mut config.release, control.release);
     set(&mut config.context_tokens, control.context_tokens);
+    set(&mut config.cache_prefix, control.cache_prefix);
     set(&mut config.json_schema, control.json_schema);
     set(&mut config.json_object, control.json_object);
     set(&mut config.max_tokens_param, control.max_tokens_param);
     set(&mut config.retry_after, control.retry_after);
     set(&mut config.rate_headers, control.rate_headers);
-    state.config = config;
+    if let Some(other) = control.other_client {
+        config.other_client = other.map(other_client).transpose()?;
+        state.limits.restart_other();
+    }
+    state.configure(|current| *current = config);
     state.script.extend(script);
     if control.reset_stats {
-        state.tally.reset();
+        state.reset_stats();
     }
     drop(state);
     match control.hold {
@@ -96,6 +127,16 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
         None => {}
     }
     Ok(())
+}
+
+fn other_client(change: OtherChange) -> Result<OtherClient, String> {
+    let mut other = OtherClient { share: change.share, ..OtherClient::default() };
+    set(&mut other.request_tokens, change.request_tokens);
+    set(&mut other.insists, change.insists);
+    if let Some(after) = change.after_seconds {
+        other.after = seconds(after)?;
+    }
+    Ok(other)
 }
 
 fn set<T>(field: &mut T, change: Option<T>) {

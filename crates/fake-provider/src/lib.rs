@@ -1,6 +1,6 @@
 //! An OpenAI-compatible chat completions endpoint for tests and benchmarks.
 //!
-//! It enforces limits over an exact rolling window, bills tokens as a provider
+//! It enforces limits over an exact rolling window or by token bucket, bills tokens as a provider
 //! does, waits as a model does, and fails on demand. It knows the prompt of
 //! `pg_llm_batch` (see `prompt.rs`): row texts carry markers such as
 //! `#r000123:billing#`, so it can give the right answer and keep count, row by
@@ -25,20 +25,29 @@
 #![deny(missing_docs)]
 
 mod answer;
+mod bucket;
 mod chat;
 mod config;
 mod control;
+mod date;
 mod fault;
+mod headers;
 mod http;
+mod limits;
+mod mean;
+mod meter;
+mod other;
+mod prefix;
 mod prompt;
 mod reply;
 mod request;
 mod rng;
 mod server;
 mod stats;
+mod tokens;
 mod window;
 
-pub use config::{Config, Latency, Reserve};
+pub use config::{Config, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 pub use fault::Fault;
 pub use server::FakeProvider;
 pub use stats::{Row, Stats};

@@ -4,15 +4,27 @@ use std::io::Write;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use llm_fake_provider::{Config, FakeProvider, Reserve};
+use llm_fake_provider::{Config, FakeProvider, RateHeaders, RetryAfter};
+use serde::Deserialize;
 
 const USAGE: &str = "\
 usage: llm-fake-provider [OPTION]...
   --listen ADDR:PORT        default 127.0.0.1:0
-  --window SECONDS          length of the rolling window, default 60
+  --limiter KIND            rolling (default) or bucket
+  --window SECONDS          the time limits are given for, default 60
   --tokens-per-window N     default no limit
+  --input-tokens-per-window N, --output-tokens-per-window N,
   --requests-per-window N   default no limit
+  --other-client SHARE      another client takes this part (0 to 1) of the token limit
+  --other-client-tokens N   tokens of each of its requests, default 1000
+  --other-client-after SECONDS
+                            it begins so long after our first request
+  --other-client-yields     it is refused too where there is no room
   --reserve HOW             actual (default), prompt-plus-max or max
+  --release                 give back what was reserved and not used
+  --rate-headers STYLE      openai (default), anthropic, mistral, azure or none
+  --retry-after STYLE       both (default: s and ms), seconds, date or none
+  --cache-prefix            report system messages that come again as cached
   --context-tokens N        default no limit
   --base-ms N               delay of every answer
   --per-token-ms N          delay per completion token
@@ -54,8 +66,11 @@ fn configure(arguments: Vec<String>) -> Result<Config, String> {
     let mut arguments = arguments.into_iter();
     while let Some(option) = arguments.next() {
         match option.as_str() {
-            "--no-retry-after" => config.retry_after = false,
-            "--no-rate-headers" => config.rate_headers = false,
+            "--no-retry-after" => config.retry_after = RetryAfter::None,
+            "--no-rate-headers" => config.rate_headers = RateHeaders::None,
+            "--other-client-yields" => config.other_client.get_or_insert_default().insists = false,
+            "--release" => config.release = true,
+            "--cache-prefix" => config.cache_prefix = true,
             "--no-json-schema" => config.json_schema = false,
             "--no-json-object" => config.json_object = false,
             "--no-max-tokens" => config.max_tokens_param = false,
@@ -71,18 +86,19 @@ fn configure(arguments: Vec<String>) -> Result<Config, String> {
 fn set(config: &mut Config, option: &str, value: &str) -> Option<()> {
     match option {
         "--listen" => config.listen = value.parse().ok()?,
+        "--limiter" => config.limiter = named(value)?,
         "--window" => config.window = seconds(value, 1.0)?,
         "--tokens-per-window" => config.tokens_per_window = Some(value.parse().ok()?),
+        "--input-tokens-per-window" => config.input_tokens_per_window = Some(value.parse().ok()?),
+        "--output-tokens-per-window" => config.output_tokens_per_window = Some(value.parse().ok()?),
         "--requests-per-window" => config.requests_per_window = Some(value.parse().ok()?),
         "--context-tokens" => config.context_tokens = Some(value.parse().ok()?),
-        "--reserve" => {
-            config.reserve = match value {
-                "actual" => Reserve::Actual,
-                "prompt-plus-max" => Reserve::PromptPlusMax,
-                "max" => Reserve::Max,
-                _ => return None,
-            }
-        }
+        "--other-client" => config.other_client.get_or_insert_default().share = value.parse().ok()?,
+        "--other-client-tokens" => config.other_client.get_or_insert_default().request_tokens = value.parse().ok()?,
+        "--other-client-after" => config.other_client.get_or_insert_default().after = seconds(value, 1.0)?,
+        "--rate-headers" => config.rate_headers = named(value)?,
+        "--retry-after" => config.retry_after = named(value)?,
+        "--reserve" => config.reserve = named(value)?,
         "--base-ms" => config.latency.base = seconds(value, 1000.0)?,
         "--per-token-ms" => config.latency.per_output_token = seconds(value, 1000.0)?,
         "--spread" => config.latency.spread = value.parse().ok()?,
@@ -97,6 +113,11 @@ fn set(config: &mut Config, option: &str, value: &str) -> Option<()> {
         _ => return None,
     }
     Some(())
+}
+
+/// The variant of this name.
+fn named<T: for<'de> Deserialize<'de>>(name: &str) -> Option<T> {
+    serde_json::from_value(name.into()).ok()
 }
 
 fn seconds(value: &str, per_second: f64) -> Option<Duration> {

@@ -7,6 +7,8 @@
 //! the text carries a marker `#r000123:billing#`: the row's id and right label.
 //! In place of the label, `?` stands for the first one.
 
+use std::fmt;
+
 use crate::request::Chat;
 
 /// The longest row text kept as a marker's label, in bytes.
@@ -27,9 +29,28 @@ pub(crate) struct Asked {
     /// Its number in the prompt, in digits; empty for a naive client.
     pub(crate) index: String,
     /// The id of its marker, if it has one.
-    pub(crate) id: Option<String>,
+    pub(crate) id: Option<RowId>,
     /// The right code.
     pub(crate) code: String,
+}
+
+/// A marker's id as written, in little room: its digits after a 1, so that
+/// leading zeros count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct RowId(u64);
+
+impl RowId {
+    /// Reads up to 18 digits.
+    fn read(digits: &str) -> Option<Self> {
+        let is_id = (1..=18).contains(&digits.len()) && digits.bytes().all(|b| b.is_ascii_digit());
+        is_id.then(|| Self(digits.bytes().fold(1, |number, digit| number * 10 + u64::from(digit - b'0'))))
+    }
+}
+
+impl fmt::Display for RowId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.0.to_string().get(1..).unwrap_or_default())
+    }
 }
 
 /// The shape of an answer.
@@ -54,7 +75,7 @@ impl Task {
             let marker = markers(text).next();
             Asked {
                 index: index.to_owned(),
-                id: marker.map(|(id, _)| id.to_owned()),
+                id: marker.and_then(|(id, _)| RowId::read(id)),
                 code: right_code(&legend, marker.map(|(_, label)| label)),
             }
         };
@@ -162,6 +183,17 @@ mod tests {
     fn markers_anywhere_and_broken_ones_nowhere() {
         let found: Vec<_> = markers("é#r#r000123:billing# #r:x# #rx:y# #r5:?##r6:a\nb# #r7:").collect();
         assert_eq!(found, [("000123", "billing"), ("5", "?")]);
+    }
+
+    #[test]
+    fn ids_are_kept_as_written() {
+        for id in ["0", "000123", "123", "000000000000000000", "999999999999999999"] {
+            assert_eq!(RowId::read(id).unwrap().to_string(), id);
+        }
+        assert_ne!(RowId::read("000123"), RowId::read("123"));
+        for id in ["", "x", "+1", "1999999999999999999"] {
+            assert_eq!(RowId::read(id), None, "{id}");
+        }
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use crate::reply::Reply;
+use crate::tokens::{Counts, tokens};
 
 /// A larger maximum means this one; sums of charges must not overflow.
 const MAX_MAX_TOKENS: u64 = 1 << 32;
@@ -20,6 +21,8 @@ pub(crate) struct Chat {
     /// Whether the older name, `max_tokens`, is used.
     pub(crate) old_max_tokens: bool,
     pub(crate) format: Format,
+    /// Tokens of the system messages.
+    pub(crate) system_tokens: u64,
     /// Tokens of the messages and of the schema.
     pub(crate) prompt_tokens: u64,
 }
@@ -38,7 +41,7 @@ pub(crate) enum Format {
 
 impl Chat {
     /// Reads a body; the error is the 400 to answer.
-    pub(crate) fn read(body: &Value) -> Result<Self, Reply> {
+    pub(crate) fn read(body: &Value, counts: &mut Counts) -> Result<Self, Reply> {
         let Some(model) = body["model"].as_str() else {
             return Err(Reply::invalid("", "", "you must provide a model parameter"));
         };
@@ -59,13 +62,20 @@ impl Chat {
             old_max_tokens: !body["max_tokens"].is_null(),
             format: Format::Text,
             // As OpenAI counts: 3 tokens open the answer, 3 frame each message.
+            system_tokens: 0,
             prompt_tokens: 3,
         };
         for message in messages {
             let content = content(&message["content"]);
-            chat.prompt_tokens += 3 + tokens(&content);
-            let part = match message["role"].as_str() {
-                Some("system" | "developer") => &mut chat.system,
+            let role = message["role"].as_str();
+            let is_system = matches!(role, Some("system" | "developer"));
+            let count = if is_system { counts.tokens(&content) } else { tokens(&content) };
+            chat.prompt_tokens += 3 + count;
+            let part = match role {
+                _ if is_system => {
+                    chat.system_tokens += count;
+                    &mut chat.system
+                }
                 Some("user") => &mut chat.user,
                 _ => continue,
             };
@@ -79,7 +89,7 @@ impl Chat {
             Some("json_object") => Format::JsonObject,
             Some("json_schema") if format["json_schema"]["schema"].is_object() => {
                 let schema = &format["json_schema"];
-                chat.prompt_tokens += tokens(&schema.to_string());
+                chat.prompt_tokens += counts.tokens(&schema.to_string());
                 let mut codes = Vec::new();
                 collect_enums(&schema["schema"], &mut codes);
                 Format::JsonSchema { strict: schema["strict"] == true, codes }
@@ -94,19 +104,6 @@ impl Chat {
         };
         Ok(chat)
     }
-}
-
-/// Tokens of a text, by the o200k vocabulary.
-pub(crate) fn tokens(text: &str) -> u64 {
-    bpe_openai::o200k_base().count(text) as u64
-}
-
-/// The first `count` tokens of a text. Where they end within a character, the
-/// part of that character is left out.
-pub(crate) fn first_tokens(text: &str, count: u64) -> String {
-    let tokenizer = bpe_openai::o200k_base();
-    let tokens = tokenizer.encode(text);
-    (0..=tokens.len().min(count as usize)).rev().find_map(|end| tokenizer.decode(&tokens[..end])).unwrap_or_default()
 }
 
 /// A message's content: a string, or text parts.

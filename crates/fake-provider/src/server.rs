@@ -14,10 +14,12 @@ use tokio::sync::{oneshot, watch};
 use crate::chat::{Admitted, Verdict, authorized};
 use crate::control;
 use crate::http::{Connection, Next, Request};
+use crate::limits::Limits;
+use crate::prefix::Prefixes;
 use crate::reply::Reply;
 use crate::rng::Rng;
 use crate::stats::Tally;
-use crate::window::Window;
+use crate::tokens::Counts;
 use crate::{Config, Fault, Stats};
 
 const BODIES_KEPT: usize = 100;
@@ -65,7 +67,7 @@ impl FakeProvider {
 
     /// Starts the counts anew. What is in flight and what the window holds stay.
     pub fn reset_stats(&self) {
-        self.shared.lock().tally.reset();
+        self.shared.lock().reset_stats();
     }
 
     /// Sets the faults of the next chat requests, one each, in order; `None` is
@@ -78,7 +80,7 @@ impl FakeProvider {
 
     /// Changes the configuration; a change of `listen` or `seed` has no effect.
     pub fn configure(&self, change: impl FnOnce(&mut Config)) {
-        change(&mut self.shared.lock().config);
+        self.shared.lock().configure(change);
     }
 
     /// Holds all answers back. Requests are still admitted, charged and billed.
@@ -116,7 +118,9 @@ pub(crate) struct Shared {
 /// All but the gate.
 pub(crate) struct State {
     pub(crate) config: Config,
-    pub(crate) window: Window,
+    pub(crate) limits: Limits,
+    pub(crate) prefixes: Prefixes,
+    pub(crate) counts: Counts,
     pub(crate) tally: Tally,
     pub(crate) rng: Rng,
     pub(crate) script: VecDeque<Option<Fault>>,
@@ -131,6 +135,32 @@ struct Gate {
 }
 
 impl State {
+    pub(crate) fn configure(&mut self, change: impl FnOnce(&mut Config)) {
+        // What happened so far did so under the configuration of its time.
+        self.limits.advance(Instant::now(), &self.config);
+        let other = self.config.other_client;
+        change(&mut self.config);
+        if self.config.other_client != other {
+            self.limits.restart_other();
+        }
+    }
+
+    pub(crate) fn reset_stats(&mut self) {
+        self.limits.advance(Instant::now(), &self.config);
+        self.limits.reset_meter();
+        self.tally.reset();
+    }
+
+    fn stats(&mut self) -> Stats {
+        Stats { rows: self.tally.rows(), ..self.totals() }
+    }
+
+    /// The stats without the rows.
+    fn totals(&mut self) -> Stats {
+        self.limits.advance(Instant::now(), &self.config);
+        self.tally.totals(self.limits.meter(), self.config.tokens_per_window)
+    }
+
     pub(crate) fn keep_body(&mut self, body: Value) {
         if self.bodies.len() == BODIES_KEPT {
             self.bodies.pop_front();
@@ -145,7 +175,9 @@ impl Shared {
             state: Mutex::new(State {
                 rng: Rng::new(config.seed),
                 config,
-                window: Window::default(),
+                limits: Limits::default(),
+                prefixes: Prefixes::default(),
+                counts: Counts::default(),
                 tally: Tally::new(Instant::now()),
                 script: VecDeque::new(),
                 bodies: VecDeque::new(),
@@ -171,9 +203,7 @@ impl Shared {
     }
 
     fn stats(&self) -> Stats {
-        let state = self.lock();
-        let Config { window, tokens_per_window, .. } = state.config;
-        state.tally.snapshot(window, tokens_per_window)
+        self.lock().stats()
     }
 }
 
@@ -225,10 +255,9 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
 fn route(shared: &Shared, request: &Request) -> Reply {
     match (request.method.as_str(), request.path.as_str()) {
         ("GET", "/health") => Reply::json(200, &json!({ "status": "ok" })),
-        ("GET", "/stats") => match serde_json::to_value(shared.stats()) {
-            Ok(stats) => Reply::json(200, &stats),
-            Err(error) => Reply::error(500, "server_error", "", "", &error.to_string()),
-        },
+        ("GET", "/stats") => stats_reply(&shared.stats()),
+        // Cheap, however many rows there were.
+        ("GET", "/stats/totals") => stats_reply(&shared.lock().totals()),
         ("POST", "/control") => match control::apply(shared, &request.body) {
             Ok(()) => Reply::json(200, &json!({})),
             Err(message) => Reply::invalid("", "", &message),
@@ -250,6 +279,13 @@ fn route(shared: &Shared, request: &Request) -> Reply {
             let message = format!("Unknown request URL: {method} {path}.");
             Reply::error(404, "invalid_request_error", "", "unknown_url", &message)
         }
+    }
+}
+
+fn stats_reply(stats: &Stats) -> Reply {
+    match serde_json::to_string(stats) {
+        Ok(stats) => Reply::text(200, stats),
+        Err(error) => Reply::error(500, "server_error", "", "", &error.to_string()),
     }
 }
 
@@ -295,26 +331,40 @@ async fn chat(shared: &Shared, request: &Request, connection: &Connection) -> Af
 
 /// Takes an admitted request out of flight.
 fn finish(state: &mut State, mut admitted: Admitted, stayed: bool) -> After {
+    let now = Instant::now();
+    // A client that leaves does not stop its answer, except one that hangs.
+    if stayed || admitted.fault != Some(Fault::Hang) {
+        release_reservation(state, now, &admitted);
+    }
     let tally = &mut state.tally;
-    tally.stats.in_flight -= 1;
-    tally.stats.rows_in_flight -= admitted.rows;
+    tally.landed(now, admitted.rows);
     if !stayed {
         tally.stats.abandoned += 1;
         return After::Left;
     }
-    tally.answered(Instant::now());
+    tally.answered(now, admitted.delay);
     match admitted.fault {
         Some(Fault::ResetAfter) => {
             tally.stats.connections_reset += 1;
             return After::Reset;
         }
-        Some(Fault::Hang) => tally.billed(admitted.prompt_tokens, &admitted.answer),
+        Some(Fault::Hang) => tally.billed(admitted.prompt_tokens, admitted.cached_tokens, &admitted.answer),
         _ => {}
     }
     tally.status(admitted.reply.status);
     let id = request_id(state);
     admitted.reply.headers.push(("x-request-id", id));
     After::Reply(admitted.reply)
+}
+
+/// Takes back what an admitted request was charged and did not use.
+fn release_reservation(state: &mut State, now: Instant, admitted: &Admitted) {
+    let (number, charged) = admitted.charge;
+    let unused = charged.saturating_sub(admitted.prompt_tokens + admitted.answer.completion_tokens);
+    if state.config.release && unused > 0 {
+        state.limits.give_back(now, &state.config, number, unused);
+        state.tally.stats.released_tokens += unused;
+    }
 }
 
 fn request_id(state: &mut State) -> String {

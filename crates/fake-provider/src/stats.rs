@@ -1,12 +1,14 @@
 //! What happened so far.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
 use crate::answer::Answer;
-use crate::prompt::{Shape, Task};
+use crate::mean::Means;
+use crate::meter::Meter;
+use crate::prompt::{RowId, Shape, Task};
 
 /// Counts since the start, or since the last
 /// [`reset_stats`](crate::FakeProvider::reset_stats).
@@ -24,10 +26,14 @@ pub struct Stats {
     pub abandoned: u64,
     /// Prompt tokens billed. Billing happens at admission, except for `Hang`.
     pub prompt_tokens: u64,
+    /// Prompt tokens of those that were reported as cached.
+    pub cached_tokens: u64,
     /// Completion tokens billed.
     pub completion_tokens: u64,
     /// Tokens charged against the window, see [`Reserve`](crate::Reserve).
     pub charged_tokens: u64,
+    /// Tokens of those given back, see [`Config::release`](crate::Config::release).
+    pub released_tokens: u64,
     /// Requests admitted and neither answered nor abandoned yet.
     pub in_flight: u64,
     /// The most requests ever in flight.
@@ -36,6 +42,14 @@ pub struct Stats {
     pub rows_in_flight: u64,
     /// The most rows ever in flight.
     pub peak_rows_in_flight: u64,
+    /// The mean number of requests in flight, over the time from the first
+    /// admission to the last answer.
+    pub in_flight_mean: f64,
+    /// The mean number of rows in flight, over the same time.
+    pub rows_in_flight_mean: f64,
+    /// The mean delay asked for of the answers to admitted requests, in ms: by
+    /// [`Latency`](crate::Latency), without `hold` and without the provider's own work.
+    pub latency_ms_mean: f64,
     /// The most tokens ever admitted within any window.
     pub peak_window_tokens: u64,
     /// The most requests ever admitted within any window.
@@ -44,6 +58,12 @@ pub struct Stats {
     /// end of the first window to the last admission, of the tokens in the
     /// window. 0 when there is no limit or all happened within one window.
     pub window_used: f64,
+    /// The same, with the tokens of [`OtherClient`](crate::OtherClient).
+    pub window_used_all: f64,
+    /// The most tokens charged within any window, those of the other client included.
+    pub peak_window_tokens_all: u64,
+    /// Tokens charged to the other client.
+    pub other_tokens: u64,
     /// Rows with a marker, by the marker's id as written (`000123`).
     pub rows: BTreeMap<String, Row>,
     /// Rows without a marker that were asked.
@@ -72,21 +92,33 @@ pub struct Row {
 
 /// Stats in the making.
 pub(crate) struct Tally {
+    /// Without the rows.
     pub(crate) stats: Stats,
+    rows: HashMap<RowId, Row>,
     started: Instant,
-    /// Admissions, for `window_used`.
-    charges: Vec<(Instant, u64)>,
+    /// Of requests and rows in flight.
+    in_flight: Means,
+    /// Answers, and the sum of their delays.
+    answers: u64,
+    delays: Duration,
 }
 
 impl Tally {
     pub(crate) fn new(started: Instant) -> Self {
-        Self { stats: Stats::default(), started, charges: Vec::new() }
+        Self {
+            stats: Stats::default(),
+            rows: HashMap::new(),
+            started,
+            in_flight: Means::default(),
+            answers: 0,
+            delays: Duration::ZERO,
+        }
     }
 
     /// Starts anew. Requests in flight stay so.
     pub(crate) fn reset(&mut self) {
         let Stats { in_flight, rows_in_flight, .. } = self.stats;
-        self.charges.clear();
+        *self = Self::new(self.started);
         self.stats = Stats {
             in_flight,
             rows_in_flight,
@@ -103,8 +135,9 @@ impl Tally {
     }
 
     pub(crate) fn admitted(&mut self, now: Instant, charge: u64, task: &Task) {
+        self.in_flight.begin(Some(now));
+        self.advance(now);
         let stats = &mut self.stats;
-        self.charges.push((now, charge));
         stats.admitted += 1;
         stats.charged_tokens += charge;
         stats.in_flight += 1;
@@ -113,18 +146,19 @@ impl Tally {
         stats.peak_rows_in_flight = stats.peak_rows_in_flight.max(stats.rows_in_flight);
         stats.probes += u64::from(task.shape == Shape::Probe);
         for row in &task.rows {
-            match &row.id {
-                Some(id) => stats.rows.entry(id.clone()).or_default().asked += 1,
+            match row.id {
+                Some(id) => self.rows.entry(id).or_default().asked += 1,
                 None => stats.unmarked_rows += 1,
             }
         }
     }
 
-    pub(crate) fn billed(&mut self, prompt_tokens: u64, answer: &Answer) {
+    pub(crate) fn billed(&mut self, prompt_tokens: u64, cached_tokens: u64, answer: &Answer) {
         self.stats.prompt_tokens += prompt_tokens;
+        self.stats.cached_tokens += cached_tokens;
         self.stats.completion_tokens += answer.completion_tokens;
         for id in &answer.answered {
-            self.stats.rows.entry(id.clone()).or_default().answered += 1;
+            self.rows.entry(*id).or_default().answered += 1;
         }
     }
 
@@ -136,60 +170,48 @@ impl Tally {
         *self.stats.by_status.entry(status).or_default() += 1;
     }
 
-    /// An admitted request got its answer.
-    pub(crate) fn answered(&mut self, now: Instant) {
+    /// An admitted request is in flight no more.
+    pub(crate) fn landed(&mut self, now: Instant, rows: u64) {
+        self.advance(now);
+        self.stats.in_flight -= 1;
+        self.stats.rows_in_flight -= rows;
+    }
+
+    /// An admitted request that landed got its answer, which was to take `delay`.
+    pub(crate) fn answered(&mut self, now: Instant, delay: Duration) {
+        self.in_flight.mark();
+        self.answers += 1;
+        self.delays += delay;
         self.stats.last_answer_ms = Some(self.ms(now));
     }
 
-    /// The stats, with what is worked out only when asked for.
-    pub(crate) fn snapshot(&self, window: Duration, token_cap: Option<u64>) -> Stats {
+    fn advance(&mut self, now: Instant) {
+        self.in_flight.advance(now, [self.stats.in_flight, self.stats.rows_in_flight]);
+    }
+
+    pub(crate) fn rows(&self) -> BTreeMap<String, Row> {
+        self.rows.iter().map(|(id, row)| (id.to_string(), *row)).collect()
+    }
+
+    /// The stats without the rows, with what is worked out only when asked for.
+    pub(crate) fn totals(&self, meter: &Meter, token_cap: Option<u64>) -> Stats {
+        let [in_flight_mean, rows_in_flight_mean] = self.in_flight.means();
+        let [window_used, window_used_all] = meter.used(token_cap.unwrap_or(0));
         Stats {
-            window_used: token_cap.map_or(0.0, |cap| window_used(&self.charges, window, cap)),
+            peak_window_tokens: meter.peak_tokens,
+            peak_window_requests: meter.peak_requests,
+            peak_window_tokens_all: meter.peak_tokens_all,
+            other_tokens: meter.other_tokens,
+            window_used,
+            window_used_all,
+            in_flight_mean,
+            rows_in_flight_mean,
+            latency_ms_mean: self.delays.as_secs_f64() * 1_000.0 / self.answers.max(1) as f64,
             ..self.stats.clone()
         }
     }
 
     fn ms(&self, now: Instant) -> u64 {
         now.saturating_duration_since(self.started).as_millis() as u64
-    }
-}
-
-/// Each charge fills the window from its admission on, for the window's length:
-/// the integral of the tokens in the window is the sum of what each charge adds.
-fn window_used(charges: &[(Instant, u64)], window: Duration, cap: u64) -> f64 {
-    let (Some((first, _)), Some((last, _))) = (charges.first(), charges.last()) else {
-        return 0.0;
-    };
-    let (begin, end) = (*first + window, *last);
-    if begin >= end || cap == 0 {
-        return 0.0;
-    }
-    let integral: f64 = charges
-        .iter()
-        .map(|(at, tokens)| {
-            let overlap = (*at + window).min(end).saturating_duration_since((*at).max(begin));
-            *tokens as f64 * overlap.as_secs_f64()
-        })
-        .sum();
-    integral / ((end - begin).as_secs_f64() * cap as f64)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_mean_share_of_the_window() {
-        let start = Instant::now();
-        let at = |s| start + Duration::from_secs(s);
-        let used = |charges: &[(Instant, u64)]| window_used(charges, Duration::from_secs(10), 100);
-        // A full window again and again.
-        let full = used(&[(at(0), 100), (at(10), 100), (at(20), 100)]);
-        assert!((full - 1.0).abs() < 1e-9);
-        // From 10 s to 30 s: 100 for 10 s, nothing for 5, 40 for 5.
-        let gaps = used(&[(at(0), 7), (at(10), 100), (at(25), 40), (at(30), 9)]);
-        assert!((gaps - 0.6).abs() < 1e-9);
-        assert_eq!(used(&[(at(0), 7), (at(5), 7)]), 0.0);
-        assert_eq!(used(&[]), 0.0);
     }
 }

@@ -1,100 +1,86 @@
-//! The limits: an exact log of what was admitted within the last window.
+//! The rolling log: exactly what was admitted within the last window.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use crate::limits::{Amounts, Limit};
+use crate::meter::{Held, Meter};
+
 /// Admissions of the last window, oldest first.
 #[derive(Default)]
 pub(crate) struct Window {
-    log: VecDeque<(Instant, u64)>,
-    tokens: u64,
+    log: VecDeque<Entry>,
+    /// How many have left the log: the number of its first entry.
+    gone: u64,
+    held: Held,
+    pub(crate) meter: Meter,
 }
 
-/// Why a request is not admitted.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum Full {
-    /// It needs more tokens than a whole window has.
-    TooLarge,
-    /// It would fit after this time, were nothing else admitted.
-    Tokens(Duration),
-    /// A request would fit after this time, were nothing else admitted.
-    Requests(Duration),
+struct Entry {
+    at: Instant,
+    charge: Amounts,
+    /// Otherwise the other client's.
+    is_ours: bool,
 }
 
 impl Window {
-    /// Admits a request that needs `need` tokens, or says why not.
-    pub(crate) fn admit(
-        &mut self,
-        now: Instant,
-        window: Duration,
-        need: u64,
-        token_cap: Option<u64>,
-        request_cap: Option<u64>,
-    ) -> Result<(), Full> {
-        self.expire(now, window);
-        if let Some(cap) = token_cap {
-            if need > cap {
-                return Err(Full::TooLarge);
-            }
-            if self.tokens + need > cap {
-                return Err(Full::Tokens(self.wait_for_tokens(now, window, cap - need)));
-            }
-        }
-        if let Some(cap) = request_cap
-            && self.requests() >= cap
-        {
-            // The entries before this one must go too, and they go earlier.
-            let last_to_go = (self.requests() - cap) as usize;
-            return Err(Full::Requests(self.expiry(now, window, last_to_go)));
-        }
-        self.log.push_back((now, need));
-        self.tokens += need;
-        Ok(())
+    /// Adds an admission, the latest, and returns its number.
+    pub(crate) fn push(&mut self, now: Instant, window: Duration, charge: Amounts, is_ours: bool) -> u64 {
+        self.meter.advance(now, &self.held);
+        self.held.add(&charge, is_ours);
+        self.meter.charged(now, window, &charge, is_ours, &self.held);
+        self.log.push_back(Entry { at: now, charge, is_ours });
+        self.gone + self.log.len() as u64 - 1
     }
 
-    /// Tokens admitted within the window, as of the last call of `admit` or `expire`.
-    pub(crate) fn tokens(&self) -> u64 {
-        self.tokens
+    /// Lowers the tokens of an admission, if it is still in the window.
+    pub(crate) fn lower(&mut self, now: Instant, number: u64, tokens: u64) {
+        self.meter.advance(now, &self.held);
+        let index = number.checked_sub(self.gone);
+        if let Some(entry) = index.and_then(|index| self.log.get_mut(index as usize)) {
+            let lowered = [tokens.min(entry.charge[Limit::Tokens as usize]), 0, 0, 0];
+            entry.charge[Limit::Tokens as usize] -= lowered[0];
+            self.held.subtract(&lowered, entry.is_ours);
+        }
     }
 
-    /// Requests admitted within the window, as of the last call of `admit` or `expire`.
-    pub(crate) fn requests(&self) -> u64 {
-        self.log.len() as u64
+    /// What was charged within the window, as of the last call of `push` or `expire`.
+    pub(crate) fn used(&self, limit: Limit) -> u64 {
+        self.held.all[limit as usize]
     }
 
     /// Time until the window is empty.
     pub(crate) fn empty_in(&self, now: Instant, window: Duration) -> Duration {
-        match self.log.len() {
-            0 => Duration::ZERO,
-            len => self.expiry(now, window, len - 1),
-        }
+        self.log.back().map_or(Duration::ZERO, |entry| expiry(entry.at, now, window))
     }
 
     /// Forgets what left the window.
     pub(crate) fn expire(&mut self, now: Instant, window: Duration) {
-        while let Some(&(at, tokens)) = self.log.front()
-            && now.saturating_duration_since(at) >= window
+        while let Some(entry) = self.log.front()
+            && now.saturating_duration_since(entry.at) >= window
         {
+            self.meter.advance(entry.at + window, &self.held);
+            self.held.subtract(&entry.charge, entry.is_ours);
             self.log.pop_front();
-            self.tokens -= tokens;
+            self.gone += 1;
         }
     }
 
-    /// Time until at most `room` tokens are left in the window.
-    fn wait_for_tokens(&self, now: Instant, window: Duration, room: u64) -> Duration {
-        let mut left = self.tokens;
-        for (index, (_, tokens)) in self.log.iter().enumerate() {
-            left -= tokens;
+    /// Time until at most `room` is left of what was admitted.
+    pub(crate) fn wait(&self, now: Instant, window: Duration, limit: Limit, room: u64) -> Duration {
+        let mut left = self.used(limit);
+        for entry in &self.log {
+            left -= entry.charge[limit as usize];
             if left <= room {
-                return self.expiry(now, window, index);
+                return expiry(entry.at, now, window);
             }
         }
         Duration::ZERO
     }
+}
 
-    fn expiry(&self, now: Instant, window: Duration, index: usize) -> Duration {
-        self.log.get(index).map_or(Duration::ZERO, |(at, _)| window.saturating_sub(now.saturating_duration_since(*at)))
-    }
+fn expiry(at: Instant, now: Instant, window: Duration) -> Duration {
+    window.saturating_sub(now.saturating_duration_since(at))
 }
 
 #[cfg(test)]
@@ -108,15 +94,33 @@ mod tests {
         let start = Instant::now();
         let at = |s| start + Duration::from_secs(s);
         let mut window = Window::default();
-        assert_eq!(window.admit(at(0), W, 40, Some(100), None), Ok(()));
-        assert_eq!(window.admit(at(4), W, 60, Some(100), None), Ok(()));
-        let wait = |s| Err(Full::Tokens(Duration::from_secs(s)));
-        assert_eq!(window.admit(at(5), W, 40, Some(100), None), wait(5));
-        assert_eq!(window.admit(at(5), W, 41, Some(100), None), wait(9));
-        assert_eq!(window.admit(at(5), W, 101, Some(100), None), Err(Full::TooLarge));
-        assert_eq!(window.admit(at(10), W, 40, Some(100), None), Ok(()));
-        assert_eq!((window.tokens(), window.requests()), (100, 2));
-        assert_eq!(window.empty_in(at(12), W), Duration::from_secs(8));
+        window.push(at(0), W, [40, 30, 10, 1], true);
+        window.push(at(4), W, [60, 40, 20, 1], false);
+        let wait = |limit, room| window.wait(at(5), W, limit, room);
+        assert_eq!(wait(Limit::Tokens, 60), Duration::from_secs(5));
+        assert_eq!(wait(Limit::Tokens, 59), Duration::from_secs(9));
+        assert_eq!(wait(Limit::Input, 40), Duration::from_secs(5));
+        assert_eq!(wait(Limit::Output, 19), Duration::from_secs(9));
+        window.expire(at(10), W);
+        assert_eq!(Limit::ALL.map(|limit| window.used(limit)), [60, 40, 20, 1]);
+        assert_eq!(window.empty_in(at(12), W), Duration::from_secs(2));
+    }
+
+    #[test]
+    fn what_is_lowered_comes_back_but_once() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let mut window = Window::default();
+        let early = window.push(at(0), W, [40, 0, 0, 1], true);
+        let late = window.push(at(4), W, [60, 0, 0, 1], true);
+        window.lower(at(5), late, 50);
+        assert_eq!(window.used(Limit::Tokens), 50);
+        window.expire(at(10), W);
+        window.lower(at(10), early, 30);
+        assert_eq!(window.used(Limit::Tokens), 10);
+        window.lower(at(10), late, 5);
+        window.expire(at(14), W);
+        assert_eq!(window.used(Limit::Tokens), 0);
     }
 
     #[test]
@@ -125,11 +129,33 @@ mod tests {
         let at = |s| start + Duration::from_secs(s);
         let mut window = Window::default();
         for s in [0, 1, 2] {
-            assert_eq!(window.admit(at(s), W, 1, None, None), Ok(()));
+            window.push(at(s), W, [1, 1, 0, 1], true);
         }
-        // The cap was lowered meanwhile: two must leave before one fits.
-        let wait = Err(Full::Requests(Duration::from_secs(8)));
-        assert_eq!(window.admit(at(3), W, 1, None, Some(2)), wait);
-        assert_eq!(window.admit(at(11), W, 1, None, Some(2)), Ok(()));
+        // The cap was lowered to two meanwhile: two must leave before one fits.
+        assert_eq!(window.wait(at(3), W, Limit::Requests, 1), Duration::from_secs(8));
+        window.expire(at(11), W);
+        assert_eq!(window.used(Limit::Requests), 1);
+    }
+
+    #[test]
+    fn the_mean_share_of_the_window() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let used = |charges: &[(u64, u64, bool)]| {
+            let mut window = Window::default();
+            for &(s, tokens, is_ours) in charges {
+                window.expire(at(s), W);
+                window.push(at(s), W, [tokens, 0, 0, 1], is_ours);
+            }
+            window.meter.used(100).map(|share| (share * 1e9).round() / 1e9)
+        };
+        // A full window again and again.
+        assert_eq!(used(&[(0, 100, true), (10, 100, true), (20, 100, true)]), [1.0, 1.0]);
+        // From 10 s to 30 s: 100 for 10 s, nothing for 5, 40 for 5.
+        assert_eq!(used(&[(0, 7, true), (10, 100, true), (25, 40, true), (30, 9, true)]), [0.6, 0.6]);
+        // From 10 s to 20 s: 20 of ours, and 10 of the other client's for 5 s.
+        assert_eq!(used(&[(0, 7, true), (10, 20, true), (15, 10, false), (20, 9, true), (29, 99, false)]), [0.2, 0.25]);
+        assert_eq!(used(&[(0, 7, true), (5, 7, true)]), [0.0, 0.0]);
+        assert_eq!(used(&[]), [0.0, 0.0]);
     }
 }

@@ -198,9 +198,33 @@ fn other_routes() {
     let statuses = [0; 3].map(|_| chat(&provider, &three_rows()).status);
     assert_eq!(statuses, [200, 418, 500]);
     let stats = call("GET", "/stats", "").json();
+    let totals = call("GET", "/stats/totals", "").json();
+    assert_eq!((&totals["requests"], totals["rows"].as_object().unwrap().len()), (&stats["requests"], 0));
     assert_eq!(stats["by_status"]["418"], 1);
     assert_eq!(stats["rows"]["1"]["answered"], 1);
     assert_eq!(call("POST", "/control", r#"{"tokens_per_window":null,"faults":{}}"#).status, 200);
     let answer = chat(&provider, &three_rows());
     assert_eq!((answer.status, answer.header("x-ratelimit-limit-tokens")), (200, None));
+}
+
+#[test]
+fn a_system_message_that_comes_again_is_cached() {
+    let provider = FakeProvider::start(Config { cache_prefix: true, ..Config::default() }).unwrap();
+    let mut body = three_rows();
+    let system = body["messages"][0]["content"].as_str().unwrap().to_owned() + &"\nMind the gap.".repeat(300);
+    let tokens = bpe_openai::o200k_base().count(&system) as u64;
+    assert!(tokens > 1_024 && !tokens.is_multiple_of(128));
+    body["messages"][0]["content"] = system.into();
+    let cached = |body: &Value| chat(&provider, body).json()["usage"]["prompt_tokens_details"]["cached_tokens"].clone();
+    // A refusal does not count as having seen it.
+    provider.configure(|config| config.requests_per_window = Some(0));
+    assert_eq!(chat(&provider, &body).status, 429);
+    provider.configure(|config| config.requests_per_window = None);
+    assert_eq!(cached(&body), 0);
+    body["messages"][1]["content"] = "other rows".into();
+    assert_eq!(cached(&body), tokens / 128 * 128);
+    assert_eq!((cached(&three_rows()), cached(&three_rows())), (0.into(), 0.into()), "too short");
+    assert_eq!(provider.stats().cached_tokens, tokens / 128 * 128);
+    provider.configure(|config| config.cache_prefix = false);
+    assert_eq!(cached(&body), 0);
 }

@@ -6,7 +6,7 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Reserve};
+use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 use support::*;
 
 /// What the three rows cost.
@@ -68,8 +68,8 @@ fn what_a_429_says() {
     provider.configure(|config| {
         config.tokens_per_window = None;
         config.requests_per_window = Some(1);
-        config.retry_after = false;
-        config.rate_headers = false;
+        config.retry_after = RetryAfter::None;
+        config.rate_headers = RateHeaders::None;
     });
     let full = client.chat(&three_rows());
     assert_eq!(full.json()["error"]["type"], "requests");
@@ -149,4 +149,169 @@ fn the_gate_holds_answers_that_are_billed() {
     assert_eq!((stats.in_flight, stats.peak_in_flight, stats.peak_rows_in_flight), (0, 2, 6));
     // The gate is open.
     assert_eq!(second.chat(&three_rows()).status, 200);
+}
+
+#[test]
+fn a_bucket_gives_back_evenly_what_a_rolling_window_gives_back_at_once() {
+    let window = Duration::from_millis(1_500);
+    let provider = FakeProvider::start(Config {
+        limiter: Limiter::Bucket,
+        window,
+        tokens_per_window: Some(3 * cost()),
+        ..Config::default()
+    })
+    .unwrap();
+    let mut client = Client::connect(&provider);
+    let start = Instant::now();
+    let mut admitted = 0;
+    let full = loop {
+        let response = client.chat(&three_rows());
+        if response.status == 429 {
+            break response;
+        }
+        admitted += 1;
+    };
+    assert!(admitted >= 3, "{admitted}");
+    let wait: u64 = full.header("retry-after-ms").unwrap().parse().unwrap();
+    assert!((1..=500).contains(&wait), "a third of the window at most, not {wait} ms");
+    std::thread::sleep(Duration::from_millis(wait));
+    assert_eq!(client.chat(&three_rows()).status, 200);
+    if start.elapsed() < window {
+        // More than the limit, within one window.
+        assert_eq!(provider.stats().peak_window_tokens, (admitted + 1) * cost());
+    }
+}
+
+#[test]
+fn prompts_and_completions_have_limits_of_their_own() {
+    let provider = FakeProvider::start(Config::default()).unwrap();
+    let usage = chat(&provider, &three_rows()).json()["usage"].clone();
+    for (cap, word, of) in [
+        ("input_tokens_per_window", "input", "prompt_tokens"),
+        ("output_tokens_per_window", "output", "completion_tokens"),
+    ] {
+        let used = usage[of].as_u64().unwrap();
+        let mut client = Client::connect(&provider);
+        let mut set = |cap: &str, value: Option<u64>| {
+            client.send("POST", "/control", "", &serde_json::json!({ cap: value }).to_string());
+            assert_eq!(client.receive().unwrap().status, 200);
+        };
+        // One request is in the window already.
+        set(cap, Some(2 * used));
+        assert_eq!(chat(&provider, &three_rows()).status, 200);
+        let full = chat(&provider, &three_rows());
+        assert_eq!((full.status, full.json()["error"]["type"].as_str()), (429, Some("tokens")));
+        let says = format!("on {word} tokens per min: Limit {}, Used {}, Requested {used}.", 2 * used, 2 * used);
+        assert!(full.body.contains(&says) && full.header("retry-after").is_some(), "{}", full.body);
+        set(cap, Some(used - 1));
+        let large = chat(&provider, &three_rows());
+        assert!(large.body.contains(&format!("Request too large for m on {word} tokens per min")), "{}", large.body);
+        set(cap, None);
+        // The next turn begins with one request in the window again.
+        provider.configure(|config| config.window = Duration::from_millis(1));
+        std::thread::sleep(Duration::from_millis(2));
+        assert_eq!(chat(&provider, &three_rows()).status, 200);
+        std::thread::sleep(Duration::from_millis(2));
+        provider.configure(|config| config.window = Duration::from_secs(60));
+        assert_eq!(chat(&provider, &three_rows()).status, 200);
+    }
+}
+
+#[test]
+fn a_reservation_that_was_not_used_is_given_back_after_the_answer() {
+    for limiter in [Limiter::Rolling, Limiter::Bucket] {
+        let provider = FakeProvider::start(Config {
+            limiter,
+            tokens_per_window: Some(1_500),
+            reserve: Reserve::PromptPlusMax,
+            release: true,
+            window: Duration::from_secs(3_600),
+            ..Config::default()
+        })
+        .unwrap();
+        let mut body = three_rows();
+        body["max_tokens"] = 1_000.into();
+        provider.hold();
+        let mut first = Client::connect(&provider);
+        first.send_chat(&body);
+        wait_for(&provider, |stats| stats.in_flight == 1);
+        assert_eq!(chat(&provider, &body).status, 429, "no room for two reservations");
+        provider.release();
+        assert_eq!(first.receive().unwrap().status, 200);
+        let stats = provider.stats();
+        assert_eq!(stats.charged_tokens - stats.released_tokens, cost());
+        assert_eq!(chat(&provider, &body).status, 200, "there is room after the answer");
+        // Left: all but two answers and this reservation. (A bucket may have got a token meanwhile.)
+        provider.configure(|config| config.release = false);
+        let left = chat(&provider, &body).header("x-ratelimit-remaining-tokens").unwrap().parse::<u64>().unwrap();
+        let prompt = stats.prompt_tokens;
+        assert!((0..=5).contains(&(left - (1_500 - 2 * cost() - prompt - 1_000))), "{left}");
+        assert_eq!(chat(&provider, &body).status, 429, "nothing is given back any more");
+    }
+}
+
+#[test]
+fn another_client_takes_from_the_same_limit() {
+    let provider = FakeProvider::start(Config {
+        tokens_per_window: Some(100_000),
+        other_client: Some(OtherClient { share: 0.4, request_tokens: 40_000, ..OtherClient::default() }),
+        ..Config::default()
+    })
+    .unwrap();
+    std::thread::sleep(Duration::from_millis(20));
+    assert_eq!(provider.stats().other_tokens, 0, "it begins with our first request");
+    let response = chat(&provider, &three_rows());
+    let left: u64 = response.header("x-ratelimit-remaining-tokens").unwrap().parse().unwrap();
+    assert_eq!(left, 60_000 - cost());
+    let stats = provider.stats();
+    assert_eq!((stats.requests, stats.charged_tokens, stats.peak_window_tokens), (1, cost(), cost()));
+    assert_eq!((stats.other_tokens, stats.peak_window_tokens_all), (40_000, 40_000 + cost()));
+
+    // Anew, and soon enough to see it take its part, whether or not there is room.
+    let mut client = Client::connect(&provider);
+    client.send(
+        "POST",
+        "/control",
+        "",
+        r#"{"other_client":{"share":90,"request_tokens":30000,"after_seconds":0.5},"reset_stats":true}"#,
+    );
+    assert_eq!(client.receive().unwrap().status, 200);
+    std::thread::sleep(Duration::from_millis(60));
+    assert_eq!(client.chat(&three_rows()).status, 200, "it has not begun");
+    assert_eq!(provider.stats().other_tokens, 0);
+    let stats = wait_for(&provider, |stats| stats.other_tokens >= 90_000);
+    assert_eq!(stats.peak_window_tokens_all, 40_000 + 2 * cost() + stats.other_tokens);
+    assert_eq!(client.chat(&three_rows()).status, 429);
+
+    client.send("POST", "/control", "", r#"{"other_client":null,"reset_stats":true}"#);
+    assert_eq!(client.receive().unwrap().status, 200);
+    std::thread::sleep(Duration::from_millis(250));
+    assert_eq!(provider.stats().other_tokens, 0);
+}
+
+#[test]
+fn means_of_what_is_in_flight_and_of_the_delays() {
+    let base = Duration::from_millis(200);
+    let provider =
+        FakeProvider::start(Config { latency: Latency { base, ..Latency::default() }, ..Config::default() }).unwrap();
+    assert_eq!(provider.stats().in_flight_mean, 0.0);
+    let mut clients = [0; 4].map(|_| Client::connect(&provider));
+    for client in &mut clients {
+        client.send_chat(&three_rows());
+    }
+    let [gone, others @ ..] = clients;
+    drop(gone);
+    for mut client in others {
+        assert_eq!(client.receive().unwrap().status, 200);
+    }
+    let stats = wait_for(&provider, |stats| stats.in_flight == 0);
+    // All at once, most of the time; one left soon.
+    assert!((0.7..4.0).contains(&stats.in_flight_mean), "{}", stats.in_flight_mean);
+    assert!((stats.rows_in_flight_mean - 3.0 * stats.in_flight_mean).abs() < 1e-9);
+    assert!((stats.latency_ms_mean - 200.0).abs() < 1e-9, "{}", stats.latency_ms_mean);
+    // The time after the last answer does not count.
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(provider.stats().in_flight_mean, stats.in_flight_mean);
+    provider.reset_stats();
+    assert_eq!((provider.stats().in_flight_mean, provider.stats().latency_ms_mean), (0.0, 0.0));
 }

@@ -3,10 +3,13 @@
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+mod cache;
 mod dispatch;
+mod group;
 mod lane;
 mod notice;
 pub mod protocol;
+mod purse;
 mod request;
 mod server;
 mod tokens;

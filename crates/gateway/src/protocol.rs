@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use llm_batch_core::dialect::Counts;
 use llm_batch_core::limiter::Limits;
 use llm_batch_core::task::Task;
 use serde::{Deserialize, Serialize};
@@ -46,6 +47,8 @@ pub struct Endpoint {
     pub account: Option<String>,
     /// The bearer token, if the endpoint wants one.
     pub api_key: Option<Secret>,
+    /// What it counts against its limit of tokens.
+    pub counts: Counts,
 }
 
 /// Which model, and how much may be asked of it.
@@ -365,8 +368,44 @@ pub fn decode<T: for<'de> Deserialize<'de>>(buffer: &mut Vec<u8>) -> Result<Opti
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+    use llm_batch_core::options::Options;
+    use llm_batch_core::task::Label;
+
+    /// A stream without limits, for tests.
+    pub fn stream() -> Stream {
+        let label = |l: &str| Label { label: l.into(), description: String::new() };
+        Stream {
+            database: 1,
+            role: 10,
+            interactive: false,
+            endpoint: Endpoint {
+                base_url: "http://127.0.0.1:1/v1".into(),
+                account: None,
+                api_key: None,
+                counts: Counts::default(),
+            },
+            model: Model {
+                model: "m".into(),
+                requests_per_minute: None,
+                tokens_per_minute: None,
+                input_tokens_per_minute: None,
+                output_tokens_per_minute: None,
+                max_concurrent_requests: None,
+                request_timeout_ms: 20_000,
+                max_request_tokens: 16_000,
+                parameters: Map::new(),
+            },
+            task: Task {
+                instruction: String::new(),
+                labels: vec![label("a"), label("b")],
+                examples: Vec::new(),
+                options: Options::default(),
+            },
+            budget: None,
+        }
+    }
 
     #[test]
     fn frames_survive_any_cut() {

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use llm_batch_core::dialect::{self, Reply};
+use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::trouble::{self, Report, Trouble};
 use serde_json::Value;
 
@@ -25,41 +26,60 @@ pub fn client() -> Result<reqwest::Client, String> {
         .map_err(|e| format!("could not set up HTTP: {}", causes(&e)))
 }
 
+/// What came of a request.
+#[derive(Debug)]
+pub struct Answered {
+    pub result: Result<Reply, Report>,
+    /// What the provider says about its limits.
+    pub said: Reported,
+    /// It broke off after it was sent: it may have been charged or not.
+    pub is_unsure: bool,
+}
+
+impl Answered {
+    /// Of a request that broke off.
+    pub fn broke_off(message: String, is_unsure: bool) -> Self {
+        let report = Report { trouble: Trouble::Overload(None), message: trouble::one_line(&message) };
+        Self { result: Err(report), said: Reported::default(), is_unsure }
+    }
+}
+
 /// Sends a request and reads its answer.
-pub async fn send(
-    client: &reqwest::Client,
-    endpoint: &Endpoint,
-    body: &Value,
-    timeout: Duration,
-) -> Result<Reply, Report> {
-    let overload = |message: String| Report { trouble: Trouble::Overload(None), message: trouble::one_line(&message) };
+pub async fn send(client: &reqwest::Client, endpoint: &Endpoint, body: &Value, timeout: Duration) -> Answered {
+    let broke_off = |e: &reqwest::Error| Answered::broke_off(causes(e), !e.is_connect());
     let url = format!("{}/chat/completions", endpoint.base_url.trim_end_matches('/'));
-    let bytes = serde_json::to_vec(body).map_err(|e| overload(e.to_string()))?;
+    let bytes = match serde_json::to_vec(body) {
+        Ok(bytes) => bytes,
+        Err(e) => return Answered::broke_off(e.to_string(), false),
+    };
     let mut request = client.post(url).timeout(timeout).header("content-type", "application/json").body(bytes);
     if let Some(key) = &endpoint.api_key {
         request = request.bearer_auth(&key.0);
     }
-    let mut response = request.send().await.map_err(|e| overload(causes(&e)))?;
+    let mut response = match request.send().await {
+        Ok(response) => response,
+        Err(e) => return broke_off(&e),
+    };
     let status = response.status();
-    let header = |name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()).map(str::to_owned);
-    let wait = trouble::retry_after(header("retry-after-ms").as_deref(), header("retry-after").as_deref());
+    let said = headers::read(|name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()));
     let mut answer = Vec::new();
     loop {
         match response.chunk().await {
             Ok(Some(chunk)) if answer.len() + chunk.len() > MAX_ANSWER => {
-                return Err(overload(format!("the provider's answer is larger than {MAX_ANSWER} bytes")));
+                let message = format!("the provider's answer is larger than {MAX_ANSWER} bytes");
+                return Answered::broke_off(message, true);
             }
             Ok(Some(chunk)) => answer.extend_from_slice(&chunk),
             Ok(None) => break,
-            Err(e) => return Err(overload(causes(&e))),
+            Err(e) => return broke_off(&e),
         }
     }
     // Providers quote keys in what they say. What they say is read first (JSON may hide a key behind escapes) and cut
     // to size last (a key cut in two is not found).
     let key = endpoint.api_key.as_ref().map_or("", |k| &k.0);
     let presentable = |said: &str| trouble::one_line(&redact(said, key));
-    if status.is_success() {
-        dialect::reply(&answer).map_err(|said| overload(presentable(&said)))
+    let result = if status.is_success() {
+        dialect::reply(&answer).map_err(|said| Report { trouble: Trouble::Overload(None), message: presentable(&said) })
     } else if status.is_redirection() {
         Err(Report {
             trouble: Trouble::Rejected,
@@ -69,9 +89,11 @@ pub async fn send(
             ),
         })
     } else {
-        let report = trouble::classify(status.as_u16(), &String::from_utf8_lossy(&answer), wait);
+        let report = trouble::classify(status.as_u16(), &String::from_utf8_lossy(&answer), said.wait);
         Err(Report { message: presentable(&report.message), ..report })
-    }
+    };
+    // Whoever answers 200 with what is no answer may have charged for it.
+    Answered { is_unsure: status.is_success() && result.is_err(), result, said }
 }
 
 /// Takes a key, and what looks like a part of one, out of a text.

@@ -12,9 +12,10 @@ use tokio::sync::{Notify, watch};
 use tokio::task::spawn_local;
 use tokio::time::Instant;
 
+use crate::Settings;
 use crate::dispatch::{Launch, Probe, State, disabled};
 use crate::protocol::{FromGateway, ToGateway, decode};
-use crate::{Settings, request};
+use crate::request::{self, Answered};
 
 /// Time 0 of the gateway lies this far (ms) before its start, so that windows before the start can be reckoned with.
 const BEFORE_START: u64 = 3_600_000;
@@ -110,10 +111,9 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
     let mut sending = spawn_local(async move { request::send(&client, &stream.endpoint, &body, timeout).await });
     let result = tokio::select! {
-        joined = &mut sending => Some(joined.unwrap_or_else(|e| Err(llm_batch_core::trouble::Report {
-            trouble: llm_batch_core::trouble::Trouble::Overload(None),
-            message: format!("internal error: {e}"),
-        }))),
+        joined = &mut sending => {
+            Some(joined.unwrap_or_else(|e| Answered::broke_off(format!("internal error: {e}"), true)))
+        }
         () = abandoned.notified() => {
             sending.abort();
             None
@@ -158,7 +158,7 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
             break;
         }
     }
-    shared.state.borrow_mut().disconnect(conn);
+    shared.state.borrow_mut().disconnect(shared.now(), conn);
     shared.changed.notify_one();
     shared.room.notify_waiters();
     // Nothing more is written to a client that has gone or broken the rules.
@@ -169,11 +169,14 @@ fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), Stri
     while let Some(message) = decode::<ToGateway>(buffer)? {
         let mut state = shared.state.borrow_mut();
         match message {
-            ToGateway::Open(stream) => state.open(conn, *stream)?,
+            ToGateway::Open(stream) => state.open(shared.now(), conn, *stream)?,
             ToGateway::Items(items) => state.items(shared.now(), conn, items)?,
             ToGateway::Withdraw => state.withdraw(conn),
-            ToGateway::Allow(_) => {}
-            ToGateway::Estimate(_) => state.say(conn, &FromGateway::Estimated(Default::default())),
+            ToGateway::Allow(more) => state.allow(conn, more),
+            ToGateway::Estimate(items) => {
+                let estimate = state.estimate(conn, items);
+                state.say(conn, &FromGateway::Estimated(estimate));
+            }
             ToGateway::Activity => {
                 let activity = state.activity(shared.now());
                 state.say(conn, &FromGateway::Activity(activity));
@@ -201,7 +204,7 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
             Some(Probe::Send(endpoint, body, timeout, left)) => {
                 tries += 1;
                 let result = tokio::select! {
-                    result = request::send(&shared.client, &endpoint, &body, timeout) => result,
+                    answered = request::send(&shared.client, &endpoint, &body, timeout) => answered.result,
                     () = left.notified() => return,
                 };
                 let end = shared.state.borrow_mut().probed(shared.now(), conn, tries, result);

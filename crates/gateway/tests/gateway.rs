@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use llm_batch_core::dialect::Counts;
 use llm_batch_core::options::Options;
 use llm_batch_core::task::{Label, Task};
 use llm_batch_gateway::protocol::*;
@@ -83,7 +84,12 @@ impl Client {
             database: 1,
             role: 10,
             interactive: false,
-            endpoint: Endpoint { base_url: provider.base_url(), account: None, api_key: None },
+            endpoint: Endpoint {
+                base_url: provider.base_url(),
+                account: None,
+                api_key: None,
+                counts: Counts::default(),
+            },
             model: Model {
                 model: "m".into(),
                 requests_per_minute: None,

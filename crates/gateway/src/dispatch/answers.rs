@@ -5,53 +5,75 @@ use std::rc::Rc;
 
 use llm_batch_core::answer::{self, Verdict as Read};
 use llm_batch_core::dialect::{Finish, Reply};
-use llm_batch_core::limiter::Tokens;
+use llm_batch_core::headers::Reported;
+use llm_batch_core::limiter::{Left, Tokens};
 use llm_batch_core::pack;
-use llm_batch_core::trouble::Report;
 
 use super::{InFlight, State};
-use crate::lane::Queued;
 use crate::protocol::Verdict;
+use crate::request::Answered;
+
+/// Part of its time after which an answer is called slow: then requests get smaller, before they run into it.
+const SLOW: u64 = 2;
 
 impl State {
     /// Takes a finished request; `None` if it was abandoned.
-    pub fn finish(&mut self, now: u64, id: u64, result: Option<Result<Reply, Report>>) {
+    pub fn finish(&mut self, now: u64, id: u64, answered: Option<Answered>) {
         let Some(request) = self.in_flight.remove(&id) else { return };
         let Some(lane) = self.lanes.get_mut(&request.lane) else { return };
+        let in_flight = lane.in_flight;
         lane.in_flight = lane.in_flight.saturating_sub(1);
         lane.in_flight_rows = lane.in_flight_rows.saturating_sub(request.rows.len());
         if let Some(group) = lane.group(&request.group) {
             group.in_flight = group.in_flight.saturating_sub(1);
         }
         let lane_key = request.lane.clone();
-        match result {
-            // Whoever asked has gone; what it took is not known and stays reserved.
-            None => self.give_back(request.rows),
-            Some(Ok(reply)) => self.answered(now, request, &reply),
-            Some(Err(report)) => self.troubled(now, request, &report),
+        match answered {
+            // Whoever asked has gone, or all is to stop; what it took is not known and stays reserved.
+            None => {
+                self.unsure(&request);
+                for row in request.rows {
+                    self.done(&lane_key, &request.group, row, Verdict::Withdrawn);
+                }
+            }
+            Some(answered) => {
+                lane.heed(now, &answered.said);
+                match answered.result {
+                    Ok(reply) => self.answered(now, request, &reply, &answered.said, in_flight),
+                    Err(report) => self.troubled(now, request, &report, &answered.said, answered.is_unsure),
+                }
+            }
         }
         self.flush();
-        self.tidy(&lane_key);
+        self.tidy(now, &lane_key);
     }
 
-    fn answered(&mut self, now: u64, request: InFlight, reply: &Reply) {
-        let InFlight { lane: lane_key, group: group_key, rows, ids, grant, estimate, sent, .. } = request;
+    fn answered(&mut self, now: u64, request: InFlight, reply: &Reply, said: &Reported, in_flight: usize) {
+        let InFlight { lane: lane_key, group: group_key, rows, ids, grant, estimate, reserved, sent, worst, .. } =
+            request;
         let usage = reply.usage.unwrap_or(estimate);
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        lane.limiter.settle(grant, usage);
-        lane.prompt_ratio.observe(estimate.input, usage.input);
-        lane.answers(now, sent);
+        lane.measured.observe(estimate, usage, reply.finish == Finish::Length);
+        lane.concurrency.answered(sent, now, usage.output, in_flight);
+        lane.answers(now);
         if reply.finish == Finish::Length {
             lane.learned.answers_are_cut();
-        } else {
-            lane.answer_ratio.observe(estimate.output, usage.output);
         }
-        let Some(group) = lane.group(&group_key) else { return };
+        let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
+        let counts = group.stream.endpoint.counts;
+        lane.limiter.settle(grant, counts.settle(reserved, usage), left(said));
         group.succeeded = true;
+        if let Some(purse) = &mut group.purse {
+            purse.give_back(worst, usage);
+        }
         let legend = Rc::clone(&group.legend);
         let options = group.stream.task.options.clone();
         let read = answer::read(&reply.text, &ids, &legend);
-        self.spend(&rows, usage);
+        let unanswered = read.iter().filter(|v| !matches!(v, Read::Label(_))).count();
+        let is_slow = now.saturating_sub(sent) > group.stream.model.request_timeout_ms / SLOW;
+        group.size.observe(rows.len(), unanswered, is_slow);
+        let payers = group.payers(&rows);
+        self.spend(&payers, usage, reply.cached_input);
 
         let size = rows.len();
         let mut missing = 0;
@@ -78,7 +100,7 @@ impl State {
                 _ => None,
             };
             match done {
-                Some(verdict) => self.outcome(row.conn, row.n, row.bytes, row.attempts, verdict),
+                Some(verdict) => self.done(&lane_key, &group_key, row, verdict),
                 None => {
                     missing += 1;
                     row.most_rows = pack::rows_after(row.attempts, options.max_attempts, size);
@@ -97,23 +119,44 @@ impl State {
         }
     }
 
-    /// Shares the tokens of a request among the clients whose rows were in it; nothing is lost by rounding.
-    fn spend(&mut self, rows: &[Queued], usage: Tokens) {
-        let mut by_conn: BTreeMap<u64, u64> = BTreeMap::new();
-        for row in rows {
-            *by_conn.entry(row.conn).or_default() += 1;
+    /// A request may have been charged or not.
+    pub(super) fn unsure(&mut self, request: &InFlight) {
+        let group = self.lanes.get_mut(&request.lane).and_then(|l| l.group(&request.group));
+        let payer = group.and_then(|g| g.payers(&request.rows).first().copied());
+        if let Some(c) = payer.and_then(|conn| self.conns.get_mut(&conn)) {
+            c.spent.unconfirmed_input_tokens += request.worst.input;
+            c.spent.unconfirmed_output_tokens += request.worst.output;
         }
-        let all = rows.len().max(1) as u64;
+    }
+
+    /// Shares the tokens of a request among the clients whose rows were in it; nothing is lost by rounding.
+    fn spend(&mut self, payers: &[u64], usage: Tokens, cached: u64) {
+        let mut by_conn: BTreeMap<u64, u64> = BTreeMap::new();
+        for conn in payers {
+            *by_conn.entry(*conn).or_default() += 1;
+        }
+        let all = payers.len().max(1) as u64;
         let (mut before, mut first) = (0, true);
         for (conn, n) in by_conn {
             let share = |total: u64| total * (before + n) / all - total * before / all;
             if let Some(c) = self.conns.get_mut(&conn) {
                 c.spent.requests += u64::from(first);
                 c.spent.input_tokens += share(usage.input);
+                c.spent.cached_input_tokens += share(cached);
                 c.spent.output_tokens += share(usage.output);
             }
             before += n;
             first = false;
         }
+    }
+}
+
+/// What the provider says is left of its limits.
+pub(super) fn left(said: &Reported) -> Left {
+    Left {
+        requests: said.requests.remaining,
+        tokens: said.tokens.remaining,
+        input_tokens: said.input_tokens.remaining,
+        output_tokens: said.output_tokens.remaining,
     }
 }

@@ -14,19 +14,22 @@ use std::rc::Rc;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use llm_batch_core::limiter::{Grant, Limiter, Limits, Tokens};
+use llm_batch_core::limiter::{Grant, Limits, Tokens};
 use llm_batch_core::options::StructuredOutput;
 use serde_json::Value;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::Settings;
-use crate::lane::{Lane, Queued};
+use crate::cache::{Cache, Keys, TextKey};
+use crate::group::{Pushed, Row, Waiter};
+use crate::lane::Lane;
 use crate::notice::Notices;
 use crate::protocol::{
-    Endpoint, FromGateway, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop, StopReason,
-    Stream, Verdict, encode,
+    Allowance, Endpoint, FromGateway, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
+    StopReason, Stream, Verdict, encode,
 };
+use crate::purse::Purse;
 
 /// When a job may try a provider again that is down, ms.
 const DOWN_FOR: u64 = 15_000;
@@ -54,11 +57,14 @@ struct Conn {
 pub struct InFlight {
     lane: LaneKey,
     group: String,
-    rows: Vec<Queued>,
+    rows: Vec<Row>,
     ids: Vec<u16>,
     grant: Grant,
-    /// By our count.
+    /// By our count, and what was reserved.
     estimate: Tokens,
+    reserved: Tokens,
+    /// What it may take at the worst: its prompt and the cap of its answer.
+    worst: Tokens,
     /// When (ms) it was sent.
     sent: u64,
     /// What was asked for.
@@ -97,6 +103,8 @@ pub struct State {
     conns: HashMap<u64, Conn>,
     lanes: BTreeMap<LaneKey, Lane>,
     in_flight: HashMap<u64, InFlight>,
+    keys: Keys,
+    cache: Cache,
     next_id: u64,
     /// Bytes of text that wait or are under way.
     bytes: usize,
@@ -112,6 +120,8 @@ impl State {
             conns: HashMap::new(),
             lanes: BTreeMap::new(),
             in_flight: HashMap::new(),
+            keys: Keys::default(),
+            cache: Cache::default(),
             next_id: 0,
             bytes: 0,
             notices: Notices::default(),
@@ -142,20 +152,28 @@ impl State {
         id
     }
 
-    pub fn disconnect(&mut self, conn: u64) {
+    pub fn disconnect(&mut self, now: u64, conn: u64) {
         self.withdraw(conn);
         let stream = self.conns.remove(&conn).and_then(|c| {
             c.left.notify_one();
             c.stream
         });
-        for request in self.in_flight.values() {
-            if !request.rows.iter().any(|r| self.conns.contains_key(&r.conn)) {
-                request.abandoned.notify_one();
+        let Some((lane_key, group_key, _)) = stream else { return };
+        if let Some(group) = self.lanes.get_mut(&lane_key).and_then(|l| l.group(&group_key)) {
+            for request in self.in_flight.values().filter(|r| r.lane == lane_key && r.group == group_key) {
+                let mut is_wanted = false;
+                for row in &request.rows {
+                    for waiter in group.let_go(row.key, &|c| c == conn) {
+                        self.bytes = self.bytes.saturating_sub(waiter.bytes);
+                    }
+                    is_wanted |= !group.waiters(row).is_empty();
+                }
+                if !is_wanted {
+                    request.abandoned.notify_one();
+                }
             }
         }
-        if let Some((lane, _, _)) = stream {
-            self.tidy(&lane);
-        }
+        self.tidy(now, &lane_key);
     }
 
     /// Memory is full: no more is read from clients for now.
@@ -163,28 +181,33 @@ impl State {
         self.bytes >= self.settings.memory
     }
 
-    pub fn open(&mut self, conn: u64, stream: Stream) -> Result<(), String> {
+    pub fn open(&mut self, now: u64, conn: u64, stream: Stream) -> Result<(), String> {
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
         if c.outstanding > 0 {
             return Err("a stream was opened while rows of another one wait".to_owned());
         }
         let lane_key = (account(&stream.endpoint), stream.model.model.clone());
-        let group_key = serde_json::to_string(&stream).map_err(|e| e.to_string())?;
+        let mut group_key = serde_json::to_string(&stream).map_err(|e| e.to_string())?;
+        let purse = stream.budget.map(|prices| Purse::new(conn, prices));
+        if purse.is_some() {
+            // What a request costs is one purse's matter.
+            group_key.push_str(&conn.to_string());
+        }
         c.stopped = false;
-        let before = c.stream.replace((lane_key.clone(), group_key.clone(), Rc::new(stream.clone())));
+        let stream = Rc::new(stream);
+        let before = c.stream.replace((lane_key.clone(), group_key.clone(), Rc::clone(&stream)));
         let started = self.started;
-        let limits = stream.model.limits();
-        let lane = self.lanes.entry(lane_key.clone()).or_insert_with(|| Lane::new(Limiter::new(limits, started)));
-        lane.group_or_new(&group_key, &stream);
-        self.tidy(&lane_key);
+        let lane = self.lanes.entry(lane_key.clone()).or_insert_with(|| Lane::new(stream.model.limits(), started));
+        lane.group_or_new(&group_key, &stream).purse = purse;
+        self.tidy(now, &lane_key);
         if let Some((old, _, _)) = before {
-            self.tidy(&old);
+            self.tidy(now, &old);
         }
         Ok(())
     }
 
     /// Brings a lane in line with the streams that are open on it: the smallest limits, groups that are used.
-    fn tidy(&mut self, key: &LaneKey) {
+    fn tidy(&mut self, now: u64, key: &LaneKey) {
         let on_lane = |c: &&Conn| c.stream.as_ref().is_some_and(|(lane, _, _)| lane == key);
         let open: Vec<&Conn> = self.conns.values().filter(on_lane).collect();
         if let Some(lane) = self.lanes.get_mut(key) {
@@ -202,8 +225,7 @@ impl State {
                 .map(|(_, _, s)| &**s)
                 .collect();
             if let Some(limits) = busy.iter().map(|s| s.model.limits()).reduce(Limits::min) {
-                lane.limiter.set_limits(limits);
-                lane.set_max_concurrent(busy.iter().filter_map(|s| s.model.max_concurrent_requests).min());
+                lane.configure(now, limits, busy.iter().filter_map(|s| s.model.max_concurrent_requests).min());
             }
         }
         if self.lanes.len() > MOST_IDLE_LANES {
@@ -228,18 +250,27 @@ impl State {
             c.outstanding += 1;
             c.outstanding_bytes += bytes;
             self.bytes += bytes;
+            let waiter = Waiter { conn, n: item.n, bytes };
             if c.stopped {
-                self.outcome(conn, item.n, bytes, 0, Verdict::Withdrawn);
+                self.outcome(waiter, 0, Verdict::Withdrawn, false);
                 continue;
             }
-            if let Some(g) = self.lanes.get_mut(&lane).and_then(|l| l.group(&group))
-                && let Err(n) = g.push(now, conn, item)
-            {
-                self.outcome(conn, n, bytes, 0, too_long());
+            let unique: TextKey = self.id().into();
+            let Some(l) = self.lanes.get_mut(&lane) else { continue };
+            let Some(g) = l.group(&group) else { continue };
+            let reuse = g.stream.task.options.reuse;
+            let key = if reuse { self.keys.of(&g.scope, &item.text) } else { unique };
+            if reuse && let Some(label) = self.cache.get(key, self.settings.cache) {
+                l.rows_reused += 1;
+                self.outcome(waiter, 0, Verdict::Label(label), true);
+                continue;
+            }
+            if g.push(now, conn, item, key) == Pushed::TooLong {
+                self.outcome(waiter, 0, too_long(), false);
             }
         }
         if was_idle {
-            self.tidy(&lane);
+            self.tidy(now, &lane);
         }
         if !self.settings.enabled {
             self.stop(&lane, Some(&group), &disabled());
@@ -248,38 +279,58 @@ impl State {
         Ok(())
     }
 
+    pub fn allow(&mut self, conn: u64, more: Allowance) {
+        let Some((lane, group, _)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else { return };
+        if let Some(purse) = self.lanes.get_mut(&lane).and_then(|l| l.group(&group)).and_then(|g| g.purse.as_mut()) {
+            purse.allow(more);
+        }
+    }
+
     pub fn withdraw(&mut self, conn: u64) {
         let Some(c) = self.conns.get_mut(&conn) else { return };
         c.stopped = true;
         let Some((lane, group, _)) = c.stream.clone() else { return };
-        let rows = self.lanes.get_mut(&lane).and_then(|l| l.group(&group)).map(|g| g.withdraw(Some(conn)));
+        let rows = self.lanes.get_mut(&lane).and_then(|l| l.group(&group)).map(|g| g.withdraw(&|c| c == conn));
         self.give_back(rows.unwrap_or_default());
         self.flush();
     }
 
-    fn give_back(&mut self, rows: Vec<Queued>) {
-        for row in rows {
-            self.outcome(row.conn, row.n, row.bytes, row.attempts, Verdict::Withdrawn);
+    fn give_back(&mut self, waiters: Vec<Waiter>) {
+        for waiter in waiters {
+            self.outcome(waiter, 0, Verdict::Withdrawn, false);
         }
     }
 
-    fn outcome(&mut self, conn: u64, n: u64, bytes: usize, attempts: u32, verdict: Verdict) {
-        self.bytes = self.bytes.saturating_sub(bytes);
-        if let Some(c) = self.conns.get_mut(&conn) {
+    /// A row is done with: all who wait for it get this outcome, and only the first has paid.
+    fn done(&mut self, lane_key: &LaneKey, group_key: &str, row: Row, verdict: Verdict) {
+        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
+        let Some(group) = lane.group(group_key) else { return };
+        let waiters = group.take_waiters(&row);
+        if let Verdict::Label(label) = verdict
+            && group.stream.task.options.reuse
+        {
+            self.cache.put(row.key, label, self.settings.cache);
+        }
+        lane.rows_reused += waiters.len().saturating_sub(1) as u64;
+        for (i, waiter) in waiters.into_iter().enumerate() {
+            let reused = i > 0 && matches!(verdict, Verdict::Label(_));
+            self.outcome(waiter, row.attempts, verdict.clone(), reused);
+        }
+    }
+
+    fn outcome(&mut self, waiter: Waiter, attempts: u32, verdict: Verdict, reused: bool) {
+        self.bytes = self.bytes.saturating_sub(waiter.bytes);
+        if let Some(c) = self.conns.get_mut(&waiter.conn) {
             c.outstanding = c.outstanding.saturating_sub(1);
-            c.outstanding_bytes = c.outstanding_bytes.saturating_sub(bytes);
-            c.outcomes.push(Outcome { n, verdict, attempts, reused: false });
+            c.outstanding_bytes = c.outstanding_bytes.saturating_sub(waiter.bytes);
+            c.outcomes.push(Outcome { n: waiter.n, verdict, attempts, reused });
         }
     }
 
     /// Sends what has gathered for each client.
     fn flush(&mut self) {
         for c in self.conns.values_mut() {
-            if !c.outcomes.is_empty() || c.spent != Spent::default() {
-                let outcomes = std::mem::take(&mut c.outcomes);
-                let spent = std::mem::take(&mut c.spent);
-                say(c, &FromGateway::Outcomes { outcomes, spent });
-            }
+            flush(c);
         }
     }
 
@@ -289,7 +340,7 @@ impl State {
         let mut rows = Vec::new();
         for (key, g) in &mut lane.groups {
             if group.is_none_or(|wanted| wanted == key) {
-                rows.append(&mut g.withdraw(None));
+                rows.append(&mut g.withdraw(&|_| true));
             }
         }
         self.give_back(rows);
@@ -315,6 +366,15 @@ impl State {
                 request.abandoned.notify_one();
             }
         }
+    }
+}
+
+/// Sends what has gathered for a client.
+fn flush(c: &mut Conn) {
+    if !c.outcomes.is_empty() || c.spent != Spent::default() {
+        let outcomes = std::mem::take(&mut c.outcomes);
+        let spent = std::mem::take(&mut c.spent);
+        say(c, &FromGateway::Outcomes { outcomes, spent });
     }
 }
 

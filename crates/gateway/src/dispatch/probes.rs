@@ -1,15 +1,17 @@
-//! What is asked about the state: whether a model answers at all, and what is going on.
+//! What is asked about the state: whether a model answers at all, what rows would take, and what is going on.
 
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::time::Duration;
 
 use llm_batch_core::dialect::{self, Reply};
-use llm_batch_core::limiter::{Refusal, Tokens};
+use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
 use llm_batch_core::trouble::{Parameter, Report, Trouble};
 
+use super::send::Draft;
 use super::{DOWN_FOR, LaneKey, Probe, State, say};
-use crate::protocol::{Activity, FromGateway, Stop, StopReason};
+use crate::group::{Group, Next};
+use crate::protocol::{Activity, Estimate, FromGateway, Item, Stop, StopReason};
 use crate::request::TIMED_OUT;
 
 /// Tokens a probe reserves.
@@ -27,9 +29,9 @@ impl State {
         if lane.last_success.is_some_and(|at| at + 60_000 > now) {
             return Some(Probe::Alive);
         }
-        match lane.limiter.reserve(now, PROBE_TOKENS) {
-            Ok(grant) => lane.limiter.settle(grant, PROBE_TOKENS),
-            Err(Refusal::Until(at)) => return Some(Probe::Until(at)),
+        match lane.limiter.reserve(now, PROBE_TOKENS, Class::Interactive, 1.0) {
+            Ok(grant) => lane.limiter.settle(grant, PROBE_TOKENS, Left::default()),
+            Err(Refusal::Until { at, .. }) => return Some(Probe::Until(at)),
             Err(Refusal::TooLarge) => {}
         }
         let body = dialect::body(&dialect::Request {
@@ -50,7 +52,7 @@ impl State {
         let (lane_key, _, _) = self.conns.get(&conn)?.stream.clone()?;
         let Err(report) = result else {
             if let Some(lane) = self.lanes.get_mut(&lane_key) {
-                lane.answers(now, 0);
+                lane.answers(now);
             }
             return Some(None);
         };
@@ -71,6 +73,35 @@ impl State {
             Trouble::NotFound => stop(StopReason::NotFound, None),
             Trouble::Unsupported(_) | Trouble::Rejected => stop(StopReason::Rejected, None),
         }
+    }
+
+    /// What rows would take if they were sent, by what is known of the client's model.
+    pub fn estimate(&mut self, conn: u64, items: Vec<Item>) -> Estimate {
+        let mut sum = Estimate::default();
+        let Some((lane_key, group_key, stream)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else {
+            return sum;
+        };
+        let Some(lane) = self.lanes.get_mut(&lane_key) else { return sum };
+        let (learned, measured) = (lane.learned, lane.measured);
+        let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(stream.model.max_request_tokens);
+        let mut group = Group::new(stream, 0.0);
+        if let Some(known) = lane.group(&group_key) {
+            group.size = known.size;
+        }
+        let reuse = group.stream.task.options.reuse;
+        for (i, item) in items.into_iter().enumerate() {
+            let key = if reuse { self.keys.of(&group.scope, &item.text) } else { i as u128 };
+            group.push(0, conn, item, key);
+        }
+        while let Next::Rows(rows) = group.next(u64::MAX / 2, largest as usize) {
+            let draft = Draft::new(learned, measured, &group, &rows);
+            sum.rows += rows.len() as u64;
+            sum.requests += 1;
+            sum.input_tokens += measured.prompt.apply(draft.estimate.input);
+            sum.output_tokens += measured.answer.apply(draft.estimate.output);
+            sum.example.get_or_insert_with(|| draft.body(learned, &group, &rows).to_string());
+        }
+        sum
     }
 
     pub fn say(&mut self, conn: u64, message: &FromGateway) {
@@ -100,14 +131,14 @@ impl State {
                     requests_in_window: usage.requests,
                     requests_limit: usage.requests_limit,
                     used: usage.used,
-                    requests_allowed: lane.may_be_in_flight() as u64,
-                    rows_allowed: None,
-                    share: 1.0,
-                    reported_left: None,
-                    token_ratio: lane.prompt_ratio.apply(1000) as f64 / 1000.0,
-                    answer_ratio: lane.answer_ratio.apply(1000) as f64 / 1000.0,
-                    latency_ms: None,
-                    rows_reused: 0,
+                    requests_allowed: lane.allowed(false) as u64,
+                    rows_allowed: lane.groups.iter().map(|(_, g)| g.size.rows() as u64).min(),
+                    share: usage.share,
+                    reported_left: usage.reported_left,
+                    token_ratio: lane.measured.prompt.apply(1000) as f64 / 1000.0,
+                    answer_ratio: lane.measured.answer.apply(1000) as f64 / 1000.0,
+                    latency_ms: lane.concurrency.latency(),
+                    rows_reused: lane.rows_reused,
                     waiting_ms: lane.limiter.blocked_until().checked_sub(now).filter(|ms| *ms > 0),
                     requests_total: lane.requests_total,
                     rows_total: lane.rows_total,

@@ -5,11 +5,73 @@ use std::time::Duration;
 
 use llm_batch_core::dialect;
 use llm_batch_core::limiter::{Refusal, Tokens};
+use llm_batch_core::options::StructuredOutput;
 use llm_batch_core::prompt;
+use serde_json::Value;
 use tokio::sync::Notify;
 
-use super::{InFlight, LaneKey, Launch, State, too_long};
-use crate::lane::Next;
+use super::{InFlight, LaneKey, Launch, State, say};
+use crate::group::{Group, Next, Row};
+use crate::lane::{Lane, Learned, Measured};
+use crate::protocol::FromGateway;
+use crate::purse::Pays;
+
+/// A request that is cut to fit keeps at least one of so many rows.
+const LEAST_PART: usize = 4;
+
+/// A request as it would be sent.
+pub(super) struct Draft {
+    ids: Vec<u16>,
+    format: StructuredOutput,
+    response_format: Option<Value>,
+    /// By our count.
+    pub estimate: Tokens,
+    /// What it may take at the worst: of its prompt; and the cap of its answer.
+    pub worst: Tokens,
+    /// What is reserved for it.
+    reserve: Tokens,
+}
+
+impl Draft {
+    pub fn new(learned: Learned, measured: Measured, group: &Group, rows: &[Row]) -> Self {
+        let options = &group.stream.task.options;
+        let ids = random_ids(rows.len());
+        let format = learned.format(options.structured_output);
+        let response_format = prompt::response_format(options.answer_shape, format, &group.legend, &ids);
+        let estimate = group.tokens(rows, response_format.as_ref());
+        let most_answer = measured.most_answer(estimate.output, learned.spare_answer_tokens);
+        Self {
+            ids,
+            format,
+            response_format,
+            estimate,
+            worst: Tokens { input: measured.most_prompt(estimate.input), output: most_answer },
+            reserve: group.stream.endpoint.counts.reserve(measured.prompt.apply(estimate.input), most_answer),
+        }
+    }
+
+    pub fn body(&self, learned: Learned, group: &Group, rows: &[Row]) -> Value {
+        let (system, user) = group.messages(rows, &self.ids);
+        dialect::body(&dialect::Request {
+            model: &group.stream.model.model,
+            system,
+            user: &user,
+            max_tokens: self.worst.output,
+            max_completion_tokens: learned.max_completion_tokens,
+            response_format: self.response_format.clone(),
+            parameters: &group.stream.model.parameters,
+        })
+    }
+}
+
+/// What a look at a lane's queues came to.
+enum Look {
+    Sent,
+    /// These rows are larger than a request may be.
+    TooLarge(String, Vec<Row>),
+    /// Nothing can be sent now.
+    Nothing,
+}
 
 impl State {
     /// A request is sent now (ms): since it was granted, other work may have gone before it.
@@ -29,105 +91,125 @@ impl State {
         let keys: Vec<LaneKey> =
             self.lanes.iter().filter(|(_, l)| !l.groups.is_empty()).map(|(k, _)| k.clone()).collect();
         for key in keys {
-            match self.pump_lane(now, &key, &mut launches) {
-                Some(at) => wake = Some(wake.map_or(at, |w| w.min(at))),
-                None => continue,
+            loop {
+                match self.look(now, &key, &mut launches, &mut wake) {
+                    Look::Sent => {}
+                    Look::TooLarge(group, rows) => self.too_large(now, &key, &group, rows),
+                    Look::Nothing => break,
+                }
             }
         }
         self.flush();
         (launches, wake)
     }
 
-    fn pump_lane(&mut self, now: u64, key: &LaneKey, launches: &mut Vec<Launch>) -> Option<u64> {
-        let mut wake: Option<u64> = None;
-        loop {
-            let lane = self.lanes.get_mut(key)?;
-            if lane.in_flight >= lane.may_be_in_flight() {
-                return wake;
+    /// Sends one request of a lane, if that can be done now; else notes when to look again.
+    fn look(&mut self, now: u64, key: &LaneKey, launches: &mut Vec<Launch>, wake: &mut Option<u64>) -> Look {
+        let mut later = |at: u64| *wake = Some(wake.map_or(at, |w| w.min(at)));
+        let Some(lane) = self.lanes.get_mut(key) else { return Look::Nothing };
+        lane.order();
+        let (allowed, allowed_interactive) = (lane.allowed(false), lane.allowed(true));
+        let largest = lane.limiter.largest_request().unwrap_or(u64::MAX);
+        let Lane { groups, limiter, learned, measured, in_flight, in_flight_rows, .. } = lane;
+        for (group_key, group) in groups {
+            let interactive = group.stream.interactive;
+            if *in_flight >= if interactive { allowed_interactive } else { allowed } {
+                return Look::Nothing;
             }
-            lane.order();
-            let largest = lane.limiter.largest_request();
-            let mut found = None;
-            for (i, (_, group)) in lane.groups.iter_mut().enumerate() {
-                let most = largest.unwrap_or(u64::MAX).min(group.stream.model.max_request_tokens);
-                let most = (most as f64 / lane.prompt_ratio.apply(1000) as f64 * 1000.0) as usize;
-                match group.next(now, most) {
-                    Next::Rows(rows) => {
-                        found = Some((i, rows, most));
-                        break;
-                    }
-                    Next::Until(at) => wake = Some(wake.map_or(at, |w| w.min(at))),
-                    Next::Empty => {}
-                }
-            }
-            let Some((i, rows, most)) = found else { return wake };
-            let learned = lane.learned;
-            let (prompt_ratio, answer_ratio) = (lane.prompt_ratio, lane.answer_ratio);
-            let (group_key, group) = lane.groups.get_mut(i)?;
-            let group_key = group_key.clone();
-            let options = &group.stream.task.options;
-            let ids = random_ids(rows.len());
-            let format = learned.format(options.structured_output);
-            let response_format = prompt::response_format(options.answer_shape, format, &group.legend, &ids);
-            let estimate = group.tokens(&rows, response_format.as_ref());
-            let reserve =
-                Tokens { input: prompt_ratio.apply(estimate.input), output: answer_ratio.apply(estimate.output) };
-            if rows.len() == 1 && (estimate.input + estimate.output) as usize > most {
-                for row in rows {
-                    self.outcome(row.conn, row.n, row.bytes, row.attempts, too_long());
-                }
-                continue;
-            }
-            let grant = match lane.limiter.reserve(now, reserve) {
-                Ok(grant) => grant,
-                Err(Refusal::Until(at)) => {
-                    let (_, group) = lane.groups.get_mut(i)?;
-                    group.put_back(rows);
-                    return Some(wake.map_or(at, |w| w.min(at)));
-                }
-                Err(Refusal::TooLarge) => {
-                    self.too_large(now, key, &group_key, rows);
+            let most = largest.min(group.stream.model.max_request_tokens);
+            let most = (most as f64 / measured.prompt.apply(1000) as f64 * 1000.0) as usize;
+            let mut rows = match group.next(now, most) {
+                Next::Rows(rows) => rows,
+                Next::Until(at) => {
+                    later(at);
                     continue;
                 }
+                Next::Empty => continue,
             };
-            let (_, group) = lane.groups.get_mut(i)?;
-            let (system, user) = group.messages(&rows, &ids);
-            let body = dialect::body(&dialect::Request {
-                model: &group.stream.model.model,
-                system,
-                user: &user,
-                max_tokens: answer_ratio.apply(estimate.output) * 2 + learned.spare_answer_tokens,
-                max_completion_tokens: learned.max_completion_tokens,
-                response_format,
-                parameters: &group.stream.model.parameters,
-            });
-            let stream = Rc::clone(&group.stream);
-            let timeout = Duration::from_millis(stream.model.request_timeout_ms);
-            group.in_flight += 1;
-            group.count_served(rows.len());
-            lane.in_flight += 1;
-            lane.in_flight_rows += rows.len();
-            lane.requests_total += 1;
-            lane.rows_total += rows.len() as u64;
+            let mut draft = Draft::new(*learned, *measured, group, &rows);
+            if rows.len() == 1 && (draft.estimate.input + draft.estimate.output) as usize > most {
+                return Look::TooLarge(group_key.clone(), rows);
+            }
+            if let Some(mut purse) = group.purse.take() {
+                let least = Draft::new(*learned, *measured, group, rows.get(..1).unwrap_or_default()).worst;
+                let is_idle = group.in_flight == 0;
+                let pays = purse.pays(draft.worst, least, is_idle);
+                while pays == Pays::Less && rows.len() > 1 && !purse.covers(draft.worst) {
+                    group.put_back(rows.split_off(rows.len() - rows.len().div_ceil(8)));
+                    draft = Draft::new(*learned, *measured, group, &rows);
+                }
+                if pays == Pays::Ask {
+                    // What was answered so far goes first: the client reckons with it.
+                    let (conn, least, full) = (purse.conn, purse.worth(least), purse.worth(draft.worst));
+                    if let Some(c) = self.conns.get_mut(&conn) {
+                        super::flush(c);
+                        say(c, &FromGateway::Exhausted { least, full });
+                    }
+                }
+                group.purse = Some(purse);
+                if matches!(pays, Pays::Ask | Pays::Later) {
+                    group.put_back(rows);
+                    continue;
+                }
+            }
+            let mut tried = limiter.reserve(now, draft.reserve, group.class(), 1.0);
+            if let Err(Refusal::Until { part, .. }) = tried
+                && part > 0.0
+            {
+                let fits = ((draft.estimate.input + draft.estimate.output) as f64 * part) as usize;
+                let n = group.fit(&rows, fits);
+                if n * LEAST_PART >= rows.len().max(LEAST_PART) {
+                    let part = n as f64 / rows.len() as f64;
+                    let rest = rows.split_off(n);
+                    draft = Draft::new(*learned, *measured, group, &rows);
+                    group.put_back(rest);
+                    tried = limiter.reserve(now, draft.reserve, group.class(), part).or(tried);
+                }
+            }
+            let grant = match tried {
+                Ok(grant) => grant,
+                Err(Refusal::Until { at, .. }) => {
+                    group.put_back(rows);
+                    later(at);
+                    return Look::Nothing;
+                }
+                Err(Refusal::TooLarge) => return Look::TooLarge(group_key.clone(), rows),
+            };
+            if let Some(purse) = &mut group.purse {
+                purse.take(draft.worst);
+            }
+            group.count_served(now, rows.len());
+            *in_flight += 1;
+            *in_flight_rows += rows.len();
             let abandoned = Rc::new(Notify::new());
-            let id = self.id();
-            launches.push(Launch { id, stream, body, timeout, abandoned: Rc::clone(&abandoned) });
-            self.in_flight.insert(
-                id,
-                InFlight {
-                    lane: key.clone(),
-                    group: group_key,
-                    rows,
-                    ids,
-                    grant,
-                    estimate,
-                    sent: now,
-                    format,
-                    max_completion_tokens: learned.max_completion_tokens,
-                    abandoned,
-                },
-            );
+            self.next_id += 1;
+            launches.push(Launch {
+                id: self.next_id,
+                body: draft.body(*learned, group, &rows),
+                stream: Rc::clone(&group.stream),
+                timeout: Duration::from_millis(group.stream.model.request_timeout_ms),
+                abandoned: Rc::clone(&abandoned),
+            });
+            let request = InFlight {
+                lane: key.clone(),
+                group: group_key.clone(),
+                ids: draft.ids,
+                grant,
+                estimate: draft.estimate,
+                reserved: draft.reserve,
+                worst: draft.worst,
+                sent: now,
+                format: draft.format,
+                max_completion_tokens: learned.max_completion_tokens,
+                abandoned,
+                rows,
+            };
+            lane.requests_total += 1;
+            lane.rows_total += request.rows.len() as u64;
+            self.in_flight.insert(self.next_id, request);
+            return Look::Sent;
         }
+        Look::Nothing
     }
 }
 

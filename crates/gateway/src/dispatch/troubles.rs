@@ -1,11 +1,16 @@
 //! What comes back otherwise, by its class of trouble.
 
+use std::collections::HashSet;
+
+use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::limiter::Tokens;
 use llm_batch_core::options::{AnswerShape, StructuredOutput};
 use llm_batch_core::trouble::{Parameter, Report, Trouble};
 
+use super::answers::left;
 use super::{DOWN_FOR, InFlight, LaneKey, State, too_long};
-use crate::lane::{Lane, Queued};
+use crate::group::Row;
+use crate::lane::Lane;
 use crate::protocol::{Stop, StopReason, Verdict};
 use crate::request::TIMED_OUT;
 
@@ -22,8 +27,22 @@ const MOST_BACKOFF: u64 = 30_000;
 const LONGEST_RATE_WAIT: u64 = 120_000;
 
 impl State {
-    pub(super) fn troubled(&mut self, now: u64, request: InFlight, report: &Report) {
-        let InFlight { lane: lane_key, group: group_key, mut rows, grant, format, max_completion_tokens, .. } = request;
+    pub(super) fn troubled(&mut self, now: u64, request: InFlight, report: &Report, said: &Reported, is_unsure: bool) {
+        // What may have been charged counts as spent.
+        if is_unsure {
+            self.unsure(&request);
+        }
+        let InFlight {
+            lane: lane_key,
+            group: group_key,
+            mut rows,
+            grant,
+            sent,
+            worst,
+            format,
+            max_completion_tokens,
+            ..
+        } = request;
         let message = report.message.clone();
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         match report.trouble {
@@ -34,20 +53,36 @@ impl State {
                 lane.last_error = Some(message.clone());
             }
         }
-        // Refused requests took nothing. Of requests that broke off it is not known, so what was reserved stays.
-        if !matches!(report.trouble, Trouble::Overload(_)) {
-            lane.limiter.settle(grant, Tokens::default());
+        match report.trouble {
+            Trouble::Rate(_) => lane.limiter.refused(now, grant, left(said)),
+            // Of requests that broke off it is not known what they took, so what was reserved stays.
+            Trouble::Overload(_) => drop(grant),
+            _ => lane.limiter.settle(grant, Tokens::default(), left(said)),
+        }
+        if matches!(report.trouble, Trouble::Overload(_))
+            || (matches!(report.trouble, Trouble::Rate(_)) && !lane.limiter.is_limited())
+        {
+            lane.concurrency.troubled(sent, now);
+        }
+        if let Trouble::Rate(_) | Trouble::TooLarge = report.trouble
+            && let Some((limit, _)) = headers::limit_in(&message)
+            && message.contains("TPM")
+        {
+            lane.heed_limit(now, limit);
+        }
+        if !is_unsure && let Some(purse) = lane.group(&group_key).and_then(|g| g.purse.as_mut()) {
+            purse.give_back(worst, Tokens::default());
         }
         let size = rows.len();
+        let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         let succeeded = lane.group(&group_key).is_some_and(|g| g.succeeded);
         match &report.trouble {
             Trouble::Rate(wait) if wait.is_some_and(|w| w > LONGEST_RATE_WAIT) => {
-                self.stop_with(now, &lane_key, None, rows, StopReason::Quota, message, *wait);
+                self.stop_with(now, &lane_key, None, (&group_key, rows), StopReason::Quota, message, *wait);
             }
             Trouble::Rate(wait) => {
                 // Without a word from the provider, the more refusals in a row the longer.
                 lane.failures += 1;
-                lane.throttled_to = Some((1, now));
                 let wait = wait.unwrap_or_else(|| backoff(lane.failures));
                 lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
                 self.put_back(&lane_key, &group_key, rows);
@@ -75,17 +110,45 @@ impl State {
                     self.put_back(&lane_key, &group_key, rows);
                     self.notice(now, &lane_key, "unsupported", &format!("{message}; going on without it"));
                 } else {
-                    self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::Rejected, message, None);
+                    self.stop_with(
+                        now,
+                        &lane_key,
+                        Some(&group_key),
+                        (&group_key, rows),
+                        StopReason::Rejected,
+                        message,
+                        None,
+                    );
                 }
             }
-            Trouble::Auth => self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::Auth, message, None),
-            Trouble::Spend => self.stop_with(now, &lane_key, None, rows, StopReason::Spend, message, None),
-            Trouble::Quota(wait) => self.stop_with(now, &lane_key, None, rows, StopReason::Quota, message, *wait),
-            Trouble::NotFound => {
-                self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::NotFound, message, None)
+            Trouble::Auth => {
+                self.stop_with(now, &lane_key, Some(&group_key), (&group_key, rows), StopReason::Auth, message, None)
             }
+            Trouble::Spend => {
+                self.stop_with(now, &lane_key, None, (&group_key, rows), StopReason::Spend, message, None)
+            }
+            Trouble::Quota(wait) => {
+                self.stop_with(now, &lane_key, None, (&group_key, rows), StopReason::Quota, message, *wait)
+            }
+            Trouble::NotFound => self.stop_with(
+                now,
+                &lane_key,
+                Some(&group_key),
+                (&group_key, rows),
+                StopReason::NotFound,
+                message,
+                None,
+            ),
             Trouble::Rejected if !succeeded => {
-                self.stop_with(now, &lane_key, Some(&group_key), rows, StopReason::Rejected, message, None);
+                self.stop_with(
+                    now,
+                    &lane_key,
+                    Some(&group_key),
+                    (&group_key, rows),
+                    StopReason::Rejected,
+                    message,
+                    None,
+                );
             }
             Trouble::Filtered | Trouble::Rejected if size == 1 => {
                 let verdict = if report.trouble == Trouble::Filtered {
@@ -93,8 +156,9 @@ impl State {
                 } else {
                     Verdict::Fail { class: "rejected".into(), detail: message }
                 };
-                for row in rows {
-                    self.outcome(row.conn, row.n, row.bytes, row.attempts + 1, verdict.clone());
+                for mut row in rows {
+                    row.attempts += 1;
+                    self.done(&lane_key, &group_key, row, verdict.clone());
                 }
             }
             Trouble::Filtered | Trouble::Rejected => {
@@ -114,7 +178,15 @@ impl State {
                 lane.failures += points;
                 let failing_since = *lane.failing_since.get_or_insert(now);
                 if lane.failures >= MOST_TROUBLE && now >= failing_since + DOWN_AFTER {
-                    self.stop_with(now, &lane_key, None, rows, StopReason::ProviderDown, message, Some(DOWN_FOR));
+                    self.stop_with(
+                        now,
+                        &lane_key,
+                        None,
+                        (&group_key, rows),
+                        StopReason::ProviderDown,
+                        message,
+                        Some(DOWN_FOR),
+                    );
                     return;
                 }
                 if let Some(wait) = wait {
@@ -142,11 +214,11 @@ impl State {
 
     /// A row whose request was not answered, while others are: it waits, then its requests get smaller, then it is
     /// given up.
-    fn row_in_trouble(&mut self, lane: &LaneKey, group: &str, mut row: Queued, size: usize, message: &str) {
+    fn row_in_trouble(&mut self, lane: &LaneKey, group: &str, mut row: Row, size: usize, message: &str) {
         if row.trouble >= MOST_TROUBLE {
             if size == 1 {
                 let verdict = Verdict::Fail { class: "provider_error".into(), detail: message.to_owned() };
-                self.outcome(row.conn, row.n, row.bytes, row.attempts, verdict);
+                self.done(lane, group, row, verdict);
                 return;
             }
             row.most_rows = size.div_ceil(2);
@@ -155,11 +227,11 @@ impl State {
         self.again(lane, group, row);
     }
 
-    pub(super) fn too_large(&mut self, now: u64, lane: &LaneKey, group: &str, rows: Vec<Queued>) {
+    pub(super) fn too_large(&mut self, now: u64, lane: &LaneKey, group: &str, rows: Vec<Row>) {
         let size = rows.len();
         for mut row in rows {
             if size == 1 {
-                self.outcome(row.conn, row.n, row.bytes, row.attempts, too_long());
+                self.done(lane, group, row, too_long());
             } else {
                 row.most_rows = size.div_ceil(2);
                 row.not_before = now;
@@ -168,27 +240,37 @@ impl State {
         }
     }
 
-    /// Whether anybody still wants a row to be sent.
-    fn is_wanted(&self, row: &Queued) -> bool {
-        self.conns.get(&row.conn).is_some_and(|c| !c.stopped)
+    /// Those among who wait for these rows that were told to stop get them back; what others still want remains.
+    fn wanted(&mut self, lane: &LaneKey, group: &str, rows: Vec<Row>) -> Vec<Row> {
+        let stopped: HashSet<u64> = self.conns.iter().filter(|(_, c)| c.stopped).map(|(id, _)| *id).collect();
+        let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(group)) else { return Vec::new() };
+        let mut gone = Vec::new();
+        let mut wanted = Vec::new();
+        for row in rows {
+            gone.append(&mut g.let_go(row.key, &|conn| stopped.contains(&conn)));
+            if g.waiters(&row).is_empty() {
+                g.take_waiters(&row);
+            } else {
+                wanted.push(row);
+            }
+        }
+        self.give_back(gone);
+        wanted
     }
 
     /// Queues rows again that were refused through no trouble of theirs.
-    pub(super) fn put_back(&mut self, lane: &LaneKey, group: &str, rows: Vec<Queued>) {
-        let (wanted, rest) = rows.into_iter().partition(|row| self.is_wanted(row));
-        self.give_back(rest);
-        match self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
-            Some(g) => g.put_back(wanted),
-            None => self.give_back(wanted),
+    pub(super) fn put_back(&mut self, lane: &LaneKey, group: &str, rows: Vec<Row>) {
+        let rows = self.wanted(lane, group, rows);
+        if let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
+            g.put_back(rows);
         }
     }
 
     /// Queues a row again for another request.
-    pub(super) fn again(&mut self, lane: &LaneKey, group: &str, row: Queued) {
-        let wanted = self.is_wanted(&row);
-        match self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
-            Some(g) if wanted => g.push_again(row),
-            _ => self.outcome(row.conn, row.n, row.bytes, row.attempts, Verdict::Withdrawn),
+    pub(super) fn again(&mut self, lane: &LaneKey, group: &str, row: Row) {
+        let rows = self.wanted(lane, group, vec![row]);
+        if let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
+            rows.into_iter().for_each(|row| g.push_again(row));
         }
     }
 
@@ -198,13 +280,17 @@ impl State {
         now: u64,
         lane: &LaneKey,
         group: Option<&str>,
-        rows: Vec<Queued>,
+        rows: (&str, Vec<Row>),
         reason: StopReason,
         message: String,
         retry_after_ms: Option<u64>,
     ) {
         self.notice(now, lane, "stopped", &message);
-        self.give_back(rows);
+        let (of, rows) = rows;
+        if let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(of)) {
+            let waiters = rows.iter().flat_map(|row| g.take_waiters(row)).collect();
+            self.give_back(waiters);
+        }
         self.stop(lane, group, &Stop { reason, message, retry_after_ms });
     }
 

@@ -1,0 +1,147 @@
+//! How many requests may be under way at the same time, found out by trying.
+//!
+//! It doubles with every round of answers until something speaks against it, then grows by one a round; it is halved
+//! when the provider refuses or breaks, and shrinks when answers take much longer than the fastest did: then requests
+//! only wait at the other end, as they do with a local server that answers one at a time.
+
+/// Where it begins.
+const START: f64 = 4.0;
+/// The most it grows to.
+const MOST: f64 = 256.0;
+/// What is left of it after a refusal or a failure.
+const CUT: f64 = 0.5;
+/// A latency of so many times the least is taken for waiting.
+const WAITING: f64 = 3.0;
+/// Tokens that take as long as a request without any: makes short and long answers comparable.
+const BASE_TOKENS: f64 = 40.0;
+
+/// The number of requests that may be under way.
+#[derive(Debug)]
+pub struct Concurrency {
+    limit: f64,
+    /// Doubling still.
+    is_new: bool,
+    /// Latency a token of the answer, ms: the least, and of late.
+    least: Option<f64>,
+    recent: f64,
+    /// Latency of late, ms.
+    latency: f64,
+    /// Requests sent before this time (ms) say nothing new about what was wrong then.
+    heeded: u64,
+}
+
+impl Default for Concurrency {
+    fn default() -> Self {
+        Self { limit: START, is_new: true, least: None, recent: 0.0, latency: 0.0, heeded: 0 }
+    }
+}
+
+impl Concurrency {
+    /// Most requests that may be under way.
+    pub fn allowed(&self) -> usize {
+        self.limit as usize
+    }
+
+    /// Latency of late, ms, if anything has been answered.
+    pub fn latency(&self) -> Option<u64> {
+        self.least.map(|_| self.latency as u64)
+    }
+
+    /// A request that was sent at `sent` (ms), was answered at `now` (ms) with so many tokens. `in_flight`
+    /// were under way by then, it included.
+    pub fn answered(&mut self, sent: u64, now: u64, tokens: u64, in_flight: usize) {
+        let latency = now.saturating_sub(sent).max(1) as f64;
+        let each = latency / (tokens as f64 + BASE_TOKENS);
+        // A request that was alone tells what an answer takes at least nowadays.
+        let least = self.least.filter(|_| in_flight > 1).map_or(each, |least| least.min(each));
+        let weight = if self.least.is_none() { 1.0 } else { 0.1 };
+        self.recent += weight * (each - self.recent);
+        self.latency += weight * (latency - self.latency);
+        self.least = Some(least);
+        if self.recent > WAITING * least {
+            if sent >= self.heeded {
+                self.heeded = now;
+                self.is_new = false;
+                self.limit = (self.limit * 0.9).max(1.0);
+            }
+        } else if in_flight * 2 >= self.allowed() {
+            // Only what was used up has proved useful.
+            self.limit = (self.limit + if self.is_new { 1.0 } else { 1.0 / self.limit }).min(MOST);
+        }
+    }
+
+    /// A request that was sent at `sent` (ms) was refused or broke off at `now` (ms).
+    pub fn troubled(&mut self, sent: u64, now: u64) {
+        if sent >= self.heeded {
+            self.heeded = now;
+            self.is_new = false;
+            self.limit = (self.limit * CUT).max(1.0);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A client with always something to send; the server answers `slots` requests at a time in `service` ms each, the
+    /// others wait. Returns the mean allowed in the second half.
+    fn run(slots: usize, service: u64, spread: u64, answers: usize) -> f64 {
+        let mut c = Concurrency::default();
+        let mut free = vec![0_u64; slots];
+        let mut under_way: Vec<(u64, u64)> = Vec::new();
+        let (mut now, mut sum, mut random) = (0, 0, 1_u64);
+        for i in 0..answers {
+            while under_way.len() < c.allowed() {
+                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let slot = free.iter_mut().min().unwrap();
+                *slot = (*slot).max(now) + service + (random >> 33) % (spread + 1);
+                under_way.push((now, *slot));
+            }
+            let (at, _) = under_way.iter().enumerate().min_by_key(|(_, u)| u.1).unwrap();
+            let (sent, done) = under_way.swap_remove(at);
+            now = done;
+            c.answered(sent, now, 100, under_way.len() + 1);
+            if i >= answers / 2 {
+                sum += c.allowed();
+            }
+        }
+        sum as f64 / (answers / 2) as f64
+    }
+
+    #[test]
+    fn a_server_of_one_slot_is_not_flooded_and_a_large_one_is_used() {
+        let one = run(1, 1_000, 0, 10_000);
+        assert!((1.0..8.0).contains(&one), "{one}");
+        let many = run(1_000, 1_000, 500, 4_000);
+        assert!(many > 200.0, "{many}");
+    }
+
+    #[test]
+    fn trouble_halves_it_once_for_all_that_was_under_way() {
+        let mut c = Concurrency { limit: 64.0, ..Concurrency::default() };
+        for sent in 0..20 {
+            c.troubled(sent, 100);
+        }
+        assert_eq!(c.allowed(), 32);
+        c.troubled(200, 300);
+        assert_eq!(c.allowed(), 16);
+        for i in 0..16 {
+            c.answered(400, 500, 10, 16);
+            assert!(i > 14 || c.allowed() == 16);
+        }
+        assert!(c.allowed() <= 17);
+    }
+
+    proptest! {
+        #[test]
+        fn stays_within_its_bounds(events in proptest::collection::vec((any::<bool>(), 0u64..1 << 40, 0u64..1 << 40, 0u64..1 << 30, 0usize..1_000), 0..200)) {
+            let mut c = Concurrency::default();
+            for (ok, sent, now, tokens, in_flight) in events {
+                if ok { c.answered(sent, now, tokens, in_flight) } else { c.troubled(sent, now) }
+                prop_assert!((1..=MOST as usize).contains(&c.allowed()));
+            }
+        }
+    }
+}

@@ -1,0 +1,481 @@
+//! The limiter: nothing is sent that would pass the limit in any window.
+//!
+//! `reserve` before a request, `settle` with what it really took, `refused` and `penalize` when the provider says no. Time is a parameter: milliseconds of a monotonic clock.
+//!
+//! What was sent is kept in two rolling windows: a minute, and a shorter one with the same part of the limit where the
+//! limit is large enough for that. What holds in every 6 s holds in every minute, for providers that look at shorter
+//! windows than they say, and requests are spread instead of sent in one burst. Within the short window requests are
+//! paced: each is followed by the time its tokens take to come back.
+
+mod reported;
+mod share;
+mod window;
+
+use reported::Reported;
+use share::Share;
+use window::Window;
+
+/// A limit a minute, as a provider states it. `None` is no limit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Limits {
+    /// Requests a minute.
+    pub requests_per_minute: Option<u64>,
+    /// Tokens a minute, prompts and answers together.
+    pub tokens_per_minute: Option<u64>,
+    /// Tokens of prompts a minute.
+    pub input_tokens_per_minute: Option<u64>,
+    /// Tokens of answers a minute.
+    pub output_tokens_per_minute: Option<u64>,
+}
+
+impl Limits {
+    /// The tighter of two limits, kind by kind.
+    pub fn min(self, other: Self) -> Self {
+        let min = |a: Option<u64>, b: Option<u64>| a.into_iter().chain(b).min();
+        Self {
+            requests_per_minute: min(self.requests_per_minute, other.requests_per_minute),
+            tokens_per_minute: min(self.tokens_per_minute, other.tokens_per_minute),
+            input_tokens_per_minute: min(self.input_tokens_per_minute, other.input_tokens_per_minute),
+            output_tokens_per_minute: min(self.output_tokens_per_minute, other.output_tokens_per_minute),
+        }
+    }
+
+    fn caps(self) -> Caps {
+        [self.requests_per_minute, self.tokens_per_minute, self.input_tokens_per_minute, self.output_tokens_per_minute]
+    }
+}
+
+/// What a request takes, in tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tokens {
+    /// Of its prompt.
+    pub input: u64,
+    /// Of its answer.
+    pub output: u64,
+}
+
+/// What a provider says is left of its limits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Left {
+    /// Requests.
+    pub requests: Option<u64>,
+    /// Tokens, prompts and answers together.
+    pub tokens: Option<u64>,
+    /// Tokens of prompts.
+    pub input_tokens: Option<u64>,
+    /// Tokens of answers.
+    pub output_tokens: Option<u64>,
+}
+
+/// Kinds of amounts: requests, tokens, tokens of prompts, tokens of answers.
+const KINDS: usize = 4;
+type Amounts = [u64; KINDS];
+type Caps = [Option<u64>; KINDS];
+
+fn amounts(requests: u64, tokens: Tokens) -> Amounts {
+    [requests, tokens.input + tokens.output, tokens.input, tokens.output]
+}
+
+/// Who wants to send.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Class {
+    /// Somebody waits: short bursts are let through, and room is kept for the next one.
+    Interactive,
+    /// A job: evenly paced.
+    Bulk,
+}
+
+/// Why a request may not be sent now.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Refusal {
+    /// Not before this time (ms).
+    Until {
+        /// The time.
+        at: u64,
+        /// The part (0 to 1) of the request that could be sent now, where sending that would use what is otherwise
+        /// lost at the window's edge; else 0.
+        part: f64,
+    },
+    /// Never: it is larger than the whole limit.
+    TooLarge,
+}
+
+/// A reservation, to be settled.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a reservation that is not settled counts in full"]
+pub struct Grant {
+    slot: u64,
+    tokens: Tokens,
+    /// When (ms) it was sent.
+    at: u64,
+    /// What we thought was left then.
+    left: Caps,
+}
+
+/// Longest window, ms.
+const MINUTE: u64 = 60_000;
+/// Shortest window, ms.
+const SHORTEST: u64 = 6_000;
+/// A window that holds fewer tokens than this is too coarse for whole requests of some thousand tokens.
+const TOKENS_PER_WINDOW: u64 = 48_000;
+/// The same for tokens of answers, of which a request has some hundred.
+const OUTPUT_TOKENS_PER_WINDOW: u64 = 8_000;
+/// The same for requests.
+const REQUESTS_PER_WINDOW: u64 = 16;
+/// By how much our windows are longer than the provider's, ms: the short one and the minute. Requests take that much
+/// more or less time to get there. The short one has a tenth of a minute's: over a minute it comes to as much.
+const SLACK: (u64, u64) = (60, 250);
+/// Requests are paced a little faster than the limit, so that what was missed is caught up with.
+const PACE: f64 = 0.95;
+/// Interactive requests may come at once as far as this part of the window would have let them through.
+const INTERACTIVE_BURST: u64 = 4;
+/// Room is kept for the next interactive request for so long (ms) after one, up to this part of the window.
+const SPARE_FOR: u64 = 60_000;
+const MOST_SPARE: u64 = 50;
+/// Where requests are a smaller part of the window than this, cutting one to fit its edge gains nothing.
+const WORTH_CUTTING: u64 = 64;
+/// A request may be cut to this part of it any time.
+const TRIMMED: f64 = 0.9;
+/// Of what the provider says is left, so many times a request stays.
+const KEEP: f64 = 1.25;
+/// And so many times one is aimed at.
+const AIM: f64 = 0.75;
+/// How long (ms) what the provider says is left is heeded after it has turned out to be less than we thought.
+const CROWDED_FOR: u64 = 60_000;
+
+/// The limiter of one account and model.
+#[derive(Debug)]
+pub struct Limiter {
+    limits: Limits,
+    /// The shorter one first; the same length twice for small limits.
+    windows: [Window; 2],
+    /// When (ms) the next request may go, by class: interactive, bulk.
+    paced: [u64; 2],
+    /// When (ms) the last interactive request went, and what it took.
+    interactive: Option<(u64, Amounts)>,
+    /// When (ms) a request was last cut to fit.
+    cut_at: Option<u64>,
+    reported: [Option<Reported>; KINDS],
+    /// Until when (ms) what is reported is heeded.
+    crowded_until: u64,
+    share: Share,
+    blocked_until: u64,
+}
+
+impl Limiter {
+    /// A limiter that knows nothing of what was sent before `started` (ms), and therefore behaves as if the window
+    /// before had been used up evenly.
+    pub fn new(limits: Limits, started: u64) -> Self {
+        let mut limiter = Self {
+            limits: Limits::default(),
+            windows: [Window::new(MINUTE, SLACK.1), Window::new(MINUTE, SLACK.1)],
+            paced: [0; 2],
+            interactive: None,
+            cut_at: None,
+            reported: [None; KINDS],
+            crowded_until: 0,
+            share: Share::whole(),
+            blocked_until: 0,
+        };
+        limiter.set_limits(limits, started);
+        // The longer window holds what the shorter one would have let through in it.
+        for window in &mut limiter.windows {
+            window.fill(started);
+        }
+        limiter
+    }
+
+    /// Changes the limits; what was counted stays counted.
+    pub fn set_limits(&mut self, limits: Limits, now: u64) {
+        if limits == self.limits {
+            return;
+        }
+        self.limits = limits;
+        // A whole part of a minute, or a minute could overlap one window more than it is entitled to.
+        let length = [
+            (limits.tokens_per_minute, TOKENS_PER_WINDOW),
+            (limits.input_tokens_per_minute, TOKENS_PER_WINDOW),
+            (limits.output_tokens_per_minute, OUTPUT_TOKENS_PER_WINDOW),
+            (limits.requests_per_minute, REQUESTS_PER_WINDOW),
+        ]
+        .into_iter()
+        .filter_map(|(limit, want)| limit.map(|l| MINUTE / (l / want).clamp(1, MINUTE / SHORTEST)))
+        .max()
+        .unwrap_or(MINUTE);
+        let [short, minute] = &mut self.windows;
+        if short.length != length {
+            let slack = if length == MINUTE { SLACK.1 } else { SLACK.0 * length / SHORTEST };
+            *short = minute.resized(length, slack, now);
+        }
+        for window in &mut self.windows {
+            window.caps = limits.caps().map(|cap| cap.map(|l| (l * window.length / MINUTE).max(1)));
+        }
+    }
+
+    /// Most tokens one request may take, prompt and answer together, if there is a limit.
+    pub fn largest_request(&self) -> Option<u64> {
+        let [_, tokens, input, _] = self.windows[0].caps;
+        tokens.into_iter().chain(input).min()
+    }
+
+    /// Asks to send one request of so many tokens at `now` (ms). `part`: 1, or less for one that was cut to that part
+    /// because the refusal of the whole proposed it.
+    ///
+    /// # Errors
+    /// When it may not be sent now; see [`Refusal`].
+    pub fn reserve(&mut self, now: u64, tokens: Tokens, class: Class, part: f64) -> Result<Grant, Refusal> {
+        let want = amounts(1, tokens);
+        if self.windows[0].caps.iter().zip(want).any(|(cap, want)| cap.is_some_and(|cap| want > cap)) {
+            return Err(Refusal::TooLarge);
+        }
+        let wait = |at: u64| Err(Refusal::Until { at, part: 0.0 });
+        if now < self.blocked_until {
+            return wait(self.blocked_until);
+        }
+        let paced = self.paced[class as usize];
+        if now < paced {
+            return wait(paced);
+        }
+        if let Some(at) = self.reported_allows(now, want) {
+            return wait(at);
+        }
+        let share = self.share.at(now);
+        let spare = self.spare(now, class);
+        let mut at = None;
+        for window in &mut self.windows {
+            window.forget(now);
+            at = at.max(window.fits_at(want, spare, share));
+        }
+        if let Some(at) = at {
+            return Err(Refusal::Until { at, part: self.part(now, want, spare, share) });
+        }
+        if part < TRIMMED {
+            self.cut_at = Some(now);
+        }
+        self.pace(now, want, class, share);
+        if class == Class::Interactive {
+            self.interactive = Some((now, want));
+        }
+        Ok(self.count(now, tokens, share))
+    }
+
+    /// What is left by what the provider said, kind by kind, as long as that counts.
+    fn left_as_reported(&self, now: u64) -> [Option<(&Reported, f64)>; KINDS] {
+        if now >= self.crowded_until {
+            return [None; KINDS];
+        }
+        let [_, minute] = &self.windows;
+        std::array::from_fn(|kind| {
+            let reported = self.reported.get(kind)?.as_ref()?;
+            let sent = minute.since(reported.at).get(kind).copied().unwrap_or(0);
+            Some((reported, reported.left(now, sent)?))
+        })
+    }
+
+    /// When (ms) what the provider said is left will do, if that counts and does not now.
+    fn reported_allows(&self, now: u64, want: Amounts) -> Option<u64> {
+        let mut at = None;
+        for (want, reported) in want.into_iter().zip(self.left_as_reported(now)) {
+            if let Some((reported, left)) = reported {
+                // Others use it while our request is on its way.
+                let missing = KEEP * want as f64 - left;
+                if missing > 0.0 {
+                    at = at.max(Some(now + reported.comes_in(missing)));
+                }
+            }
+        }
+        at
+    }
+
+    /// What is to stay free for the next interactive request.
+    fn spare(&self, now: u64, class: Class) -> Amounts {
+        match self.interactive {
+            Some((at, took)) if class == Class::Bulk && now < at + SPARE_FOR => {
+                let mut spare = took;
+                for (spare, cap) in spare.iter_mut().zip(self.windows[0].caps) {
+                    *spare = (*spare).min(cap.unwrap_or(0) / MOST_SPARE);
+                }
+                spare
+            }
+            _ => [0; KINDS],
+        }
+    }
+
+    /// The part of a request that fits now, if it is time to cut one: once in the length of the window that is full, and
+    /// only where what is lost at its edge matters.
+    fn part(&self, now: u64, want: Amounts, spare: Amounts, share: f64) -> f64 {
+        let mut tightest = (1.0, 0.0);
+        for window in &self.windows {
+            for (((want, left), cap), spare) in want.iter().zip(window.left(share)).zip(window.caps).zip(spare) {
+                if let (Some(left), Some(cap)) = (left, cap) {
+                    let part = left.saturating_sub(spare) as f64 / (*want).max(1) as f64;
+                    let may_cut = want * WORTH_CUTTING > cap
+                        && (part >= TRIMMED || self.cut_at.is_none_or(|at| now >= at + window.length));
+                    if part < tightest.0 {
+                        tightest = (part, if may_cut { part } else { 0.0 });
+                    }
+                }
+            }
+        }
+        tightest.1
+    }
+
+    /// Sets when the next request may go: when what this one takes has come back, at the limit's rate.
+    fn pace(&mut self, now: u64, want: Amounts, class: Class, share: f64) {
+        let mut gap: f64 = 0.0;
+        for ((want, limit), reported) in want.into_iter().zip(self.limits.caps()).zip(self.left_as_reported(now)) {
+            let limit = limit.map_or(f64::INFINITY, |l| l as f64 * share / MINUTE as f64 / PACE);
+            let rate = reported.map_or(limit, |(r, left)| {
+                // Where there is a limit, something is always tried.
+                let least = if limit.is_finite() { limit / 20.0 } else { 1e-3 };
+                r.rate(left - want as f64, AIM * want as f64).max(least).min(limit)
+            });
+            gap = gap.max(want as f64 / rate);
+        }
+        let gap = gap as u64;
+        let mut next = |class: Class, burst: u64| {
+            let free = &mut self.paced[class as usize];
+            *free = (*free).max(now.saturating_sub(burst)) + gap;
+        };
+        next(Class::Bulk, gap);
+        if class == Class::Interactive {
+            next(class, self.windows[0].length / INTERACTIVE_BURST);
+        }
+    }
+
+    fn count(&mut self, now: u64, tokens: Tokens, share: f64) -> Grant {
+        let want = amounts(1, tokens);
+        let mut slot = Window::slot(now);
+        // The longer window first: what it holds reaches as far as what the shorter one holds.
+        for window in self.windows.iter_mut().rev() {
+            slot = window.add(slot, want);
+        }
+        let [a, b] = &self.windows;
+        let (a, b) = (a.left(share), b.left(share));
+        let left = std::array::from_fn(|kind| {
+            let of = |caps: &Caps| caps.get(kind).copied().flatten();
+            of(&a).into_iter().chain(of(&b)).min()
+        });
+        Grant { slot, tokens, at: now, left }
+    }
+
+    /// The request was sent only at `now` (ms), later than it was granted: so much later it leaves the window.
+    pub fn sent(&mut self, grant: Grant, now: u64) -> Grant {
+        let (old, mut moved) = (amounts(1, grant.tokens), false);
+        for window in &mut self.windows {
+            moved |= window.replace(grant.slot, old, [0; KINDS]);
+        }
+        if !moved {
+            return grant;
+        }
+        let share = self.share.at(now);
+        self.count(now, grant.tokens, share)
+    }
+
+    /// Replaces what was reserved by what the provider says it took. `left`: what it said was left when it got the
+    /// request.
+    pub fn settle(&mut self, grant: Grant, actual: Tokens, left: Left) {
+        self.replace(&grant, amounts(1, actual));
+        self.observe(&grant, left);
+    }
+
+    /// A request was refused for the limit's sake at `now` (ms), and took nothing. Unless the answer says what is left,
+    /// less of the limit is used for a while: it is lower than was said, or shared.
+    pub fn refused(&mut self, now: u64, grant: Grant, left: Left) {
+        self.replace(&grant, [0; KINDS]);
+        // So is a refusal although what it said was heeded.
+        if left == Left::default() || now < self.crowded_until {
+            self.share.refused(now);
+        }
+        if left != Left::default() {
+            self.crowded_until = self.crowded_until.max(now + CROWDED_FOR);
+            self.observe(&grant, left);
+        }
+    }
+
+    fn replace(&mut self, grant: &Grant, actual: Amounts) {
+        for window in &mut self.windows {
+            window.replace(grant.slot, amounts(1, grant.tokens), actual);
+        }
+    }
+
+    fn observe(&mut self, grant: &Grant, left: Left) {
+        let want = amounts(1, grant.tokens);
+        let [_, minute] = &self.windows;
+        let left = [left.requests, left.tokens, left.input_tokens, left.output_tokens];
+        for (kind, (left, reported)) in left.into_iter().zip(&mut self.reported).enumerate() {
+            let Some(left) = left else { continue };
+            let of = |all: Amounts| all.get(kind).copied().unwrap_or(0);
+            let usual = self.limits.caps().get(kind).copied().flatten().map_or(0.0, |l| l as f64 / MINUTE as f64);
+            match reported {
+                Some(r) => {
+                    let sent = of(minute.since(r.at)).saturating_sub(of(minute.since(grant.at)));
+                    r.observe(grant.at, left, sent);
+                }
+                None => *reported = Some(Reported::new(grant.at, left, usual)),
+            }
+            let ours = grant.left.get(kind).copied().flatten().unwrap_or(0);
+            if left + 2 * of(want) < ours || (grant.at < self.crowded_until && left < of(want)) {
+                self.crowded_until = self.crowded_until.max(grant.at + CROWDED_FOR);
+            }
+        }
+    }
+
+    /// Sends nothing before `until` (ms): the provider said so.
+    pub fn penalize(&mut self, until: u64) {
+        self.blocked_until = self.blocked_until.max(until);
+    }
+
+    /// The time (ms) before which nothing is sent because the provider said so; 0 if it did not.
+    pub fn blocked_until(&self) -> u64 {
+        self.blocked_until
+    }
+
+    /// Whether there is any limit.
+    pub fn is_limited(&self) -> bool {
+        self.limits != Limits::default()
+    }
+
+    /// How much of the limits is used at `now` (ms).
+    pub fn usage(&mut self, now: u64) -> Usage {
+        let [_, left, ..] = self.left_as_reported(now).map(|r| r.map(|(_, left)| left.max(0.0) as u64));
+        let window = &mut self.windows[0];
+        window.forget(now);
+        let minute = |n: u64| n * MINUTE / window.length;
+        let used = window.sum.into_iter().zip(window.caps).filter_map(|(n, cap)| cap.map(|cap| n as f64 / cap as f64));
+        let [requests, tokens, ..] = window.sum;
+        Usage {
+            requests: minute(requests),
+            requests_limit: self.limits.requests_per_minute,
+            tokens: minute(tokens),
+            tokens_limit: self.limits.tokens_per_minute,
+            used: used.reduce(f64::max),
+            share: self.share.at(now),
+            reported_left: left,
+        }
+    }
+}
+
+/// How much of the limits is used, scaled to a minute.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Usage {
+    /// Requests.
+    pub requests: u64,
+    /// Most requests.
+    pub requests_limit: Option<u64>,
+    /// Tokens of prompts and answers.
+    pub tokens: u64,
+    /// Most tokens.
+    pub tokens_limit: Option<u64>,
+    /// The part of the tightest limit that is used up, 0 to 1; `None` without limits.
+    pub used: Option<f64>,
+    /// The part of the limits that is ours, 0 to 1.
+    pub share: f64,
+    /// Tokens that are left by what the provider says, while that is less than we thought.
+    pub reported_left: Option<u64>,
+}
+
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;

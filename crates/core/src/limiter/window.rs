@@ -1,0 +1,147 @@
+//! What was sent within a rolling window, kept in slots of a few milliseconds.
+
+use std::collections::VecDeque;
+
+use super::{Amounts, Caps, KINDS};
+
+/// Width of a slot, ms; what is counted in a slot counts until the whole slot has left the window.
+const WIDTH: u64 = 6;
+
+/// A rolling window with a cap for each kind of amount.
+#[derive(Debug)]
+pub(super) struct Window {
+    /// ms.
+    pub length: u64,
+    /// By so much (ms) longer it counts than the provider's: a request reaches it up to this much later than we sent
+    /// it, and another one sooner.
+    slack: u64,
+    pub caps: Caps,
+    log: VecDeque<(u64, Amounts)>,
+    pub sum: Amounts,
+}
+
+impl Window {
+    pub fn new(length: u64, slack: u64) -> Self {
+        Self { length, slack, caps: [None; KINDS], log: VecDeque::new(), sum: [0; KINDS] }
+    }
+
+    pub fn slot(at: u64) -> u64 {
+        at / WIDTH
+    }
+
+    /// When (ms) what is counted in a slot stops counting.
+    fn leaves_at(&self, slot: u64) -> u64 {
+        (slot + 1) * WIDTH + self.length + self.slack
+    }
+
+    /// The window as if its caps had been used up evenly up to `now`.
+    pub fn fill(&mut self, now: u64) {
+        let slots = self.length / WIDTH;
+        let first = Self::slot(now).saturating_sub(slots);
+        for i in 0..slots {
+            // Cumulative shares, so that rounding loses nothing.
+            let share = |cap: Option<u64>| cap.map_or(0, |all| all * (i + 1) / slots - all * i / slots);
+            self.add(first + i, self.caps.map(share));
+        }
+    }
+
+    /// A window of another length with what this one holds and that one would.
+    pub fn resized(&self, length: u64, slack: u64, now: u64) -> Self {
+        let mut new = Self::new(length, slack);
+        for (slot, amounts) in &self.log {
+            new.add(*slot, *amounts);
+        }
+        new.forget(now);
+        new
+    }
+
+    pub fn forget(&mut self, now: u64) {
+        while let Some((slot, amounts)) = self.log.front().copied()
+            && self.leaves_at(slot) <= now
+        {
+            self.log.pop_front();
+            subtract(&mut self.sum, amounts);
+        }
+    }
+
+    /// Counts amounts in a slot, or in the last one if that is later; returns which.
+    pub fn add(&mut self, slot: u64, amounts: Amounts) -> u64 {
+        add(&mut self.sum, amounts);
+        match self.log.back_mut() {
+            Some((last, sum)) if *last >= slot => {
+                add(sum, amounts);
+                *last
+            }
+            _ => {
+                self.log.push_back((slot, amounts));
+                slot
+            }
+        }
+    }
+
+    /// Changes what is counted in a slot; false if it has left the window.
+    pub fn replace(&mut self, slot: u64, old: Amounts, new: Amounts) -> bool {
+        let Ok(i) = self.log.binary_search_by_key(&slot, |(s, _)| *s) else { return false };
+        let Some((_, amounts)) = self.log.get_mut(i) else { return false };
+        for sum in [amounts, &mut self.sum] {
+            subtract(sum, old);
+            add(sum, new);
+        }
+        true
+    }
+
+    /// What was sent later than `at` (ms).
+    pub fn since(&self, at: u64) -> Amounts {
+        let mut sum = [0; KINDS];
+        for (_, amounts) in self.log.iter().rev().take_while(|(slot, _)| *slot > Self::slot(at)) {
+            add(&mut sum, *amounts);
+        }
+        sum
+    }
+
+    /// When (ms) `want` fits beside what counts, if the part `share` of each cap is ours, and `spare` of it is to stay
+    /// free; `None` if it does now. An empty window has room for whatever is within its caps.
+    pub fn fits_at(&self, want: Amounts, spare: Amounts, share: f64) -> Option<u64> {
+        let fits = |sum: &Amounts| {
+            (0..KINDS).all(|kind| match (self.caps.get(kind), sum.get(kind), want.get(kind), spare.get(kind)) {
+                (Some(Some(cap)), Some(sum), Some(want), Some(spare)) => {
+                    *sum == 0 || sum + want + spare <= (*cap as f64 * share) as u64
+                }
+                _ => true,
+            })
+        };
+        if fits(&self.sum) {
+            return None;
+        }
+        let mut sum = self.sum;
+        let mut last = 0;
+        for (slot, amounts) in &self.log {
+            subtract(&mut sum, *amounts);
+            last = self.leaves_at(*slot);
+            if fits(&sum) {
+                break;
+            }
+        }
+        Some(last)
+    }
+
+    /// What the caps leave, where there are caps.
+    pub fn left(&self, share: f64) -> Caps {
+        std::array::from_fn(|kind| {
+            let cap = self.caps.get(kind).copied().flatten()?;
+            Some(((cap as f64 * share) as u64).saturating_sub(self.sum.get(kind).copied().unwrap_or(0)))
+        })
+    }
+}
+
+fn add(sum: &mut Amounts, amounts: Amounts) {
+    for (s, a) in sum.iter_mut().zip(amounts) {
+        *s += a;
+    }
+}
+
+fn subtract(sum: &mut Amounts, amounts: Amounts) {
+    for (s, a) in sum.iter_mut().zip(amounts) {
+        *s = s.saturating_sub(a);
+    }
+}

@@ -1,0 +1,72 @@
+//! Means over time.
+
+use std::time::Instant;
+
+/// The means of two quantities from a begin to the last mark.
+#[derive(Default)]
+pub(crate) struct Means {
+    begin: Option<Instant>,
+    /// Up to when `sums` holds.
+    upto: Option<Instant>,
+    /// Integrals over seconds.
+    sums: [f64; 2],
+    marked: [f64; 2],
+}
+
+impl Means {
+    /// Sets the begin, which may lie ahead, unless there is one already.
+    pub(crate) fn begin(&mut self, at: Option<Instant>) {
+        if self.begin.is_none() {
+            (self.begin, self.upto) = (at, at);
+        }
+    }
+
+    /// The quantities had these values since the last call. Nothing counts
+    /// twice, and nothing before the begin.
+    pub(crate) fn advance(&mut self, now: Instant, values: [u64; 2]) {
+        let Some(upto) = self.upto.filter(|upto| now > *upto) else { return };
+        for (sum, value) in self.sums.iter_mut().zip(values) {
+            *sum += value as f64 * (now - upto).as_secs_f64();
+        }
+        self.upto = Some(now);
+    }
+
+    /// The time counted so far counts in the means.
+    pub(crate) fn mark(&mut self) {
+        if let (Some(begin), Some(upto)) = (self.begin, self.upto)
+            && upto > begin
+        {
+            self.marked = self.sums.map(|sum| sum / (upto - begin).as_secs_f64());
+        }
+    }
+
+    /// The means; 0 before the first mark after the begin.
+    pub(crate) fn means(&self) -> [f64; 2] {
+        self.marked
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn from_the_begin_to_the_last_mark() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let mut means = Means::default();
+        means.advance(at(1), [9, 9]);
+        means.begin(Some(at(5)));
+        means.begin(Some(at(3)));
+        means.advance(at(4), [100, 100]);
+        means.mark();
+        assert_eq!(means.means(), [0.0, 0.0]);
+        means.advance(at(7), [10, 1]);
+        means.advance(at(6), [100, 100]);
+        means.advance(at(9), [20, 3]);
+        means.mark();
+        means.advance(at(20), [100, 100]);
+        assert_eq!(means.means(), [15.0, 2.0]);
+    }
+}

@@ -1,0 +1,409 @@
+//! Rows that may share requests: their queues, and how the next pack is taken from them.
+
+use std::collections::{HashMap, VecDeque};
+use std::rc::Rc;
+
+use llm_batch_core::codes::Legend;
+use llm_batch_core::dialect::FRAME_TOKENS;
+use llm_batch_core::limiter::{Class, Tokens};
+use llm_batch_core::options::TooLong;
+use llm_batch_core::pack::{self, Bounds, Size};
+use llm_batch_core::prompt;
+use serde_json::Value;
+
+use crate::cache::TextKey;
+use crate::protocol::{Item, Stream, most_text};
+use crate::purse::Purse;
+use crate::tokens;
+
+/// How long rows wait for company while their task has a request under way, ms: as long as others keep coming, but not
+/// longer than the second time.
+const GATHER: (u64, u64) = (10, 50);
+
+/// A row that waits or is under way. Who waits for it is with its group.
+#[derive(Debug)]
+pub struct Row {
+    pub key: TextKey,
+    /// The client in whose turn it is sent.
+    conn: u64,
+    /// Its text as a JSON string.
+    quoted: String,
+    /// Tokens of its line.
+    tokens: usize,
+    /// Completed requests that contained it and gave no valid answer.
+    pub attempts: u32,
+    /// Points of trouble that were not the row's fault; see `State::row_in_trouble`.
+    pub trouble: u32,
+    /// Most rows of its next request.
+    pub most_rows: usize,
+    /// Not before this time (ms).
+    pub not_before: u64,
+}
+
+/// A client that waits for a row.
+#[derive(Debug, Clone, Copy)]
+pub struct Waiter {
+    pub conn: u64,
+    /// Its own number of the row.
+    pub n: u64,
+    /// Bytes of its text, which count against memory.
+    pub bytes: usize,
+}
+
+/// Rows of the same stream settings: they may share requests.
+#[derive(Debug)]
+pub struct Group {
+    pub stream: Rc<Stream>,
+    pub legend: Rc<Legend>,
+    /// What an answer depends on, beside the text: rows with the same scope and text have the same answer.
+    pub scope: String,
+    system: String,
+    /// Tokens of the fixed prefix.
+    prefix_tokens: usize,
+    /// Tokens of the longest answer to one row.
+    answer_tokens: usize,
+    /// Rows that have not been asked yet, by client; the first one's turn is next.
+    fresh: VecDeque<(u64, VecDeque<Row>)>,
+    retry: VecDeque<Row>,
+    /// Who waits for which row, queued or under way; the first pays.
+    waiters: HashMap<TextKey, Vec<Waiter>>,
+    /// Requests under way.
+    pub in_flight: usize,
+    /// When (ms) the first and the last of the fresh rows came.
+    waiting_since: u64,
+    last_came: u64,
+    /// A request of this group has been answered with a 2xx.
+    pub succeeded: bool,
+    /// How many rows go into a request.
+    pub size: Size,
+    /// What it may still spend, if that is bounded.
+    pub purse: Option<Purse>,
+    /// Rows sent, divided by priority: the group with the least goes next.
+    pub served: f64,
+}
+
+/// What a group has to send.
+pub enum Next {
+    Rows(Vec<Row>),
+    /// Nothing before this time (ms).
+    Until(u64),
+    Empty,
+}
+
+/// What became of a row that was handed in.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Pushed {
+    Queued,
+    /// The same text waits already: it is sent once.
+    Joined,
+    /// It is larger than a request may be.
+    TooLong,
+}
+
+impl Group {
+    pub fn new(stream: Rc<Stream>, served: f64) -> Self {
+        let task = &stream.task;
+        let legend = Legend::new(&task.labels, task.options.codes, &tokens::count);
+        let system = prompt::system(task, &legend);
+        let shape = task.options.answer_shape;
+        let answer_tokens =
+            legend.codes().iter().map(|c| tokens::count(&prompt::sample_answer(shape, c))).max().unwrap_or(1);
+        let most_rows = task.options.max_rows_per_request as usize;
+        let model = &stream.model;
+        let scope = serde_json::json!([
+            stream.database,
+            stream.role,
+            stream.endpoint,
+            model.model,
+            model.parameters,
+            model.max_request_tokens,
+            system,
+            task.labels,
+            shape,
+            task.options.too_long,
+        ]);
+        Self {
+            scope: scope.to_string(),
+            prefix_tokens: tokens::count(&system) + FRAME_TOKENS,
+            system,
+            answer_tokens,
+            legend: Rc::new(legend),
+            stream,
+            fresh: VecDeque::new(),
+            retry: VecDeque::new(),
+            waiters: HashMap::new(),
+            in_flight: 0,
+            waiting_since: 0,
+            last_came: 0,
+            succeeded: false,
+            size: Size::new(most_rows),
+            purse: None,
+            served,
+        }
+    }
+
+    pub fn class(&self) -> Class {
+        if self.stream.interactive { Class::Interactive } else { Class::Bulk }
+    }
+
+    /// Queues a row, cut if it has to be and may be. Rows with the same key are sent once.
+    pub fn push(&mut self, now: u64, conn: u64, item: Item, key: TextKey) -> Pushed {
+        let waiter = Waiter { conn, n: item.n, bytes: item.text.len() };
+        if let Some(waiters) = self.waiters.get_mut(&key) {
+            waiters.push(waiter);
+            return Pushed::Joined;
+        }
+        let options = &self.stream.task.options;
+        let most_tokens = self.stream.model.max_request_tokens;
+        let most = (most_tokens as usize).saturating_sub(self.prefix_tokens + self.answer_tokens);
+        let line = |quoted: &str| tokens::count(&prompt::row(417, quoted));
+        // Counting a text that can't fit anyway would be wasted work.
+        let hopeless = item.text.len() >= most_text(most_tokens);
+        let mut quoted = if hopeless { String::new() } else { prompt::quote(&item.text) };
+        let mut tokens = line(&quoted);
+        if hopeless || tokens > most {
+            let cut = match options.too_long {
+                TooLong::Skip => "",
+                TooLong::Truncate => tokens::beginning(&item.text, most.saturating_sub(line(""))),
+            };
+            if cut.is_empty() {
+                return Pushed::TooLong;
+            }
+            quoted = prompt::quote(cut);
+            tokens = line(&quoted);
+        }
+        if self.fresh.is_empty() {
+            self.waiting_since = now;
+        }
+        self.last_came = now;
+        self.waiters.insert(key, vec![waiter]);
+        let most_rows = options.max_rows_per_request as usize;
+        let row = Row { key, conn, quoted, tokens, attempts: 0, trouble: 0, most_rows, not_before: 0 };
+        match self.fresh.iter_mut().find(|(c, _)| *c == conn) {
+            Some((_, rows)) => rows.push_back(row),
+            None => self.fresh.push_back((conn, VecDeque::from([row]))),
+        }
+        Pushed::Queued
+    }
+
+    pub fn push_again(&mut self, row: Row) {
+        self.retry.push_back(row);
+    }
+
+    fn fresh(&self) -> impl Iterator<Item = &Row> {
+        self.fresh.iter().flat_map(|(_, rows)| rows)
+    }
+
+    pub fn queued(&self) -> usize {
+        self.fresh.iter().map(|(_, rows)| rows.len()).sum::<usize>() + self.retry.len()
+    }
+
+    /// Who waits for a row, the one who pays first.
+    pub fn waiters(&self, row: &Row) -> &[Waiter] {
+        self.waiters.get(&row.key).map_or(&[], Vec::as_slice)
+    }
+
+    /// Who pays for each of these rows.
+    pub fn payers(&self, rows: &[Row]) -> Vec<u64> {
+        rows.iter().filter_map(|row| self.waiters(row).first()).map(|w| w.conn).collect()
+    }
+
+    /// A row is done with: who waited for it.
+    pub fn take_waiters(&mut self, row: &Row) -> Vec<Waiter> {
+        self.waiters.remove(&row.key).unwrap_or_default()
+    }
+
+    /// Lets go of those who wait for a row and whom `leaves` names.
+    pub fn let_go(&mut self, key: TextKey, leaves: &dyn Fn(u64) -> bool) -> Vec<Waiter> {
+        let Some(waiters) = self.waiters.get_mut(&key) else { return Vec::new() };
+        let (gone, stay): (Vec<Waiter>, Vec<Waiter>) = waiters.iter().partition(|w| leaves(w.conn));
+        *waiters = stay;
+        gone
+    }
+
+    /// Takes clients out of the queues, with the rows that nobody else waits for. Rows under way are not touched.
+    pub fn withdraw(&mut self, leaves: &dyn Fn(u64) -> bool) -> Vec<Waiter> {
+        let fresh = std::mem::take(&mut self.fresh).into_iter().flat_map(|(_, rows)| rows);
+        let retry = std::mem::take(&mut self.retry);
+        let was_fresh = fresh.map(|row| (row, true));
+        let mut gone = Vec::new();
+        for (mut row, is_fresh) in was_fresh.chain(retry.into_iter().map(|row| (row, false))).collect::<Vec<_>>() {
+            gone.append(&mut self.let_go(row.key, leaves));
+            match self.waiters(&row).first() {
+                Some(first) if is_fresh => {
+                    row.conn = first.conn;
+                    self.queue(row, false);
+                }
+                Some(_) => self.retry.push_back(row),
+                None => drop(self.waiters.remove(&row.key)),
+            }
+        }
+        gone
+    }
+
+    /// Queues a fresh row in its client's turn.
+    fn queue(&mut self, row: Row, in_front: bool) {
+        match self.fresh.iter_mut().find(|(c, _)| *c == row.conn) {
+            Some((_, rows)) if in_front => rows.push_front(row),
+            Some((_, rows)) => rows.push_back(row),
+            None if in_front => self.fresh.push_front((row.conn, VecDeque::from([row]))),
+            None => self.fresh.push_back((row.conn, VecDeque::from([row]))),
+        }
+    }
+
+    /// One row of the client whose turn it is.
+    fn pop(&mut self) -> Option<Row> {
+        let (conn, mut rows) = self.fresh.pop_front()?;
+        let row = rows.pop_front();
+        if !rows.is_empty() {
+            self.fresh.push_back((conn, rows));
+        }
+        row
+    }
+
+    /// The next rows to send in one request of at most `tokens` (prompt and answer), by our count of tokens. Never
+    /// none: a row that does not fit even alone is the caller's to notice.
+    pub fn next(&mut self, now: u64, tokens: usize) -> Next {
+        let most = self.size.rows();
+        let retry_at = self.retry.iter().map(|r| r.not_before).min();
+        let retry_ready = retry_at.is_some_and(|at| at <= now);
+        if !retry_ready {
+            let gathered_at = (self.last_came + GATHER.0).min(self.waiting_since + GATHER.1);
+            let is_full = || {
+                let mut total = self.prefix_tokens;
+                let enough = |(i, row): (usize, &Row)| {
+                    total += row.tokens + self.answer_tokens;
+                    i + 1 >= most || total >= tokens
+                };
+                self.fresh().enumerate().any(enough)
+            };
+            if self.fresh.is_empty() || !(self.in_flight == 0 || now >= gathered_at || is_full()) {
+                let fresh_at = (!self.fresh.is_empty()).then_some(gathered_at);
+                return retry_at.into_iter().chain(fresh_at).min().map_or(Next::Empty, Next::Until);
+            }
+        }
+        // Rows that were asked before go first; each bounds the size of the request it is in.
+        let mut rows: Vec<Row> = Vec::new();
+        let mut cap = most;
+        let mut i = 0;
+        while let Some(row) = self.retry.get(i) {
+            if rows.len() + 1 > cap.min(row.most_rows) {
+                break;
+            }
+            if row.not_before > now {
+                i += 1;
+                continue;
+            }
+            cap = cap.min(row.most_rows);
+            rows.extend(self.retry.remove(i));
+        }
+        while rows.len() < cap {
+            match self.pop() {
+                Some(row) => rows.push(row),
+                None => break,
+            }
+        }
+        let n = self.fit(&rows, tokens).max(1);
+        self.put_back(rows.split_off(n));
+        Next::Rows(rows)
+    }
+
+    /// How many of these rows fit into a request of so many tokens, by our count.
+    pub fn fit(&self, rows: &[Row], tokens: usize) -> usize {
+        let bounds = Bounds { rows: rows.len(), tokens, fixed: self.prefix_tokens };
+        pack::fit(bounds, rows.iter().map(|r| r.tokens + self.answer_tokens))
+    }
+
+    /// Puts rows back to where they came from, in order.
+    pub fn put_back(&mut self, rows: Vec<Row>) {
+        let most = self.stream.task.options.max_rows_per_request as usize;
+        for row in rows.into_iter().rev() {
+            if row.attempts + row.trouble > 0 || row.most_rows < most {
+                self.retry.push_front(row);
+            } else {
+                self.queue(row, true);
+            }
+        }
+    }
+
+    /// Tokens of a request with these rows, by our count.
+    pub fn tokens(&self, rows: &[Row], format: Option<&Value>) -> Tokens {
+        let schema = format.and_then(|f| f.get("json_schema")).map_or(0, |s| tokens::count(&s.to_string()));
+        let prompt = self.prefix_tokens + schema + rows.iter().map(|r| r.tokens).sum::<usize>();
+        Tokens { input: prompt as u64, output: (rows.len() * self.answer_tokens) as u64 }
+    }
+
+    /// The two messages of a request: fixed prefix and rows under these ids.
+    pub fn messages(&self, rows: &[Row], ids: &[u16]) -> (&str, String) {
+        let user = ids.iter().zip(rows).map(|(id, row)| prompt::row(*id, &row.quoted)).collect();
+        (&self.system, user)
+    }
+
+    /// Rows go out.
+    pub fn count_served(&mut self, now: u64, rows: usize) {
+        self.in_flight += 1;
+        self.waiting_since = now;
+        self.served += rows as f64 / f64::from(self.stream.task.options.priority.max(1));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::protocol::tests::stream;
+
+    fn group() -> Group {
+        Group::new(Rc::new(stream()), 0.0)
+    }
+
+    fn item(n: u64) -> Item {
+        Item { n, text: format!("text {n}") }
+    }
+
+    fn rows(next: Next) -> Vec<Row> {
+        match next {
+            Next::Rows(rows) => rows,
+            Next::Until(at) => panic!("until {at}"),
+            Next::Empty => panic!("empty"),
+        }
+    }
+
+    #[test]
+    fn clients_of_a_group_take_turns() {
+        let mut g = group();
+        for n in 0..100 {
+            g.push(0, 1, item(n), n.into());
+        }
+        g.push(0, 2, item(1_000), 1_000);
+        let first = rows(g.next(0, 100_000));
+        assert_eq!(first.len(), 50);
+        assert!(first.iter().take(2).any(|r| r.key == 1_000));
+    }
+
+    #[test]
+    fn the_same_text_is_sent_once_and_goes_on_for_who_stays() {
+        let mut g = group();
+        assert_eq!(g.push(0, 1, item(7), 7), Pushed::Queued);
+        assert_eq!(g.push(0, 2, item(7), 7), Pushed::Joined);
+        assert_eq!(g.queued(), 1);
+        let gone = g.withdraw(&|conn| conn == 1);
+        assert_eq!((gone.len(), g.queued()), (1, 1));
+        assert_eq!(g.withdraw(&|conn| conn == 2).len(), 1);
+        assert_eq!((g.queued(), g.waiters.len()), (0, 0));
+    }
+
+    #[test]
+    fn rows_wait_for_company_only_while_others_are_under_way_and_keep_coming() {
+        let mut g = group();
+        g.push(100, 1, item(1), 1);
+        assert_eq!(rows(g.next(100, 100_000)).len(), 1);
+        g.count_served(100, 1);
+        g.push(100, 1, item(2), 2);
+        assert!(matches!(g.next(105, 100_000), Next::Until(110)));
+        for at in [108, 116, 124, 132, 140, 148] {
+            g.push(at, 1, item(at), at.into());
+        }
+        assert!(matches!(g.next(149, 100_000), Next::Until(150)));
+        assert_eq!(rows(g.next(150, 100_000)).len(), 7);
+    }
+}

@@ -1,0 +1,119 @@
+//! What a stream with a budget may still spend. What a request may take at the worst is taken out before it is sent;
+//! what it did not take comes back with its answer.
+
+use llm_batch_core::limiter::Tokens;
+
+use crate::protocol::{Allowance, Prices};
+
+/// The allowance of a stream.
+#[derive(Debug)]
+pub struct Purse {
+    /// The client whose stream it is.
+    pub conn: u64,
+    prices: Prices,
+    left: Allowance,
+    /// The client was told that it does not suffice, and has not said anything to that.
+    has_asked: bool,
+    /// What came then is all there is: requests are cut to it.
+    is_last: bool,
+}
+
+/// Whether a request can be paid.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Pays {
+    Yes,
+    /// If it is made smaller.
+    Less,
+    /// Not before others have been answered, or the client has allowed more.
+    Later,
+    /// The client is to be asked for more.
+    Ask,
+}
+
+impl Purse {
+    pub fn new(conn: u64, prices: Prices) -> Self {
+        Self { conn, prices, left: Allowance::default(), has_asked: false, is_last: false }
+    }
+
+    /// What so many tokens are worth.
+    pub fn worth(&self, tokens: Tokens) -> Allowance {
+        let cost = tokens.input.saturating_mul(self.prices.input);
+        Allowance {
+            cost: cost.saturating_add(tokens.output.saturating_mul(self.prices.output)),
+            tokens: tokens.input.saturating_add(tokens.output),
+        }
+    }
+
+    pub fn allow(&mut self, more: Allowance) {
+        self.left.cost = self.left.cost.saturating_add(more.cost);
+        self.left.tokens = self.left.tokens.saturating_add(more.tokens);
+        self.is_last = std::mem::take(&mut self.has_asked);
+    }
+
+    pub fn covers(&self, worst: Tokens) -> bool {
+        let worst = self.worth(worst);
+        worst.cost <= self.left.cost && worst.tokens <= self.left.tokens
+    }
+
+    /// Whether a request can be paid that takes `full` at the worst, and with a single row `least`, while others of the
+    /// stream are under way or not.
+    pub fn pays(&mut self, full: Tokens, least: Tokens, is_idle: bool) -> Pays {
+        if self.covers(full) {
+            Pays::Yes
+        } else if !is_idle || self.has_asked {
+            Pays::Later
+        } else if self.is_last && self.covers(least) {
+            Pays::Less
+        } else {
+            self.has_asked = true;
+            Pays::Ask
+        }
+    }
+
+    /// A request goes out that takes so much at the worst.
+    pub fn take(&mut self, worst: Tokens) {
+        let worst = self.worth(worst);
+        change(&mut self.left.cost, 0, worst.cost);
+        change(&mut self.left.tokens, 0, worst.tokens);
+    }
+
+    /// It took so much.
+    pub fn give_back(&mut self, worst: Tokens, used: Tokens) {
+        let (worst, used) = (self.worth(worst), self.worth(used));
+        change(&mut self.left.cost, worst.cost, used.cost);
+        change(&mut self.left.tokens, worst.tokens, used.tokens);
+    }
+}
+
+/// No limit stays no limit.
+fn change(left: &mut u64, more: u64, less: u64) {
+    if *left < u64::MAX {
+        *left = left.saturating_add(more).saturating_sub(less);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(input: u64, output: u64) -> Tokens {
+        Tokens { input, output }
+    }
+
+    #[test]
+    fn requests_are_paid_waited_for_asked_for_and_cut_in_that_order() {
+        let mut p = Purse::new(1, Prices { input: 2, output: 10 });
+        assert_eq!(p.pays(of(100, 10), of(10, 1), true), Pays::Ask);
+        assert_eq!(p.pays(of(100, 10), of(10, 1), true), Pays::Later);
+        p.allow(Allowance { cost: 400, tokens: u64::MAX });
+        assert_eq!(p.pays(of(100, 10), of(10, 1), true), Pays::Yes);
+        p.take(of(100, 10));
+        assert_eq!(p.pays(of(100, 10), of(10, 1), false), Pays::Later);
+        p.give_back(of(100, 10), of(90, 5));
+        assert_eq!(p.left, Allowance { cost: 400 - 230, tokens: u64::MAX });
+        // The client has said that this is all.
+        assert_eq!(p.pays(of(100, 10), of(10, 1), true), Pays::Less);
+        p.take(of(80, 0));
+        assert_eq!(p.pays(of(100, 10), of(10, 1), true), Pays::Ask);
+    }
+}
