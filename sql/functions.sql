@@ -12,7 +12,7 @@ CREATE FUNCTION llm_batch.create_model(
     name text, server name, model text,
     tokens_per_minute integer DEFAULT NULL, requests_per_minute integer DEFAULT NULL,
     input_tokens_per_minute integer DEFAULT NULL, output_tokens_per_minute integer DEFAULT NULL,
-    input_price numeric DEFAULT NULL, output_price numeric DEFAULT NULL,
+    input_price numeric DEFAULT NULL, output_price numeric DEFAULT NULL, cached_input_price numeric DEFAULT NULL,
     max_concurrent_requests integer DEFAULT NULL, request_timeout interval DEFAULT NULL,
     max_request_tokens integer DEFAULT NULL, parameters jsonb DEFAULT NULL
 ) RETURNS void
@@ -24,7 +24,7 @@ CREATE FUNCTION llm_batch.alter_model(
     name text, server name DEFAULT NULL, model text DEFAULT NULL,
     tokens_per_minute integer DEFAULT NULL, requests_per_minute integer DEFAULT NULL,
     input_tokens_per_minute integer DEFAULT NULL, output_tokens_per_minute integer DEFAULT NULL,
-    input_price numeric DEFAULT NULL, output_price numeric DEFAULT NULL,
+    input_price numeric DEFAULT NULL, output_price numeric DEFAULT NULL, cached_input_price numeric DEFAULT NULL,
     max_concurrent_requests integer DEFAULT NULL, request_timeout interval DEFAULT NULL,
     max_request_tokens integer DEFAULT NULL, parameters jsonb DEFAULT NULL,
     reset text[] DEFAULT '{}'
@@ -90,11 +90,28 @@ COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text[], jsonb) IS 'the 
 
 -- No search_path: input and filter are read under the caller's.
 CREATE FUNCTION llm_batch.backfill(
-    relation regclass, input text, target name, task text, filter text DEFAULT NULL, options jsonb DEFAULT '{}'
+    relation regclass, input text, target name, task text, filter text DEFAULT NULL,
+    max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'backfill_wrapper';
 COMMENT ON FUNCTION llm_batch.backfill IS 'starts a job, at commit, that fills a column where it is NULL; returns the job''s id';
+
+CREATE FUNCTION llm_batch.estimate(
+    relation regclass, input text, target name, task text, filter text DEFAULT NULL, options jsonb DEFAULT '{}',
+    sample_rows integer DEFAULT 1000
+) RETURNS TABLE (
+    rows bigint, requests bigint, input_tokens bigint, output_tokens bigint, cost numeric, duration interval,
+    sample_rows bigint, example_request jsonb
+)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE ROWS 1
+    AS 'MODULE_PATHNAME', 'estimate_wrapper';
+COMMENT ON FUNCTION llm_batch.estimate IS 'what llm_batch.backfill() would take, from a sample of the rows; sends nothing';
+
+CREATE FUNCTION llm_batch.alter_job(job_id bigint, max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_job_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_job IS 'changes the budget of a job, in dollars and in tokens; NULL leaves as it is';
 
 CREATE FUNCTION llm_batch.pause(job_id bigint) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp

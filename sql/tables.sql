@@ -25,6 +25,7 @@ CREATE TABLE llm_batch.model (
     output_tokens_per_minute integer,
     input_price             numeric,
     output_price            numeric,
+    cached_input_price      numeric,
     max_concurrent_requests integer,
     request_timeout         interval NOT NULL,
     max_request_tokens      integer NOT NULL,
@@ -39,6 +40,7 @@ COMMENT ON COLUMN llm_batch.model.input_tokens_per_minute IS 'limit of prompt to
 COMMENT ON COLUMN llm_batch.model.output_tokens_per_minute IS 'limit of answer tokens a minute; NULL is no limit';
 COMMENT ON COLUMN llm_batch.model.input_price IS 'dollars per million prompt tokens';
 COMMENT ON COLUMN llm_batch.model.output_price IS 'dollars per million answer tokens';
+COMMENT ON COLUMN llm_batch.model.cached_input_price IS 'dollars per million prompt tokens that the provider had cached; NULL is as input_price';
 COMMENT ON COLUMN llm_batch.model.max_concurrent_requests IS 'most requests at the same time; NULL is 16';
 COMMENT ON COLUMN llm_batch.model.request_timeout IS 'how long one request may take';
 COMMENT ON COLUMN llm_batch.model.max_request_tokens IS 'most tokens of one request, prompt and answer together';
@@ -73,6 +75,8 @@ CREATE TABLE llm_batch.job (
     key_attnums   smallint[] NOT NULL,
     input         text NOT NULL,
     filter        text,
+    max_cost      numeric,
+    max_tokens    bigint,
     task          text NOT NULL,
     options       jsonb NOT NULL,
     search_path   text NOT NULL,
@@ -98,11 +102,18 @@ CREATE TABLE llm_batch.job_state (
     rows_skipped      bigint NOT NULL DEFAULT 0,
     rows_failed       bigint NOT NULL DEFAULT 0,
     rows_superseded   bigint NOT NULL DEFAULT 0,
+    rows_reused       bigint NOT NULL DEFAULT 0,
     input_tokens      bigint NOT NULL DEFAULT 0,
+    cached_input_tokens bigint NOT NULL DEFAULT 0,
     output_tokens     bigint NOT NULL DEFAULT 0,
     requests          bigint NOT NULL DEFAULT 0,
     cost              numeric NOT NULL DEFAULT 0,
+    -- What requests may have taken whose answers were lost.
     cost_unconfirmed  numeric NOT NULL DEFAULT 0,
+    tokens_unconfirmed bigint NOT NULL DEFAULT 0,
+    -- What of a job's budget the gateway may spend, and has not reported: always within the budget.
+    cost_reserved     numeric NOT NULL DEFAULT 0,
+    tokens_reserved   bigint NOT NULL DEFAULT 0,
     rows_per_second   double precision,
     tokens_per_minute double precision,
     last_error        text,

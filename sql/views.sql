@@ -1,12 +1,14 @@
 CREATE VIEW llm_batch.progress WITH (security_barrier = true) AS
 SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.reason,
-       p.rows_total, p.rows_done, p.rows_skipped, p.rows_failed, p.rows_superseded, p.rows_left,
+       p.rows_total, p.rows_done, p.rows_skipped, p.rows_failed, p.rows_superseded, p.rows_reused, p.rows_left,
        CASE WHEN p.rows_total OPERATOR(pg_catalog.>) 0
             THEN pg_catalog.round((100.0 OPERATOR(pg_catalog.*) (p.rows_total OPERATOR(pg_catalog.-) p.rows_left)) OPERATOR(pg_catalog./) p.rows_total, 1)
             WHEN p.rows_total OPERATOR(pg_catalog.=) 0 THEN 100.0 END AS percent,
        pg_catalog.round(p.rows_per_second::pg_catalog.numeric, 1) AS rows_per_second,
-       pg_catalog.round(p.tokens_per_minute::pg_catalog.numeric) AS tokens_per_minute, p.input_tokens, p.output_tokens, p.requests,
+       pg_catalog.round(p.tokens_per_minute::pg_catalog.numeric) AS tokens_per_minute,
+       p.input_tokens, p.cached_input_tokens, p.output_tokens, p.requests,
        pg_catalog.trim_scale(p.cost) AS cost, pg_catalog.trim_scale(p.cost_unconfirmed) AS cost_unconfirmed,
+       p.max_cost, p.max_tokens,
        CASE WHEN p.handled OPERATOR(pg_catalog.>) 0
             THEN pg_catalog.trim_scale(pg_catalog.round((p.cost OPERATOR(pg_catalog.*) p.rows_total) OPERATOR(pg_catalog./) p.handled, 6)) END AS projected_cost,
        CASE WHEN p.status OPERATOR(pg_catalog.=) 'running' AND p.rows_per_second OPERATOR(pg_catalog.>) 0
@@ -26,10 +28,10 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.reason
                 WHEN llm_batch.waits_for_slot(j.id) THEN 'no_worker_slot' END AS reason,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total, h.handled) END AS rows_total,
-           s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded,
+           s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded, s.rows_reused,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total OPERATOR(pg_catalog.-) h.handled, 0) END AS rows_left, h.handled,
-           s.rows_per_second, s.tokens_per_minute, s.input_tokens, s.output_tokens, s.requests,
-           s.cost, s.cost_unconfirmed, s.last_error, s.started_at, s.updated_at
+           s.rows_per_second, s.tokens_per_minute, s.input_tokens, s.cached_input_tokens, s.output_tokens, s.requests,
+           s.cost, s.cost_unconfirmed, j.max_cost, j.max_tokens, s.last_error, s.started_at, s.updated_at
       FROM llm_batch.job j
       JOIN llm_batch.job_state s ON s.job_id OPERATOR(pg_catalog.=) j.id
       CROSS JOIN LATERAL (SELECT s.rows_done OPERATOR(pg_catalog.+) s.rows_skipped OPERATOR(pg_catalog.+) s.rows_failed OPERATOR(pg_catalog.+) s.rows_superseded) h (handled)
@@ -41,8 +43,12 @@ COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed, c
 COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, owner, restored wait for resume(); provider_down, quota, no_worker_slot go on by themselves';
 COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and those that came since; NULL until they are counted';
 COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that others filled, changed or deleted meanwhile';
+COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows among rows_done whose answer was paid for with another row of the same text';
+COMMENT ON COLUMN llm_batch.progress.cached_input_tokens IS 'tokens among input_tokens that the provider had cached';
 COMMENT ON COLUMN llm_batch.progress.cost IS 'dollars, by the model''s prices and the tokens the provider reported';
-COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'dollars that requests may have cost whose answers were lost in a crash';
+COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'dollars that requests may have cost whose answers were lost, at the most';
+COMMENT ON COLUMN llm_batch.progress.max_cost IS 'dollars that the job may cost at the most, cost_unconfirmed included';
+COMMENT ON COLUMN llm_batch.progress.max_tokens IS 'tokens that the job may take at the most';
 COMMENT ON COLUMN llm_batch.progress.projected_cost IS 'dollars, if the rest costs as much a row as what is done';
 
 CREATE VIEW llm_batch.failure WITH (security_barrier = true) AS
@@ -55,18 +61,30 @@ COMMENT ON COLUMN llm_batch.failure.key IS 'the row''s key: column names and val
 COMMENT ON COLUMN llm_batch.failure.state IS 'skipped: the model would not answer; failed: it went wrong';
 
 CREATE VIEW llm_batch.activity WITH (security_barrier = true) AS
-SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.tokens_in_window, a.tokens_limit,
-       a.requests_in_window, a.requests_limit, a.used,
+SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.requests_allowed, a.rows_allowed,
+       a.tokens_in_window, a.tokens_limit, a.requests_in_window, a.requests_limit, a.used, a.share, a.reported_left,
        pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) pg_catalog.make_interval(secs => a.waiting_ms OPERATOR(pg_catalog./) 1000::pg_catalog.float8) AS waiting_until,
+       pg_catalog.make_interval(secs => a.latency_ms OPERATOR(pg_catalog./) 1000::pg_catalog.float8) AS latency,
+       pg_catalog.round(a.token_ratio, 3) AS token_ratio, pg_catalog.round(a.answer_ratio, 3) AS answer_ratio,
        pg_catalog.round(a.rows_total::pg_catalog.numeric OPERATOR(pg_catalog./) NULLIF(a.requests_total, 0), 1) AS rows_per_request,
-       a.requests_total, a.rows_total, a.throttled AS throttled_429, a.errors, a.last_error
+       a.requests_total, a.rows_total, a.rows_reused, a.throttled AS throttled_429, a.errors, a.last_error
   FROM pg_catalog.jsonb_to_recordset(llm_batch.gateway_activity()) AS a (
        account text, model text, queued bigint, in_flight_requests bigint, in_flight_rows bigint,
-       tokens_in_window bigint, tokens_limit bigint, requests_in_window bigint, requests_limit bigint,
-       used double precision, waiting_ms bigint, requests_total bigint, rows_total bigint, throttled bigint, errors bigint,
-       last_error text);
+       requests_allowed bigint, rows_allowed bigint, tokens_in_window bigint, tokens_limit bigint,
+       requests_in_window bigint, requests_limit bigint, used double precision, share double precision,
+       reported_left bigint, token_ratio numeric, answer_ratio numeric, latency_ms bigint, rows_reused bigint,
+       waiting_ms bigint, requests_total bigint, rows_total bigint, throttled bigint, errors bigint, last_error text);
 COMMENT ON VIEW llm_batch.activity IS 'the limiter and the queue of each account and model, live: those one has streams of, or all for pg_monitor';
-COMMENT ON COLUMN llm_batch.activity.used IS 'part of the tighter limit that is used up at present, 0 to 1';
+COMMENT ON COLUMN llm_batch.activity.requests_allowed IS 'most requests under way at the same time, as it has proved useful so far';
+COMMENT ON COLUMN llm_batch.activity.rows_allowed IS 'most rows in a request at present, where incomplete or slow answers made it less than the task allows';
+COMMENT ON COLUMN llm_batch.activity.used IS 'part of the tightest limit that is used up at present, 0 to 1';
+COMMENT ON COLUMN llm_batch.activity.share IS 'part of the limit that is left to this server, 0 to 1: less than 1 after refusals that nothing else explains';
+COMMENT ON COLUMN llm_batch.activity.reported_left IS 'tokens left in the provider''s window, by its own word and what was sent since';
+COMMENT ON COLUMN llm_batch.activity.waiting_until IS 'nothing is sent before, because the provider said so or is in trouble';
+COMMENT ON COLUMN llm_batch.activity.latency IS 'time from a request to its answer, of late';
+COMMENT ON COLUMN llm_batch.activity.token_ratio IS 'tokens of prompts as the provider counts them, for each that is counted here';
+COMMENT ON COLUMN llm_batch.activity.answer_ratio IS 'tokens of answers for each that was expected';
+COMMENT ON COLUMN llm_batch.activity.rows_reused IS 'rows that got the answer of another row of the same text, since the gateway started';
 
 -- Each look is a transaction of its own, so it sees what the worker has committed and holds no old snapshot.
 CREATE PROCEDURE llm_batch.wait(job_id bigint, timeout interval DEFAULT NULL)
@@ -91,8 +109,11 @@ BEGIN
                 pg_catalog.concat(job.status, (' (' OPERATOR(pg_catalog.||) job.reason) OPERATOR(pg_catalog.||) ')')
                 USING ERRCODE = 'object_not_in_prerequisite_state',
                 DETAIL = COALESCE(job.last_error, pg_catalog.concat(job.rows_left, ' rows are left.')),
-                HINT = CASE job.status WHEN 'paused' THEN pg_catalog.concat('Mend the cause, then call llm_batch.resume(', wait.job_id, ').')
-                                       ELSE 'A new llm_batch.backfill() goes on with the rows that are still NULL.' END;
+                HINT = CASE WHEN job.reason OPERATOR(pg_catalog.=) 'budget'
+                            THEN pg_catalog.concat('Raise it with llm_batch.alter_job(', wait.job_id, ', …), then call llm_batch.resume(', wait.job_id, ').')
+                            WHEN job.status OPERATOR(pg_catalog.=) 'paused'
+                            THEN pg_catalog.concat('Mend the cause, then call llm_batch.resume(', wait.job_id, ').')
+                            ELSE 'A new llm_batch.backfill() goes on with the rows that are still NULL.' END;
         ELSIF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) deadline THEN
             RAISE EXCEPTION 'job % is not done after %', wait.job_id, wait.timeout USING ERRCODE = 'query_canceled',
                 DETAIL = pg_catalog.concat(job.rows_left, ' rows are left.');

@@ -16,6 +16,7 @@ pub struct Target {
     pub root: pg_sys::Oid,
     /// Schema and name, quoted.
     pub name: String,
+    pub is_partitioned: bool,
     pub owner: pg_sys::Oid,
     pub column: String,
     pub attnum: i16,
@@ -110,6 +111,7 @@ pub fn target(relation: pg_sys::Oid, column: &str) -> Result<Target> {
         relation,
         root,
         name,
+        is_partitioned: kind == "p",
         owner,
         column: column.to_owned(),
         attnum,

@@ -8,6 +8,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
+use crate::budget::Price;
 use crate::error::{Error, Result};
 use crate::model::{self, check_owner, current_user, exists, new_name, required};
 use crate::{sql, txn};
@@ -16,6 +17,17 @@ use crate::{sql, txn};
 pub struct Known {
     pub task: Task,
     pub model: String,
+}
+
+/// Reads options. Budgets belong to jobs and statements, and are not among them.
+fn read_options<'a>(layers: impl IntoIterator<Item = &'a Value> + Clone) -> Result<Options> {
+    let has = |key: &&str| layers.clone().into_iter().any(|l| l.get(key).is_some());
+    if let Some(key) = ["max_cost", "max_tokens"].iter().find(|key| has(key)) {
+        return Err(Error::invalid(format!("unrecognized option \"{key}\"")).hint(
+            "A budget is an argument of llm_batch.backfill(), or an option of llm_classify_batch() and llm_classify().",
+        ));
+    }
+    Ok(Options::from_json(layers)?)
 }
 
 /// Looks a classifier up; `options` override its own.
@@ -32,7 +44,7 @@ pub fn load(name: &str, options: &Value) -> Result<Known> {
                     instruction: row.get(2)?,
                     examples: examples_from_json(&row.get::<JsonB>(4)?.0, &labels)?,
                     labels,
-                    options: Options::from_json([&row.get::<JsonB>(5)?.0, options])?,
+                    options: read_options([&row.get::<JsonB>(5)?.0, options])?,
                 },
             })
         },
@@ -53,14 +65,33 @@ pub fn from_labels(labels: Vec<Option<String>>, options: &Value) -> Result<Known
             instruction: String::new(),
             labels: check_labels(labels)?,
             examples: Vec::new(),
-            options: Options::from_json([options])?,
+            options: read_options([options])?,
         },
     })
 }
 
+/// A task as a stream, with what its model is called and costs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asked {
+    pub stream: Stream,
+    pub model: String,
+    pub price: Price,
+}
+
+impl Asked {
+    /// The same as a stream that spends only what it is allowed to.
+    pub fn with_budget(mut self, is_in_dollars: bool) -> Result<Self> {
+        if is_in_dollars {
+            self.price.check(&self.model)?;
+        }
+        self.stream.budget = Some(self.price.rates.filter(|_| is_in_dollars).unwrap_or_default());
+        Ok(self)
+    }
+}
+
 impl Known {
-    /// The task as a stream on behalf of a role, with the settings of this moment, and its model's name.
-    pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<(Stream, String)> {
+    /// The task as a stream on behalf of a role, with the settings of this moment.
+    pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<Asked> {
         let known = model::load(&self.model)?;
         let stream = Stream {
             database: crate::worker::my_database(),
@@ -71,7 +102,7 @@ impl Known {
             task: self.task,
             budget: None,
         };
-        Ok((stream, self.model))
+        Ok(Asked { stream, model: self.model, price: known.price })
     }
 }
 
@@ -85,7 +116,7 @@ struct Checked {
 fn check(labels: &Value, examples: &Value, options: &Value) -> Result<Checked> {
     let labels = labels_from_json(labels)?;
     let examples = examples_from_json(examples, &labels)?;
-    Options::from_json([options])?;
+    read_options([options])?;
     Ok(Checked { labels: json!(labels), examples: json!(examples), options: options.clone() })
 }
 

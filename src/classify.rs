@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
-use llm_batch_gateway::protocol::{FromGateway, Item, Stream, ToGateway, Verdict, most_text};
+use llm_batch_gateway::protocol::{Allowance, FromGateway, Item, Stream, ToGateway, Verdict, most_text};
 use pgrx::datum::JsonB;
 use pgrx::iter::TableIterator;
 use pgrx::name;
@@ -12,10 +12,12 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::json;
 
-use crate::classifier;
+use crate::budget::UNLIMITED;
+use crate::classifier::{self, Asked};
 use crate::client::{Client, Received, check_loaded};
 use crate::error::{Error, Result};
 use crate::model::current_user;
+use crate::statement::{self, Purse};
 
 /// Rows of a statement that are under way at the same time.
 const WINDOW_ROWS: usize = 2_000;
@@ -24,26 +26,48 @@ const WINDOW_BYTES: usize = 4 << 20;
 /// Rows taken from a query at a time.
 const FETCH: usize = 100;
 
-thread_local! {
-    /// The connection of the last statement and what was opened on it: a scalar function is called row by row.
-    static KEPT: RefCell<Option<(Client, Stream)>> = const { RefCell::new(None) };
+/// The connection of the last call, with nothing under way, and what was opened on it.
+struct Kept {
+    client: Client,
+    stream: Stream,
+    purse: Purse,
 }
 
-/// Asks about rows as `source` yields them (at most so many at a call; none: the end), and hands what became of each,
-/// by its position, to `sink`.
+thread_local! {
+    /// A scalar function is called row by row.
+    static KEPT: RefCell<Option<Kept>> = const { RefCell::new(None) };
+}
+
+/// Asks about rows as `source` yields them (at most so many at a call; none: the end), and hands what became of each, by
+/// its position, to `sink`. The statement spends no more than `limit`.
 fn ask(
-    stream: &Stream,
-    model: &str,
+    mut asked: Asked,
+    limit: Allowance,
     source: &mut dyn FnMut(usize) -> Result<Vec<String>>,
     sink: &mut dyn FnMut(usize, Verdict),
 ) -> Result<()> {
-    let kept = KEPT.with_borrow_mut(Option::take);
-    let mut client = match kept {
-        Some((client, opened)) if opened == *stream => match if_fresh(client)? {
-            Some(client) => client,
-            None => Client::open(stream)?,
-        },
-        _ => Client::open(stream)?,
+    if limit != (Allowance { cost: UNLIMITED, tokens: UNLIMITED }) {
+        asked = asked.with_budget(limit.cost != UNLIMITED)?;
+    }
+    let Asked { stream, model, price } = asked;
+    let mut purse = Purse::new(limit, price, stream.budget);
+    let mut client = match KEPT.take() {
+        // What a stream was allowed holds for one budget.
+        Some(kept) if kept.stream == stream && (stream.budget.is_none() || kept.purse.is_same(&purse)) => {
+            match if_fresh(kept)? {
+                Some(Kept { client, purse: kept, .. }) => {
+                    if stream.budget.is_some() {
+                        purse = kept;
+                    }
+                    client
+                }
+                None => Client::open(&stream)?,
+            }
+        }
+        kept => {
+            close(kept);
+            Client::open(&stream)?
+        }
     };
     let most_text = most_text(stream.model.max_request_tokens);
     let mut fetched: VecDeque<String> = VecDeque::new();
@@ -71,11 +95,15 @@ fn ask(
         }
         send(&mut client, items)?;
         if pending.is_empty() {
-            KEPT.set(Some((client, stream.clone())));
+            close(KEPT.replace(Some(Kept { client, stream, purse })));
             return Ok(());
         }
         match client.receive(Duration::from_secs(60))? {
-            Received::Message(FromGateway::Outcomes { outcomes, .. }) => {
+            Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
+                purse.spend(&spent, outcomes.iter().filter(|o| o.verdict != Verdict::Withdrawn).count() as u64);
+                if let Some(more) = purse.top_up() {
+                    client.send(&ToGateway::Allow(more))?;
+                }
                 for o in outcomes {
                     // What was withdrawn is followed by the reason: the stream is stopped.
                     if o.verdict != Verdict::Withdrawn
@@ -86,10 +114,14 @@ fn ask(
                     }
                 }
             }
-            Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, model)),
+            Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, &model)),
+            Received::Message(FromGateway::Exhausted { least, full }) => {
+                client.send(&ToGateway::Allow(purse.grant(least, full, &stream.model)?))?;
+            }
             Received::Message(_) | Received::Nothing => {}
             Received::Lost => {
-                client = Client::open(stream)?;
+                purse.release(true);
+                client = Client::open(&stream)?;
                 let items = pending.iter().map(|(n, text)| Item { n: *n, text: text.clone() }).collect();
                 send(&mut client, items)?;
             }
@@ -98,8 +130,19 @@ fn ask(
 }
 
 /// A connection, if nothing has come on it since it was last used: a stop of back then says nothing about today.
-fn if_fresh(mut client: Client) -> Result<Option<Client>> {
-    Ok(matches!(client.receive(Duration::ZERO)?, Received::Nothing).then_some(client))
+fn if_fresh(mut kept: Kept) -> Result<Option<Kept>> {
+    if matches!(kept.client.receive(Duration::ZERO)?, Received::Nothing) {
+        return Ok(Some(kept));
+    }
+    close(Some(kept));
+    Ok(None)
+}
+
+/// Nothing is under way on a connection that was kept: what it was allowed was not spent.
+fn close(kept: Option<Kept>) {
+    if let Some(mut kept) = kept {
+        kept.purse.release(false);
+    }
 }
 
 /// Sends rows in frames that are small enough.
@@ -118,16 +161,17 @@ fn send(client: &mut Client, items: Vec<Item>) -> Result<()> {
 }
 
 /// A label, or its absence with the reason as a warning.
-fn classify_one(input: &str, known: classifier::Known) -> Result<Option<String>> {
+fn classify_one(input: &str, known: classifier::Known, limit: Allowance) -> Result<Option<String>> {
     if input.is_empty() {
         return Ok(None);
     }
-    let (stream, model) = known.stream(current_user(), true)?;
+    let asked = known.stream(current_user(), true)?;
+    let labels = asked.stream.task.labels.clone();
     let mut source = vec![input.to_owned()];
     let mut got = None;
-    ask(&stream, &model, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
+    ask(asked, limit, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
     match got {
-        Some(Verdict::Label(i)) => Ok(stream.task.labels.get(i as usize).map(|l| l.label.clone())),
+        Some(Verdict::Label(i)) => Ok(labels.get(i as usize).map(|l| l.label.clone())),
         Some(Verdict::Skip { class, detail } | Verdict::Fail { class, detail }) => {
             ereport!(
                 WARNING,
@@ -144,17 +188,18 @@ fn classify_one(input: &str, known: classifier::Known) -> Result<Option<String>>
 #[pg_extern(sql = false)]
 fn llm_classify(input: &str, task: &str) -> std::result::Result<Option<String>, ErrorReport> {
     check_loaded()?;
-    Ok(classify_one(input, classifier::load(task, &json!({}))?)?)
+    Ok(classify_one(input, classifier::load(task, &json!({}))?, statement::limit(&mut json!({}))?)?)
 }
 
 #[pg_extern(sql = false)]
 fn llm_classify_labels(
     input: &str,
     labels: Vec<Option<String>>,
-    options: JsonB,
+    mut options: JsonB,
 ) -> std::result::Result<Option<String>, ErrorReport> {
     check_loaded()?;
-    Ok(classify_one(input, classifier::from_labels(labels, &options.0)?)?)
+    let limit = statement::limit(&mut options.0)?;
+    Ok(classify_one(input, classifier::from_labels(labels, &options.0)?, limit)?)
 }
 
 #[derive(Default)]
@@ -165,11 +210,12 @@ struct Answer {
     detail: Option<String>,
 }
 
-fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> {
-    let (stream, model) = known.stream(current_user(), true)?;
+fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Result<Vec<Answer>> {
+    let asked = known.stream(current_user(), true)?;
+    let labels = asked.stream.task.labels.clone();
     let answers: RefCell<Vec<Answer>> = RefCell::new(Vec::new());
     // The position among the rows that are asked about → the position among all rows.
-    let asked: RefCell<Vec<usize>> = RefCell::new(Vec::new());
+    let places: RefCell<Vec<usize>> = RefCell::new(Vec::new());
     Spi::connect(|client| -> Result<()> {
         let mut cursor = client.try_open_cursor(query, &[])?;
         let mut source = |n: usize| -> Result<Vec<String>> {
@@ -191,7 +237,7 @@ fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> 
                     let mut answers = answers.borrow_mut();
                     match text.filter(|t| !t.is_empty()) {
                         Some(text) => {
-                            asked.borrow_mut().push(answers.len());
+                            places.borrow_mut().push(answers.len());
                             texts.push(text);
                             answers.push(Answer { id, ..Answer::default() });
                         }
@@ -207,11 +253,11 @@ fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> 
             }
         };
         let mut sink = |n: usize, verdict: Verdict| {
-            let at = asked.borrow().get(n).copied().unwrap_or(usize::MAX);
+            let at = places.borrow().get(n).copied().unwrap_or(usize::MAX);
             if let Some(answer) = answers.borrow_mut().get_mut(at) {
                 match verdict {
                     Verdict::Label(i) => {
-                        answer.label = stream.task.labels.get(i as usize).map(|l| l.label.clone());
+                        answer.label = labels.get(i as usize).map(|l| l.label.clone());
                         answer.status = "ok";
                     }
                     Verdict::Skip { class, detail } => {
@@ -226,7 +272,7 @@ fn classify_query(query: &str, known: classifier::Known) -> Result<Vec<Answer>> 
                 }
             }
         };
-        ask(&stream, &model, &mut source, &mut sink)
+        ask(asked, limit, &mut source, &mut sink)
     })?;
     Ok(answers.into_inner())
 }
@@ -271,7 +317,7 @@ fn as_rows(answers: Vec<Answer>) -> impl Iterator<Item = Row> {
 fn llm_classify_batch(
     query: &str,
     task: &str,
-    options: JsonB,
+    mut options: JsonB,
 ) -> std::result::Result<
     TableIterator<
         'static,
@@ -280,7 +326,8 @@ fn llm_classify_batch(
     ErrorReport,
 > {
     check_loaded()?;
-    Ok(TableIterator::new(as_rows(classify_query(query, classifier::load(task, &options.0)?)?)))
+    let limit = statement::limit(&mut options.0)?;
+    Ok(TableIterator::new(as_rows(classify_query(query, classifier::load(task, &options.0)?, limit)?)))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -289,7 +336,7 @@ fn llm_classify_batch(
 fn llm_classify_batch_labels(
     query: &str,
     labels: Vec<Option<String>>,
-    options: JsonB,
+    mut options: JsonB,
 ) -> std::result::Result<
     TableIterator<
         'static,
@@ -298,5 +345,6 @@ fn llm_classify_batch_labels(
     ErrorReport,
 > {
     check_loaded()?;
-    Ok(TableIterator::new(as_rows(classify_query(query, classifier::from_labels(labels, &options.0)?)?)))
+    let limit = statement::limit(&mut options.0)?;
+    Ok(TableIterator::new(as_rows(classify_query(query, classifier::from_labels(labels, &options.0)?, limit)?)))
 }

@@ -43,6 +43,38 @@ pub fn check_loaded() -> Result<()> {
         .hint("Add pg_llm_batch to shared_preload_libraries in postgresql.conf and restart the server."))
 }
 
+/// Sends what has one answer, and waits for it; asks again if the gateway ends meanwhile.
+pub fn ask<T>(
+    stream: &Stream,
+    message: &ToGateway,
+    mut answer: impl FnMut(FromGateway) -> Result<Option<T>>,
+) -> Result<T> {
+    let open = || -> Result<Client> {
+        let mut client = Client::open(stream)?;
+        client.send(message)?;
+        Ok(client)
+    };
+    let mut client = open()?;
+    let start = Instant::now();
+    loop {
+        match client.receive(Duration::from_secs(5))? {
+            Received::Message(message) => {
+                if let Some(answer) = answer(message)? {
+                    return Ok(answer);
+                }
+            }
+            Received::Nothing => {}
+            Received::Lost if start.elapsed() > Duration::from_secs(60) => {
+                return Err(Error::new(
+                    PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
+                    "lost the connection to the llm_batch gateway",
+                ));
+            }
+            Received::Lost => client = open()?,
+        }
+    }
+}
+
 impl Client {
     /// Connects. The gateway may be about to start, or to come back: that is waited for.
     pub fn connect() -> Result<Self> {

@@ -8,6 +8,7 @@
 use pgrx::prelude::*;
 
 mod activity;
+mod budget;
 mod catalog;
 mod classifier;
 mod classify;
@@ -19,6 +20,7 @@ mod provider;
 mod settings;
 mod shared;
 mod sql;
+mod statement;
 mod txn;
 mod worker;
 

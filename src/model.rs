@@ -3,12 +3,13 @@
 use std::ffi::CStr;
 
 use llm_batch_core::dialect::RESERVED_PARAMETERS;
-use llm_batch_gateway::protocol::{MAX_REQUEST_TOKENS, Model};
+use llm_batch_gateway::protocol::{MAX_REQUEST_TOKENS, Model, Prices};
 use pgrx::datum::{DatumWithOid, Interval, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::Value;
 
+use crate::budget::Price;
 use crate::error::{Error, Result};
 use crate::{client, provider, sql, txn};
 
@@ -16,11 +17,14 @@ use crate::{client, provider, sql, txn};
 const REQUEST_TIMEOUT: &str = "5 minutes";
 /// Default of `max_request_tokens`: every hosted model of today takes more; packs of 50 rows rarely get there.
 const DEFAULT_REQUEST_TOKENS: i32 = 16_000;
+/// Most that a million tokens may cost, dollars.
+const MOST_PRICE: i64 = 1_000_000_000;
 
 /// A model with the server it is asked through.
 pub struct Known {
     pub server: String,
     pub model: Model,
+    pub price: Price,
 }
 
 /// Looks a model up.
@@ -28,11 +32,21 @@ pub fn load(name: &str) -> Result<Known> {
     let found = sql::row(
         "SELECT m.server::pg_catalog.text, m.model, m.tokens_per_minute, m.requests_per_minute, m.input_tokens_per_minute,
                 m.output_tokens_per_minute, m.max_concurrent_requests,
-                (EXTRACT(epoch FROM m.request_timeout) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8, m.max_request_tokens, m.parameters
+                (EXTRACT(epoch FROM m.request_timeout) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8, m.max_request_tokens, m.parameters,
+                m.input_price::pg_catalog.text, m.output_price::pg_catalog.text, m.cached_input_price::pg_catalog.text,
+                pg_catalog.ceil(GREATEST(m.input_price, m.cached_input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8,
+                pg_catalog.ceil(m.output_price OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8,
+                pg_catalog.ceil(COALESCE(m.cached_input_price, m.input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8
            FROM llm_batch.model m WHERE m.name OPERATOR(pg_catalog.=) $1",
         &[name.into()],
         |row| {
             let limit = |column| Ok::<_, Error>(row.maybe::<i32>(column)?.map(|n| n.max(1) as u64));
+            let rate = |column| Ok::<_, Error>(row.maybe::<i64>(column)?.map(|n| n.max(0) as u64));
+            let prices = (row.maybe::<String>(11)?, row.maybe::<String>(12)?);
+            let rates = match (&prices, rate(14)?, rate(15)?) {
+                ((Some(_), Some(_)), Some(input), Some(output)) => Some(Prices { input, output }),
+                _ => None,
+            };
             let parameters = match row.get::<JsonB>(10)?.0 {
                 Value::Object(map) => map,
                 _ => serde_json::Map::new(),
@@ -49,6 +63,13 @@ pub fn load(name: &str) -> Result<Known> {
                     request_timeout_ms: row.get::<i64>(8)?.max(1) as u64,
                     max_request_tokens: row.get::<i32>(9)?.max(1) as u64,
                     parameters,
+                },
+                price: Price {
+                    input: prices.0,
+                    output: prices.1,
+                    cached_input: row.maybe(13)?,
+                    rates,
+                    cached_rate: rate(16)?.unwrap_or_default(),
                 },
             })
         },
@@ -74,7 +95,7 @@ struct Given {
     server: Option<String>,
     model: Option<String>,
     numbers: [(&'static str, Option<i32>); 6],
-    prices: [(&'static str, Option<AnyNumeric>); 2],
+    prices: [(&'static str, Option<AnyNumeric>); 3],
     request_timeout: Option<Interval>,
     parameters: Option<JsonB>,
 }
@@ -96,6 +117,10 @@ impl Given {
         for (name, value) in &self.prices {
             if value.as_ref().is_some_and(|n| *n < AnyNumeric::from(0) || n.is_nan()) {
                 return Err(Error::invalid(format!("\"{name}\" must not be negative"))
+                    .hint("Prices are in dollars per million tokens."));
+            }
+            if value.as_ref().is_some_and(|n| *n > AnyNumeric::from(MOST_PRICE)) {
+                return Err(Error::invalid(format!("\"{name}\" must be at most {MOST_PRICE}"))
                     .hint("Prices are in dollars per million tokens."));
             }
         }
@@ -132,7 +157,7 @@ impl Given {
     /// Values in the order of the table's columns after `name` and `owner`.
     fn values(&self) -> Vec<DatumWithOid<'_>> {
         let [tpm, rpm, itpm, otpm, concurrent, request] = &self.numbers;
-        let [input, output] = &self.prices;
+        let [input, output, cached_input] = &self.prices;
         vec![
             self.server.clone().into(),
             self.model.clone().into(),
@@ -142,6 +167,7 @@ impl Given {
             otpm.1.into(),
             input.1.clone().into(),
             output.1.clone().into(),
+            cached_input.1.clone().into(),
             concurrent.1.into(),
             self.request_timeout.into(),
             request.1.into(),
@@ -189,6 +215,7 @@ fn create_model(
     output_tokens_per_minute: Option<i32>,
     input_price: Option<AnyNumeric>,
     output_price: Option<AnyNumeric>,
+    cached_input_price: Option<AnyNumeric>,
     max_concurrent_requests: Option<i32>,
     request_timeout: Option<Interval>,
     max_request_tokens: Option<i32>,
@@ -206,7 +233,11 @@ fn create_model(
             ("max_concurrent_requests", max_concurrent_requests),
             ("max_request_tokens", max_request_tokens),
         ],
-        prices: [("input_price", input_price), ("output_price", output_price)],
+        prices: [
+            ("input_price", input_price),
+            ("output_price", output_price),
+            ("cached_input_price", cached_input_price),
+        ],
         request_timeout,
         parameters,
     };
@@ -218,10 +249,10 @@ fn create_model(
         sql::run(
             &format!(
                 "INSERT INTO llm_batch.model (name, owner, server, model, tokens_per_minute, requests_per_minute,
-                     input_tokens_per_minute, output_tokens_per_minute, input_price, output_price,
+                     input_tokens_per_minute, output_tokens_per_minute, input_price, output_price, cached_input_price,
                      max_concurrent_requests, request_timeout, max_request_tokens, parameters)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, coalesce($12, interval '{REQUEST_TIMEOUT}'),
-                         coalesce($13, {DEFAULT_REQUEST_TOKENS}), coalesce($14, '{{}}'))
+                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, coalesce($13, interval '{REQUEST_TIMEOUT}'),
+                         coalesce($14, {DEFAULT_REQUEST_TOKENS}), coalesce($15, '{{}}'))
                  ON CONFLICT (name) DO NOTHING RETURNING 1"
             ),
             &args,
@@ -253,13 +284,14 @@ pub fn check_owner(table: &str, kind: &str, name: &str) -> Result<()> {
     }
 }
 
-const RESETTABLE: [&str; 10] = [
+const RESETTABLE: [&str; 11] = [
     "tokens_per_minute",
     "requests_per_minute",
     "input_tokens_per_minute",
     "output_tokens_per_minute",
     "input_price",
     "output_price",
+    "cached_input_price",
     "max_concurrent_requests",
     "request_timeout",
     "max_request_tokens",
@@ -278,6 +310,7 @@ fn alter_model(
     output_tokens_per_minute: Option<i32>,
     input_price: Option<AnyNumeric>,
     output_price: Option<AnyNumeric>,
+    cached_input_price: Option<AnyNumeric>,
     max_concurrent_requests: Option<i32>,
     request_timeout: Option<Interval>,
     max_request_tokens: Option<i32>,
@@ -297,7 +330,11 @@ fn alter_model(
             ("max_concurrent_requests", max_concurrent_requests),
             ("max_request_tokens", max_request_tokens),
         ],
-        prices: [("input_price", input_price), ("output_price", output_price)],
+        prices: [
+            ("input_price", input_price),
+            ("output_price", output_price),
+            ("cached_input_price", cached_input_price),
+        ],
         request_timeout,
         parameters,
     };
@@ -326,9 +363,10 @@ fn alter_model(
                  input_tokens_per_minute = coalesce($6, input_tokens_per_minute),
                  output_tokens_per_minute = coalesce($7, output_tokens_per_minute),
                  input_price = coalesce($8, input_price), output_price = coalesce($9, output_price),
-                 max_concurrent_requests = coalesce($10, max_concurrent_requests),
-                 request_timeout = coalesce($11, request_timeout), max_request_tokens = coalesce($12, max_request_tokens),
-                 parameters = coalesce($13, parameters)
+                 cached_input_price = coalesce($10, cached_input_price),
+                 max_concurrent_requests = coalesce($11, max_concurrent_requests),
+                 request_timeout = coalesce($12, request_timeout), max_request_tokens = coalesce($13, max_request_tokens),
+                 parameters = coalesce($14, parameters)
               WHERE name = $1",
             &args,
         )?;

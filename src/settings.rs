@@ -14,6 +14,7 @@ static GATEWAY_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(64 * 1024);
 // An answer takes some 60 bytes: 16 MB is a quarter of a million texts.
 static GATEWAY_CACHE: GucSetting<i32> = GucSetting::<i32>::new(16 * 1024);
 static DEFAULT_MODEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+static STATEMENT_MAX_COST: GucSetting<f64> = GucSetting::<f64>::new(-1.0);
 
 pub fn init() {
     GucRegistry::define_bool_guc(
@@ -78,6 +79,16 @@ pub fn init() {
         GucContext::Userset,
         GucFlags::default(),
     );
+    GucRegistry::define_float_guc(
+        c"llm_batch.statement_max_cost",
+        c"Dollars that the llm_*() calls of a statement may cost together.",
+        c"-1 is no limit. Jobs have budgets of their own.",
+        &STATEMENT_MAX_COST,
+        -1.0,
+        1e6,
+        GucContext::Userset,
+        GucFlags::default(),
+    );
     // Also reserves the prefix: a mistyped llm_batch.* is warned of.
     // SAFETY: a constant string, on the main thread, in _PG_init.
     unsafe { pgrx::pg_sys::MarkGUCPrefixReserved(c"llm_batch".as_ptr()) };
@@ -103,6 +114,11 @@ pub fn gateway_cache() -> usize {
 
 pub fn default_model() -> String {
     text(&DEFAULT_MODEL)
+}
+
+/// Dollars.
+pub fn statement_max_cost() -> Option<f64> {
+    Some(STATEMENT_MAX_COST.get()).filter(|dollars| *dollars >= 0.0)
 }
 
 pub fn databases() -> Vec<String> {

@@ -1,5 +1,8 @@
-//! Jobs: `backfill()` and what its caller may do with one later. See README.md in this folder.
+//! Jobs: `backfill()` and all it checks. See README.md in this folder.
 
+mod check;
+mod control;
+mod estimate;
 mod page;
 mod plan;
 mod settle;
@@ -7,21 +10,40 @@ pub mod store;
 mod worker;
 
 use std::ffi::CStr;
-use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{FromGateway, Stream, ToGateway};
+use llm_batch_gateway::protocol::{FromGateway, ToGateway};
 use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{PgXactCallbackEvent, register_xact_callback};
-use serde_json::{Value, json};
 
-use crate::catalog::{self, Target, Use};
-use crate::client::{Client, Received, check_loaded};
+use self::check::Given;
+use crate::catalog::Target;
+use crate::classifier::Asked;
 use crate::error::{Error, Result};
-use crate::model::{current_user, from_name, required};
-use crate::{classifier, shared, sql, txn};
+use crate::model::required;
+use crate::{client, shared, sql, txn};
 
+/// What a job may spend.
+pub struct Budget {
+    max_cost: Option<AnyNumeric>,
+    max_tokens: Option<i64>,
+}
+
+impl Budget {
+    fn new(max_cost: Option<AnyNumeric>, max_tokens: Option<i64>) -> Result<Self> {
+        let refuse = |name, hint| Err(Error::invalid(format!("\"{name}\" must be greater than zero")).hint(hint));
+        if max_cost.as_ref().is_some_and(|n| n.is_nan() || *n <= AnyNumeric::from(0)) {
+            return refuse("max_cost", "It is in dollars; NULL is no limit.");
+        }
+        if max_tokens.is_some_and(|n| n <= 0) {
+            return refuse("max_tokens", "NULL is no limit.");
+        }
+        Ok(Self { max_cost, max_tokens })
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
 fn backfill(
     relation: Option<pg_sys::Oid>,
@@ -29,36 +51,15 @@ fn backfill(
     target: Option<&CStr>,
     task: Option<&str>,
     filter: Option<&str>,
+    max_cost: Option<AnyNumeric>,
+    max_tokens: Option<i64>,
     options: Option<JsonB>,
 ) -> std::result::Result<i64, ErrorReport> {
-    let options = options.map_or(json!({}), |o| if o.0.is_null() { json!({}) } else { o.0 });
-    let id = start(
-        required(relation, "relation")?,
-        required(input, "input")?,
-        &from_name(required(target, "target")?),
-        required(task, "task")?,
-        filter,
-        options,
-    )?;
-    Ok(id)
+    let given = Given::new(relation, input, target, task, filter, options)?;
+    Ok(start(given, Budget::new(max_cost, max_tokens)?)?)
 }
 
-fn start(
-    relation: pg_sys::Oid,
-    input: &str,
-    column: &str,
-    task: &str,
-    filter: Option<&str>,
-    options: Value,
-) -> Result<i64> {
-    check_loaded()?;
-    // SAFETY: reads shared state on the main thread.
-    if unsafe { pg_sys::RecoveryInProgress() } {
-        return Err(Error::new(
-            PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION,
-            "cannot execute backfill() during recovery",
-        ));
-    }
+fn start(given: Given, budget: Budget) -> Result<i64> {
     // A snapshot of before the lock of check_alone() would not show the job it waited for.
     // SAFETY: read on the main thread.
     if unsafe { pg_sys::XactIsoLevel } >= pg_sys::XACT_REPEATABLE_READ as i32 {
@@ -68,74 +69,20 @@ fn start(
         )
         .hint("Call it at READ COMMITTED."));
     }
-    let target = catalog::target(relation, column)?;
-    let owner = owner_of(&target)?;
-    let (stream, model) = classifier::load(task, &options)?.stream(owner, false)?;
-    check_rights(&target, owner)?;
-    catalog::check_expression(&target, input, Use::Input)?;
-    if let Some(filter) = filter {
-        catalog::check_expression(&target, filter, Use::Filter)?;
+    let (target, owner, Asked { stream, model, price }) = given.check("backfill()", true)?;
+    if budget.max_cost.is_some() {
+        price.check(&model)?;
     }
-    let search_path = search_path()?;
-    // A domain's CHECK and a table's expressions may call functions of whoever owns them: never with more rights than
-    // the job will have.
-    txn::as_role(owner, || {
-        catalog::check_labels(&target, stream.task.labels.iter().map(|l| l.label.as_str()))?;
-        sql::run(
-            &format!(
-                "SELECT ({input}\n)::pg_catalog.text, {} FROM ONLY {} WHERE ({}\n) LIMIT 0",
-                sql::name(column),
-                target.name,
-                filter.unwrap_or("true")
-            ),
-            &[],
-        )
-    })?;
     check_alone(&target, 0)?;
-    probe(&stream, &model)?;
-    let id = insert(&target, owner, input, filter, task, options, &search_path)?;
+    // Whether the model answers at all, before a row is paid for.
+    client::ask(&stream, &ToGateway::Probe, |message| match message {
+        FromGateway::Probed(None) => Ok(Some(())),
+        FromGateway::Probed(Some(stop)) | FromGateway::Stopped(stop) => Err(Error::from_stop(&stop, &model)),
+        _ => Ok(None),
+    })?;
+    let id = insert(&target, owner, given, budget)?;
     wake_at_commit(id, owner);
     Ok(id)
-}
-
-/// A job runs as whoever starts it; a superuser's job on another role's table runs as that table's owner, since what
-/// its triggers and expressions do must not be done as a superuser.
-fn owner_of(target: &Target) -> Result<pg_sys::Oid> {
-    // SAFETY: a catalog lookup on the main thread inside a transaction.
-    let is_superuser = unsafe { pg_sys::superuser_arg(current_user()) };
-    let owner = if is_superuser { target.owner } else { current_user() };
-    let role = sql::row(
-        "SELECT r.rolname::pg_catalog.text, r.rolcanlogin FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) $1",
-        &[owner.into()],
-        |r| Ok((r.get::<String>(1)?, r.get::<bool>(2)?)),
-    )?;
-    match role {
-        Some((_, true)) => Ok(owner),
-        Some((name, false)) => Err(Error::new(
-            PgSqlErrorCode::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
-            format!("role \"{name}\" can't own a job because it can't log in"),
-        )
-        .hint(format!(
-            "A job's worker connects as its owner: ALTER ROLE {} LOGIN, or start it as another role.",
-            sql::name(&name)
-        ))),
-        None => Err(Error::unknown("the job's owner does not exist")),
-    }
-}
-
-fn check_rights(target: &Target, owner: pg_sys::Oid) -> Result<()> {
-    let reads = target.key_names.iter().map(|name| (name, "SELECT"));
-    for (column, right) in [(&target.column, "UPDATE")].into_iter().chain(reads) {
-        let may = sql::one::<bool>(
-            "SELECT pg_catalog.has_column_privilege($1, $2, $3, $4)",
-            &[owner.into(), target.relation.into(), column.as_str().into(), right.into()],
-        )?;
-        if may != Some(true) {
-            return Err(Error::denied(format!("permission denied for column \"{column}\" of {}", target.name))
-                .hint("The job's owner needs SELECT on the key, the target and the input, and UPDATE on the target."));
-        }
-    }
-    Ok(())
 }
 
 /// The caller's search_path, without what is his session's alone.
@@ -173,42 +120,7 @@ fn check_alone(target: &Target, except: i64) -> Result<()> {
     Ok(())
 }
 
-/// Asks the model whether it answers at all, before a row is paid for.
-fn probe(stream: &Stream, model: &str) -> Result<()> {
-    let ask = || -> Result<Client> {
-        let mut client = Client::open(stream)?;
-        client.send(&ToGateway::Probe)?;
-        Ok(client)
-    };
-    let mut client = ask()?;
-    let start = Instant::now();
-    loop {
-        match client.receive(Duration::from_secs(5))? {
-            Received::Message(FromGateway::Probed(None)) => return Ok(()),
-            Received::Message(FromGateway::Probed(Some(stop)) | FromGateway::Stopped(stop)) => {
-                return Err(Error::from_stop(&stop, model));
-            }
-            Received::Message(_) | Received::Nothing => {}
-            Received::Lost if start.elapsed() > Duration::from_secs(60) => {
-                return Err(Error::new(
-                    PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
-                    "lost the connection to the llm_batch gateway",
-                ));
-            }
-            Received::Lost => client = ask()?,
-        }
-    }
-}
-
-fn insert(
-    target: &Target,
-    owner: pg_sys::Oid,
-    input: &str,
-    filter: Option<&str>,
-    task: &str,
-    options: Value,
-    search_path: &str,
-) -> Result<i64> {
+fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> Result<i64> {
     let args: Vec<DatumWithOid> = vec![
         owner.into(),
         target.relation.into(),
@@ -220,18 +132,20 @@ fn insert(
         target.typmod.into(),
         target.key_names.clone().into(),
         target.key_attnums.clone().into(),
-        input.into(),
-        filter.into(),
-        task.into(),
-        JsonB(options).into(),
-        search_path.into(),
+        given.input.into(),
+        given.filter.into(),
+        given.task.into(),
+        JsonB(given.options).into(),
+        search_path()?.into(),
         store::cluster().into(),
+        budget.max_cost.into(),
+        budget.max_tokens.into(),
     ];
     let id = txn::as_extension_owner(|| {
         let id = sql::one_mut::<i64>(
             "INSERT INTO llm_batch.job (owner, relation, root, relation_name, target, target_attnum, target_type,
-                 target_typmod, key_names, key_attnums, input, filter, task, options, search_path, cluster)
-             VALUES ($1::regrole, $2::regclass, $3::regclass, $4, $5::name, $6, $7::regtype, $8, $9::name[], $10, $11, $12, $13, $14, $15, $16) RETURNING id",
+                 target_typmod, key_names, key_attnums, input, filter, task, options, search_path, cluster, max_cost, max_tokens)
+             VALUES ($1::regrole, $2::regclass, $3::regclass, $4, $5::name, $6, $7::regtype, $8, $9::name[], $10, $11, $12, $13, $14, $15, $16, $17, $18) RETURNING id",
             &args,
         )?;
         sql::run("INSERT INTO llm_batch.job_state (job_id) VALUES ($1)", &[id.into()])?;
@@ -250,87 +164,4 @@ fn wake_at_commit(job: i64, owner: pg_sys::Oid) {
     register_xact_callback(PgXactCallbackEvent::Prepare, move || {
         shared::want(database, 0, 0, shared::now());
     });
-}
-
-/// What its owner wants of a job is changed by `change`, which returns whether it changed anything.
-fn control(job_id: i64, change: impl FnOnce(&store::Status) -> Result<Option<String>>) -> Result<bool> {
-    check_loaded()?;
-    let status = store::status(job_id)?;
-    let Some(assignment) = change(&status)? else { return Ok(false) };
-    txn::as_extension_owner(|| {
-        sql::run(&format!("UPDATE llm_batch.job SET {assignment} WHERE id = $1"), &[job_id.into()])
-    })?;
-    wake_at_commit(job_id, status.owner);
-    Ok(true)
-}
-
-fn ended(status: &store::Status) -> Error {
-    Error::state(format!("job {} is {}", status.id, status.status))
-        .hint("A new llm_batch.backfill() goes on with the rows that are still NULL.")
-}
-
-#[pg_extern(sql = false)]
-fn pause(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| match (s.status.as_str(), s.reason.as_deref()) {
-        ("running", _) | ("paused", Some("provider_down" | "quota" | "no_worker_slot")) => {
-            Ok(Some("wanted = 'paused'".to_owned()))
-        }
-        ("paused", _) => Ok(None),
-        _ => Err(ended(s)),
-    })?;
-    Ok(changed)
-}
-
-#[pg_extern(sql = false)]
-fn resume(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| match s.status.as_str() {
-        "paused" => Ok(Some(format!("wanted = 'running', epoch = epoch + 1, cluster = {}", store::cluster()))),
-        "running" => Ok(None),
-        _ => Err(ended(s)),
-    })?;
-    Ok(changed)
-}
-
-#[pg_extern(sql = false)]
-fn cancel(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| match s.status.as_str() {
-        "running" | "paused" => Ok(Some("wanted = 'cancelled'".to_owned())),
-        _ => Ok(None),
-    })?;
-    Ok(changed)
-}
-
-#[pg_extern(sql = false)]
-fn retry_failed(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| {
-        if s.status == "cancelled" || s.status == "failed" {
-            return Err(ended(s));
-        }
-        let listed = txn::as_extension_owner(|| {
-            sql::one::<bool>("SELECT true FROM llm_batch.row_failure WHERE job_id = $1 LIMIT 1", &[job_id.into()])
-        })?;
-        if listed.is_none() {
-            return Ok(None);
-        }
-        if s.status == "done" {
-            let target = catalog::target(s.relation, &s.target)?;
-            check_alone(&target, job_id)?;
-        }
-        Ok(Some("wanted = 'running', epoch = epoch + 1, retry_epoch = epoch + 1".to_owned()))
-    })?;
-    Ok(changed)
-}
-
-#[pg_extern(sql = false)]
-fn refuse_transaction_block(what: &str) -> std::result::Result<(), ErrorReport> {
-    // SAFETY: reads the transaction's state on the main thread.
-    if unsafe { pg_sys::IsTransactionBlock() } {
-        return Err(Error::new(
-            PgSqlErrorCode::ERRCODE_ACTIVE_SQL_TRANSACTION,
-            format!("{what} cannot run inside a transaction block"),
-        )
-        .hint("Commit first: a job starts when the transaction that made it commits.")
-        .into());
-    }
-    Ok(())
 }

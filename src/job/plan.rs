@@ -95,21 +95,56 @@ pub fn table(job: &Job) -> Result<Table> {
     Ok(table)
 }
 
+/// What all statements over a table's rows have in common.
+pub struct Rows {
+    /// The table, as it stands in a FROM clause.
+    pub from: String,
+    /// The text to send.
+    pub input: String,
+    /// Which rows are to be filled.
+    pub todo: String,
+    /// Which rows have something to send.
+    pub has_text: String,
+}
+
+impl Rows {
+    pub fn new(table: &str, is_partitioned: bool, input: &str, target: &str, filter: Option<&str>) -> Self {
+        // The line end closes a comment at the end of the expression.
+        let input = format!("(({input}\n))::pg_catalog.text");
+        Self {
+            from: format!("{}{table}", if is_partitioned { "" } else { "ONLY " }),
+            todo: format!("{} IS NULL AND ({}\n)", name(target), filter.unwrap_or("true")),
+            has_text: format!("COALESCE({input}, '') OPERATOR(pg_catalog.<>) ''"),
+            input,
+        }
+    }
+
+    /// The texts' hash.
+    pub fn hash(&self, seed: i64) -> String {
+        format!("pg_catalog.hashtextextended({} COLLATE pg_catalog.\"C\", {seed})", self.input)
+    }
+
+    /// Counts rows to fill, and those of them without text.
+    pub fn count(&self) -> String {
+        format!(
+            "SELECT pg_catalog.count(*), pg_catalog.count(*) FILTER (WHERE NOT ({})) FROM {} WHERE {}",
+            self.has_text, self.from, self.todo
+        )
+    }
+}
+
 impl Plan {
     /// The statements for the table as it is named now; `target_type` as the statements may write it, texts cut to
     /// `most_text` characters.
     pub fn new(job: &Job, table: &Table, target_type: &str, most_text: usize) -> Self {
         let Table { full, bare, is_partitioned } = table;
-        let only = if *is_partitioned { String::new() } else { "ONLY ".to_owned() };
+        let rows = Rows::new(full, *is_partitioned, &job.input, &job.target, job.filter.as_deref());
+        // Rows without text are counted at the start, and never claimed.
+        let (hash, count) = (rows.hash(0), rows.count());
+        let Rows { from, input, todo, has_text } = rows;
         let target = name(&job.target);
-        // The line end closes a comment at the end of the expression.
-        let input = format!("(({}\n))::pg_catalog.text", job.input);
         let keys: Vec<String> = job.key_names.iter().map(|n| name(n)).collect();
         let k = keys.len();
-        let todo = format!("{target} IS NULL AND ({}\n)", job.filter.as_deref().unwrap_or("true"));
-        // Rows without text are counted at the start, and never claimed.
-        let has_text = format!("COALESCE({input}, '') OPERATOR(pg_catalog.<>) ''");
-        let hash = format!("pg_catalog.hashtextextended({input} COLLATE pg_catalog.\"C\", 0)");
         let json: Vec<String> =
             job.key_names.iter().zip(&keys).map(|(n, q)| format!("{}, {q}", pgrx::spi::quote_literal(n))).collect();
         let json = format!("pg_catalog.jsonb_build_object({})", json.join(", "));
@@ -121,7 +156,7 @@ impl Plan {
                 "SELECT {aggregates}, pg_catalog.array_agg(q.\"llm_batch t\"), pg_catalog.array_agg(q.\"llm_batch h\"),
                         pg_catalog.array_agg(q.\"llm_batch j\")
                    FROM (SELECT {as_k}, pg_catalog.left({input}, {most_text}) AS \"llm_batch t\", {hash} AS \"llm_batch h\", {json} AS \"llm_batch j\"
-                           FROM {only}{full} WHERE {todo} AND {has_text}{after} ORDER BY {order} LIMIT ${limit}) q
+                           FROM {from} WHERE {todo} AND {has_text}{after} ORDER BY {order} LIMIT ${limit}) q
                  HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 0",
                 aggregates = aggregates.join(", "),
                 as_k = as_k.join(", "),
@@ -148,7 +183,7 @@ impl Plan {
         };
         let qualifier = format!("{bare}.");
         let look = format!(
-            "SELECT {u}, {qualifier}{target} IS NULL, {hash} FROM {positions} JOIN {only}{full} ON {}",
+            "SELECT {u}, {qualifier}{target} IS NULL, {hash} FROM {positions} JOIN {from} ON {}",
             matches(&qualifier)
         );
         let one: Vec<String> = keys
@@ -160,16 +195,14 @@ impl Plan {
             job.key_names.iter().zip(at(u)).map(|(n, v)| format!("{}, {v}", pgrx::spi::quote_literal(n))).collect();
         Self {
             search_path: format!("{}, pg_temp", job.search_path),
-            count: format!(
-                "SELECT pg_catalog.count(*), pg_catalog.count(*) FILTER (WHERE NOT ({has_text})) FROM {only}{full} WHERE {todo}"
-            ),
+            count,
             claim_first: claim("", 1),
             claim_next: claim(&after, k + 2),
             lock: format!("{look} FOR NO KEY UPDATE OF {bare} SKIP LOCKED"),
             look,
-            try_lock: format!("SELECT 1 FROM {only}{full} WHERE {} FOR NO KEY UPDATE NOWAIT", one.join(" AND ")),
+            try_lock: format!("SELECT 1 FROM {from} WHERE {} FOR NO KEY UPDATE NOWAIT", one.join(" AND ")),
             update: format!(
-                "UPDATE {only}{full} SET {target} = \"llm_batch u\".\"llm_batch l\"::{target_type}
+                "UPDATE {from} SET {target} = \"llm_batch u\".\"llm_batch l\"::{target_type}
                    FROM ROWS FROM (pg_catalog.unnest(${}::pg_catalog.int4[]), pg_catalog.unnest(${}::pg_catalog.text[])) \"llm_batch u\" (\"llm_batch i\", \"llm_batch l\")
                   WHERE {} AND {qualifier}{target} IS NULL
               RETURNING {u}, {qualifier}{target} IS NULL",
@@ -183,7 +216,7 @@ impl Plan {
                 job.target_attnum
             ),
             still_null: format!(
-                "SELECT {u} FROM {positions} JOIN {only}{full} ON {} WHERE {qualifier}{target} IS NULL",
+                "SELECT {u} FROM {positions} JOIN {from} ON {} WHERE {qualifier}{target} IS NULL",
                 matches(&qualifier)
             ),
             describe: format!(

@@ -23,6 +23,8 @@ pub struct Answer {
     pub position: i32,
     pub verdict: Verdict,
     pub attempts: u32,
+    /// It was paid for with another row.
+    pub reused: bool,
     /// Since when its row has been found locked.
     pub locked_since: Option<Instant>,
 }
@@ -35,6 +37,8 @@ const LOCK_PATIENCE: Duration = Duration::from_secs(600);
 pub struct Settled {
     pub done: i64,
     pub superseded: i64,
+    /// Rows among those done whose answer was paid for with another row.
+    pub reused: i64,
     pub failures: Vec<Failure>,
     /// The row is locked by another transaction: to be tried again.
     pub locked: Vec<Answer>,
@@ -156,6 +160,7 @@ fn settle_page(plan: &Plan, labels: &[String], answers: &[&Answer], settled: &mu
         }
     }
     settled.done += done.len() as i64;
+    settled.reused += done.iter().filter(|p| by_position.get(p).is_some_and(|a| a.reused)).count() as i64;
     settled.locked.extend(blocked.iter().filter_map(|p| by_position.get(p)).map(|a| (*a).clone()));
     for (position, class, detail) in unwritten {
         let attempts = by_position.get(&position).map_or(1, |a| a.attempts);

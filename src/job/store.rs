@@ -1,9 +1,12 @@
 //! Our own tables, read and written as the extension's owner: jobs, their state, their failures.
 
-use pgrx::datum::{JsonB, TimestampWithTimeZone};
+use llm_batch_gateway::protocol::{Allowance, Spent};
+use pgrx::datum::{DatumWithOid, JsonB, TimestampWithTimeZone};
 use pgrx::prelude::*;
 use serde_json::Value;
 
+use crate::budget::{self, Funds, Price, UNLIMITED};
+use crate::classifier::Asked;
 use crate::error::{Error, Result};
 use crate::{sql, txn};
 
@@ -20,6 +23,7 @@ pub struct Status {
     pub owner: pg_sys::Oid,
     pub relation: pg_sys::Oid,
     pub target: String,
+    pub task: String,
     pub status: String,
     pub reason: Option<String>,
 }
@@ -28,7 +32,7 @@ pub struct Status {
 pub fn status(id: i64) -> Result<Status> {
     let found = txn::as_extension_owner(|| {
         sql::row(
-            "SELECT p.owner::oid, j.relation::oid, p.target::text, p.status, p.reason
+            "SELECT p.owner::oid, j.relation::oid, p.target::text, p.task, p.status, p.reason
                FROM llm_batch.progress p JOIN llm_batch.job j ON j.id = p.job_id WHERE p.job_id = $1",
             &[id.into()],
             |r| {
@@ -37,8 +41,9 @@ pub fn status(id: i64) -> Result<Status> {
                     owner: r.get(1)?,
                     relation: r.get(2)?,
                     target: r.get(3)?,
-                    status: r.get(4)?,
-                    reason: r.maybe(5)?,
+                    task: r.get(4)?,
+                    status: r.get(5)?,
+                    reason: r.maybe(6)?,
                 })
             },
         )
@@ -66,6 +71,8 @@ pub struct Job {
     pub key_attnums: Vec<i16>,
     pub input: String,
     pub filter: Option<String>,
+    /// Dollars, as SQL writes them, and tokens.
+    pub budget: (Option<String>, Option<i64>),
     pub task: String,
     pub options: Value,
     pub search_path: String,
@@ -91,7 +98,8 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     j.wanted = 'running' AND (s.epoch < j.epoch OR s.status = 'running'
                         OR (s.status = 'paused' AND s.resume_at IS NOT NULL AND s.resume_at <= clock_timestamp())),
                     s.rows_total IS NOT NULL, s.retried_epoch,
-                    EXISTS (SELECT FROM llm_batch.row_failure f WHERE f.job_id = j.id)
+                    EXISTS (SELECT FROM llm_batch.row_failure f WHERE f.job_id = j.id),
+                    j.max_cost::text, j.max_tokens
                FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id WHERE j.id = $1",
             &[id.into()],
             |r| {
@@ -105,6 +113,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     key_attnums: r.get::<Vec<Option<i16>>>(6)?.into_iter().flatten().collect(),
                     input: r.get(7)?,
                     filter: r.maybe(8)?,
+                    budget: (r.maybe(20)?, r.maybe(21)?),
                     task: r.get(9)?,
                     options: r.get::<JsonB>(10)?.0,
                     search_path: r.get(11)?,
@@ -184,15 +193,19 @@ pub struct Failure {
 pub struct Delta {
     pub done: i64,
     pub superseded: i64,
-    pub requests: i64,
-    pub input_tokens: i64,
-    pub output_tokens: i64,
+    pub reused: i64,
+    pub spent: Spent,
     pub rows_per_second: f64,
     pub tokens_per_minute: f64,
 }
 
-/// Writes failures and counters.
-pub fn write<'a>(id: i64, model: &str, delta: &Delta, failures: impl Iterator<Item = &'a Failure>) -> Result<()> {
+/// Writes failures and counters; what the job's budget then has, if there is one and the job still exists.
+pub fn write<'a>(
+    id: i64,
+    asked: &Asked,
+    delta: &Delta,
+    failures: impl IntoIterator<Item = &'a Failure>,
+) -> Result<Option<Account>> {
     txn::as_extension_owner(|| {
         let (mut skipped, mut failed) = (0_i64, 0_i64);
         for f in failures {
@@ -215,30 +228,101 @@ pub fn write<'a>(id: i64, model: &str, delta: &Delta, failures: impl Iterator<It
                 failed += new;
             }
         }
-        sql::run(
+        let count = |n: u64| DatumWithOid::from(i64::try_from(n).unwrap_or(i64::MAX));
+        let spent = &delta.spent;
+        let Price { input, output, cached_input, .. } = &asked.price;
+        let taken = budget::taken(spent, asked.stream.budget.unwrap_or_default());
+        // Multiplied and never divided: exact to the last digit.
+        let accounts = sql::rows_mut(
             "UPDATE llm_batch.job_state s
                 SET rows_done = rows_done + $2, rows_skipped = rows_skipped + $3, rows_failed = rows_failed + $4,
-                    rows_superseded = rows_superseded + $5, requests = requests + $6,
-                    input_tokens = input_tokens + $7, output_tokens = output_tokens + $8,
-                    cost = cost + coalesce((SELECT ($7 * coalesce(m.input_price, 0) + $8 * coalesce(m.output_price, 0)) / 1000000
-                                              FROM llm_batch.model m WHERE m.name = $9), 0),
-                    rows_per_second = $10, tokens_per_minute = $11, updated_at = now()
-              WHERE job_id = $1",
+                    rows_superseded = rows_superseded + $5, rows_reused = rows_reused + $6,
+                    requests = requests + $7, input_tokens = input_tokens + $8,
+                    cached_input_tokens = cached_input_tokens + $9, output_tokens = output_tokens + $10,
+                    cost = cost + (($8 - $9) * p.input + $9 * p.cached_input + $10 * p.output) * 0.000001,
+                    tokens_unconfirmed = tokens_unconfirmed + $11 + $12,
+                    cost_unconfirmed = cost_unconfirmed + ($11 * p.input + $12 * p.output) * 0.000001,
+                    cost_reserved = greatest(cost_reserved - $13 * 0.000000000001, 0),
+                    tokens_reserved = greatest(tokens_reserved - $14, 0),
+                    rows_per_second = $15, tokens_per_minute = $16, updated_at = now()
+               FROM llm_batch.job j,
+                    (SELECT coalesce($17::numeric, 0), coalesce($18::numeric, 0), coalesce($19::numeric, $17::numeric, 0)) p (input, output, cached_input)
+              WHERE s.job_id = $1 AND j.id = s.job_id
+          RETURNING j.max_cost IS NOT NULL OR j.max_tokens IS NOT NULL,
+                    CASE WHEN j.max_cost IS NOT NULL THEN
+                        greatest(least(floor((j.max_cost - s.cost - s.cost_unconfirmed - s.cost_reserved) * 1000000000000), 9000000000000000000), 0)::bigint END,
+                    CASE WHEN j.max_tokens IS NOT NULL THEN
+                        greatest(j.max_tokens - s.input_tokens - s.output_tokens - s.tokens_unconfirmed - s.tokens_reserved, 0) END,
+                    floor(s.cost_reserved * 1000000000000)::bigint, s.tokens_reserved,
+                    concat_ws(' and ', '$' || trim_scale(s.cost + s.cost_unconfirmed) || ' of $' || trim_scale(j.max_cost),
+                              s.input_tokens + s.output_tokens + s.tokens_unconfirmed || ' of ' || j.max_tokens || ' tokens')",
             &[
                 id.into(),
                 delta.done.into(),
                 skipped.into(),
                 failed.into(),
                 delta.superseded.into(),
-                delta.requests.into(),
-                delta.input_tokens.into(),
-                delta.output_tokens.into(),
-                model.into(),
+                delta.reused.into(),
+                count(spent.requests),
+                count(spent.input_tokens),
+                count(spent.cached_input_tokens),
+                count(spent.output_tokens),
+                count(spent.unconfirmed_input_tokens),
+                count(spent.unconfirmed_output_tokens),
+                count(taken.cost),
+                count(taken.tokens),
                 delta.rows_per_second.into(),
                 delta.tokens_per_minute.into(),
+                input.as_deref().into(),
+                output.as_deref().into(),
+                cached_input.as_deref().into(),
             ],
+            |r| {
+                let limited = |column| Ok::<_, Error>(r.maybe::<i64>(column)?.map_or(UNLIMITED, |n| n.max(0) as u64));
+                Ok(r.get::<bool>(1)?.then_some(Account {
+                    funds: Funds {
+                        free: Allowance { cost: limited(2)?, tokens: limited(3)? },
+                        reserved: Allowance { cost: limited(4)?, tokens: limited(5)? },
+                    },
+                    spent: r.get(6)?,
+                }))
+            },
         )?;
-        Ok(())
+        Ok(accounts.into_iter().flatten().next())
+    })
+}
+
+/// The budget of a job.
+pub struct Account {
+    pub funds: Funds,
+    /// What was spent of what, in words.
+    pub spent: String,
+}
+
+/// Enters what the gateway is about to be allowed.
+pub fn reserve(id: i64, allowance: Allowance) -> Result<()> {
+    let limited = |n: u64| if n == UNLIMITED { 0 } else { i64::try_from(n).unwrap_or(i64::MAX) };
+    txn::as_extension_owner(|| {
+        sql::run(
+            "UPDATE llm_batch.job_state SET cost_reserved = cost_reserved + $2 * 0.000000000001, tokens_reserved = tokens_reserved + $3
+              WHERE job_id = $1",
+            &[id.into(), limited(allowance.cost).into(), limited(allowance.tokens).into()],
+        )
+        .map(|_| ())
+    })
+}
+
+/// Takes back what the gateway was allowed and has not reported as spent. In doubt it may have been spent.
+pub fn release(id: i64, in_doubt: bool) -> Result<()> {
+    txn::as_extension_owner(|| {
+        sql::run(
+            "UPDATE llm_batch.job_state
+                SET cost_unconfirmed = cost_unconfirmed + CASE WHEN $2 THEN cost_reserved ELSE 0 END, cost_reserved = 0,
+                    tokens_unconfirmed = tokens_unconfirmed + CASE WHEN $2 THEN tokens_reserved ELSE 0 END, tokens_reserved = 0
+              WHERE job_id = $1 AND (cost_reserved > 0 OR tokens_reserved > 0)",
+            &[id.into(), in_doubt.into()],
+        )
+        .map(|_| ())
     })
 }
 
@@ -253,8 +337,8 @@ pub enum Outcome {
 }
 
 /// Enters how a run of an epoch ended. False, and nothing is entered, if the job is done but was given more to do
-/// meanwhile, or is gone.
-pub fn end(id: i64, epoch: i32, outcome: &Outcome) -> Result<bool> {
+/// meanwhile, or is gone. In doubt, what the gateway was allowed may have been spent.
+pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<bool> {
     let (status, reason, error, resume_at) = match outcome {
         Outcome::Done => ("done", None, None, None),
         Outcome::Failed(error) => ("failed", None, Some(error.clone()), None),
@@ -279,6 +363,9 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome) -> Result<bool> {
             &[id.into(), epoch.into(), status.into(), reason.into(), error.into(), resume_at.into()],
         )
     })?;
+    if entered == 1 {
+        release(id, in_doubt)?;
+    }
     if entered == 1 && matches!(outcome, Outcome::Done | Outcome::Failed(_) | Outcome::Cancelled) {
         let payload = format!("{{\"job\": {id}, \"status\": \"{status}\"}}");
         sql::run("SELECT pg_catalog.pg_notify('llm_batch', $1)", &[payload.into()])?;

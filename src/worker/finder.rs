@@ -86,7 +86,7 @@ fn search() -> Result<Option<i64>> {
     for ((id, owner), waits, microseconds, shut_out, epoch) in jobs {
         if let Some(why) = shut_out {
             let text = format!("the job's owner lost a right: {why}");
-            store::end(id, epoch, &Outcome::Paused("owner", Some(text), None))?;
+            store::end(id, epoch, &Outcome::Paused("owner", Some(text), None), true)?;
             shared::unwant(super::my_database(), id);
             continue;
         }

@@ -6,7 +6,7 @@ use std::time::Duration;
 use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
 use pgrx::pg_sys;
 
-use super::{AGAIN, CONTROL, LATER, Worker};
+use super::{AGAIN, CONTROL, LATER, Worker, money};
 use crate::client::Received;
 use crate::error::{Error, Result};
 use crate::job::page;
@@ -83,11 +83,11 @@ impl Worker {
         })?;
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
         self.job.is_counted = true;
-        let (stream, model, table, plan) = ready;
+        let (asked, table, plan) = ready;
         (self.table, self.plan) = (table, plan);
-        if stream != self.stream || model != self.model {
+        if asked != self.asked {
             // The page is read again when the stream has been opened anew.
-            self.reopen = Some((stream, model));
+            self.reopen = Some(asked);
             return Ok(());
         }
         let Some(page::Claimed { page, texts, .. }) = claimed else {
@@ -98,7 +98,7 @@ impl Worker {
         self.pass_ended = page.len < size as usize;
         let bytes: usize = texts.iter().map(String::len).sum();
         let rows = ((WINDOW_BYTES * page.len / bytes.max(1)) as i64).clamp(1, LARGEST_PAGE);
-        self.page_size = whole_packs(rows, &self.stream);
+        self.page_size = whole_packs(rows, &self.asked.stream);
         self.last = Some((Rc::clone(&page), page.len as i32));
         for (i, text) in texts.into_iter().enumerate() {
             if !gone.contains(&(i as i64 + 1)) {
@@ -146,9 +146,7 @@ impl Worker {
         loop {
             match client.receive(timeout)? {
                 Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
-                    self.delta.requests += spent.requests as i64;
-                    self.delta.input_tokens += spent.input_tokens as i64;
-                    self.delta.output_tokens += spent.output_tokens as i64;
+                    money::add(&mut self.spent, &spent);
                     for o in outcomes {
                         let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
                         self.outstanding_bytes -= bytes;
@@ -158,6 +156,7 @@ impl Worker {
                                 position,
                                 verdict: o.verdict,
                                 attempts: o.attempts,
+                                reused: o.reused,
                                 locked_since: None,
                             });
                         }
@@ -173,11 +172,17 @@ impl Worker {
                     }
                     return Ok(());
                 }
+                Received::Message(FromGateway::Exhausted { least, full }) => {
+                    self.money.exhausted(least, full, &self.asked.stream.model);
+                }
                 Received::Message(_) => {}
                 Received::Nothing => return Ok(()),
                 Received::Lost => {
                     // The gateway ended. What it had not answered is claimed again from the table.
                     self.client = None;
+                    if self.asked.stream.budget.is_some() {
+                        self.money.lost();
+                    }
                     self.outstanding.clear();
                     self.outstanding_bytes = 0;
                     self.waiting.clear();
@@ -191,7 +196,7 @@ impl Worker {
     }
 
     fn outcome_of_stop(&self, stop: &Stop) -> Outcome {
-        let text = Error::from_stop(stop, &self.model).one_line();
+        let text = Error::from_stop(stop, &self.asked.model).one_line();
         let at = shared::now() + stop.retry_after_ms.map_or(LATER, |ms| ms as i64 * 1000);
         match stop.reason {
             StopReason::Auth => Outcome::Paused("auth", Some(text), None),

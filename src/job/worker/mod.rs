@@ -1,26 +1,31 @@
 //! A job's process: claims rows, hands them to the gateway, writes what comes back. Between its short transactions it
 //! holds nothing: no transaction, no snapshot, no lock.
 
+mod end;
 mod exchange;
+mod money;
 mod write;
 
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{Stream, ToGateway, most_text};
+use llm_batch_gateway::protocol::{Spent, Stream, ToGateway, most_text};
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::prelude::*;
 
+use self::end::outcome_of;
+use self::money::Money;
+use crate::classifier::{self, Asked};
 use crate::client::Client;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::job::page::Page;
 use crate::job::plan::{self, Plan};
-use crate::job::settle::{self, Answer};
-use crate::job::store::{self, Delta, Failure, Job, Outcome};
+use crate::job::settle::Answer;
+use crate::job::store::{self, Failure, Job, Outcome};
 use crate::shared::{self, End};
-use crate::worker::{self, finder, handle_signals, my_database, my_pid, reload_if_asked, report};
-use crate::{classifier, settings, sql, txn};
+use crate::worker::{finder, handle_signals, my_database, my_pid, reload_if_asked, report};
+use crate::{settings, sql, txn};
 
 /// How often locked rows are tried again, and transactions that failed in passing.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -82,8 +87,7 @@ type Place = (Rc<Page>, i32);
 
 struct Worker {
     job: Job,
-    model: String,
-    stream: Stream,
+    asked: Asked,
     labels: Vec<String>,
     table: plan::Table,
     plan: Plan,
@@ -111,12 +115,14 @@ struct Worker {
     late: HashMap<String, u32>,
     /// Failures that come from `late`.
     too_late: Vec<Failure>,
-    delta: Delta,
+    /// What was spent and is not yet in the counters.
+    spent: Spent,
+    money: Money,
     samples: VecDeque<(Instant, i64, i64)>,
     /// Why no more is claimed.
     stopping: Option<Outcome>,
     /// The model or the task was changed: what is open is finished, then the stream is opened anew.
-    reopen: Option<(Stream, String)>,
+    reopen: Option<Asked>,
     failures_in_a_row: u32,
     looked: Instant,
     look_now: bool,
@@ -136,26 +142,27 @@ impl Worker {
         }
         if job.cluster != store::cluster() {
             let text = "the job was made in another cluster".to_owned();
-            store::end(id, job.epoch, &Outcome::Paused("restored", Some(text), None))?;
+            store::end(id, job.epoch, &Outcome::Paused("restored", Some(text), None), true)?;
             return Ok(Begun::Nothing);
         }
         store::begin(&job)?;
+        // What is reserved still, a worker left that died; nobody knows how much of it was spent.
+        store::release(id, true)?;
         job.has_failures &= job.retry_epoch <= job.retried_epoch;
         let ready = txn::sub(|| Self::ready(&job));
-        let (stream, model, table, plan) = match ready {
+        let (asked, table, plan) = match ready {
             Ok(ready) => ready,
             Err(e) => {
-                store::end(id, job.epoch, &outcome_of(&e))?;
+                store::end(id, job.epoch, &outcome_of(&e), true)?;
                 return Ok(Begun::Nothing);
             }
         };
-        job.max_attempts = stream.task.options.max_attempts;
+        job.max_attempts = asked.stream.task.options.max_attempts;
         Ok(Begun::Worker(Box::new(Self {
-            labels: labels(&stream),
-            page_size: exchange::whole_packs(exchange::FIRST_PAGE, &stream),
+            labels: labels(&asked.stream),
+            page_size: exchange::whole_packs(exchange::FIRST_PAGE, &asked.stream),
             job,
-            model,
-            stream,
+            asked,
             table,
             plan,
             client: None,
@@ -171,7 +178,8 @@ impl Worker {
             claimed_in_pass: 0,
             late: HashMap::new(),
             too_late: Vec::new(),
-            delta: Delta::default(),
+            spent: Spent::default(),
+            money: Money::default(),
             samples: VecDeque::new(),
             stopping: None,
             reopen: None,
@@ -183,11 +191,14 @@ impl Worker {
     }
 
     /// What is needed before the first row.
-    fn ready(job: &Job) -> Result<(Stream, String, plan::Table, Plan)> {
-        let (stream, model) = classifier::load(&job.task, &job.options)?.stream(me(), false)?;
+    fn ready(job: &Job) -> Result<(Asked, plan::Table, Plan)> {
+        let mut asked = classifier::load(&job.task, &job.options)?.stream(me(), false)?;
+        if job.budget != (None, None) {
+            asked = asked.with_budget(job.budget.0.is_some())?;
+        }
         let table = plan::table(job)?;
-        let plan = make_plan(job, &table, &stream)?;
-        Ok((stream, model, table, plan))
+        let plan = make_plan(job, &table, &asked.stream)?;
+        Ok((asked, table, plan))
     }
 
     fn work(mut self) -> End {
@@ -208,9 +219,9 @@ impl Worker {
         if shared::was_poked(my_database(), self.job.id) || self.look_now || self.looked.elapsed() > CONTROL {
             self.look()?;
         }
-        if self.client.is_none() && self.stopping.is_none() {
+        if self.client.is_none() && self.stopping.is_none() && !self.money.in_doubt {
             report(pg_sys::BackendState::STATE_IDLE, "connecting to the gateway");
-            self.client = Some(Client::open(&self.stream)?);
+            self.client = Some(Client::open(&self.asked.stream)?);
         }
         if self.may_claim() {
             self.claim()?;
@@ -218,17 +229,35 @@ impl Worker {
         self.hand_over()?;
         self.receive()?;
         let try_locked = !self.locked.is_empty() && self.locked_tried.elapsed() >= AGAIN;
-        if !self.answers.is_empty() || try_locked || self.delta.requests > 0 || !self.too_late.is_empty() {
+        if !self.answers.is_empty()
+            || try_locked
+            || self.spent != Spent::default()
+            || !self.too_late.is_empty()
+            || self.money.waits()
+        {
             self.settle(try_locked)?;
         }
         self.next_pass();
-        if let Some((stream, model)) = self.reopen.take_if(|_| self.outstanding.is_empty() && self.waiting.is_empty()) {
-            self.labels = labels(&stream);
-            self.job.max_attempts = stream.task.options.max_attempts;
-            (self.stream, self.model) = (stream, model);
-            self.client = None;
-        }
+        self.open_anew()?;
         self.failures_in_a_row = 0;
+        Ok(())
+    }
+
+    /// Opens the stream anew once nothing of it is open.
+    fn open_anew(&mut self) -> Result<()> {
+        if !self.outstanding.is_empty() || !self.waiting.is_empty() {
+            return Ok(());
+        }
+        if self.reopen.is_some() && self.asked.stream.budget.is_some() {
+            let id = self.job.id;
+            txn::run(|| store::release(id, false))?;
+        }
+        if let Some(asked) = self.reopen.take() {
+            self.labels = labels(&asked.stream);
+            self.job.max_attempts = asked.stream.task.options.max_attempts;
+            self.asked = asked;
+            (self.client, self.money) = (None, Money::default());
+        }
         Ok(())
     }
 
@@ -247,12 +276,19 @@ impl Worker {
             "cancelled" => self.stop(Outcome::Cancelled),
             _ => {}
         }
+        if job.budget != self.job.budget {
+            // What is allowed already may be more than that: nothing more is sent until the stream has been opened anew.
+            self.job.budget = job.budget.clone();
+            self.withdraw();
+            self.reopen = Some(self.asked.clone());
+            self.claimed_in_pass = self.claimed_in_pass.max(1);
+        }
         if job.epoch != self.job.epoch {
             // Resumed or to be retried while this process was still at it.
             self.job.epoch = job.epoch;
             if job.wanted == "running" && self.stopping.take().is_some() {
                 // The gateway sends nothing more on the old stream.
-                self.reopen = Some((self.stream.clone(), self.model.clone()));
+                self.reopen = Some(self.asked.clone());
             }
             txn::run(|| store::begin(&job))?;
             self.job.has_failures = job.has_failures && job.retry_epoch <= job.retried_epoch;
@@ -266,13 +302,18 @@ impl Worker {
     /// Claims no more; what has not been sent comes back, what was sent is awaited.
     fn stop(&mut self, outcome: Outcome) {
         if self.stopping.is_none() {
-            self.waiting.clear();
-            if let Some(client) = &mut self.client {
-                // A connection that is lost is noticed by receive().
-                let _ = client.send(&ToGateway::Withdraw);
-            }
+            self.withdraw();
         }
         self.stopping = Some(outcome);
+    }
+
+    /// What has not been sent comes back.
+    fn withdraw(&mut self) {
+        self.waiting.clear();
+        if let Some(client) = &mut self.client {
+            // A connection that is lost is noticed by receive().
+            let _ = client.send(&ToGateway::Withdraw);
+        }
     }
 
     fn restart_pass(&mut self) {
@@ -292,59 +333,6 @@ impl Worker {
                 self.restart_pass();
             }
         }
-    }
-
-    /// What an error in a transaction means: some pass, some are the job's end.
-    fn fail(&mut self, e: &Error) {
-        self.failures_in_a_row += 1;
-        let id = self.job.id;
-        if e.code == Code::ERRCODE_PROGRAM_LIMIT_EXCEEDED && self.page_size > 1 {
-            // A page of very large texts.
-            self.page_size = (self.page_size / 2).max(1);
-            return;
-        }
-        // A lock is held as long as someone pleases; a VACUUM FULL may take hours.
-        let is_lock = e.code == Code::ERRCODE_LOCK_NOT_AVAILABLE;
-        if is_lock || (settle::is_passing(e.code) && self.failures_in_a_row < MOST_FAILURES) {
-            worker::wait(None, Some(AGAIN));
-            return;
-        }
-        pgrx::log!("llm_batch job {id} stops: {}", e.one_line());
-        self.stop(outcome_of(e));
-    }
-
-    /// Ends the run once it is stopping and nothing is open any more.
-    fn try_end(&mut self) -> Option<End> {
-        // Answers to what was sent are still awaited and written, locked rows for a moment.
-        let is_young = |a: &Answer| a.locked_since.is_none_or(|t| t.elapsed() < LAST_TRIES);
-        if !self.outstanding.is_empty() || !self.answers.is_empty() || self.locked.iter().any(is_young) {
-            return None;
-        }
-        if self.disabled {
-            return Some(End::Again(shared::now() + 1_000_000));
-        }
-        let outcome = self.stopping.clone()?;
-        let (id, epoch) = (self.job.id, self.job.epoch);
-        let entered = txn::run(|| if store::is_installed()? { store::end(id, epoch, &outcome) } else { Ok(true) });
-        match entered {
-            Ok(true) => {}
-            // There is more to do.
-            Ok(false) => {
-                self.stopping = None;
-                self.look_now = true;
-                self.restart_pass();
-                return None;
-            }
-            Err(e) if e.code == Code::ERRCODE_UNDEFINED_TABLE || e.code == Code::ERRCODE_UNDEFINED_OBJECT => {}
-            Err(e) => {
-                pgrx::log!("llm_batch job {id} could not note its end: {}", e.one_line());
-                return Some(End::Died);
-            }
-        }
-        if let Outcome::Paused(_, _, Some(at)) = outcome {
-            shared::want(my_database(), 0, 0, at);
-        }
-        Some(End::Finished)
     }
 }
 
@@ -366,16 +354,4 @@ fn make_plan(job: &Job, table: &plan::Table, stream: &Stream) -> Result<Plan> {
         &[job.relation.into(), job.target_attnum.into()],
     )?;
     Ok(Plan::new(job, table, &target_type.unwrap_or_default(), most_text(stream.model.max_request_tokens)))
-}
-
-/// The state in which an error leaves a job.
-fn outcome_of(e: &Error) -> Outcome {
-    let text = e.one_line();
-    match e.code {
-        Code::ERRCODE_INSUFFICIENT_PRIVILEGE | Code::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION => {
-            Outcome::Paused("owner", Some(text), None)
-        }
-        Code::ERRCODE_CONNECTION_FAILURE => Outcome::Paused("provider_down", Some(text), Some(shared::now() + LATER)),
-        _ => Outcome::Failed(text),
-    }
 }

@@ -3,11 +3,14 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+use llm_batch_gateway::protocol::{Spent, ToGateway};
 use pgrx::pg_sys;
 
+use super::money::Decision;
 use super::{Worker, make_plan};
+use crate::budget;
 use crate::error::Result;
-use crate::job::store::{self, Delta, Failure};
+use crate::job::store::{self, Delta, Failure, Outcome};
 use crate::job::{plan, settle};
 use crate::worker::report;
 use crate::{sql, txn};
@@ -24,15 +27,17 @@ impl Worker {
         }
         self.sample(0, 0);
         let job = &self.job;
-        let (plan, labels, model, stream) = (&mut self.plan, &self.labels, &self.model, &self.stream);
-        let (delta, too_late, known) = (&self.delta, &self.too_late, &mut self.table);
+        let (plan, labels, asked) = (&mut self.plan, &self.labels, &self.asked);
+        let (spent, too_late, known) = (self.spent, &self.too_late, &mut self.table);
         let (rows_per_second, tokens_per_minute) = rates(&self.samples);
-        let batch_ref = &batch;
+        let (batch_ref, money) = (&batch, &self.money);
+        // A job that is about to stop sends nothing more.
+        let may_grant = self.stopping.is_none() && !self.disabled;
         let result = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
             let table = plan::table(job)?;
             if table != *known {
-                *plan = make_plan(job, &table, stream)?;
+                *plan = make_plan(job, &table, &asked.stream)?;
                 *known = table;
             }
             // Deferred constraints raise here, where the row they raise for can be found, not at the commit.
@@ -44,18 +49,25 @@ impl Worker {
             let delta = Delta {
                 done: settled.done,
                 superseded: settled.superseded,
-                requests: delta.requests,
-                input_tokens: delta.input_tokens,
-                output_tokens: delta.output_tokens,
+                reused: settled.reused,
+                spent,
                 rows_per_second,
                 tokens_per_minute,
             };
-            store::write(job.id, model, &delta, settled.failures.iter().chain(too_late))?;
-            Ok(settled)
+            let account = store::write(job.id, asked, &delta, settled.failures.iter().chain(too_late))?;
+            let account = account.filter(|_| may_grant && asked.stream.budget.is_some());
+            let decision = account.as_ref().map_or(Decision::Nothing, |a| money.decide(&a.funds));
+            if let Decision::Grant(allowance) = decision {
+                store::reserve(job.id, allowance)?;
+            }
+            if money.in_doubt {
+                store::release(job.id, true)?;
+            }
+            Ok((settled, decision, account.map(|a| a.spent)))
         });
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
-        let settled = match result {
-            Ok(settled) => settled,
+        let (settled, decision, account) = match result {
+            Ok(done) => done,
             Err(e) => {
                 // Nothing was written. All of it is tried again, if there is any use in that.
                 if settle::is_passing(e.code) {
@@ -64,19 +76,37 @@ impl Worker {
                 return Err(e);
             }
         };
-        let tokens = self.delta.input_tokens + self.delta.output_tokens;
-        self.delta = Delta::default();
+        self.spent = Spent::default();
+        self.money.settled();
+        self.carry_out(decision, account.unwrap_or_default())?;
         let listed_late = !std::mem::take(&mut self.too_late).is_empty();
         if !settled.failures.is_empty() || listed_late {
             self.job.has_failures = true;
         }
-        self.sample(settled.done + settled.failures.len() as i64, tokens);
+        self.sample(settled.done + settled.failures.len() as i64, (spent.input_tokens + spent.output_tokens) as i64);
         for (key, attempts) in settled.changed {
             self.came_too_late(key, attempts);
         }
         for mut answer in settled.locked {
             answer.locked_since.get_or_insert_with(Instant::now);
             self.locked.push(answer);
+        }
+        Ok(())
+    }
+
+    /// Grants what has been reserved, or stops.
+    fn carry_out(&mut self, decision: Decision, spent: String) -> Result<()> {
+        match decision {
+            Decision::Nothing => {}
+            Decision::Grant(allowance) => {
+                if let Some(client) = &mut self.client {
+                    client.send(&ToGateway::Allow(allowance))?;
+                }
+            }
+            Decision::UsedUp(least) => {
+                let text = format!("the budget is used up: {spent} are spent; {}", budget::next_request(least));
+                self.stop(Outcome::Paused("budget", Some(text), None));
+            }
         }
         Ok(())
     }

@@ -1,0 +1,111 @@
+//! Prices and budgets: how much of one the gateway is allowed at a time. It spends nothing that was not granted to it, and what was
+//! granted counts as spent until it says what became of it.
+
+use llm_batch_gateway::protocol::{Allowance, Model, Prices, Spent};
+
+use crate::error::{Error, Result};
+
+/// Dollars per million tokens, as SQL writes them: numbers that must stay exact.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Price {
+    pub input: Option<String>,
+    pub output: Option<String>,
+    /// Of tokens of prompts that the provider had cached.
+    pub cached_input: Option<String>,
+    /// If both prices are known: picodollars a token, rounded up, with the dearer one for tokens of prompts.
+    pub rates: Option<Prices>,
+    /// The same of a cached token.
+    pub cached_rate: u64,
+}
+
+impl Price {
+    /// Refuses a budget in dollars where nobody knows what anything costs.
+    pub fn check(&self, model: &str) -> Result<()> {
+        if self.rates.is_some() {
+            return Ok(());
+        }
+        Err(Error::state(format!("model \"{model}\" has no prices"))
+            .detail("A budget in dollars needs both input_price and output_price.")
+            .hint("Set them with llm_batch.alter_model(), or limit the tokens with max_tokens."))
+    }
+}
+
+/// Where there is no limit.
+pub const UNLIMITED: u64 = u64::MAX;
+/// Requests under way at the same time where the model sets no number.
+const CONCURRENCY: u64 = 16;
+
+/// What a budget has.
+#[derive(Debug, Clone, Copy)]
+pub struct Funds {
+    /// What can still be granted, `UNLIMITED` where there is no limit.
+    pub free: Allowance,
+    /// What is granted, and not known to be spent.
+    pub reserved: Allowance,
+}
+
+/// What a stream should have at hand when a full request may take so much: what may be under way, and half as much again
+/// and more, so that nobody waits for a grant. Not more, since all of it counts as spent after a crash.
+pub fn chunk(full: Allowance, model: &Model) -> Allowance {
+    let requests = model.max_concurrent_requests.map_or(CONCURRENCY, u64::from) * 5 / 2;
+    Allowance { cost: full.cost.saturating_mul(requests), tokens: full.tokens.saturating_mul(requests) }
+}
+
+impl Funds {
+    /// A grant for a stream that can't send its next request, which takes `least`; `None` if the budget does not have it.
+    pub fn grant(&self, least: Allowance, chunk: Allowance) -> Option<Allowance> {
+        let (free, reserved) = (self.free, self.reserved);
+        let has = |free: u64, reserved: u64, least: u64| free.saturating_add(reserved) >= least;
+        let is_enough = has(free.cost, reserved.cost, least.cost) && has(free.tokens, reserved.tokens, least.tokens);
+        // A stream that says it has too little although nothing can be added would say so for ever.
+        let some = |free: u64| free != UNLIMITED && free > 0;
+        (is_enough && (some(free.cost) || some(free.tokens))).then(|| Allowance {
+            cost: part(free.cost, chunk.cost.max(least.cost)),
+            tokens: part(free.tokens, chunk.tokens.max(least.tokens)),
+        })
+    }
+
+    /// More for a stream that has less than half of its chunk left.
+    pub fn top_up(&self, chunk: Allowance) -> Option<Allowance> {
+        let (free, reserved) = (self.free, self.reserved);
+        let is_low = |free: u64, reserved: u64, chunk: u64| free != UNLIMITED && free > 0 && reserved < chunk / 2;
+        (is_low(free.cost, reserved.cost, chunk.cost) || is_low(free.tokens, reserved.tokens, chunk.tokens)).then(
+            || Allowance {
+                cost: part(free.cost, chunk.cost.saturating_sub(reserved.cost)),
+                tokens: part(free.tokens, chunk.tokens.saturating_sub(reserved.tokens)),
+            },
+        )
+    }
+}
+
+fn part(free: u64, wanted: u64) -> u64 {
+    if free == UNLIMITED { UNLIMITED } else { free.min(wanted) }
+}
+
+/// What the gateway has taken from an allowance: cached tokens at the full price, since it knows no other.
+pub fn taken(spent: &Spent, prices: Prices) -> Allowance {
+    let input = spent.input_tokens + spent.unconfirmed_input_tokens;
+    let output = spent.output_tokens + spent.unconfirmed_output_tokens;
+    Allowance {
+        cost: input.saturating_mul(prices.input).saturating_add(output.saturating_mul(prices.output)),
+        tokens: input + output,
+    }
+}
+
+/// What a request that is too large for a budget would take, in words.
+pub fn next_request(least: Allowance) -> String {
+    let cost = if least.cost == 0 { String::new() } else { format!("{} and ", dollars(least.cost)) };
+    format!("the next request may take {cost}{} tokens", least.tokens)
+}
+
+/// Dollars as picodollars.
+pub fn picodollars(dollars: f64) -> u64 {
+    (dollars * 1e12).round().clamp(0.0, 9e18) as u64
+}
+
+/// Picodollars as dollars, without zeros at the end.
+pub fn dollars(picodollars: u64) -> String {
+    let text = format!("${}.{:012}", picodollars / 1_000_000_000_000, picodollars % 1_000_000_000_000);
+    let text = text.trim_end_matches('0');
+    text.strip_suffix('.').unwrap_or(text).to_owned()
+}

@@ -1,0 +1,121 @@
+//! What `backfill()` and `estimate()` are given alike, and what of it is checked before anything is sent.
+
+use std::ffi::CStr;
+
+use pgrx::datum::JsonB;
+use pgrx::prelude::*;
+use serde_json::{Value, json};
+
+use crate::catalog::{self, Target, Use};
+use crate::classifier::{self, Asked};
+use crate::client::check_loaded;
+use crate::error::{Error, Result};
+use crate::model::{current_user, from_name, required};
+use crate::{sql, txn};
+
+/// What to fill, from what, with what.
+pub struct Given<'a> {
+    relation: pg_sys::Oid,
+    pub input: &'a str,
+    column: String,
+    pub task: &'a str,
+    pub filter: Option<&'a str>,
+    pub options: Value,
+}
+
+impl<'a> Given<'a> {
+    pub fn new(
+        relation: Option<pg_sys::Oid>,
+        input: Option<&'a str>,
+        column: Option<&CStr>,
+        task: Option<&'a str>,
+        filter: Option<&'a str>,
+        options: Option<JsonB>,
+    ) -> Result<Self> {
+        Ok(Self {
+            relation: required(relation, "relation")?,
+            input: required(input, "input")?,
+            column: from_name(required(column, "target")?),
+            task: required(task, "task")?,
+            filter,
+            options: options.map(|o| o.0).filter(|o| !o.is_null()).unwrap_or_else(|| json!({})),
+        })
+    }
+
+    /// The table, the role to run as, and the stream, if all is well.
+    pub fn check(&self, call: &str, is_to_write: bool) -> Result<(Target, pg_sys::Oid, Asked)> {
+        check_loaded()?;
+        // SAFETY: reads shared state on the main thread.
+        if unsafe { pg_sys::RecoveryInProgress() } {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION,
+                format!("cannot execute {call} during recovery"),
+            ));
+        }
+        let target = catalog::target(self.relation, &self.column)?;
+        let owner = owner_of(&target)?;
+        let asked = classifier::load(self.task, &self.options)?.stream(owner, false)?;
+        check_rights(&target, owner, is_to_write)?;
+        catalog::check_expression(&target, self.input, Use::Input)?;
+        if let Some(filter) = self.filter {
+            catalog::check_expression(&target, filter, Use::Filter)?;
+        }
+        // A domain's CHECK and a table's expressions may call functions of whoever owns them: never with more rights
+        // than the job will have.
+        txn::as_role(owner, || {
+            catalog::check_labels(&target, asked.stream.task.labels.iter().map(|l| l.label.as_str()))?;
+            sql::rows(
+                &format!(
+                    "SELECT ({}\n)::pg_catalog.text, {} FROM ONLY {} WHERE ({}\n) LIMIT 0",
+                    self.input,
+                    sql::name(&self.column),
+                    target.name,
+                    self.filter.unwrap_or("true")
+                ),
+                &[],
+                |_| Ok(()),
+            )
+        })?;
+        Ok((target, owner, asked))
+    }
+}
+
+/// A job runs as whoever starts it; a superuser's job on another role's table runs as that table's owner, since what
+/// its triggers and expressions do must not be done as a superuser.
+fn owner_of(target: &Target) -> Result<pg_sys::Oid> {
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    let is_superuser = unsafe { pg_sys::superuser_arg(current_user()) };
+    let owner = if is_superuser { target.owner } else { current_user() };
+    let role = sql::row(
+        "SELECT r.rolname::pg_catalog.text, r.rolcanlogin FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) $1",
+        &[owner.into()],
+        |r| Ok((r.get::<String>(1)?, r.get::<bool>(2)?)),
+    )?;
+    match role {
+        Some((_, true)) => Ok(owner),
+        Some((name, false)) => Err(Error::new(
+            PgSqlErrorCode::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
+            format!("role \"{name}\" can't own a job because it can't log in"),
+        )
+        .hint(format!(
+            "A job's worker connects as its owner: ALTER ROLE {} LOGIN, or start it as another role.",
+            sql::name(&name)
+        ))),
+        None => Err(Error::unknown("the job's owner does not exist")),
+    }
+}
+
+fn check_rights(target: &Target, owner: pg_sys::Oid, is_to_write: bool) -> Result<()> {
+    let reads = target.key_names.iter().map(|name| (name, "SELECT"));
+    for (column, right) in is_to_write.then_some((&target.column, "UPDATE")).into_iter().chain(reads) {
+        let may = sql::one::<bool>(
+            "SELECT pg_catalog.has_column_privilege($1, $2, $3, $4)",
+            &[owner.into(), target.relation.into(), column.as_str().into(), right.into()],
+        )?;
+        if may != Some(true) {
+            return Err(Error::denied(format!("permission denied for column \"{column}\" of {}", target.name))
+                .hint("The job's owner needs SELECT on the key, the target and the input, and UPDATE on the target."));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,168 @@
+//! `estimate()`: what a job would take, from a sample of its rows. The gateway packs and counts it as it would a job's
+//! rows, and sends nothing.
+
+use std::ffi::CStr;
+
+use llm_batch_gateway::protocol::{Estimate, FromGateway, Item, Model, ToGateway, most_text};
+use pgrx::datum::{Interval, JsonB};
+use pgrx::iter::TableIterator;
+use pgrx::name;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+use super::check::Given;
+use super::plan::Rows;
+use crate::budget::Price;
+use crate::classifier::Asked;
+use crate::error::{Error, Result};
+use crate::{client, shared, sql, txn};
+
+/// Most rows of a sample, less than may be without an outcome.
+const MOST_ROWS: i32 = 4_000;
+/// Rows of a sample if nobody says.
+const DEFAULT_ROWS: i32 = 1_000;
+/// Most bytes of their text: a frame holds them even if every byte is escaped.
+const MOST_BYTES: usize = 2 << 20;
+
+/// The rows that a job would find.
+struct Population {
+    /// Rows with text.
+    rows: i64,
+    /// Those that would be sent: of rows with the same text one, where answers are reused.
+    sent: i64,
+    sample: Vec<String>,
+}
+
+/// Counts the rows and draws a sample; as the owner of the job that would be.
+fn look(rows: &Rows, is_reused: bool, most_text: usize, pack: i64, sample: i64) -> Result<Population> {
+    let counted = sql::row(
+        &format!(
+            "SELECT pg_catalog.count(*), {} FROM {} WHERE {} AND {}",
+            if is_reused {
+                format!("pg_catalog.count(DISTINCT {})", rows.hash(0))
+            } else {
+                "pg_catalog.count(*)".into()
+            },
+            rows.from,
+            rows.todo,
+            rows.has_text
+        ),
+        &[],
+        |r| Ok((r.get::<i64>(1)?, r.get::<i64>(2)?)),
+    )?;
+    let (rows_total, sent) = counted.unwrap_or_default();
+    // A part of a request in the sample would count as a whole one for each time the sample fits into the table.
+    let wanted = if sent > sample && sample > pack { sample - sample % pack } else { sample.min(sent) };
+    // More are drawn than are wanted, and of these some at random: the first would be those at the table's beginning.
+    let part = (2 * wanted + 20) as f64 / sent.max(1) as f64;
+    let text = format!("pg_catalog.left({}, {most_text})", rows.input);
+    let (text, drawn, grouped) = if is_reused {
+        // Texts are drawn by their hash: all rows of a text, which are then taken as one, or none of them.
+        let hash = rows.hash(shared::now());
+        let most = (part * 2_f64.powi(63)) as i64;
+        let drawn = format!("({hash} OPERATOR(pg_catalog.&) {}) OPERATOR(pg_catalog.<=) {most}", i64::MAX);
+        (format!("pg_catalog.min({text})"), drawn, format!("GROUP BY {hash}"))
+    } else {
+        (text, format!("pg_catalog.random() OPERATOR(pg_catalog.<) {part}::pg_catalog.float8"), String::new())
+    };
+    let mut sample = sql::rows(
+        &format!(
+            "SELECT {text} FROM {} WHERE {} AND {} AND {drawn} {grouped} ORDER BY pg_catalog.random() LIMIT {wanted}",
+            rows.from, rows.todo, rows.has_text
+        ),
+        &[],
+        |r| r.get::<String>(1),
+    )?;
+    let drawn = sample.len();
+    let mut bytes = 0;
+    sample.retain(|text| {
+        let before = bytes;
+        bytes += text.len();
+        before < MOST_BYTES
+    });
+    if sample.len() < drawn && sample.len() as i64 > pack {
+        sample.truncate(sample.len() - sample.len() % pack as usize);
+    }
+    Ok(Population { rows: rows_total, sent, sample })
+}
+
+fn estimate_of(given: &Given, most_rows: i32) -> Result<(Population, Estimate, Asked)> {
+    if !(1..=MOST_ROWS).contains(&most_rows) {
+        return Err(Error::invalid("\"sample_rows\" must be from 1 to 4000"));
+    }
+    let (target, owner, asked) = given.check("estimate()", false)?;
+    let stream = &asked.stream;
+    let rows = Rows::new(&target.name, target.is_partitioned, given.input, &target.column, given.filter);
+    let options = &stream.task.options;
+    let pack = i64::from(options.max_rows_per_request.max(1));
+    let most_text = most_text(stream.model.max_request_tokens);
+    let population = txn::as_role(owner, || look(&rows, options.reuse, most_text, pack, i64::from(most_rows)))?;
+    let items = population.sample.iter().zip(0..).map(|(text, n)| Item { n, text: text.clone() }).collect();
+    let estimate = client::ask(stream, &ToGateway::Estimate(items), |message| match message {
+        FromGateway::Estimated(estimate) => Ok(Some(estimate)),
+        _ => Ok(None),
+    })?;
+    Ok((population, estimate, asked))
+}
+
+/// Dollars, if the prices are known.
+fn cost(price: &Price, input: i64, output: i64) -> Result<Option<AnyNumeric>> {
+    sql::one(
+        "SELECT pg_catalog.trim_scale((($1::pg_catalog.numeric OPERATOR(pg_catalog.*) $3) OPERATOR(pg_catalog.+)
+                                       ($2::pg_catalog.numeric OPERATOR(pg_catalog.*) $4)) OPERATOR(pg_catalog.*) 0.000001)",
+        &[price.input.as_deref().into(), price.output.as_deref().into(), input.into(), output.into()],
+    )
+}
+
+/// What the tightest of the limits takes.
+fn duration(model: &Model, requests: i64, input: i64, output: i64) -> Option<Interval> {
+    let limits = [
+        (requests, model.requests_per_minute),
+        (input.saturating_add(output), model.tokens_per_minute),
+        (input, model.input_tokens_per_minute),
+        (output, model.output_tokens_per_minute),
+    ];
+    let minutes = limits.iter().filter_map(|(n, limit)| Some(*n as f64 / (*limit)? as f64)).reduce(f64::max)?;
+    Interval::new(0, 0, ((minutes * 60.0).ceil() * 1e6) as i64).ok()
+}
+
+// pgrx reads the columns off the signature, so that it can't be an alias.
+#[allow(clippy::type_complexity)]
+#[allow(clippy::too_many_arguments)]
+#[pg_extern(sql = false)]
+fn estimate(
+    relation: Option<pg_sys::Oid>,
+    input: Option<&str>,
+    target: Option<&CStr>,
+    task: Option<&str>,
+    filter: Option<&str>,
+    options: Option<JsonB>,
+    sample_rows: Option<i32>,
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (
+            name!(rows, i64),
+            name!(requests, i64),
+            name!(input_tokens, i64),
+            name!(output_tokens, i64),
+            name!(cost, Option<AnyNumeric>),
+            name!(duration, Option<Interval>),
+            name!(sample_rows, i64),
+            name!(example_request, Option<JsonB>),
+        ),
+    >,
+    ErrorReport,
+> {
+    let given = Given::new(relation, input, target, task, filter, options)?;
+    let (population, estimate, asked) = estimate_of(&given, sample_rows.unwrap_or(DEFAULT_ROWS))?;
+    let sample = population.sample.len() as i64;
+    let scale = |n: u64| (n as i128 * i128::from(population.sent) / i128::from(sample.max(1))) as i64;
+    // The last request may be small, and is one nevertheless.
+    let requests = scale(estimate.requests).max(i64::from(estimate.requests > 0));
+    let (input, output) = (scale(estimate.input_tokens), scale(estimate.output_tokens));
+    let example = estimate.example.and_then(|text| serde_json::from_str(&text).ok()).map(JsonB);
+    let cost = cost(&asked.price, input, output)?;
+    let duration = duration(&asked.stream.model, requests, input, output);
+    Ok(TableIterator::once((population.rows, requests, input, output, cost, duration, sample, example)))
+}

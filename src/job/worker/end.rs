@@ -1,0 +1,94 @@
+//! How a run ends: by what went wrong, or because nothing is left to do.
+
+use llm_batch_gateway::protocol::Spent;
+use pgrx::PgSqlErrorCode as Code;
+
+use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, Worker};
+use crate::error::Error;
+use crate::job::settle::{self, Answer};
+use crate::job::store::{self, Delta, Outcome};
+use crate::shared::{self, End};
+use crate::txn;
+use crate::worker::{self, my_database};
+
+impl Worker {
+    /// What an error in a transaction means: some pass, some are the job's end.
+    pub(super) fn fail(&mut self, e: &Error) {
+        self.failures_in_a_row += 1;
+        let id = self.job.id;
+        if e.code == Code::ERRCODE_PROGRAM_LIMIT_EXCEEDED && self.page_size > 1 {
+            // A page of very large texts.
+            self.page_size = (self.page_size / 2).max(1);
+            return;
+        }
+        // A lock is held as long as someone pleases; a VACUUM FULL may take hours.
+        let is_lock = e.code == Code::ERRCODE_LOCK_NOT_AVAILABLE;
+        if is_lock || (settle::is_passing(e.code) && self.failures_in_a_row < MOST_FAILURES) {
+            worker::wait(None, Some(AGAIN));
+            return;
+        }
+        pgrx::log!("llm_batch job {id} stops: {}", e.one_line());
+        self.stop(outcome_of(e));
+    }
+
+    /// Ends the run once it is stopping and nothing is open any more.
+    pub(super) fn try_end(&mut self) -> Option<End> {
+        // Answers to what was sent are still awaited and written, locked rows for a moment.
+        let is_young = |a: &Answer| a.locked_since.is_none_or(|t| t.elapsed() < LAST_TRIES);
+        if !self.outstanding.is_empty() || !self.answers.is_empty() || self.locked.iter().any(is_young) {
+            return None;
+        }
+        let outcome = if self.disabled { None } else { Some(self.stopping.clone()?) };
+        let (id, epoch, asked, in_doubt) = (self.job.id, self.job.epoch, &self.asked, self.money.in_doubt);
+        let rest = Delta { spent: self.spent, ..Delta::default() };
+        let entered = txn::run(|| {
+            if !store::is_installed()? {
+                return Ok(true);
+            }
+            if self.spent != Spent::default() {
+                store::write(id, asked, &rest, [])?;
+            }
+            match &outcome {
+                Some(outcome) => store::end(id, epoch, outcome, in_doubt),
+                None => store::release(id, in_doubt).map(|()| true),
+            }
+        });
+        if self.disabled {
+            // If nothing could be entered, what is reserved stays so, and counts as spent.
+            return Some(End::Again(shared::now() + 1_000_000));
+        }
+        match entered {
+            Ok(true) => {}
+            // There is more to do.
+            Ok(false) => {
+                self.spent = Spent::default();
+                self.stopping = None;
+                self.look_now = true;
+                self.restart_pass();
+                return None;
+            }
+            Err(e) if e.code == Code::ERRCODE_UNDEFINED_TABLE || e.code == Code::ERRCODE_UNDEFINED_OBJECT => {}
+            Err(e) => {
+                pgrx::log!("llm_batch job {id} could not note its end: {}", e.one_line());
+                return Some(End::Died);
+            }
+        }
+        let outcome = outcome?;
+        if let Outcome::Paused(_, _, Some(at)) = outcome {
+            shared::want(my_database(), 0, 0, at);
+        }
+        Some(End::Finished)
+    }
+}
+
+/// The state in which an error leaves a job.
+pub(super) fn outcome_of(e: &Error) -> Outcome {
+    let text = e.one_line();
+    match e.code {
+        Code::ERRCODE_INSUFFICIENT_PRIVILEGE | Code::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION => {
+            Outcome::Paused("owner", Some(text), None)
+        }
+        Code::ERRCODE_CONNECTION_FAILURE => Outcome::Paused("provider_down", Some(text), Some(shared::now() + LATER)),
+        _ => Outcome::Failed(text),
+    }
+}

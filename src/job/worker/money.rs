@@ -1,0 +1,68 @@
+//! What a job with a budget may spend. The gateway is allowed a chunk at a time; each is entered as reserved, and that
+//! is committed, before the gateway hears of it.
+
+use llm_batch_gateway::protocol::{Allowance, Model, Spent};
+
+use crate::budget::{Funds, chunk};
+
+/// Where the open stream stands.
+#[derive(Debug, Default)]
+pub(super) struct Money {
+    /// What the gateway should have at hand, once it has said what requests take.
+    chunk: Option<Allowance>,
+    /// What its next request takes at least: it can't send it.
+    least: Option<Allowance>,
+    /// The connection was lost: what was granted may have been spent.
+    pub(super) in_doubt: bool,
+}
+
+/// What is to be done about the gateway's allowance.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Decision {
+    Nothing,
+    Grant(Allowance),
+    /// The next request may take this, and the budget does not have it.
+    UsedUp(Allowance),
+}
+
+impl Money {
+    /// The gateway can't go on: its next request takes `least`, a full one `full`.
+    pub(super) fn exhausted(&mut self, least: Allowance, full: Allowance, model: &Model) {
+        self.least = Some(least);
+        self.chunk = Some(chunk(full, model));
+    }
+
+    /// The gateway is gone, and what it was allowed with it.
+    pub(super) fn lost(&mut self) {
+        *self = Self { in_doubt: true, ..Self::default() };
+    }
+
+    /// Something waits for the next settlement.
+    pub(super) fn waits(&self) -> bool {
+        self.least.is_some() || self.in_doubt
+    }
+
+    pub(super) fn decide(&self, funds: &Funds) -> Decision {
+        match (self.least, self.chunk) {
+            (Some(least), Some(chunk)) => funds.grant(least, chunk).map_or(Decision::UsedUp(least), Decision::Grant),
+            (None, Some(chunk)) => funds.top_up(chunk).map_or(Decision::Nothing, Decision::Grant),
+            _ => Decision::Nothing,
+        }
+    }
+
+    /// What was decided is committed.
+    pub(super) fn settled(&mut self) {
+        (self.least, self.in_doubt) = (None, false);
+    }
+}
+
+/// Adds up what was spent.
+pub(super) fn add(sum: &mut Spent, more: &Spent) {
+    sum.requests += more.requests;
+    sum.input_tokens += more.input_tokens;
+    // What can't be more than all of it must not make the cost negative.
+    sum.cached_input_tokens += more.cached_input_tokens.min(more.input_tokens);
+    sum.output_tokens += more.output_tokens;
+    sum.unconfirmed_input_tokens += more.unconfirmed_input_tokens;
+    sum.unconfirmed_output_tokens += more.unconfirmed_output_tokens;
+}

@@ -1,0 +1,193 @@
+//! The budget of a statement: what all its llm_*() calls may spend together. A scalar function is called row by row, so
+//! what was spent is kept from call to call, until another statement begins.
+
+use std::cell::Cell;
+
+use llm_batch_gateway::protocol::{Allowance, Model, Prices, Spent};
+use pgrx::prelude::*;
+use serde_json::Value;
+
+use crate::budget::{self, Funds, Price, UNLIMITED, dollars};
+use crate::error::{Error, Result};
+use crate::settings;
+
+/// What the statement of this moment has spent so far.
+#[derive(Debug, Clone, Copy)]
+struct Totals {
+    /// When it began: no two of a session begin at the same time.
+    began: i64,
+    spent: Allowance,
+    /// What its open streams are allowed, and are not known to have spent.
+    reserved: Allowance,
+    /// Rows that were answered.
+    rows: u64,
+}
+
+const NOTHING: Allowance = Allowance { cost: 0, tokens: 0 };
+
+thread_local! {
+    static TOTALS: Cell<Totals> = const { Cell::new(Totals { began: 0, spent: NOTHING, reserved: NOTHING, rows: 0 }) };
+}
+
+/// When the statement that runs began; a function's or a procedure's is part of whatever called it.
+fn began() -> i64 {
+    // SAFETY: reads a variable on the main thread.
+    unsafe { pg_sys::GetCurrentStatementStartTimestamp() }
+}
+
+fn add(sum: &mut Allowance, more: Allowance) {
+    sum.cost = sum.cost.saturating_add(more.cost);
+    sum.tokens = sum.tokens.saturating_add(more.tokens);
+}
+
+fn subtract(sum: &mut Allowance, less: Allowance) {
+    sum.cost = sum.cost.saturating_sub(less.cost);
+    sum.tokens = sum.tokens.saturating_sub(less.tokens);
+}
+
+/// Takes the budget out of options: `max_cost` and `max_tokens`. The setting holds as well.
+pub fn limit(options: &mut Value) -> Result<Allowance> {
+    let mut take = |key: &str| options.as_object_mut().and_then(|map| map.remove(key)).filter(|v| !v.is_null());
+    let (cost, tokens) = (take("max_cost"), take("max_tokens"));
+    let refuse = |key: &str, value: &Value, hint: &str| {
+        Error::invalid(format!("invalid value for option \"{key}\": {value}")).hint(hint.to_owned())
+    };
+    let cost = match cost {
+        None => UNLIMITED,
+        Some(v) => match v.as_f64().filter(|n| *n > 0.0) {
+            Some(n) => budget::picodollars(n),
+            None => return Err(refuse("max_cost", &v, "It must be a number of dollars greater than zero.")),
+        },
+    };
+    let tokens = match tokens {
+        None => UNLIMITED,
+        Some(v) => match v.as_u64().filter(|n| *n > 0) {
+            Some(n) => n,
+            None => return Err(refuse("max_tokens", &v, "It must be a whole number greater than zero.")),
+        },
+    };
+    Ok(Allowance { cost: cost.min(settings::statement_max_cost().map_or(UNLIMITED, budget::picodollars)), tokens })
+}
+
+/// What an open stream spends of its statement's budget.
+pub struct Purse {
+    began: i64,
+    limit: Allowance,
+    price: Price,
+    /// What the gateway reckons with, if it keeps a budget.
+    prices: Option<Prices>,
+    /// What the stream is allowed, and is not known to have spent.
+    reserved: Allowance,
+    /// What it should have at hand, once the gateway has said what requests take.
+    chunk: Option<Allowance>,
+}
+
+impl Purse {
+    pub fn new(limit: Allowance, price: Price, prices: Option<Prices>) -> Self {
+        let began = began();
+        if TOTALS.get().began != began {
+            TOTALS.set(Totals { began, spent: NOTHING, reserved: NOTHING, rows: 0 });
+        }
+        Self { began, limit, price, prices, reserved: NOTHING, chunk: None }
+    }
+
+    /// What one was allowed, the other may spend.
+    pub fn is_same(&self, other: &Self) -> bool {
+        (self.began, self.limit) == (other.began, other.limit)
+    }
+
+    /// Of a statement that is over nothing is kept any more.
+    fn change(&self, f: impl FnOnce(&mut Totals)) {
+        let mut totals = TOTALS.get();
+        if totals.began == self.began {
+            f(&mut totals);
+            TOTALS.set(totals);
+        }
+    }
+
+    fn funds(&self) -> Funds {
+        let Totals { mut spent, reserved, .. } = TOTALS.get();
+        add(&mut spent, reserved);
+        let left = |limit: u64, gone: u64| if limit == UNLIMITED { UNLIMITED } else { limit.saturating_sub(gone) };
+        let free = Allowance { cost: left(self.limit.cost, spent.cost), tokens: left(self.limit.tokens, spent.tokens) };
+        Funds { free, reserved: self.reserved }
+    }
+
+    fn reserve(&mut self, allowance: Allowance) -> Allowance {
+        let limited = |n: u64| if n == UNLIMITED { 0 } else { n };
+        let more = Allowance { cost: limited(allowance.cost), tokens: limited(allowance.tokens) };
+        add(&mut self.reserved, more);
+        self.change(|t| add(&mut t.reserved, more));
+        allowance
+    }
+
+    /// A grant for a stream that can't send its next request.
+    pub fn grant(&mut self, least: Allowance, full: Allowance, model: &Model) -> Result<Allowance> {
+        let chunk = *self.chunk.insert(budget::chunk(full, model));
+        let allowance = self.funds().grant(least, chunk).ok_or_else(|| self.used_up(least))?;
+        Ok(self.reserve(allowance))
+    }
+
+    /// More for a stream that will soon be short of it.
+    pub fn top_up(&mut self) -> Option<Allowance> {
+        let allowance = self.funds().top_up(self.chunk?)?;
+        Some(self.reserve(allowance))
+    }
+
+    /// Enters what the gateway says was spent, and how many rows were answered.
+    pub fn spend(&mut self, spent: &Spent, rows: u64) {
+        let mut taken = budget::taken(spent, self.prices.unwrap_or_default());
+        taken = Allowance { cost: taken.cost.min(self.reserved.cost), tokens: taken.tokens.min(self.reserved.tokens) };
+        subtract(&mut self.reserved, taken);
+        let rates = self.price.rates.unwrap_or_default();
+        let cached = spent.cached_input_tokens.min(spent.input_tokens);
+        let mut paid = budget::taken(spent, rates);
+        paid.cost -= rates.input.saturating_sub(self.price.cached_rate).saturating_mul(cached).min(paid.cost);
+        self.change(|t| {
+            subtract(&mut t.reserved, taken);
+            add(&mut t.spent, paid);
+            t.rows += rows;
+        });
+    }
+
+    /// The stream is closed, or lost. In doubt all it was allowed may have been spent.
+    pub fn release(&mut self, in_doubt: bool) {
+        let reserved = std::mem::replace(&mut self.reserved, NOTHING);
+        self.chunk = None;
+        self.change(|t| {
+            subtract(&mut t.reserved, reserved);
+            if in_doubt {
+                add(&mut t.spent, reserved);
+            }
+        });
+    }
+
+    /// 53400: the next request may take `least`, and the budget does not have it.
+    fn used_up(&self, least: Allowance) -> Error {
+        let (limit, Totals { spent: gone, rows, .. }) = (self.limit, TOTALS.get());
+        let mut spent = Vec::new();
+        if limit.cost != UNLIMITED {
+            spent.push(format!("{} of {}", dollars(gone.cost), dollars(limit.cost)));
+        }
+        let of = if limit.tokens == UNLIMITED { String::new() } else { format!(" of {}", limit.tokens) };
+        spent.push(format!("{}{of} tokens", gone.tokens));
+        Error::new(PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED, "the budget of the statement is used up")
+            .detail(format!(
+                "{} are spent and {} rows answered; {}.",
+                spent.join(" and "),
+                rows,
+                budget::next_request(least)
+            ))
+            .hint(
+                "Raise llm_batch.statement_max_cost or the option max_cost or max_tokens, or fill a column with \
+             llm_batch.backfill(), which keeps what was paid for.",
+            )
+    }
+}
+
+impl Drop for Purse {
+    /// Of a call that ended in an error, requests may be under way.
+    fn drop(&mut self) {
+        self.release(true);
+    }
+}
