@@ -98,7 +98,7 @@ class Early:
 
     def __init__(self, provider: Provider) -> None:
         self.stats: dict = {}
-        self.timer = threading.Timer(5, lambda: self.stats.update(provider.stats()))
+        self.timer = threading.Timer(5, lambda: self.stats.update(provider.totals()))
 
     def __enter__(self) -> dict:
         self.timer.start()

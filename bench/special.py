@@ -91,14 +91,14 @@ def barrier(sessions: int = 50, rounds: int = 5) -> Result:
         for session in all_sessions:
             session.line()
         for n in range(1, rounds + 1):
-            before = provider.stats()["requests"]
+            before = provider.totals()["requests"]
             begin = time.time() + 1.5
             for place, session in enumerate(all_sessions, 1):
                 text = _quoted(n * sessions + place)
                 session.send(f"SELECT 'slept' FROM pg_sleep_until(to_timestamp({begin})); SELECT llm_classify('{text}', 'topic')")
             answers = [(session.line(), session.line())[1] for session in all_sessions]
             took.append(time.time() - begin)
-            requests.append(provider.stats()["requests"] - before)
+            requests.append(provider.totals()["requests"] - before)
             if not all(answers):
                 raise RuntimeError("a session got no label")
         for session in all_sessions:
@@ -129,7 +129,7 @@ def interactive(window: int, calls: int = 30) -> Result:
         time.sleep(window)
         provider.reset()
         alone = [call() for _ in range(20)]
-        latency_ms = provider.stats().get("latency_ms_mean")  # of the request itself, as the provider knows it
+        latency_ms = provider.totals().get("latency_ms_mean")  # of the request itself, as the provider knows it
         reference = latency_ms / 1000 if latency_ms else statistics.mean(alone)
         time.sleep(window)
         provider.reset()
@@ -140,7 +140,7 @@ def interactive(window: int, calls: int = 30) -> Result:
             beside.append(call())
             time.sleep(1)
         progress = cluster.progress(job)
-        stats = provider.stats()
+        stats = provider.totals()
         cluster.sql(f"SELECT llm_batch.cancel({job})")
         session.close()
     if progress["status"] != "running":

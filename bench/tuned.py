@@ -61,7 +61,7 @@ class Client:
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self.http = httpx.AsyncClient(base_url=base_url, timeout=120, limits=limits)
         self.limiter = limiter
-        self.tokens_per_byte = 0.35  # learnt
+        self.tokens, self.bytes = 0.35, 1.0  # a guess at their relation, until the first bill
         self.write = writer(answers)
         self.lost = 0
 
@@ -85,8 +85,8 @@ class Client:
         lines = "".join(f"{place}: {json.dumps(text, ensure_ascii=False)}\n" for place, (_, text) in enumerate(rows, 1))
         body = {"model": MODEL, "response_format": {"type": "json_object"},
                 "messages": [{"role": "system", "content": SYSTEM_PACK}, {"role": "user", "content": lines}]}
-        size = len(SYSTEM_PACK) + len(lines)
-        entry = await self.limiter.reserve(size * self.tokens_per_byte)
+        size = len(SYSTEM_PACK) + len(lines)  # not bytes exactly, nor need it be
+        entry = await self.limiter.reserve(size * self.tokens / self.bytes)
         try:
             response = await self.http.post("/chat/completions", json=body)
         except httpx.TransportError:
@@ -99,7 +99,7 @@ class Client:
         reply = response.raise_for_status().json()
         tokens = reply["usage"]["total_tokens"]
         self.limiter.settle(entry, tokens)
-        self.tokens_per_byte += 0.3 * (tokens / size - self.tokens_per_byte)
+        self.tokens, self.bytes = self.tokens + tokens, self.bytes + size
         try:
             answers = json.loads(reply["choices"][0]["message"]["content"])
         except (TypeError, ValueError):
