@@ -160,6 +160,7 @@ pub struct Limiter {
     crowded_until: u64,
     share: Share,
     blocked_until: u64,
+    started: u64,
 }
 
 impl Limiter {
@@ -176,6 +177,7 @@ impl Limiter {
             crowded_until: 0,
             share: Share::whole(),
             blocked_until: 0,
+            started,
         };
         limiter.set_limits(limits, started);
         // The longer window holds what the shorter one would have let through in it.
@@ -386,6 +388,10 @@ impl Limiter {
         // So is a refusal although what it said was heeded.
         if left == Left::default() || now < self.crowded_until {
             self.share.refused(now);
+            // What we supposed of the time before the start is no longer needed: now we know better.
+            for window in &mut self.windows {
+                window.forget_before(self.started);
+            }
         }
         if left != Left::default() {
             self.crowded_until = self.crowded_until.max(now + CROWDED_FOR);
