@@ -141,8 +141,12 @@ class Cluster:
         command = self.psql(*(x for name, value in variables.items() for x in ("-v", f"{name}={value}")), *what)
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True) as process:
-            process.stdin.writelines(stdin)
-            out, error = process.communicate()
+            try:
+                process.stdin.writelines(stdin)
+                out, error = process.communicate()
+            except BaseException:  # told to stop: not only when the job is done
+                process.kill()
+                raise
         if process.returncode:
             raise RuntimeError(error.strip() or f"psql ended with {process.returncode}")
         return out.strip()
