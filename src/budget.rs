@@ -53,16 +53,16 @@ pub fn chunk(full: Allowance, model: &Model) -> Allowance {
 
 impl Funds {
     /// A grant for a stream that can't send its next request, which takes `least`; `None` if the budget does not have it.
-    pub fn grant(&self, least: Allowance, chunk: Allowance) -> Option<Allowance> {
+    /// It may be nothing: then the stream makes do with what it has. Not twice, or it would ask for ever.
+    pub fn grant(&self, least: Allowance, chunk: Allowance, is_again: bool) -> Option<Allowance> {
         let (free, reserved) = (self.free, self.reserved);
         let has = |free: u64, reserved: u64, least: u64| free.saturating_add(reserved) >= least;
         let is_enough = has(free.cost, reserved.cost, least.cost) && has(free.tokens, reserved.tokens, least.tokens);
-        // A stream that says it has too little although nothing can be added would say so for ever.
-        let some = |free: u64| free != UNLIMITED && free > 0;
-        (is_enough && (some(free.cost) || some(free.tokens))).then(|| Allowance {
+        let allowance = Allowance {
             cost: part(free.cost, chunk.cost.max(least.cost)),
             tokens: part(free.tokens, chunk.tokens.max(least.tokens)),
-        })
+        };
+        (is_enough && !(is_again && is_nothing(allowance))).then_some(allowance)
     }
 
     /// More for a stream that has less than half of its chunk left.
@@ -76,6 +76,11 @@ impl Funds {
             },
         )
     }
+}
+
+/// Whether it adds to nothing that is limited.
+pub fn is_nothing(allowance: Allowance) -> bool {
+    [allowance.cost, allowance.tokens].iter().all(|n| *n == 0 || *n == UNLIMITED)
 }
 
 fn part(free: u64, wanted: u64) -> u64 {

@@ -147,6 +147,7 @@ impl Worker {
             match client.receive(timeout)? {
                 Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
                     money::add(&mut self.spent, &spent);
+                    self.money.spent(&spent);
                     for o in outcomes {
                         let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
                         self.outstanding_bytes -= bytes;
