@@ -24,8 +24,8 @@ fmt: ## format the Rust code
 install: ## build for release and install into the Postgres of PG_CONFIG
 	@scripts/install release
 
-bench: ## run the benchmarks; results go to bench/results/
-	@bench/run
+bench: ## run the benchmarks, some 12 minutes; results go to bench/results/
+	@bench/run $(BENCH)
 
 clean: demo-stop ## remove what was built; downloads stay
 	cargo clean

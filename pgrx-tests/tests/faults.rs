@@ -163,10 +163,11 @@ fn an_answer_that_is_wrong_for_many_rows_is_asked_again_in_part() {
         (Fault::Http500, 0),
         (Fault::Http503, 0),
         (Fault::RateLimit429, 0),
-        (Fault::TooLarge429, 0),
         (Fault::Status(529, "overloaded".to_owned()), 0),
         (Fault::Status(200, "<html>busy</html>".to_owned()), 0),
         (Fault::Status(200, "{}".to_owned()), 0),
+        // The last one: it says what the limit is, and that is kept to from then on.
+        (Fault::TooLarge429, 0),
     ];
     for (i, (fault, most)) in faults.into_iter().enumerate() {
         let (table, first) = (format!("t{i}"), i as i64 * 100 + 1);
