@@ -118,6 +118,41 @@ fn the_cost_is_the_bill() {
 }
 
 #[test]
+fn cached_tokens_have_a_price_of_their_own() {
+    let (bed, mut c) = bed("money_cached", Config { cache_prefix: true, ..slow(10) }, 2_000);
+    run(
+        &mut c,
+        "SELECT llm_batch.alter_classifier('topic', instruction => repeat('These are tickets of a web shop. ', 300),
+             options => '{\"max_rows_per_request\": 20, \"reuse\": false}');
+         SELECT llm_batch.alter_model('m', cached_input_price => 0.0123)",
+    );
+    let paid = |c: &mut Client| {
+        let s = bed.provider.stats();
+        let (full, cached) = (s.prompt_tokens - s.cached_tokens, s.cached_tokens);
+        let sum = format!("{full} * {INPUT_PRICE} + {cached} * 0.0123 + {} * {OUTPUT_PRICE}", s.completion_tokens);
+        text(c, &format!("SELECT trim_scale(({sum}) * 0.000001)"))
+    };
+    // The budget is for what is paid, although each request is reckoned with at the full price.
+    let job = backfill_with(&mut c, "tickets", "max_cost => 0.006");
+    let p = paused_by_budget(&mut c, job);
+    assert_eq!(p.cost, paid(&mut c));
+    holds(&mut c, &format!("{} BETWEEN 0.0048 AND 0.006", p.cost));
+    run(&mut c, &format!("SELECT llm_batch.alter_job({job}, max_cost => 100), llm_batch.resume({job})"));
+    let p = wait_status(&mut c, job, "done");
+    assert_eq!(p.cost, paid(&mut c));
+    let cached = one(&mut c, "SELECT cached_input_tokens FROM llm_batch.progress");
+    assert_eq!(cached, bed.provider.stats().cached_tokens as i64);
+    assert!(cached * 10 > p.input_tokens * 8, "{cached} of {}", p.input_tokens);
+    // Likewise a statement's.
+    bed.provider.reset_stats();
+    run(&mut c, "SET llm_batch.statement_max_cost = 0.004");
+    used_up(&mut c, "SELECT count(*) FROM llm_classify_batch('SELECT id, body FROM tickets', 'topic')");
+    std::thread::sleep(Duration::from_millis(100));
+    let paid = paid(&mut c);
+    holds(&mut c, &format!("{paid} BETWEEN 0.003 AND 0.004"));
+}
+
+#[test]
 fn max_cost_is_never_passed_and_can_be_raised() {
     let (bed, mut c) = bed("money_cost", slow(10), 2_000);
     // Less than a request, a few requests, a good part of all.
