@@ -1,8 +1,9 @@
 //! Prices and budgets: how much of one the gateway is allowed at a time. It spends nothing that was not granted to it, and what was
 //! granted counts as spent until it says what became of it.
 
-use llm_batch_gateway::protocol::{Allowance, Model, Prices, Spent};
+use llm_batch_gateway::protocol::{Allowance, Prices, Spent, Stream};
 
+use crate::client::WINDOW_ROWS;
 use crate::error::{Error, Result};
 
 /// Dollars per million tokens, as SQL writes them: numbers that must stay exact.
@@ -32,8 +33,6 @@ impl Price {
 
 /// Where there is no limit.
 pub const UNLIMITED: u64 = u64::MAX;
-/// Requests under way at the same time where the model sets no number.
-const CONCURRENCY: u64 = 16;
 
 /// What a budget has.
 #[derive(Debug, Clone, Copy)]
@@ -44,10 +43,14 @@ pub struct Funds {
     pub reserved: Allowance,
 }
 
-/// What a stream should have at hand when a full request may take so much: what may be under way, and half as much again
-/// and more, so that nobody waits for a grant. Not more, since all of it counts as spent after a crash.
-pub fn chunk(full: Allowance, model: &Model) -> Allowance {
-    let requests = model.max_concurrent_requests.map_or(CONCURRENCY, u64::from) * 5 / 2;
+/// What a stream should have at hand when a full request may take so much: what pays for all rows that can be with the
+/// gateway, or for two and a half times the requests that can be under way, if that is less. Then nobody waits for a
+/// grant. Not more, since all of it counts as spent after a crash.
+pub fn chunk(full: Allowance, stream: &Stream) -> Allowance {
+    let rows = u64::from(stream.task.options.max_rows_per_request.max(1));
+    let requests = WINDOW_ROWS as u64 / rows + 1;
+    let most = stream.model.max_concurrent_requests.map_or(requests, |n| u64::from(n) * 5 / 2);
+    let requests = requests.min(most);
     Allowance { cost: full.cost.saturating_mul(requests), tokens: full.tokens.saturating_mul(requests) }
 }
 

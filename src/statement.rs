@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 
-use llm_batch_gateway::protocol::{Allowance, Model, Prices, Spent};
+use llm_batch_gateway::protocol::{Allowance, Prices, Spent, Stream};
 use pgrx::prelude::*;
 use serde_json::Value;
 
@@ -124,8 +124,8 @@ impl Purse {
     }
 
     /// A grant for a stream that can't send its next request.
-    pub fn grant(&mut self, least: Allowance, full: Allowance, model: &Model) -> Result<Allowance> {
-        let chunk = *self.chunk.insert(budget::chunk(full, model));
+    pub fn grant(&mut self, least: Allowance, full: Allowance, stream: &Stream) -> Result<Allowance> {
+        let chunk = *self.chunk.insert(budget::chunk(full, stream));
         let allowance = self.funds().grant(least, chunk, self.in_vain).ok_or_else(|| self.used_up(least))?;
         self.in_vain = budget::is_nothing(allowance);
         Ok(self.reserve(allowance))

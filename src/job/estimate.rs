@@ -51,7 +51,8 @@ fn look(rows: &Rows, is_reused: bool, most_text: usize, pack: i64, most: i64) ->
     )?;
     let (count, sent, bytes) = counted.unwrap_or_default();
     let mean = bytes / sent.max(1) as f64;
-    let most = most.min((MOST_BYTES / mean.max(1.0)) as i64).max(1);
+    // Of less than a request, each row would have to pay for the instructions.
+    let most = most.max(pack).min((MOST_BYTES / mean.max(1.0)) as i64).max(1);
     // A part of a request in the sample would count as a whole one for each time the sample fits into the table.
     let wanted = if sent > most && most > pack { most - most % pack } else { most.min(sent) };
     // More are drawn than are wanted, from all over the table.

@@ -1,7 +1,7 @@
 //! What a job with a budget may spend. The gateway is allowed a chunk at a time; each is entered as reserved, and that
 //! is committed, before the gateway hears of it.
 
-use llm_batch_gateway::protocol::{Allowance, Model, Spent};
+use llm_batch_gateway::protocol::{Allowance, Spent, Stream};
 
 use crate::budget::{Funds, chunk, is_nothing};
 
@@ -29,9 +29,9 @@ pub(super) enum Decision {
 
 impl Money {
     /// The gateway can't go on: its next request takes `least`, a full one `full`.
-    pub(super) fn exhausted(&mut self, least: Allowance, full: Allowance, model: &Model) {
+    pub(super) fn exhausted(&mut self, least: Allowance, full: Allowance, stream: &Stream) {
         self.least = Some(least);
-        self.chunk = Some(chunk(full, model));
+        self.chunk = Some(chunk(full, stream));
     }
 
     /// The gateway is gone, and what it was allowed with it.
