@@ -6,7 +6,6 @@ import queue
 import subprocess
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -58,10 +57,7 @@ class Provider:
 
     def totals(self) -> dict:
         """Its counts without the rows: cheap, so that it can be asked while something is measured."""
-        try:
-            return self._call("/stats/totals")
-        except urllib.error.HTTPError:  # an older provider
-            return self.stats()
+        return self._call("/stats/totals")
 
     def reset(self) -> None:
         self._call("/control", {"reset_stats": True})

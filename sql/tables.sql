@@ -41,7 +41,7 @@ COMMENT ON COLUMN llm_batch.model.output_tokens_per_minute IS 'limit of answer t
 COMMENT ON COLUMN llm_batch.model.input_price IS 'dollars per million prompt tokens';
 COMMENT ON COLUMN llm_batch.model.output_price IS 'dollars per million answer tokens';
 COMMENT ON COLUMN llm_batch.model.cached_input_price IS 'dollars per million prompt tokens that the provider had cached; NULL is as input_price';
-COMMENT ON COLUMN llm_batch.model.max_concurrent_requests IS 'most requests at the same time; NULL is 16';
+COMMENT ON COLUMN llm_batch.model.max_concurrent_requests IS 'most requests at the same time; NULL is as many as prove useful';
 COMMENT ON COLUMN llm_batch.model.request_timeout IS 'how long one request may take';
 COMMENT ON COLUMN llm_batch.model.max_request_tokens IS 'most tokens of one request, prompt and answer together';
 COMMENT ON COLUMN llm_batch.model.parameters IS 'further parameters of each request, such as {"temperature": 0}';

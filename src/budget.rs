@@ -1,8 +1,9 @@
 //! Prices and budgets: how much of one the gateway is allowed at a time. It spends nothing that was not granted to it, and what was
 //! granted counts as spent until it says what became of it.
 
-use llm_batch_gateway::protocol::{Allowance, Model, Prices, Spent};
+use llm_batch_gateway::protocol::{Allowance, Prices, Spent, Stream};
 
+use crate::client::WINDOW_ROWS;
 use crate::error::{Error, Result};
 
 /// Dollars per million tokens, as SQL writes them: numbers that must stay exact.
@@ -32,8 +33,6 @@ impl Price {
 
 /// Where there is no limit.
 pub const UNLIMITED: u64 = u64::MAX;
-/// Requests under way at the same time where the model sets no number.
-const CONCURRENCY: u64 = 16;
 
 /// What a budget has.
 #[derive(Debug, Clone, Copy)]
@@ -44,25 +43,29 @@ pub struct Funds {
     pub reserved: Allowance,
 }
 
-/// What a stream should have at hand when a full request may take so much: what may be under way, and half as much again
-/// and more, so that nobody waits for a grant. Not more, since all of it counts as spent after a crash.
-pub fn chunk(full: Allowance, model: &Model) -> Allowance {
-    let requests = model.max_concurrent_requests.map_or(CONCURRENCY, u64::from) * 5 / 2;
+/// What a stream should have at hand when a full request may take so much: what pays for all rows that can be with the
+/// gateway, or for two and a half times the requests that can be under way, if that is less. Then nobody waits for a
+/// grant. Not more, since all of it counts as spent after a crash.
+pub fn chunk(full: Allowance, stream: &Stream) -> Allowance {
+    let rows = u64::from(stream.task.options.max_rows_per_request.max(1));
+    let requests = WINDOW_ROWS as u64 / rows + 1;
+    let most = stream.model.max_concurrent_requests.map_or(requests, |n| u64::from(n) * 5 / 2);
+    let requests = requests.min(most);
     Allowance { cost: full.cost.saturating_mul(requests), tokens: full.tokens.saturating_mul(requests) }
 }
 
 impl Funds {
     /// A grant for a stream that can't send its next request, which takes `least`; `None` if the budget does not have it.
-    pub fn grant(&self, least: Allowance, chunk: Allowance) -> Option<Allowance> {
+    /// It may be nothing: then the stream makes do with what it has. Not twice, or it would ask for ever.
+    pub fn grant(&self, least: Allowance, chunk: Allowance, is_again: bool) -> Option<Allowance> {
         let (free, reserved) = (self.free, self.reserved);
         let has = |free: u64, reserved: u64, least: u64| free.saturating_add(reserved) >= least;
         let is_enough = has(free.cost, reserved.cost, least.cost) && has(free.tokens, reserved.tokens, least.tokens);
-        // A stream that says it has too little although nothing can be added would say so for ever.
-        let some = |free: u64| free != UNLIMITED && free > 0;
-        (is_enough && (some(free.cost) || some(free.tokens))).then(|| Allowance {
+        let allowance = Allowance {
             cost: part(free.cost, chunk.cost.max(least.cost)),
             tokens: part(free.tokens, chunk.tokens.max(least.tokens)),
-        })
+        };
+        (is_enough && !(is_again && is_nothing(allowance))).then_some(allowance)
     }
 
     /// More for a stream that has less than half of its chunk left.
@@ -76,6 +79,11 @@ impl Funds {
             },
         )
     }
+}
+
+/// Whether it adds to nothing that is limited.
+pub fn is_nothing(allowance: Allowance) -> bool {
+    [allowance.cost, allowance.tokens].iter().all(|n| *n == 0 || *n == UNLIMITED)
 }
 
 fn part(free: u64, wanted: u64) -> u64 {

@@ -14,13 +14,11 @@ use serde_json::json;
 
 use crate::budget::UNLIMITED;
 use crate::classifier::{self, Asked};
-use crate::client::{Client, Received, check_loaded};
+use crate::client::{Client, Received, WINDOW_ROWS, check_loaded};
 use crate::error::{Error, Result};
 use crate::model::current_user;
 use crate::statement::{self, Purse};
 
-/// Rows of a statement that are under way at the same time.
-const WINDOW_ROWS: usize = 2_000;
 /// Bytes of their text.
 const WINDOW_BYTES: usize = 4 << 20;
 /// Rows taken from a query at a time.
@@ -116,7 +114,7 @@ fn ask(
             }
             Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, &model)),
             Received::Message(FromGateway::Exhausted { least, full }) => {
-                client.send(&ToGateway::Allow(purse.grant(least, full, &stream.model)?))?;
+                client.send(&ToGateway::Allow(purse.grant(least, full, &stream)?))?;
             }
             Received::Message(_) | Received::Nothing => {}
             Received::Lost => {

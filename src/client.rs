@@ -17,6 +17,10 @@ use crate::worker::{Socket, wait};
 /// How long a gateway may take to come up or come back.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Rows handed over and not yet answered (of a job: not yet written), above which no more are fetched; a page may go
+/// beyond.
+pub const WINDOW_ROWS: usize = 2_000;
+
 /// A connection to the gateway.
 pub struct Client {
     stream: UnixStream,

@@ -3,7 +3,7 @@
 
 use std::cell::Cell;
 
-use llm_batch_gateway::protocol::{Allowance, Model, Prices, Spent};
+use llm_batch_gateway::protocol::{Allowance, Prices, Spent, Stream};
 use pgrx::prelude::*;
 use serde_json::Value;
 
@@ -80,6 +80,8 @@ pub struct Purse {
     reserved: Allowance,
     /// What it should have at hand, once the gateway has said what requests take.
     chunk: Option<Allowance>,
+    /// The gateway asked for more, got nothing, and nothing was spent since.
+    in_vain: bool,
 }
 
 impl Purse {
@@ -88,7 +90,7 @@ impl Purse {
         if TOTALS.get().began != began {
             TOTALS.set(Totals { began, spent: NOTHING, reserved: NOTHING, rows: 0 });
         }
-        Self { began, limit, price, prices, reserved: NOTHING, chunk: None }
+        Self { began, limit, price, prices, reserved: NOTHING, chunk: None, in_vain: false }
     }
 
     /// What one was allowed, the other may spend.
@@ -122,9 +124,10 @@ impl Purse {
     }
 
     /// A grant for a stream that can't send its next request.
-    pub fn grant(&mut self, least: Allowance, full: Allowance, model: &Model) -> Result<Allowance> {
-        let chunk = *self.chunk.insert(budget::chunk(full, model));
-        let allowance = self.funds().grant(least, chunk).ok_or_else(|| self.used_up(least))?;
+    pub fn grant(&mut self, least: Allowance, full: Allowance, stream: &Stream) -> Result<Allowance> {
+        let chunk = *self.chunk.insert(budget::chunk(full, stream));
+        let allowance = self.funds().grant(least, chunk, self.in_vain).ok_or_else(|| self.used_up(least))?;
+        self.in_vain = budget::is_nothing(allowance);
         Ok(self.reserve(allowance))
     }
 
@@ -136,6 +139,7 @@ impl Purse {
 
     /// Enters what the gateway says was spent, and how many rows were answered.
     pub fn spend(&mut self, spent: &Spent, rows: u64) {
+        self.in_vain &= *spent == Spent::default();
         let mut taken = budget::taken(spent, self.prices.unwrap_or_default());
         taken = Allowance { cost: taken.cost.min(self.reserved.cost), tokens: taken.tokens.min(self.reserved.tokens) };
         subtract(&mut self.reserved, taken);

@@ -118,6 +118,41 @@ fn the_cost_is_the_bill() {
 }
 
 #[test]
+fn cached_tokens_have_a_price_of_their_own() {
+    let (bed, mut c) = bed("money_cached", Config { cache_prefix: true, ..slow(10) }, 2_000);
+    run(
+        &mut c,
+        "SELECT llm_batch.alter_classifier('topic', instruction => repeat('These are tickets of a web shop. ', 300),
+             options => '{\"max_rows_per_request\": 20, \"reuse\": false}');
+         SELECT llm_batch.alter_model('m', cached_input_price => 0.0123)",
+    );
+    let paid = |c: &mut Client| {
+        let s = bed.provider.stats();
+        let (full, cached) = (s.prompt_tokens - s.cached_tokens, s.cached_tokens);
+        let sum = format!("{full} * {INPUT_PRICE} + {cached} * 0.0123 + {} * {OUTPUT_PRICE}", s.completion_tokens);
+        text(c, &format!("SELECT trim_scale(({sum}) * 0.000001)"))
+    };
+    // The budget is for what is paid, although each request is reckoned with at the full price.
+    let job = backfill_with(&mut c, "tickets", "max_cost => 0.006");
+    let p = paused_by_budget(&mut c, job);
+    assert_eq!(p.cost, paid(&mut c));
+    holds(&mut c, &format!("{} BETWEEN 0.0048 AND 0.006", p.cost));
+    run(&mut c, &format!("SELECT llm_batch.alter_job({job}, max_cost => 100), llm_batch.resume({job})"));
+    let p = wait_status(&mut c, job, "done");
+    assert_eq!(p.cost, paid(&mut c));
+    let cached = one(&mut c, "SELECT cached_input_tokens FROM llm_batch.progress");
+    assert_eq!(cached, bed.provider.stats().cached_tokens as i64);
+    assert!(cached * 10 > p.input_tokens * 8, "{cached} of {}", p.input_tokens);
+    // Likewise a statement's.
+    bed.provider.reset_stats();
+    run(&mut c, "SET llm_batch.statement_max_cost = 0.004");
+    used_up(&mut c, "SELECT count(*) FROM llm_classify_batch('SELECT id, body FROM tickets', 'topic')");
+    std::thread::sleep(Duration::from_millis(100));
+    let paid = paid(&mut c);
+    holds(&mut c, &format!("{paid} BETWEEN 0.003 AND 0.004"));
+}
+
+#[test]
 fn max_cost_is_never_passed_and_can_be_raised() {
     let (bed, mut c) = bed("money_cost", slow(10), 2_000);
     // Less than a request, a few requests, a good part of all.
@@ -133,15 +168,15 @@ fn max_cost_is_never_passed_and_can_be_raised() {
         let unsettled = "SELECT count(*) FROM llm_batch.job_state WHERE cost_reserved > 0 OR cost_unconfirmed > 0";
         assert_eq!(one(&mut c, unsettled), 0, "{}", account(&mut c, job));
         assert!(p.left > 0 && p.done == 2_000 - left(&mut c, "tickets"), "{p:?}");
-        // Nothing goes on by itself, and resume() alone does not help.
-        let before = bed.provider.stats().requests;
+        // resume() alone does not help: what was left is not enough for a row.
         run(&mut c, &format!("SELECT llm_batch.resume({job})"));
         paused_by_budget(&mut c, job);
         let (code, message, detail, hint) = error(&mut c, &format!("CALL llm_batch.wait({job})"));
         assert_eq!(code, "55000");
         assert!(message.contains("paused (budget)") && detail.contains("budget"), "{message} {detail}");
         assert!(hint.contains("alter_job") && hint.contains("resume"), "{hint}");
-        assert_eq!(bed.provider.stats().requests, before);
+        let paid = bill(&bed, &mut c);
+        holds(&mut c, &format!("{paid} <= {max_cost}"));
         run(&mut c, &format!("SELECT llm_batch.alter_job({job}, max_cost => 100), llm_batch.resume({job})"));
         let p = wait_status(&mut c, job, "done");
         assert_eq!(p.counts(), (2_000, 2_000, 0, 0, 0, 0));
@@ -410,8 +445,10 @@ fn an_estimate_is_what_the_job_then_takes() {
     assert_eq!(p.done, rows);
     close(requests, p.requests, 2, "requests");
     close(input, p.input_tokens, 2, "input");
-    close(output, p.output_tokens, 2, "output");
-    holds(&mut c, &format!("abs({cost} - {}) <= 0.02 * {}", p.cost, p.cost));
+    // An upper bound: as if each row got the longest label.
+    assert!(output >= p.output_tokens, "{output} {p:?}");
+    close(output, p.output_tokens, 30, "output");
+    holds(&mut c, &format!("{cost} BETWEEN {} AND 1.1 * {}", p.cost, p.cost));
     holds(&mut c, &format!("{cost} = ({input} * {INPUT_PRICE} + {output} * {OUTPUT_PRICE}) * 0.000001"));
 }
 
@@ -425,6 +462,8 @@ fn estimates_count_the_same_text_once() {
              WHERE o.id = CASE WHEN t.id <= 400 THEN t.id WHEN t.id % 4 = 0 THEN 1 ELSE 1 + (t.id * t.id) % 400 END)",
     );
     let texts = one(&mut c, "SELECT count(DISTINCT body) FROM tickets");
+    // As it is unless someone says otherwise.
+    run(&mut c, "SELECT llm_batch.alter_classifier('topic', options => '{}')");
     for sample in [300, 1_000] {
         let ([rows, requests, input, _, _], _) = estimate(&mut c, &format!(", sample_rows => {sample}"));
         assert_eq!((rows, requests), (4_000, (texts + 49) / 50));
@@ -448,8 +487,8 @@ fn estimates_need_nobody_and_change_nothing() {
     run(
         &mut c,
         "CREATE SERVER dead FOREIGN DATA WRAPPER llm_provider OPTIONS (base_url 'http://127.0.0.1:9/v1');
-         SELECT llm_batch.create_model('dead', server => 'dead', model => 'x', tokens_per_minute => 1000,
-             requests_per_minute => 5);
+         SELECT llm_batch.create_model('dead', server => 'dead', model => 'x', tokens_per_minute => 100000,
+             requests_per_minute => 50);
          SELECT llm_batch.create_classifier('dead', labels => '[\"a\", \"b\"]', model => 'dead')",
     );
     let call = |task: &str, more: &str| {
@@ -462,7 +501,7 @@ fn estimates_need_nobody_and_change_nothing() {
         .query_one(
             &format!(
                 "SELECT rows, requests, input_tokens, cost::text, duration = make_interval(secs => greatest(
-                        ceil((input_tokens + output_tokens) * 60.0 / 1000), ceil(requests * 60.0 / 5))::float8),
+                        ceil((input_tokens + output_tokens) * 60.0 / 100000), ceil(requests * 60.0 / 50))::float8),
                         example_request #>> '{{model}}', example_request -> 'messages' IS NOT NULL
                    FROM ({}) e",
                 call("dead", "")
@@ -498,7 +537,7 @@ fn estimates_need_nobody_and_change_nothing() {
         (call("topic", ", options => '{\"max_tokens\": 5}'"), "22023"),
         (call("topic", ", filter => 'no_such_column'"), "42703"),
         (call("nothing", ""), "42704"),
-        (call("topic", "").replace("'body'", "random()::text"), "0A000"),
+        (call("topic", "").replace("'body'", "'random()::text'"), "0A000"),
     ] {
         let (found, message, ..) = error(&mut c, &sql);
         assert_eq!(found, code, "{sql}: {message}");
@@ -514,7 +553,7 @@ fn estimates_need_nobody_and_change_nothing() {
     let row = c.query_one(&call("topic", "").replace("'tickets'", "'parts'"), &[]).unwrap();
     let (rows, requests, sample): (i64, i64, i64) = (row.get(0), row.get(1), row.get("sample_rows"));
     assert_eq!(rows, 2_000);
-    assert!((200..=220).contains(&sample) && (300..=2_000).contains(&requests), "{sample} {requests}");
+    assert!((200..=220).contains(&sample) && (250..=2_000).contains(&requests), "{sample} {requests}");
     let stats = bed.provider.stats();
     assert_eq!(stats.requests, 0, "{stats:?}");
     assert_eq!(one(&mut c, "SELECT count(*) FROM llm_batch.job"), 0);

@@ -21,8 +21,8 @@ use crate::{client, shared, sql, txn};
 const MOST_ROWS: i32 = 4_000;
 /// Rows of a sample if nobody says.
 const DEFAULT_ROWS: i32 = 1_000;
-/// Most bytes of their text: a frame holds them even if every byte is escaped.
-const MOST_BYTES: usize = 2 << 20;
+/// Most bytes of their text, about: a frame holds them even if every byte is escaped.
+const MOST_BYTES: f64 = 2_097_152.0;
 
 /// The rows that a job would find.
 struct Population {
@@ -34,56 +34,70 @@ struct Population {
 }
 
 /// Counts the rows and draws a sample; as the owner of the job that would be.
-fn look(rows: &Rows, is_reused: bool, most_text: usize, pack: i64, sample: i64) -> Result<Population> {
+fn look(rows: &Rows, is_reused: bool, most_text: usize, pack: i64, most: i64) -> Result<Population> {
+    let Rows { from, todo, has_text, .. } = rows;
+    let text = format!("pg_catalog.left({}, {most_text})", rows.input);
+    let group = if is_reused { format!("GROUP BY {}", rows.hash(0)) } else { String::new() };
     let counted = sql::row(
         &format!(
-            "SELECT pg_catalog.count(*), {} FROM {} WHERE {} AND {}",
-            if is_reused {
-                format!("pg_catalog.count(DISTINCT {})", rows.hash(0))
-            } else {
-                "pg_catalog.count(*)".into()
-            },
-            rows.from,
-            rows.todo,
-            rows.has_text
+            "SELECT COALESCE(pg_catalog.sum(q.\"llm_batch n\"), 0)::pg_catalog.int8, pg_catalog.count(*),
+                    COALESCE(pg_catalog.sum(q.\"llm_batch b\"), 0)::pg_catalog.float8
+               FROM (SELECT {n} AS \"llm_batch n\", {b} AS \"llm_batch b\" FROM {from} WHERE {todo} AND {has_text} {group}) q",
+            n = if is_reused { "pg_catalog.count(*)" } else { "1" },
+            b = aggregate(is_reused, &format!("pg_catalog.octet_length({text})")),
         ),
         &[],
-        |r| Ok((r.get::<i64>(1)?, r.get::<i64>(2)?)),
+        |r| Ok((r.get::<i64>(1)?, r.get::<i64>(2)?, r.get::<f64>(3)?)),
     )?;
-    let (rows_total, sent) = counted.unwrap_or_default();
+    let (count, sent, bytes) = counted.unwrap_or_default();
+    let mean = bytes / sent.max(1) as f64;
+    // Of less than a request, each row would have to pay for the instructions.
+    let most = most.max(pack).min((MOST_BYTES / mean.max(1.0)) as i64).max(1);
     // A part of a request in the sample would count as a whole one for each time the sample fits into the table.
-    let wanted = if sent > sample && sample > pack { sample - sample % pack } else { sample.min(sent) };
-    // More are drawn than are wanted, and of these some at random: the first would be those at the table's beginning.
+    let wanted = if sent > most && most > pack { most - most % pack } else { most.min(sent) };
+    // More are drawn than are wanted, from all over the table.
     let part = (2 * wanted + 20) as f64 / sent.max(1) as f64;
-    let text = format!("pg_catalog.left({}, {most_text})", rows.input);
-    let (text, drawn, grouped) = if is_reused {
+    let (drawn, group) = if is_reused {
         // Texts are drawn by their hash: all rows of a text, which are then taken as one, or none of them.
         let hash = rows.hash(shared::now());
-        let most = (part * 2_f64.powi(63)) as i64;
-        let drawn = format!("({hash} OPERATOR(pg_catalog.&) {}) OPERATOR(pg_catalog.<=) {most}", i64::MAX);
-        (format!("pg_catalog.min({text})"), drawn, format!("GROUP BY {hash}"))
+        let threshold = (part * 2_f64.powi(63)) as i64;
+        let drawn = format!("({hash} OPERATOR(pg_catalog.&) {}) OPERATOR(pg_catalog.<=) {threshold}", i64::MAX);
+        (drawn, format!("GROUP BY {hash}"))
     } else {
-        (text, format!("pg_catalog.random() OPERATOR(pg_catalog.<) {part}::pg_catalog.float8"), String::new())
+        (format!("pg_catalog.random() OPERATOR(pg_catalog.<) {part}::pg_catalog.float8"), String::new())
     };
-    let mut sample = sql::rows(
+    let texts = sql::rows(
         &format!(
-            "SELECT {text} FROM {} WHERE {} AND {} AND {drawn} {grouped} ORDER BY pg_catalog.random() LIMIT {wanted}",
-            rows.from, rows.todo, rows.has_text
+            "SELECT {} FROM {from} WHERE {todo} AND {has_text} AND {drawn} {group} ORDER BY pg_catalog.random()",
+            aggregate(is_reused, &text)
         ),
         &[],
         |r| r.get::<String>(1),
     )?;
-    let drawn = sample.len();
+    Ok(Population { rows: count, sent, sample: balanced(texts, wanted, mean) })
+}
+
+/// Of rows with the same text one stands for all.
+fn aggregate(is_reused: bool, expression: &str) -> String {
+    if is_reused { format!("pg_catalog.min({expression})") } else { expression.to_owned() }
+}
+
+/// So many of the texts that their mean length is that of all texts: chance would be some per cent off.
+fn balanced(texts: Vec<String>, wanted: i64, mean: f64) -> Vec<String> {
+    let (mut long, mut short): (Vec<_>, Vec<_>) = texts.into_iter().partition(|t| t.len() as f64 > mean);
+    let mut sample = Vec::new();
     let mut bytes = 0;
-    sample.retain(|text| {
-        let before = bytes;
+    for n in 0..wanted {
+        let next = if bytes as f64 <= n as f64 * mean {
+            long.pop().or_else(|| short.pop())
+        } else {
+            short.pop().or_else(|| long.pop())
+        };
+        let Some(text) = next else { break };
         bytes += text.len();
-        before < MOST_BYTES
-    });
-    if sample.len() < drawn && sample.len() as i64 > pack {
-        sample.truncate(sample.len() - sample.len() % pack as usize);
+        sample.push(text);
     }
-    Ok(Population { rows: rows_total, sent, sample })
+    sample
 }
 
 fn estimate_of(given: &Given, most_rows: i32) -> Result<(Population, Estimate, Asked)> {

@@ -7,7 +7,7 @@ use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, T
 use pgrx::pg_sys;
 
 use super::{AGAIN, CONTROL, LATER, Worker, money};
-use crate::client::Received;
+use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::job::page;
 use crate::job::settle::Answer;
@@ -18,8 +18,6 @@ use crate::{shared, sql, txn};
 /// Rows claimed at first, and at most, at a time: as many as stay below `WINDOW_BYTES`.
 pub const FIRST_PAGE: i64 = 200;
 const LARGEST_PAGE: i64 = 500;
-/// Rows handed over and not yet written, above which no more are claimed; a page may go beyond.
-const WINDOW_ROWS: usize = 2_000;
 /// Bytes of text handed over and not yet answered, above which no more is handed over.
 const WINDOW_BYTES: usize = 4 << 20;
 /// Bytes of text in one message.
@@ -147,6 +145,7 @@ impl Worker {
             match client.receive(timeout)? {
                 Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
                     money::add(&mut self.spent, &spent);
+                    self.money.spent(&spent);
                     for o in outcomes {
                         let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
                         self.outstanding_bytes -= bytes;
@@ -173,7 +172,7 @@ impl Worker {
                     return Ok(());
                 }
                 Received::Message(FromGateway::Exhausted { least, full }) => {
-                    self.money.exhausted(least, full, &self.asked.stream.model);
+                    self.money.exhausted(least, full, &self.asked.stream);
                 }
                 Received::Message(_) => {}
                 Received::Nothing => return Ok(()),

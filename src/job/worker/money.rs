@@ -1,9 +1,9 @@
 //! What a job with a budget may spend. The gateway is allowed a chunk at a time; each is entered as reserved, and that
 //! is committed, before the gateway hears of it.
 
-use llm_batch_gateway::protocol::{Allowance, Model, Spent};
+use llm_batch_gateway::protocol::{Allowance, Spent, Stream};
 
-use crate::budget::{Funds, chunk};
+use crate::budget::{Funds, chunk, is_nothing};
 
 /// Where the open stream stands.
 #[derive(Debug, Default)]
@@ -12,6 +12,8 @@ pub(super) struct Money {
     chunk: Option<Allowance>,
     /// What its next request takes at least: it can't send it.
     least: Option<Allowance>,
+    /// It asked before, got nothing, and nothing was spent since.
+    in_vain: bool,
     /// The connection was lost: what was granted may have been spent.
     pub(super) in_doubt: bool,
 }
@@ -27,9 +29,9 @@ pub(super) enum Decision {
 
 impl Money {
     /// The gateway can't go on: its next request takes `least`, a full one `full`.
-    pub(super) fn exhausted(&mut self, least: Allowance, full: Allowance, model: &Model) {
+    pub(super) fn exhausted(&mut self, least: Allowance, full: Allowance, stream: &Stream) {
         self.least = Some(least);
-        self.chunk = Some(chunk(full, model));
+        self.chunk = Some(chunk(full, stream));
     }
 
     /// The gateway is gone, and what it was allowed with it.
@@ -44,15 +46,24 @@ impl Money {
 
     pub(super) fn decide(&self, funds: &Funds) -> Decision {
         match (self.least, self.chunk) {
-            (Some(least), Some(chunk)) => funds.grant(least, chunk).map_or(Decision::UsedUp(least), Decision::Grant),
+            (Some(least), Some(chunk)) => {
+                funds.grant(least, chunk, self.in_vain).map_or(Decision::UsedUp(least), Decision::Grant)
+            }
             (None, Some(chunk)) => funds.top_up(chunk).map_or(Decision::Nothing, Decision::Grant),
             _ => Decision::Nothing,
         }
     }
 
     /// What was decided is committed.
-    pub(super) fn settled(&mut self) {
+    pub(super) fn settled(&mut self, decision: Decision) {
+        if let Decision::Grant(allowance) = decision {
+            self.in_vain = is_nothing(allowance);
+        }
         (self.least, self.in_doubt) = (None, false);
+    }
+
+    pub(super) fn spent(&mut self, spent: &Spent) {
+        self.in_vain &= *spent == Spent::default();
     }
 }
 

@@ -77,7 +77,7 @@ impl Worker {
             }
         };
         self.spent = Spent::default();
-        self.money.settled();
+        self.money.settled(decision);
         self.carry_out(decision, account.unwrap_or_default())?;
         let listed_late = !std::mem::take(&mut self.too_late).is_empty();
         if !settled.failures.is_empty() || listed_late {
