@@ -349,6 +349,37 @@ fn statements_keep_their_budgets() {
 }
 
 #[test]
+fn a_statement_keeps_its_budget_when_the_gateway_ends() {
+    let (bed, mut c) = bed("money_statement_lost", slow(50), 1_000);
+    let other = &mut bed.connect();
+    // What may have been under way counts: the first has enough nevertheless, the second has not.
+    for (max_tokens, is_enough) in [(200_000, true), (25_000, false)] {
+        bed.provider.reset_stats();
+        let sql = format!(
+            "SELECT count(*) FROM llm_classify_batch('SELECT id, body FROM tickets', 'topic',
+                 '{{\"max_rows_per_request\": 20, \"max_tokens\": {max_tokens}}}')"
+        );
+        std::thread::scope(|scope| {
+            let statement = scope.spawn(|| {
+                if is_enough {
+                    assert_eq!(one(&mut c, &sql), 1_000);
+                } else {
+                    used_up(&mut c, &sql);
+                }
+            });
+            wait_until("it has begun", PATIENCE, || bed.provider.stats().admitted, |n| *n >= 10);
+            run(
+                other,
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE backend_type = 'llm_batch gateway'",
+            );
+            statement.join().unwrap();
+        });
+        std::thread::sleep(Duration::from_millis(100));
+        assert!(tokens(&bed) <= max_tokens, "{}", tokens(&bed));
+    }
+}
+
+#[test]
 fn budgets_that_make_no_sense_cost_nothing() {
     let (bed, mut c) = bed("money_refused", Config::default(), 100);
     model(&mut c, "free", "input_price => 0.15");
