@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lab import GATEWAY, PROVIDER, ROOT, Cluster, CpuByKind, Memory, Provider, Watch
+from lab import GATEWAY, ROOT, Cluster, CpuByKind, Memory, Provider, Watch
 from tickets import label, ticket
 
 PYTHON = ROOT / ".cache/bench-venv/bin/python"
@@ -59,12 +59,6 @@ class Case:
         if self.retry_after != "both":
             options += ["--retry-after", self.retry_after]
         return options
-
-
-def understood(options: list[str]) -> bool:
-    """Whether the fake provider has these options."""
-    usage = subprocess.run([PROVIDER, "--help"], stdout=subprocess.PIPE, text=True, check=True).stdout
-    return all(option in usage.split() for option in options if option.startswith("--"))
 
 
 @dataclass(frozen=True)
@@ -161,7 +155,7 @@ def _script(case: Case, provider: Provider) -> dict:
 
 
 def figures(case: Case, raw: dict) -> dict:
-    """What the table shows. A figure that the provider does not tell is None."""
+    """What the table shows; None for what a client does not have."""
     stats, early = raw["provider"], raw["provider_after_5_s"]
     tokens = stats["prompt_tokens"] + stats["completion_tokens"]
     right = case.rows - raw["lost"] - raw["wrong"]
@@ -169,22 +163,21 @@ def figures(case: Case, raw: dict) -> dict:
     refused = stats["by_status"].get("429", 0)
     late_refused = refused - early.get("by_status", {}).get("429", 0)
     late_requests = stats["requests"] - early.get("requests", 0)
-    latency = stats.get("latency_ms_mean")
     # How many requests have to be under way to use all of the limit.
-    needed = latency and case.tokens_per_minute / 60 * latency / 1000 / (tokens / stats["admitted"])
+    needed = case.tokens_per_minute / 60 * stats["latency_ms_mean"] / 1000 / (tokens / stats["admitted"])
     return {
         "tokens_per_row": per_row,
         "used": stats["window_used"],
-        "used_all": stats.get("window_used_all"),
+        "used_all": stats["window_used_all"],
         "peak_window_tokens": stats["peak_window_tokens"],
         "refused": refused,
         "refused_percent": 100 * refused / stats["requests"],
         "refused_percent_after_5_s": 100 * late_refused / max(late_requests, 1),
         "steady_rows_per_minute": stats["window_used"] * case.tokens_per_minute / per_row,
-        "rows_in_flight_mean": stats.get("rows_in_flight_mean"),
+        "rows_in_flight_mean": stats["rows_in_flight_mean"],
         "rows_in_flight_peak": stats["peak_rows_in_flight"],
         # Of what is needed; where that is less than half a request, one counts as twice as much.
-        "in_flight_multiple": needed and 2 * stats["peak_in_flight"] / max(1, 2 * needed),
+        "in_flight_multiple": 2 * stats["peak_in_flight"] / max(1, 2 * needed),
         "lost": raw["lost"],
         "wrong": raw["wrong"],
         "cpu_ms_per_row": raw["cpu_ms"] / max(right, 1),

@@ -6,7 +6,6 @@ import queue
 import subprocess
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -58,10 +57,7 @@ class Provider:
 
     def totals(self) -> dict:
         """Its counts without the rows: cheap, so that it can be asked while something is measured."""
-        try:
-            return self._call("/stats/totals")
-        except urllib.error.HTTPError:  # an older provider
-            return self.stats()
+        return self._call("/stats/totals")
 
     def reset(self) -> None:
         self._call("/control", {"reset_stats": True})
@@ -141,8 +137,12 @@ class Cluster:
         command = self.psql(*(x for name, value in variables.items() for x in ("-v", f"{name}={value}")), *what)
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True) as process:
-            process.stdin.writelines(stdin)
-            out, error = process.communicate()
+            try:
+                process.stdin.writelines(stdin)
+                out, error = process.communicate()
+            except BaseException:  # told to stop: not only when the job is done
+                process.kill()
+                raise
         if process.returncode:
             raise RuntimeError(error.strip() or f"psql ended with {process.returncode}")
         return out.strip()

@@ -52,6 +52,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         sent += batch.len() as u64;
     }
 
+    let resident = resident_kb()? / 1024;
     let stats = provider.stats();
     let rows = sent * ROWS;
     let right = stats.rows.values().filter(|row| row.answered == row.asked).count() as u64;
@@ -63,7 +64,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         stats.prompt_tokens as f64 / rows as f64,
         cpu as f64 / 1000.0 / rows as f64,
         rows as f64 / wall,
-        resident_kb()? / 1024,
+        resident,
     );
     Ok(())
 }

@@ -156,7 +156,7 @@ impl State {
             let cap = caps[limit as usize]?;
             Some(Standing {
                 per_minute: per_minute(cap, config.window),
-                left: (cap as i64).saturating_sub(self.limits.used(config, limit) as i64),
+                left: signed(cap).saturating_sub(signed(self.limits.used(config, limit))),
                 full_in: self.limits.full_in(now, config, limit),
             })
         })
@@ -249,6 +249,10 @@ fn check(config: &Config, chat: &Chat) -> Result<(), Reply> {
         return Err(Reply::invalid("messages", "context_length_exceeded", &message));
     }
     Ok(())
+}
+
+fn signed(number: u64) -> i64 {
+    i64::try_from(number).unwrap_or(i64::MAX)
 }
 
 /// What a request takes of each limit.

@@ -1,10 +1,10 @@
 //! An OpenAI-compatible chat completions endpoint for tests and benchmarks.
 //!
-//! It enforces limits over an exact rolling window or by token bucket, bills tokens as a provider
-//! does, waits as a model does, and fails on demand. It knows the prompt of
-//! `pg_llm_batch` (see `prompt.rs`): row texts carry markers such as
-//! `#r000123:billing#`, so it can give the right answer and keep count, row by
-//! row, of what was asked and what was answered and paid for.
+//! It enforces limits over an exact rolling window or as token buckets, bills
+//! tokens as a provider does, waits as a model does, and fails on demand. It
+//! knows the prompt of `pg_llm_batch` (see `prompt.rs`): row texts carry markers
+//! such as `#r000123:billing#`, so it can give the right answer and keep count,
+//! row by row, of what was asked and what was answered and paid for.
 //!
 //! The server runs on a thread of its own; the tests that use it stay
 //! synchronous.

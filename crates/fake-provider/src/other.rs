@@ -9,6 +9,8 @@ use crate::{Config, OtherClient};
 const RETRY: Duration = Duration::from_millis(100);
 /// The least time between its requests, lest there be no end of them.
 const LEAST_INTERVAL: Duration = Duration::from_micros(10);
+/// The most tokens of one request: sums of charges must not overflow.
+const MAX_CHARGE: u64 = 1 << 32;
 
 /// When the other client is next.
 #[derive(Default)]
@@ -48,8 +50,9 @@ impl Other {
 fn interval(config: &Config, other: &OtherClient) -> Option<Duration> {
     let share = other.share * limit(config)? as f64;
     let seconds = config.window.as_secs_f64() * other.request_tokens as f64 / share;
-    // No share makes an infinite time, which is no duration.
-    Duration::try_from_secs_f64(seconds).ok().map(|interval| interval.max(LEAST_INTERVAL))
+    // No share makes an infinite time, which is no duration; no tokens make none.
+    let interval = Duration::try_from_secs_f64(seconds).ok().filter(|interval| !interval.is_zero());
+    interval.map(|interval| interval.max(LEAST_INTERVAL))
 }
 
 /// The limit it takes its share of.
@@ -59,10 +62,10 @@ fn limit(config: &Config) -> Option<u64> {
 
 /// What one of its requests takes: the same share of every token limit.
 fn charge(config: &Config, other: &OtherClient) -> Amounts {
-    let tokens = other.request_tokens;
+    let tokens = other.request_tokens.min(MAX_CHARGE);
     let (caps, whole) = (config.caps(), limit(config).unwrap_or(1).max(1));
     let of = |limit: Limit| match caps[limit as usize] {
-        Some(cap) => (tokens as f64 * cap as f64 / whole as f64).round() as u64,
+        Some(cap) => ((tokens as f64 * cap as f64 / whole as f64).round() as u64).min(MAX_CHARGE),
         None => 0,
     };
     [tokens, of(Limit::Input), of(Limit::Output), 1]
@@ -101,6 +104,12 @@ mod tests {
         assert_eq!(other.due(at(36), &config).map(|(due, _)| due), Some(at(36)));
         other.asked(at(36), &config, false);
         assert_eq!(other.due(at(37), &config).map(|(due, _)| due), Some(at(36) + RETRY));
+        for (share, request_tokens) in [(0.0, 1_000), (-1.0, 1_000), (f64::NAN, 1_000), (0.5, 0)] {
+            let nothing = Some(OtherClient { share, request_tokens, ..OtherClient::default() });
+            let config = Config { other_client: nothing, ..config.clone() };
+            let mut other = Other { first: Some(at(1)), next: None };
+            assert_eq!(other.due(at(100), &config), None, "{share} {request_tokens}");
+        }
         config.tokens_per_window = None;
         config.output_tokens_per_window = None;
         assert_eq!(other.due(at(90), &config), None);

@@ -283,6 +283,26 @@ fn another_client_takes_from_the_same_limit() {
     assert_eq!(stats.peak_window_tokens_all, 40_000 + 2 * cost() + stats.other_tokens);
     assert_eq!(client.chat(&three_rows()).status, 429);
 
+    // Set again, it waits for a request of ours again; by either way to set it.
+    let interval = Duration::from_millis(200);
+    client.send(
+        "POST",
+        "/control",
+        "",
+        r#"{"other_client":{"share":90,"request_tokens":30000,"after_seconds":0.5},"reset_stats":true}"#,
+    );
+    assert_eq!(client.receive().unwrap().status, 200);
+    std::thread::sleep(2 * interval);
+    assert_eq!(provider.stats().other_tokens, 0);
+    client.chat(&three_rows());
+    provider.configure(|config| {
+        config.other_client = Some(OtherClient { share: 90.0, request_tokens: 30_000, ..OtherClient::default() });
+    });
+    std::thread::sleep(4 * interval);
+    assert_eq!(provider.stats().other_tokens, 0);
+    client.chat(&three_rows());
+    wait_for(&provider, |stats| stats.other_tokens >= 60_000);
+
     client.send("POST", "/control", "", r#"{"other_client":null,"reset_stats":true}"#);
     assert_eq!(client.receive().unwrap().status, 200);
     std::thread::sleep(Duration::from_millis(250));

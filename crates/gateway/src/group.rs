@@ -60,8 +60,9 @@ pub struct Group {
     system: String,
     /// Tokens of the fixed prefix.
     prefix_tokens: usize,
-    /// Tokens of the longest answer to one row.
+    /// Tokens of the longest answer to one row, and of the mean one.
     answer_tokens: usize,
+    pub mean_answer_tokens: f64,
     /// Rows that have not been asked yet, by client; the first one's turn is next.
     fresh: VecDeque<(u64, VecDeque<Row>)>,
     retry: VecDeque<Row>,
@@ -106,8 +107,9 @@ impl Group {
         let legend = Legend::new(&task.labels, task.options.codes, &tokens::count);
         let system = prompt::system(task, &legend);
         let shape = task.options.answer_shape;
-        let answer_tokens =
-            legend.codes().iter().map(|c| tokens::count(&prompt::sample_answer(shape, c))).max().unwrap_or(1);
+        let answers = legend.codes().iter().map(|c| tokens::count(&prompt::sample_answer(shape, c)));
+        let answer_tokens = answers.clone().max().unwrap_or(1);
+        let mean_answer_tokens = answers.sum::<usize>() as f64 / legend.codes().len().max(1) as f64;
         let most_rows = task.options.max_rows_per_request as usize;
         let model = &stream.model;
         let scope = serde_json::json!([
@@ -127,6 +129,7 @@ impl Group {
             prefix_tokens: tokens::count(&system) + FRAME_TOKENS,
             system,
             answer_tokens,
+            mean_answer_tokens,
             legend: Rc::new(legend),
             stream,
             fresh: VecDeque::new(),

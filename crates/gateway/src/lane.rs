@@ -17,6 +17,8 @@ const INTERACTIVE_EXTRA: usize = 2;
 const SPARE_ANSWER_TOKENS: u64 = 16;
 /// Most that grows to, for models that think before they answer.
 const MOST_SPARE_ANSWER_TOKENS: u64 = 16_384;
+/// What a sum keeps with each further answer.
+const RECENT: f64 = 0.99;
 /// Answers after which we know how long they are.
 const ENOUGH_ANSWERS: u32 = 3;
 
@@ -49,18 +51,28 @@ pub struct Measured {
     pub prompt: Ratio,
     /// Tokens of an answer for each that we expect.
     pub answer: Ratio,
+    /// Tokens of recent answers: as the mean over the labels has it, and in truth.
+    means: (f64, f64),
     /// Answers that were seen, up to enough.
     answers: u32,
 }
 
 impl Measured {
-    /// Takes an answer into account: its tokens, and those of the prompt; expected and actual.
-    pub fn observe(&mut self, expected: Tokens, actual: Tokens, is_cut: bool) {
+    /// Takes an answer into account: its tokens, and those of the prompt; expected and actual. `mean`: its tokens if all
+    /// labels were equally frequent.
+    pub fn observe(&mut self, expected: Tokens, mean: f64, actual: Tokens, is_cut: bool) {
         self.prompt.observe(expected.input, actual.input);
         if !is_cut {
             self.answer.observe(expected.output, actual.output);
+            self.means = (self.means.0 * RECENT + mean, self.means.1 * RECENT + actual.output as f64);
             self.answers = (self.answers + 1).min(ENOUGH_ANSWERS);
         }
+    }
+
+    /// Tokens that an answer will have where the mean over the labels has so many.
+    pub fn usual_answer(&self, mean: f64) -> u64 {
+        let (means, actual) = self.means;
+        (if means > 0.0 { mean * actual / means } else { mean }).round() as u64
     }
 
     /// The cap of an answer for which so many tokens are expected by our count: loose until answers have been seen.
@@ -118,7 +130,7 @@ impl Lane {
                 max_completion_tokens: false,
                 spare_answer_tokens: SPARE_ANSWER_TOKENS,
             },
-            measured: Measured { prompt: Ratio::default(), answer: Ratio::default(), answers: 0 },
+            measured: Measured { prompt: Ratio::default(), answer: Ratio::default(), means: (0.0, 0.0), answers: 0 },
             concurrency: Concurrency::default(),
             max_concurrent: None,
             in_flight: 0,

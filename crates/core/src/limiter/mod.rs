@@ -136,10 +136,8 @@ const MOST_SPARE: u64 = 50;
 const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.
 const TRIMMED: f64 = 0.9;
-/// Of what the provider says is left, so many times a request stays.
-const KEEP: f64 = 1.25;
-/// And so many times one is aimed at.
-const AIM: f64 = 0.75;
+/// Of what the provider says is left, this part of a request is to stay.
+const AIM: f64 = 0.5;
 /// How long (ms) what the provider says is left is heeded after it has turned out to be less than we thought.
 const CROWDED_FOR: u64 = 60_000;
 
@@ -160,6 +158,7 @@ pub struct Limiter {
     crowded_until: u64,
     share: Share,
     blocked_until: u64,
+    started: u64,
 }
 
 impl Limiter {
@@ -176,6 +175,7 @@ impl Limiter {
             crowded_until: 0,
             share: Share::whole(),
             blocked_until: 0,
+            started,
         };
         limiter.set_limits(limits, started);
         // The longer window holds what the shorter one would have let through in it.
@@ -277,8 +277,7 @@ impl Limiter {
         let mut at = None;
         for (want, reported) in want.into_iter().zip(self.left_as_reported(now)) {
             if let Some((reported, left)) = reported {
-                // Others use it while our request is on its way.
-                let missing = KEEP * want as f64 - left;
+                let missing = want as f64 - left;
                 if missing > 0.0 {
                     at = at.max(Some(now + reported.comes_in(missing)));
                 }
@@ -386,6 +385,10 @@ impl Limiter {
         // So is a refusal although what it said was heeded.
         if left == Left::default() || now < self.crowded_until {
             self.share.refused(now);
+            // What we supposed of the time before the start is no longer needed: now we know better.
+            for window in &mut self.windows {
+                window.forget_before(self.started);
+            }
         }
         if left != Left::default() {
             self.crowded_until = self.crowded_until.max(now + CROWDED_FOR);

@@ -64,6 +64,13 @@ impl Window {
         }
     }
 
+    /// Forgets what was counted before `start` (ms).
+    pub fn forget_before(&mut self, start: u64) {
+        while let Some((_, amounts)) = self.log.pop_front_if(|(slot, _)| *slot < Self::slot(start)) {
+            subtract(&mut self.sum, amounts);
+        }
+    }
+
     /// Counts amounts in a slot, or in the last one if that is later; returns which.
     pub fn add(&mut self, slot: u64, amounts: Amounts) -> u64 {
         add(&mut self.sum, amounts);

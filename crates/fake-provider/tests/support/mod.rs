@@ -47,7 +47,10 @@ pub struct Client(BufReader<TcpStream>);
 
 impl Client {
     pub fn connect(provider: &FakeProvider) -> Self {
-        let url = provider.base_url();
+        Self::to(&provider.base_url())
+    }
+
+    pub fn to(url: &str) -> Self {
         let address = url.strip_prefix("http://").unwrap().strip_suffix("/v1").unwrap();
         let stream = TcpStream::connect(address).unwrap();
         stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();

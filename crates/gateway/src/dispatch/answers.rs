@@ -53,13 +53,14 @@ impl State {
             request;
         let usage = reply.usage.unwrap_or(estimate);
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        lane.measured.observe(estimate, usage, reply.finish == Finish::Length);
         lane.concurrency.answered(sent, now, usage.output, in_flight);
         lane.answers(now);
         if reply.finish == Finish::Length {
             lane.learned.answers_are_cut();
         }
         let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
+        let mean = rows.len() as f64 * group.mean_answer_tokens;
+        lane.measured.observe(estimate, mean, usage, reply.finish == Finish::Length);
         let counts = group.stream.endpoint.counts;
         lane.limiter.settle(grant, counts.settle(reserved, usage), left(said));
         group.succeeded = true;

@@ -64,9 +64,9 @@ impl State {
         {
             lane.concurrency.troubled(sent, now);
         }
-        if let Trouble::Rate(_) | Trouble::TooLarge = report.trouble
-            && let Some((limit, _)) = headers::limit_in(&message)
-            && message.contains("TPM")
+        // The only place where some say what the limit is.
+        if report.trouble == Trouble::TooLarge
+            && let Some((limit, _)) = headers::limit_in(&message).filter(|(limit, requested)| requested > limit)
         {
             lane.heed_limit(now, limit);
         }
