@@ -1,22 +1,76 @@
 //! Statements through SPI.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::rc::Rc;
+
 use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys::PgOid;
 use pgrx::prelude::*;
-use pgrx::spi::SpiHeapTupleData;
+use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiHeapTupleData, SpiTupleTable};
 use pgrx::{FromDatum, IntoDatum};
 
 use crate::error::{Error, Result};
 
+/// Plans by the text of their statement.
+type Plans = HashMap<String, Rc<OwnedPreparedStatement>>;
+
+thread_local! {
+    static PLANS: RefCell<Option<Plans>> = const { RefCell::new(None) };
+}
+
+/// From now on plans are kept until the process ends: for a job's worker, which runs the same few statements for every
+/// request. Postgres plans anew what a change of tables, roles or the search_path makes invalid.
+pub fn keep_plans() {
+    PLANS.set(Some(Plans::new()));
+}
+
+/// The plan of a statement, if plans are kept.
+fn plan(client: &SpiClient<'_>, query: &str, args: &[DatumWithOid<'_>]) -> Result<Option<Rc<OwnedPreparedStatement>>> {
+    let Some(known) = PLANS.with_borrow(|plans| plans.as_ref().map(|p| p.get(query).cloned())) else { return Ok(None) };
+    if known.is_some() {
+        return Ok(known);
+    }
+    let types: Vec<PgOid> = args.iter().map(|a| PgOid::from(a.oid())).collect();
+    let plan = Rc::new(client.prepare_mut(query, &types)?.keep());
+    PLANS.with_borrow_mut(|plans| plans.as_mut().map(|p| p.insert(query.to_owned(), Rc::clone(&plan))));
+    Ok(Some(plan))
+}
+
+fn select<'c>(
+    client: &SpiClient<'c>,
+    query: &str,
+    limit: Option<i64>,
+    args: &[DatumWithOid<'_>],
+) -> Result<SpiTupleTable<'c>> {
+    match plan(client, query, args)? {
+        Some(plan) => Ok(client.select(&*plan, limit, args)?),
+        None => Ok(client.select(query, limit, args)?),
+    }
+}
+
+fn update<'c>(
+    client: &mut SpiClient<'c>,
+    query: &str,
+    limit: Option<i64>,
+    args: &[DatumWithOid<'_>],
+) -> Result<SpiTupleTable<'c>> {
+    match plan(client, query, args)? {
+        Some(plan) => Ok(client.update(&*plan, limit, args)?),
+        None => Ok(client.update(query, limit, args)?),
+    }
+}
+
 /// Runs a statement; the number of rows it returned or changed.
 pub fn run(query: &str, args: &[DatumWithOid<'_>]) -> Result<usize> {
-    Spi::connect_mut(|client| Ok(client.update(query, None, args)?.len()))
+    Spi::connect_mut(|client| Ok(update(client, query, None, args)?.len()))
 }
 
 /// The first column of the first row of a query that changes nothing; `None` if there is no row or it is NULL. Takes no
 /// transaction id, so that it may run beside parallel workers.
 pub fn one<T: FromDatum + IntoDatum>(query: &str, args: &[DatumWithOid<'_>]) -> Result<Option<T>> {
     Spi::connect(|client| {
-        let rows = client.select(query, Some(1), args)?;
+        let rows = select(client, query, Some(1), args)?;
         if rows.is_empty() { Ok(None) } else { Ok(rows.first().get_one()?) }
     })
 }
@@ -24,7 +78,7 @@ pub fn one<T: FromDatum + IntoDatum>(query: &str, args: &[DatumWithOid<'_>]) -> 
 /// The same for a statement that locks or changes something.
 pub fn one_mut<T: FromDatum + IntoDatum>(query: &str, args: &[DatumWithOid<'_>]) -> Result<Option<T>> {
     Spi::connect_mut(|client| {
-        let rows = client.update(query, Some(1), args)?;
+        let rows = update(client, query, Some(1), args)?;
         if rows.is_empty() { Ok(None) } else { Ok(rows.first().get_one()?) }
     })
 }
@@ -36,12 +90,12 @@ pub fn set_local(name: &str, value: &str) -> Result<()> {
 
 /// Every row of a query that changes nothing, read by `f`.
 pub fn rows<T>(query: &str, args: &[DatumWithOid<'_>], f: impl Fn(&Row) -> Result<T>) -> Result<Vec<T>> {
-    Spi::connect(|client| client.select(query, None, args)?.map(|row| f(&Row(row))).collect())
+    Spi::connect(|client| select(client, query, None, args)?.map(|row| f(&Row(row))).collect())
 }
 
 /// The same for a statement that locks or changes something.
 pub fn rows_mut<T>(query: &str, args: &[DatumWithOid<'_>], f: impl Fn(&Row) -> Result<T>) -> Result<Vec<T>> {
-    Spi::connect_mut(|client| client.update(query, None, args)?.map(|row| f(&Row(row))).collect())
+    Spi::connect_mut(|client| update(client, query, None, args)?.map(|row| f(&Row(row))).collect())
 }
 
 /// The first row, read by `f`.

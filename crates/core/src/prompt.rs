@@ -129,12 +129,17 @@ fn escape_pattern(code: &str) -> String {
     code.chars().flat_map(|c| r"\.+*?()|[]{}^$/".contains(c).then_some('\\').into_iter().chain([c])).collect()
 }
 
-/// The answer to one row as the model is asked to write it: what its output tokens are counted from.
-pub fn sample_answer(shape: AnswerShape, code: &str) -> String {
+/// An answer for these numbers and codes, as the model is asked to write it.
+pub fn answer(shape: AnswerShape, rows: &[(u16, &str)]) -> String {
+    let row = |&(id, code): &(u16, &str)| match shape {
+        AnswerShape::Map | AnswerShape::Properties => format!("\"{id}\":{}", quote(code)),
+        AnswerShape::Object => format!("{{\"i\":{id},\"c\":{}}}", quote(code)),
+        AnswerShape::Compact => quote(&format!("{id}{code}")),
+    };
+    let rows = rows.iter().map(row).collect::<Vec<_>>().join(",");
     match shape {
-        AnswerShape::Map | AnswerShape::Properties => format!("\"417\":{},", quote(code)),
-        AnswerShape::Object => format!("{{\"i\":417,\"c\":{}}},", quote(code)),
-        AnswerShape::Compact => format!("{},", quote(&format!("417{code}"))),
+        AnswerShape::Map | AnswerShape::Properties => format!("{{{rows}}}"),
+        AnswerShape::Object | AnswerShape::Compact => format!("{{\"r\":[{rows}]}}"),
     }
 }
 

@@ -62,7 +62,9 @@ pub struct Group {
     prefix_tokens: usize,
     /// Tokens of the longest answer to one row, and of the mean one.
     answer_tokens: usize,
-    pub mean_answer_tokens: f64,
+    mean_answer_tokens: f64,
+    /// Tokens of an answer beside its rows.
+    answer_frame: usize,
     /// Rows that have not been asked yet, by client; the first one's turn is next.
     fresh: VecDeque<(u64, VecDeque<Row>)>,
     retry: VecDeque<Row>,
@@ -107,9 +109,13 @@ impl Group {
         let legend = Legend::new(&task.labels, task.options.codes, &tokens::count);
         let system = prompt::system(task, &legend);
         let shape = task.options.answer_shape;
-        let answers = legend.codes().iter().map(|c| tokens::count(&prompt::sample_answer(shape, c)));
+        // What a further row adds: at its borders tokens melt together.
+        let answer = |code: &str, rows: usize| tokens::count(&prompt::answer(shape, &vec![(417, code); rows]));
+        let answers = legend.codes().iter().map(|c| answer(c, 3).saturating_sub(answer(c, 2)));
         let answer_tokens = answers.clone().max().unwrap_or(1);
         let mean_answer_tokens = answers.sum::<usize>() as f64 / legend.codes().len().max(1) as f64;
+        let of_one = |c: &String| (2 * answer(c, 2)).saturating_sub(answer(c, 3));
+        let answer_frame = legend.codes().iter().map(of_one).max().unwrap_or(0).saturating_sub(answer_tokens);
         let most_rows = task.options.max_rows_per_request as usize;
         let model = &stream.model;
         let scope = serde_json::json!([
@@ -130,6 +136,7 @@ impl Group {
             system,
             answer_tokens,
             mean_answer_tokens,
+            answer_frame,
             legend: Rc::new(legend),
             stream,
             fresh: VecDeque::new(),
@@ -158,7 +165,7 @@ impl Group {
         }
         let options = &self.stream.task.options;
         let most_tokens = self.stream.model.max_request_tokens;
-        let most = (most_tokens as usize).saturating_sub(self.prefix_tokens + self.answer_tokens);
+        let most = (most_tokens as usize).saturating_sub(self.prefix_tokens + self.answer_frame + self.answer_tokens);
         let line = |quoted: &str| tokens::count(&prompt::row(417, quoted));
         // Counting a text that can't fit anyway would be wasted work.
         let hopeless = item.text.len() >= most_text(most_tokens);
@@ -273,7 +280,7 @@ impl Group {
         if !retry_ready {
             let gathered_at = (self.last_came + GATHER.0).min(self.waiting_since + GATHER.1);
             let is_full = || {
-                let mut total = self.prefix_tokens;
+                let mut total = self.prefix_tokens + self.answer_frame;
                 let enough = |(i, row): (usize, &Row)| {
                     total += row.tokens + self.answer_tokens;
                     i + 1 >= most || total >= tokens
@@ -313,7 +320,7 @@ impl Group {
 
     /// How many of these rows fit into a request of so many tokens, by our count.
     pub fn fit(&self, rows: &[Row], tokens: usize) -> usize {
-        let bounds = Bounds { rows: rows.len(), tokens, fixed: self.prefix_tokens };
+        let bounds = Bounds { rows: rows.len(), tokens, fixed: self.prefix_tokens + self.answer_frame };
         pack::fit(bounds, rows.iter().map(|r| r.tokens + self.answer_tokens))
     }
 
@@ -333,7 +340,12 @@ impl Group {
     pub fn tokens(&self, rows: &[Row], format: Option<&Value>) -> Tokens {
         let schema = format.and_then(|f| f.get("json_schema")).map_or(0, |s| tokens::count(&s.to_string()));
         let prompt = self.prefix_tokens + schema + rows.iter().map(|r| r.tokens).sum::<usize>();
-        Tokens { input: prompt as u64, output: (rows.len() * self.answer_tokens) as u64 }
+        Tokens { input: prompt as u64, output: (rows.len() * self.answer_tokens + self.answer_frame) as u64 }
+    }
+
+    /// Tokens of an answer to so many rows if all labels were equally frequent.
+    pub fn mean_answer(&self, rows: usize) -> f64 {
+        rows as f64 * self.mean_answer_tokens + self.answer_frame as f64
     }
 
     /// The two messages of a request: fixed prefix and rows under these ids.

@@ -42,6 +42,7 @@ const LATER: i64 = 15_000_000;
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
     handle_signals();
+    sql::keep_plans();
     let Some((database, id, owner)) = finder::orders() else { return };
     if shared::comes_up(database, id, my_pid()).is_none() {
         return;

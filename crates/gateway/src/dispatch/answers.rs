@@ -59,7 +59,7 @@ impl State {
             lane.learned.answers_are_cut();
         }
         let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
-        let mean = rows.len() as f64 * group.mean_answer_tokens;
+        let mean = group.mean_answer(rows.len());
         lane.measured.observe(estimate, mean, usage, reply.finish == Finish::Length);
         let counts = group.stream.endpoint.counts;
         lane.limiter.settle(grant, counts.settle(reserved, usage), left(said));
