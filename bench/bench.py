@@ -118,6 +118,8 @@ class Report:
         result = run(case)
         self.result["cases"].append(result)
         print("  " + "  ".join(f"{title} {shown}" for (title, _), shown in zip(COLUMNS, row(result))))
+        if error := result["raw"].get("error"):
+            print(f"  {error}")
         return goals(result, self.result["cases"])
 
     def add_special(self, name: str, measure: Callable[[], special.Result]) -> None:

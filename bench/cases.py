@@ -103,6 +103,16 @@ class Early:
         self.timer.join()
 
 
+def _wait(cluster: Cluster, job: int, most_seconds: float) -> str | None:
+    """Waits for the job; what is wrong if it does not get done. Its rows are lost then, and the rest is told all the same."""
+    try:
+        cluster.wait(job, most_seconds)
+    except RuntimeError as error:
+        cluster.sql(f"SELECT llm_batch.cancel({job})")
+        return str(error).splitlines()[0]
+    return None
+
+
 def _extension(case: Case, provider: Provider) -> dict:
     peak: list[Memory] = []
 
@@ -117,11 +127,11 @@ def _extension(case: Case, provider: Provider) -> dict:
         began = time.monotonic()
         with Early(provider) as early, Watch(1, look):
             job = cluster.backfill()
-            cluster.wait(job, 3 * case.seconds + 60)
+            error = _wait(cluster, job, 3 * case.seconds + 60)
         seconds = time.monotonic() - began
         cpu_ms = cpu.result()
         lost, wrong = cluster.lost_and_wrong()
-        return {"seconds": seconds, "cpu_ms": sum(cpu_ms.values()), "cpu_ms_by_kind": cpu_ms, "lost": lost, "wrong": wrong,
+        return {"seconds": seconds, "error": error, "cpu_ms": sum(cpu_ms.values()), "cpu_ms_by_kind": cpu_ms, "lost": lost, "wrong": wrong,
                 "progress": cluster.progress(job), "gateway_pss_mib": peak[0].pss, "gateway_private_mib": peak[0].private,
                 "gateway_idle_pss_mib": cluster.gateway_idle.pss, "provider_after_5_s": early}
 

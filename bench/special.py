@@ -52,7 +52,7 @@ def million(rows: int = 1_000_000) -> Result:
                     sample[kind] = _memory(memory)
             samples.append(sample)
             if not plan and sample["done"] >= 0.9 * rows:
-                plan.append(_claim_plan(cluster))
+                plan.append(_claim_plan(cluster, sample["done"]))
 
         with Watch(0.5, look):
             job = cluster.backfill()
@@ -63,7 +63,7 @@ def million(rows: int = 1_000_000) -> Result:
 
     # Without the very beginning and end, where the job counts rows and waits for the last answers.
     first, last = _rate(samples, 0.01 * rows, 0.1 * rows), _rate(samples, 0.9 * rows, 0.99 * rows)
-    memory = {kind: {"first tenth": _tenth(samples, kind, 0, 0.1 * rows), "last tenth": _tenth(samples, kind, 0.9 * rows, rows)}
+    memory = {kind: {f"{tenth}. tenth": _most(samples, kind, (tenth - 1) * rows / 10, tenth * rows / 10) for tenth in (1, 5, 10)}
               for kind in (GATEWAY, JOB)}
     claim = plan[0] if plan else ""
     on_key = "using ticket_pkey" in claim and "ticket_topic" not in claim and "Sort" not in claim
@@ -74,9 +74,10 @@ def million(rows: int = 1_000_000) -> Result:
              Goal("last tenth's rate / first's", first and last and last / first, least=0.9),
              Goal("claim reads by the key's index", float(on_key), least=1)]
     for kind, tenths in memory.items():
-        begin, end = tenths["first tenth"], tenths["last tenth"]
+        # Not from the first: the gateway keeps answers for texts that come again, up to llm_batch.gateway_cache.
+        begin, end = tenths["5. tenth"], tenths["10. tenth"]
         grown = end["anonymous"] - begin["anonymous"] if begin and end else None
-        goals.append(Goal(f"MiB that {kind} grew by, without shared memory", grown, most=4))
+        goals.append(Goal(f"MiB that {kind} grew by from half to end", grown, most=4))
     return result, goals
 
 
@@ -163,20 +164,16 @@ def _memory(memory: Memory) -> dict[str, float]:
     return {"pss": memory.pss, "private": memory.private, "anonymous": memory.anonymous}
 
 
-def _claim_plan(cluster: Cluster) -> str:
-    """How Postgres reads a page now, with the settings and the form of src/job/plan.rs."""
+def _claim_plan(cluster: Cluster, last: int) -> str:
+    """How Postgres reads the page after row `last` now, with the settings and the form of src/job/plan.rs."""
     settings = "".join(f"SET enable_{path} = off; " for path in ["sort", "incremental_sort", "seqscan", "bitmapscan"])
-    script = f"""{settings}
-        SELECT max(id) AS last FROM ticket WHERE topic IS NOT NULL \\gset
-        EXPLAIN (ANALYZE, BUFFERS)
+    return cluster.sql(f"""{settings} EXPLAIN (ANALYZE, BUFFERS)
         SELECT array_agg(q.k), array_agg(q.t), array_agg(q.h), array_agg(q.j)
           FROM (SELECT id AS k, left((body)::text, 1000000) AS t, hashtextextended((body)::text COLLATE "C", 0) AS h,
                        jsonb_build_object('id', id) AS j
                   FROM ONLY ticket WHERE topic IS NULL AND (true) AND coalesce((body)::text, '') <> ''
-                   AND id > (ARRAY[:last]::bigint[])[1] ORDER BY id LIMIT 500) q
-        HAVING count(*) > 0;
-        """
-    return cluster.sql(file="/dev/stdin", stdin=[script])
+                   AND id > (ARRAY[{last}]::bigint[])[1] ORDER BY id LIMIT 500) q
+        HAVING count(*) > 0""")
 
 
 def _at(samples: list[dict], done: float) -> float | None:
@@ -192,7 +189,7 @@ def _rate(samples: list[dict], begin: float, end: float) -> float | None:
     return (end - begin) / (last - first) if first and last else None
 
 
-def _tenth(samples: list[dict], kind: str, begin: float, end: float) -> dict[str, float] | None:
+def _most(samples: list[dict], kind: str, begin: float, end: float) -> dict[str, float] | None:
     """The most that a process took while so many rows were done."""
     seen = [s[kind] for s in samples if kind in s and 0 < s["done"] and begin <= s["done"] <= end]
     return {key: max(s[key] for s in seen) for key in seen[0]} if seen else None
