@@ -37,7 +37,8 @@ fn plan(client: &SpiClient<'_>, query: &str, args: &[DatumWithOid<'_>]) -> Resul
     Ok(Some(plan))
 }
 
-fn select<'c>(
+/// Runs a query that changes nothing.
+pub fn select<'c>(
     client: &SpiClient<'c>,
     query: &str,
     limit: Option<i64>,

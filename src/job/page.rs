@@ -5,6 +5,7 @@ use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::prelude::*;
 
 use crate::error::Result;
+use crate::sql;
 
 /// An array value that outlives the transaction it was read in.
 #[derive(Debug)]
@@ -73,7 +74,7 @@ pub struct Claimed {
 /// and the keys as JSON. `None` if it found no rows.
 pub fn claim(query: &str, args: &[DatumWithOid<'_>], key_columns: usize) -> Result<Option<Claimed>> {
     Spi::connect(|client| {
-        let table = client.select(query, None, args)?;
+        let table = sql::select(client, query, None, args)?;
         if table.is_empty() {
             return Ok(None);
         }
