@@ -16,8 +16,8 @@ pub type TextKey = u128;
 pub struct Keys(RandomState, RandomState);
 
 impl Keys {
-    /// `scope` is what the text is asked with, see `Group::scope`.
-    pub fn of(&self, scope: &str, text: &str) -> TextKey {
+    /// `scope` is the key of what the text is asked with, see `Group::scope`.
+    pub fn of(&self, scope: TextKey, text: &str) -> TextKey {
         let half = |state: &RandomState| u128::from(state.hash_one((scope, text)));
         half(&self.0) << 64 | half(&self.1)
     }
@@ -77,8 +77,8 @@ mod tests {
     #[test]
     fn keys_differ_by_scope_and_text() {
         let k = Keys::default();
-        assert_eq!(k.of("a", "b"), k.of("a", "b"));
-        assert_ne!(k.of("a", "b"), k.of("ab", ""));
-        assert_ne!(k.of("a", "b"), k.of("a", "c"));
+        assert_eq!(k.of(1, "b"), k.of(1, "b"));
+        assert_ne!(k.of(1, "b"), k.of(2, "b"));
+        assert_ne!(k.of(1, "b"), k.of(1, "c"));
     }
 }

@@ -11,7 +11,7 @@ use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::prompt;
 use serde_json::Value;
 
-use crate::cache::TextKey;
+use crate::cache::{Keys, TextKey};
 use crate::protocol::{Item, Stream, most_text};
 use crate::purse::Purse;
 use crate::tokens;
@@ -55,8 +55,8 @@ pub struct Waiter {
 pub struct Group {
     pub stream: Rc<Stream>,
     pub legend: Rc<Legend>,
-    /// What an answer depends on, beside the text: rows with the same scope and text have the same answer.
-    pub scope: String,
+    /// Stands for what an answer depends on, beside the text: rows with the same scope and text have the same answer.
+    pub scope: TextKey,
     system: String,
     /// Tokens of the fixed prefix.
     prefix_tokens: usize,
@@ -104,7 +104,7 @@ pub enum Pushed {
 }
 
 impl Group {
-    pub fn new(stream: Rc<Stream>, served: f64) -> Self {
+    pub fn new(stream: Rc<Stream>, keys: &Keys, served: f64) -> Self {
         let task = &stream.task;
         let legend = Legend::new(&task.labels, task.options.codes, &tokens::count);
         let system = prompt::system(task, &legend);
@@ -131,7 +131,7 @@ impl Group {
             task.options.too_long,
         ]);
         Self {
-            scope: scope.to_string(),
+            scope: keys.of(0, &scope.to_string()),
             prefix_tokens: tokens::count(&system) + FRAME_TOKENS,
             system,
             answer_tokens,
@@ -368,7 +368,7 @@ mod tests {
     use crate::protocol::tests::stream;
 
     fn group() -> Group {
-        Group::new(Rc::new(stream()), 0.0)
+        Group::new(Rc::new(stream()), &Keys::default(), 0.0)
     }
 
     fn item(n: u64) -> Item {

@@ -8,6 +8,7 @@ use llm_batch_core::limiter::{Limiter, Limits, Tokens};
 use llm_batch_core::options::StructuredOutput;
 use llm_batch_core::pack::Ratio;
 
+use crate::cache::Keys;
 use crate::group::Group;
 use crate::protocol::Stream;
 
@@ -189,10 +190,10 @@ impl Lane {
     }
 
     /// The group of this key, made if there is none. A new one begins level with the others.
-    pub fn group_or_new(&mut self, key: &str, stream: &Rc<Stream>) -> &mut Group {
+    pub fn group_or_new(&mut self, key: &str, stream: &Rc<Stream>, keys: &Keys) -> &mut Group {
         let i = self.groups.iter().position(|(k, _)| k == key).unwrap_or_else(|| {
             let level = self.groups.iter().map(|(_, g)| g.served).reduce(f64::min).unwrap_or(0.0);
-            self.groups.push((key.to_owned(), Group::new(Rc::clone(stream), level)));
+            self.groups.push((key.to_owned(), Group::new(Rc::clone(stream), keys, level)));
             self.groups.len() - 1
         });
         &mut self.groups[i].1

@@ -198,7 +198,7 @@ impl State {
         let before = c.stream.replace((lane_key.clone(), group_key.clone(), Rc::clone(&stream)));
         let started = self.started;
         let lane = self.lanes.entry(lane_key.clone()).or_insert_with(|| Lane::new(stream.model.limits(), started));
-        lane.group_or_new(&group_key, &stream).purse = purse;
+        lane.group_or_new(&group_key, &stream, &self.keys).purse = purse;
         self.tidy(now, &lane_key);
         if let Some((old, _, _)) = before {
             self.tidy(now, &old);
@@ -259,7 +259,7 @@ impl State {
             let Some(l) = self.lanes.get_mut(&lane) else { continue };
             let Some(g) = l.group(&group) else { continue };
             let reuse = g.stream.task.options.reuse;
-            let key = if reuse { self.keys.of(&g.scope, &item.text) } else { unique };
+            let key = if reuse { self.keys.of(g.scope, &item.text) } else { unique };
             if reuse && let Some(label) = self.cache.get(key, self.settings.cache) {
                 l.rows_reused += 1;
                 self.outcome(waiter, 0, Verdict::Label(label), true);

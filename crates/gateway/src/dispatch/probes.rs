@@ -84,13 +84,13 @@ impl State {
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return sum };
         let (learned, measured) = (lane.learned, lane.measured);
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(stream.model.max_request_tokens);
-        let mut group = Group::new(stream, 0.0);
+        let mut group = Group::new(stream, &self.keys, 0.0);
         if let Some(known) = lane.group(&group_key) {
             group.size = known.size;
         }
         let reuse = group.stream.task.options.reuse;
         for (i, item) in items.into_iter().enumerate() {
-            let key = if reuse { self.keys.of(&group.scope, &item.text) } else { i as u128 };
+            let key = if reuse { self.keys.of(group.scope, &item.text) } else { i as u128 };
             group.push(0, conn, item, key);
         }
         while let Next::Rows(rows) = group.next(u64::MAX / 2, largest as usize) {
