@@ -311,9 +311,12 @@ impl State {
         {
             self.cache.put(row.key, label, self.settings.cache);
         }
-        lane.rows_reused += waiters.len().saturating_sub(1) as u64;
+        let is_label = matches!(verdict, Verdict::Label(_));
+        if is_label {
+            lane.rows_reused += waiters.len().saturating_sub(1) as u64;
+        }
         for (i, waiter) in waiters.into_iter().enumerate() {
-            let reused = i > 0 && matches!(verdict, Verdict::Label(_));
+            let reused = i > 0 && is_label;
             self.outcome(waiter, row.attempts, verdict.clone(), reused);
         }
     }
