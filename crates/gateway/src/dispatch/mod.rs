@@ -359,6 +359,9 @@ impl State {
 
     pub fn configure(&mut self, settings: Settings) {
         let off = self.settings.enabled && !settings.enabled;
+        if settings.cache < self.settings.cache {
+            self.cache = Cache::default();
+        }
         self.settings = settings;
         if off {
             let keys: Vec<LaneKey> = self.lanes.keys().cloned().collect();
