@@ -101,7 +101,7 @@ pub enum Pushed {
 }
 
 impl Group {
-    pub fn new(stream: Rc<Stream>, served: f64) -> Self {
+    pub fn new(stream: Rc<Stream>) -> Self {
         let task = &stream.task;
         let legend = Legend::new(&task.labels, task.options.codes, &tokens::count);
         let system = prompt::system(task, &legend);
@@ -138,7 +138,7 @@ impl Group {
             succeeded: false,
             size: Size::new(most_rows),
             purse: None,
-            served,
+            served: 0.0,
         }
     }
 
@@ -353,7 +353,7 @@ mod tests {
     use crate::protocol::tests::stream;
 
     fn group() -> Group {
-        Group::new(Rc::new(stream()), 0.0)
+        Group::new(Rc::new(stream()))
     }
 
     fn item(n: u64) -> Item {

@@ -239,6 +239,9 @@ impl State {
             return Err("rows came before a stream was opened".to_owned());
         };
         let was_idle = c.outstanding == 0;
+        if let Some(l) = self.lanes.get_mut(&lane) {
+            l.wake(&group);
+        }
         for item in items {
             let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
             if c.outstanding >= MAX_OUTSTANDING_ITEMS
