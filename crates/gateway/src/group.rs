@@ -104,7 +104,7 @@ pub enum Pushed {
 }
 
 impl Group {
-    pub fn new(stream: Rc<Stream>, keys: &Keys, served: f64) -> Self {
+    pub fn new(stream: Rc<Stream>, keys: &Keys) -> Self {
         let task = &stream.task;
         let legend = Legend::new(&task.labels, task.options.codes, &tokens::count);
         let system = prompt::system(task, &legend);
@@ -148,7 +148,7 @@ impl Group {
             succeeded: false,
             size: Size::new(most_rows),
             purse: None,
-            served,
+            served: 0.0,
         }
     }
 
@@ -368,7 +368,7 @@ mod tests {
     use crate::protocol::tests::stream;
 
     fn group() -> Group {
-        Group::new(Rc::new(stream()), &Keys::default(), 0.0)
+        Group::new(Rc::new(stream()), &Keys::default())
     }
 
     fn item(n: u64) -> Item {

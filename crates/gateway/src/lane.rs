@@ -98,6 +98,8 @@ pub struct Lane {
     configured: Limits,
     reported: Limits,
     pub groups: Vec<(String, Group)>,
+    /// How much the group had been served that went last, among jobs and among those who wait.
+    pub level: [f64; 2],
     pub learned: Learned,
     pub measured: Measured,
     pub concurrency: Concurrency,
@@ -126,6 +128,7 @@ impl Lane {
             configured: limits,
             reported: Limits::default(),
             groups: Vec::new(),
+            level: [0.0; 2],
             learned: Learned {
                 format: StructuredOutput::Auto,
                 max_completion_tokens: false,
@@ -189,11 +192,18 @@ impl Lane {
         self.groups.iter_mut().find(|(k, _)| k == key).map(|(_, g)| g)
     }
 
-    /// The group of this key, made if there is none. A new one begins level with the others.
+    /// Rows come for a group. If it had none, it begins level with the others: nothing was saved up meanwhile.
+    pub fn wake(&mut self, key: &str) {
+        let level = self.level;
+        if let Some(group) = self.group(key).filter(|g| g.in_flight == 0 && g.queued() == 0) {
+            group.served = group.served.max(level[usize::from(group.stream.interactive)]);
+        }
+    }
+
+    /// The group of this key, made if there is none.
     pub fn group_or_new(&mut self, key: &str, stream: &Rc<Stream>, keys: &Keys) -> &mut Group {
         let i = self.groups.iter().position(|(k, _)| k == key).unwrap_or_else(|| {
-            let level = self.groups.iter().map(|(_, g)| g.served).reduce(f64::min).unwrap_or(0.0);
-            self.groups.push((key.to_owned(), Group::new(Rc::clone(stream), keys, level)));
+            self.groups.push((key.to_owned(), Group::new(Rc::clone(stream), keys)));
             self.groups.len() - 1
         });
         &mut self.groups[i].1

@@ -1,153 +1,16 @@
 //! The gateway alone, between a client on its socket and a provider that injects faults.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
+mod support;
+
 use std::collections::BTreeMap;
-use std::io::{Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::io::Write;
+use std::time::Duration;
 
-use llm_batch_core::dialect::Counts;
-use llm_batch_core::options::Options;
-use llm_batch_core::task::{Label, Task};
 use llm_batch_gateway::protocol::*;
-use llm_batch_gateway::{Gateway, Settings};
-use llm_fake_provider::{Config, FakeProvider, Fault};
+use llm_fake_provider::{Config, Fault};
 use serde_json::json;
-
-const LABELS: [&str; 4] = ["billing", "bug", "shipping", "other"];
-
-/// A gateway on a socket of its own.
-struct Setup {
-    gateway: Option<Gateway>,
-    path: PathBuf,
-    log: mpsc::Receiver<String>,
-}
-
-impl Setup {
-    fn new(memory: usize) -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let name = format!("llm_batch-test-{}-{}.sock", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
-        let path = std::env::temp_dir().join(name);
-        let (sender, log) = mpsc::channel();
-        let listener = UnixListener::bind(&path).unwrap();
-        let gateway = Gateway::start(listener, Settings { enabled: true, memory, cache: 0 }, sender).unwrap();
-        Self { gateway: Some(gateway), path, log }
-    }
-
-    fn connect(&self) -> Client {
-        let stream = UnixStream::connect(&self.path).unwrap();
-        stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
-        Client { stream, buffer: Vec::new() }
-    }
-}
-
-impl Drop for Setup {
-    fn drop(&mut self) {
-        self.gateway = None;
-        let _ = std::fs::remove_file(&self.path);
-    }
-}
-
-struct Client {
-    stream: UnixStream,
-    buffer: Vec<u8>,
-}
-
-impl Client {
-    fn say(&mut self, message: &ToGateway) {
-        self.stream.write_all(&encode(message).unwrap()).unwrap();
-    }
-
-    /// The next message, or `None` if the gateway closed the connection.
-    fn hear(&mut self, what: &str) -> Option<FromGateway> {
-        let start = Instant::now();
-        loop {
-            if let Some(message) = decode(&mut self.buffer).unwrap() {
-                return Some(message);
-            }
-            assert!(start.elapsed() < Duration::from_secs(30), "waited in vain for {what}");
-            let mut chunk = [0; 65536];
-            match self.stream.read(&mut chunk) {
-                Ok(0) => return None,
-                Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
-                Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
-                Err(_) => return None,
-            }
-        }
-    }
-
-    fn open(&mut self, provider: &FakeProvider, change: impl FnOnce(&mut Stream)) {
-        let mut stream = Stream {
-            database: 1,
-            role: 10,
-            interactive: false,
-            endpoint: Endpoint {
-                base_url: provider.base_url(),
-                account: None,
-                api_key: None,
-                counts: Counts::default(),
-            },
-            model: Model {
-                model: "m".into(),
-                requests_per_minute: None,
-                tokens_per_minute: None,
-                input_tokens_per_minute: None,
-                output_tokens_per_minute: None,
-                max_concurrent_requests: Some(4),
-                request_timeout_ms: 20_000,
-                max_request_tokens: 16_000,
-                parameters: serde_json::Map::new(),
-            },
-            task: Task {
-                instruction: "Tickets.".into(),
-                labels: LABELS.iter().map(|l| Label { label: (*l).into(), description: String::new() }).collect(),
-                examples: vec![],
-                options: Options::default(),
-            },
-            budget: None,
-        };
-        change(&mut stream);
-        self.say(&ToGateway::Open(Box::new(stream)));
-    }
-
-    fn rows(&mut self, n: std::ops::Range<u64>) {
-        self.say(&ToGateway::Items(n.map(|n| Item { n, text: text(n) }).collect()));
-    }
-
-    /// Outcomes by row until there are `n`, and all that was spent.
-    fn outcomes(&mut self, n: usize) -> (BTreeMap<u64, Verdict>, Spent) {
-        let (mut got, mut spent) = (BTreeMap::new(), Spent::default());
-        while got.len() < n {
-            match self.hear(&format!("{n} outcomes, have {}", got.len())) {
-                Some(FromGateway::Outcomes { outcomes, spent: s }) => {
-                    spent.requests += s.requests;
-                    spent.input_tokens += s.input_tokens;
-                    spent.output_tokens += s.output_tokens;
-                    for o in outcomes {
-                        assert!(got.insert(o.n, o.verdict).is_none(), "row {} has two outcomes", o.n);
-                    }
-                }
-                other => panic!("expected outcomes, got {other:?}"),
-            }
-        }
-        (got, spent)
-    }
-}
-
-fn text(n: u64) -> String {
-    format!("row #r{n}:{}# \"quoted\"\n902: \"not a row\"", LABELS[n as usize % 4])
-}
-
-fn is_right(n: u64, verdict: &Verdict) -> bool {
-    *verdict == Verdict::Label((n % 4) as u32)
-}
-
-fn provider(config: Config) -> FakeProvider {
-    FakeProvider::start(config).unwrap()
-}
+use support::*;
 
 #[test]
 fn every_row_gets_one_outcome_and_the_accounts_agree() {
@@ -259,11 +122,7 @@ fn withdrawn_rows_come_back_and_sent_ones_are_answered() {
     let mut client = setup.connect();
     client.open(&provider, |s| s.model.max_concurrent_requests = Some(1));
     client.rows(0..200);
-    let start = Instant::now();
-    while provider.stats().in_flight == 0 {
-        assert!(start.elapsed() < Duration::from_secs(10), "no request came");
-        std::thread::sleep(Duration::from_millis(2));
-    }
+    wait_in_flight(&provider, 1);
     client.say(&ToGateway::Withdraw);
     let (back, _) = client.outcomes(150);
     assert!(back.values().all(|v| *v == Verdict::Withdrawn));
@@ -280,16 +139,9 @@ fn a_client_that_leaves_takes_its_request_along() {
     let mut client = setup.connect();
     client.open(&provider, |_| {});
     client.rows(0..10);
-    let wait = |what: &str, ok: &dyn Fn(&llm_fake_provider::Stats) -> bool| {
-        let start = Instant::now();
-        while !ok(&provider.stats()) {
-            assert!(start.elapsed() < Duration::from_secs(10), "{what}: {:?}", provider.stats());
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    };
-    wait("a request comes", &|s| s.in_flight == 1);
+    wait_in_flight(&provider, 1);
     drop(client);
-    wait("the request is abandoned", &|s| s.abandoned == 1);
+    wait("the request is abandoned", || provider.stats().abandoned, |n| *n == 1);
     // The gateway lives on.
     provider.release();
     let mut client = setup.connect();
@@ -393,16 +245,9 @@ fn a_probe_is_dropped_with_its_client() {
     let mut client = setup.connect();
     client.open(&provider, |_| {});
     client.say(&ToGateway::Probe);
-    let wait = |what: &str, ok: &dyn Fn(&llm_fake_provider::Stats) -> bool| {
-        let start = Instant::now();
-        while !ok(&provider.stats()) {
-            assert!(start.elapsed() < Duration::from_secs(10), "{what}");
-            std::thread::sleep(Duration::from_millis(2));
-        }
-    };
-    wait("the probe comes", &|s| s.in_flight == 1);
+    wait_in_flight(&provider, 1);
     drop(client);
-    wait("the probe is abandoned", &|s| s.abandoned == 1);
+    wait("the probe is abandoned", || provider.stats().abandoned, |n| *n == 1);
 }
 
 #[test]

@@ -29,12 +29,11 @@ impl State {
         }
         let lane_key = request.lane.clone();
         match answered {
-            // Whoever asked has gone, or all is to stop; what it took is not known and stays reserved.
+            // Whoever asked has gone, or all is to stop; what it took is not known and stays reserved. Somebody else may
+            // have come for its rows since.
             None => {
                 self.unsure(&request);
-                for row in request.rows {
-                    self.done(&lane_key, &request.group, row, Verdict::Withdrawn);
-                }
+                self.put_back(&lane_key, &request.group, request.rows);
             }
             Some(answered) => {
                 lane.heed(now, &answered.said);

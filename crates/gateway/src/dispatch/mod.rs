@@ -239,6 +239,9 @@ impl State {
             return Err("rows came before a stream was opened".to_owned());
         };
         let was_idle = c.outstanding == 0;
+        if let Some(l) = self.lanes.get_mut(&lane) {
+            l.wake(&group);
+        }
         for item in items {
             let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
             if c.outstanding >= MAX_OUTSTANDING_ITEMS
@@ -311,9 +314,12 @@ impl State {
         {
             self.cache.put(row.key, label, self.settings.cache);
         }
-        lane.rows_reused += waiters.len().saturating_sub(1) as u64;
+        let is_label = matches!(verdict, Verdict::Label(_));
+        if is_label {
+            lane.rows_reused += waiters.len().saturating_sub(1) as u64;
+        }
         for (i, waiter) in waiters.into_iter().enumerate() {
-            let reused = i > 0 && matches!(verdict, Verdict::Label(_));
+            let reused = i > 0 && is_label;
             self.outcome(waiter, row.attempts, verdict.clone(), reused);
         }
     }
@@ -356,6 +362,9 @@ impl State {
 
     pub fn configure(&mut self, settings: Settings) {
         let off = self.settings.enabled && !settings.enabled;
+        if settings.cache < self.settings.cache {
+            self.cache = Cache::default();
+        }
         self.settings = settings;
         if off {
             let keys: Vec<LaneKey> = self.lanes.keys().cloned().collect();

@@ -84,7 +84,7 @@ impl State {
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return sum };
         let (learned, measured) = (lane.learned, lane.measured);
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(stream.model.max_request_tokens);
-        let mut group = Group::new(stream, &self.keys, 0.0);
+        let mut group = Group::new(stream, &self.keys);
         if let Some(known) = lane.group(&group_key) {
             group.size = known.size;
         }

@@ -110,7 +110,7 @@ impl State {
         lane.order();
         let (allowed, allowed_interactive) = (lane.allowed(false), lane.allowed(true));
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX);
-        let Lane { groups, limiter, learned, measured, in_flight, in_flight_rows, .. } = lane;
+        let Lane { groups, level, limiter, learned, measured, in_flight, in_flight_rows, .. } = lane;
         for (group_key, group) in groups {
             let interactive = group.stream.interactive;
             if *in_flight >= if interactive { allowed_interactive } else { allowed } {
@@ -178,6 +178,8 @@ impl State {
             if let Some(purse) = &mut group.purse {
                 purse.take(draft.worst);
             }
+            let level = &mut level[usize::from(interactive)];
+            *level = level.max(group.served);
             group.count_served(now, rows.len());
             *in_flight += 1;
             *in_flight_rows += rows.len();

@@ -1,0 +1,257 @@
+//! What the tests of the gateway share: a gateway on a socket, clients of it, marked rows.
+
+// Each test file is a crate of its own and uses a part of this.
+#![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+use std::collections::BTreeMap;
+use std::fmt::Debug;
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
+
+use llm_batch_core::dialect::Counts;
+use llm_batch_core::options::Options;
+use llm_batch_core::task::{Label, Task};
+use llm_batch_gateway::protocol::*;
+use llm_batch_gateway::{Gateway, Settings};
+use llm_fake_provider::{Config, FakeProvider};
+
+pub const LABELS: [&str; 4] = ["billing", "bug", "shipping", "other"];
+
+/// For anything that is to happen and is not to be timed.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A gateway on a socket of its own.
+pub struct Setup {
+    gateway: Option<Gateway>,
+    path: PathBuf,
+    pub log: mpsc::Receiver<String>,
+}
+
+impl Setup {
+    /// One that keeps no answers.
+    pub fn new(memory: usize) -> Self {
+        Self::with(Settings { enabled: true, memory, cache: 0 })
+    }
+
+    /// One that keeps answers in so many bytes.
+    pub fn with_cache(cache: usize) -> Self {
+        Self::with(Settings { enabled: true, memory: 64 << 20, cache })
+    }
+
+    fn with(settings: Settings) -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let name = format!("llm_batch-test-{}-{}.sock", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
+        let path = std::env::temp_dir().join(name);
+        let (sender, log) = mpsc::channel();
+        let listener = UnixListener::bind(&path).unwrap();
+        let gateway = Gateway::start(listener, settings, sender).unwrap();
+        Self { gateway: Some(gateway), path, log }
+    }
+
+    pub fn configure(&self, settings: Settings) {
+        self.gateway.as_ref().unwrap().configure(settings);
+    }
+
+    pub fn connect(&self) -> Client {
+        let stream = UnixStream::connect(&self.path).unwrap();
+        stream.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
+        Client { stream, buffer: Vec::new() }
+    }
+
+    /// A client with a stream.
+    pub fn client(&self, provider: &FakeProvider, change: impl FnOnce(&mut Stream)) -> Client {
+        let mut client = self.connect();
+        client.open(provider, change);
+        client
+    }
+}
+
+impl Drop for Setup {
+    fn drop(&mut self) {
+        self.gateway = None;
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+pub struct Client {
+    pub stream: UnixStream,
+    buffer: Vec<u8>,
+}
+
+impl Client {
+    pub fn say(&mut self, message: &ToGateway) {
+        self.stream.write_all(&encode(message).unwrap()).unwrap();
+    }
+
+    /// The next message, or `None` if the gateway closed the connection.
+    #[track_caller]
+    pub fn hear(&mut self, what: &str) -> Option<FromGateway> {
+        let start = Instant::now();
+        loop {
+            if let Some(message) = decode(&mut self.buffer).unwrap() {
+                return Some(message);
+            }
+            assert!(start.elapsed() < PATIENCE, "waited in vain for {what}");
+            let mut chunk = [0; 65536];
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return None,
+                Ok(n) => self.buffer.extend_from_slice(&chunk[..n]),
+                Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                Err(_) => return None,
+            }
+        }
+    }
+
+    pub fn open(&mut self, provider: &FakeProvider, change: impl FnOnce(&mut Stream)) {
+        let mut stream = stream(provider);
+        change(&mut stream);
+        self.say(&ToGateway::Open(Box::new(stream)));
+    }
+
+    /// Rows whose numbers are those of their texts.
+    pub fn rows(&mut self, n: std::ops::Range<u64>) {
+        self.texts(n.map(|n| (n, n)));
+    }
+
+    /// Rows: the number of each and that of its text.
+    pub fn texts(&mut self, rows: impl IntoIterator<Item = (u64, u64)>) {
+        self.say(&ToGateway::Items(rows.into_iter().map(|(n, t)| Item { n, text: text(t) }).collect()));
+    }
+
+    /// The outcomes by row when there are `n`, and all that was spent.
+    #[track_caller]
+    pub fn answers(&mut self, n: usize) -> (BTreeMap<u64, Outcome>, Spent) {
+        let (mut got, mut spent) = (BTreeMap::new(), Spent::default());
+        while got.len() < n {
+            match self.hear(&format!("{n} outcomes, have {}", got.len())) {
+                Some(FromGateway::Outcomes { outcomes, spent: s }) => {
+                    add(&mut spent, &s);
+                    for o in outcomes {
+                        let n = o.n;
+                        assert!(got.insert(n, o).is_none(), "row {n} has two outcomes");
+                    }
+                }
+                other => panic!("expected outcomes, got {other:?}"),
+            }
+        }
+        (got, spent)
+    }
+
+    /// The same without what is beside the verdicts.
+    #[track_caller]
+    pub fn outcomes(&mut self, n: usize) -> (BTreeMap<u64, Verdict>, Spent) {
+        let (got, spent) = self.answers(n);
+        (got.into_iter().map(|(n, o)| (n, o.verdict)).collect(), spent)
+    }
+
+    /// The state of all models, once all that this client has said before has been dealt with. Whatever else comes
+    /// before it is unexpected.
+    #[track_caller]
+    pub fn activity(&mut self) -> Vec<Activity> {
+        self.say(&ToGateway::Activity);
+        match self.hear("the activity") {
+            Some(FromGateway::Activity(activity)) => activity,
+            other => panic!("expected the activity, got {other:?}"),
+        }
+    }
+
+    /// The state of the only model.
+    #[track_caller]
+    pub fn only_activity(&mut self) -> Activity {
+        let all = self.activity();
+        assert_eq!(all.len(), 1, "{all:#?}");
+        all.into_iter().next().unwrap()
+    }
+}
+
+/// A job's stream of a task with [`LABELS`].
+pub fn stream(provider: &FakeProvider) -> Stream {
+    Stream {
+        database: 1,
+        role: 10,
+        interactive: false,
+        endpoint: Endpoint { base_url: provider.base_url(), account: None, api_key: None, counts: Counts::default() },
+        model: Model {
+            model: "m".into(),
+            requests_per_minute: None,
+            tokens_per_minute: None,
+            input_tokens_per_minute: None,
+            output_tokens_per_minute: None,
+            max_concurrent_requests: Some(4),
+            request_timeout_ms: 20_000,
+            max_request_tokens: 16_000,
+            parameters: serde_json::Map::new(),
+        },
+        task: Task {
+            instruction: "Tickets.".into(),
+            labels: labels(&LABELS),
+            examples: vec![],
+            options: Options::default(),
+        },
+        budget: None,
+    }
+}
+
+pub fn labels(labels: &[&str]) -> Vec<Label> {
+    labels.iter().map(|l| Label { label: (*l).into(), description: String::new() }).collect()
+}
+
+pub fn add(sum: &mut Spent, more: &Spent) {
+    sum.requests += more.requests;
+    sum.input_tokens += more.input_tokens;
+    sum.cached_input_tokens += more.cached_input_tokens;
+    sum.output_tokens += more.output_tokens;
+    sum.unconfirmed_input_tokens += more.unconfirmed_input_tokens;
+    sum.unconfirmed_output_tokens += more.unconfirmed_output_tokens;
+}
+
+pub fn text(n: u64) -> String {
+    format!("row #r{n}:{}# \"quoted\"\n902: \"not a row\"", LABELS[n as usize % 4])
+}
+
+/// Whether a text has its label.
+pub fn is_right(text: u64, verdict: &Verdict) -> bool {
+    *verdict == Verdict::Label((text % 4) as u32)
+}
+
+pub fn provider(config: Config) -> FakeProvider {
+    FakeProvider::start(config).unwrap()
+}
+
+/// Looks until `ok`; what was seen last.
+#[track_caller]
+pub fn wait<T: Debug>(what: &str, mut look: impl FnMut() -> T, ok: impl Fn(&T) -> bool) -> T {
+    let start = Instant::now();
+    loop {
+        let seen = look();
+        if ok(&seen) {
+            return seen;
+        }
+        assert!(start.elapsed() < PATIENCE, "waited in vain until {what}: {seen:?}");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+#[track_caller]
+pub fn wait_in_flight(provider: &FakeProvider, n: u64) {
+    wait(&format!("{n} requests are under way"), || provider.stats().in_flight, |in_flight| *in_flight == n);
+}
+
+/// The numbers of the texts in each of the last 100 requests, in the order in which the provider got them.
+pub fn packs(provider: &FakeProvider) -> Vec<Vec<u64>> {
+    let of = |body: &serde_json::Value| {
+        let user = body["messages"][1]["content"].as_str().unwrap_or_default();
+        let number = |s: &str| s.split(':').next().and_then(|n| n.parse().ok());
+        user.split("#r").skip(1).filter_map(number).collect()
+    };
+    provider.bodies().iter().map(of).collect()
+}
+
+/// How often each text was asked.
+pub fn asked(provider: &FakeProvider) -> BTreeMap<u64, u32> {
+    provider.stats().rows.iter().map(|(id, row)| (id.parse().unwrap(), row.asked)).collect()
+}
