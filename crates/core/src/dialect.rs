@@ -69,10 +69,12 @@ pub enum Counts {
 }
 
 impl Counts {
-    /// What to reserve for a request with this prompt and this cap of its answer, in tokens.
-    pub fn reserve(self, prompt: u64, most_answer: u64) -> Tokens {
+    /// What to reserve for a request with this prompt, for whose answer so many tokens are expected, and at most asked
+    /// for.
+    pub fn reserve(self, prompt: u64, expected_answer: u64, most_answer: u64) -> Tokens {
         match self {
-            Self::Used | Self::Reserved => Tokens { input: prompt, output: most_answer },
+            Self::Used => Tokens { input: prompt, output: expected_answer },
+            Self::Reserved => Tokens { input: prompt, output: most_answer },
             Self::Larger => Tokens { input: prompt, output: most_answer.saturating_sub(prompt) },
         }
     }

@@ -76,10 +76,16 @@ impl Measured {
         (if means > 0.0 { mean * actual / means } else { mean }).round() as u64
     }
 
-    /// The cap of an answer for which so many tokens are expected by our count: loose until answers have been seen.
-    pub fn most_answer(&self, expected: u64, spare: u64) -> u64 {
-        let expected = self.answer.apply(expected);
-        let looser = if self.answers < ENOUGH_ANSWERS { expected + 48 } else { expected / 4 };
+    /// Tokens of an answer at most, as answers have been so far; by our count they are so many.
+    pub fn expected_answer(&self, counted: u64) -> u64 {
+        let expected = self.answer.apply(counted);
+        if self.answers < ENOUGH_ANSWERS { expected * 2 } else { expected }
+    }
+
+    /// The cap of an answer of so many tokens by our count: loose until answers have been seen.
+    pub fn most_answer(&self, counted: u64, spare: u64) -> u64 {
+        let expected = self.expected_answer(counted);
+        let looser = if self.answers < ENOUGH_ANSWERS { 48 } else { expected / 4 };
         expected + looser + spare
     }
 

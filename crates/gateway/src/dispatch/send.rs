@@ -46,7 +46,11 @@ impl Draft {
             response_format,
             estimate,
             worst: Tokens { input: measured.most_prompt(estimate.input), output: most_answer },
-            reserve: group.stream.endpoint.counts.reserve(measured.prompt.apply(estimate.input), most_answer),
+            reserve: group.stream.endpoint.counts.reserve(
+                measured.prompt.apply(estimate.input),
+                measured.expected_answer(estimate.output).min(most_answer),
+                most_answer,
+            ),
         }
     }
 
