@@ -778,7 +778,6 @@ fn limits_of_prompts_and_of_answers_are_kept_each() {
         let config = Config {
             input_tokens_per_window: Some(input),
             output_tokens_per_window: Some(output),
-            rate_headers: RateHeaders::Anthropic,
             ..Config::default()
         };
         let stats = saturate(&limited(config), send, rows, |s| {
