@@ -137,7 +137,7 @@ const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.
 const TRIMMED: f64 = 0.9;
 /// Of what the provider says is left, this part of a request is to stay.
-const AIM: f64 = 0.5;
+const AIM: f64 = 0.65;
 /// How long (ms) what the provider says is left is heeded after it has turned out to be less than we thought.
 const CROWDED_FOR: u64 = 60_000;
 
@@ -158,7 +158,6 @@ pub struct Limiter {
     crowded_until: u64,
     share: Share,
     blocked_until: u64,
-    started: u64,
 }
 
 impl Limiter {
@@ -175,7 +174,6 @@ impl Limiter {
             crowded_until: 0,
             share: Share::whole(),
             blocked_until: 0,
-            started,
         };
         limiter.set_limits(limits, started);
         // The longer window holds what the shorter one would have let through in it.
@@ -256,7 +254,7 @@ impl Limiter {
         if class == Class::Interactive {
             self.interactive = Some((now, want));
         }
-        Ok(self.count(now, tokens, share))
+        Ok(self.count(now, tokens))
     }
 
     /// What is left by what the provider said, kind by kind, as long as that counts.
@@ -342,7 +340,7 @@ impl Limiter {
         }
     }
 
-    fn count(&mut self, now: u64, tokens: Tokens, share: f64) -> Grant {
+    fn count(&mut self, now: u64, tokens: Tokens) -> Grant {
         let want = amounts(1, tokens);
         let mut slot = Window::slot(now);
         // The longer window first: what it holds reaches as far as what the shorter one holds.
@@ -350,7 +348,7 @@ impl Limiter {
             slot = window.add(slot, want);
         }
         let [a, b] = &self.windows;
-        let (a, b) = (a.left(share), b.left(share));
+        let (a, b) = (a.really_left(), b.really_left());
         let left = std::array::from_fn(|kind| {
             let of = |caps: &Caps| caps.get(kind).copied().flatten();
             of(&a).into_iter().chain(of(&b)).min()
@@ -367,8 +365,7 @@ impl Limiter {
         if !moved {
             return grant;
         }
-        let share = self.share.at(now);
-        self.count(now, grant.tokens, share)
+        self.count(now, grant.tokens)
     }
 
     /// Replaces what was reserved by what the provider says it took. `left`: what it said was left when it got the
@@ -387,7 +384,7 @@ impl Limiter {
             self.share.refused(now);
             // What we supposed of the time before the start is no longer needed: now we know better.
             for window in &mut self.windows {
-                window.forget_before(self.started);
+                window.forget_supposed();
             }
         }
         if left != Left::default() {

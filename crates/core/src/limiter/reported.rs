@@ -21,8 +21,9 @@ pub(super) struct Reported {
     /// When (ms) the request it was said of was sent.
     pub at: u64,
     left: u64,
-    /// What comes back to us, a millisecond.
+    /// What comes back to us, a millisecond; and since when (ms) that is measured.
     inflow: f64,
+    since: u64,
     /// What the limit gives back a millisecond, were it ours alone.
     usual: f64,
 }
@@ -30,7 +31,7 @@ pub(super) struct Reported {
 impl Reported {
     /// The first word on it. `usual`: what the limit gives back a millisecond.
     pub fn new(at: u64, left: u64, usual: f64) -> Self {
-        Self { at, left, inflow: usual, usual }
+        Self { at, left, inflow: usual, since: at, usual }
     }
 
     /// A further one. `sent`: what we sent after the request of the one before, this request included.
@@ -39,11 +40,13 @@ impl Reported {
             return;
         }
         if at >= self.at + STALE {
-            (self.at, self.left) = (at, left);
+            *self = Self::new(at, left, self.usual);
         } else if at >= self.at + APART {
             let passed = (at - self.at) as f64;
             let seen = (left as f64 - self.left as f64 + sent as f64) / passed;
-            self.inflow += (1.0 - (-passed / MEMORY).exp()) * (seen - self.inflow);
+            // At first the mean of all.
+            let weight = (1.0 - (-passed / MEMORY).exp()).max(passed / (at - self.since) as f64);
+            self.inflow += weight * (seen - self.inflow);
             (self.at, self.left) = (at, left);
         }
     }

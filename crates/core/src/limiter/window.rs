@@ -18,11 +18,22 @@ pub(super) struct Window {
     pub caps: Caps,
     log: VecDeque<(u64, Amounts)>,
     pub sum: Amounts,
+    /// What of that is only supposed, see `fill`; its slots are those before this one.
+    supposed: Amounts,
+    first: u64,
 }
 
 impl Window {
     pub fn new(length: u64, slack: u64) -> Self {
-        Self { length, slack, caps: [None; KINDS], log: VecDeque::new(), sum: [0; KINDS] }
+        Self {
+            length,
+            slack,
+            caps: [None; KINDS],
+            log: VecDeque::new(),
+            sum: [0; KINDS],
+            supposed: [0; KINDS],
+            first: 0,
+        }
     }
 
     pub fn slot(at: u64) -> u64 {
@@ -43,11 +54,13 @@ impl Window {
             let share = |cap: Option<u64>| cap.map_or(0, |all| all * (i + 1) / slots - all * i / slots);
             self.add(first + i, self.caps.map(share));
         }
+        (self.supposed, self.first) = (self.sum, first + slots);
     }
 
     /// A window of another length with what this one holds and that one would.
     pub fn resized(&self, length: u64, slack: u64, now: u64) -> Self {
         let mut new = Self::new(length, slack);
+        (new.supposed, new.first) = (self.supposed, self.first);
         for (slot, amounts) in &self.log {
             new.add(*slot, *amounts);
         }
@@ -61,14 +74,19 @@ impl Window {
         {
             self.log.pop_front();
             subtract(&mut self.sum, amounts);
+            if slot < self.first {
+                subtract(&mut self.supposed, amounts);
+            }
         }
     }
 
-    /// Forgets what was counted before `start` (ms).
-    pub fn forget_before(&mut self, start: u64) {
-        while let Some((_, amounts)) = self.log.pop_front_if(|(slot, _)| *slot < Self::slot(start)) {
+    /// Forgets what was only supposed.
+    pub fn forget_supposed(&mut self) {
+        let first = self.first;
+        while let Some((_, amounts)) = self.log.pop_front_if(|(slot, _)| *slot < first) {
             subtract(&mut self.sum, amounts);
         }
+        self.supposed = [0; KINDS];
     }
 
     /// Counts amounts in a slot, or in the last one if that is later; returns which.
@@ -130,6 +148,12 @@ impl Window {
             }
         }
         Some(last)
+    }
+
+    /// What the caps leave of what was really sent, where there are caps.
+    pub fn really_left(&self) -> Caps {
+        let left = self.left(1.0);
+        std::array::from_fn(|kind| Some(left.get(kind).copied().flatten()? + self.supposed.get(kind)?))
     }
 
     /// What the caps leave, where there are caps.
