@@ -541,14 +541,21 @@ fn who_waits_is_next_whatever_a_job_has_queued() {
         [|s| s.model.tokens_per_minute = Some(500_000), |s| s.model.requests_per_minute = Some(300)];
     for tight in tight {
         let (setup, provider) = (Setup::with_cache(0), provider(Config::default()));
-        let mut job = setup.client(&provider, tight);
-        job.rows(0..4_000);
         let mut waits = setup.client(&provider, |s| {
             somebody_waits(s);
             tight(s);
+            s.task.options.priority = 1;
         });
+        // It has had more than the job will have had, and is less important among its like.
+        waits.rows(20_000..20_100);
+        waits.answers(100);
+        let mut job = setup.client(&provider, |s| {
+            tight(s);
+            s.task.options.priority = 100;
+        });
+        job.rows(0..4_000);
         let mut watcher = setup.connect();
-        wait("the job is under way", || provider.stats().requests, |n| *n >= 3);
+        wait("the job is under way", || provider.stats().requests, |n| *n >= 5);
         for n in 10_000..10_010 {
             let before = watcher.only_activity().requests_total as usize;
             waits.rows(n..n + 1);
@@ -649,8 +656,10 @@ fn requests_get_smaller_after_incomplete_answers_and_grow_back() {
         client.answers(50);
         assert_eq!(watcher.only_activity().rows_allowed, Some(50));
         provider.script(std::iter::repeat_n(Some(fault.clone()), times));
-        client.rows(100..500);
-        assert!(all_right(&client.answers(400).0), "{fault:?}");
+        client.rows(100..150);
+        assert!(all_right(&client.answers(50).0), "{fault:?}");
+        let allowed = watcher.only_activity().rows_allowed.unwrap();
+        assert!((1..=45).contains(&allowed), "{fault:?}: {allowed}");
         let sizes: Vec<usize> = packs(&provider).iter().map(Vec::len).collect();
         let after = &sizes[1 + times..];
         assert!(sizes[1] == 50 && after[0] <= most && after.iter().min() > Some(&0), "{fault:?}: {sizes:?}");
@@ -660,6 +669,23 @@ fn requests_get_smaller_after_incomplete_answers_and_grow_back() {
         let full = sizes.iter().rev().skip(1).take(10).all(|n| *n == 50);
         assert!(full && watcher.only_activity().rows_allowed == Some(50), "{fault:?}: {sizes:?}");
     }
+}
+
+#[test]
+fn a_row_that_gets_no_answer_when_it_is_alone_does_not_make_others_requests_small() {
+    let (setup, provider) = (Setup::with_cache(0), provider(Config::default()));
+    let mut client = setup.client(&provider, |s| {
+        one_at_a_time(s);
+        s.task.options.max_attempts = 2;
+    });
+    client.rows(0..50);
+    client.answers(50);
+    for n in 1_000..1_005 {
+        provider.script([Some(Fault::DropId), Some(Fault::Refusal)]);
+        client.rows(n..n + 1);
+        client.answers(1);
+    }
+    assert_eq!(client.only_activity().rows_allowed, Some(50));
 }
 
 #[test]
@@ -760,7 +786,7 @@ fn a_limit_that_counts_the_cap_of_answers_is_kept_and_used() {
 #[test]
 fn a_limit_that_counts_the_larger_of_prompt_and_cap_is_kept_and_used() {
     let config = Config { tokens_per_window: Some(50_000), reserve: Reserve::Max, ..Config::default() };
-    let stats = saturate(&limited(config), mails, 3_000, |s| {
+    let stats = saturate(&limited(config), Client::rows, 6_000, |s| {
         s.model.tokens_per_minute = Some(500_000);
         s.endpoint.counts = Counts::Larger;
     });
@@ -827,6 +853,8 @@ fn beside_another(rate_headers: RateHeaders) -> (u64, u64, f64) {
             at_first = count();
         }
     }
+    let heeded = client.only_activity().reported_left;
+    assert!(heeded.is_some(), "what the headers say is not heeded");
     let (requests, refused) = count();
     println!("{rate_headers:?}: {at_first:?} at first, {requests} and {refused} in all");
     (requests - at_first.0, refused - at_first.1, provider.stats().window_used_all)
