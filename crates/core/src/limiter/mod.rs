@@ -137,7 +137,7 @@ const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.
 const TRIMMED: f64 = 0.9;
 /// Of what the provider says is left, this part of a request is to stay.
-const AIM: f64 = 0.65;
+const AIM: f64 = 0.3;
 /// How long (ms) what the provider says is left is heeded after it has turned out to be less than we thought.
 const CROWDED_FOR: u64 = 60_000;
 
