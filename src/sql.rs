@@ -12,8 +12,8 @@ use pgrx::{FromDatum, IntoDatum};
 
 use crate::error::{Error, Result};
 
-/// Plans by the text of their statement.
-type Plans = HashMap<String, Rc<OwnedPreparedStatement>>;
+/// Plans by the text of their statement and the types of its arguments: a key's type may change while a job runs.
+type Plans = HashMap<(String, Vec<pg_sys::Oid>), Rc<OwnedPreparedStatement>>;
 
 thread_local! {
     static PLANS: RefCell<Option<Plans>> = const { RefCell::new(None) };
@@ -27,13 +27,17 @@ pub fn keep_plans() {
 
 /// The plan of a statement, if plans are kept.
 fn plan(client: &SpiClient<'_>, query: &str, args: &[DatumWithOid<'_>]) -> Result<Option<Rc<OwnedPreparedStatement>>> {
-    let Some(known) = PLANS.with_borrow(|plans| plans.as_ref().map(|p| p.get(query).cloned())) else { return Ok(None) };
+    if PLANS.with_borrow(Option::is_none) {
+        return Ok(None);
+    }
+    let key = (query.to_owned(), args.iter().map(DatumWithOid::oid).collect::<Vec<_>>());
+    let known = PLANS.with_borrow(|plans| plans.as_ref().and_then(|p| p.get(&key).cloned()));
     if known.is_some() {
         return Ok(known);
     }
-    let types: Vec<PgOid> = args.iter().map(|a| PgOid::from(a.oid())).collect();
+    let types: Vec<PgOid> = key.1.iter().map(|oid| PgOid::from(*oid)).collect();
     let plan = Rc::new(client.prepare_mut(query, &types)?.keep());
-    PLANS.with_borrow_mut(|plans| plans.as_mut().map(|p| p.insert(query.to_owned(), Rc::clone(&plan))));
+    PLANS.with_borrow_mut(|plans| plans.as_mut().map(|p| p.insert(key, Rc::clone(&plan))));
     Ok(Some(plan))
 }
 

@@ -4,6 +4,8 @@
 //! when the provider refuses or breaks, and shrinks when answers take much longer than the fastest did: then requests
 //! only wait at the other end, as they do with a local server that answers one at a time.
 
+use crate::limiter::Tokens;
+
 /// Where it begins.
 const START: f64 = 4.0;
 /// The most it grows to.
@@ -12,7 +14,7 @@ const MOST: f64 = 256.0;
 const CUT: f64 = 0.5;
 /// A latency of so many times the least is taken for waiting.
 const WAITING: f64 = 3.0;
-/// Tokens that take as long as a request without any: makes short and long answers comparable.
+/// Tokens of answers that take as long as a request without any: makes short and long answers comparable.
 const BASE_TOKENS: f64 = 40.0;
 
 /// The number of requests that may be under way.
@@ -47,13 +49,15 @@ impl Concurrency {
         self.least.map(|_| self.latency as u64)
     }
 
-    /// A request that was sent at `sent` (ms), was answered at `now` (ms) with so many tokens. `in_flight`
+    /// A request that was sent at `sent` (ms), was answered at `now` (ms) with so many tokens; those
+    /// of a prompt count as a twentieth, since they are read faster than others are written. `in_flight`
     /// were under way by then, it included.
-    pub fn answered(&mut self, sent: u64, now: u64, tokens: u64, in_flight: usize) {
+    pub fn answered(&mut self, sent: u64, now: u64, tokens: Tokens, in_flight: usize) {
         let latency = now.saturating_sub(sent).max(1) as f64;
-        let each = latency / (tokens as f64 + BASE_TOKENS);
-        // A request that was alone tells what an answer takes at least nowadays.
-        let least = self.least.filter(|_| in_flight > 1).map_or(each, |least| least.min(each));
+        let each = latency / (tokens.output as f64 + tokens.input as f64 / 20.0 + BASE_TOKENS);
+        // A request that was alone, or as good as that, tells what an answer takes at least nowadays.
+        let is_alone = in_flight <= 1 || self.allowed() == 1;
+        let least = self.least.filter(|_| !is_alone).map_or(each, |least| least.min(each));
         let weight = if self.least.is_none() { 1.0 } else { 0.1 };
         self.recent += weight * (each - self.recent);
         self.latency += weight * (latency - self.latency);
@@ -85,6 +89,10 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn of(output: u64) -> Tokens {
+        Tokens { input: 0, output }
+    }
+
     /// A client with always something to send; the server answers `slots` requests at a time in `service` ms each, the
     /// others wait. Returns the mean allowed in the second half.
     fn run(slots: usize, service: u64, spread: u64, answers: usize) -> f64 {
@@ -102,7 +110,7 @@ mod tests {
             let (at, _) = under_way.iter().enumerate().min_by_key(|(_, u)| u.1).unwrap();
             let (sent, done) = under_way.swap_remove(at);
             now = done;
-            c.answered(sent, now, 100, under_way.len() + 1);
+            c.answered(sent, now, of(100), under_way.len() + 1);
             if i >= answers / 2 {
                 sum += c.allowed();
             }
@@ -128,7 +136,7 @@ mod tests {
         c.troubled(200, 300);
         assert_eq!(c.allowed(), 16);
         for i in 0..16 {
-            c.answered(400, 500, 10, 16);
+            c.answered(400, 500, of(10), 16);
             assert!(i > 14 || c.allowed() == 16);
         }
         assert!(c.allowed() <= 17);
@@ -139,7 +147,7 @@ mod tests {
         fn stays_within_its_bounds(events in proptest::collection::vec((any::<bool>(), 0u64..1 << 40, 0u64..1 << 40, 0u64..1 << 30, 0usize..1_000), 0..200)) {
             let mut c = Concurrency::default();
             for (ok, sent, now, tokens, in_flight) in events {
-                if ok { c.answered(sent, now, tokens, in_flight) } else { c.troubled(sent, now) }
+                if ok { c.answered(sent, now, of(tokens), in_flight) } else { c.troubled(sent, now) }
                 prop_assert!((1..=MOST as usize).contains(&c.allowed()));
             }
         }

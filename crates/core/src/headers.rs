@@ -51,7 +51,7 @@ pub fn read<'a>(get: impl Fn(&str) -> Option<&'a str>) -> Reported {
 
     let side = |name: &dyn Fn(&str) -> String, time: &dyn Fn(&str) -> Option<u64>| Side {
         limit: get(&name("limit")).and_then(count),
-        remaining: get(&name("remaining")).and_then(left),
+        remaining: get(&name("remaining")).and_then(count),
         reset: get(&name("reset")).and_then(time).filter(|ms| *ms <= DAY),
     };
     let plain = |what: &str| side(&|part| format!("x-ratelimit-{part}-{what}"), &duration);
@@ -96,14 +96,6 @@ fn tightest<const N: usize>(sides: [Side; N]) -> Side {
 
 fn count(text: &str) -> Option<u64> {
     text.trim().parse().ok().filter(|n| *n <= MOST)
-}
-
-/// How many are left. Azure says -1 and the like.
-fn left(text: &str) -> Option<u64> {
-    match text.trim().strip_prefix('-') {
-        Some(debt) => count(debt).map(|_| 0),
-        None => count(text),
-    }
 }
 
 fn number(text: &str) -> Option<f64> {
@@ -240,8 +232,8 @@ mod tests {
 
         let azure = "x-ratelimit-remaining-requests: -1\nx-ratelimit-remaining-tokens: 0
             x-ratelimit-reset-tokens: 11\nretry-after: 11\nretry-after-ms: 10400";
-        let (requests, tokens) = (side(None, 0, None), side(None, 0, 11_000));
-        assert_eq!(of(azure), Reported { wait: Some(10_400), requests, tokens, ..none });
+        // -1 says nothing: answers that were let through carry it too.
+        assert_eq!(of(azure), Reported { wait: Some(10_400), tokens: side(None, 0, 11_000), ..none });
 
         let anthropic = "date: Thu, 21 Aug 2025 12:40:57 GMT\nretry-after: 2
             anthropic-ratelimit-requests-limit: 1000\nanthropic-ratelimit-requests-remaining: 999
@@ -298,8 +290,8 @@ mod tests {
 
     #[test]
     fn numbers_and_durations_that_make_no_sense_are_absent() {
-        for (text, want) in [("7", Some(7)), ("-7", Some(0)), ("--7", None), ("1000000000001", None), ("many", None)] {
-            assert_eq!(left(text), want, "{text}");
+        for (text, want) in [("7", Some(7)), ("-7", None), ("1000000000001", None), ("many", None)] {
+            assert_eq!(count(text), want, "{text}");
         }
         assert_eq!((count("-1"), count("9223372036854775807"), count("0")), (None, None, Some(0)));
         for (text, want) in [

@@ -104,7 +104,6 @@ pub fn classify(status: u16, body: &str, retry_after: Option<u64>) -> Report {
             "context window",
             "maximum context",
             "request too large",
-            "too many tokens",
         ]
         .iter()
         .any(|n| says(n))
@@ -120,7 +119,7 @@ pub fn classify(status: u16, body: &str, retry_after: Option<u64>) -> Report {
         429 => Trouble::Rate(retry_after),
         408 | 500..=599 => Trouble::Overload(retry_after),
         400 | 422 if spend() => Trouble::Spend,
-        400 | 422 if too_long() => Trouble::TooLarge,
+        400 | 422 if too_long() || says("too many tokens") => Trouble::TooLarge,
         400 if says("content_filter") || says("content management policy") => Trouble::Filtered,
         400 | 422 if says("max_completion_tokens") => Trouble::Unsupported(Parameter::MaxTokens),
         400 | 422 if says("response_format") || says("json_schema") || says("json_object") || says("json mode") => {

@@ -18,7 +18,7 @@ use crate::tokens;
 
 /// How long rows wait for company while their task has a request under way, ms: as long as others keep coming, but not
 /// longer than the second time.
-const GATHER: (u64, u64) = (10, 50);
+const GATHER: (u64, u64) = (20, 80);
 
 /// A row that waits or is under way. Who waits for it is with its group.
 #[derive(Debug)]
@@ -414,11 +414,11 @@ mod tests {
         assert_eq!(rows(g.next(100, 100_000)).len(), 1);
         g.count_served(100, 1);
         g.push(100, 1, item(2), 2);
-        assert!(matches!(g.next(105, 100_000), Next::Until(110)));
-        for at in [108, 116, 124, 132, 140, 148] {
+        assert!(matches!(g.next(105, 100_000), Next::Until(120)));
+        for at in [115, 130, 145, 160, 175] {
             g.push(at, 1, item(at), at.into());
         }
-        assert!(matches!(g.next(149, 100_000), Next::Until(150)));
-        assert_eq!(rows(g.next(150, 100_000)).len(), 7);
+        assert!(matches!(g.next(179, 100_000), Next::Until(180)));
+        assert_eq!(rows(g.next(180, 100_000)).len(), 6);
     }
 }

@@ -40,8 +40,15 @@ impl Learned {
         if wanted == StructuredOutput::Auto { self.format } else { wanted }
     }
 
-    pub fn answers_are_cut(&mut self) {
-        self.spare_answer_tokens = (self.spare_answer_tokens * 4).min(MOST_SPARE_ANSWER_TOKENS);
+    /// An answer was cut off, or not, for which so much was spared. Those that were under way together are cut together;
+    /// only the first of them counts.
+    pub fn observe_end(&mut self, is_cut: bool, spared: u64) {
+        let now = &mut self.spare_answer_tokens;
+        if !is_cut {
+            *now = (*now - *now / 64).max(SPARE_ANSWER_TOKENS);
+        } else if spared >= *now {
+            *now = (*now * 4).min(MOST_SPARE_ANSWER_TOKENS);
+        }
     }
 }
 
@@ -128,9 +135,9 @@ pub struct Lane {
 }
 
 impl Lane {
-    pub fn new(limits: Limits, started: u64) -> Self {
+    pub fn new(limits: Limits, started: u64, now: u64) -> Self {
         Self {
-            limiter: Limiter::new(limits, started),
+            limiter: Limiter::new(limits, started, now),
             configured: limits,
             reported: Limits::default(),
             groups: Vec::new(),

@@ -11,7 +11,9 @@ pub struct Purse {
     /// The client whose stream it is.
     pub conn: u64,
     prices: Prices,
-    left: Allowance,
+    /// Less than nothing, if a request took more than it could.
+    cost_left: i128,
+    tokens_left: i128,
     /// The client was told that it does not suffice, and has not said anything to that.
     has_asked: bool,
     /// What came then is all there is: requests are cut to it.
@@ -32,7 +34,7 @@ pub enum Pays {
 
 impl Purse {
     pub fn new(conn: u64, prices: Prices) -> Self {
-        Self { conn, prices, left: Allowance::default(), has_asked: false, is_last: false }
+        Self { conn, prices, cost_left: 0, tokens_left: 0, has_asked: false, is_last: false }
     }
 
     /// What so many tokens are worth.
@@ -45,14 +47,13 @@ impl Purse {
     }
 
     pub fn allow(&mut self, more: Allowance) {
-        self.left.cost = self.left.cost.saturating_add(more.cost);
-        self.left.tokens = self.left.tokens.saturating_add(more.tokens);
+        self.add(more, 1);
         self.is_last = std::mem::take(&mut self.has_asked);
     }
 
     pub fn covers(&self, worst: Tokens) -> bool {
         let worst = self.worth(worst);
-        worst.cost <= self.left.cost && worst.tokens <= self.left.tokens
+        i128::from(worst.cost) <= self.cost_left && i128::from(worst.tokens) <= self.tokens_left
     }
 
     /// Whether a request can be paid that takes `full` at the worst, and with a single row `least`, while others of the
@@ -72,23 +73,19 @@ impl Purse {
 
     /// A request goes out that takes so much at the worst.
     pub fn take(&mut self, worst: Tokens) {
-        let worst = self.worth(worst);
-        change(&mut self.left.cost, 0, worst.cost);
-        change(&mut self.left.tokens, 0, worst.tokens);
+        self.add(self.worth(worst), -1);
     }
 
     /// It took so much.
     pub fn give_back(&mut self, worst: Tokens, used: Tokens) {
-        let (worst, used) = (self.worth(worst), self.worth(used));
-        change(&mut self.left.cost, worst.cost, used.cost);
-        change(&mut self.left.tokens, worst.tokens, used.tokens);
+        self.add(self.worth(worst), 1);
+        self.add(self.worth(used), -1);
     }
-}
 
-/// No limit stays no limit.
-fn change(left: &mut u64, more: u64, less: u64) {
-    if *left < u64::MAX {
-        *left = left.saturating_add(more).saturating_sub(less);
+    /// No limit (`u64::MAX`) is more than requests can ever take.
+    fn add(&mut self, worth: Allowance, sign: i128) {
+        self.cost_left += sign * i128::from(worth.cost);
+        self.tokens_left += sign * i128::from(worth.tokens);
     }
 }
 
@@ -110,7 +107,7 @@ mod tests {
         p.take(of(100, 10));
         assert_eq!(p.pays(of(100, 10), of(10, 1), false), Pays::Later);
         p.give_back(of(100, 10), of(90, 5));
-        assert_eq!(p.left, Allowance { cost: 400 - 230, tokens: u64::MAX });
+        assert_eq!((p.cost_left, p.tokens_left), (400 - 230, i128::from(u64::MAX) - 95));
         // The client has said that this is all.
         assert_eq!(p.pays(of(100, 10), of(10, 1), true), Pays::Less);
         p.take(of(80, 0));

@@ -92,8 +92,12 @@ pub async fn send(client: &reqwest::Client, endpoint: &Endpoint, body: &Value, t
         let report = trouble::classify(status.as_u16(), &String::from_utf8_lossy(&answer), said.wait);
         Err(Report { message: presentable(&report.message), ..report })
     };
-    // Whoever answers 200 with what is no answer may have charged for it.
-    Answered { is_unsure: status.is_success() && result.is_err(), result, said }
+    // Whoever answers 200 with what is no answer may have charged for it; so may have one whose proxy gave up waiting,
+    // or whose filter read it all.
+    let may_be_charged = |report: &Report| {
+        status.is_success() || matches!(status.as_u16(), 408 | 502 | 504) || report.trouble == Trouble::Filtered
+    };
+    Answered { is_unsure: result.as_ref().is_err_and(may_be_charged), result, said }
 }
 
 /// Takes a key, and what looks like a part of one, out of a text.

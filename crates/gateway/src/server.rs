@@ -146,7 +146,7 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
     loop {
         // A reader that waits here still notices nothing of a client that leaves; room comes soon or never matters.
         let room = shared.room.notified();
-        if shared.state.borrow().is_full() {
+        if shared.state.borrow().must_wait(conn) {
             room.await;
             continue;
         }

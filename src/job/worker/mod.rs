@@ -205,7 +205,10 @@ impl Worker {
     fn work(mut self) -> End {
         loop {
             reload_if_asked();
-            self.disabled |= !settings::enabled();
+            if !settings::enabled() && !self.disabled {
+                self.disabled = true;
+                self.withdraw();
+            }
             if let Err(e) = self.turn() {
                 self.fail(&e);
             }

@@ -138,6 +138,8 @@ const WORTH_CUTTING: u64 = 64;
 const TRIMMED: f64 = 0.9;
 /// Of what the provider says is left, this part of a request is to stay.
 const AIM: f64 = 0.3;
+/// The longest pause (ms) for what others may use; what is left is looked at then.
+const MOST_GAP: f64 = 6_000.0;
 /// How long (ms) what the provider says is left is heeded after it has turned out to be less than we thought.
 const CROWDED_FOR: u64 = 60_000;
 
@@ -162,8 +164,8 @@ pub struct Limiter {
 
 impl Limiter {
     /// A limiter that knows nothing of what was sent before `started` (ms), and therefore behaves as if the window
-    /// before had been used up evenly.
-    pub fn new(limits: Limits, started: u64) -> Self {
+    /// before had been used up evenly. It is `now` (ms).
+    pub fn new(limits: Limits, started: u64, now: u64) -> Self {
         let mut limiter = Self {
             limits: Limits::default(),
             windows: [Window::new(MINUTE, SLACK.1), Window::new(MINUTE, SLACK.1)],
@@ -175,10 +177,10 @@ impl Limiter {
             share: Share::whole(),
             blocked_until: 0,
         };
-        limiter.set_limits(limits, started);
+        limiter.set_limits(limits, now);
         // The longer window holds what the shorter one would have let through in it.
         for window in &mut limiter.windows {
-            window.fill(started);
+            window.fill(started, now);
         }
         limiter
     }
@@ -322,12 +324,12 @@ impl Limiter {
         let mut gap: f64 = 0.0;
         for ((want, limit), reported) in want.into_iter().zip(self.limits.caps()).zip(self.left_as_reported(now)) {
             let limit = limit.map_or(f64::INFINITY, |l| l as f64 * share / MINUTE as f64 / PACE);
-            let rate = reported.map_or(limit, |(r, left)| {
-                // Where there is a limit, something is always tried.
-                let least = if limit.is_finite() { limit / 20.0 } else { 1e-3 };
-                r.rate(left - want as f64, AIM * want as f64).max(least).min(limit)
+            let of_others = reported.map_or(0.0, |(r, left)| {
+                let rate = r.rate(left - want as f64, AIM * want as f64);
+                // By then more will have been said.
+                if rate > 0.0 { (want as f64 / rate).min(MOST_GAP) } else { MOST_GAP }
             });
-            gap = gap.max(want as f64 / rate);
+            gap = gap.max(want as f64 / limit).max(of_others);
         }
         let gap = gap as u64;
         let mut next = |class: Class, burst: u64| {
@@ -371,6 +373,7 @@ impl Limiter {
     /// Replaces what was reserved by what the provider says it took. `left`: what it said was left when it got the
     /// request.
     pub fn settle(&mut self, grant: Grant, actual: Tokens, left: Left) {
+        let left = self.limited(left);
         self.replace(&grant, amounts(1, actual));
         self.observe(&grant, left);
     }
@@ -378,6 +381,7 @@ impl Limiter {
     /// A request was refused for the limit's sake at `now` (ms), and took nothing. Unless the answer says what is left,
     /// less of the limit is used for a while: it is lower than was said, or shared.
     pub fn refused(&mut self, now: u64, grant: Grant, left: Left) {
+        let left = self.limited(left);
         self.replace(&grant, [0; KINDS]);
         // So is a refusal although what it said was heeded.
         if left == Left::default() || now < self.crowded_until {
@@ -390,6 +394,17 @@ impl Limiter {
         if left != Left::default() {
             self.crowded_until = self.crowded_until.max(now + CROWDED_FOR);
             self.observe(&grant, left);
+        }
+    }
+
+    /// What is left of what has a limit: some say 0 of what they do not limit.
+    fn limited(&self, left: Left) -> Left {
+        let [requests, tokens, input, output] = self.limits.caps().map(|cap| cap.is_some());
+        Left {
+            requests: left.requests.filter(|_| requests),
+            tokens: left.tokens.filter(|_| tokens),
+            input_tokens: left.input_tokens.filter(|_| input),
+            output_tokens: left.output_tokens.filter(|_| output),
         }
     }
 

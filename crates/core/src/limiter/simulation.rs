@@ -119,7 +119,7 @@ fn run(case: Case) -> Seen {
     let start = 3_600_000;
     let mut provider = Provider::new(case.kind, case.window, case.other, start + case.from);
     provider.at = start;
-    let mut limiter = Limiter::new(limits_of(TPM), start);
+    let mut limiter = Limiter::new(limits_of(TPM), start, start);
     let mut answers: BinaryHeap<Reverse<(u64, u64)>> = BinaryHeap::new();
     let mut under_way: Vec<Option<(Grant, u64, bool, u64)>> = Vec::new();
     let (mut now, end, settled) = (start, start + case.seconds * 1000, start + MINUTE);

@@ -11,7 +11,7 @@ fn of(input: u64) -> Tokens {
 
 /// A limiter whose start is long past.
 fn warm(l: Limits) -> (Limiter, u64) {
-    (Limiter::new(l, 0), 1_000_000)
+    (Limiter::new(l, 0, 0), 1_000_000)
 }
 
 impl Limiter {
@@ -57,7 +57,7 @@ fn unused_reservations_are_given_back_at_once() {
 
 #[test]
 fn a_new_limiter_starts_as_if_the_window_before_had_been_used_up() {
-    let mut l = Limiter::new(limits(Some(600), Some(500_000)), 1_000_000);
+    let mut l = Limiter::new(limits(Some(600), Some(500_000)), 1_000_000, 1_000_000);
     let t = until(l.at_once(1_000_000, of(25_000)));
     assert!((1_002_900..1_003_400).contains(&t), "half of 6 s: {t}");
 }

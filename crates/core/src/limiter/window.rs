@@ -45,11 +45,12 @@ impl Window {
         (slot + 1) * WIDTH + self.length + self.slack
     }
 
-    /// The window as if its caps had been used up evenly up to `now`.
-    pub fn fill(&mut self, now: u64) {
+    /// The window as if its caps had been used up evenly up to `until`; it is `now` (ms).
+    pub fn fill(&mut self, until: u64, now: u64) {
         let slots = self.length / WIDTH;
-        let first = Self::slot(now).saturating_sub(slots);
-        for i in 0..slots {
+        let first = Self::slot(until).saturating_sub(slots);
+        let has_caps = self.caps.iter().any(Option::is_some);
+        for i in (0..slots).filter(|i| has_caps && self.leaves_at(first + i) > now).collect::<Vec<_>>() {
             // Cumulative shares, so that rounding loses nothing.
             let share = |cap: Option<u64>| cap.map_or(0, |all| all * (i + 1) / slots - all * i / slots);
             self.add(first + i, self.caps.map(share));

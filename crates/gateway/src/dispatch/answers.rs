@@ -48,15 +48,27 @@ impl State {
     }
 
     fn answered(&mut self, now: u64, request: InFlight, reply: &Reply, said: &Reported, in_flight: usize) {
-        let InFlight { lane: lane_key, group: group_key, rows, ids, grant, estimate, reserved, sent, worst, .. } =
-            request;
-        let usage = reply.usage.unwrap_or(estimate);
+        let InFlight {
+            lane: lane_key,
+            group: group_key,
+            rows,
+            ids,
+            grant,
+            estimate,
+            reserved,
+            sent,
+            worst,
+            spared,
+            ..
+        } = request;
+        let has_budget =
+            self.lanes.get_mut(&lane_key).and_then(|l| l.group(&group_key)).is_some_and(|g| g.purse.is_some());
+        // Who does not say what it took may have taken the most.
+        let usage = reply.usage.unwrap_or(if has_budget { worst } else { estimate });
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        lane.concurrency.answered(sent, now, usage.output, in_flight);
+        lane.concurrency.answered(sent, now, usage, in_flight);
         lane.answers(now);
-        if reply.finish == Finish::Length {
-            lane.learned.answers_are_cut();
-        }
+        lane.learned.observe_end(reply.finish == Finish::Length, spared);
         let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
         let mean = group.mean_answer(rows.len());
         lane.measured.observe(estimate, mean, usage, reply.finish == Finish::Length);

@@ -70,6 +70,8 @@ pub struct InFlight {
     /// What was asked for.
     format: StructuredOutput,
     max_completion_tokens: bool,
+    /// Tokens of its cap beyond what was expected of any answer.
+    spared: u64,
     /// Woken when all clients that wait for it have gone.
     abandoned: Rc<Notify>,
 }
@@ -181,6 +183,12 @@ impl State {
         self.bytes >= self.settings.memory
     }
 
+    /// Nothing is read from this client for now. What a budget allows is: its rows may be what memory is full of.
+    pub fn must_wait(&self, conn: u64) -> bool {
+        let has_budget = |c: &Conn| c.stream.as_ref().is_some_and(|(_, _, s)| s.budget.is_some());
+        self.is_full() && !self.conns.get(&conn).is_some_and(has_budget)
+    }
+
     pub fn open(&mut self, now: u64, conn: u64, stream: Stream) -> Result<(), String> {
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
         if c.outstanding > 0 {
@@ -197,7 +205,7 @@ impl State {
         let stream = Rc::new(stream);
         let before = c.stream.replace((lane_key.clone(), group_key.clone(), Rc::clone(&stream)));
         let started = self.started;
-        let lane = self.lanes.entry(lane_key.clone()).or_insert_with(|| Lane::new(stream.model.limits(), started));
+        let lane = self.lanes.entry(lane_key.clone()).or_insert_with(|| Lane::new(stream.model.limits(), started, now));
         lane.group_or_new(&group_key, &stream, &self.keys).purse = purse;
         self.tidy(now, &lane_key);
         if let Some((old, _, _)) = before {

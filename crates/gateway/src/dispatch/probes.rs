@@ -94,7 +94,7 @@ impl State {
             group.push(0, conn, item, key);
         }
         while let Next::Rows(rows) = group.next(u64::MAX / 2, largest as usize) {
-            let draft = Draft::new(learned, measured, &group, &rows);
+            let draft = Draft::new(learned, measured, &group, &rows, largest);
             sum.rows += rows.len() as u64;
             sum.requests += 1;
             sum.input_tokens += measured.prompt.apply(draft.estimate.input);

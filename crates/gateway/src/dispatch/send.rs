@@ -33,24 +33,26 @@ pub(super) struct Draft {
 }
 
 impl Draft {
-    pub fn new(learned: Learned, measured: Measured, group: &Group, rows: &[Row]) -> Self {
+    /// `largest`: most tokens of a request, prompt and answer.
+    pub fn new(learned: Learned, measured: Measured, group: &Group, rows: &[Row], largest: u64) -> Self {
         let options = &group.stream.task.options;
         let ids = random_ids(rows.len());
         let format = learned.format(options.structured_output);
         let response_format = prompt::response_format(options.answer_shape, format, &group.legend, &ids);
         let estimate = group.tokens(rows, response_format.as_ref());
-        let most_answer = measured.most_answer(estimate.output, learned.spare_answer_tokens);
+        let prompt = measured.prompt.apply(estimate.input);
+        let expected = measured.expected_answer(estimate.output);
+        // What is spared must not make a request too large that would not be without.
+        let most_answer = measured
+            .most_answer(estimate.output, learned.spare_answer_tokens)
+            .min(largest.saturating_sub(prompt).max(expected));
         Self {
             ids,
             format,
             response_format,
             estimate,
             worst: Tokens { input: measured.most_prompt(estimate.input), output: most_answer },
-            reserve: group.stream.endpoint.counts.reserve(
-                measured.prompt.apply(estimate.input),
-                measured.expected_answer(estimate.output).min(most_answer),
-                most_answer,
-            ),
+            reserve: group.stream.endpoint.counts.reserve(prompt, expected.min(most_answer), most_answer),
         }
     }
 
@@ -130,17 +132,17 @@ impl State {
                 }
                 Next::Empty => continue,
             };
-            let mut draft = Draft::new(*learned, *measured, group, &rows);
+            let mut draft = Draft::new(*learned, *measured, group, &rows, largest);
             if rows.len() == 1 && (draft.estimate.input + draft.estimate.output) as usize > most {
                 return Look::TooLarge(group_key.clone(), rows);
             }
             if let Some(mut purse) = group.purse.take() {
-                let least = Draft::new(*learned, *measured, group, rows.get(..1).unwrap_or_default()).worst;
+                let least = Draft::new(*learned, *measured, group, rows.get(..1).unwrap_or_default(), largest).worst;
                 let is_idle = group.in_flight == 0;
                 let pays = purse.pays(draft.worst, least, is_idle);
                 while pays == Pays::Less && rows.len() > 1 && !purse.covers(draft.worst) {
                     group.put_back(rows.split_off(rows.len() - rows.len().div_ceil(8)));
-                    draft = Draft::new(*learned, *measured, group, &rows);
+                    draft = Draft::new(*learned, *measured, group, &rows, largest);
                 }
                 if pays == Pays::Ask {
                     // What was answered so far goes first: the client reckons with it.
@@ -165,7 +167,7 @@ impl State {
                 if n * LEAST_PART >= rows.len().max(LEAST_PART) {
                     let part = n as f64 / rows.len() as f64;
                     let rest = rows.split_off(n);
-                    draft = Draft::new(*learned, *measured, group, &rows);
+                    draft = Draft::new(*learned, *measured, group, &rows, largest);
                     group.put_back(rest);
                     tried = limiter.reserve(now, draft.reserve, group.class(), part).or(tried);
                 }
@@ -207,6 +209,7 @@ impl State {
                 sent: now,
                 format: draft.format,
                 max_completion_tokens: learned.max_completion_tokens,
+                spared: learned.spare_answer_tokens,
                 abandoned,
                 rows,
             };
