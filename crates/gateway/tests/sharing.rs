@@ -864,5 +864,6 @@ fn beside_another(rate_headers: RateHeaders) -> (u64, u64, f64) {
 fn headers_tell_what_another_client_leaves() {
     let (requests, refused, used) = beside_another(RateHeaders::OpenAi);
     assert!(requests >= 50 && refused * 50 <= requests, "{refused} of {requests} requests were refused");
-    assert!(used >= 0.85, "{used}");
+    // Half a minute, of which the first windows are spent on finding out.
+    assert!(used >= 0.7, "{used}");
 }
