@@ -325,7 +325,7 @@ impl Limiter {
         for ((want, limit), reported) in want.into_iter().zip(self.limits.caps()).zip(self.left_as_reported(now)) {
             let limit = limit.map_or(f64::INFINITY, |l| l as f64 * share / MINUTE as f64 / PACE);
             let of_others = reported.map_or(0.0, |(r, left)| {
-                let rate = r.rate(left - want as f64, AIM * want as f64, want as f64);
+                let rate = r.rate(left - want as f64, AIM * want as f64);
                 // By then more will have been said.
                 if rate > 0.0 { (want as f64 / rate).min(MOST_GAP) } else { MOST_GAP }
             });
