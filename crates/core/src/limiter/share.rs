@@ -2,11 +2,11 @@
 //! what is left: somebody else uses the account, or the provider counts in another way.
 
 /// Of the share, what a refusal leaves.
-const CUT: f64 = 0.6;
+const CUT: f64 = 0.5;
 /// Refusals within this time (ms) of one that was heeded are of the same cause.
 const ONCE: u64 = 1_000;
 /// How the share grows, a second: where no refusal is expected, and near where the last one came.
-const GROWTH: (f64, f64) = (0.01, 0.0002);
+const GROWTH: (f64, f64) = (0.005, 0.0002);
 /// Near is from this part of the share at which the last refusal came to that part.
 const NEAR: (f64, f64) = (0.9, 1.05);
 /// Something is always tried.
@@ -68,10 +68,10 @@ mod tests {
         assert_eq!(s.at(1_000_000), 1.0);
         s.refused(1_000_000);
         s.refused(1_000_100);
-        assert!((s.at(1_000_000) - 0.6).abs() < 1e-9);
-        assert!((s.at(1_010_000) - 0.7).abs() < 1e-9);
-        assert!((s.at(1_030_000) - 0.9).abs() < 1e-9);
-        assert!(s.at(1_060_000) < 0.92, "slow where the refusal came");
+        assert!((s.at(1_000_000) - 0.5).abs() < 1e-9);
+        assert!((s.at(1_020_000) - 0.6).abs() < 1e-9);
+        assert!((s.at(1_080_000) - 0.9).abs() < 1e-9);
+        assert!(s.at(1_110_000) < 0.91, "slow where the refusal came");
         assert_eq!(s.at(10_000_000), 1.0);
         for i in 0..100 {
             s.refused(10_000_000 + i * 2_000);

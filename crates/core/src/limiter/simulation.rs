@@ -208,7 +208,7 @@ proptest! {
     ) {
         let seen = run(Case { kind, window, other: 0.5, from, says_left: true, says_wait, seconds: 900, seed });
         prop_assert!(seen.refused_later * 100 <= 2 * seen.sent, "{:?}", seen);
-        prop_assert!(seen.used_by_all >= 0.89, "{:?}", seen);
+        prop_assert!(seen.used_by_all >= 0.86, "{:?}", seen);
     }
 
     /// The same where the provider says nothing: it is found out by refusals, of which there are few.
