@@ -34,8 +34,8 @@ def cases_of(size: str) -> list[Case]:
         Case("extension", 100, 7_000),
         Case("extension", 50, 6_500, limiter="bucket"),
         Case("extension", 50, 4_500, headers="none", retry_after="none"),
-        Case("extension", 50, 9_000, other=0.5),
-        Case("extension", 50, 12_000, other=0.5, headers="none", retry_after="none"),
+        Case("extension", 50, 16_000, other=0.5),
+        Case("extension", 50, 16_000, other=0.5, headers="none", retry_after="none"),
         Case("extension", 50, 24_000, window=60),
     ]
     if size == "standard":
