@@ -150,7 +150,12 @@ fn a_limit_that_is_not_known_is_met_with_patience() {
     // The model knows no limit, the provider has one, and says how long to wait.
     let bed = Bed::with(
         "retry_after",
-        Config { window: Duration::from_secs(4), requests_per_window: Some(5), ..Config::default() },
+        Config {
+            window: Duration::from_secs(4),
+            requests_per_window: Some(5),
+            rate_headers: RateHeaders::None,
+            ..Config::default()
+        },
     );
     let mut c = bed.connect();
     run(&mut c, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 1)");
