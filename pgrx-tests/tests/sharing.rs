@@ -17,6 +17,12 @@ fn slow(ms: u64) -> Config {
     Config { latency: Latency { base: Duration::from_millis(ms), ..Latency::default() }, ..Config::default() }
 }
 
+/// The tests' own classifier reuses no answers; here it does, as one does that is made without options.
+fn reusing(bed: Bed) -> Bed {
+    run(&mut bed.connect(), "SELECT llm_batch.alter_classifier('topic', options => '{}')");
+    bed
+}
+
 /// A text and its label.
 fn ticket(n: usize) -> (String, &'static str) {
     let label = LABELS[n % 8];
@@ -78,7 +84,7 @@ fn at_once(bed: &Bed, sessions: usize, rounds: usize, texts: fn(usize, usize) ->
 
 #[test]
 fn sessions_that_ask_at_once_share_requests() {
-    let bed = Bed::with("sharing_sessions", slow(300));
+    let bed = reusing(Bed::with("sharing_sessions", slow(300)));
     let mut requests = at_once(&bed, 50, 5, |session, round| round * 1_000 + session);
     println!("{requests:?}");
     requests.sort_unstable();
@@ -96,14 +102,14 @@ fn sessions_that_ask_at_once_share_requests() {
 #[test]
 fn without_a_cache_what_is_under_way_is_shared_all_the_same() {
     let builder = Cluster::builder("sharing_no_cache").conf("llm_batch.gateway_cache", "0");
-    let bed = Bed::build(builder, slow(300));
+    let bed = reusing(Bed::build(builder, slow(300)));
     // The same text in each round.
     assert_eq!(at_once(&bed, 20, 3, |_, _| 1), [1; 3]);
 }
 
 #[test]
 fn answers_are_kept_for_the_role_as_long_as_there_is_a_cache() {
-    let bed = Bed::new("sharing_cache");
+    let bed = reusing(Bed::new("sharing_cache"));
     let mut c = bed.connect();
     let requests = |c: &mut Client, n| {
         let before = bed.provider.stats().requests;
@@ -141,7 +147,7 @@ fn answers_are_kept_for_the_role_as_long_as_there_is_a_cache() {
 
 /// 3,000 rows of 60 texts.
 fn duplicates(name: &str) -> (Bed, Client) {
-    let bed = Bed::with(name, slow(20));
+    let bed = reusing(Bed::with(name, slow(20)));
     let mut c = bed.connect();
     tickets(&mut c, "t", 1..=3_000);
     run(
@@ -194,7 +200,7 @@ fn a_job_that_is_told_to_asks_each_row() {
 
 #[test]
 fn who_shares_a_text_with_a_session_that_is_cancelled_gets_the_answer() {
-    let bed = Bed::with("sharing_cancelled", slow(40));
+    let bed = reusing(Bed::with("sharing_cancelled", slow(40)));
     let mut sessions: Vec<Client> = (0..16).map(|_| bed.connect()).collect();
     for (i, client) in sessions.iter_mut().enumerate() {
         assert_eq!(trouble(client, 900_000 + i), None);
@@ -221,7 +227,7 @@ fn who_shares_a_text_with_a_session_that_is_cancelled_gets_the_answer() {
 
 #[test]
 fn a_session_does_not_wait_behind_a_jobs_queue() {
-    let bed = Bed::with("sharing_turns", slow(100));
+    let bed = reusing(Bed::with("sharing_turns", slow(100)));
     let mut c = bed.connect();
     model(&mut c, "limited", "tokens_per_minute => 500000");
     classifier(&mut c, "slow", &labels_json(&LABELS), "limited", "{}");
