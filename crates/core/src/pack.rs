@@ -58,11 +58,14 @@ impl Size {
     pub fn observe(&mut self, rows: usize, missing: usize, was_slow: bool) {
         let part = missing as f64 / rows.max(1) as f64;
         let is_large = rows * 2 > self.rows();
-        if (part > 0.0 && is_large) || was_slow {
+        if !is_large {
+            return;
+        }
+        if part > 0.0 || was_slow {
             // One of fifty is little reason to pay for the instructions more often; half of them is.
             let factor = if was_slow { 0.7 } else { 1.0 - part.clamp(0.1, 0.5) };
             self.now = self.now.min((rows as f64 * factor).max(1.0)).max(1.0);
-        } else if part == 0.0 && is_large {
+        } else {
             self.now = (self.now + (self.most / 20.0).max(1.0)).min(self.most);
         }
     }
