@@ -379,17 +379,19 @@ impl Limiter {
     }
 
     /// A request was refused for the limit's sake at `now` (ms), and took nothing. Unless the answer says what is left,
-    /// less of the limit is used for a while: it is lower than was said, or shared.
+    /// less of the limit is used for a while: it is lower than was said, or shared. A little less even so.
     pub fn refused(&mut self, now: u64, grant: Grant, left: Left) {
         let left = self.limited(left);
         self.replace(&grant, [0; KINDS]);
-        // So is a refusal although what it said was heeded.
-        if left == Left::default() || now < self.crowded_until {
-            self.share.refused(now);
-            // What we supposed of the time before the start is no longer needed: now we know better.
-            for window in &mut self.windows {
-                window.forget_supposed();
-            }
+        // A little less after one although what was said to be left is heeded.
+        if left == Left::default() {
+            self.share.refused(now, share::CUT);
+        } else if now < self.crowded_until {
+            self.share.refused(now, share::TRIM);
+        }
+        // What we supposed of the time before the start is no longer needed: now we know better.
+        for window in &mut self.windows {
+            window.forget_supposed();
         }
         if left != Left::default() {
             self.crowded_until = self.crowded_until.max(now + CROWDED_FOR);

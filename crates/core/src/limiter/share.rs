@@ -1,8 +1,9 @@
 //! The part of a limit that is ours, learnt from refusals that our own count does not explain and that say nothing of
 //! what is left: somebody else uses the account, or the provider counts in another way.
 
-/// Of the share, what a refusal leaves.
-const CUT: f64 = 0.5;
+/// Of the share, what a refusal leaves: one that nothing explains, and one although what was said to be left was heeded.
+pub(super) const CUT: f64 = 0.5;
+pub(super) const TRIM: f64 = 0.85;
 /// Refusals within this time (ms) of one that was heeded are of the same cause.
 const ONCE: u64 = 1_000;
 /// How the share grows, a second: where no refusal is expected, and near where the last one came.
@@ -47,14 +48,14 @@ impl Share {
     }
 
     /// A refusal came.
-    pub fn refused(&mut self, now: u64) {
+    pub fn refused(&mut self, now: u64, cut: f64) {
         if self.cut_at.is_some_and(|at| now < at + ONCE) {
             return;
         }
         let value = self.at(now);
         self.cut_at = Some(now);
         self.refused_at = value;
-        self.value = (value * CUT).max(LEAST);
+        self.value = (value * cut).max(LEAST);
     }
 }
 
@@ -66,15 +67,15 @@ mod tests {
     fn refusals_cut_it_and_it_grows_back_with_care_where_they_came() {
         let mut s = Share::whole();
         assert_eq!(s.at(1_000_000), 1.0);
-        s.refused(1_000_000);
-        s.refused(1_000_100);
+        s.refused(1_000_000, CUT);
+        s.refused(1_000_100, CUT);
         assert!((s.at(1_000_000) - 0.5).abs() < 1e-9);
         assert!((s.at(1_020_000) - 0.6).abs() < 1e-9);
         assert!((s.at(1_080_000) - 0.9).abs() < 1e-9);
         assert!(s.at(1_110_000) < 0.91, "slow where the refusal came");
         assert_eq!(s.at(10_000_000), 1.0);
         for i in 0..100 {
-            s.refused(10_000_000 + i * 2_000);
+            s.refused(10_000_000 + i * 2_000, CUT);
         }
         assert!(s.at(10_200_000) >= LEAST);
         assert_eq!(s.at(100_000_000), 1.0);
