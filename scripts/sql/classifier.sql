@@ -13,4 +13,4 @@ SELECT llm_batch.create_classifier('sentiment', model => 'qwen',
 SELECT llm_batch.create_classifier('sentiment_single', model => 'qwen',
     labels => '{"positive": "good feelings or good news", "negative": "bad feelings or bad news"}',
     instruction => 'These are tweets. Say whether the feeling of the writer, or of what is told, is positive or negative, as most people would judge it. Every tweet is one of the two.',
-    options => '{"max_rows_per_request": 1, "structured_output": "json_schema"}');
+    options => '{"max_rows_per_request": 1, "structured_output": "json_schema", "reuse": false}');
