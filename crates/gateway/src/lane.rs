@@ -168,7 +168,7 @@ impl Lane {
     pub fn configure(&mut self, now: u64, limits: Limits, max_concurrent: Option<u32>) {
         self.configured = limits;
         self.max_concurrent = max_concurrent.map(|n| n.max(1) as usize);
-        self.limiter.set_limits(limits.min(self.reported), now);
+        self.keep_to_limits(now);
     }
 
     /// Takes what an answer says about limits. One of 0 says that there is none of this kind.
@@ -178,12 +178,17 @@ impl Lane {
         new(&mut self.reported.tokens_per_minute, said.tokens.limit);
         new(&mut self.reported.input_tokens_per_minute, said.input_tokens.limit);
         new(&mut self.reported.output_tokens_per_minute, said.output_tokens.limit);
-        self.limiter.set_limits(self.configured.min(self.reported), now);
+        self.keep_to_limits(now);
     }
 
     /// A 429 said that the limit of tokens is this.
     pub fn heed_limit(&mut self, now: u64, tokens: u64) {
         self.reported.tokens_per_minute = Some(tokens.max(1));
+        self.keep_to_limits(now);
+    }
+
+    /// The smaller of what is configured and what is reported holds.
+    fn keep_to_limits(&mut self, now: u64) {
         self.limiter.set_limits(self.configured.min(self.reported), now);
     }
 

@@ -1,6 +1,7 @@
 //! The limiter: nothing is sent that would pass the limit in any window.
 //!
-//! `reserve` before a request, `settle` with what it really took, `refused` and `penalize` when the provider says no. Time is a parameter: milliseconds of a monotonic clock.
+//! `reserve` before a request, `settle` with what it really took, `refused` and `penalize` when the provider says no.
+//! Time is a parameter: milliseconds of a monotonic clock.
 //!
 //! What was sent is kept in two rolling windows: a minute, and a shorter one with the same part of the limit where the
 //! limit is large enough for that. What holds in every 6 s holds in every minute, for providers that look at shorter

@@ -47,13 +47,17 @@ impl Window {
 
     /// The window as if its caps had been used up evenly up to `until`; it is `now` (ms).
     pub fn fill(&mut self, until: u64, now: u64) {
+        if self.caps.iter().all(Option::is_none) {
+            return;
+        }
         let slots = self.length / WIDTH;
         let first = Self::slot(until).saturating_sub(slots);
-        let has_caps = self.caps.iter().any(Option::is_some);
-        for i in (0..slots).filter(|i| has_caps && self.leaves_at(first + i) > now).collect::<Vec<_>>() {
-            // Cumulative shares, so that rounding loses nothing.
-            let share = |cap: Option<u64>| cap.map_or(0, |all| all * (i + 1) / slots - all * i / slots);
-            self.add(first + i, self.caps.map(share));
+        for i in 0..slots {
+            if self.leaves_at(first + i) > now {
+                // Cumulative shares, so that rounding loses nothing.
+                let share = |cap: Option<u64>| cap.map_or(0, |all| all * (i + 1) / slots - all * i / slots);
+                self.add(first + i, self.caps.map(share));
+            }
         }
         (self.supposed, self.first) = (self.sum, first + slots);
     }

@@ -61,15 +61,13 @@ impl State {
             spared,
             ..
         } = request;
-        let has_budget =
-            self.lanes.get_mut(&lane_key).and_then(|l| l.group(&group_key)).is_some_and(|g| g.purse.is_some());
-        // Who does not say what it took may have taken the most.
-        let usage = reply.usage.unwrap_or(if has_budget { worst } else { estimate });
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        lane.concurrency.answered(sent, now, usage, in_flight);
         lane.answers(now);
         lane.learned.observe_end(reply.finish == Finish::Length, spared);
         let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
+        // Of a budget, who does not say what it took may have taken the most.
+        let usage = reply.usage.unwrap_or(if group.purse.is_some() { worst } else { estimate });
+        lane.concurrency.answered(sent, now, usage, in_flight);
         let mean = group.mean_answer(rows.len());
         lane.measured.observe(estimate, mean, usage, reply.finish == Finish::Length);
         let counts = group.stream.endpoint.counts;

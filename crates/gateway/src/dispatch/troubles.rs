@@ -74,12 +74,15 @@ impl State {
             purse.give_back(worst, Tokens::default());
         }
         let size = rows.len();
-        let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         let succeeded = lane.group(&group_key).is_some_and(|g| g.succeeded);
-        match &report.trouble {
-            Trouble::Rate(wait) if wait.is_some_and(|w| w > LONGEST_RATE_WAIT) => {
-                self.stop_with(now, &lane_key, None, (&group_key, rows), StopReason::Quota, message, *wait);
-            }
+        // What ends streams: why, whether all of the lane or only those of the group, and when to try again.
+        let (reason, is_for_all, retry_after) = match &report.trouble {
+            Trouble::Rate(wait) if wait.is_some_and(|w| w > LONGEST_RATE_WAIT) => (StopReason::Quota, true, *wait),
+            Trouble::Quota(wait) => (StopReason::Quota, true, *wait),
+            Trouble::Spend => (StopReason::Spend, true, None),
+            Trouble::Auth => (StopReason::Auth, false, None),
+            Trouble::NotFound => (StopReason::NotFound, false, None),
+            Trouble::Rejected if !succeeded => (StopReason::Rejected, false, None),
             Trouble::Rate(wait) => {
                 // Without a word from the provider, the more refusals in a row the longer.
                 lane.failures += 1;
@@ -87,15 +90,12 @@ impl State {
                 lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
                 self.put_back(&lane_key, &group_key, rows);
                 self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
+                return;
             }
             Trouble::TooLarge => {
-                self.notice(
-                    now,
-                    &lane_key,
-                    "too large",
-                    &format!("{message}; {size} rows are sent in smaller requests"),
-                );
+                self.notice_smaller(now, &lane_key, "too large", &message, size);
                 self.too_large(now, &lane_key, &group_key, rows);
+                return;
             }
             Trouble::Unsupported(parameter) => {
                 let learned = match parameter {
@@ -109,46 +109,9 @@ impl State {
                 if learned {
                     self.put_back(&lane_key, &group_key, rows);
                     self.notice(now, &lane_key, "unsupported", &format!("{message}; going on without it"));
-                } else {
-                    self.stop_with(
-                        now,
-                        &lane_key,
-                        Some(&group_key),
-                        (&group_key, rows),
-                        StopReason::Rejected,
-                        message,
-                        None,
-                    );
+                    return;
                 }
-            }
-            Trouble::Auth => {
-                self.stop_with(now, &lane_key, Some(&group_key), (&group_key, rows), StopReason::Auth, message, None)
-            }
-            Trouble::Spend => {
-                self.stop_with(now, &lane_key, None, (&group_key, rows), StopReason::Spend, message, None)
-            }
-            Trouble::Quota(wait) => {
-                self.stop_with(now, &lane_key, None, (&group_key, rows), StopReason::Quota, message, *wait)
-            }
-            Trouble::NotFound => self.stop_with(
-                now,
-                &lane_key,
-                Some(&group_key),
-                (&group_key, rows),
-                StopReason::NotFound,
-                message,
-                None,
-            ),
-            Trouble::Rejected if !succeeded => {
-                self.stop_with(
-                    now,
-                    &lane_key,
-                    Some(&group_key),
-                    (&group_key, rows),
-                    StopReason::Rejected,
-                    message,
-                    None,
-                );
+                (StopReason::Rejected, false, None)
             }
             Trouble::Filtered | Trouble::Rejected if size == 1 => {
                 let verdict = if report.trouble == Trouble::Filtered {
@@ -160,56 +123,53 @@ impl State {
                     row.attempts += 1;
                     self.done(&lane_key, &group_key, row, verdict.clone());
                 }
+                return;
             }
             Trouble::Filtered | Trouble::Rejected => {
-                self.notice(
-                    now,
-                    &lane_key,
-                    "rejected",
-                    &format!("{message}; {size} rows are sent in smaller requests"),
-                );
+                self.notice_smaller(now, &lane_key, "rejected", &message, size);
                 for mut row in rows {
                     row.most_rows = size.div_ceil(2);
                     self.again(&lane_key, &group_key, row);
                 }
+                return;
             }
             Trouble::Overload(wait) => {
                 let points = if message == TIMED_OUT { 2 } else { 1 };
                 lane.failures += points;
                 let failing_since = *lane.failing_since.get_or_insert(now);
-                if lane.failures >= MOST_TROUBLE && now >= failing_since + DOWN_AFTER {
-                    self.stop_with(
+                let is_down = lane.failures >= MOST_TROUBLE && now >= failing_since + DOWN_AFTER;
+                if !is_down {
+                    if let Some(wait) = wait {
+                        lane.limiter.penalize(now + wait.min(&MOST_BACKOFF));
+                    }
+                    // One wait for all rows, so that they stay together.
+                    let worst = rows.iter().map(|r| r.trouble).max().unwrap_or(0) + points;
+                    let not_before = now + backoff(worst);
+                    for row in &mut rows {
+                        row.trouble += points;
+                        row.not_before = not_before;
+                    }
+                    self.notice(
                         now,
                         &lane_key,
-                        None,
-                        (&group_key, rows),
-                        StopReason::ProviderDown,
-                        message,
-                        Some(DOWN_FOR),
+                        "unanswered",
+                        &format!("a request was not answered and is sent again: {message}"),
                     );
+                    for row in rows {
+                        self.row_in_trouble(&lane_key, &group_key, row, size, &message);
+                    }
                     return;
                 }
-                if let Some(wait) = wait {
-                    lane.limiter.penalize(now + wait.min(&MOST_BACKOFF));
-                }
-                // One wait for all rows, so that they stay together.
-                let worst = rows.iter().map(|r| r.trouble).max().unwrap_or(0) + points;
-                let not_before = now + backoff(worst);
-                for row in &mut rows {
-                    row.trouble += points;
-                    row.not_before = not_before;
-                }
-                self.notice(
-                    now,
-                    &lane_key,
-                    "unanswered",
-                    &format!("a request was not answered and is sent again: {message}"),
-                );
-                for row in rows {
-                    self.row_in_trouble(&lane_key, &group_key, row, size, &message);
-                }
+                (StopReason::ProviderDown, true, Some(DOWN_FOR))
             }
+        };
+        self.notice(now, &lane_key, "stopped", &message);
+        if let Some(g) = self.lanes.get_mut(&lane_key).and_then(|l| l.group(&group_key)) {
+            let waiters = rows.iter().flat_map(|row| g.take_waiters(row)).collect();
+            self.give_back(waiters);
         }
+        let stop = Stop { reason, message, retry_after_ms: retry_after };
+        self.stop(&lane_key, (!is_for_all).then_some(group_key.as_str()), &stop);
     }
 
     /// A row whose request was not answered, while others are: it waits, then its requests get smaller, then it is
@@ -274,24 +234,9 @@ impl State {
         }
     }
 
-    #[allow(clippy::too_many_arguments)]
-    fn stop_with(
-        &mut self,
-        now: u64,
-        lane: &LaneKey,
-        group: Option<&str>,
-        rows: (&str, Vec<Row>),
-        reason: StopReason,
-        message: String,
-        retry_after_ms: Option<u64>,
-    ) {
-        self.notice(now, lane, "stopped", &message);
-        let (of, rows) = rows;
-        if let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(of)) {
-            let waiters = rows.iter().flat_map(|row| g.take_waiters(row)).collect();
-            self.give_back(waiters);
-        }
-        self.stop(lane, group, &Stop { reason, message, retry_after_ms });
+    /// Rows are sent in smaller requests.
+    fn notice_smaller(&mut self, now: u64, lane: &LaneKey, class: &str, message: &str, size: usize) {
+        self.notice(now, lane, class, &format!("{message}; {size} rows are sent in smaller requests"));
     }
 
     pub(super) fn notice(&mut self, now: u64, lane: &LaneKey, class: &str, message: &str) {
