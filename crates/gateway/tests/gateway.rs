@@ -193,13 +193,13 @@ fn full_memory_holds_clients_back_and_loses_nothing() {
 
 #[test]
 fn one_limit_holds_for_all_clients() {
+    // The gateway keeps in 6 s what this one keeps in 5: on a busy machine a request may get there late.
     let provider =
-        provider(Config { window: Duration::from_secs(6), tokens_per_window: Some(50_000), ..Config::default() });
+        provider(Config { window: Duration::from_secs(5), tokens_per_window: Some(50_000), ..Config::default() });
     let setup = Setup::new(64 << 20);
     let mut clients: Vec<Client> = (0..3).map(|_| setup.connect()).collect();
     for (i, client) in clients.iter_mut().enumerate() {
         client.open(&provider, |s| {
-            // Large enough to be kept in windows of 6 s, which are the provider's here.
             s.model.tokens_per_minute = Some(500_000);
             s.database = i as u32;
         });
@@ -209,10 +209,8 @@ fn one_limit_holds_for_all_clients() {
         client.outcomes(1000);
     }
     let stats = provider.stats();
-    // A machine so busy that a request takes longer than a quarter of a second to arrive may see one refused.
-    let refused = stats.by_status.get(&429).copied().unwrap_or_default();
-    assert!(refused <= 1, "{refused} of {} requests were refused", stats.requests);
-    assert!((40_000..=50_000).contains(&stats.peak_window_tokens), "{}", stats.peak_window_tokens);
+    assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{:?}", stats.by_status);
+    assert!((30_000..=50_000).contains(&stats.peak_window_tokens), "{}", stats.peak_window_tokens);
 }
 
 #[test]

@@ -739,10 +739,16 @@ fn the_cap_of_an_answer_is_tight_and_cuts_none() {
 
 // Limits.
 
-/// A provider whose limits are for 6 s, as the gateway keeps large ones too, and that answers after a while.
+/// A provider that answers after a while, and keeps in 5 s what the gateway keeps in 6: on a busy machine a request may
+/// get there some hundred milliseconds late. (To the millisecond it is tested with a virtual clock.)
 fn limited(config: Config) -> FakeProvider {
     let latency = Latency { base: Duration::from_millis(100), ..Latency::default() };
-    provider(Config { window: Duration::from_secs(6), latency, ..config })
+    provider(Config { window: Duration::from_secs(5), latency, ..config })
+}
+
+/// The part of such a provider's limit that is used: five sixths of it are ours.
+fn is_well_used(used: f64) -> bool {
+    (0.65..=0.84).contains(&used)
 }
 
 /// Rows of the length of a short mail.
@@ -780,7 +786,7 @@ fn a_limit_that_counts_the_cap_of_answers_is_kept_and_used() {
         s.endpoint.counts = Counts::Reserved;
     });
     assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{stats:?}");
-    assert!(stats.charged_tokens > 2 * 50_000 && stats.window_used >= 0.9, "{stats:?}");
+    assert!(stats.charged_tokens > 2 * 50_000 && is_well_used(stats.window_used), "{stats:?}");
 }
 
 #[test]
@@ -791,7 +797,7 @@ fn a_limit_that_counts_the_larger_of_prompt_and_cap_is_kept_and_used() {
         s.endpoint.counts = Counts::Larger;
     });
     assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{stats:?}");
-    assert!(stats.charged_tokens > 3 * 50_000 / 2 && stats.window_used >= 0.9, "{stats:?}");
+    assert!(stats.charged_tokens > 3 * 50_000 / 2 && is_well_used(stats.window_used), "{stats:?}");
 }
 
 #[test]
@@ -811,11 +817,11 @@ fn limits_of_prompts_and_of_answers_are_kept_each() {
             s.model.output_tokens_per_minute = Some(output * 10);
         });
         assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{stats:?}");
-        let windows = (stats.last_answer_ms.unwrap() - stats.first_request_ms.unwrap()) as f64 / 6_000.0;
+        let windows = (stats.last_answer_ms.unwrap() - stats.first_request_ms.unwrap()) as f64 / 5_000.0;
         let used = [(stats.prompt_tokens, input), (stats.completion_tokens, output)];
         let used = used.map(|(tokens, cap)| tokens as f64 / (cap as f64 * windows));
         println!("{used:?} in {windows} windows");
-        assert!(windows > 2.0 && used[tight] >= 0.9 && used[1 - tight] < 0.9, "{used:?} {stats:?}");
+        assert!(windows > 2.0 && used[tight] >= 0.65 && used[1 - tight] < 0.65, "{used:?} {stats:?}");
     }
 }
 
