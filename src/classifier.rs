@@ -9,6 +9,7 @@ use pgrx::prelude::*;
 use serde_json::{Value, json};
 
 use crate::budget::Price;
+use crate::client::check_here;
 use crate::error::{Error, Result};
 use crate::model::{self, check_owner, current_user, exists, new_name, required};
 use crate::{sql, txn};
@@ -134,6 +135,7 @@ fn create_classifier(
     examples: Option<JsonB>,
     options: Option<JsonB>,
 ) -> std::result::Result<(), ErrorReport> {
+    check_here()?;
     let name = new_name(name)?;
     let model = match model {
         Some(model) => model.to_owned(),

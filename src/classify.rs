@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::budget::UNLIMITED;
 use crate::classifier::{self, Asked};
-use crate::client::{Client, Received, WINDOW_ROWS, check_loaded};
+use crate::client::{Client, Received, WINDOW_ROWS, check_usable};
 use crate::error::{Error, Result};
 use crate::model::current_user;
 use crate::statement::{self, Purse};
@@ -185,7 +185,7 @@ fn classify_one(input: &str, known: classifier::Known, limit: Allowance) -> Resu
 
 #[pg_extern(sql = false)]
 fn llm_classify(input: &str, task: &str) -> std::result::Result<Option<String>, ErrorReport> {
-    check_loaded()?;
+    check_usable()?;
     Ok(classify_one(input, classifier::load(task, &json!({}))?, statement::limit(&mut json!({}))?)?)
 }
 
@@ -195,7 +195,7 @@ fn llm_classify_labels(
     labels: Vec<Option<String>>,
     mut options: JsonB,
 ) -> std::result::Result<Option<String>, ErrorReport> {
-    check_loaded()?;
+    check_usable()?;
     let limit = statement::limit(&mut options.0)?;
     Ok(classify_one(input, classifier::from_labels(labels, &options.0)?, limit)?)
 }
@@ -323,7 +323,7 @@ fn llm_classify_batch(
     >,
     ErrorReport,
 > {
-    check_loaded()?;
+    check_usable()?;
     let limit = statement::limit(&mut options.0)?;
     Ok(TableIterator::new(as_rows(classify_query(query, classifier::load(task, &options.0)?, limit)?)))
 }
@@ -342,7 +342,7 @@ fn llm_classify_batch_labels(
     >,
     ErrorReport,
 > {
-    check_loaded()?;
+    check_usable()?;
     let limit = statement::limit(&mut options.0)?;
     Ok(TableIterator::new(as_rows(classify_query(query, classifier::from_labels(labels, &options.0)?, limit)?)))
 }

@@ -10,9 +10,9 @@ use llm_batch_gateway::protocol::{FromGateway, Stream, ToGateway, decode, encode
 use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::shared;
 use crate::worker::gateway::connect;
 use crate::worker::{Socket, wait};
+use crate::{shared, version};
 
 /// How long a gateway may take to come up or come back.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -45,6 +45,31 @@ pub fn check_loaded() -> Result<()> {
     Err(Error::state("pg_llm_batch is not loaded")
         .detail("It needs background processes, which are started with the server.")
         .hint("Add pg_llm_batch to shared_preload_libraries in postgresql.conf and restart the server."))
+}
+
+/// What every function of ours that does something needs.
+pub fn check_usable() -> Result<()> {
+    check_loaded()?;
+    check_here()
+}
+
+/// Refuses a standby, where nothing can be written and no process of ours runs, and an extension that is not of the
+/// library's version.
+pub fn check_here() -> Result<()> {
+    if in_recovery() {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION,
+            "pg_llm_batch can't be used during recovery",
+        )
+        .detail("This server is a standby: no process of pg_llm_batch runs here.")
+        .hint("Call it on the primary, or promote this server."));
+    }
+    version::check()
+}
+
+pub fn in_recovery() -> bool {
+    // SAFETY: reads shared state on the main thread.
+    unsafe { pg_sys::RecoveryInProgress() }
 }
 
 /// Sends what has one answer, and waits for it; asks again if the gateway ends meanwhile.

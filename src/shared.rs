@@ -56,6 +56,8 @@ const FREE: Entry =
 #[derive(Clone, Copy)]
 struct Table {
     launcher: i32,
+    /// Databases of which the log was told that their extension is of another version than the library.
+    told: [u32; 16],
     entries: [Entry; ENTRIES],
 }
 
@@ -64,7 +66,7 @@ unsafe impl PGRXSharedMemory for Table {}
 
 impl Default for Table {
     fn default() -> Self {
-        Self { launcher: 0, entries: [FREE; ENTRIES] }
+        Self { launcher: 0, told: [0; 16], entries: [FREE; ENTRIES] }
     }
 }
 
@@ -162,6 +164,13 @@ pub fn found(database: u32, job: i64, owner: u32) {
         drop(table);
         set_latch(launcher);
     }
+}
+
+/// Whether the log has not been told of this database yet. Of more than there is room for it is told each time.
+pub fn first_told(database: u32) -> bool {
+    let mut table = TABLE.exclusive();
+    let place = table.told.iter_mut().find(|d| **d == database || **d == 0);
+    place.is_none_or(|d| std::mem::replace(d, database) != database)
 }
 
 /// Whether the caller's job was told to look at its row again, since the last call.

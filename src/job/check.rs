@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use crate::catalog::{self, Target, Use};
 use crate::classifier::{self, Asked};
-use crate::client::check_loaded;
+use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::model::{current_user, from_name, required};
 use crate::{sql, txn};
@@ -43,15 +43,8 @@ impl<'a> Given<'a> {
     }
 
     /// The table, the role to run as, and the stream, if all is well.
-    pub fn check(&self, call: &str, is_to_write: bool) -> Result<(Target, pg_sys::Oid, Asked)> {
-        check_loaded()?;
-        // SAFETY: reads shared state on the main thread.
-        if unsafe { pg_sys::RecoveryInProgress() } {
-            return Err(Error::new(
-                PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION,
-                format!("cannot execute {call} during recovery"),
-            ));
-        }
+    pub fn check(&self, is_to_write: bool) -> Result<(Target, pg_sys::Oid, Asked)> {
+        check_usable()?;
         let target = catalog::target(self.relation, &self.column)?;
         let owner = owner_of(&target)?;
         let asked = classifier::load(self.task, &self.options)?.stream(owner, false)?;

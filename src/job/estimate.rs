@@ -104,7 +104,7 @@ fn estimate_of(given: &Given, most_rows: i32) -> Result<(Population, Estimate, A
     if !(1..=MOST_ROWS).contains(&most_rows) {
         return Err(Error::invalid("\"sample_rows\" must be from 1 to 4000"));
     }
-    let (target, owner, asked) = given.check("estimate()", false)?;
+    let (target, owner, asked) = given.check(false)?;
     let stream = &asked.stream;
     let rows = Rows::new(&target.name, target.is_partitioned, given.input, &target.column, given.filter);
     let options = &stream.task.options;

@@ -8,13 +8,7 @@ use serde_json::Value;
 use crate::budget::{self, Funds, Price, UNLIMITED};
 use crate::classifier::Asked;
 use crate::error::{Error, Result};
-use crate::{sql, txn};
-
-/// A number that tells this cluster from others; a dump that is restored elsewhere brings another one with it.
-pub fn cluster() -> i64 {
-    // SAFETY: read from the control file at the start of the server.
-    unsafe { pg_sys::GetSystemIdentifier() as i64 }
-}
+use crate::{sql, txn, version};
 
 /// A job as its owner sees it.
 #[derive(Debug, Clone)]
@@ -76,11 +70,10 @@ pub struct Job {
     pub task: String,
     pub options: Value,
     pub search_path: String,
-    pub cluster: i64,
     pub wanted: String,
     pub epoch: i32,
     pub retry_epoch: i32,
-    /// It is to run now: not ended, not paused for longer.
+    /// It is to run now: not ended, not paused for longer, not come here with a dump.
     pub is_due: bool,
     /// Whether the rows have been counted.
     pub is_counted: bool,
@@ -94,8 +87,8 @@ pub fn load(id: i64) -> Result<Option<Job>> {
     txn::as_extension_owner(|| {
         sql::row(
             "SELECT j.relation::oid, j.target::text, j.target_attnum, j.target_type::oid, j.key_names::text[], j.key_attnums,
-                    j.input, j.filter, j.task, j.options, j.search_path, j.cluster, j.wanted, j.epoch, j.retry_epoch,
-                    j.wanted = 'running' AND (s.epoch < j.epoch OR s.status = 'running'
+                    j.input, j.filter, j.task, j.options, j.search_path, j.wanted, j.epoch, j.retry_epoch,
+                    j.wanted = 'running' AND j.home = llm_batch.home() AND (s.epoch < j.epoch OR s.status = 'running'
                         OR (s.status = 'paused' AND s.resume_at IS NOT NULL AND s.resume_at <= clock_timestamp())),
                     s.rows_total IS NOT NULL, s.retried_epoch,
                     EXISTS (SELECT FROM llm_batch.row_failure f WHERE f.job_id = j.id),
@@ -113,18 +106,17 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     key_attnums: r.get::<Vec<Option<i16>>>(6)?.into_iter().flatten().collect(),
                     input: r.get(7)?,
                     filter: r.maybe(8)?,
-                    budget: (r.maybe(20)?, r.maybe(21)?),
+                    budget: (r.maybe(19)?, r.maybe(20)?),
                     task: r.get(9)?,
                     options: r.get::<JsonB>(10)?.0,
                     search_path: r.get(11)?,
-                    cluster: r.get(12)?,
-                    wanted: r.get(13)?,
-                    epoch: r.get(14)?,
-                    retry_epoch: r.get(15)?,
-                    is_due: r.get(16)?,
-                    is_counted: r.get(17)?,
-                    retried_epoch: r.get(18)?,
-                    has_failures: r.get(19)?,
+                    wanted: r.get(12)?,
+                    epoch: r.get(13)?,
+                    retry_epoch: r.get(14)?,
+                    is_due: r.get(15)?,
+                    is_counted: r.get(16)?,
+                    retried_epoch: r.get(17)?,
+                    has_failures: r.get(18)?,
                     max_attempts: 3,
                 })
             },
@@ -374,12 +366,7 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<boo
     Ok(entered == 1 || !matches!(outcome, Outcome::Done))
 }
 
-/// Whether the extension is still there, in a transaction of its caller.
+/// Whether the extension is still there, and of the library's version; in a transaction of its caller.
 pub fn is_installed() -> Result<bool> {
-    Ok(sql::one::<bool>(
-        "SELECT true FROM pg_catalog.pg_extension WHERE extname OPERATOR(pg_catalog.=) 'pg_llm_batch'
-            AND pg_catalog.to_regclass('llm_batch.job_state') IS NOT NULL",
-        &[],
-    )?
-    .is_some())
+    Ok(version::installed()?.is_some_and(|v| v == version::LIBRARY))
 }

@@ -7,9 +7,9 @@ use super::{handle_signals, my_pid};
 use crate::error::Result;
 use crate::job::store::{self, Outcome};
 use crate::shared::{self, End};
-use crate::{sql, txn};
+use crate::{sql, txn, version};
 
-/// The next search where a prepared transaction is open, microseconds.
+/// The next search where a prepared transaction is open or the extension is to be updated, microseconds.
 const AGAIN: i64 = 10_000_000;
 
 /// What the launcher tells a worker: database, job, owner.
@@ -54,12 +54,15 @@ pub extern "C-unwind" fn llm_batch_finder_main(_arg: pg_sys::Datum) {
 /// Wants every job that is to run; when to look again, if a pause of one will be over then.
 fn search() -> Result<Option<i64>> {
     sql::set_local("search_path", "pg_catalog, pg_temp")?;
-    let installed = sql::one::<bool>(
-        "SELECT true FROM pg_extension WHERE extname = 'pg_llm_batch' AND pg_catalog.to_regclass('llm_batch.job_state') IS NOT NULL",
-        &[],
-    )?;
-    if installed.is_none() {
-        return Ok(None);
+    let Some(version) = version::installed()? else { return Ok(None) };
+    if version != version::LIBRARY {
+        if shared::first_told(super::my_database()) {
+            let e = version::differs(&version);
+            let database = sql::one::<String>("SELECT current_database()::text", &[])?.unwrap_or_default();
+            let text = format!("jobs of database \"{database}\" wait until the extension and the library agree");
+            ereport!(WARNING, e.code, text, format!("{}. {}", e.message, e.hint.unwrap_or_default()));
+        }
+        return Ok(Some(shared::now() + AGAIN));
     }
     let jobs = sql::rows(
         "SELECT j.id, j.owner::oid,
@@ -70,7 +73,7 @@ fn search() -> Result<Option<i64>> {
                 END, j.epoch
            FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
            LEFT JOIN pg_roles r ON r.oid = j.owner
-          WHERE j.wanted = 'running'
+          WHERE j.wanted = 'running' AND j.home = llm_batch.home()
             AND (s.epoch < j.epoch OR s.status = 'running' OR (s.status = 'paused' AND s.resume_at IS NOT NULL))",
         &[],
         |row| {

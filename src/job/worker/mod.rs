@@ -141,11 +141,6 @@ impl Worker {
         if !job.is_due {
             return Ok(Begun::Nothing);
         }
-        if job.cluster != store::cluster() {
-            let text = "the job was made in another cluster".to_owned();
-            store::end(id, job.epoch, &Outcome::Paused("restored", Some(text), None), true)?;
-            return Ok(Begun::Nothing);
-        }
         store::begin(&job)?;
         // What is reserved still, a worker left that died; nobody knows how much of it was spent.
         store::release(id, true)?;
