@@ -244,6 +244,10 @@ impl Cluster {
         self.dir.join("data")
     }
 
+    pub(crate) fn is_running(&self) -> bool {
+        self.server.is_some()
+    }
+
     /// Process id of the postmaster.
     #[track_caller]
     pub fn pid(&self) -> u32 {

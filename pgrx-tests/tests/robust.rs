@@ -667,6 +667,7 @@ fn settings_of_the_owners_role() {
          CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.same);
          CREATE TABLE evil.tickets (id bigint PRIMARY KEY, body text, topic text)",
     );
+    let version = one(client, "SELECT current_setting('server_version_num')::bigint");
     for (i, (name, value)) in [
         ("default_transaction_read_only", "on"),
         ("default_transaction_isolation", "serializable"),
@@ -691,7 +692,7 @@ fn settings_of_the_owners_role() {
         ("default_toast_compression", "pglz"),
         ("client_min_messages", "debug5"),
         ("plan_cache_mode", "force_generic_plan"),
-        ("force_parallel_mode", "on"),
+        (if version < 160_000 { "force_parallel_mode" } else { "debug_parallel_query" }, "on"),
         ("session_preload_libraries", "pg_llm_batch"),
     ]
     .into_iter()
