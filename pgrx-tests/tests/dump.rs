@@ -181,3 +181,157 @@ fn a_dump_of_every_kind_holds_all_and_jobs_wake_up_paused() {
     // The original was not disturbed.
     assert_eq!(jobs.bed.done(jobs.running).counts(), (ROWS, ROWS, 0, 0, 0, 0));
 }
+
+/// In the cluster it came from, a dump or a template is a second database with the same jobs.
+#[test]
+fn another_database_of_the_same_cluster() {
+    let jobs = Jobs::new("dump_same");
+    let cluster = &jobs.bed.cluster;
+    let all = text(&mut jobs.bed.connect(), ALL);
+    run(&mut jobs.bed.connect(), "CREATE DATABASE second");
+    assert_eq!(pipe(tool(cluster, "pg_dump", &["postgres"]), psql(cluster, "second")), "");
+    // Nobody may be connected to a template.
+    let other = &mut cluster.connect("second");
+    run(other, "ALTER SYSTEM SET llm_batch.enabled = off");
+    run(other, "SELECT pg_reload_conf()");
+    let copied = wait_until(
+        "nobody is connected",
+        PATIENCE,
+        || other.batch_execute("CREATE DATABASE third TEMPLATE postgres").map_err(|e| e.to_string()),
+        Result::is_ok,
+    );
+    copied.unwrap();
+    run(other, "ALTER SYSTEM RESET llm_batch.enabled");
+    run(other, "SELECT pg_reload_conf()");
+    let third = &mut cluster.connect("third");
+    assert_eq!(
+        text(third, "SELECT string_agg(DISTINCT home, '') FROM llm_batch.job"),
+        text(other, "SELECT string_agg(DISTINCT home, '') FROM llm_batch.job")
+    );
+    let p = progress(third, jobs.running);
+    assert_eq!((p.status.as_str(), p.reason.as_deref()), ("paused", Some("restored")));
+    // Only the original goes on by itself.
+    jobs.bed.provider.release();
+    assert_eq!(jobs.bed.done(jobs.running).counts(), (ROWS, ROWS, 0, 0, 0, 0));
+    assert_eq!(progress(third, jobs.running), p);
+    jobs.bed.provider.hold();
+    assert_eq!(text(other, ALL), all);
+    jobs.go_on(other);
+    run(third, &format!("SELECT llm_batch.resume({})", jobs.running));
+    wait_status(third, jobs.running, "done");
+    assert_eq!((wrong(third, "a"), left(third, "a")), (0, 0));
+}
+
+/// Back to an earlier state, in the very same database, while a job runs.
+#[test]
+fn the_same_database_restored_over_itself() {
+    let jobs = Jobs::new("dump_clean");
+    let cluster = &jobs.bed.cluster;
+    let all = text(&mut jobs.bed.connect(), ALL);
+    let archive = cluster.socket_dir().join("archive");
+    cluster.run_tool("pg_dump", &["-Fc", "-f", archive.to_str().unwrap(), "postgres"]);
+    cluster.run_tool("pg_restore", &["-e", "--clean", "--if-exists", "-d", "postgres", archive.to_str().unwrap()]);
+    let client = &mut jobs.bed.connect();
+    assert_eq!(text(client, ALL), all);
+    jobs.go_on(client);
+    let log = cluster.log();
+    assert!(!log.contains("PANIC") && !log.contains("panicked"), "{log}");
+}
+
+/// A role without rights on our tables can dump what is its own, and one that may read everything all of it.
+#[test]
+fn dumps_of_plain_roles() {
+    let jobs = Jobs::new("dump_roles");
+    let cluster = &jobs.bed.cluster;
+    let client = &mut jobs.bed.connect();
+    run(client, "CREATE ROLE reader LOGIN IN ROLE pg_read_all_data");
+    let dump = |role, args: &[&str]| {
+        let output = cluster.tool("pg_dump", role).args(args).arg("postgres").output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    for args in [["-n", "app"], ["-t", "a"], ["-e", "plpgsql"]] {
+        // By -e, the extensions that are dumped are named; public's tables are not all app's.
+        let (done, out, complaints) = dump("app", if args[0] == "-e" { &["-e", "plpgsql", "-t", "a"] } else { &args });
+        assert!(done && out.contains("COPY ") && !out.contains("llm_batch"), "{args:?}: {complaints}");
+    }
+    let (done, _, complaints) = dump("app", &[]);
+    assert!(!done && complaints.contains("permission denied for table"), "{complaints}");
+    let (done, out, complaints) = dump("reader", &[]);
+    assert!(done && out.contains("COPY llm_batch.job "), "{complaints}");
+    // The superuser's dump has the key; a plain role does not see it.
+    assert!(dump("postgres", &[]).1.contains("sk-test-") && !out.contains("sk-test-"));
+}
+
+/// Tables and roles that are gone have numbers for names, which would be someone else's after a restore.
+#[test]
+fn what_is_gone_is_left_out() {
+    let jobs = Jobs::new("dump_gone");
+    let cluster = &jobs.bed.cluster;
+    let client = &mut jobs.bed.connect();
+    run(client, "CREATE ROLE leaver LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO leaver");
+    tickets(client, "e", 4001..=4010);
+    run(client, "ALTER TABLE e OWNER TO leaver");
+    jobs.bed.provider.release();
+    let left_by = backfill_with(&mut cluster.connect_as("postgres", "leaver"), "e", "");
+    for job in [left_by, jobs.running, jobs.paused] {
+        if job == jobs.paused {
+            run(client, &format!("SELECT llm_batch.resume({job})"));
+        }
+        jobs.bed.done(job);
+    }
+    run(
+        client,
+        "ALTER TABLE e OWNER TO postgres; REVOKE ALL ON FOREIGN SERVER fake FROM leaver; DROP ROLE leaver; DROP TABLE c",
+    );
+    assert_eq!(one(client, "SELECT count(*) FROM llm_batch.row_failure"), 2);
+    let to = Cluster::builder("dump_gone_2").start();
+    let there = &mut to.connect("postgres");
+    // Without the role app there is no dump of its jobs: the error says which role that is.
+    let complaints = pipe(tool(cluster, "pg_dump", &["postgres"]), psql(&to, "postgres"));
+    assert!(complaints.contains("role \"app\" does not exist"), "{complaints}");
+    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.job"), 0);
+    // What was restored can be used; once the role is there, the data can be restored after all.
+    run(there, "CREATE ROLE app LOGIN; TRUNCATE llm_batch.model, llm_batch.classifier, llm_batch.job CASCADE");
+    let complaints = pipe(
+        tool(cluster, "pg_dump", &["--data-only", "-e", "pg_llm_batch", "-n", "llm_batch", "postgres"]),
+        psql(&to, "postgres"),
+    );
+    assert_eq!(complaints, "");
+    assert_eq!(
+        text(there, "SELECT string_agg(job_id::text, ' ' ORDER BY job_id) FROM llm_batch.progress"),
+        format!("{} {} {}", jobs.running, jobs.paused, jobs.cancelled)
+    );
+    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.job_state"), 3);
+    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.row_failure"), 0);
+}
+
+/// Restored, and then the table is not what it was: the job says so when it is resumed, and writes nothing.
+#[test]
+fn a_restored_job_whose_table_is_another() {
+    let jobs = Jobs::new("dump_other");
+    let cluster = &jobs.bed.cluster;
+    let to = Cluster::builder("dump_other_2").start();
+    let there = &mut to.connect("postgres");
+    run(there, "CREATE ROLE app LOGIN");
+    assert_eq!(pipe(tool(cluster, "pg_dump", &["postgres"]), psql(&to, "postgres")), "");
+    jobs.bed.provider.release();
+    for (change, error) in [
+        (
+            "ALTER TABLE a RENAME COLUMN topic TO subject",
+            "column \"topic\" of public.a was dropped, renamed or replaced",
+        ),
+        (
+            "ALTER TABLE app.\"B b\" RENAME COLUMN id TO number",
+            "column \"id\" of app.\"B b\" was dropped, renamed or replaced",
+        ),
+    ] {
+        run(there, change);
+        let job = if change.contains("subject") { jobs.running } else { jobs.paused };
+        let before = progress(there, job).done;
+        run(there, &format!("SELECT llm_batch.resume({job})"));
+        let p = wait_status(there, job, "failed");
+        assert!(p.done == before && p.last_error.as_deref().unwrap_or_default().contains(error), "{p:?}");
+    }
+    let before = one(there, "SELECT count(*) FROM a WHERE subject IS NOT NULL");
+    assert_eq!(before, progress(there, jobs.running).done);
+}

@@ -73,8 +73,10 @@ pub struct Job {
     pub wanted: String,
     pub epoch: i32,
     pub retry_epoch: i32,
-    /// It is to run now: not ended, not paused for longer, not come here with a dump.
+    /// It is to run now: not ended, not paused for longer.
     pub is_due: bool,
+    /// Where it is at home, which is here.
+    pub home: String,
     /// Whether the rows have been counted.
     pub is_counted: bool,
     pub retried_epoch: i32,
@@ -82,18 +84,22 @@ pub struct Job {
     pub max_attempts: u32,
 }
 
-/// Reads a job; `None` if it is gone.
+/// Reads a job; `None` if it is gone, or not at home here, or nothing of the extension can be used.
 pub fn load(id: i64) -> Result<Option<Job>> {
+    if !version::installed()?.is_some_and(|v| v == version::LIBRARY) {
+        return Ok(None);
+    }
     txn::as_extension_owner(|| {
         sql::row(
             "SELECT j.relation::oid, j.target::text, j.target_attnum, j.target_type::oid, j.key_names::text[], j.key_attnums,
                     j.input, j.filter, j.task, j.options, j.search_path, j.wanted, j.epoch, j.retry_epoch,
-                    j.wanted = 'running' AND j.home = llm_batch.home() AND (s.epoch < j.epoch OR s.status = 'running'
+                    j.wanted = 'running' AND (s.epoch < j.epoch OR s.status = 'running'
                         OR (s.status = 'paused' AND s.resume_at IS NOT NULL AND s.resume_at <= clock_timestamp())),
                     s.rows_total IS NOT NULL, s.retried_epoch,
                     EXISTS (SELECT FROM llm_batch.row_failure f WHERE f.job_id = j.id),
-                    j.max_cost::text, j.max_tokens
-               FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id WHERE j.id = $1",
+                    j.max_cost::text, j.max_tokens, j.home
+               FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
+              WHERE j.id = $1 AND j.home = llm_batch.home()",
             &[id.into()],
             |r| {
                 Ok(Job {
@@ -107,6 +113,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     input: r.get(7)?,
                     filter: r.maybe(8)?,
                     budget: (r.maybe(19)?, r.maybe(20)?),
+                    home: r.get(21)?,
                     task: r.get(9)?,
                     options: r.get::<JsonB>(10)?.0,
                     search_path: r.get(11)?,
@@ -239,7 +246,7 @@ pub fn write<'a>(
                     rows_per_second = $15, tokens_per_minute = $16, updated_at = now()
                FROM llm_batch.job j,
                     (SELECT coalesce($17::numeric, 0), coalesce($18::numeric, 0), coalesce($19::numeric, $17::numeric, 0)) p (input, output, cached_input)
-              WHERE s.job_id = $1 AND j.id = s.job_id
+              WHERE s.job_id = $1 AND j.id = s.job_id AND j.home = llm_batch.home()
           RETURNING j.max_cost IS NOT NULL OR j.max_tokens IS NOT NULL,
                     CASE WHEN j.max_cost IS NOT NULL THEN
                         greatest(least(floor((j.max_cost - s.cost - s.cost_unconfirmed - s.cost_reserved) * 1000000000000), 9000000000000000000), 0)::bigint END,
@@ -364,9 +371,4 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<boo
     }
     // Of a job whose row is gone nothing is left to enter.
     Ok(entered == 1 || !matches!(outcome, Outcome::Done))
-}
-
-/// Whether the extension is still there, and of the library's version; in a transaction of its caller.
-pub fn is_installed() -> Result<bool> {
-    Ok(version::installed()?.is_some_and(|v| v == version::LIBRARY))
 }

@@ -42,15 +42,15 @@ impl Worker {
         let (id, epoch, asked, in_doubt) = (self.job.id, self.job.epoch, &self.asked, self.money.in_doubt);
         let rest = Delta { spent: self.spent, ..Delta::default() };
         let entered = txn::run(|| {
-            if !store::is_installed()? {
-                return Ok(true);
+            if store::load(id)?.is_none_or(|job| job.home != self.job.home) {
+                return Ok(None);
             }
             if self.spent != Spent::default() {
                 store::write(id, asked, &rest, [])?;
             }
             match &outcome {
-                Some(outcome) => store::end(id, epoch, outcome, in_doubt),
-                None => store::release(id, in_doubt).map(|()| true),
+                Some(outcome) => store::end(id, epoch, outcome, in_doubt).map(Some),
+                None => store::release(id, in_doubt).map(|()| Some(true)),
             }
         });
         if self.disabled {
@@ -58,9 +58,11 @@ impl Worker {
             return Some(End::Again(shared::now() + 1_000_000));
         }
         match entered {
-            Ok(true) => {}
+            Ok(Some(true)) => {}
+            // Not this run's job any more: whether there is something to do instead, the next worker finds out.
+            Ok(None) => return Some(End::Again(shared::now())),
             // There is more to do.
-            Ok(false) => {
+            Ok(Some(false)) => {
                 self.spent = Spent::default();
                 self.stopping = None;
                 self.look_now = true;

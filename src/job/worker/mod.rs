@@ -133,9 +133,6 @@ struct Worker {
 
 impl Worker {
     fn begin(id: i64) -> Result<Begun> {
-        if !store::is_installed()? {
-            return Ok(Begun::Nothing);
-        }
         let Some(mut job) = store::load(id)? else { return Ok(Begun::Nothing) };
         // A start for nothing, such as one whose cause was rolled back to a savepoint, changes nothing.
         if !job.is_due {
@@ -264,9 +261,8 @@ impl Worker {
     fn look(&mut self) -> Result<()> {
         (self.looked, self.look_now) = (Instant::now(), false);
         let id = self.job.id;
-        let job = txn::run(|| if store::is_installed()? { store::load(id) } else { Ok(None) })?;
-        let Some(job) = job else {
-            // Dropped: nobody is left to be told anything.
+        let Some(job) = txn::run(|| store::load(id))?.filter(|job| job.home == self.job.home) else {
+            // Dropped, or another one that a dump has brought in its place: nothing of this run is to be told there.
             self.stop(Outcome::Cancelled);
             return Ok(());
         };
