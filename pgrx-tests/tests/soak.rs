@@ -297,8 +297,7 @@ fn paid(bed: &Bed, c: &mut Client, job: i64, p: &Progress, events: &BTreeMap<Eve
     let fault = |name: &str| stats.faults.get(name).copied().unwrap_or_default() as i64;
     let lost = fault("ResetAfter") * PACK + fault("DoubleId");
     let changed = one(c, "SELECT count(*) FROM touched");
-    // What is under way, and as much that has been answered and not yet committed.
-    let in_flight = deaths * 2 * REQUESTS * PACK;
+    let in_flight = deaths * REQUESTS * PACK;
     println!(
         "{again} rows were paid twice; {deaths} deaths at {} rows, {lost} lost, {changed} changed",
         REQUESTS * PACK
@@ -308,7 +307,7 @@ fn paid(bed: &Bed, c: &mut Client, job: i64, p: &Progress, events: &BTreeMap<Eve
     assert!(stats.peak_rows_in_flight as i64 <= REQUESTS * PACK, "{}", stats.peak_rows_in_flight);
     assert!(p.input_tokens as u64 <= stats.prompt_tokens && p.output_tokens as u64 <= stats.completion_tokens);
     let each = stats.prompt_tokens / stats.admitted.max(1);
-    let unknown = ((deaths * 2 * REQUESTS + fault("ResetAfter")) as u64 + stats.abandoned) * each * 2;
+    let unknown = ((deaths * REQUESTS + fault("ResetAfter")) as u64 + stats.abandoned) * each * 2;
     assert!(p.input_tokens as u64 + unknown >= stats.prompt_tokens, "tokens are missing from the job's count");
     let cost = "SELECT cost = round((input_tokens * 0.15 + output_tokens * 0.60) / 1e6, 12) FROM llm_batch.progress";
     assert_eq!(text(c, &format!("{cost} WHERE job_id = {job}")), "t");
