@@ -5,6 +5,7 @@ use pgrx::prelude::*;
 
 use super::{handle_signals, my_pid};
 use crate::error::Result;
+use crate::failure::failure_point;
 use crate::job::store::{self, Outcome};
 use crate::shared::{self, End};
 use crate::{sql, txn};
@@ -78,6 +79,7 @@ fn search() -> Result<Option<i64>> {
             Ok((job, row.get::<bool>(3)?, row.maybe::<i64>(4)?, row.maybe::<String>(5)?, row.get::<i32>(6)?))
         },
     )?;
+    failure_point!("find");
     let now = shared::now();
     // A prepared transaction may hold a job, or something else that wakes one; its commit tells nobody.
     let prepared =

@@ -11,6 +11,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use super::{handle_signals, reload_if_asked, report, wait};
+use crate::failure::failure_point;
 use crate::settings;
 
 /// The socket, relative to the data directory, which is the server's working directory. Base backups leave this
@@ -69,6 +70,7 @@ pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
     loop {
         // Ends here, without unwinding, when the server shuts down: the thread dies with the process.
         wait(None, Some(Duration::from_millis(500)));
+        failure_point!("gateway");
         reload_if_asked();
         gateway.configure(current_settings());
         while let Ok(line) = lines.try_recv() {

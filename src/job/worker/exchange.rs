@@ -9,6 +9,7 @@ use pgrx::pg_sys;
 use super::{AGAIN, CONTROL, LATER, Worker, money};
 use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
+use crate::failure::failure_point;
 use crate::job::page;
 use crate::job::settle::Answer;
 use crate::job::store::{self, Outcome};
@@ -51,6 +52,7 @@ impl Worker {
         let counted = self.job.is_counted;
         let (ready, claimed, gone) = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
+            failure_point!("claim");
             // Rights, key, model and task may have changed: what holds now holds for the next request.
             let ready = Self::ready(&job)?;
             sql::set_local("search_path", &plan.search_path)?;
@@ -118,9 +120,11 @@ impl Worker {
                 items.push(Item { n: self.next_n, text });
                 self.next_n += 1;
             }
+            failure_point!("hand-over");
             if let Some(client) = &mut self.client {
                 client.send(&ToGateway::Items(items))?;
             }
+            failure_point!("handed-over");
         }
         Ok(())
     }

@@ -19,6 +19,7 @@ use self::money::Money;
 use crate::classifier::{self, Asked};
 use crate::client::Client;
 use crate::error::Result;
+use crate::failure::failure_point;
 use crate::job::page::Page;
 use crate::job::plan::{self, Plan};
 use crate::job::settle::Answer;
@@ -57,6 +58,7 @@ pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
         // SAFETY: the name is copied.
         unsafe { pg_sys::pgstat_report_appname(name.as_ptr()) };
     }
+    failure_point!("begin");
     let end = run(id);
     shared::goes(database, id, my_pid(), end);
 }

@@ -10,6 +10,7 @@ use super::money::Decision;
 use super::{Worker, make_plan};
 use crate::budget;
 use crate::error::Result;
+use crate::failure::failure_point;
 use crate::job::store::{self, Delta, Failure, Outcome};
 use crate::job::{plan, settle};
 use crate::worker::report;
@@ -35,6 +36,7 @@ impl Worker {
         let may_grant = self.stopping.is_none() && !self.disabled;
         let result = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
+            failure_point!("settle");
             let table = plan::table(job)?;
             if table != *known {
                 *plan = make_plan(job, &table, &asked.stream)?;
@@ -63,6 +65,7 @@ impl Worker {
             if money.in_doubt {
                 store::release(job.id, true)?;
             }
+            failure_point!("written");
             Ok((settled, decision, account.map(|a| a.spent)))
         });
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
@@ -76,6 +79,7 @@ impl Worker {
                 return Err(e);
             }
         };
+        failure_point!("committed");
         self.spent = Spent::default();
         self.money.settled(decision);
         self.carry_out(decision, account.unwrap_or_default())?;
