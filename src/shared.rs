@@ -16,8 +16,8 @@ use pgrx::{PGRXSharedMemory, PgLwLock, pg_shmem_init};
 /// the next search.
 const ENTRIES: usize = 256;
 
-/// First wait before what died is started again, microseconds; doubled each time it dies young.
-const RESTART: i64 = 5_000_000;
+/// First wait before what died is started again, microseconds; doubled each time it dies young and without progress.
+const RESTART: i64 = 1_000_000;
 /// Longest such wait, microseconds.
 const MOST_RESTART: i64 = 300_000_000;
 /// A worker that lived so long (microseconds) was well.
@@ -164,6 +164,13 @@ pub fn found(database: u32, job: i64, owner: u32) {
     }
 }
 
+/// The caller's job has done rows: one of its deaths is forgiven.
+pub fn progressed(database: u32, job: i64) {
+    if let Some(e) = TABLE.exclusive().find(database, job) {
+        e.deaths = e.deaths.saturating_sub(1);
+    }
+}
+
 /// Whether the caller's job was told to look at its row again, since the last call.
 pub fn was_poked(database: u32, job: i64) -> bool {
     TABLE.exclusive().find(database, job).is_some_and(|e| std::mem::take(&mut e.poked))
@@ -237,8 +244,12 @@ pub fn unwant(database: u32, job: i64) {
 
 fn died(e: &mut Entry, now: i64) {
     e.deaths = if e.phase == Phase::Running && e.at + WELL < now { 1 } else { e.deaths + 1 };
-    let wait = (RESTART << (e.deaths - 1).min(10)).min(MOST_RESTART);
-    (e.phase, e.at, e.pid) = (Phase::Wanted, now + wait, 0);
+    (e.phase, e.at, e.pid) = (Phase::Wanted, now + pause(e.deaths), 0);
+}
+
+/// How long what has died so often in a row is left alone, microseconds.
+pub fn pause(deaths: u32) -> i64 {
+    if deaths == 0 { 0 } else { (RESTART << (deaths - 1).min(10)).min(MOST_RESTART) }
 }
 
 /// A worker comes up. `None` if nobody wants it any more, or another one has taken its place.

@@ -1,19 +1,24 @@
 //! Failure points: places where a test has the process fail. Only builds with the feature `failure_points` have them.
 //!
 //! A test puts a file into `failure_points/` in the data directory. It is named after the point and says what is to
-//! happen there (`error`, `panic`, `term`, `kill`) and how many times; it is gone when that has happened.
+//! happen there (`error`, `panic`, `term`, `kill`), how many times, and, if not always, for which text (a part of a row).
+//! It is gone when that has happened.
 
 /// A place where a test may have the process fail; nothing in other builds.
 #[cfg(feature = "failure_points")]
 macro_rules! failure_point {
     ($name:literal) => {
-        $crate::failure::pass($name)
+        $crate::failure::pass($name, "")
+    };
+    ($name:literal, $text:expr) => {
+        $crate::failure::pass($name, $text)
     };
 }
 
 #[cfg(not(feature = "failure_points"))]
 macro_rules! failure_point {
     ($name:literal) => {};
+    ($name:literal, $text:expr) => {};
 }
 
 pub(crate) use failure_point;
@@ -22,12 +27,16 @@ pub(crate) use failure_point;
 /// anything.
 #[cfg(feature = "failure_points")]
 #[allow(clippy::panic)]
-pub fn pass(name: &str) -> Option<String> {
+pub fn pass(name: &str, text: &str) -> Option<String> {
     let file = format!("failure_points/{name}");
     let wish = std::fs::read_to_string(&file).ok()?;
-    let (action, times) = wish.split_once(' ')?;
-    match times.trim().parse::<u32>() {
-        Ok(n) if n > 1 => std::fs::write(&file, format!("{action} {}", n - 1)).ok()?,
+    let (action, rest) = wish.split_once(' ')?;
+    let (times, part) = rest.split_once(' ')?;
+    if !text.contains(part) {
+        return None;
+    }
+    match times.parse::<u32>() {
+        Ok(n) if n > 1 => std::fs::write(&file, format!("{action} {} {part}", n - 1)).ok()?,
         _ => std::fs::remove_file(&file).ok()?,
     }
     match action {

@@ -176,7 +176,12 @@ fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), Stri
         let mut state = shared.state.borrow_mut();
         match message {
             ToGateway::Open(stream) => state.open(shared.now(), conn, *stream)?,
-            ToGateway::Items(items) => state.items(shared.now(), conn, items)?,
+            ToGateway::Items(items) => {
+                for item in &items {
+                    failure_point!("poison-gateway", &item.text);
+                }
+                state.items(shared.now(), conn, items)?;
+            }
             ToGateway::Withdraw => state.withdraw(conn),
             ToGateway::Allow(more) => state.allow(conn, more),
             ToGateway::Estimate(items) => {
