@@ -184,7 +184,7 @@ fn poison(name: &str, point: &str, action: &str) {
 
 #[test]
 fn a_row_that_kills_the_worker() {
-    poison("survival_poison_worker", "poison-worker", "term");
+    poison("survival_poison_worker", "poison-worker", "panic");
 }
 
 #[test]

@@ -136,15 +136,16 @@ pub fn load(id: i64) -> Result<Option<Job>> {
 }
 
 /// Counts a run that is about to begin, before anything can kill it: how many there were since one did a row, and the
-/// job's last error. An end in order, a `resume()` and ten quiet minutes make a new beginning.
-pub fn count_start(id: i64) -> Result<(i32, Option<String>)> {
+/// job's last error. One that was told to end does not count; an end in order, a `resume()` and ten quiet minutes make
+/// a new beginning.
+pub fn count_start(id: i64, told: bool) -> Result<(i32, Option<String>)> {
     let counted = txn::as_extension_owner(|| {
         sql::rows_mut(
             "UPDATE llm_batch.job_state s
-                SET starts = CASE WHEN s.epoch = j.epoch AND s.updated_at > now() - interval '10 minutes' THEN s.starts ELSE 0 END + 1,
+                SET starts = CASE WHEN s.epoch = j.epoch AND s.updated_at > now() - interval '10 minutes' THEN s.starts ELSE 0 END + $2,
                     updated_at = now()
                FROM llm_batch.job j WHERE s.job_id = $1 AND j.id = s.job_id RETURNING s.starts, s.last_error",
-            &[id.into()],
+            &[id.into(), i32::from(!told).into()],
             |r| Ok((r.get::<i32>(1)?, r.maybe::<String>(2)?)),
         )
     })?;

@@ -3,7 +3,7 @@
 use pgrx::bgworkers::BackgroundWorker;
 use pgrx::prelude::*;
 
-use super::{handle_signals, my_pid};
+use super::{handle_signals, is_told_to_end, my_pid};
 use crate::error::Result;
 use crate::failure::failure_point;
 use crate::job::store::{self, Outcome};
@@ -24,7 +24,8 @@ pub fn orders() -> Option<(u32, i64, u32)> {
 pub extern "C-unwind" fn on_exit(_code: i32, _arg: pg_sys::Datum) {
     if let Some((database, job, _)) = orders() {
         // After goes() with another end the entry is no longer this process', and nothing happens here.
-        shared::goes(database, job, my_pid(), End::Died);
+        let end = if is_told_to_end() { End::Told } else { End::Died };
+        shared::goes(database, job, my_pid(), end);
     }
 }
 

@@ -224,7 +224,7 @@ impl Worker {
                     self.waiting.clear();
                     self.restart_pass();
                     // Perhaps it died of one of these rows. A new run begins with fewer of them, and not at once.
-                    self.dies = !self.has_answered && self.stopping.is_none();
+                    self.dies = !self.has_answered && self.stopping.is_none() && !shared::was_gateway_told();
                     return Ok(());
                 }
             }

@@ -50,9 +50,7 @@ pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
     handle_signals();
     sql::keep_plans();
     let Some((database, id, owner)) = finder::orders() else { return };
-    if shared::comes_up(database, id, my_pid()).is_none() {
-        return;
-    }
+    let Some(entry) = shared::comes_up(database, id, my_pid()) else { return };
     // SAFETY: at the start of a background worker. Connecting fails, and ends the process, if the owner can't log in;
     // the launcher then has the finder look into it.
     unsafe {
@@ -64,13 +62,13 @@ pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
         unsafe { pg_sys::pgstat_report_appname(name.as_ptr()) };
     }
     failure_point!("begin");
-    let end = run(id);
+    let end = run(id, entry.told);
     shared::goes(database, id, my_pid(), end);
 }
 
-fn run(id: i64) -> End {
+fn run(id: i64, told: bool) -> End {
     // Two transactions: what kills the second is counted by the first.
-    let begun = txn::run(|| begin(id)).and_then(|job| job.map_or(Ok(None), |job| txn::run(|| Worker::new(job))));
+    let begun = txn::run(|| begin(id, told)).and_then(|job| job.map_or(Ok(None), |job| txn::run(|| Worker::new(job))));
     let worker = match begun {
         Ok(Some(worker)) => worker,
         Ok(None) => return End::Finished,
@@ -86,8 +84,8 @@ fn run(id: i64) -> End {
     worker.work()
 }
 
-/// The job, if there is anything to do.
-fn begin(id: i64) -> Result<Option<Job>> {
+/// The job, if there is anything to do. `told`: the worker before was told to end.
+fn begin(id: i64, told: bool) -> Result<Option<Job>> {
     if !store::is_installed()? {
         return Ok(None);
     }
@@ -98,7 +96,7 @@ fn begin(id: i64) -> Result<Option<Job>> {
         end(Outcome::Paused("restored", Some("the job was made in another cluster".to_owned()), None))?;
         return Ok(None);
     }
-    let (starts, error) = store::count_start(id)?;
+    let (starts, error) = store::count_start(id, told)?;
     if starts > MOST_STARTS {
         let error = error.map_or(String::new(), |e| format!("; the last error was: {e}"));
         end(Outcome::Failed(format!("the job's worker died {MOST_STARTS} times without a row being done{error}")))?;
