@@ -10,9 +10,9 @@ use super::{AGAIN, CONTROL, LATER, MOST_STARTS, Worker, money};
 use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
-use crate::job::page;
 use crate::job::settle::Answer;
 use crate::job::store::{self, Failure, Outcome};
+use crate::job::{page, plan as statements};
 use crate::worker::{self, report};
 use crate::{shared, sql, txn};
 
@@ -67,6 +67,7 @@ impl Worker {
         let (ready, claimed, suspect, gone) = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
             failure_point!("claim");
+            statements::lock(&job, pg_sys::AccessShareLock)?;
             // Rights, key, model and task may have changed: what holds now holds for the next request.
             let ready = Self::ready(&job)?;
             sql::set_local("search_path", &plan.search_path)?;
@@ -105,7 +106,7 @@ impl Worker {
         (self.table, self.plan) = (table, plan);
         if asked != self.asked {
             // The page is read again when the stream has been opened anew.
-            self.reopen = Some(asked);
+            self.change(asked);
             return Ok(());
         }
         let Some(page::Claimed { page, texts, .. }) = claimed else {

@@ -291,8 +291,14 @@ impl Worker {
     fn look(&mut self) -> Result<()> {
         (self.looked, self.look_now) = (Instant::now(), false);
         let id = self.job.id;
-        let job = txn::run(|| if store::is_installed()? { store::load(id) } else { Ok(None) })?;
-        let Some(job) = job else {
+        let (may_go_on, own) = (self.stopping.is_none(), &self.job);
+        let found = txn::run(|| {
+            let job = if store::is_installed()? { store::load(id)? } else { None };
+            // While all that may be with the gateway is there no page is claimed, perhaps for long.
+            let ready = if job.is_some() && may_go_on { Some(Self::ready(own)?) } else { None };
+            Ok((job, ready))
+        })?;
+        let (Some(job), ready) = found else {
             // Dropped: nobody is left to be told anything.
             self.stop(Outcome::Cancelled);
             return Ok(());
@@ -302,12 +308,13 @@ impl Worker {
             "cancelled" => self.stop(Outcome::Cancelled),
             _ => {}
         }
+        if let Some((asked, ..)) = ready.filter(|(asked, ..)| *asked != self.asked && self.reopen.is_none()) {
+            self.change(asked);
+        }
         if job.budget != self.job.budget {
             // What is allowed already may be more than that: nothing more is sent until the stream has been opened anew.
             self.job.budget = job.budget.clone();
-            self.withdraw();
-            self.reopen = Some(self.asked.clone());
-            self.claimed_in_pass = self.claimed_in_pass.max(1);
+            self.change(self.reopen.clone().unwrap_or_else(|| self.asked.clone()));
         }
         if job.epoch != self.job.epoch {
             // Resumed or to be retried while this process was still at it.
@@ -340,6 +347,14 @@ impl Worker {
             // A connection that is lost is noticed by receive().
             let _ = client.send(&ToGateway::Withdraw);
         }
+    }
+
+    /// What to ask, whom or for how much has changed: from the next request on. What has not been sent is claimed again
+    /// by a further pass.
+    fn change(&mut self, asked: Asked) {
+        self.withdraw();
+        self.reopen = Some(asked);
+        self.claimed_in_pass = self.claimed_in_pass.max(1);
     }
 
     fn restart_pass(&mut self) {

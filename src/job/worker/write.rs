@@ -38,6 +38,7 @@ impl Worker {
         let result = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
             failure_point!("settle");
+            plan::lock(job, pg_sys::RowExclusiveLock)?;
             let table = plan::table(job)?;
             if table != *known {
                 *plan = make_plan(job, &table, &asked.stream)?;
