@@ -17,6 +17,7 @@
 
 mod builder;
 mod cluster;
+mod failure;
 mod install;
 mod process;
 mod wait;

@@ -5,6 +5,7 @@
 
 mod cache;
 mod dispatch;
+pub mod failure;
 mod group;
 mod lane;
 mod notice;
