@@ -7,24 +7,11 @@ use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::trouble::{self, Report, Trouble};
 use serde_json::Value;
 
+use crate::egress::Clients;
 use crate::protocol::Endpoint;
 
 /// Largest answer that is read, bytes. An answer to 500 rows has some 30 kB.
 const MAX_ANSWER: usize = 4 << 20;
-
-/// The client of all requests: keeps connections, follows no redirects, uses no proxy.
-pub fn client() -> Result<reqwest::Client, String> {
-    // Fails only if a provider of cryptography is installed already, which is then used.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    reqwest::Client::builder()
-        .redirect(reqwest::redirect::Policy::none())
-        .no_proxy()
-        .connect_timeout(Duration::from_secs(10))
-        .pool_idle_timeout(Duration::from_secs(60))
-        .user_agent(concat!("pg_llm_batch/", env!("CARGO_PKG_VERSION")))
-        .build()
-        .map_err(|e| format!("could not set up HTTP: {}", causes(&e)))
-}
 
 /// What came of a request.
 #[derive(Debug)]
@@ -45,14 +32,15 @@ impl Answered {
 }
 
 /// Sends a request and reads its answer.
-pub async fn send(client: &reqwest::Client, endpoint: &Endpoint, body: &Value, timeout: Duration) -> Answered {
+pub async fn send(clients: &Clients, endpoint: &Endpoint, body: &Value, timeout: Duration) -> Answered {
     let broke_off = |e: &reqwest::Error| Answered::broke_off(causes(e), !e.is_connect());
     let url = format!("{}/chat/completions", endpoint.base_url.trim_end_matches('/'));
     let bytes = match serde_json::to_vec(body) {
         Ok(bytes) => bytes,
         Err(e) => return Answered::broke_off(e.to_string(), false),
     };
-    let mut request = client.post(url).timeout(timeout).header("content-type", "application/json").body(bytes);
+    let mut request =
+        clients.of(endpoint).post(url).timeout(timeout).header("content-type", "application/json").body(bytes);
     if let Some(key) = &endpoint.api_key {
         request = request.bearer_auth(&key.0);
     }
@@ -125,7 +113,7 @@ fn redact(text: &str, key: &str) -> String {
 }
 
 /// An error with its causes, without the URL (it is in the server's options).
-fn causes(error: &reqwest::Error) -> String {
+pub fn causes(error: &reqwest::Error) -> String {
     if error.is_timeout() {
         return TIMED_OUT.to_owned();
     }

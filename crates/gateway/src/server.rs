@@ -14,6 +14,7 @@ use tokio::time::Instant;
 
 use crate::Settings;
 use crate::dispatch::{Launch, Probe, State, disabled};
+use crate::egress::Clients;
 use crate::protocol::{FromGateway, ToGateway, decode};
 use crate::request::{self, Answered};
 
@@ -27,7 +28,7 @@ struct Shared {
     changed: Notify,
     /// Memory became free.
     room: Notify,
-    client: reqwest::Client,
+    clients: Clients,
     started: Instant,
     /// A task has panicked.
     broken: Cell<bool>,
@@ -42,7 +43,7 @@ impl Shared {
 /// Runs the gateway until the sender of `settings` is dropped.
 pub async fn run(
     listener: UnixListener,
-    client: reqwest::Client,
+    clients: Clients,
     mut settings: watch::Receiver<Settings>,
     log: mpsc::Sender<String>,
 ) {
@@ -52,7 +53,7 @@ pub async fn run(
         state: RefCell::new(state),
         changed: Notify::new(),
         room: Notify::new(),
-        client,
+        clients,
         started: Instant::now(),
         broken: Cell::new(false),
     });
@@ -106,10 +107,10 @@ fn spawn(shared: &Rc<Shared>, task: impl Future<Output = ()> + 'static) {
 
 async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     let Launch { id, stream, body, timeout, abandoned } = launch;
-    let client = shared.client.clone();
+    let clients = shared.clients.clone();
     shared.state.borrow_mut().sent(shared.now(), id);
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
-    let mut sending = spawn_local(async move { request::send(&client, &stream.endpoint, &body, timeout).await });
+    let mut sending = spawn_local(async move { request::send(&clients, &stream.endpoint, &body, timeout).await });
     let result = tokio::select! {
         joined = &mut sending => {
             Some(joined.unwrap_or_else(|e| Answered::broke_off(format!("internal error: {e}"), true)))
@@ -204,7 +205,7 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
             Some(Probe::Send(endpoint, body, timeout, left)) => {
                 tries += 1;
                 let result = tokio::select! {
-                    answered = request::send(&shared.client, &endpoint, &body, timeout) => answered.result,
+                    answered = request::send(&shared.clients, &endpoint, &body, timeout) => answered.result,
                     () = left.notified() => return,
                 };
                 let end = shared.state.borrow_mut().probed(shared.now(), conn, tries, result);
