@@ -21,6 +21,9 @@ use crate::request::{self, Answered};
 /// Time 0 of the gateway lies this far (ms) before its start, so that windows before the start can be reckoned with.
 const BEFORE_START: u64 = 3_600_000;
 
+/// How long a client may be silent in the midst of a message, and before the first.
+const SILENCE: Duration = Duration::from_secs(30);
+
 /// What all tasks share. All of them run on one thread.
 struct Shared {
     state: RefCell<State>,
@@ -57,6 +60,7 @@ pub async fn run(
         started: Instant::now(),
         broken: Cell::new(false),
     });
+    spawn(&shared, accept(Rc::clone(&shared), listener));
     loop {
         let (launches, wake) = shared.state.borrow_mut().pump(shared.now());
         for launch in launches {
@@ -74,13 +78,6 @@ pub async fn run(
         tokio::select! {
             () = shared.changed.notified() => {}
             () = tokio::time::sleep(pause) => {}
-            connection = listener.accept() => {
-                // A failed accept (out of descriptors) is the client's to try again.
-                match connection {
-                    Ok((stream, _)) => spawn(&shared, serve(Rc::clone(&shared), stream)),
-                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-                }
-            }
             change = settings.changed() => {
                 if change.is_err() {
                     return;
@@ -89,6 +86,16 @@ pub async fn run(
                 shared.state.borrow_mut().configure(new);
                 shared.room.notify_waiters();
             }
+        }
+    }
+}
+
+async fn accept(shared: Rc<Shared>, listener: tokio::net::UnixListener) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => spawn(&shared, serve(Rc::clone(&shared), stream)),
+            // Out of descriptors: clients wait until some are free.
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }
@@ -144,6 +151,7 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
         }
     });
     let mut buffer = Vec::new();
+    let mut has_spoken = false;
     loop {
         // A reader that waits here still notices nothing of a client that leaves; room comes soon or never matters.
         let room = shared.room.notified();
@@ -151,9 +159,11 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
             room.await;
             continue;
         }
-        match reading.read_buf(&mut buffer).await {
-            Ok(0) | Err(_) => break,
-            Ok(_) => {}
+        // Between messages a client may be silent as long as it likes.
+        let patience = if has_spoken && buffer.is_empty() { Duration::MAX } else { SILENCE };
+        match tokio::time::timeout(patience, reading.read_buf(&mut buffer)).await {
+            Ok(Ok(n)) if n > 0 => has_spoken = true,
+            _ => break,
         }
         if take(&shared, conn, &mut buffer).is_err() {
             break;
