@@ -412,6 +412,14 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn keys_are_not_printed() {
+        let mut stream = stream();
+        stream.endpoint.api_key = Some(Secret("sk-0123456789".into()));
+        let printed = format!("{:?} {:#?}", ToGateway::Open(Box::new(stream.clone())), stream);
+        assert!(printed.contains("[redacted]") && !printed.contains("0123456789"), "{printed}");
+    }
+
+    #[test]
     fn frames_survive_any_cut() {
         let messages =
             vec![ToGateway::Probe, ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into() }]), ToGateway::Withdraw];
