@@ -93,7 +93,8 @@ ALTER TABLE llm_batch.job_state
     ADD COLUMN cached_input_tokens bigint NOT NULL DEFAULT 0,
     ADD COLUMN tokens_unconfirmed bigint NOT NULL DEFAULT 0,
     ADD COLUMN cost_reserved numeric NOT NULL DEFAULT 0,
-    ADD COLUMN tokens_reserved bigint NOT NULL DEFAULT 0;
+    ADD COLUMN tokens_reserved bigint NOT NULL DEFAULT 0,
+    ADD COLUMN starts integer NOT NULL DEFAULT 0;
 -- Its reason comes from job.home now.
 UPDATE llm_batch.job_state SET status = 'running', reason = NULL WHERE reason OPERATOR(pg_catalog.=) 'restored';
 

@@ -118,6 +118,8 @@ CREATE TABLE llm_batch.job_state (
     rows_per_second   double precision,
     tokens_per_minute double precision,
     last_error        text,
+    -- Runs begun, less one for each time that rows were done since: how often in a row a worker or the gateway died.
+    starts            integer NOT NULL DEFAULT 0,
     started_at        timestamptz,
     updated_at        timestamptz NOT NULL DEFAULT now()
 ) WITH (fillfactor = 50);

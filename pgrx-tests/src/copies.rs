@@ -9,7 +9,7 @@ use crate::builder::{PORT, new_dir};
 use crate::install::{copy_dir, program, run, server_program};
 
 impl Cluster {
-    /// One of Postgres' programs, set to connect to this server as a role; it runs as the server's account.
+    /// One of Postgres' programs (or, by a full path, of another installation's), set to connect to this server as a role; it runs as the server's account.
     pub fn tool(&self, name: &str, role: &str) -> Command {
         let mut command = server_program(name, self.socket_dir());
         command.env("PGHOST", self.socket_dir()).env("PGPORT", PORT.to_string()).env("PGUSER", role);
@@ -52,7 +52,7 @@ impl Cluster {
     }
 
     fn moved(name: &str, dir: std::path::PathBuf) -> Cluster {
-        let cluster = Cluster::new(name.to_owned(), dir);
+        let cluster = Cluster::new(name.to_owned(), dir, Vec::new());
         cluster.set("unix_socket_directories", &cluster.socket_dir().to_string_lossy());
         cluster
     }

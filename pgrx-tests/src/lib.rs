@@ -18,6 +18,7 @@
 mod builder;
 mod cluster;
 mod copies;
+mod failure;
 mod install;
 mod process;
 mod wait;

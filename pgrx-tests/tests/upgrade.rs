@@ -251,3 +251,86 @@ fn a_library_that_is_too_old() {
     assert_eq!(bed.done(job).counts(), (400, 400, 0, 0, 0, 0));
     assert_eq!((wrong(client, "tickets"), left(client, "tickets"), told(&bed)), (0, 0, 1));
 }
+
+/// `pg_upgrade` from the installation of LLM_BATCH_TEST_OLD_PG_CONFIG to this one, with a job in the middle. While it has a
+/// server started, nothing of ours runs in there.
+#[test]
+fn pg_upgrade_from_an_older_postgres() {
+    let Some(old) = std::env::var_os("LLM_BATCH_TEST_OLD_PG_CONFIG") else {
+        println!("skipped: LLM_BATCH_TEST_OLD_PG_CONFIG is not set");
+        return;
+    };
+    let old = Path::new(&old).parent().unwrap().to_owned();
+    let provider = llm_fake_provider::FakeProvider::start(Config::default()).unwrap();
+    let mut bed = Bed { cluster: Cluster::builder("pg_upgrade").create(), provider };
+    let dir = bed.cluster.socket_dir().to_owned();
+    let run_old = |program: &str, args: &[&str]| {
+        let output = bed.cluster.tool(old.join(program).to_str().unwrap(), "postgres").args(args).output().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{program} {args:?}: {said}");
+        said
+    };
+    let sql = |command: &str| {
+        run_old("psql", &["-X", "-A", "-t", "-p", "5433", "-v", "ON_ERROR_STOP=1", "-c", command, "postgres"])
+    };
+    // Since 18 clusters have checksums, if nobody says otherwise.
+    run_old("initdb", &["-D", "old", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8", "-N", "-k"]);
+    let conf = format!(
+        "shared_preload_libraries = pg_llm_batch\nlisten_addresses = ''\nport = 5433\nunix_socket_directories = '{}'\n",
+        dir.display()
+    );
+    std::fs::OpenOptions::new()
+        .append(true)
+        .open(dir.join("old/postgresql.conf"))
+        .and_then(|mut file| std::io::Write::write_all(&mut file, conf.as_bytes()))
+        .unwrap();
+    run_old("pg_ctl", &["-D", "old", "-l", "old.log", "-w", "start"]);
+    sql("CREATE EXTENSION pg_llm_batch");
+    sql(&format!(
+        "CREATE SERVER fake FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'openai', base_url '{}')",
+        bed.provider.base_url()
+    ));
+    sql("CREATE USER MAPPING FOR PUBLIC SERVER fake OPTIONS (api_key 'sk-test-0123456789abcdef')");
+    sql(
+        "SELECT llm_batch.create_model('m', 'fake', 'm', max_concurrent_requests => 1, input_price => 0.15, output_price => 0.6)",
+    );
+    sql("SELECT llm_batch.create_classifier('topic', '[\"bug\", \"other\"]', 'm', options => '{\"reuse\": false}')");
+    sql("CREATE TABLE t (gap int, id bigint PRIMARY KEY, body text, topic text); ALTER TABLE t DROP COLUMN gap;
+         INSERT INTO t SELECT i, concat('#r', i, ':bug#') FROM generate_series(100001, 100100) i");
+    sql("SELECT llm_batch.backfill('t', 'body', 'topic', 'topic', options => '{\"max_rows_per_request\": 10}')");
+    wait_until(
+        "a part is done",
+        PATIENCE,
+        || sql("SELECT count(topic) FROM t").trim().parse::<i64>().unwrap(),
+        |n| *n >= 30,
+    );
+    bed.provider.hold();
+    wait_until("a request is held", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 1);
+    run_old("pg_ctl", &["-D", "old", "-m", "fast", "-w", "stop"]);
+    wait_until("the request is dropped", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 0);
+    bed.provider.release();
+    let requests = bed.provider.stats().requests;
+    let data = bed.cluster.data_dir();
+    let (old, data) = (old.to_str().unwrap(), data.to_str().unwrap());
+    let output = bed
+        .cluster
+        .tool("pg_upgrade", "postgres")
+        .args(["-b", old, "-d", "old", "-D", data, "-U", "postgres"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    assert_eq!(bed.provider.stats().requests, requests, "a job went on while pg_upgrade had its server started");
+    bed.cluster.start();
+    let client = &mut bed.connect();
+    // It is another cluster to Postgres: jobs wait to be resumed.
+    let p = progress(client, 1);
+    assert_eq!((p.status.as_str(), p.reason.as_deref()), ("paused", Some("restored")));
+    assert_eq!(one(client, "SELECT count(topic) FROM t"), p.done);
+    run(client, "SELECT llm_batch.resume(1)");
+    assert_eq!(wait_status(client, 1, "done").counts(), (100, 100, 0, 0, 0, 0));
+    assert_eq!(one(client, "SELECT count(*) FROM t WHERE topic = 'bug'"), 100);
+    run(client, "CREATE DATABASE fresh");
+    let fresh = &mut bed.cluster.connect("fresh");
+    run(fresh, "CREATE EXTENSION pg_llm_batch");
+    assert_eq!(text(client, SNAPSHOT), text(fresh, SNAPSHOT));
+}

@@ -3,6 +3,8 @@
 //!
 //! Keys come as arrays `$1 … $k`, one a column; a row is a position in them.
 
+use pgrx::pg_sys;
+
 use crate::error::{Error, Result};
 use crate::job::store::Job;
 use crate::sql;
@@ -43,6 +45,43 @@ pub struct Table {
     /// The name alone, quoted: how its columns are qualified.
     pub bare: String,
     pub is_partitioned: bool,
+}
+
+/// Locks the table, and then takes a snapshot: whoever changes it has committed before it is looked at, or waits until
+/// we are done. A lock that is taken later and step by step can stand in a circle with that of a REINDEX, and can come
+/// after a column was replaced.
+pub fn lock(job: &Job, mode: u32) -> Result<()> {
+    // SAFETY: inside a transaction at READ COMMITTED, on the main thread; locks end with it. A lock on a table that is
+    // gone does no harm. The snapshot is exchanged for a later one, with no statement running.
+    unsafe {
+        pg_sys::LockRelationOid(job.relation, mode as pg_sys::LOCKMODE);
+        renew_snapshot();
+    }
+    let partitions = sql::rows(
+        "SELECT p.relid::pg_catalog.oid FROM pg_catalog.pg_partition_tree($1) p WHERE p.level OPERATOR(pg_catalog.>) 0",
+        &[job.relation.into()],
+        |r| r.get::<pg_sys::Oid>(1),
+    )?;
+    // SAFETY: as above.
+    unsafe {
+        for partition in &partitions {
+            pg_sys::LockRelationOid(*partition, mode as pg_sys::LOCKMODE);
+        }
+        if !partitions.is_empty() {
+            renew_snapshot();
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// No statement may be running under the active snapshot.
+unsafe fn renew_snapshot() {
+    // SAFETY: as the caller promises.
+    unsafe {
+        pg_sys::PopActiveSnapshot();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+    }
 }
 
 /// The table, if it and all columns are still what they were when the job was made; else what is wrong.

@@ -82,6 +82,8 @@ pub struct Job {
     pub retried_epoch: i32,
     pub has_failures: bool,
     pub max_attempts: u32,
+    /// How many runs, this one included, have begun since one did a row.
+    pub starts: i32,
 }
 
 /// Reads a job; `None` if it is gone, or not at home here, or nothing of the extension can be used.
@@ -125,9 +127,39 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     retried_epoch: r.get(17)?,
                     has_failures: r.get(18)?,
                     max_attempts: 3,
+                    starts: 0,
                 })
             },
         )
+    })
+}
+
+/// Counts a run that is about to begin, before anything can kill it: how many there were since one did a row, and the
+/// job's last error. One that was told to end does not count; an end in order, a `resume()` and ten quiet minutes make
+/// a new beginning.
+pub fn count_start(id: i64, told: bool) -> Result<(i32, Option<String>)> {
+    let counted = txn::as_extension_owner(|| {
+        sql::rows_mut(
+            "UPDATE llm_batch.job_state s
+                SET starts = CASE WHEN s.epoch = j.epoch AND s.updated_at > now() - interval '10 minutes' THEN s.starts ELSE 0 END + $2,
+                    updated_at = now()
+               FROM llm_batch.job j WHERE s.job_id = $1 AND j.id = s.job_id RETURNING s.starts, s.last_error",
+            &[id.into(), i32::from(!told).into()],
+            |r| Ok((r.get::<i32>(1)?, r.maybe::<String>(2)?)),
+        )
+    })?;
+    Ok(counted.into_iter().next().unwrap_or_default())
+}
+
+/// A run ends in order, or by an error that says nothing about the job.
+pub fn interrupted(id: i64, error: Option<&str>) -> Result<()> {
+    txn::as_extension_owner(|| {
+        sql::run(
+            "UPDATE llm_batch.job_state
+                SET starts = CASE WHEN $2 IS NULL THEN 0 ELSE starts END, last_error = coalesce($2, last_error) WHERE job_id = $1",
+            &[id.into(), error.into()],
+        )
+        .map(|_| ())
     })
 }
 
@@ -196,6 +228,8 @@ pub struct Delta {
     pub spent: Spent,
     pub rows_per_second: f64,
     pub tokens_per_minute: f64,
+    /// Rows were done, as far as they can be.
+    pub is_progress: bool,
 }
 
 /// Writes failures and counters; what the job's budget then has, if there is one and the job still exists.
@@ -243,7 +277,8 @@ pub fn write<'a>(
                     cost_unconfirmed = cost_unconfirmed + ($11 * p.input + $12 * p.output) * 0.000001,
                     cost_reserved = greatest(cost_reserved - $13 * 0.000000000001, 0),
                     tokens_reserved = greatest(tokens_reserved - $14, 0),
-                    rows_per_second = $15, tokens_per_minute = $16, updated_at = now()
+                    rows_per_second = $15, tokens_per_minute = $16, updated_at = now(),
+                    starts = greatest(starts - $20::int, 0)
                FROM llm_batch.job j,
                     (SELECT coalesce($17::numeric, 0), coalesce($18::numeric, 0), coalesce($19::numeric, $17::numeric, 0)) p (input, output, cached_input)
               WHERE s.job_id = $1 AND j.id = s.job_id AND j.home = llm_batch.home()
@@ -275,6 +310,7 @@ pub fn write<'a>(
                 input.as_deref().into(),
                 output.as_deref().into(),
                 cached_input.as_deref().into(),
+                i32::from(delta.is_progress).into(),
             ],
             |r| {
                 let limited = |column| Ok::<_, Error>(r.maybe::<i64>(column)?.map_or(UNLIMITED, |n| n.max(0) as u64));
@@ -355,7 +391,7 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<boo
                     rows_total = CASE WHEN $3 = 'done'
                         THEN greatest(s.rows_total, s.rows_done + s.rows_skipped + s.rows_failed + s.rows_superseded)
                         ELSE s.rows_total END,
-                    rows_per_second = NULL, tokens_per_minute = NULL
+                    rows_per_second = NULL, tokens_per_minute = NULL, starts = 0
                FROM llm_batch.job j
               WHERE s.job_id = $1 AND j.id = s.job_id AND (j.epoch = $2 OR $3 <> 'done')
           RETURNING 1",
