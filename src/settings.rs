@@ -36,7 +36,7 @@ pub fn init() {
     GucRegistry::define_string_guc(
         c"llm_batch.allowed_hosts",
         c"Hosts that servers not owned by a superuser may reach.",
-        c"Names with commas between them, each as in base_url; empty means none.",
+        c"host or host:port, with commas between them, each as in base_url; empty means none.",
         &ALLOWED_HOSTS,
         GucContext::Sighup,
         GucFlags::default(),

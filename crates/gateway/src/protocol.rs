@@ -43,6 +43,9 @@ impl fmt::Debug for Secret {
 pub struct Endpoint {
     /// Such as `https://api.openai.com/v1`; `/chat/completions` is added.
     pub base_url: String,
+    /// Whoever named it may send requests to any address; otherwise names of this machine and of metadata services lead
+    /// nowhere.
+    pub is_trusted: bool,
     /// Whose limits these are; by default the URL and the key.
     pub account: Option<String>,
     /// The bearer token, if the endpoint wants one.
@@ -382,6 +385,7 @@ pub(crate) mod tests {
             interactive: false,
             endpoint: Endpoint {
                 base_url: "http://127.0.0.1:1/v1".into(),
+                is_trusted: true,
                 account: None,
                 api_key: None,
                 counts: Counts::default(),
@@ -405,6 +409,14 @@ pub(crate) mod tests {
             },
             budget: None,
         }
+    }
+
+    #[test]
+    fn keys_are_not_printed() {
+        let mut stream = stream();
+        stream.endpoint.api_key = Some(Secret("sk-0123456789".into()));
+        let printed = format!("{:?} {:#?}", ToGateway::Open(Box::new(stream.clone())), stream);
+        assert!(printed.contains("[redacted]") && !printed.contains("0123456789"), "{printed}");
     }
 
     #[test]

@@ -107,6 +107,8 @@ pub(super) fn outcome_of(e: &Error) -> Outcome {
         Code::ERRCODE_INSUFFICIENT_PRIVILEGE | Code::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION => {
             Outcome::Paused("owner", Some(text), None)
         }
+        // The file of the key: mended, the job can go on.
+        Code::ERRCODE_UNDEFINED_FILE => Outcome::Paused("auth", Some(text), None),
         Code::ERRCODE_CONNECTION_FAILURE => Outcome::Paused("provider_down", Some(text), Some(shared::now() + LATER)),
         _ => Outcome::Failed(text),
     }

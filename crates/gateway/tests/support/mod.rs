@@ -174,7 +174,13 @@ pub fn stream(provider: &FakeProvider) -> Stream {
         database: 1,
         role: 10,
         interactive: false,
-        endpoint: Endpoint { base_url: provider.base_url(), account: None, api_key: None, counts: Counts::default() },
+        endpoint: Endpoint {
+            base_url: provider.base_url(),
+            is_trusted: true,
+            account: None,
+            api_key: None,
+            counts: Counts::default(),
+        },
         model: Model {
             model: "m".into(),
             requests_per_minute: None,
