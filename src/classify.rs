@@ -14,7 +14,7 @@ use serde_json::json;
 
 use crate::budget::UNLIMITED;
 use crate::classifier::{self, Asked};
-use crate::client::{Client, Received, WINDOW_ROWS, check_usable};
+use crate::client::{Client, LostInVain, Received, WINDOW_ROWS, check_usable};
 use crate::error::{Error, Result};
 use crate::model::current_user;
 use crate::statement::{self, Purse};
@@ -73,6 +73,7 @@ fn ask(
     let mut bytes = 0;
     let mut next = 0;
     let mut ended = false;
+    let mut lost = LostInVain::default();
     loop {
         let mut items = Vec::new();
         while pending.len() < WINDOW_ROWS {
@@ -98,6 +99,7 @@ fn ask(
         }
         match client.receive(Duration::from_secs(60))? {
             Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
+                lost.answered();
                 purse.spend(&spent, outcomes.iter().filter(|o| o.verdict != Verdict::Withdrawn).count() as u64);
                 if let Some(more) = purse.top_up() {
                     client.send(&ToGateway::Allow(more))?;
@@ -118,6 +120,7 @@ fn ask(
             }
             Received::Message(_) | Received::Nothing => {}
             Received::Lost => {
+                lost.another()?;
                 purse.release(true);
                 client = Client::open(&stream)?;
                 let items = pending.iter().map(|(n, text)| Item { n: *n, text: text.clone() }).collect();

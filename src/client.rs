@@ -21,6 +21,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// beyond.
 pub const WINDOW_ROWS: usize = 2_000;
 
+/// Gateways that may be lost in vain until a statement fails.
+const MOST_LOST: u32 = 5;
+
 /// A connection to the gateway.
 pub struct Client {
     stream: UnixStream,
@@ -35,6 +38,28 @@ pub enum Received {
     Nothing,
     /// The connection is gone: the gateway ended. What was not answered has to be asked again.
     Lost,
+}
+
+/// Gateways that died one after the other before they had answered anything: perhaps of what they were asked, and each
+/// takes what others wait for with it.
+#[derive(Default)]
+pub struct LostInVain(u32);
+
+impl LostInVain {
+    pub fn answered(&mut self) {
+        self.0 = 0;
+    }
+
+    /// The connection is lost once more; an error if that is enough. A gateway that was told to end does not count.
+    pub fn another(&mut self) -> Result<()> {
+        self.0 += u32::from(!shared::was_gateway_told());
+        if self.0 < MOST_LOST {
+            return Ok(());
+        }
+        Err(Error::new(PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE, "lost the connection to the llm_batch gateway")
+            .detail(format!("The gateway ended {MOST_LOST} times, one after the other, before it had answered."))
+            .hint("The server's log says why the process \"llm_batch gateway\" ended."))
+    }
 }
 
 /// Without the library in `shared_preload_libraries` there is no gateway.
@@ -84,7 +109,7 @@ pub fn ask<T>(
         Ok(client)
     };
     let mut client = open()?;
-    let start = Instant::now();
+    let mut lost = LostInVain::default();
     loop {
         match client.receive(Duration::from_secs(5))? {
             Received::Message(message) => {
@@ -93,13 +118,10 @@ pub fn ask<T>(
                 }
             }
             Received::Nothing => {}
-            Received::Lost if start.elapsed() > Duration::from_secs(60) => {
-                return Err(Error::new(
-                    PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
-                    "lost the connection to the llm_batch gateway",
-                ));
+            Received::Lost => {
+                lost.another()?;
+                client = open()?;
             }
-            Received::Lost => client = open()?,
         }
     }
 }

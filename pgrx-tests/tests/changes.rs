@@ -163,11 +163,12 @@ fn transactions_that_fail_a_few_times() {
         "CREATE SEQUENCE tries;
          CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql AS $$
          BEGIN
+             -- Often enough for a search of the row that raises to end with this one.
              CASE nextval('tries')
-                 WHEN 1 THEN RAISE serialization_failure;
-                 WHEN 2 THEN RAISE deadlock_detected;
-                 WHEN 3 THEN RAISE out_of_memory;
-                 WHEN 4 THEN RAISE disk_full;
+                 WHEN 1, 2, 3, 4, 5, 6, 7, 8 THEN RAISE serialization_failure;
+                 WHEN 9 THEN RAISE deadlock_detected;
+                 WHEN 10 THEN RAISE out_of_memory;
+                 WHEN 11 THEN RAISE disk_full;
                  ELSE NULL;
              END CASE;
              RETURN NEW;
@@ -181,7 +182,7 @@ fn transactions_that_fail_a_few_times() {
     let job = backfill(client, "tickets");
     let p = bed.done(job);
     all_right_once(&bed, client, &p, 50);
-    assert!(one(client, "SELECT last_value FROM tries") > 4);
+    assert!(one(client, "SELECT last_value FROM tries") > 11);
 }
 
 /// What is altered holds from the next request on, also while rows without number wait in the gateway.
@@ -191,12 +192,10 @@ fn server_key_and_model_altered_in_the_middle() {
     let key = "sk-second-0123456789";
     let second = FakeProvider::start(Config { api_key: Some(key.to_owned()), ..slow(20) }).unwrap();
     let client = &mut bed.connect();
-    tickets(client, "tickets", 1..=1_500);
+    tickets(client, "tickets", 1..=1_100);
     run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");
     let job = backfill_with(client, "tickets", SMALL);
     wait_until("the first is asked", PATIENCE, || progress(client, job).done, |n| *n > 50);
-    let worker = "SELECT pid::bigint FROM pg_stat_activity WHERE backend_type = 'llm_batch job'";
-    let pid = one(client, worker);
     run(
         client,
         &format!(
@@ -206,22 +205,19 @@ fn server_key_and_model_altered_in_the_middle() {
             second.base_url()
         ),
     );
-    let start = Instant::now();
     wait_until("the second is asked", PATIENCE, || second.stats().requests, |n| *n > 0);
-    println!("after {:?}", start.elapsed());
     let first = bed.provider.stats();
-    assert!(first.rows.len() < 1_000, "{} rows were sent to where they should not", first.rows.len());
+    assert!(first.rows.len() < 900, "{} rows were sent to where they should not", first.rows.len());
     let p = bed.done(job);
-    assert_eq!(p.counts(), (1_500, 1_500, 0, 0, 0, 0));
+    assert_eq!(p.counts(), (1_100, 1_100, 0, 0, 0, 0));
     assert_eq!((wrong(client, "tickets"), left(client, "tickets")), (0, 0));
     let (last, other) = (bed.provider.stats(), second.stats());
     assert_eq!(last.requests, first.requests, "the first was asked again");
     assert!(last.rows.values().all(|r| r.asked == 1) && other.rows.values().all(|r| r.asked == 1));
-    assert_eq!(last.rows.len() + other.rows.len(), 1_500, "a row was asked at both");
+    assert_eq!(last.rows.len() + other.rows.len(), 1_100, "a row was asked at both");
     assert_eq!(other.by_status.keys().copied().collect::<Vec<_>>(), [200]);
     assert!(second.bodies().iter().all(|b| b["model"] == "another"));
     assert!(bed.provider.bodies().iter().all(|b| b["model"] == "fake-m"));
-    let _ = pid;
 }
 
 /// All of max_worker_processes are taken: one warning, and the job starts when there is room.
@@ -297,22 +293,29 @@ fn two_phase_commit() {
 /// The library is there, the extension is not, but somebody has made what looks like it.
 #[test]
 fn a_schema_of_our_name_without_the_extension() {
-    let mut cluster = Cluster::builder("changes_foreign").start();
+    let mut cluster = Cluster::builder("changes_foreign").conf("log_min_messages", "debug1").start();
     let client = &mut cluster.connect("postgres");
     run(
         client,
         "CREATE SCHEMA llm_batch;
          CREATE FUNCTION llm_batch.trap() RETURNS bigint LANGUAGE plpgsql AS $$
          BEGIN RAISE WARNING 'trapped as %', current_user; RETURN 1; END $$;
-         CREATE VIEW llm_batch.job AS SELECT llm_batch.trap() AS id, 10::oid AS owner, 'running' AS wanted, 1 AS epoch;
+         CREATE VIEW llm_batch.job AS SELECT llm_batch.trap() AS id, 10::regrole AS owner, 'running' AS wanted, 1 AS epoch;
          CREATE VIEW llm_batch.job_state AS
-            SELECT llm_batch.trap() AS job_id, 'running' AS status, 1 AS epoch, NULL::timestamptz AS resume_at",
+            SELECT llm_batch.trap() AS job_id, 'running' AS status, 1 AS epoch, 0 AS starts, now() AS updated_at,
+                   NULL::timestamptz AS resume_at",
     );
-    let find = "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'llm_batch%'";
+    let processes = "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'llm_batch%'";
+    let searches =
+        |cluster: &Cluster| cluster.log().matches("starting background worker process \"llm_batch finder\"").count();
+    let before = searches(&cluster);
     cluster.restart();
     let client = &mut cluster.connect("postgres");
-    wait_until("the search is over", PATIENCE, || one(client, find), |n| *n == 2);
+    wait_until("a search", PATIENCE, || searches(&cluster), |n| *n > before);
+    wait_until("its end", PATIENCE, || one(client, processes), |n| *n == 2);
     run(client, "DROP SCHEMA llm_batch CASCADE; CREATE EXTENSION pg_llm_batch");
     let log = cluster.log();
-    assert!(!log.contains("trapped") && !log.contains("ERROR:"), "{log}");
+    for word in ["trapped", "ERROR:", "could not"] {
+        assert!(!log.contains(word), "{log}");
+    }
 }

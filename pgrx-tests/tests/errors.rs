@@ -604,6 +604,7 @@ fn waiting_and_controlling() {
     warm(client, "tickets");
     bed.provider.hold();
     let job = backfill(client, "tickets");
+    wait_until("the rows are counted", PATIENCE, || progress(client, job).total, |n| *n == 20);
     refused(client, &format!("CALL llm_batch.wait({job}, '100 ms')"), "57014", &["not done", "20 rows are left"]);
     let (code, ..) = error(client, &format!("BEGIN; CALL llm_batch.wait({job})"));
     assert_eq!(code, "25001");

@@ -302,6 +302,12 @@ fn pause_resume_and_cancel_in_the_middle() {
     run(client, "LISTEN llm_batch");
     run(client, &format!("SELECT llm_batch.cancel({job})"));
     assert_eq!(progress(client, job).status, "cancelled");
+    wait_until(
+        "nothing is queued",
+        PATIENCE,
+        || one(client, "SELECT sum(queued)::bigint FROM llm_batch.activity"),
+        |n| *n == 0,
+    );
     bed.provider.release();
     wait_until("what was sent is written", PATIENCE, || left(client, "tickets"), |n| *n == 90);
     wait_until("the worker has gone", PATIENCE, || one(client, workers), |n| *n == 0);

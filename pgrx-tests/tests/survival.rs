@@ -5,7 +5,7 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Bed, PATIENCE, backfill_with, failures, left, one, progress, run, tickets, wrong};
+use common::{Bed, PATIENCE, backfill_with, error, failures, left, one, progress, run, tickets, wrong};
 use llm_fake_provider::{Config, Latency};
 use pg_llm_batch_e2e::wait_until;
 use postgres::Client;
@@ -114,8 +114,11 @@ fn a_jobs_worker_ends_at_each_step() {
     let bed = bed("survival_job");
     let mut witness = Witness::new(&bed);
     for point in STEPS_OF_A_JOB {
-        let most = if ["begin", "ready", "claim", "hand-over"].contains(&point) { 0 } else { IN_FLIGHT };
         for action in ENDS {
+            let before_sending = ["begin", "ready", "claim", "hand-over"].contains(&point);
+            // An error in a transaction does not end the worker: it has the answers still.
+            let is_caught = ["settle", "written"].contains(&point) && action != "term";
+            let most = if before_sending || is_caught { 0 } else { IN_FLIGHT };
             survives(&bed, point, action, 1, most);
         }
     }
@@ -190,6 +193,26 @@ fn a_row_that_kills_the_worker() {
 #[test]
 fn a_row_that_kills_the_gateway() {
     poison("survival_poison_gateway", "poison-gateway", "panic");
+}
+
+/// In a statement such a row is not asked for without end.
+#[test]
+fn a_row_of_a_statement_that_kills_the_gateway() {
+    let bed = bed("survival_poison_statement");
+    let mut witness = Witness::new(&bed);
+    let client = &mut bed.connect();
+    tickets(client, "tickets", 1..=ROWS);
+    bed.cluster.fail_at_text("poison-gateway", "panic", 1000, "#r000030:");
+    let batch = "SELECT count(*) FROM llm_classify_batch('SELECT id, body FROM tickets', 'topic')";
+    for sql in [batch, "SELECT llm_classify(body, 'topic') FROM tickets WHERE id = 30"] {
+        let (code, message, detail, hint) = error(client, sql);
+        assert_eq!(code, "08006", "{message}");
+        assert!(detail.contains("5 times") && hint.contains("log"), "{message} {detail} {hint}");
+    }
+    // What others ask is answered as ever.
+    assert_eq!(one(client, &batch.replace("FROM tickets", "FROM tickets WHERE id <> 30")), ROWS - 1);
+    assert!(bed.cluster.log().matches("network thread of the llm_batch gateway ended").count() <= 10);
+    witness.lives();
 }
 
 /// What kills the worker at every row, or before it has any, ends the job, and the error is shown.
