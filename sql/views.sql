@@ -106,7 +106,7 @@ BEGIN
                 HINT = 'The view llm_batch.progress lists your jobs.';
         ELSIF job.status OPERATOR(pg_catalog.=) 'done' THEN
             RETURN;
-        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') NOT IN ('provider_down', 'quota', 'no_worker_slot') THEN
+        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') OPERATOR(pg_catalog.<>) ALL (ARRAY['provider_down', 'quota', 'no_worker_slot']) THEN
             RAISE EXCEPTION 'job % is %', wait.job_id,
                 pg_catalog.concat(job.status, (' (' OPERATOR(pg_catalog.||) job.reason) OPERATOR(pg_catalog.||) ')')
                 USING ERRCODE = 'object_not_in_prerequisite_state',

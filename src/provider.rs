@@ -100,7 +100,7 @@ fn is_header(key: &str) -> bool {
 /// The endpoint of a server for a role: USAGE, the allowed hosts and the key are looked at anew each time.
 pub fn endpoint(server: &str, role: pg_sys::Oid) -> Result<Endpoint> {
     let found = sql::row(
-        "SELECT s.oid, s.srvowner, w.fdwname::text, pg_catalog.has_server_privilege($2, s.oid, 'USAGE'),
+        "SELECT s.oid, s.srvowner, w.fdwname::pg_catalog.text, pg_catalog.has_server_privilege($2, s.oid, 'USAGE'),
                 ARRAY(SELECT pg_catalog.concat(o.option_name, '=', o.option_value) FROM pg_catalog.pg_options_to_table(s.srvoptions) o)
            FROM pg_catalog.pg_foreign_server s
            JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid OPERATOR(pg_catalog.=) s.srvfdw
