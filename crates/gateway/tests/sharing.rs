@@ -317,7 +317,10 @@ fn what_was_given_up_is_asked_again_and_no_answer_of_others() {
     let mut c = setup.client(&provider, long);
     for _ in 0..2 {
         let text = "long ".repeat(1_000);
-        c.say(&ToGateway::Items(vec![Item { n: 0, text: text.clone() }, Item { n: 1, text }]));
+        c.say(&ToGateway::Items(vec![
+            Item { n: 0, text: text.clone(), isolation: None },
+            Item { n: 1, text, isolation: None },
+        ]));
         let (got, _) = c.answers(2);
         assert!(got.values().all(|o| matches!(&o.verdict, Verdict::Skip { class, .. } if class == "too_long")));
     }
@@ -753,8 +756,11 @@ fn is_well_used(used: f64) -> bool {
 
 /// Rows of the length of a short mail.
 fn mails(client: &mut Client, rows: std::ops::Range<u64>) {
-    let mail =
-        |n| Item { n, text: format!("{} And so it goes on, for a line or two.{}", text(n), " More.".repeat(15)) };
+    let mail = |n| Item {
+        n,
+        text: format!("{} And so it goes on, for a line or two.{}", text(n), " More.".repeat(15)),
+        isolation: None,
+    };
     client.say(&ToGateway::Items(rows.map(mail).collect()));
 }
 

@@ -119,7 +119,9 @@ impl Client {
 
     /// Rows: the number of each and that of its text.
     pub fn texts(&mut self, rows: impl IntoIterator<Item = (u64, u64)>) {
-        self.say(&ToGateway::Items(rows.into_iter().map(|(n, t)| Item { n, text: text(t) }).collect()));
+        self.say(&ToGateway::Items(
+            rows.into_iter().map(|(n, t)| Item { n, text: text(t), isolation: None }).collect(),
+        ));
     }
 
     /// The outcomes by row when there are `n`, and all that was spent.
