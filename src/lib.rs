@@ -14,6 +14,7 @@ mod classifier;
 mod classify;
 mod client;
 mod error;
+mod isolation;
 mod job;
 mod model;
 mod provider;

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::budget::{self, Funds, Price, UNLIMITED};
 use crate::classifier::Asked;
 use crate::error::{Error, Result};
-use crate::{sql, txn};
+use crate::{isolation, sql, txn};
 
 /// A number that tells this cluster from others; a dump that is restored elsewhere brings another one with it.
 pub fn cluster() -> i64 {
@@ -74,7 +74,9 @@ pub struct Job {
     /// Dollars, as SQL writes them, and tokens.
     pub budget: (Option<String>, Option<i64>),
     pub task: String,
+    /// Without isolation.
     pub options: Value,
+    pub isolation: Option<String>,
     pub search_path: String,
     pub cluster: i64,
     pub wanted: String,
@@ -103,6 +105,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id WHERE j.id = $1",
             &[id.into()],
             |r| {
+                let mut options = r.get::<JsonB>(10)?.0;
                 Ok(Job {
                     id,
                     relation: r.get(1)?,
@@ -115,7 +118,8 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     filter: r.maybe(8)?,
                     budget: (r.maybe(20)?, r.maybe(21)?),
                     task: r.get(9)?,
-                    options: r.get::<JsonB>(10)?.0,
+                    isolation: isolation::take(&mut options)?,
+                    options,
                     search_path: r.get(11)?,
                     cluster: r.get(12)?,
                     wanted: r.get(13)?,

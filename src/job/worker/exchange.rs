@@ -88,7 +88,7 @@ impl Worker {
             self.reopen = Some(asked);
             return Ok(());
         }
-        let Some(page::Claimed { page, texts, .. }) = claimed else {
+        let Some(page::Claimed { page, texts, isolations, .. }) = claimed else {
             self.pass_ended = true;
             return Ok(());
         };
@@ -98,10 +98,10 @@ impl Worker {
         let rows = ((WINDOW_BYTES * page.len / bytes.max(1)) as i64).clamp(1, LARGEST_PAGE);
         self.page_size = whole_packs(rows, &self.asked.stream);
         self.last = Some((Rc::clone(&page), page.len as i32));
-        for (i, text) in texts.into_iter().enumerate() {
+        for (i, (text, isolation)) in texts.into_iter().zip(isolations).enumerate() {
             if !gone.contains(&(i as i64 + 1)) {
                 self.claimed_in_pass += 1;
-                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text));
+                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text, isolation));
             }
         }
         Ok(())
@@ -111,11 +111,11 @@ impl Worker {
         while self.client.is_some() && !self.waiting.is_empty() && self.may_hand_over() {
             let (mut items, mut bytes) = (Vec::new(), 0);
             while bytes < MESSAGE_BYTES && self.may_hand_over() {
-                let Some((place, text)) = self.waiting.pop_front() else { break };
+                let Some((place, text, isolation)) = self.waiting.pop_front() else { break };
                 bytes += text.len();
                 self.outstanding_bytes += text.len();
                 self.outstanding.insert(self.next_n, (place, text.len()));
-                items.push(Item { n: self.next_n, text });
+                items.push(Item { n: self.next_n, text, isolation });
                 self.next_n += 1;
             }
             if let Some(client) = &mut self.client {
