@@ -124,6 +124,12 @@ impl Client {
         ));
     }
 
+    /// Rows that are kept apart: the number of each, that of its text, and its isolation.
+    pub fn isolated(&mut self, rows: impl IntoIterator<Item = (u64, u64, Option<String>)>) {
+        let item = |(n, t, isolation)| Item { n, text: text(t), isolation };
+        self.say(&ToGateway::Items(rows.into_iter().map(item).collect()));
+    }
+
     /// The outcomes by row when there are `n`, and all that was spent.
     #[track_caller]
     pub fn answers(&mut self, n: usize) -> (BTreeMap<u64, Outcome>, Spent) {
