@@ -395,12 +395,12 @@ mod tests {
         for n in 0..40 {
             g.push(0, 1, item(n), u128::from(n % 4), n.into());
         }
-        for _ in 0..4 {
-            for mut row in rows(g.next(0, 100_000)) {
-                row.most_rows = if row.key < 20 { 5 } else { 50 };
-                row.attempts = 1;
-                g.push_again(row);
-            }
+        let mut all: Vec<Row> = (0..4).flat_map(|_| rows(g.next(0, 100_000))).collect();
+        all.sort_by_key(|row| row.key);
+        for mut row in all {
+            row.most_rows = if row.key < 20 { 5 } else { 50 };
+            row.attempts = 1;
+            g.push_again(row);
         }
         g.push(0, 1, item(40), 0, 40);
         let mut seen = 0;
