@@ -20,7 +20,7 @@ fn isolation(n: u64) -> Option<String> {
 
 #[test]
 fn no_request_has_rows_of_two_values() {
-    let faults = vec![(Fault::DropId, 0.05), (Fault::InventId, 0.05), (Fault::DoubleId, 0.05), (Fault::Prose, 0.05)];
+    let faults = vec![(Fault::DropId, 0.2), (Fault::InventId, 0.05), (Fault::DoubleId, 0.05), (Fault::Prose, 0.05)];
     let provider = provider(Config { faults, ..Config::default() });
     let setup = Setup::with_cache(LARGE);
     // Some of a job, some that somebody waits for, of two sessions each.
