@@ -78,7 +78,7 @@ CREATE FUNCTION @extschema@.llm_classify_batch(query text, task text, options js
     RETURNS TABLE (id text, label text, status text, detail text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000
     AS 'MODULE_PATHNAME', 'llm_classify_batch_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text, jsonb) IS 'labels for the rows of a query with two columns, id and input; status is ok, skipped or failed';
+COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text, jsonb) IS 'labels for the rows of a query with the columns id and input, and a third that keeps rows apart which differ in it, or none; status is ok, skipped or failed';
 
 CREATE FUNCTION @extschema@.llm_classify_batch(query text, labels text[], options jsonb DEFAULT '{}')
     RETURNS TABLE (id text, label text, status text, detail text)

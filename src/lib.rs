@@ -15,6 +15,7 @@ mod classify;
 mod client;
 mod error;
 mod failure;
+mod isolation;
 mod job;
 mod model;
 mod provider;

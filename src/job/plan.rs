@@ -6,6 +6,7 @@
 use pgrx::pg_sys;
 
 use crate::error::{Error, Result};
+use crate::isolation::digest_sql;
 use crate::job::store::Job;
 use crate::sql;
 use crate::sql::name;
@@ -144,16 +145,26 @@ pub struct Rows {
     pub todo: String,
     /// Which rows have something to send.
     pub has_text: String,
+    /// What keeps a row apart from others.
+    pub isolation: String,
 }
 
 impl Rows {
-    pub fn new(table: &str, is_partitioned: bool, input: &str, target: &str, filter: Option<&str>) -> Self {
+    pub fn new(
+        table: &str,
+        is_partitioned: bool,
+        input: &str,
+        target: &str,
+        filter: Option<&str>,
+        isolation: Option<&str>,
+    ) -> Self {
         // The line end closes a comment at the end of the expression.
         let input = format!("(({input}\n))::pg_catalog.text");
         Self {
             from: format!("{}{table}", if is_partitioned { "" } else { "ONLY " }),
             todo: format!("{} IS NULL AND ({}\n)", name(target), filter.unwrap_or("true")),
             has_text: format!("COALESCE({input}, '') OPERATOR(pg_catalog.<>) ''"),
+            isolation: digest_sql(isolation),
             input,
         }
     }
@@ -177,10 +188,11 @@ impl Plan {
     /// `most_text` characters.
     pub fn new(job: &Job, table: &Table, target_type: &str, most_text: usize) -> Self {
         let Table { full, bare, is_partitioned } = table;
-        let rows = Rows::new(full, *is_partitioned, &job.input, &job.target, job.filter.as_deref());
+        let (filter, isolation) = (job.filter.as_deref(), job.isolation.as_deref());
+        let rows = Rows::new(full, *is_partitioned, &job.input, &job.target, filter, isolation);
         // Rows without text are counted at the start, and never claimed.
         let (hash, count) = (rows.hash(0), rows.count());
-        let Rows { from, input, todo, has_text } = rows;
+        let Rows { from, input, todo, has_text, isolation } = rows;
         let target = name(&job.target);
         let keys: Vec<String> = job.key_names.iter().map(|n| name(n)).collect();
         let k = keys.len();
@@ -193,8 +205,8 @@ impl Plan {
         let claim = |after: &str, limit: usize| {
             format!(
                 "SELECT {aggregates}, pg_catalog.array_agg(q.\"llm_batch t\"), pg_catalog.array_agg(q.\"llm_batch h\"),
-                        pg_catalog.array_agg(q.\"llm_batch j\")
-                   FROM (SELECT {as_k}, pg_catalog.left({input}, {most_text}) AS \"llm_batch t\", {hash} AS \"llm_batch h\", {json} AS \"llm_batch j\"
+                        pg_catalog.array_agg(q.\"llm_batch j\"), pg_catalog.array_agg(q.\"llm_batch s\")
+                   FROM (SELECT {as_k}, pg_catalog.left({input}, {most_text}) AS \"llm_batch t\", {hash} AS \"llm_batch h\", {json} AS \"llm_batch j\", {isolation} AS \"llm_batch s\"
                            FROM {from} WHERE {todo} AND {has_text}{after} ORDER BY {order} LIMIT ${limit}) q
                  HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 0",
                 aggregates = aggregates.join(", "),

@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::budget::{self, Funds, Price, UNLIMITED};
 use crate::classifier::Asked;
 use crate::error::{Error, Result};
-use crate::{sql, txn, version};
+use crate::{isolation, sql, txn, version};
 
 /// A job as its owner sees it.
 #[derive(Debug, Clone)]
@@ -68,7 +68,9 @@ pub struct Job {
     /// Dollars, as SQL writes them, and tokens.
     pub budget: (Option<String>, Option<i64>),
     pub task: String,
+    /// Without isolation.
     pub options: Value,
+    pub isolation: Option<String>,
     pub search_path: String,
     pub wanted: String,
     pub epoch: i32,
@@ -104,6 +106,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
               WHERE j.id = $1 AND j.home = llm_batch.home()",
             &[id.into()],
             |r| {
+                let mut options = r.get::<JsonB>(10)?.0;
                 Ok(Job {
                     id,
                     relation: r.get(1)?,
@@ -117,7 +120,8 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     budget: (r.maybe(19)?, r.maybe(20)?),
                     home: r.get(21)?,
                     task: r.get(9)?,
-                    options: r.get::<JsonB>(10)?.0,
+                    isolation: isolation::take(&mut options)?,
+                    options,
                     search_path: r.get(11)?,
                     wanted: r.get(12)?,
                     epoch: r.get(13)?,

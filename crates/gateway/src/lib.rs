@@ -12,6 +12,7 @@ mod lane;
 mod notice;
 pub mod protocol;
 mod purse;
+mod queue;
 mod request;
 mod server;
 mod tokens;

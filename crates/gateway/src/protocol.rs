@@ -133,6 +133,10 @@ pub struct Item {
     pub n: u64,
     /// Its text.
     pub text: String,
+    /// Stands for the value that keeps it apart: a row never shares a request or an answer with one of another value,
+    /// nor with one that has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolation: Option<String>,
 }
 
 /// What a client says.
@@ -421,8 +425,11 @@ pub(crate) mod tests {
 
     #[test]
     fn frames_survive_any_cut() {
-        let messages =
-            vec![ToGateway::Probe, ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into() }]), ToGateway::Withdraw];
+        let messages = vec![
+            ToGateway::Probe,
+            ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into(), isolation: None }]),
+            ToGateway::Withdraw,
+        ];
         let bytes: Vec<u8> = messages.iter().flat_map(|m| encode(m).unwrap()).collect();
         for step in 1..bytes.len() {
             let (mut buffer, mut got) = (Vec::new(), Vec::new());

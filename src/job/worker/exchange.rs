@@ -109,7 +109,7 @@ impl Worker {
             self.change(asked);
             return Ok(());
         }
-        let Some(page::Claimed { page, texts, .. }) = claimed else {
+        let Some(page::Claimed { page, texts, isolations, .. }) = claimed else {
             self.pass_ended = true;
             return Ok(());
         };
@@ -132,10 +132,10 @@ impl Worker {
             });
             return Ok(());
         }
-        for (i, text) in texts.into_iter().enumerate() {
+        for (i, (text, isolation)) in texts.into_iter().zip(isolations).enumerate() {
             if !gone.contains(&(i as i64 + 1)) {
                 self.claimed_in_pass += 1;
-                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text));
+                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text, isolation));
             }
         }
         Ok(())
@@ -145,12 +145,12 @@ impl Worker {
         while self.client.is_some() && !self.waiting.is_empty() && self.may_hand_over() {
             let (mut items, mut bytes) = (Vec::new(), 0);
             while bytes < MESSAGE_BYTES && self.may_hand_over() {
-                let Some((place, text)) = self.waiting.pop_front() else { break };
+                let Some((place, text, isolation)) = self.waiting.pop_front() else { break };
                 failure_point!("poison-worker", &text);
                 bytes += text.len();
                 self.outstanding_bytes += text.len();
                 self.outstanding.insert(self.next_n, (place, text.len()));
-                items.push(Item { n: self.next_n, text });
+                items.push(Item { n: self.next_n, text, isolation });
                 self.next_n += 1;
             }
             failure_point!("hand-over");

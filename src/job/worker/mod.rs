@@ -123,8 +123,8 @@ struct Worker {
     outstanding_bytes: usize,
     /// Rows of the next page.
     page_size: i64,
-    /// Texts claimed and not yet handed over.
-    waiting: VecDeque<(Place, String)>,
+    /// Rows claimed and not yet handed over: their text, and what keeps them apart.
+    waiting: VecDeque<(Place, String, Option<String>)>,
     next_n: u64,
     /// Outcomes to write.
     answers: Vec<Answer>,
