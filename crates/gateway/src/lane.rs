@@ -120,10 +120,8 @@ pub struct Lane {
     pub max_concurrent: Option<usize>,
     pub in_flight: usize,
     pub in_flight_rows: usize,
-    /// Requests in a row that were not answered; those that timed out count twice.
-    pub failures: u32,
-    /// When (ms) the first of them failed.
-    pub failing_since: Option<u64>,
+    /// Refusals in a row.
+    pub refusals: u32,
     /// When (ms) a request was last answered with a 2xx.
     pub last_success: Option<u64>,
     pub requests_total: u64,
@@ -152,8 +150,7 @@ impl Lane {
             max_concurrent: None,
             in_flight: 0,
             in_flight_rows: 0,
-            failures: 0,
-            failing_since: None,
+            refusals: 0,
             last_success: None,
             requests_total: 0,
             rows_total: 0,
@@ -194,8 +191,7 @@ impl Lane {
 
     /// A request was answered with a 2xx.
     pub fn answers(&mut self, now: u64) {
-        self.failures = 0;
-        self.failing_since = None;
+        self.refusals = 0;
         self.last_success = Some(now);
     }
 
