@@ -292,9 +292,12 @@ fn refusal(fault: &Fault, model: &str) -> Option<Reply> {
             "rate_limit_exceeded",
             &too_large(model, Limit::Tokens, 30_000, 34_472),
         )),
-        Fault::Status(status, body) => Some(Reply { status: *status, headers: Vec::new(), body: body.clone() }),
+        Fault::Status(status, body) => {
+            Some(Reply { status: *status, headers: Vec::new(), body: body.clone(), extra_head: Vec::new() })
+        }
         Fault::Redirect(location) => {
-            Some(Reply { status: 302, headers: vec![("location", location.clone())], body: String::new() })
+            let headers = vec![("location", location.clone())];
+            Some(Reply { status: 302, headers, body: String::new(), extra_head: Vec::new() })
         }
         _ => None,
     }

@@ -239,7 +239,10 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
         let keep_alive = request.keep_alive;
         let reply = match (request.method.as_str(), request.path.as_str()) {
             ("POST", "/v1/chat/completions") => match chat(&shared, &request, &connection).await {
-                After::Reply(reply) => reply,
+                After::Reply(mut reply) => {
+                    reply.extra_head.clone_from(&shared.lock().config.extra_head);
+                    reply
+                }
                 After::Reset => return connection.reset(),
                 After::Broken(fault) => return connection.misbehave(&fault).await,
                 After::Left => return,

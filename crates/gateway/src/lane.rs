@@ -168,13 +168,16 @@ impl Lane {
         self.keep_to_limits(now);
     }
 
-    /// Takes what an answer says about limits. One of 0 says that there is none of this kind.
-    pub fn heed(&mut self, now: u64, said: &Reported) {
-        let new = |old: &mut Option<u64>, said: Option<u64>| *old = said.filter(|n| *n > 0).or(*old);
-        new(&mut self.reported.requests_per_minute, said.requests.limit);
-        new(&mut self.reported.tokens_per_minute, said.tokens.limit);
-        new(&mut self.reported.input_tokens_per_minute, said.input_tokens.limit);
-        new(&mut self.reported.output_tokens_per_minute, said.output_tokens.limit);
+    /// Takes what an answer says about limits. One of 0 says that there is none of this kind; and what has let through a
+    /// request of so many tokens can't be less than that.
+    pub fn heed(&mut self, now: u64, said: &Reported, taken: Tokens) {
+        let new = |old: &mut Option<u64>, said: Option<u64>, taken: u64| {
+            *old = said.filter(|n| *n > 0).or(*old).filter(|n| *n >= taken);
+        };
+        new(&mut self.reported.requests_per_minute, said.requests.limit, 1);
+        new(&mut self.reported.tokens_per_minute, said.tokens.limit, taken.input + taken.output);
+        new(&mut self.reported.input_tokens_per_minute, said.input_tokens.limit, taken.input);
+        new(&mut self.reported.output_tokens_per_minute, said.output_tokens.limit, taken.output);
         self.keep_to_limits(now);
     }
 

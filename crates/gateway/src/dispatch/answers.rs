@@ -40,7 +40,8 @@ impl State {
                 self.put_back(&lane_key, &request.group, request.rows);
             }
             Some(answered) => {
-                lane.heed(now, &answered.said);
+                let taken = answered.result.as_ref().ok().and_then(|reply| reply.usage).unwrap_or_default();
+                lane.heed(now, &answered.said, taken);
                 if !matches!(&answered.result, Err(report) if matches!(report.trouble, Trouble::Overload(_))) {
                     self.answers(now, &lane_key, &request.group);
                 }
