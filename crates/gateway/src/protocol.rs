@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use llm_batch_core::breaker;
 use llm_batch_core::dialect::Counts;
 use llm_batch_core::limiter::Limits;
 use llm_batch_core::task::Task;
@@ -285,6 +286,8 @@ pub struct Activity {
     pub latency_ms: Option<u64>,
     /// Rows that were answered without being sent, since the gateway started.
     pub rows_reused: u64,
+    /// Whether requests are sent, or the endpoint is left alone because it does not answer.
+    pub breaker: breaker::State,
     /// Nothing is sent for so many ms more, because the provider said so or is in trouble.
     pub waiting_ms: Option<u64>,
     /// Requests that were sent since the gateway started.
