@@ -28,6 +28,9 @@ const FETCH: usize = 100;
 /// A text, and what keeps it apart from others.
 type Asking = (String, Option<String>);
 
+/// Id, text, and what keeps a row apart from others.
+type Fetched = (Option<String>, Option<String>, Option<String>);
+
 /// The connection of the last call, with nothing under way, and what was opened on it.
 struct Kept {
     client: Client,
@@ -282,7 +285,7 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
 
 /// Id and input of every row as text, by their types' output functions, and what keeps it apart, if there is a third
 /// column. Takes the table that holds them, because it reads what SPI left last.
-fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<(Option<String>, Option<String>, Option<String>)>> {
+fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Fetched>> {
     let mut out = Vec::with_capacity(rows.len());
     let has_isolation = rows.columns()? == 3;
     // SAFETY: SPI_tuptable is the table that the fetch just before left, with `numvals` rows; SPI_getvalue returns a
