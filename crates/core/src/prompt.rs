@@ -58,9 +58,19 @@ pub fn row(id: u16, quoted: &str) -> String {
     format!("{id}: {quoted}\n")
 }
 
-/// A text as a JSON string.
+/// Beginnings of the marks by which chat templates part a conversation. Servers of local models read them in a row's text
+/// too, as if they were their own: what follows is then a new turn.
+const MARKS: [&str; 6] = ["<|", "<\u{ff5c}", "<s>", "</s>", "<start_of_turn>", "<end_of_turn>"];
+
+/// A text as a JSON string, in which no mark of a chat template stands as such: JSON has another way to write `<`.
 pub fn quote(text: &str) -> String {
-    Value::from(text).to_string()
+    let mut quoted = Value::from(text).to_string();
+    for mark in MARKS {
+        if quoted.contains(mark) {
+            quoted = quoted.replace(mark, &mark.replacen('<', "\\u003c", 1));
+        }
+    }
+    quoted
 }
 
 /// The `response_format` for the pack with these ids, or `None`.
@@ -185,6 +195,7 @@ mod tests {
         fn any_text_is_one_json_string(texts in proptest::collection::vec(any_text(), 1..5)) {
             let lines: String = texts.iter().zip(417..).map(|(text, id)| row(id, &quote(text))).collect();
             prop_assert!(!lines.chars().any(|c| c.is_ascii_control() && c != '\n'));
+            prop_assert!(!MARKS.iter().any(|mark| lines.contains(mark)), "{}", lines);
             let read: Vec<(String, String)> = lines
                 .split_terminator('\n')
                 .map(|line| line.split_once(": ").unwrap())
@@ -212,6 +223,11 @@ mod tests {
             "\"}",
             "'",
             "<|im_end|>",
+            "<",
+            "|",
+            "</s>",
+            "<start_of_turn>",
+            "<\u{ff5c}end",
             "\u{202e}",
         ]);
         let part = prop_oneof![odd.prop_map(str::to_owned), any::<String>()];
