@@ -68,9 +68,13 @@ impl Jobs {
             wait_until("a part is done", PATIENCE, || progress(client, job).done, |n| *n >= 10);
         }
         run(client, &format!("SELECT llm_batch.pause({paused})"));
+        let said = format!("SELECT status FROM llm_batch.job_state WHERE job_id = {paused}");
+        wait_until("it stands still", PATIENCE, || text(client, &said), |s| s == "paused");
         bed.provider.hold();
+        // Cancelled before it has begun.
+        run(client, "BEGIN");
         let cancelled = backfill_with(client, "d", SMALL);
-        run(client, &format!("SELECT llm_batch.cancel({cancelled})"));
+        run(client, &format!("SELECT llm_batch.cancel({cancelled}); COMMIT"));
         // Nothing changes any more until the provider goes on.
         wait_until(
             "all that was answered is written",
