@@ -19,12 +19,14 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
            CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN 'cancelled'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN s.status
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'paused'
+                WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN 'paused'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.status
                 WHEN llm_batch.waits_for_slot(j.id) THEN 'paused'
                 ELSE 'running' END AS status,
            CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN NULL
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN NULL
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'user'
+                WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN 'restored'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.reason
                 WHEN llm_batch.waits_for_slot(j.id) THEN 'no_worker_slot' END AS reason,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total, h.handled) END AS rows_total,
@@ -63,6 +65,7 @@ COMMENT ON COLUMN llm_batch.failure.state IS 'skipped: the model would not answe
 CREATE VIEW llm_batch.activity WITH (security_barrier = true) AS
 SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.requests_allowed, a.rows_allowed,
        a.tokens_in_window, a.tokens_limit, a.requests_in_window, a.requests_limit, a.used, a.share, a.reported_left,
+       a.breaker,
        pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) pg_catalog.make_interval(secs => a.waiting_ms OPERATOR(pg_catalog./) 1000::pg_catalog.float8) AS waiting_until,
        pg_catalog.make_interval(secs => a.latency_ms OPERATOR(pg_catalog./) 1000::pg_catalog.float8) AS latency,
        pg_catalog.round(a.token_ratio, 3) AS token_ratio, pg_catalog.round(a.answer_ratio, 3) AS answer_ratio,
@@ -73,14 +76,15 @@ SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.r
        requests_allowed bigint, rows_allowed bigint, tokens_in_window bigint, tokens_limit bigint,
        requests_in_window bigint, requests_limit bigint, used double precision, share double precision,
        reported_left bigint, token_ratio numeric, answer_ratio numeric, latency_ms bigint, rows_reused bigint,
-       waiting_ms bigint, requests_total bigint, rows_total bigint, throttled bigint, errors bigint, last_error text);
+       waiting_ms bigint, requests_total bigint, rows_total bigint, throttled bigint, errors bigint, last_error text, breaker text);
 COMMENT ON VIEW llm_batch.activity IS 'the limiter and the queue of each account and model, live: those one has streams of, or all for pg_monitor';
 COMMENT ON COLUMN llm_batch.activity.requests_allowed IS 'most requests under way at the same time, as it has proved useful so far';
 COMMENT ON COLUMN llm_batch.activity.rows_allowed IS 'most rows in a request at present, where incomplete or slow answers made it less than the task allows';
 COMMENT ON COLUMN llm_batch.activity.used IS 'part of the tightest limit that is used up at present, 0 to 1';
 COMMENT ON COLUMN llm_batch.activity.share IS 'part of the limit that is left to this server, 0 to 1: less than 1 after refusals that nothing else explains';
 COMMENT ON COLUMN llm_batch.activity.reported_left IS 'tokens left in the provider''s window, by its own word and what was sent since';
-COMMENT ON COLUMN llm_batch.activity.waiting_until IS 'nothing is sent before, because the provider said so or is in trouble';
+COMMENT ON COLUMN llm_batch.activity.breaker IS 'closed: requests are sent; open: nothing is, because the provider does not answer; half_open: a probe finds out whether it does again';
+COMMENT ON COLUMN llm_batch.activity.waiting_until IS 'nothing is sent before: the provider said so, or is probed then after it has not answered';
 COMMENT ON COLUMN llm_batch.activity.latency IS 'time from a request to its answer, of late';
 COMMENT ON COLUMN llm_batch.activity.token_ratio IS 'tokens of prompts as the provider counts them, for each that is counted here';
 COMMENT ON COLUMN llm_batch.activity.answer_ratio IS 'tokens of answers for each that was expected';

@@ -95,7 +95,7 @@ impl Builder {
 
 /// A new directory of the server's account, with a path short enough for
 /// sockets (107 bytes in all).
-fn new_dir() -> PathBuf {
+pub(crate) fn new_dir() -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     loop {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);

@@ -231,6 +231,13 @@ impl Cluster {
         })
     }
 
+    /// Runs one of Postgres' programs as superuser, with options of its own.
+    pub fn run_program(&self, name: &str, options: &[&str]) -> Output {
+        let mut command = program(name);
+        command.args(["-U", "postgres", "-p", &PORT.to_string(), "-h"]).arg(&self.dir).args(options);
+        command.output().unwrap_or_else(|e| panic!("{name} does not run: {e}"))
+    }
+
     /// Directory of the server's socket, for `host`.
     pub fn socket_dir(&self) -> &Path {
         &self.dir
@@ -244,6 +251,10 @@ impl Cluster {
     /// The data directory.
     pub fn data_dir(&self) -> PathBuf {
         self.dir.join("data")
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.server.is_some()
     }
 
     /// Process id of the postmaster.

@@ -201,3 +201,21 @@ fn a_superuser_fills_a_minefield() {
     let others: Vec<&str> = log.lines().filter(|l| l.contains("planted: ") && !l.ends_with("by alice.")).collect();
     assert!(log.contains("planted: ") && others.is_empty(), "{others:#?}");
 }
+
+/// Advisory locks are anyone's to take; none of them holds up a job.
+#[test]
+fn advisory_locks_hold_up_nobody() {
+    let bed = Bed::new("planted_locks");
+    let client = &mut bed.connect();
+    run(client, "CREATE ROLE mallory LOGIN");
+    tickets(client, "tickets", 1..=40);
+    let mallory = &mut bed.cluster.connect_as("postgres", "mallory");
+    run(mallory, "SELECT pg_advisory_lock(hashtext('llm_batch'), hashtext('tickets'::regclass::oid || ' topic'))");
+    run(
+        mallory,
+        "SELECT pg_advisory_lock(n), pg_advisory_lock(hashtext('llm_batch'), n) FROM generate_series(0, 100) n",
+    );
+    run(client, "SET statement_timeout = '60 s'");
+    let job = common::backfill(client, "tickets");
+    bed.done(job);
+}

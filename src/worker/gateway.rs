@@ -11,8 +11,9 @@ use llm_batch_gateway::{Gateway, Settings};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{handle_signals, reload_if_asked, report, wait};
-use crate::settings;
+use super::{handle_signals, is_told_to_end, reload_if_asked, report, wait};
+use crate::failure::failure_point;
+use crate::{settings, shared};
 
 /// The socket, relative to the data directory, which is the server's working directory. Base backups leave this
 /// folder's content out.
@@ -54,12 +55,22 @@ fn without_signals<T>(f: impl FnOnce() -> T) -> T {
     }
 }
 
+/// Clients look into why it has gone, which they notice after this.
+#[pg_guard]
+extern "C-unwind" fn on_exit(_code: i32, _arg: pg_sys::Datum) {
+    shared::set_gateway_told(is_told_to_end());
+}
+
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
     handle_signals();
     // SAFETY: at the start of a background worker. No database: seen in pg_stat_activity, takes part in barriers.
-    unsafe { pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0) };
+    unsafe {
+        pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0));
+        pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
+    }
+    shared::set_gateway_told(false);
     let (log, lines) = mpsc::channel();
     let started = bind().and_then(|listener| without_signals(|| Gateway::start(listener, current_settings(), log)));
     let gateway = started.unwrap_or_else(|e| {
@@ -78,6 +89,7 @@ pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
     loop {
         // Ends here, without unwinding, when the server shuts down: the thread dies with the process.
         wait(None, Some(Duration::from_millis(500)));
+        failure_point!("gateway");
         reload_if_asked();
         gateway.configure(current_settings());
         while let Ok(line) = lines.try_recv() {

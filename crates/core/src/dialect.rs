@@ -109,18 +109,34 @@ pub struct Reply {
     pub cached_input: u64,
 }
 
+/// Why the body of a 2xx holds no answer.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Unread {
+    /// It carries an error: a 200 is no success at every provider.
+    Said(Value),
+    /// What is wrong with it, in words of ours.
+    Other(&'static str),
+}
+
+/// A text without the byte order mark that some servers begin with.
+pub(crate) fn without_mark(body: &[u8]) -> &[u8] {
+    body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body)
+}
+
 /// Reads the body of a 2xx.
 ///
 /// # Errors
-/// What is wrong, as text: a body that is no JSON, or one that carries an error (a 200 is no success at every
-/// provider). It may quote the key: redact it.
-pub fn reply(body: &[u8]) -> Result<Reply, String> {
-    let json: Value = serde_json::from_slice(body).map_err(|_| "the provider's answer is not JSON".to_owned())?;
+/// If it is no JSON or carries an error.
+pub fn reply(body: &[u8]) -> Result<Reply, Unread> {
+    let json: Value =
+        serde_json::from_slice(without_mark(body)).map_err(|_| Unread::Other("the provider's answer is not JSON"))?;
     if !json["error"].is_null() {
-        let message = json["error"]["message"].as_str().or(json["error"].as_str()).unwrap_or("unknown error");
-        return Err(format!("the provider's answer carries an error: {message}"));
+        return Err(Unread::Said(json["error"].clone()));
     }
     let choice = &json["choices"][0];
+    if !choice["error"].is_null() || choice["finish_reason"] == "error" {
+        return Err(Unread::Said(choice["error"].clone()));
+    }
     let message = &choice["message"];
     let text = match &message["content"] {
         Value::String(s) => s.clone(),
@@ -128,8 +144,8 @@ pub fn reply(body: &[u8]) -> Result<Reply, String> {
         _ => String::new(),
     };
     let finish = match choice["finish_reason"].as_str() {
-        Some("length" | "model_length") => Finish::Length,
-        Some("content_filter") => Finish::Refused,
+        Some("length" | "model_length" | "max_tokens") => Finish::Length,
+        Some("content_filter" | "refusal" | "safety") => Finish::Refused,
         _ if message["refusal"].as_str().is_some_and(|r| !r.is_empty()) => Finish::Refused,
         _ => Finish::Complete,
     };
@@ -181,7 +197,7 @@ mod tests {
         let refusal = br#"{"choices":[{"message":{"content":null,"refusal":"no"},"finish_reason":"stop"}]}"#;
         assert_eq!(reply(refusal).unwrap().finish, Finish::Refused);
         assert_eq!(reply(br#"{"choices":[{"finish_reason":"length"}]}"#).unwrap().finish, Finish::Length);
-        assert!(reply(br#"{"error":{"message":"upstream\nbroke"}}"#).unwrap_err().ends_with("upstream\nbroke"));
+        assert_eq!(reply(br#"{"error":{"code":1}}"#), Err(Unread::Said(json!({"code": 1}))));
         assert!(reply(b"<html>").is_err());
         assert_eq!(reply(b"{}").unwrap().text, "");
     }

@@ -37,7 +37,7 @@ pub struct Side {
 }
 
 /// A day, ms.
-const DAY: u64 = 86_400_000;
+pub(crate) const DAY: u64 = 86_400_000;
 /// A larger number is no limit in practice, and must not make anybody's arithmetic overflow.
 const MOST: u64 = 1_000_000_000_000;
 
@@ -103,7 +103,7 @@ fn number(text: &str) -> Option<f64> {
 }
 
 /// A duration as Go writes it (`6m0s`, `1m30.5s`, `12ms`), or a plain number of seconds, in ms.
-fn duration(text: &str) -> Option<u64> {
+pub(crate) fn duration(text: &str) -> Option<u64> {
     if let Some(seconds) = number(text) {
         return Some((seconds * 1000.0).round() as u64);
     }

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod answer;
+pub mod breaker;
 pub mod codes;
 pub mod concurrency;
 pub mod dialect;

@@ -5,6 +5,9 @@
 
 use serde_json::Value;
 
+use crate::dialect::{self, Reply};
+use crate::headers;
+
 /// A class of trouble. Only `Rejected` and what comes with a 2xx is held against the rows of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Trouble {
@@ -26,8 +29,8 @@ pub enum Trouble {
     Filtered,
     /// The request is refused for another reason (400, 422, a redirect, …).
     Rejected,
-    /// The provider is overloaded or broken (5xx, 408), or not reached: try later. The wait in milliseconds, if it
-    /// said.
+    /// The provider is overloaded or broken (5xx, 408, 409, a 2xx that is no answer), or not reached: try later. The
+    /// wait in milliseconds, if it said.
     Overload(Option<u64>),
 }
 
@@ -52,9 +55,10 @@ pub struct Report {
 /// Longest message that is kept, in characters.
 const MOST_MESSAGE: usize = 300;
 
-/// One line of at most 300 characters.
+/// One line of at most 300 characters. Nothing in it moves a terminal's cursor, and Postgres takes it for text.
 pub fn one_line(text: &str) -> String {
-    let mut out: String = text.split_whitespace().collect::<Vec<_>>().join(" ");
+    let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
+    let mut out: String = words.collect::<Vec<_>>().join(" ");
     if let Some((end, _)) = out.char_indices().nth(MOST_MESSAGE) {
         out.truncate(end);
         out.push('…');
@@ -62,24 +66,52 @@ pub fn one_line(text: &str) -> String {
     out
 }
 
-/// Classes an answer with a status other than 2xx. `retry_after`: the wait in milliseconds from its headers.
-pub fn classify(status: u16, body: &str, retry_after: Option<u64>) -> Report {
-    let json: Value = serde_json::from_str(body).unwrap_or(Value::Null);
-    // Some servers wrap the object in an array, some leave out "error".
-    let error = match &json {
-        Value::Array(items) => items.first().map_or(&Value::Null, |i| &i["error"]),
-        _ if json["error"].is_object() || json["error"].is_string() => &json["error"],
-        _ => &json,
-    };
+/// What an answer with this status and body is. `retry_after`: the wait in milliseconds from its headers.
+///
+/// # Errors
+/// Whatever is no answer to be read.
+pub fn outcome(status: u16, body: &[u8], retry_after: Option<u64>) -> Result<Reply, Report> {
+    match status {
+        200..=299 => dialect::reply(body).map_err(|error| match error {
+            dialect::Unread::Said(error) => classify(None, &error, "", retry_after),
+            dialect::Unread::Other(message) => {
+                Report { trouble: Trouble::Overload(retry_after), message: message.to_owned() }
+            }
+        }),
+        300..=399 => Err(Report {
+            trouble: Trouble::Rejected,
+            message: format!("HTTP status {status}: redirects are not followed; base_url must name the final address"),
+        }),
+        _ => {
+            let json: Value = serde_json::from_slice(dialect::without_mark(body)).unwrap_or(Value::Null);
+            // Some servers wrap the object in an array, some leave out "error".
+            let error = match &json {
+                Value::Array(items) => items.first().map_or(&Value::Null, |i| &i["error"]),
+                _ if json["error"].is_object() || json["error"].is_string() => &json["error"],
+                _ => &json,
+            };
+            Err(classify(Some(status), error, &String::from_utf8_lossy(body), retry_after))
+        }
+    }
+}
+
+/// Classes an error: with the status of its answer, or one that stands in a 2xx.
+fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<u64>) -> Report {
     let text = |v: &Value| match v {
         Value::String(s) => s.clone(),
         Value::Number(n) => n.to_string(),
         _ => String::new(),
     };
     let message = if error.is_string() { text(error) } else { text(&error["message"]) };
-    let code = format!("{} {} {}", text(&error["code"]), text(&error["type"]), text(&error["param"])).to_lowercase();
+    let mut code = format!("{} {} {}", text(&error["code"]), text(&error["type"]), text(&error["param"]));
+    if !error["details"].is_null() {
+        code.push_str(&error["details"].to_string());
+    }
+    let code = code.to_lowercase();
     let words = message.to_lowercase();
     let says = |needle: &str| words.contains(needle) || code.contains(needle);
+    let asked = || error["details"].as_array()?.iter().find_map(|d| headers::duration(d["retryDelay"].as_str()?));
+    let retry_after = retry_after.or_else(asked).map(|ms| ms.min(headers::DAY));
 
     let spend = || {
         [
@@ -103,12 +135,22 @@ pub fn classify(status: u16, body: &str, retry_after: Option<u64>) -> Report {
             "context size",
             "context window",
             "maximum context",
+            "maximum number of tokens",
+            "prompt is too long",
+            "input is too long",
             "request too large",
         ]
         .iter()
         .any(|n| says(n))
     };
-    let trouble = match status {
+    // What stands in a 2xx names its status, or what it is about, or else is the provider's own trouble.
+    let within = || match error["code"].as_u64().and_then(|n| u16::try_from(n).ok()) {
+        Some(status @ 400..=599) => status,
+        _ if says("rate_limit") || spend() || too_long() => 429,
+        _ => 502,
+    };
+    let trouble = match status.unwrap_or_else(within) {
+        403 if spend() => Trouble::Spend,
         401 | 403 => Trouble::Auth,
         402 => Trouble::Spend,
         404 => Trouble::NotFound,
@@ -117,9 +159,10 @@ pub fn classify(status: u16, body: &str, retry_after: Option<u64>) -> Report {
         429 if too_long() => Trouble::TooLarge,
         429 if says("perday") || says("per day") || says("rpd") || says("tokens-month") => Trouble::Quota(retry_after),
         429 => Trouble::Rate(retry_after),
-        408 | 500..=599 => Trouble::Overload(retry_after),
+        408 | 409 | 500..=599 => Trouble::Overload(retry_after),
         400 | 422 if spend() => Trouble::Spend,
         400 | 422 if too_long() || says("too many tokens") => Trouble::TooLarge,
+        400 if says("model_not_found") => Trouble::NotFound,
         400 if says("content_filter") || says("content management policy") => Trouble::Filtered,
         400 | 422 if says("max_completion_tokens") => Trouble::Unsupported(Parameter::MaxTokens),
         400 | 422 if says("response_format") || says("json_schema") || says("json_object") || says("json mode") => {
@@ -128,64 +171,54 @@ pub fn classify(status: u16, body: &str, retry_after: Option<u64>) -> Report {
         _ => Trouble::Rejected,
     };
     let said = if message.is_empty() { body.trim() } else { &message };
-    let message =
-        if said.is_empty() { format!("HTTP status {status}") } else { format!("HTTP status {status}: {said}") };
+    let message = match (status, said.is_empty()) {
+        (None, true) => "the provider's answer carries an error".to_owned(),
+        (None, false) => format!("the provider's answer carries an error: {said}"),
+        (Some(status), true) => format!("HTTP status {status}"),
+        (Some(status), false) => format!("HTTP status {status}: {said}"),
+    };
     Report { trouble, message }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use Trouble::*;
     use proptest::prelude::*;
 
+    fn report(status: u16, body: &str) -> Report {
+        outcome(status, body.as_bytes(), None).unwrap_err()
+    }
+
+    // Whole answers are in fixtures/, see tests/fixtures.rs.
     #[test]
-    fn statuses_and_bodies_are_classed() {
-        for (status, body, want) in [
-            (401, r#"{"error":{"message":"Incorrect API key provided"}}"#, Auth),
-            (404, r#"{"error":{"code":"model_not_found"}}"#, NotFound),
-            (429, r#"{"error":{"code":"rate_limit_exceeded","type":"tokens"}}"#, Rate(Some(7))),
-            (429, r#"{"error":{"code":"insufficient_quota"}}"#, Spend),
-            (
-                429,
-                r#"{"error":{"message":"Request too large for m on tokens per min (TPM): Limit 30000, Requested 34472.","type":"tokens","code":"rate_limit_exceeded"}}"#,
-                TooLarge,
-            ),
-            (
-                429,
-                r#"[{"error":{"status":"RESOURCE_EXHAUSTED","message":"GenerateRequestsPerDayPerProject"}}]"#,
-                Quota(Some(7)),
-            ),
-            (400, r#"{"error":{"message":"You have reached your specified API usage limits."}}"#, Spend),
-            (400, r#"{"error":{"code":"context_length_exceeded"}}"#, TooLarge),
-            (
-                400,
-                r#"{"error":{"message":"'response_format' of type 'json_schema' is not supported"}}"#,
-                Unsupported(Parameter::ResponseFormat),
-            ),
-            (
-                400,
-                r#"{"error":{"message":"Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead.","param":"max_tokens"}}"#,
-                Unsupported(Parameter::MaxTokens),
-            ),
-            (400, r#"{"error":{"code":"content_filter"}}"#, Filtered),
-            (400, "nonsense", Rejected),
-            (302, "", Rejected),
-            (503, "<html>", Overload(Some(7))),
-            (529, "", Overload(Some(7))),
-            (413, "", TooLarge),
-        ] {
-            assert_eq!(classify(status, body, Some(7)).trouble, want, "{status} {body}");
-        }
-        assert_eq!(classify(500, "", None).message, "HTTP status 500");
-        assert_eq!(one_line(&classify(500, r#"{"error":"a\n b"}"#, None).message), "HTTP status 500: a b");
+    fn messages_are_one_line_of_text() {
+        assert_eq!(report(500, "").message, "HTTP status 500");
+        assert_eq!(
+            one_line(&report(500, r#"{"error":"a\n b\u0000c\u001b[2Jd"}"#).message),
+            "HTTP status 500: a b c [2Jd"
+        );
+        assert_eq!(one_line(&report(200, r#"{"error":{}}"#).message), "the provider's answer carries an error");
+        assert!(one_line(&"ä".repeat(1000)).chars().count() == MOST_MESSAGE + 1);
+    }
+
+    #[test]
+    fn waits_are_taken_from_where_they_are() {
+        let body = r#"{"error":{"details":[{"x":1},{"retryDelay":"1.5s"}]}}"#;
+        assert_eq!(report(429, body).trouble, Trouble::Rate(Some(1_500)));
+        assert_eq!(outcome(429, body.as_bytes(), Some(7)).unwrap_err().trouble, Trouble::Rate(Some(7)));
+        let long = report(429, r#"{"error":{"details":[{"retryDelay":"1e300"}]}}"#);
+        assert_eq!(long.trouble, Trouble::Rate(Some(headers::DAY)));
     }
 
     proptest! {
         #[test]
         fn never_panics(status in 0u16..1000, body in ".{0,600}", json in r#"[{}\[\]":,a-z ]{0,80}"#) {
-            prop_assert!(one_line(&classify(status, &body, None).message).chars().count() <= MOST_MESSAGE + 1);
-            classify(status, &json, None);
+            for body in [&body, &json] {
+                if let Err(report) = outcome(status, body.as_bytes(), None) {
+                    let line = one_line(&report.message);
+                    prop_assert!(line.chars().count() <= MOST_MESSAGE + 1 && !line.contains(char::is_control));
+                }
+            }
         }
     }
 }

@@ -18,8 +18,8 @@ use crate::{Config, Fault, Reserve};
 pub(crate) enum Verdict {
     /// Refused: send this at once.
     Refused(Reply),
-    /// Refused by a reset.
-    Reset,
+    /// Refused by what this fault does to the connection.
+    Broken(Fault),
     Admitted(Box<Admitted>),
 }
 
@@ -59,6 +59,9 @@ impl State {
             Err(reply) => return Verdict::Refused(reply),
         };
 
+        if self.config.poison.as_ref().is_some_and(|poison| contains(body, poison.as_bytes())) {
+            return Verdict::Refused(Reply::error(500, "server_error", "", "", "The server had an error."));
+        }
         let scripted = self.script.front().cloned();
         let mut fault = scripted.clone().unwrap_or_else(|| self.draw_fault());
         if let Some(fault) = fault.as_ref().filter(|fault| fault.refuses()) {
@@ -66,7 +69,7 @@ impl State {
             self.tally.fault(fault.name());
             return match refusal(fault, &chat.model) {
                 Some(reply) => Verdict::Refused(reply),
-                None => Verdict::Reset,
+                None => Verdict::Broken(fault.clone()),
             };
         }
 
@@ -289,12 +292,19 @@ fn refusal(fault: &Fault, model: &str) -> Option<Reply> {
             "rate_limit_exceeded",
             &too_large(model, Limit::Tokens, 30_000, 34_472),
         )),
-        Fault::Status(status, body) => Some(Reply { status: *status, headers: Vec::new(), body: body.clone() }),
+        Fault::Status(status, body) => {
+            Some(Reply { status: *status, headers: Vec::new(), body: body.clone(), extra_head: Vec::new() })
+        }
         Fault::Redirect(location) => {
-            Some(Reply { status: 302, headers: vec![("location", location.clone())], body: String::new() })
+            let headers = vec![("location", location.clone())];
+            Some(Reply { status: 302, headers, body: String::new(), extra_head: Vec::new() })
         }
         _ => None,
     }
+}
+
+fn contains(body: &[u8], text: &[u8]) -> bool {
+    !text.is_empty() && body.windows(text.len()).any(|part| part == text)
 }
 
 fn too_large(model: &str, limit: Limit, cap: u64, requested: u64) -> String {

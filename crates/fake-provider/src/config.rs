@@ -60,6 +60,10 @@ pub struct Config {
     /// Probability (0 to 1) of each fault per request. At most one applies to a
     /// request, so the probabilities should add up to 1 or less.
     pub faults: Vec<(Fault, f64)>,
+    /// Lines at the beginning of every head of a chat answer, each ended by CRLF: whatever a server might say there.
+    pub extra_head: Vec<u8>,
+    /// A text that breaks the server: requests whose body has it get a 500.
+    pub poison: Option<String>,
     /// Seed of every random choice. A new seed given at run time has no effect.
     pub seed: u64,
 }
@@ -88,6 +92,8 @@ impl Default for Config {
             cache_prefix: false,
             context_tokens: None,
             faults: Vec::new(),
+            extra_head: Vec::new(),
+            poison: None,
             seed: 1,
         }
     }

@@ -34,6 +34,9 @@ struct Control {
     requests_per_window: Option<Option<u64>>,
     #[serde(default, deserialize_with = "present")]
     context_tokens: Option<Option<u64>>,
+    /// Null removes it.
+    #[serde(default, deserialize_with = "present")]
+    poison: Option<Option<String>>,
     cache_prefix: Option<bool>,
     json_schema: Option<bool>,
     json_object: Option<bool>,
@@ -105,6 +108,7 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
     set(&mut config.reserve, control.reserve);
     set(&mut config.release, control.release);
     set(&mut config.context_tokens, control.context_tokens);
+    set(&mut config.poison, control.poison);
     set(&mut config.cache_prefix, control.cache_prefix);
     set(&mut config.json_schema, control.json_schema);
     set(&mut config.json_object, control.json_object);

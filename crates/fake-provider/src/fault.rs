@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 /// One way for a request to go wrong.
 ///
-/// The first of them, up to `ResetBefore`, come before admission: nothing is
+/// The first of them, up to `Endless`, come before admission: nothing is
 /// charged or billed and no row counts as asked. Requests with one of the
 /// others are admitted, charged and billed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +27,12 @@ pub enum Fault {
     Redirect(String),
     /// The connection is reset; nothing is billed.
     ResetBefore,
+    /// These bytes are the whole answer, head and all; then the connection is closed.
+    Raw(Vec<u8>),
+    /// A body that comes byte by byte, ten a second, until the client leaves.
+    Drip,
+    /// A body that comes as fast as the client reads, until it leaves.
+    Endless,
 
     /// Billed and counted as answered, then the connection is reset.
     ResetAfter,
@@ -59,13 +65,15 @@ pub enum Fault {
 
 impl Fault {
     /// The faults without parameters.
-    const PLAIN: [Self; 18] = [
+    const PLAIN: [Self; 20] = [
         Self::Http500,
         Self::Http503,
         Self::RateLimit429,
         Self::SpendLimit429,
         Self::TooLarge429,
         Self::ResetBefore,
+        Self::Drip,
+        Self::Endless,
         Self::ResetAfter,
         Self::Hang,
         Self::MalformedJson,
@@ -91,6 +99,9 @@ impl Fault {
             Self::Status(..) => "Status",
             Self::Redirect(_) => "Redirect",
             Self::ResetBefore => "ResetBefore",
+            Self::Raw(_) => "Raw",
+            Self::Drip => "Drip",
+            Self::Endless => "Endless",
             Self::ResetAfter => "ResetAfter",
             Self::Hang => "Hang",
             Self::MalformedJson => "MalformedJson",
@@ -118,6 +129,9 @@ impl Fault {
                 | Self::Status(..)
                 | Self::Redirect(_)
                 | Self::ResetBefore
+                | Self::Raw(_)
+                | Self::Drip
+                | Self::Endless
         )
     }
 }
@@ -130,6 +144,7 @@ impl fmt::Display for Fault {
         match self {
             Self::Status(status, body) => write!(f, ":{status}:{body}"),
             Self::Redirect(location) => write!(f, ":{location}"),
+            Self::Raw(bytes) => write!(f, ":{}", String::from_utf8_lossy(bytes)),
             _ => Ok(()),
         }
     }
@@ -151,6 +166,9 @@ impl FromStr for Fault {
         if name.eq_ignore_ascii_case("Redirect") {
             return Ok(Self::Redirect(rest.to_owned()));
         }
+        if name.eq_ignore_ascii_case("Raw") {
+            return Ok(Self::Raw(rest.as_bytes().to_vec()));
+        }
         Self::PLAIN
             .into_iter()
             .find(|fault| fault.name().eq_ignore_ascii_case(text))
@@ -164,7 +182,11 @@ mod tests {
 
     #[test]
     fn names_are_read_back() {
-        let with_parameters = [Fault::Status(418, "a:b".into()), Fault::Redirect("http://x:1/".into())];
+        let with_parameters = [
+            Fault::Status(418, "a:b".into()),
+            Fault::Redirect("http://x:1/".into()),
+            Fault::Raw(b"HTTP/1.1 200 :)\r\n".into()),
+        ];
         for fault in Fault::PLAIN.into_iter().chain(with_parameters) {
             assert_eq!(fault.to_string().parse(), Ok(fault));
         }

@@ -1,10 +1,12 @@
 //! Just enough HTTP/1.1 over a raw socket: keep-alive, `Content-Length`, resets.
 
 use std::io;
+use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::Fault;
 use crate::reply::Reply;
 
 const MAX_HEAD_BYTES: usize = 64 * 1024;
@@ -96,6 +98,27 @@ impl Connection {
     pub(crate) fn reset(self) {
         // Should it fail, the client sees an end of file instead.
         let _ = self.stream.set_zero_linger();
+    }
+
+    /// Answers as no server should, then closes the connection.
+    pub(crate) async fn misbehave(mut self, fault: &Fault) {
+        let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n";
+        // Whatever fails here, the client has gone.
+        let _ = match fault {
+            Fault::Raw(bytes) => self.stream.write_all(bytes).await,
+            _ => self.stream.write_all(head.as_bytes()).await,
+        };
+        let (chunk, pause): (&[u8], _) = match fault {
+            Fault::Drip => (b" ", Duration::from_millis(100)),
+            Fault::Endless => (&[b' '; 65536], Duration::ZERO),
+            _ => {
+                let _ = self.stream.shutdown().await;
+                return self.left().await;
+            }
+        };
+        while self.stream.write_all(chunk).await.is_ok() {
+            tokio::time::sleep(pause).await;
+        }
     }
 
     async fn fill(&mut self) -> bool {

@@ -10,6 +10,8 @@ pub(crate) struct Reply {
     pub(crate) status: u16,
     pub(crate) headers: Vec<(&'static str, String)>,
     pub(crate) body: String,
+    /// As it is, before the other headers.
+    pub(crate) extra_head: Vec<u8>,
 }
 
 impl Reply {
@@ -19,7 +21,8 @@ impl Reply {
 
     /// A body that is JSON already.
     pub(crate) fn text(status: u16, body: String) -> Self {
-        Self { status, headers: vec![("content-type", "application/json".to_owned())], body }
+        let headers = vec![("content-type", "application/json".to_owned())];
+        Self { status, headers, body, extra_head: Vec::new() }
     }
 
     /// An error of OpenAI's shape; `param` and `code` may be empty, for null.
@@ -43,10 +46,10 @@ impl Reply {
     }
 
     pub(crate) fn to_bytes(&self, keep_alive: bool) -> Vec<u8> {
+        let mut bytes = format!("HTTP/1.1 {} {}\r\n", self.status, reason(self.status)).into_bytes();
+        bytes.extend_from_slice(&self.extra_head);
         let mut head = format!(
-            "HTTP/1.1 {} {}\r\ndate: {}\r\ncontent-length: {}\r\nconnection: {}\r\n",
-            self.status,
-            reason(self.status),
+            "date: {}\r\ncontent-length: {}\r\nconnection: {}\r\n",
             http_date(unix_time().as_secs()),
             self.body.len(),
             if keep_alive { "keep-alive" } else { "close" },
@@ -57,7 +60,7 @@ impl Reply {
             head.push_str(&format!("{name}: {value}\r\n"));
         }
         head.push_str("\r\n");
-        let mut bytes = head.into_bytes();
+        bytes.extend_from_slice(head.as_bytes());
         bytes.extend_from_slice(self.body.as_bytes());
         bytes
     }

@@ -239,8 +239,12 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
         let keep_alive = request.keep_alive;
         let reply = match (request.method.as_str(), request.path.as_str()) {
             ("POST", "/v1/chat/completions") => match chat(&shared, &request, &connection).await {
-                After::Reply(reply) => reply,
+                After::Reply(mut reply) => {
+                    reply.extra_head.clone_from(&shared.lock().config.extra_head);
+                    reply
+                }
                 After::Reset => return connection.reset(),
+                After::Broken(fault) => return connection.misbehave(&fault).await,
                 After::Left => return,
             },
             _ => route(&shared, &request),
@@ -293,6 +297,7 @@ fn stats_reply(stats: &Stats) -> Reply {
 enum After {
     Reply(Reply),
     Reset,
+    Broken(Fault),
     /// The client did not wait.
     Left,
 }
@@ -310,10 +315,11 @@ async fn chat(shared: &Shared, request: &Request, connection: &Connection) -> Af
             reply.headers.push(("x-request-id", request_id(&mut state)));
             return After::Reply(reply);
         }
-        Verdict::Reset => {
+        Verdict::Broken(Fault::ResetBefore) => {
             shared.lock().tally.stats.connections_reset += 1;
             return After::Reset;
         }
+        Verdict::Broken(fault) => return After::Broken(fault),
         Verdict::Admitted(admitted) => admitted,
     };
     let hangs = admitted.fault == Some(Fault::Hang);

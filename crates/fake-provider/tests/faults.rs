@@ -81,6 +81,20 @@ fn resets_before_and_after_billing() {
 }
 
 #[test]
+fn connections_that_misbehave() {
+    let (outcome, stats) = with(Fault::Raw(b"HTTP/1.1 299 Odd\r\ncontent-length: 3\r\n\r\na\0!".to_vec()));
+    let response = outcome.unwrap();
+    assert_eq!((response.status, response.body.len()), (299, 3));
+    assert!(stats.by_status.is_empty() && stats.admitted == 0);
+
+    let provider = FakeProvider::start(Config { poison: Some("rotten".into()), ..Config::default() }).unwrap();
+    let mut body = three_rows();
+    assert_eq!(chat(&provider, &body).status, 200);
+    body["messages"][0]["content"] = "a rotten apple".into();
+    assert_eq!(chat(&provider, &body).status, 500);
+}
+
+#[test]
 fn rows_left_out_invented_or_doubled() {
     let (text_, counts) = text(Fault::DropId);
     let map: Value = serde_json::from_str(&text_).unwrap();

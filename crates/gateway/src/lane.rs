@@ -120,10 +120,8 @@ pub struct Lane {
     pub max_concurrent: Option<usize>,
     pub in_flight: usize,
     pub in_flight_rows: usize,
-    /// Requests in a row that were not answered; those that timed out count twice.
-    pub failures: u32,
-    /// When (ms) the first of them failed.
-    pub failing_since: Option<u64>,
+    /// Refusals in a row.
+    pub refusals: u32,
     /// When (ms) a request was last answered with a 2xx.
     pub last_success: Option<u64>,
     pub requests_total: u64,
@@ -152,8 +150,7 @@ impl Lane {
             max_concurrent: None,
             in_flight: 0,
             in_flight_rows: 0,
-            failures: 0,
-            failing_since: None,
+            refusals: 0,
             last_success: None,
             requests_total: 0,
             rows_total: 0,
@@ -171,13 +168,16 @@ impl Lane {
         self.keep_to_limits(now);
     }
 
-    /// Takes what an answer says about limits. One of 0 says that there is none of this kind.
-    pub fn heed(&mut self, now: u64, said: &Reported) {
-        let new = |old: &mut Option<u64>, said: Option<u64>| *old = said.filter(|n| *n > 0).or(*old);
-        new(&mut self.reported.requests_per_minute, said.requests.limit);
-        new(&mut self.reported.tokens_per_minute, said.tokens.limit);
-        new(&mut self.reported.input_tokens_per_minute, said.input_tokens.limit);
-        new(&mut self.reported.output_tokens_per_minute, said.output_tokens.limit);
+    /// Takes what an answer says about limits. One of 0 says that there is none of this kind; and what has let through a
+    /// request of so many tokens can't be less than that.
+    pub fn heed(&mut self, now: u64, said: &Reported, taken: Tokens) {
+        let new = |old: &mut Option<u64>, said: Option<u64>, taken: u64| {
+            *old = said.filter(|n| *n > 0).or(*old).filter(|n| *n >= taken);
+        };
+        new(&mut self.reported.requests_per_minute, said.requests.limit, 1);
+        new(&mut self.reported.tokens_per_minute, said.tokens.limit, taken.input + taken.output);
+        new(&mut self.reported.input_tokens_per_minute, said.input_tokens.limit, taken.input);
+        new(&mut self.reported.output_tokens_per_minute, said.output_tokens.limit, taken.output);
         self.keep_to_limits(now);
     }
 
@@ -194,8 +194,7 @@ impl Lane {
 
     /// A request was answered with a 2xx.
     pub fn answers(&mut self, now: u64) {
-        self.failures = 0;
-        self.failing_since = None;
+        self.refusals = 0;
         self.last_success = Some(now);
     }
 

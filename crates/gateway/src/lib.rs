@@ -6,11 +6,13 @@
 mod cache;
 mod dispatch;
 mod egress;
+pub mod failure;
 mod group;
 mod lane;
 mod notice;
 pub mod protocol;
 mod purse;
+mod queue;
 mod request;
 mod server;
 mod tokens;

@@ -5,6 +5,7 @@
 
 use std::fmt;
 
+use llm_batch_core::breaker;
 use llm_batch_core::dialect::Counts;
 use llm_batch_core::limiter::Limits;
 use llm_batch_core::task::Task;
@@ -133,6 +134,10 @@ pub struct Item {
     pub n: u64,
     /// Its text.
     pub text: String,
+    /// Stands for the value that keeps it apart: a row never shares a request or an answer with one of another value,
+    /// nor with one that has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolation: Option<String>,
 }
 
 /// What a client says.
@@ -281,6 +286,8 @@ pub struct Activity {
     pub latency_ms: Option<u64>,
     /// Rows that were answered without being sent, since the gateway started.
     pub rows_reused: u64,
+    /// Whether requests are sent, or the endpoint is left alone because it does not answer.
+    pub breaker: breaker::State,
     /// Nothing is sent for so many ms more, because the provider said so or is in trouble.
     pub waiting_ms: Option<u64>,
     /// Requests that were sent since the gateway started.
@@ -421,8 +428,11 @@ pub(crate) mod tests {
 
     #[test]
     fn frames_survive_any_cut() {
-        let messages =
-            vec![ToGateway::Probe, ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into() }]), ToGateway::Withdraw];
+        let messages = vec![
+            ToGateway::Probe,
+            ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into(), isolation: None }]),
+            ToGateway::Withdraw,
+        ];
         let bytes: Vec<u8> = messages.iter().flat_map(|m| encode(m).unwrap()).collect();
         for step in 1..bytes.len() {
             let (mut buffer, mut got) = (Vec::new(), Vec::new());

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use llm_batch_core::dialect::{self, Reply};
+use llm_batch_core::dialect::Reply;
 use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::trouble::{self, Report, Trouble};
 use serde_json::Value;
@@ -50,6 +50,8 @@ pub async fn send(clients: &Clients, endpoint: &Endpoint, body: &Value, timeout:
     };
     let status = response.status();
     let said = headers::read(|name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()));
+    let encoding = response.headers().get("content-encoding").filter(|v| *v != "identity");
+    let encoding = encoding.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
     let mut answer = Vec::new();
     loop {
         match response.chunk().await {
@@ -66,20 +68,16 @@ pub async fn send(clients: &Clients, endpoint: &Endpoint, body: &Value, timeout:
     // to size last (a key cut in two is not found).
     let key = endpoint.api_key.as_ref().map_or("", |k| &k.0);
     let presentable = |said: &str| trouble::one_line(&redact(said, key));
-    let result = if status.is_success() {
-        dialect::reply(&answer).map_err(|said| Report { trouble: Trouble::Overload(None), message: presentable(&said) })
-    } else if status.is_redirection() {
-        Err(Report {
-            trouble: Trouble::Rejected,
-            message: format!(
-                "HTTP status {}: redirects are not followed; base_url must name the final address",
-                status.as_u16()
-            ),
-        })
-    } else {
-        let report = trouble::classify(status.as_u16(), &String::from_utf8_lossy(&answer), said.wait);
-        Err(Report { message: presentable(&report.message), ..report })
+    let result = match encoding {
+        // Nothing was asked for that needs to be unpacked, and what is small may unpack to anything.
+        Some(encoding) if status.is_success() => {
+            let message = format!("the provider's answer is encoded as \"{encoding}\", which was not asked for");
+            Err(Report { trouble: Trouble::Overload(None), message })
+        }
+        Some(_) => trouble::outcome(status.as_u16(), b"", said.wait),
+        None => trouble::outcome(status.as_u16(), &answer, said.wait),
     };
+    let result = result.map_err(|report| Report { message: presentable(&report.message), ..report });
     // Whoever answers 200 with what is no answer may have charged for it; so may have one whose proxy gave up waiting,
     // or whose filter read it all.
     let may_be_charged = |report: &Report| {

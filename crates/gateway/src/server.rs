@@ -15,6 +15,7 @@ use tokio::time::Instant;
 use crate::Settings;
 use crate::dispatch::{Launch, Probe, State, disabled};
 use crate::egress::Clients;
+use crate::failure::failure_point;
 use crate::protocol::{FromGateway, ToGateway, decode};
 use crate::request::{self, Answered};
 
@@ -117,7 +118,10 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     let clients = shared.clients.clone();
     shared.state.borrow_mut().sent(shared.now(), id);
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
-    let mut sending = spawn_local(async move { request::send(&clients, &stream.endpoint, &body, timeout).await });
+    let mut sending = spawn_local(async move {
+        failure_point!("net-send");
+        request::send(&clients, &stream.endpoint, &body, timeout).await
+    });
     let result = tokio::select! {
         joined = &mut sending => {
             Some(joined.unwrap_or_else(|e| Answered::broke_off(format!("internal error: {e}"), true)))
@@ -127,6 +131,7 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
             None
         }
     };
+    failure_point!("net-answered");
     shared.state.borrow_mut().finish(shared.now(), id, result);
     shared.changed.notify_one();
     shared.room.notify_waiters();
@@ -178,10 +183,16 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
 
 fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), String> {
     while let Some(message) = decode::<ToGateway>(buffer)? {
+        failure_point!("net-take");
         let mut state = shared.state.borrow_mut();
         match message {
             ToGateway::Open(stream) => state.open(shared.now(), conn, *stream)?,
-            ToGateway::Items(items) => state.items(shared.now(), conn, items)?,
+            ToGateway::Items(items) => {
+                for item in &items {
+                    failure_point!("poison-gateway", &item.text);
+                }
+                state.items(shared.now(), conn, items)?;
+            }
             ToGateway::Withdraw => state.withdraw(conn),
             ToGateway::Allow(more) => state.allow(conn, more),
             ToGateway::Estimate(items) => {

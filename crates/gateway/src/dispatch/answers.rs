@@ -8,6 +8,7 @@ use llm_batch_core::dialect::{Finish, Reply};
 use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::{Left, Tokens};
 use llm_batch_core::pack;
+use llm_batch_core::trouble::Trouble;
 
 use super::{InFlight, State};
 use crate::protocol::Verdict;
@@ -19,6 +20,9 @@ const SLOW: u64 = 2;
 impl State {
     /// Takes a finished request; `None` if it was abandoned.
     pub fn finish(&mut self, now: u64, id: u64, answered: Option<Answered>) {
+        if let Some(probing) = self.probing.remove(&id) {
+            return self.end_probe(now, probing, answered);
+        }
         let Some(request) = self.in_flight.remove(&id) else { return };
         let Some(lane) = self.lanes.get_mut(&request.lane) else { return };
         let in_flight = lane.in_flight;
@@ -36,7 +40,11 @@ impl State {
                 self.put_back(&lane_key, &request.group, request.rows);
             }
             Some(answered) => {
-                lane.heed(now, &answered.said);
+                let taken = answered.result.as_ref().ok().and_then(|reply| reply.usage).unwrap_or_default();
+                lane.heed(now, &answered.said, taken);
+                if !matches!(&answered.result, Err(report) if matches!(report.trouble, Trouble::Overload(_))) {
+                    self.answers(now, &lane_key, &request.group);
+                }
                 match answered.result {
                     Ok(reply) => self.answered(now, request, &reply, &answered.said, in_flight),
                     Err(report) => self.troubled(now, request, &report, &answered.said, answered.is_unsure),

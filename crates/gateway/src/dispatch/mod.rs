@@ -2,9 +2,10 @@
 //!
 //! queue → pack → reserve → send → check → settle → outcomes. Everything here is synchronous and happens on one
 //! thread; only sending is not. This file has the state and the clients, `send` what goes out, `answers` and `troubles`
-//! what comes back, `probes` what is asked about the state.
+//! what comes back, `circuits` what is left alone because nothing comes back, `probes` what is asked about the state.
 
 mod answers;
+mod circuits;
 mod probes;
 mod send;
 mod troubles;
@@ -20,6 +21,7 @@ use serde_json::Value;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
+use self::circuits::{Circuits, EndpointKey, Probing};
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
 use crate::group::{Pushed, Row, Waiter};
@@ -31,8 +33,6 @@ use crate::protocol::{
 };
 use crate::purse::Purse;
 
-/// When a job may try a provider again that is down, ms.
-const DOWN_FOR: u64 = 15_000;
 /// Lanes without streams beyond this number are forgotten.
 const MOST_IDLE_LANES: usize = 256;
 
@@ -104,7 +104,11 @@ pub struct State {
     started: u64,
     conns: HashMap<u64, Conn>,
     lanes: BTreeMap<LaneKey, Lane>,
+    /// Endpoints that are in trouble, by account and URL.
+    circuits: BTreeMap<EndpointKey, Circuits>,
     in_flight: HashMap<u64, InFlight>,
+    /// Probes of endpoints that are under way.
+    probing: HashMap<u64, Probing>,
     keys: Keys,
     cache: Cache,
     next_id: u64,
@@ -121,7 +125,9 @@ impl State {
             started,
             conns: HashMap::new(),
             lanes: BTreeMap::new(),
+            circuits: BTreeMap::new(),
             in_flight: HashMap::new(),
+            probing: HashMap::new(),
             keys: Keys::default(),
             cache: Cache::default(),
             next_id: 0,
@@ -238,6 +244,7 @@ impl State {
         }
         if self.lanes.len() > MOST_IDLE_LANES {
             self.lanes.retain(|_, lane| !lane.is_idle());
+            self.circuits.retain(|(account, _), _| self.lanes.keys().any(|(a, _)| a == account));
         }
     }
 
@@ -270,21 +277,23 @@ impl State {
             let Some(l) = self.lanes.get_mut(&lane) else { continue };
             let Some(g) = l.group(&group) else { continue };
             let reuse = g.stream.task.options.reuse;
-            let key = if reuse { self.keys.of(g.scope, &item.text) } else { unique };
+            let compartment = g.compartment(&self.keys, &item);
+            let key = if reuse { self.keys.of(compartment, &item.text) } else { unique };
             if reuse && let Some(label) = self.cache.get(key, self.settings.cache) {
                 l.rows_reused += 1;
                 self.outcome(waiter, 0, Verdict::Label(label), true);
                 continue;
             }
-            if g.push(now, conn, item, key) == Pushed::TooLong {
+            if g.push(now, conn, item, compartment, key) == Pushed::TooLong {
                 self.outcome(waiter, 0, too_long(), false);
             }
         }
         if was_idle {
             self.tidy(now, &lane);
         }
-        if !self.settings.enabled {
-            self.stop(&lane, Some(&group), &disabled());
+        let stop = if self.settings.enabled { self.down(now, &lane, &group) } else { Some(disabled()) };
+        if let Some(stop) = stop {
+            self.stop(&lane, Some(&group), &stop);
         }
         self.flush();
         Ok(())
@@ -382,6 +391,7 @@ impl State {
             for request in self.in_flight.values() {
                 request.abandoned.notify_one();
             }
+            self.probing.values().for_each(Probing::abandon);
         }
     }
 }

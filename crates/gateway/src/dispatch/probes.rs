@@ -7,15 +7,36 @@ use std::time::Duration;
 use llm_batch_core::dialect::{self, Reply};
 use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
 use llm_batch_core::trouble::{Parameter, Report, Trouble};
+use serde_json::Value;
 
 use super::send::Draft;
-use super::{DOWN_FOR, LaneKey, Probe, State, say};
+use super::{LaneKey, Probe, State, circuits, say};
 use crate::group::{Group, Next};
-use crate::protocol::{Activity, Estimate, FromGateway, Item, Stop, StopReason};
+use crate::lane::Lane;
+use crate::protocol::{Activity, Estimate, FromGateway, Item, Stop, StopReason, Stream};
 use crate::request::TIMED_OUT;
 
 /// Tokens a probe reserves.
 const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
+
+/// A probe's body and how long it may take; or when (ms) the limits let it go.
+pub(super) fn request(now: u64, lane: &mut Lane, stream: &Stream) -> Result<(Value, Duration), u64> {
+    match lane.limiter.reserve(now, PROBE_TOKENS, Class::Interactive, 1.0) {
+        Ok(grant) => lane.limiter.settle(grant, PROBE_TOKENS, Left::default()),
+        Err(Refusal::Until { at, .. }) => return Err(at),
+        Err(Refusal::TooLarge) => {}
+    }
+    let body = dialect::body(&dialect::Request {
+        model: &stream.model.model,
+        system: "Answer with one word.",
+        user: "Say ok.",
+        max_tokens: 16,
+        max_completion_tokens: lane.learned.max_completion_tokens,
+        response_format: None,
+        parameters: &stream.model.parameters,
+    });
+    Ok((body, Duration::from_millis(stream.model.request_timeout_ms.min(60_000))))
+}
 
 impl State {
     /// Prepares a probe of a client's model.
@@ -29,27 +50,19 @@ impl State {
         if lane.last_success.is_some_and(|at| at + 60_000 > now) {
             return Some(Probe::Alive);
         }
-        match lane.limiter.reserve(now, PROBE_TOKENS, Class::Interactive, 1.0) {
-            Ok(grant) => lane.limiter.settle(grant, PROBE_TOKENS, Left::default()),
-            Err(Refusal::Until { at, .. }) => return Some(Probe::Until(at)),
-            Err(Refusal::TooLarge) => {}
-        }
-        let body = dialect::body(&dialect::Request {
-            model: &stream.model.model,
-            system: "Answer with one word.",
-            user: "Say ok.",
-            max_tokens: 16,
-            max_completion_tokens: lane.learned.max_completion_tokens,
-            response_format: None,
-            parameters: &stream.model.parameters,
-        });
-        let timeout = Duration::from_millis(stream.model.request_timeout_ms.min(60_000));
-        Some(Probe::Send(stream.endpoint.clone(), body, timeout, left))
+        Some(match request(now, lane, &stream) {
+            Ok((body, timeout)) => Probe::Send(stream.endpoint.clone(), body, timeout, left),
+            Err(at) => Probe::Until(at),
+        })
     }
 
     /// What a probe's end means: `None` if it is to be sent again, else the answer to give.
     pub fn probed(&mut self, now: u64, conn: u64, tries: u32, result: Result<Reply, Report>) -> Option<Option<Stop>> {
-        let (lane_key, _, _) = self.conns.get(&conn)?.stream.clone()?;
+        let (lane_key, group_key, _) = self.conns.get(&conn)?.stream.clone()?;
+        let is_answered = !matches!(&result, Err(report) if matches!(report.trouble, Trouble::Overload(_)));
+        if is_answered {
+            self.answers(now, &lane_key, &group_key);
+        }
         let Err(report) = result else {
             if let Some(lane) = self.lanes.get_mut(&lane_key) {
                 lane.answers(now);
@@ -57,6 +70,7 @@ impl State {
             return Some(None);
         };
         let message = report.message;
+        let is_open = !is_answered && self.fails(now, &lane_key, &group_key, 1, &message);
         let lane = self.lanes.get_mut(&lane_key)?;
         let stop = |reason, retry_after_ms| Some(Some(Stop { reason, message: message.clone(), retry_after_ms }));
         match report.trouble {
@@ -65,8 +79,8 @@ impl State {
                 lane.learned.max_completion_tokens = true;
                 None
             }
-            Trouble::Overload(_) if tries < 3 && message != TIMED_OUT => None,
-            Trouble::Overload(_) => stop(StopReason::ProviderDown, Some(DOWN_FOR)),
+            Trouble::Overload(_) if tries < 3 && message != TIMED_OUT && !is_open => None,
+            Trouble::Overload(_) => stop(StopReason::ProviderDown, None),
             Trouble::Auth => stop(StopReason::Auth, None),
             Trouble::Spend => stop(StopReason::Spend, None),
             Trouble::Quota(wait) => stop(StopReason::Quota, wait),
@@ -90,8 +104,9 @@ impl State {
         }
         let reuse = group.stream.task.options.reuse;
         for (i, item) in items.into_iter().enumerate() {
-            let key = if reuse { self.keys.of(group.scope, &item.text) } else { i as u128 };
-            group.push(0, conn, item, key);
+            let compartment = group.compartment(&self.keys, &item);
+            let key = if reuse { self.keys.of(compartment, &item.text) } else { i as u128 };
+            group.push(0, conn, item, compartment, key);
         }
         while let Next::Rows(rows) = group.next(u64::MAX / 2, largest as usize) {
             let draft = Draft::new(learned, measured, &group, &rows, largest);
@@ -119,6 +134,8 @@ impl State {
             .iter_mut()
             .map(|(key, lane)| {
                 let usage = lane.limiter.usage(now);
+                let (breaker, until) = circuits::of_lane(&self.circuits, key);
+                let blocked = until.unwrap_or(0).max(lane.limiter.blocked_until());
                 Activity {
                     account: key.0.clone(),
                     model: key.1.clone(),
@@ -139,7 +156,8 @@ impl State {
                     answer_ratio: lane.measured.answer.apply(1000) as f64 / 1000.0,
                     latency_ms: lane.concurrency.latency(),
                     rows_reused: lane.rows_reused,
-                    waiting_ms: lane.limiter.blocked_until().checked_sub(now).filter(|ms| *ms > 0),
+                    breaker,
+                    waiting_ms: blocked.checked_sub(now).filter(|ms| *ms > 0),
                     requests_total: lane.requests_total,
                     rows_total: lane.rows_total,
                     throttled: lane.throttled,

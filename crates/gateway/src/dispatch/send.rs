@@ -10,7 +10,7 @@ use llm_batch_core::prompt;
 use serde_json::Value;
 use tokio::sync::Notify;
 
-use super::{InFlight, LaneKey, Launch, State, say};
+use super::{InFlight, LaneKey, Launch, State, circuits, say};
 use crate::group::{Group, Next, Row};
 use crate::lane::{Lane, Learned, Measured};
 use crate::protocol::FromGateway;
@@ -94,6 +94,7 @@ impl State {
     pub fn pump(&mut self, now: u64) -> (Vec<Launch>, Option<u64>) {
         let mut launches = Vec::new();
         let mut wake: Option<u64> = None;
+        self.probe_circuits(now, &mut launches, &mut wake);
         let keys: Vec<LaneKey> =
             self.lanes.iter().filter(|(_, l)| !l.groups.is_empty()).map(|(k, _)| k.clone()).collect();
         for key in keys {
@@ -121,6 +122,9 @@ impl State {
             let interactive = group.stream.interactive;
             if *in_flight >= if interactive { allowed_interactive } else { allowed } {
                 return Look::Nothing;
+            }
+            if !self.circuits.is_empty() && !circuits::is_closed(&self.circuits, key, &group.stream) {
+                continue;
             }
             let most = largest.min(group.stream.model.max_request_tokens);
             let most = (most as f64 / measured.prompt.apply(1000) as f64 * 1000.0) as usize;
@@ -186,7 +190,7 @@ impl State {
             }
             let level = &mut level[usize::from(interactive)];
             *level = level.max(group.served);
-            group.count_served(now, rows.len());
+            group.count_served(now, &rows);
             *in_flight += 1;
             *in_flight_rows += rows.len();
             let abandoned = Rc::new(Notify::new());

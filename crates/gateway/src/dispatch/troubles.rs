@@ -8,17 +8,15 @@ use llm_batch_core::options::{AnswerShape, StructuredOutput};
 use llm_batch_core::trouble::{Parameter, Report, Trouble};
 
 use super::answers::left;
-use super::{DOWN_FOR, InFlight, LaneKey, State, too_long};
+use super::{InFlight, LaneKey, State, too_long};
 use crate::group::Row;
 use crate::lane::Lane;
 use crate::protocol::{Stop, StopReason, Verdict};
 use crate::request::TIMED_OUT;
 
-/// A row that has met this many points of trouble not its own is split off, and given up when alone, if other
-/// requests go through; if that many requests in a row were not answered, the provider is down.
+/// A row that has met this many points of trouble not its own is split off, and given up when alone, as long as the
+/// provider is not down.
 const MOST_TROUBLE: u32 = 5;
-/// But not before this much time (ms): many requests under way may fail at the same instant.
-const DOWN_AFTER: u64 = 3_000;
 /// First wait after a request that was not answered, ms; doubled with each further one, with jitter.
 const BACKOFF: u64 = 250;
 /// Longest wait after requests that were not answered, ms.
@@ -33,15 +31,7 @@ impl State {
             self.unsure(&request);
         }
         let InFlight {
-            lane: lane_key,
-            group: group_key,
-            mut rows,
-            grant,
-            sent,
-            worst,
-            format,
-            max_completion_tokens,
-            ..
+            lane: lane_key, group: group_key, rows, grant, sent, worst, format, max_completion_tokens, ..
         } = request;
         let message = report.message.clone();
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
@@ -85,8 +75,8 @@ impl State {
             Trouble::Rejected if !succeeded => (StopReason::Rejected, false, None),
             Trouble::Rate(wait) => {
                 // Without a word from the provider, the more refusals in a row the longer.
-                lane.failures += 1;
-                let wait = wait.unwrap_or_else(|| backoff(lane.failures));
+                lane.refusals += 1;
+                let wait = wait.unwrap_or_else(|| backoff(lane.refusals));
                 lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
                 self.put_back(&lane_key, &group_key, rows);
                 self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
@@ -135,32 +125,25 @@ impl State {
             }
             Trouble::Overload(wait) => {
                 let points = if message == TIMED_OUT { 2 } else { 1 };
-                lane.failures += points;
-                let failing_since = *lane.failing_since.get_or_insert(now);
-                let is_down = lane.failures >= MOST_TROUBLE && now >= failing_since + DOWN_AFTER;
-                if !is_down {
-                    if let Some(wait) = wait {
-                        lane.limiter.penalize(now + wait.min(&MOST_BACKOFF));
-                    }
-                    // One wait for all rows, so that they stay together.
-                    let worst = rows.iter().map(|r| r.trouble).max().unwrap_or(0) + points;
-                    let not_before = now + backoff(worst);
-                    for row in &mut rows {
-                        row.trouble += points;
-                        row.not_before = not_before;
-                    }
-                    self.notice(
-                        now,
-                        &lane_key,
-                        "unanswered",
-                        &format!("a request was not answered and is sent again: {message}"),
-                    );
-                    for row in rows {
-                        self.row_in_trouble(&lane_key, &group_key, row, size, &message);
-                    }
+                if let Some(wait) = wait {
+                    lane.limiter.penalize(now + wait.min(&MOST_BACKOFF));
+                }
+                let said = format!("a request was not answered and is sent again: {message}");
+                self.notice(now, &lane_key, "unanswered", &said);
+                if self.fails(now, &lane_key, &group_key, points, &message) {
+                    // Whether it is these rows or the provider, a probe will tell.
+                    self.put_back(&lane_key, &group_key, rows);
                     return;
                 }
-                (StopReason::ProviderDown, true, Some(DOWN_FOR))
+                // One wait for all rows, so that they stay together.
+                let worst = rows.iter().map(|r| r.trouble).max().unwrap_or(0) + points;
+                let not_before = now + backoff(worst);
+                for mut row in rows {
+                    row.trouble += points;
+                    row.not_before = not_before;
+                    self.row_in_trouble(&lane_key, &group_key, row, size, &message);
+                }
+                return;
             }
         };
         self.notice(now, &lane_key, "stopped", &message);

@@ -1,0 +1,180 @@
+//! Endpoints that do not answer are left alone, and probed.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use llm_batch_core::breaker::{self, Breakers, Down, ProbeEnd};
+use llm_batch_core::trouble::Trouble;
+use tokio::sync::Notify;
+
+use super::probes;
+use super::{LaneKey, Launch, State};
+use crate::protocol::{Stop, StopReason, Stream};
+use crate::request::Answered;
+
+/// Account and URL. Models of an account may be at different ones.
+pub type EndpointKey = (String, String);
+
+/// An endpoint in trouble.
+#[derive(Debug, Default)]
+pub struct Circuits {
+    breakers: Breakers,
+    /// What went wrong last.
+    message: String,
+}
+
+/// A probe under way.
+pub struct Probing {
+    endpoint: EndpointKey,
+    model: String,
+    abandoned: Rc<Notify>,
+}
+
+impl Probing {
+    pub fn abandon(&self) {
+        self.abandoned.notify_one();
+    }
+}
+
+/// The endpoint of a stream of this lane.
+fn endpoint(lane: &LaneKey, stream: &Stream) -> EndpointKey {
+    (lane.0.clone(), stream.endpoint.base_url.clone())
+}
+
+/// Whether requests of this stream may be sent.
+pub fn is_closed(circuits: &BTreeMap<EndpointKey, Circuits>, lane: &LaneKey, stream: &Stream) -> bool {
+    circuits.get(&endpoint(lane, stream)).is_none_or(|c| c.breakers.state(&lane.1) == breaker::State::Closed)
+}
+
+/// The state of a lane's circuits (the worst, if its streams lead to several endpoints), and until when it lasts.
+pub fn of_lane(circuits: &BTreeMap<EndpointKey, Circuits>, lane: &LaneKey) -> (breaker::State, Option<u64>) {
+    circuits
+        .iter()
+        .filter(|((account, _), _)| *account == lane.0)
+        .map(|(_, c)| (c.breakers.state(&lane.1), c.breakers.until(&lane.1)))
+        .max()
+        .unwrap_or((breaker::State::Closed, None))
+}
+
+fn is_down(now: u64, until: Option<u64>, message: &str) -> Stop {
+    let retry_after_ms = until.map(|at| at.saturating_sub(now));
+    Stop { reason: StopReason::ProviderDown, message: message.to_owned(), retry_after_ms }
+}
+
+impl State {
+    fn endpoint_of(&mut self, lane: &LaneKey, group: &str) -> Option<EndpointKey> {
+        let group = self.lanes.get_mut(lane)?.group(group)?;
+        Some(endpoint(lane, &group.stream))
+    }
+
+    /// Why nothing is sent for a group, if a probe has found that out and the next one is not due.
+    pub(super) fn down(&mut self, now: u64, lane: &LaneKey, group: &str) -> Option<Stop> {
+        if self.circuits.is_empty() {
+            return None;
+        }
+        let key = self.endpoint_of(lane, group)?;
+        let Circuits { breakers, message } = self.circuits.get(&key)?;
+        breakers.is_down(now, &lane.1).then(|| is_down(now, breakers.until(&lane.1), message))
+    }
+
+    /// A request of a group was answered, be it with a refusal.
+    pub(super) fn answers(&mut self, now: u64, lane: &LaneKey, group: &str) {
+        if !self.circuits.is_empty()
+            && let Some(key) = self.endpoint_of(lane, group)
+        {
+            self.endpoint_answers(now, &key, &lane.1);
+        }
+    }
+
+    fn endpoint_answers(&mut self, now: u64, key: &EndpointKey, model: &str) {
+        let Some(circuits) = self.circuits.get_mut(key) else { return };
+        let was_down = circuits.breakers.answered(model);
+        if circuits.breakers.is_well() {
+            self.circuits.remove(key);
+        }
+        if was_down {
+            let lane = (key.0.clone(), model.to_owned());
+            self.notice(now, &lane, "answers", "the provider answers again");
+        }
+    }
+
+    /// A request of a group was not answered. Whether nothing more may be sent until a probe is answered.
+    pub(super) fn fails(&mut self, now: u64, lane: &LaneKey, group: &str, points: u32, message: &str) -> bool {
+        let Some(key) = self.endpoint_of(lane, group) else { return false };
+        let circuits = self.circuits.entry(key).or_default();
+        circuits.breakers.failed(now, &lane.1, points);
+        message.clone_into(&mut circuits.message);
+        circuits.breakers.state(&lane.1) != breaker::State::Closed
+    }
+
+    /// Sends a probe to each endpoint for which it is time and somebody waits; else notes when to look again.
+    pub(super) fn probe_circuits(&mut self, now: u64, launches: &mut Vec<Launch>, wake: &mut Option<u64>) {
+        let mut later = |at: u64| *wake = Some(wake.map_or(at, |w| w.min(at)));
+        for (key, Circuits { breakers, .. }) in &mut self.circuits {
+            let mut waiting: BTreeMap<&str, (&LaneKey, Rc<Stream>)> = BTreeMap::new();
+            for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.0 == key.0) {
+                let of_endpoint = |s: &Stream| s.endpoint.base_url == key.1;
+                if let Some((_, g)) = l.groups.iter().find(|(_, g)| of_endpoint(&g.stream) && g.queued() > 0) {
+                    waiting.insert(&lane.1, (lane, Rc::clone(&g.stream)));
+                }
+            }
+            let models: Vec<&str> = waiting.keys().copied().collect();
+            let Some((at, model)) = breakers.next_probe(&models).map(|(at, model)| (at, model.to_owned())) else {
+                continue;
+            };
+            if at > now {
+                later(at);
+                continue;
+            }
+            let Some((lane, stream)) = waiting.remove(model.as_str()).map(|(lane, stream)| (lane.clone(), stream))
+            else {
+                continue;
+            };
+            let Some(lane) = self.lanes.get_mut(&lane) else { continue };
+            let (body, timeout) = match probes::request(now, lane, &stream) {
+                Ok(request) => request,
+                Err(at) => {
+                    later(at);
+                    continue;
+                }
+            };
+            breakers.begin_probe(&model);
+            let abandoned = Rc::new(Notify::new());
+            self.next_id += 1;
+            launches.push(Launch { id: self.next_id, stream, body, timeout, abandoned: Rc::clone(&abandoned) });
+            self.probing.insert(self.next_id, Probing { endpoint: key.clone(), model, abandoned });
+        }
+    }
+
+    pub(super) fn end_probe(&mut self, now: u64, probing: Probing, answered: Option<Answered>) {
+        let Probing { endpoint: key, model, .. } = probing;
+        let end = match answered.map(|a| a.result) {
+            None => ProbeEnd::Lost,
+            Some(Err(report)) if let Trouble::Overload(asked) = report.trouble => {
+                if let Some(lane) = self.lanes.get_mut(&(key.0.clone(), model.clone())) {
+                    lane.errors += 1;
+                    lane.last_error = Some(report.message.clone());
+                }
+                if let Some(circuits) = self.circuits.get_mut(&key) {
+                    circuits.message = report.message;
+                }
+                ProbeEnd::Failed { asked }
+            }
+            Some(_) => return self.endpoint_answers(now, &key, &model),
+        };
+        let Some(Circuits { breakers, message }) = self.circuits.get_mut(&key) else { return };
+        let Some(down) = breakers.end_probe(now, &model, end) else { return };
+        let stop = is_down(now, breakers.until(&model), message);
+        self.notice(now, &(key.0.clone(), model.clone()), "stopped", &stop.message);
+        let mut streams = Vec::new();
+        for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.0 == key.0) {
+            if down == Down::Endpoint || lane.1 == model {
+                let groups = l.groups.iter().filter(|(_, g)| g.stream.endpoint.base_url == key.1);
+                streams.extend(groups.map(|(group, _)| (lane.clone(), group.clone())));
+            }
+        }
+        for (lane, group) in streams {
+            self.stop(&lane, Some(&group), &stop);
+        }
+    }
+}
