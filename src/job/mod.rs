@@ -107,8 +107,9 @@ fn check_alone(target: &Target, except: i64) -> Result<()> {
     unsafe {
         pg_sys::LockDatabaseObject(pg_sys::RelationRelationId, target.root, name, pg_sys::ExclusiveLock as i32);
     }
+    // As a statement that writes: it has a snapshot of its own, of after the lock.
     let other = txn::as_extension_owner(|| {
-        sql::one::<i64>(
+        sql::one_mut::<i64>(
             "SELECT j.id FROM llm_batch.job j JOIN llm_batch.progress p ON p.job_id = j.id
               WHERE j.root = $1::regclass AND j.target = $2::name AND p.status IN ('running', 'paused') AND j.id <> $3 LIMIT 1",
             &[target.root.into(), target.column.as_str().into(), except.into()],
