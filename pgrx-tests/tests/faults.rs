@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use llm_fake_provider::{Config, FakeProvider, Fault, Latency};
+use pg_llm_batch_e2e::wait_until;
 use postgres::Client;
 
 /// Starts a job on `table` with faults for its first requests; the probe is over before they are set.
