@@ -1,7 +1,7 @@
 # What can be done here. Each target is a script in scripts/; they install what is missing (Debian 12 with Rust).
 # PG_CONFIG=/path/to/pg_config chooses another Postgres than Debian's 15.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test fuzz lint fmt install bench clean distclean
+.PHONY: help demo demo-stop test fuzz lint fmt install soak bench clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -26,6 +26,9 @@ fmt: ## format the Rust code
 
 install: ## build for release and install into the Postgres of PG_CONFIG
 	@scripts/install release
+
+soak: ## a million rows under random kills and faults for a quarter of an hour (SOAK_ROWS, SOAK_SECONDS, SOAK_SEED)
+	@scripts/soak
 
 bench: ## run the benchmarks, some 12 minutes; results go to bench/results/
 	@bench/run $(BENCH)

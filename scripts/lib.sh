@@ -6,6 +6,9 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck disable=SC2034 # used by those who source this
 CACHE=$ROOT/.cache
 PG_CONFIG_DEBIAN=/usr/lib/postgresql/15/bin/pg_config
+# shellcheck disable=SC2034
+# What `scripts/setup pg18` unpacks. Its place does not depend on the version of Python.
+PG_CONFIG_18=$CACHE/pg18/postgres/bin/pg_config
 PG_CONFIG=${PG_CONFIG:-$PG_CONFIG_DEBIAN}
 export PG_CONFIG
 # pgrx builds against this one, without a `cargo pgrx init` and whatever the user's own pgrx folder says.

@@ -17,7 +17,7 @@ CREATE FUNCTION llm_batch.create_model(
     max_request_tokens integer DEFAULT NULL, parameters jsonb DEFAULT NULL
 ) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-    AS 'MODULE_PATHNAME', 'create_model_wrapper';
+    AS 'MODULE_PATHNAME', 'create_model_2_wrapper';
 COMMENT ON FUNCTION llm_batch.create_model IS 'makes a model of a server known, with its limits and its price in dollars per million tokens';
 
 CREATE FUNCTION llm_batch.alter_model(
@@ -30,7 +30,7 @@ CREATE FUNCTION llm_batch.alter_model(
     reset text[] DEFAULT '{}'
 ) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-    AS 'MODULE_PATHNAME', 'alter_model_wrapper';
+    AS 'MODULE_PATHNAME', 'alter_model_2_wrapper';
 COMMENT ON FUNCTION llm_batch.alter_model IS 'changes what is given of a model; "reset" names settings to set back to their default';
 
 CREATE FUNCTION llm_batch.drop_model(name text) RETURNS void
@@ -78,7 +78,7 @@ CREATE FUNCTION @extschema@.llm_classify_batch(query text, task text, options js
     RETURNS TABLE (id text, label text, status text, detail text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000
     AS 'MODULE_PATHNAME', 'llm_classify_batch_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text, jsonb) IS 'labels for the rows of a query with two columns, id and input; status is ok, skipped or failed';
+COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text, jsonb) IS 'labels for the rows of a query with the columns id and input, and a third that keeps rows apart which differ in it, or none; status is ok, skipped or failed';
 
 CREATE FUNCTION @extschema@.llm_classify_batch(query text, labels text[], options jsonb DEFAULT '{}')
     RETURNS TABLE (id text, label text, status text, detail text)
@@ -94,7 +94,7 @@ CREATE FUNCTION llm_batch.backfill(
     max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'backfill_wrapper';
+    AS 'MODULE_PATHNAME', 'backfill_2_wrapper';
 COMMENT ON FUNCTION llm_batch.backfill IS 'starts a job, at commit, that fills a column where it is NULL; returns the job''s id';
 
 CREATE FUNCTION llm_batch.estimate(
@@ -138,6 +138,11 @@ CREATE FUNCTION llm_batch.waits_for_slot(job_id bigint) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'waits_for_slot_wrapper';
 COMMENT ON FUNCTION llm_batch.waits_for_slot IS 'whether a job could not be started for want of a background worker; for llm_batch.progress';
+
+CREATE FUNCTION llm_batch.home() RETURNS text
+    LANGUAGE c STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'home_wrapper';
+COMMENT ON FUNCTION llm_batch.home() IS 'where a job is made: this cluster, this database, this CREATE EXTENSION';
 
 CREATE FUNCTION llm_batch.gateway_activity() RETURNS jsonb
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp

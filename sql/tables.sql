@@ -80,7 +80,8 @@ CREATE TABLE llm_batch.job (
     task          text NOT NULL,
     options       jsonb NOT NULL,
     search_path   text NOT NULL,
-    cluster       bigint NOT NULL,
+    -- Where it was made, or resumed: llm_batch.home(). A dump brings it to where it is not at home.
+    home          text NOT NULL,
     wanted        text NOT NULL DEFAULT 'running' CHECK (wanted IN ('running', 'paused', 'cancelled')),
     -- Raised by resume() and retry_failed(): what job_state says of an earlier epoch no longer holds.
     epoch         integer NOT NULL DEFAULT 1,
@@ -117,6 +118,8 @@ CREATE TABLE llm_batch.job_state (
     rows_per_second   double precision,
     tokens_per_minute double precision,
     last_error        text,
+    -- Runs begun, less one for each time that rows were done since: how often in a row a worker or the gateway died.
+    starts            integer NOT NULL DEFAULT 0,
     started_at        timestamptz,
     updated_at        timestamptz NOT NULL DEFAULT now()
 ) WITH (fillfactor = 50);
@@ -134,10 +137,17 @@ CREATE TABLE llm_batch.row_failure (
 );
 COMMENT ON TABLE llm_batch.row_failure IS 'rows that a job could not fill; see llm_batch.failure';
 
--- A dump keeps what users made; jobs wake up paused in another cluster, since job.cluster tells it apart.
+-- A dump keeps what users made; jobs wake up paused where it is restored, since job.home tells it apart. Jobs whose table
+-- or owner is gone are left out: their numbers would mean something else there.
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.model', '');
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.classifier', '');
-SELECT pg_catalog.pg_extension_config_dump('llm_batch.job', '');
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.job',
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid OPERATOR(pg_catalog.=) relation)
+       AND EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) owner)');
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_id_seq', '');
-SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_state', '');
-SELECT pg_catalog.pg_extension_config_dump('llm_batch.row_failure', '');
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_state',
+    'WHERE job_id IN (SELECT j.id FROM llm_batch.job j JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) j.relation
+                        JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) j.owner)');
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.row_failure',
+    'WHERE job_id IN (SELECT j.id FROM llm_batch.job j JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) j.relation
+                        JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) j.owner)');

@@ -19,12 +19,14 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
            CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN 'cancelled'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN s.status
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'paused'
+                WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN 'paused'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.status
                 WHEN llm_batch.waits_for_slot(j.id) THEN 'paused'
                 ELSE 'running' END AS status,
            CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN NULL
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN NULL
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'user'
+                WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN 'restored'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.reason
                 WHEN llm_batch.waits_for_slot(j.id) THEN 'no_worker_slot' END AS reason,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total, h.handled) END AS rows_total,
@@ -106,7 +108,7 @@ BEGIN
                 HINT = 'The view llm_batch.progress lists your jobs.';
         ELSIF job.status OPERATOR(pg_catalog.=) 'done' THEN
             RETURN;
-        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') NOT IN ('provider_down', 'quota', 'no_worker_slot') THEN
+        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') OPERATOR(pg_catalog.<>) ALL (ARRAY['provider_down', 'quota', 'no_worker_slot']) THEN
             RAISE EXCEPTION 'job % is %', wait.job_id,
                 pg_catalog.concat(job.status, (' (' OPERATOR(pg_catalog.||) job.reason) OPERATOR(pg_catalog.||) ')')
                 USING ERRCODE = 'object_not_in_prerequisite_state',

@@ -7,7 +7,7 @@ use pgrx::datum::JsonB;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use crate::client::{Client, Received};
+use crate::client::{Client, Received, in_recovery};
 use crate::error::{Error, Result};
 use crate::{shared, sql, worker};
 
@@ -16,7 +16,21 @@ fn waits_for_slot(job_id: i64) -> bool {
     shared::is_ready() && shared::waits_for_slot(worker::my_database(), job_id)
 }
 
+/// What tells this database, and the extension in it, from any other that a dump or a template may come from or go to.
+#[pg_extern(sql = false)]
+fn home() -> String {
+    // SAFETY: the identifier is read from the control file at the start of the server; a catalog lookup on the main
+    // thread inside a transaction.
+    let (cluster, extension) =
+        unsafe { (pg_sys::GetSystemIdentifier(), pg_sys::get_extension_oid(c"pg_llm_batch".as_ptr(), true)) };
+    format!("{cluster} {} {}", worker::my_database(), extension.to_u32())
+}
+
 fn fetch() -> Result<Vec<Activity>> {
+    // On a standby there is no gateway, so nothing is going on.
+    if in_recovery() {
+        return Ok(Vec::new());
+    }
     let mut client = Client::connect()?;
     client.send(&ToGateway::Activity)?;
     let start = Instant::now();

@@ -174,6 +174,7 @@ fn key(relation: pg_sys::Oid, target: i16, short: &str) -> Result<(Vec<String>, 
 pub enum Use {
     Input,
     Filter,
+    Isolation,
 }
 
 /// Checks that `text` is one scalar expression over the rows of a table, and that a job may evaluate it: on each claim,
@@ -182,6 +183,7 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
     let what = match usage {
         Use::Input => "input",
         Use::Filter => "filter",
+        Use::Isolation => "isolation",
     };
     let not_one = |detail: &str| {
         Error::new(PgSqlErrorCode::ERRCODE_SYNTAX_ERROR, format!("{what} must be one expression over the row"))
@@ -204,7 +206,7 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
     // return lives in the current memory context.
     unsafe {
         let query = match usage {
-            Use::Input => format!("SELECT ({text}\n)::pg_catalog.text FROM ONLY {}", target.name),
+            Use::Input | Use::Isolation => format!("SELECT ({text}\n)::pg_catalog.text FROM ONLY {}", target.name),
             Use::Filter => format!("SELECT 1 FROM ONLY {} WHERE ({text}\n)", target.name),
         };
         let query = c_string(query)?;
@@ -217,7 +219,12 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
         } else if (*analyzed).hasTargetSRFs {
             "It has a set-returning function."
         } else if pg_sys::contain_volatile_functions(analyzed.cast()) {
-            "It has a volatile function: when the answer comes, the input is computed again to see whether it has changed."
+            match usage {
+                Use::Isolation => "It has a volatile function: a row's value must be the same each time.",
+                _ => {
+                    "It has a volatile function: when the answer comes, the input is computed again to see whether it has changed."
+                }
+            }
         } else {
             ""
         };

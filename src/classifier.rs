@@ -9,9 +9,10 @@ use pgrx::prelude::*;
 use serde_json::{Value, json};
 
 use crate::budget::Price;
+use crate::client::check_here;
 use crate::error::{Error, Result};
 use crate::model::{self, check_owner, current_user, exists, new_name, required};
-use crate::{sql, txn};
+use crate::{isolation, sql, txn};
 
 /// A task and the name of the model it is asked of.
 pub struct Known {
@@ -19,9 +20,15 @@ pub struct Known {
     pub model: String,
 }
 
-/// Reads options. Budgets belong to jobs and statements, and are not among them.
+/// Reads options. Budgets belong to jobs and statements, isolation to a table's rows: they are not among them.
 fn read_options<'a>(layers: impl IntoIterator<Item = &'a Value> + Clone) -> Result<Options> {
     let has = |key: &&str| layers.clone().into_iter().any(|l| l.get(key).is_some());
+    if has(&isolation::OPTION) {
+        return Err(Error::invalid("unrecognized option \"isolation\"").hint(
+            "It is an option of llm_batch.backfill() and llm_batch.estimate(), and the third column of the query of \
+             llm_classify_batch().",
+        ));
+    }
     if let Some(key) = ["max_cost", "max_tokens"].iter().find(|key| has(key)) {
         return Err(Error::invalid(format!("unrecognized option \"{key}\"")).hint(
             "A budget is an argument of llm_batch.backfill(), or an option of llm_classify_batch() and llm_classify().",
@@ -134,6 +141,7 @@ fn create_classifier(
     examples: Option<JsonB>,
     options: Option<JsonB>,
 ) -> std::result::Result<(), ErrorReport> {
+    check_here()?;
     let name = new_name(name)?;
     let model = match model {
         Some(model) => model.to_owned(),

@@ -14,8 +14,9 @@ use serde_json::json;
 
 use crate::budget::UNLIMITED;
 use crate::classifier::{self, Asked};
-use crate::client::{Client, Received, WINDOW_ROWS, check_loaded};
+use crate::client::{Client, LostInVain, Received, WINDOW_ROWS, check_usable};
 use crate::error::{Error, Result};
+use crate::isolation;
 use crate::model::current_user;
 use crate::statement::{self, Purse};
 
@@ -23,6 +24,9 @@ use crate::statement::{self, Purse};
 const WINDOW_BYTES: usize = 4 << 20;
 /// Rows taken from a query at a time.
 const FETCH: usize = 100;
+
+/// A text, and what keeps it apart from others.
+type Asking = (String, Option<String>);
 
 /// The connection of the last call, with nothing under way, and what was opened on it.
 struct Kept {
@@ -41,7 +45,7 @@ thread_local! {
 fn ask(
     mut asked: Asked,
     limit: Allowance,
-    source: &mut dyn FnMut(usize) -> Result<Vec<String>>,
+    source: &mut dyn FnMut(usize) -> Result<Vec<Asking>>,
     sink: &mut dyn FnMut(usize, Verdict),
 ) -> Result<()> {
     if limit != (Allowance { cost: UNLIMITED, tokens: UNLIMITED }) {
@@ -68,11 +72,12 @@ fn ask(
         }
     };
     let most_text = most_text(stream.model.max_request_tokens);
-    let mut fetched: VecDeque<String> = VecDeque::new();
-    let mut pending: BTreeMap<u64, String> = BTreeMap::new();
+    let mut fetched: VecDeque<Asking> = VecDeque::new();
+    let mut pending: BTreeMap<u64, Item> = BTreeMap::new();
     let mut bytes = 0;
     let mut next = 0;
     let mut ended = false;
+    let mut lost = LostInVain::default();
     loop {
         let mut items = Vec::new();
         while pending.len() < WINDOW_ROWS {
@@ -80,15 +85,14 @@ fn ask(
                 fetched.extend(source(FETCH)?);
                 ended = fetched.is_empty();
             }
-            let Some(mut text) =
-                fetched.pop_front_if(|t| pending.is_empty() || bytes + t.len().min(most_text) <= WINDOW_BYTES)
-            else {
-                break;
-            };
+            let fits =
+                |asking: &mut Asking| pending.is_empty() || bytes + asking.0.len().min(most_text) <= WINDOW_BYTES;
+            let Some((mut text, isolation)) = fetched.pop_front_if(fits) else { break };
             text.truncate(text.floor_char_boundary(most_text));
             bytes += text.len();
-            pending.insert(next, text.clone());
-            items.push(Item { n: next, text });
+            let item = Item { n: next, text, isolation };
+            pending.insert(next, item.clone());
+            items.push(item);
             next += 1;
         }
         send(&mut client, items)?;
@@ -98,6 +102,7 @@ fn ask(
         }
         match client.receive(Duration::from_secs(60))? {
             Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
+                lost.answered();
                 purse.spend(&spent, outcomes.iter().filter(|o| o.verdict != Verdict::Withdrawn).count() as u64);
                 if let Some(more) = purse.top_up() {
                     client.send(&ToGateway::Allow(more))?;
@@ -105,9 +110,9 @@ fn ask(
                 for o in outcomes {
                     // What was withdrawn is followed by the reason: the stream is stopped.
                     if o.verdict != Verdict::Withdrawn
-                        && let Some(text) = pending.remove(&o.n)
+                        && let Some(item) = pending.remove(&o.n)
                     {
-                        bytes -= text.len();
+                        bytes -= item.text.len();
                         sink(o.n as usize, o.verdict);
                     }
                 }
@@ -118,10 +123,10 @@ fn ask(
             }
             Received::Message(_) | Received::Nothing => {}
             Received::Lost => {
+                lost.another()?;
                 purse.release(true);
                 client = Client::open(&stream)?;
-                let items = pending.iter().map(|(n, text)| Item { n: *n, text: text.clone() }).collect();
-                send(&mut client, items)?;
+                send(&mut client, pending.values().cloned().collect())?;
             }
         }
     }
@@ -165,7 +170,7 @@ fn classify_one(input: &str, known: classifier::Known, limit: Allowance) -> Resu
     }
     let asked = known.stream(current_user(), true)?;
     let labels = asked.stream.task.labels.clone();
-    let mut source = vec![input.to_owned()];
+    let mut source = vec![(input.to_owned(), None)];
     let mut got = None;
     ask(asked, limit, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
     match got {
@@ -185,7 +190,7 @@ fn classify_one(input: &str, known: classifier::Known, limit: Allowance) -> Resu
 
 #[pg_extern(sql = false)]
 fn llm_classify(input: &str, task: &str) -> std::result::Result<Option<String>, ErrorReport> {
-    check_loaded()?;
+    check_usable()?;
     Ok(classify_one(input, classifier::load(task, &json!({}))?, statement::limit(&mut json!({}))?)?)
 }
 
@@ -195,7 +200,7 @@ fn llm_classify_labels(
     labels: Vec<Option<String>>,
     mut options: JsonB,
 ) -> std::result::Result<Option<String>, ErrorReport> {
-    check_loaded()?;
+    check_usable()?;
     let limit = statement::limit(&mut options.0)?;
     Ok(classify_one(input, classifier::from_labels(labels, &options.0)?, limit)?)
 }
@@ -216,27 +221,27 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
     let places: RefCell<Vec<usize>> = RefCell::new(Vec::new());
     Spi::connect(|client| -> Result<()> {
         let mut cursor = client.try_open_cursor(query, &[])?;
-        let mut source = |n: usize| -> Result<Vec<String>> {
+        let mut source = |n: usize| -> Result<Vec<Asking>> {
             let mut texts = Vec::new();
             // A page may consist of rows without text; only the end of the query ends the rows.
             loop {
                 let rows = cursor.fetch(n as libc::c_long)?;
-                if rows.columns()? != 2 {
+                if !matches!(rows.columns()?, 2 | 3) {
                     return Err(Error::new(
                         PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
-                        format!("the query must return two columns, id and input, not {}", rows.columns()?),
+                        format!("the query must return two columns, id and input, or three, not {}", rows.columns()?),
                     )
-                    .hint("Write it as 'SELECT id, body FROM …'."));
+                    .hint("Write it as 'SELECT id, body FROM …'; a third column keeps rows apart that differ in it."));
                 }
                 if rows.is_empty() {
                     return Ok(texts);
                 }
-                for (id, text) in output(rows) {
+                for (id, text, isolation) in output(rows)? {
                     let mut answers = answers.borrow_mut();
                     match text.filter(|t| !t.is_empty()) {
                         Some(text) => {
                             places.borrow_mut().push(answers.len());
-                            texts.push(text);
+                            texts.push((text, isolation));
                             answers.push(Answer { id, ..Answer::default() });
                         }
                         None => {
@@ -275,32 +280,39 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
     Ok(answers.into_inner())
 }
 
-/// The two columns of every row as text, by their types' output functions. Takes the table that holds them, because it
-/// reads what SPI left last.
-fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Vec<(Option<String>, Option<String>)> {
+/// Id and input of every row as text, by their types' output functions, and what keeps it apart, if there is a third
+/// column. Takes the table that holds them, because it reads what SPI left last.
+fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<(Option<String>, Option<String>, Option<String>)>> {
     let mut out = Vec::with_capacity(rows.len());
+    let has_isolation = rows.columns()? == 3;
     // SAFETY: SPI_tuptable is the table that the fetch just before left, with `numvals` rows; SPI_getvalue returns a
     // palloc'd string or NULL. `rows` refers to the table and is not used any more when it is freed.
     unsafe {
         let table = pg_sys::SPI_tuptable;
         if table.is_null() {
-            return out;
+            return Ok(out);
         }
         let value = |tuple: pg_sys::HeapTuple, column: i32| {
             let text = pg_sys::SPI_getvalue(tuple, (*table).tupdesc, column);
             (!text.is_null()).then(|| {
-                let owned = std::ffi::CStr::from_ptr(text).to_string_lossy().into_owned();
+                let owned = std::ffi::CStr::from_ptr(text).to_owned();
                 pg_sys::pfree(text.cast());
                 owned
             })
         };
+        let text = |tuple, column| value(tuple, column).map(|v| v.to_string_lossy().into_owned());
         for i in 0..(*table).numvals as usize {
             let tuple = *(*table).vals.add(i);
-            out.push((value(tuple, 1), value(tuple, 2)));
+            let isolation = if has_isolation {
+                Some(isolation::digest(value(tuple, 3).as_deref().map(std::ffi::CStr::to_bytes))?)
+            } else {
+                None
+            };
+            out.push((text(tuple, 1), text(tuple, 2), isolation));
         }
         pg_sys::SPI_freetuptable(table);
     }
-    out
+    Ok(out)
 }
 
 type Row = (Option<String>, Option<String>, String, Option<String>);
@@ -323,7 +335,7 @@ fn llm_classify_batch(
     >,
     ErrorReport,
 > {
-    check_loaded()?;
+    check_usable()?;
     let limit = statement::limit(&mut options.0)?;
     Ok(TableIterator::new(as_rows(classify_query(query, classifier::load(task, &options.0)?, limit)?)))
 }
@@ -342,7 +354,7 @@ fn llm_classify_batch_labels(
     >,
     ErrorReport,
 > {
-    check_loaded()?;
+    check_usable()?;
     let limit = statement::limit(&mut options.0)?;
     Ok(TableIterator::new(as_rows(classify_query(query, classifier::from_labels(labels, &options.0)?, limit)?)))
 }

@@ -10,9 +10,9 @@ use llm_batch_gateway::protocol::{FromGateway, Stream, ToGateway, decode, encode
 use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::shared;
 use crate::worker::gateway::connect;
 use crate::worker::{Socket, wait};
+use crate::{shared, version};
 
 /// How long a gateway may take to come up or come back.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -20,6 +20,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// Rows handed over and not yet answered (of a job: not yet written), above which no more are fetched; a page may go
 /// beyond.
 pub const WINDOW_ROWS: usize = 2_000;
+
+/// Gateways that may be lost in vain until a statement fails.
+const MOST_LOST: u32 = 5;
 
 /// A connection to the gateway.
 pub struct Client {
@@ -37,6 +40,28 @@ pub enum Received {
     Lost,
 }
 
+/// Gateways that died one after the other before they had answered anything: perhaps of what they were asked, and each
+/// takes what others wait for with it.
+#[derive(Default)]
+pub struct LostInVain(u32);
+
+impl LostInVain {
+    pub fn answered(&mut self) {
+        self.0 = 0;
+    }
+
+    /// The connection is lost once more; an error if that is enough. A gateway that was told to end does not count.
+    pub fn another(&mut self) -> Result<()> {
+        self.0 += u32::from(!shared::was_gateway_told());
+        if self.0 < MOST_LOST {
+            return Ok(());
+        }
+        Err(Error::new(PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE, "lost the connection to the llm_batch gateway")
+            .detail(format!("The gateway ended {MOST_LOST} times, one after the other, before it had answered."))
+            .hint("The server's log says why the process \"llm_batch gateway\" ended."))
+    }
+}
+
 /// Without the library in `shared_preload_libraries` there is no gateway.
 pub fn check_loaded() -> Result<()> {
     if shared::is_ready() {
@@ -45,6 +70,31 @@ pub fn check_loaded() -> Result<()> {
     Err(Error::state("pg_llm_batch is not loaded")
         .detail("It needs background processes, which are started with the server.")
         .hint("Add pg_llm_batch to shared_preload_libraries in postgresql.conf and restart the server."))
+}
+
+/// What every function of ours that does something needs.
+pub fn check_usable() -> Result<()> {
+    check_loaded()?;
+    check_here()
+}
+
+/// Refuses a standby, where nothing can be written and no process of ours runs, and an extension that is not of the
+/// library's version.
+pub fn check_here() -> Result<()> {
+    if in_recovery() {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION,
+            "pg_llm_batch can't be used during recovery",
+        )
+        .detail("This server is a standby: no process of pg_llm_batch runs here.")
+        .hint("Call it on the primary, or promote this server."));
+    }
+    version::check()
+}
+
+pub fn in_recovery() -> bool {
+    // SAFETY: reads shared state on the main thread.
+    unsafe { pg_sys::RecoveryInProgress() }
 }
 
 /// Sends what has one answer, and waits for it; asks again if the gateway ends meanwhile.
@@ -59,7 +109,7 @@ pub fn ask<T>(
         Ok(client)
     };
     let mut client = open()?;
-    let start = Instant::now();
+    let mut lost = LostInVain::default();
     loop {
         match client.receive(Duration::from_secs(5))? {
             Received::Message(message) => {
@@ -68,13 +118,10 @@ pub fn ask<T>(
                 }
             }
             Received::Nothing => {}
-            Received::Lost if start.elapsed() > Duration::from_secs(60) => {
-                return Err(Error::new(
-                    PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
-                    "lost the connection to the llm_batch gateway",
-                ));
+            Received::Lost => {
+                lost.another()?;
+                client = open()?;
             }
-            Received::Lost => client = open()?,
         }
     }
 }

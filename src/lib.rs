@@ -14,6 +14,8 @@ mod classifier;
 mod classify;
 mod client;
 mod error;
+mod failure;
+mod isolation;
 mod job;
 mod model;
 mod provider;
@@ -22,6 +24,7 @@ mod shared;
 mod sql;
 mod statement;
 mod txn;
+mod version;
 mod worker;
 
 ::pgrx::pg_module_magic!(name, version);
@@ -37,9 +40,14 @@ compile_error!("Postgres errors cross Rust frames as panics: build with panic = 
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
     settings::init();
-    // SAFETY: the flag is set by the postmaster before it loads libraries and read on the main thread.
-    if unsafe { pg_sys::process_shared_preload_libraries_in_progress } {
+    // SAFETY: flags that the postmaster sets before it loads libraries, read on the main thread. pg_upgrade starts servers
+    // to read or fill their catalogs: nothing else may happen in them.
+    let (is_preloaded, is_upgrade) =
+        unsafe { (pg_sys::process_shared_preload_libraries_in_progress, pg_sys::IsBinaryUpgrade) };
+    if is_preloaded {
         shared::init();
-        worker::register();
+        if !is_upgrade {
+            worker::register();
+        }
     }
 }

@@ -205,7 +205,7 @@ pub fn new_name(name: Option<&str>) -> Result<&str> {
 
 #[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
-fn create_model(
+fn create_model_2(
     name: Option<&str>,
     server: Option<&CStr>,
     model: Option<&str>,
@@ -241,7 +241,7 @@ fn create_model(
         request_timeout,
         parameters,
     };
-    client::check_loaded()?;
+    client::check_usable()?;
     given.check()?;
     let mut args: Vec<DatumWithOid> = vec![name.into(), current_user().into()];
     args.extend(given.values());
@@ -272,6 +272,7 @@ pub fn exists(kind: &str, name: &str, alter: &str) -> Error {
 
 /// The owner of a model or classifier may change it, and whoever has the owner's rights.
 pub fn check_owner(table: &str, kind: &str, name: &str) -> Result<()> {
+    client::check_here()?;
     let mine = sql::one::<bool>(
         &format!("SELECT pg_has_role(owner, 'USAGE') FROM llm_batch.{table} WHERE name = $1"),
         &[name.into()],
@@ -300,7 +301,7 @@ const RESETTABLE: [&str; 11] = [
 
 #[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
-fn alter_model(
+fn alter_model_2(
     name: Option<&str>,
     server: Option<&CStr>,
     model: Option<&str>,

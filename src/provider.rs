@@ -1,6 +1,9 @@
 //! Providers: foreign servers of the wrapper `llm_provider`, and keys in user mappings. Postgres' own rights apply.
 
+use std::fs::File;
 use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::Path;
 
 use llm_batch_core::dialect::Counts;
 use llm_batch_core::url;
@@ -13,8 +16,8 @@ use crate::{settings, sql};
 
 const SERVER_OPTIONS: &str = "api, base_url, account, counts, api_key_file";
 const MAPPING_OPTIONS: &str = "api_key";
-/// So much of a key file is read, bytes.
-const MOST_KEY: u64 = 16 * 1024;
+/// Most bytes of a file that holds a key.
+const MOST_KEY: u64 = 4 * 1024;
 
 #[pg_extern(sql = false)]
 fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
@@ -44,6 +47,9 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
             return Err(bad_value(format!("option \"{name}\" must not be empty")).into());
         }
         match name {
+            "api_key_file" if !Path::new(value).is_absolute() => {
+                return Err(bad_value("option \"api_key_file\" must be an absolute path".to_owned()).into());
+            }
             "api" if value != "openai" => {
                 return Err(bad_value(format!("invalid value for option \"api\": \"{value}\""))
                     .hint("The valid value is: openai (any endpoint with OpenAI's /chat/completions).")
@@ -94,7 +100,7 @@ fn is_header(key: &str) -> bool {
 /// The endpoint of a server for a role: USAGE, the allowed hosts and the key are looked at anew each time.
 pub fn endpoint(server: &str, role: pg_sys::Oid) -> Result<Endpoint> {
     let found = sql::row(
-        "SELECT s.oid, s.srvowner, w.fdwname::text, pg_catalog.has_server_privilege($2, s.oid, 'USAGE'),
+        "SELECT s.oid, s.srvowner, w.fdwname::pg_catalog.text, pg_catalog.has_server_privilege($2, s.oid, 'USAGE'),
                 ARRAY(SELECT pg_catalog.concat(o.option_name, '=', o.option_value) FROM pg_catalog.pg_options_to_table(s.srvoptions) o)
            FROM pg_catalog.pg_foreign_server s
            JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid OPERATOR(pg_catalog.=) s.srvfdw
@@ -129,10 +135,8 @@ pub fn endpoint(server: &str, role: pg_sys::Oid) -> Result<Endpoint> {
     let target = url::parse(&base_url).map_err(url_error)?;
     // SAFETY: a catalog lookup on the main thread inside a transaction.
     let trusted = unsafe { pg_sys::superuser_arg(owner) };
-    if !trusted && !settings::allowed_hosts().iter().any(|h| h.eq_ignore_ascii_case(&target.host)) {
-        return Err(Error::denied(format!("host \"{}\" of server \"{server}\" is not allowed", target.host))
-            .detail("Servers that a superuser does not own reach only the hosts in llm_batch.allowed_hosts.")
-            .hint("A superuser can add the host there."));
+    if !trusted {
+        check_host(server, &target)?;
     }
     let key = match mapped_key(oid, role)? {
         Some(key) => Some(key),
@@ -147,25 +151,51 @@ pub fn endpoint(server: &str, role: pg_sys::Oid) -> Result<Endpoint> {
         },
     };
     let counts = option("counts").map_or(Ok(Counts::default()), |value| counts(&value))?;
-    Ok(Endpoint { base_url, account: option("account"), api_key: key.map(Secret), counts })
+    // Who shares an account shares its limits and its troubles: nobody puts himself among those of others.
+    let account = option("account").map(|a| if trusted { a } else { format!("{a} (of role {})", owner.to_u32()) });
+    Ok(Endpoint { base_url, is_trusted: trusted, account, api_key: key.map(Secret), counts })
 }
 
+/// Whether a server that a superuser does not own may reach a host. What a name stands for, the gateway looks at.
+fn check_host(server: &str, target: &url::Target) -> Result<()> {
+    let denied = |detail: &str| {
+        Error::denied(format!("host \"{}\" of server \"{server}\" is not allowed", target.host)).detail(detail)
+    };
+    if target.address().is_some_and(url::is_reserved) {
+        return Err(denied(
+            "Servers that a superuser does not own reach no link-local, multicast or metadata address.",
+        )
+        .hint("If it must be reached, a superuser can own the server."));
+    }
+    if !target.is_listed(&settings::allowed_hosts()) {
+        return Err(denied("Servers that a superuser does not own reach only the hosts in llm_batch.allowed_hosts.")
+            .hint("A superuser can add the host there."));
+    }
+    Ok(())
+}
+
+/// Read anew for each use: a key that was changed holds from the next request on.
 fn key_from_file(server: &str, path: &str) -> Result<String> {
     let fail = |why: String| {
         Error::new(PgSqlErrorCode::ERRCODE_UNDEFINED_FILE, format!("could not read the key of server \"{server}\""))
-            .detail(why)
+            .detail(format!("File \"{path}\": {why}."))
             .hint("api_key_file must name a file of one line that the server's operating system user can read.")
     };
-    // Devices and pipes have no size, and may have no end.
-    if !std::fs::metadata(path).map_err(|e| fail(e.to_string()))?.is_file() {
+    // Of a pipe or a device opening may wait for ever, and reading too: neither waits here, and both are turned down.
+    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|e| fail(e.to_string()))?;
+    let about = file.metadata().map_err(|e| fail(e.to_string()))?;
+    if !about.is_file() {
         return Err(fail("it is not an ordinary file".into()));
     }
-    let mut text = String::new();
-    let file = std::fs::File::open(path).map_err(|e| fail(e.to_string()))?;
-    file.take(MOST_KEY).read_to_string(&mut text).map_err(|e| fail(e.to_string()))?;
+    if about.len() > MOST_KEY {
+        return Err(fail(format!("it is larger than {MOST_KEY} bytes")));
+    }
+    let mut bytes = Vec::new();
+    file.take(MOST_KEY).read_to_end(&mut bytes).map_err(|e| fail(e.to_string()))?;
+    let text = String::from_utf8(bytes).unwrap_or_default();
     let key = text.trim();
     if key.is_empty() || !is_header(key) {
-        return Err(fail("the file does not hold a key".into()));
+        return Err(fail("it does not hold a key".into()));
     }
     Ok(key.to_owned())
 }

@@ -4,6 +4,8 @@ use std::ffi::CString;
 
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
 
+use crate::version::LIBRARY_C;
+
 static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
 static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 static ALLOWED_HOSTS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
@@ -14,6 +16,7 @@ static GATEWAY_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(64 * 1024);
 // An answer takes some 60 bytes: 16 MB is a quarter of a million texts.
 static GATEWAY_CACHE: GucSetting<i32> = GucSetting::<i32>::new(16 * 1024);
 static DEFAULT_MODEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
+static LIBRARY_VERSION: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(LIBRARY_C));
 static STATEMENT_MAX_COST: GucSetting<f64> = GucSetting::<f64>::new(-1.0);
 
 pub fn init() {
@@ -36,7 +39,7 @@ pub fn init() {
     GucRegistry::define_string_guc(
         c"llm_batch.allowed_hosts",
         c"Hosts that servers not owned by a superuser may reach.",
-        c"Names with commas between them, each as in base_url; empty means none.",
+        c"host or host:port, with commas between them, each as in base_url; empty means none.",
         &ALLOWED_HOSTS,
         GucContext::Sighup,
         GucFlags::default(),
@@ -88,6 +91,14 @@ pub fn init() {
         1e6,
         GucContext::Userset,
         GucFlags::default(),
+    );
+    GucRegistry::define_string_guc(
+        c"llm_batch.library_version",
+        c"Version of the library that the server runs.",
+        c"The version of the extension in pg_extension must be the same.",
+        &LIBRARY_VERSION,
+        GucContext::Internal,
+        GucFlags::DISALLOW_IN_FILE,
     );
     // Also reserves the prefix: a mistyped llm_batch.* is warned of.
     // SAFETY: a constant string, on the main thread, in _PG_init.

@@ -16,8 +16,8 @@ use pgrx::{PGRXSharedMemory, PgLwLock, pg_shmem_init};
 /// the next search.
 const ENTRIES: usize = 256;
 
-/// First wait before what died is started again, microseconds; doubled each time it dies young.
-const RESTART: i64 = 5_000_000;
+/// First wait before what died is started again, microseconds; doubled each time it dies young and without progress.
+const RESTART: i64 = 1_000_000;
 /// Longest such wait, microseconds.
 const MOST_RESTART: i64 = 300_000_000;
 /// A worker that lived so long (microseconds) was well.
@@ -48,14 +48,30 @@ pub struct Entry {
     pub no_slot: bool,
     /// Its row in `llm_batch.job` was changed.
     poked: bool,
+    /// The worker before was told to end: it did not die of its work.
+    pub told: bool,
 }
 
-const FREE: Entry =
-    Entry { database: 0, job: 0, owner: 0, phase: Phase::Free, at: 0, pid: 0, deaths: 0, no_slot: false, poked: false };
+const FREE: Entry = Entry {
+    database: 0,
+    job: 0,
+    owner: 0,
+    phase: Phase::Free,
+    at: 0,
+    pid: 0,
+    deaths: 0,
+    no_slot: false,
+    poked: false,
+    told: false,
+};
 
 #[derive(Clone, Copy)]
 struct Table {
     launcher: i32,
+    /// Databases of which the log was told that their extension is of another version than the library.
+    told: [u32; 16],
+    /// The gateway was told to end.
+    gateway_told: bool,
     entries: [Entry; ENTRIES],
 }
 
@@ -64,7 +80,7 @@ unsafe impl PGRXSharedMemory for Table {}
 
 impl Default for Table {
     fn default() -> Self {
-        Self { launcher: 0, entries: [FREE; ENTRIES] }
+        Self { launcher: 0, told: [0; 16], gateway_told: false, entries: [FREE; ENTRIES] }
     }
 }
 
@@ -104,9 +120,9 @@ impl Table {
 impl Table {
     /// A worker died. It is started again after a while; a search goes before it, which finds out whether its owner
     /// may still log in.
-    fn died(&mut self, i: usize, now: i64) {
+    fn died(&mut self, i: usize, now: i64, told: bool) {
         let Some(e) = self.entries.get_mut(i) else { return };
-        died(e, now);
+        died(e, now, told);
         let Entry { database, job, at, .. } = *e;
         if job != 0
             && let Some((finder, true)) = self.find_or_add(database, 0)
@@ -164,6 +180,20 @@ pub fn found(database: u32, job: i64, owner: u32) {
     }
 }
 
+/// Whether the log has not been told of this database yet. Of more than there is room for it is told each time.
+pub fn first_told(database: u32) -> bool {
+    let mut table = TABLE.exclusive();
+    let place = table.told.iter_mut().find(|d| **d == database || **d == 0);
+    place.is_none_or(|d| std::mem::replace(d, database) != database)
+}
+
+/// The caller's job has done rows: one of its deaths is forgiven.
+pub fn progressed(database: u32, job: i64) {
+    if let Some(e) = TABLE.exclusive().find(database, job) {
+        e.deaths = e.deaths.saturating_sub(1);
+    }
+}
+
 /// Whether the caller's job was told to look at its row again, since the last call.
 pub fn was_poked(database: u32, job: i64) -> bool {
     TABLE.exclusive().find(database, job).is_some_and(|e| std::mem::take(&mut e.poked))
@@ -187,6 +217,16 @@ pub fn launcher_starts(pid: i32) {
             e.phase = Phase::Wanted;
         }
     }
+}
+
+/// The gateway starts, or ends because it was told to.
+pub fn set_gateway_told(told: bool) {
+    TABLE.exclusive().gateway_told = told;
+}
+
+/// Whether the gateway that has just gone was told to, and did not die of something.
+pub fn was_gateway_told() -> bool {
+    TABLE.share().gateway_told
 }
 
 /// The entries that are due at `now`, finders first, and how many jobs run.
@@ -223,7 +263,7 @@ pub fn bury(now: i64, patience: i64) {
     let mut table = TABLE.exclusive();
     for i in 0..ENTRIES {
         if table.entries.get(i).is_some_and(|e| e.phase == Phase::Starting && e.at + patience < now) {
-            table.died(i, now);
+            table.died(i, now, false);
         }
     }
 }
@@ -235,10 +275,17 @@ pub fn unwant(database: u32, job: i64) {
     }
 }
 
-fn died(e: &mut Entry, now: i64) {
-    e.deaths = if e.phase == Phase::Running && e.at + WELL < now { 1 } else { e.deaths + 1 };
-    let wait = (RESTART << (e.deaths - 1).min(10)).min(MOST_RESTART);
-    (e.phase, e.at, e.pid) = (Phase::Wanted, now + wait, 0);
+fn died(e: &mut Entry, now: i64, told: bool) {
+    if e.phase == Phase::Running && e.at + WELL < now {
+        e.deaths = 0;
+    }
+    e.deaths += u32::from(!told);
+    (e.phase, e.at, e.pid, e.told) = (Phase::Wanted, now + pause(e.deaths.max(1)), 0, told);
+}
+
+/// How long what has died so often in a row is left alone, microseconds.
+pub fn pause(deaths: u32) -> i64 {
+    if deaths == 0 { 0 } else { (RESTART << (deaths - 1).min(10)).min(MOST_RESTART) }
 }
 
 /// A worker comes up. `None` if nobody wants it any more, or another one has taken its place.
@@ -248,8 +295,9 @@ pub fn comes_up(database: u32, job: i64, pid: i32) -> Option<Entry> {
     if e.phase != Phase::Starting {
         return None;
     }
-    (e.phase, e.at, e.pid, e.poked) = (Phase::Running, now(), pid, false);
-    Some(*e)
+    let before = *e;
+    (e.phase, e.at, e.pid, e.poked, e.told) = (Phase::Running, now(), pid, false, false);
+    Some(before)
 }
 
 /// How a worker ends.
@@ -259,8 +307,10 @@ pub enum End {
     Finished,
     /// It is to run again at this time.
     Again(i64),
-    /// Something killed it.
+    /// It died of something.
     Died,
+    /// It was told to end, by SIGTERM, and is to run again.
+    Told,
 }
 
 /// A worker goes.
@@ -272,10 +322,10 @@ pub fn goes(database: u32, job: i64, pid: i32, end: End) {
             .iter()
             .position(|e| e.phase == Phase::Running && e.database == database && e.job == job && e.pid == pid);
         let now = now();
-        if end == End::Died
+        if matches!(end, End::Died | End::Told)
             && let Some(i) = found
         {
-            table.died(i, now);
+            table.died(i, now, end == End::Told);
         } else if let Some(e) = found.and_then(|i| table.entries.get_mut(i)) {
             match end {
                 End::Finished if e.poked => {
@@ -286,7 +336,7 @@ pub fn goes(database: u32, job: i64, pid: i32, end: End) {
                     let at = if e.poked { now } else { at };
                     *e = Entry { phase: Phase::Wanted, at, pid: 0, deaths: 0, poked: false, ..*e };
                 }
-                End::Died => {}
+                End::Died | End::Told => {}
             }
         }
         table.launcher

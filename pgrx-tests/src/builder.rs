@@ -17,18 +17,25 @@ pub(crate) const PORT: u16 = 5432;
 pub struct Builder {
     name: String,
     conf: Vec<(String, String)>,
+    env: Vec<(String, String)>,
     preload: bool,
 }
 
 impl Builder {
     pub(crate) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), conf: Vec::new(), preload: true }
+        Self { name: name.to_owned(), conf: Vec::new(), env: Vec::new(), preload: true }
     }
 
     /// Sets a parameter in `postgresql.conf`; the last value given counts, also
     /// over the defaults of this harness.
     pub fn conf(mut self, name: &str, value: &str) -> Self {
         self.conf.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// Sets a variable in the server's environment.
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.to_owned(), value.to_owned()));
         self
     }
 
@@ -52,7 +59,7 @@ impl Builder {
         copy_dir(template(), &dir.join("data"));
         let conf_file = dir.join("data/postgresql.conf");
         fs::write(&conf_file, self.conf_text(&dir)).unwrap_or_else(|e| panic!("cannot write {conf_file:?}: {e}"));
-        Cluster::new(self.name, dir)
+        Cluster::new(self.name, dir, self.env)
     }
 
     /// The whole `postgresql.conf`. It replaces that of `initdb`, whose owner
@@ -88,7 +95,7 @@ impl Builder {
 
 /// A new directory of the server's account, with a path short enough for
 /// sockets (107 bytes in all).
-fn new_dir() -> PathBuf {
+pub(crate) fn new_dir() -> PathBuf {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     loop {
         let count = COUNT.fetch_add(1, Ordering::Relaxed);

@@ -28,6 +28,7 @@ const TAIL_LINES: usize = 40;
 pub struct Cluster {
     name: String,
     dir: PathBuf,
+    env: Vec<(String, String)>,
     server: Option<Child>,
     /// Killed and not started since: shared memory is left behind.
     crashed: bool,
@@ -39,8 +40,8 @@ impl Cluster {
         Builder::new(name)
     }
 
-    pub(crate) fn new(name: String, dir: PathBuf) -> Self {
-        Self { name, dir, server: None, crashed: false }
+    pub(crate) fn new(name: String, dir: PathBuf, env: Vec<(String, String)>) -> Self {
+        Self { name, dir, env, server: None, crashed: false }
     }
 
     /// Starts the server and waits until it takes connections, after a crash
@@ -85,6 +86,7 @@ impl Cluster {
         let child = server_program("postgres", &self.dir)
             .arg("-D")
             .arg(self.data_dir())
+            .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(stdout)
             .stderr(stderr)
@@ -229,6 +231,13 @@ impl Cluster {
         })
     }
 
+    /// Runs one of Postgres' programs as superuser, with options of its own.
+    pub fn run_program(&self, name: &str, options: &[&str]) -> Output {
+        let mut command = program(name);
+        command.args(["-U", "postgres", "-p", &PORT.to_string(), "-h"]).arg(&self.dir).args(options);
+        command.output().unwrap_or_else(|e| panic!("{name} does not run: {e}"))
+    }
+
     /// Directory of the server's socket, for `host`.
     pub fn socket_dir(&self) -> &Path {
         &self.dir
@@ -242,6 +251,10 @@ impl Cluster {
     /// The data directory.
     pub fn data_dir(&self) -> PathBuf {
         self.dir.join("data")
+    }
+
+    pub(crate) fn is_running(&self) -> bool {
+        self.server.is_some()
     }
 
     /// Process id of the postmaster.

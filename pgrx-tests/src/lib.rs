@@ -17,10 +17,13 @@
 
 mod builder;
 mod cluster;
+mod copies;
+mod failure;
 mod install;
 mod process;
 mod wait;
 
 pub use builder::Builder;
 pub use cluster::Cluster;
+pub use copies::extension_dir;
 pub use wait::wait_until;

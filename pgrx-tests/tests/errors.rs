@@ -557,7 +557,7 @@ fn queries_of_llm_classify_batch() {
     tickets(client, "tickets", 1..=10);
     run(client, "CREATE TABLE victim (a int)");
     let batch = |query: &str| format!("SELECT * FROM llm_classify_batch($q${query}$q$, 'topic')");
-    for query in ["SELECT id FROM tickets", "SELECT id, body, want FROM tickets", "SELECT FROM tickets"] {
+    for query in ["SELECT id FROM tickets", "SELECT id, body, want, 1 FROM tickets", "SELECT FROM tickets"] {
         refused(client, &batch(query), "42804", &["two columns", "SELECT id, body"]);
     }
     // Also where there are no rows.
@@ -604,6 +604,7 @@ fn waiting_and_controlling() {
     warm(client, "tickets");
     bed.provider.hold();
     let job = backfill(client, "tickets");
+    wait_until("the rows are counted", PATIENCE, || progress(client, job).total, |n| *n == 20);
     refused(client, &format!("CALL llm_batch.wait({job}, '100 ms')"), "57014", &["not done", "20 rows are left"]);
     let (code, ..) = error(client, &format!("BEGIN; CALL llm_batch.wait({job})"));
     assert_eq!(code, "25001");

@@ -302,6 +302,12 @@ fn pause_resume_and_cancel_in_the_middle() {
     run(client, "LISTEN llm_batch");
     run(client, &format!("SELECT llm_batch.cancel({job})"));
     assert_eq!(progress(client, job).status, "cancelled");
+    wait_until(
+        "nothing is queued",
+        PATIENCE,
+        || one(client, "SELECT sum(queued)::bigint FROM llm_batch.activity"),
+        |n| *n == 0,
+    );
     bed.provider.release();
     wait_until("what was sent is written", PATIENCE, || left(client, "tickets"), |n| *n == 90);
     wait_until("the worker has gone", PATIENCE, || one(client, workers), |n| *n == 0);
@@ -667,6 +673,7 @@ fn settings_of_the_owners_role() {
          CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.same);
          CREATE TABLE evil.tickets (id bigint PRIMARY KEY, body text, topic text)",
     );
+    let version = one(client, "SELECT current_setting('server_version_num')::bigint");
     for (i, (name, value)) in [
         ("default_transaction_read_only", "on"),
         ("default_transaction_isolation", "serializable"),
@@ -691,7 +698,7 @@ fn settings_of_the_owners_role() {
         ("default_toast_compression", "pglz"),
         ("client_min_messages", "debug5"),
         ("plan_cache_mode", "force_generic_plan"),
-        ("force_parallel_mode", "on"),
+        (if version < 160_000 { "force_parallel_mode" } else { "debug_parallel_query" }, "on"),
         ("session_preload_libraries", "pg_llm_batch"),
     ]
     .into_iter()

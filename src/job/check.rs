@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 
 use crate::catalog::{self, Target, Use};
 use crate::classifier::{self, Asked};
-use crate::client::check_loaded;
+use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::model::{current_user, from_name, required};
-use crate::{sql, txn};
+use crate::{isolation, sql, txn};
 
 /// What to fill, from what, with what.
 pub struct Given<'a> {
@@ -20,7 +20,9 @@ pub struct Given<'a> {
     column: String,
     pub task: &'a str,
     pub filter: Option<&'a str>,
-    pub options: Value,
+    /// Without isolation.
+    options: Value,
+    pub isolation: Option<String>,
 }
 
 impl<'a> Given<'a> {
@@ -32,26 +34,30 @@ impl<'a> Given<'a> {
         filter: Option<&'a str>,
         options: Option<JsonB>,
     ) -> Result<Self> {
+        let mut options = options.map(|o| o.0).filter(|o| !o.is_null()).unwrap_or_else(|| json!({}));
         Ok(Self {
             relation: required(relation, "relation")?,
             input: required(input, "input")?,
             column: from_name(required(column, "target")?),
             task: required(task, "task")?,
             filter,
-            options: options.map(|o| o.0).filter(|o| !o.is_null()).unwrap_or_else(|| json!({})),
+            isolation: isolation::take(&mut options)?,
+            options,
         })
     }
 
-    /// The table, the role to run as, and the stream, if all is well.
-    pub fn check(&self, call: &str, is_to_write: bool) -> Result<(Target, pg_sys::Oid, Asked)> {
-        check_loaded()?;
-        // SAFETY: reads shared state on the main thread.
-        if unsafe { pg_sys::RecoveryInProgress() } {
-            return Err(Error::new(
-                PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION,
-                format!("cannot execute {call} during recovery"),
-            ));
+    /// The options as they were given.
+    pub fn options(&self) -> Value {
+        let mut options = self.options.clone();
+        if let (Some(map), Some(isolation)) = (options.as_object_mut(), &self.isolation) {
+            map.insert(isolation::OPTION.to_owned(), isolation.as_str().into());
         }
+        options
+    }
+
+    /// The table, the role to run as, and the stream, if all is well.
+    pub fn check(&self, is_to_write: bool) -> Result<(Target, pg_sys::Oid, Asked)> {
+        check_usable()?;
         let target = catalog::target(self.relation, &self.column)?;
         let owner = owner_of(&target)?;
         let asked = classifier::load(self.task, &self.options)?.stream(owner, false)?;
@@ -60,14 +66,18 @@ impl<'a> Given<'a> {
         if let Some(filter) = self.filter {
             catalog::check_expression(&target, filter, Use::Filter)?;
         }
+        if let Some(isolation) = &self.isolation {
+            catalog::check_expression(&target, isolation, Use::Isolation)?;
+        }
         // A domain's CHECK and a table's expressions may call functions of whoever owns them: never with more rights
         // than the job will have.
         txn::as_role(owner, || {
             catalog::check_labels(&target, asked.stream.task.labels.iter().map(|l| l.label.as_str()))?;
             sql::rows(
                 &format!(
-                    "SELECT ({}\n)::pg_catalog.text, {} FROM ONLY {} WHERE ({}\n) LIMIT 0",
+                    "SELECT ({}\n)::pg_catalog.text, {}, {} FROM ONLY {} WHERE ({}\n) LIMIT 0",
                     self.input,
+                    isolation::digest_sql(self.isolation.as_deref()),
                     sql::name(&self.column),
                     target.name,
                     self.filter.unwrap_or("true")

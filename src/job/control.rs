@@ -5,14 +5,14 @@ use pgrx::prelude::*;
 use serde_json::json;
 
 use super::{Budget, check_alone, store, wake_at_commit};
-use crate::client::check_loaded;
+use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::model::{self, required};
 use crate::{catalog, classifier, sql, txn};
 
 /// What its owner wants of a job is changed by `change`, which returns whether it changed anything.
 fn control(job_id: i64, change: impl FnOnce(&store::Status) -> Result<Option<String>>) -> Result<bool> {
-    check_loaded()?;
+    check_usable()?;
     let status = store::status(job_id)?;
     let Some(assignment) = change(&status)? else { return Ok(false) };
     txn::as_extension_owner(|| {
@@ -21,6 +21,15 @@ fn control(job_id: i64, change: impl FnOnce(&store::Status) -> Result<Option<Str
     wake_at_commit(job_id, status.owner);
     Ok(true)
 }
+
+/// A job that was made elsewhere, and came with a dump, is at home here from now on. Its table was made anew, in which
+/// dropped columns leave no gaps; a column that is missing is for the worker to tell.
+const HERE: &str = "home = llm_batch.home(),
+    target_attnum = CASE WHEN home = llm_batch.home() THEN target_attnum ELSE coalesce(
+        (SELECT a.attnum FROM pg_attribute a WHERE a.attrelid = relation AND a.attname = target), target_attnum) END,
+    key_attnums = CASE WHEN home = llm_batch.home() THEN key_attnums ELSE
+        (SELECT array_agg(coalesce(a.attnum, 0) ORDER BY k.n) FROM unnest(key_names) WITH ORDINALITY k (name, n)
+           LEFT JOIN pg_attribute a ON a.attrelid = relation AND a.attname = k.name) END";
 
 fn ended(status: &store::Status) -> Error {
     Error::state(format!("job {} is {}", status.id, status.status))
@@ -42,7 +51,7 @@ fn pause(job_id: i64) -> std::result::Result<bool, ErrorReport> {
 #[pg_extern(sql = false)]
 fn resume(job_id: i64) -> std::result::Result<bool, ErrorReport> {
     let changed = control(job_id, |s| match s.status.as_str() {
-        "paused" => Ok(Some(format!("wanted = 'running', epoch = epoch + 1, cluster = {}", store::cluster()))),
+        "paused" => Ok(Some(format!("wanted = 'running', epoch = epoch + 1, {HERE}"))),
         "running" => Ok(None),
         _ => Err(ended(s)),
     })?;
@@ -66,7 +75,7 @@ fn alter_job(
 ) -> std::result::Result<(), ErrorReport> {
     let job_id = required(job_id, "job_id")?;
     let Budget { max_cost, max_tokens } = Budget::new(max_cost, max_tokens)?;
-    check_loaded()?;
+    check_usable()?;
     let status = store::status(job_id)?;
     if !matches!(status.status.as_str(), "running" | "paused") {
         return Err(ended(&status).into());
@@ -102,7 +111,7 @@ fn retry_failed(job_id: i64) -> std::result::Result<bool, ErrorReport> {
             let target = catalog::target(s.relation, &s.target)?;
             check_alone(&target, job_id)?;
         }
-        Ok(Some("wanted = 'running', epoch = epoch + 1, retry_epoch = epoch + 1".to_owned()))
+        Ok(Some(format!("wanted = 'running', epoch = epoch + 1, retry_epoch = epoch + 1, {HERE}")))
     })?;
     Ok(changed)
 }

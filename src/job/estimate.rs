@@ -30,13 +30,27 @@ struct Population {
     rows: i64,
     /// Those that would be sent: of rows with the same text one, where answers are reused.
     sent: i64,
-    sample: Vec<String>,
+    sample: Vec<Sampled>,
 }
 
-/// Counts the rows and draws a sample; as the owner of the job that would be.
-fn look(rows: &Rows, is_reused: bool, most_text: usize, pack: i64, most: i64) -> Result<Population> {
+/// A text, and what keeps it apart from others.
+type Sampled = (String, Option<String>);
+
+/// Counts the rows and draws a sample; as the owner of the job that would be. Of a job whose rows are kept apart the
+/// sample is a stretch of its key, in whose order a job takes its rows: how full requests get depends on how many rows
+/// with the same value it meets together. The gateway then sees which texts come again.
+fn look(
+    rows: &Rows,
+    stretch: Option<&[String]>,
+    is_reused: bool,
+    most_text: usize,
+    pack: i64,
+    most: i64,
+) -> Result<Population> {
+    let is_reused = is_reused && stretch.is_none();
     let Rows { from, todo, has_text, .. } = rows;
     let text = format!("pg_catalog.left({}, {most_text})", rows.input);
+    let isolation = &rows.isolation;
     let group = if is_reused { format!("GROUP BY {}", rows.hash(0)) } else { String::new() };
     let counted = sql::row(
         &format!(
@@ -55,6 +69,19 @@ fn look(rows: &Rows, is_reused: bool, most_text: usize, pack: i64, most: i64) ->
     let most = most.max(pack).min((MOST_BYTES / mean.max(1.0)) as i64).max(1);
     // A part of a request in the sample would count as a whole one for each time the sample fits into the table.
     let wanted = if sent > most && most > pack { most - most % pack } else { most.min(sent) };
+    if let Some(key) = stretch {
+        let sample = sql::rows(
+            &format!(
+                "SELECT {text}, {isolation} FROM {from} WHERE {todo} AND {has_text} ORDER BY {}
+                 OFFSET (SELECT (pg_catalog.random() OPERATOR(pg_catalog.*) {})::pg_catalog.int8) LIMIT {wanted}",
+                key.iter().map(|column| sql::name(column)).collect::<Vec<_>>().join(", "),
+                (sent - wanted).max(0),
+            ),
+            &[],
+            |r| Ok((r.get::<String>(1)?, r.maybe::<String>(2)?)),
+        )?;
+        return Ok(Population { rows: count, sent, sample });
+    }
     // More are drawn than are wanted, from all over the table.
     let part = (2 * wanted + 20) as f64 / sent.max(1) as f64;
     let (drawn, group) = if is_reused {
@@ -72,7 +99,7 @@ fn look(rows: &Rows, is_reused: bool, most_text: usize, pack: i64, most: i64) ->
             aggregate(is_reused, &text)
         ),
         &[],
-        |r| r.get::<String>(1),
+        |r| Ok((r.get::<String>(1)?, None)),
     )?;
     Ok(Population { rows: count, sent, sample: balanced(texts, wanted, mean) })
 }
@@ -83,8 +110,8 @@ fn aggregate(is_reused: bool, expression: &str) -> String {
 }
 
 /// So many of the texts that their mean length is that of all texts: chance would be some per cent off.
-fn balanced(texts: Vec<String>, wanted: i64, mean: f64) -> Vec<String> {
-    let (mut long, mut short): (Vec<_>, Vec<_>) = texts.into_iter().partition(|t| t.len() as f64 > mean);
+fn balanced(texts: Vec<Sampled>, wanted: i64, mean: f64) -> Vec<Sampled> {
+    let (mut long, mut short): (Vec<_>, Vec<_>) = texts.into_iter().partition(|(t, _)| t.len() as f64 > mean);
     let mut sample = Vec::new();
     let mut bytes = 0;
     for n in 0..wanted {
@@ -94,7 +121,7 @@ fn balanced(texts: Vec<String>, wanted: i64, mean: f64) -> Vec<String> {
             short.pop().or_else(|| long.pop())
         };
         let Some(text) = next else { break };
-        bytes += text.len();
+        bytes += text.0.len();
         sample.push(text);
     }
     sample
@@ -104,14 +131,18 @@ fn estimate_of(given: &Given, most_rows: i32) -> Result<(Population, Estimate, A
     if !(1..=MOST_ROWS).contains(&most_rows) {
         return Err(Error::invalid("\"sample_rows\" must be from 1 to 4000"));
     }
-    let (target, owner, asked) = given.check("estimate()", false)?;
+    let (target, owner, asked) = given.check(false)?;
     let stream = &asked.stream;
-    let rows = Rows::new(&target.name, target.is_partitioned, given.input, &target.column, given.filter);
+    let (input, filter, isolation) = (given.input, given.filter, given.isolation.as_deref());
+    let rows = Rows::new(&target.name, target.is_partitioned, input, &target.column, filter, isolation);
     let options = &stream.task.options;
     let pack = i64::from(options.max_rows_per_request.max(1));
     let most_text = most_text(stream.model.max_request_tokens);
-    let population = txn::as_role(owner, || look(&rows, options.reuse, most_text, pack, i64::from(most_rows)))?;
-    let items = population.sample.iter().zip(0..).map(|(text, n)| Item { n, text: text.clone() }).collect();
+    let stretch = isolation.map(|_| target.key_names.as_slice());
+    let population =
+        txn::as_role(owner, || look(&rows, stretch, options.reuse, most_text, pack, i64::from(most_rows)))?;
+    let item = |((text, isolation), n): (&Sampled, u64)| Item { n, text: text.clone(), isolation: isolation.clone() };
+    let items = population.sample.iter().zip(0..).map(item).collect();
     let estimate = client::ask(stream, &ToGateway::Estimate(items), |message| match message {
         FromGateway::Estimated(estimate) => Ok(Some(estimate)),
         _ => Ok(None),

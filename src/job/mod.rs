@@ -45,7 +45,7 @@ impl Budget {
 
 #[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
-fn backfill(
+fn backfill_2(
     relation: Option<pg_sys::Oid>,
     input: Option<&str>,
     target: Option<&CStr>,
@@ -69,7 +69,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
         )
         .hint("Call it at READ COMMITTED."));
     }
-    let (target, owner, Asked { stream, model, price }) = given.check("backfill()", true)?;
+    let (target, owner, Asked { stream, model, price }) = given.check(true)?;
     if budget.max_cost.is_some() {
         price.check(&model)?;
     }
@@ -135,17 +135,16 @@ fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> 
         given.input.into(),
         given.filter.into(),
         given.task.into(),
-        JsonB(given.options).into(),
+        JsonB(given.options()).into(),
         search_path()?.into(),
-        store::cluster().into(),
         budget.max_cost.into(),
         budget.max_tokens.into(),
     ];
     let id = txn::as_extension_owner(|| {
         let id = sql::one_mut::<i64>(
             "INSERT INTO llm_batch.job (owner, relation, root, relation_name, target, target_attnum, target_type,
-                 target_typmod, key_names, key_attnums, input, filter, task, options, search_path, cluster, max_cost, max_tokens)
-             VALUES ($1::regrole, $2::regclass, $3::regclass, $4, $5::name, $6, $7::regtype, $8, $9::name[], $10, $11, $12, $13, $14, $15, $16, $17, $18) RETURNING id",
+                 target_typmod, key_names, key_attnums, input, filter, task, options, search_path, home, max_cost, max_tokens)
+             VALUES ($1::regrole, $2::regclass, $3::regclass, $4, $5::name, $6, $7::regtype, $8, $9::name[], $10, $11, $12, $13, $14, $15, llm_batch.home(), $16, $17) RETURNING id",
             &args,
         )?;
         sql::run("INSERT INTO llm_batch.job_state (job_id) VALUES ($1)", &[id.into()])?;

@@ -68,10 +68,12 @@ pub struct Claimed {
     pub texts: Vec<String>,
     /// Of each row: its key as JSON.
     pub keys: Vec<Option<JsonB>>,
+    /// Of each row: what keeps it apart from others.
+    pub isolations: Vec<Option<String>>,
 }
 
-/// Runs a claim: a statement whose single row holds an array for each column of the key, then the texts, their hashes
-/// and the keys as JSON. `None` if it found no rows.
+/// Runs a claim: a statement whose single row holds an array for each column of the key, then the texts, their hashes,
+/// the keys as JSON and what keeps the rows apart. `None` if it found no rows.
 pub fn claim(query: &str, args: &[DatumWithOid<'_>], key_columns: usize) -> Result<Option<Claimed>> {
     Spi::connect(|client| {
         let table = sql::select(client, query, None, args)?;
@@ -89,11 +91,13 @@ pub fn claim(query: &str, args: &[DatumWithOid<'_>], key_columns: usize) -> Resu
         let texts = table.get::<Vec<Option<String>>>(key_columns + 1)?.unwrap_or_default();
         let hashes = table.get::<Vec<Option<i64>>>(key_columns + 2)?.unwrap_or_default();
         let json = table.get::<Vec<Option<JsonB>>>(key_columns + 3)?.unwrap_or_default();
+        let isolations = table.get::<Vec<Option<String>>>(key_columns + 4)?.unwrap_or_default();
         let hashes: Vec<i64> = hashes.into_iter().map(Option::unwrap_or_default).collect();
         Ok(Some(Claimed {
             page: Page { keys, len: hashes.len(), hashes },
             texts: texts.into_iter().map(Option::unwrap_or_default).collect(),
             keys: json,
+            isolations,
         }))
     })
 }

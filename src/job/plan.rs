@@ -3,7 +3,10 @@
 //!
 //! Keys come as arrays `$1 … $k`, one a column; a row is a position in them.
 
+use pgrx::pg_sys;
+
 use crate::error::{Error, Result};
+use crate::isolation::digest_sql;
 use crate::job::store::Job;
 use crate::sql;
 use crate::sql::name;
@@ -43,6 +46,43 @@ pub struct Table {
     /// The name alone, quoted: how its columns are qualified.
     pub bare: String,
     pub is_partitioned: bool,
+}
+
+/// Locks the table, and then takes a snapshot: whoever changes it has committed before it is looked at, or waits until
+/// we are done. A lock that is taken later and step by step can stand in a circle with that of a REINDEX, and can come
+/// after a column was replaced.
+pub fn lock(job: &Job, mode: u32) -> Result<()> {
+    // SAFETY: inside a transaction at READ COMMITTED, on the main thread; locks end with it. A lock on a table that is
+    // gone does no harm. The snapshot is exchanged for a later one, with no statement running.
+    unsafe {
+        pg_sys::LockRelationOid(job.relation, mode as pg_sys::LOCKMODE);
+        renew_snapshot();
+    }
+    let partitions = sql::rows(
+        "SELECT p.relid::pg_catalog.oid FROM pg_catalog.pg_partition_tree($1) p WHERE p.level OPERATOR(pg_catalog.>) 0",
+        &[job.relation.into()],
+        |r| r.get::<pg_sys::Oid>(1),
+    )?;
+    // SAFETY: as above.
+    unsafe {
+        for partition in &partitions {
+            pg_sys::LockRelationOid(*partition, mode as pg_sys::LOCKMODE);
+        }
+        if !partitions.is_empty() {
+            renew_snapshot();
+        }
+    }
+    Ok(())
+}
+
+/// # Safety
+/// No statement may be running under the active snapshot.
+unsafe fn renew_snapshot() {
+    // SAFETY: as the caller promises.
+    unsafe {
+        pg_sys::PopActiveSnapshot();
+        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
+    }
 }
 
 /// The table, if it and all columns are still what they were when the job was made; else what is wrong.
@@ -105,16 +145,26 @@ pub struct Rows {
     pub todo: String,
     /// Which rows have something to send.
     pub has_text: String,
+    /// What keeps a row apart from others.
+    pub isolation: String,
 }
 
 impl Rows {
-    pub fn new(table: &str, is_partitioned: bool, input: &str, target: &str, filter: Option<&str>) -> Self {
+    pub fn new(
+        table: &str,
+        is_partitioned: bool,
+        input: &str,
+        target: &str,
+        filter: Option<&str>,
+        isolation: Option<&str>,
+    ) -> Self {
         // The line end closes a comment at the end of the expression.
         let input = format!("(({input}\n))::pg_catalog.text");
         Self {
             from: format!("{}{table}", if is_partitioned { "" } else { "ONLY " }),
             todo: format!("{} IS NULL AND ({}\n)", name(target), filter.unwrap_or("true")),
             has_text: format!("COALESCE({input}, '') OPERATOR(pg_catalog.<>) ''"),
+            isolation: digest_sql(isolation),
             input,
         }
     }
@@ -138,10 +188,11 @@ impl Plan {
     /// `most_text` characters.
     pub fn new(job: &Job, table: &Table, target_type: &str, most_text: usize) -> Self {
         let Table { full, bare, is_partitioned } = table;
-        let rows = Rows::new(full, *is_partitioned, &job.input, &job.target, job.filter.as_deref());
+        let (filter, isolation) = (job.filter.as_deref(), job.isolation.as_deref());
+        let rows = Rows::new(full, *is_partitioned, &job.input, &job.target, filter, isolation);
         // Rows without text are counted at the start, and never claimed.
         let (hash, count) = (rows.hash(0), rows.count());
-        let Rows { from, input, todo, has_text } = rows;
+        let Rows { from, input, todo, has_text, isolation } = rows;
         let target = name(&job.target);
         let keys: Vec<String> = job.key_names.iter().map(|n| name(n)).collect();
         let k = keys.len();
@@ -154,8 +205,8 @@ impl Plan {
         let claim = |after: &str, limit: usize| {
             format!(
                 "SELECT {aggregates}, pg_catalog.array_agg(q.\"llm_batch t\"), pg_catalog.array_agg(q.\"llm_batch h\"),
-                        pg_catalog.array_agg(q.\"llm_batch j\")
-                   FROM (SELECT {as_k}, pg_catalog.left({input}, {most_text}) AS \"llm_batch t\", {hash} AS \"llm_batch h\", {json} AS \"llm_batch j\"
+                        pg_catalog.array_agg(q.\"llm_batch j\"), pg_catalog.array_agg(q.\"llm_batch s\")
+                   FROM (SELECT {as_k}, pg_catalog.left({input}, {most_text}) AS \"llm_batch t\", {hash} AS \"llm_batch h\", {json} AS \"llm_batch j\", {isolation} AS \"llm_batch s\"
                            FROM {from} WHERE {todo} AND {has_text}{after} ORDER BY {order} LIMIT ${limit}) q
                  HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 0",
                 aggregates = aggregates.join(", "),

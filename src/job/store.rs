@@ -8,13 +8,7 @@ use serde_json::Value;
 use crate::budget::{self, Funds, Price, UNLIMITED};
 use crate::classifier::Asked;
 use crate::error::{Error, Result};
-use crate::{sql, txn};
-
-/// A number that tells this cluster from others; a dump that is restored elsewhere brings another one with it.
-pub fn cluster() -> i64 {
-    // SAFETY: read from the control file at the start of the server.
-    unsafe { pg_sys::GetSystemIdentifier() as i64 }
-}
+use crate::{isolation, sql, txn, version};
 
 /// A job as its owner sees it.
 #[derive(Debug, Clone)]
@@ -74,35 +68,45 @@ pub struct Job {
     /// Dollars, as SQL writes them, and tokens.
     pub budget: (Option<String>, Option<i64>),
     pub task: String,
+    /// Without isolation.
     pub options: Value,
+    pub isolation: Option<String>,
     pub search_path: String,
-    pub cluster: i64,
     pub wanted: String,
     pub epoch: i32,
     pub retry_epoch: i32,
     /// It is to run now: not ended, not paused for longer.
     pub is_due: bool,
+    /// Where it is at home, which is here.
+    pub home: String,
     /// Whether the rows have been counted.
     pub is_counted: bool,
     pub retried_epoch: i32,
     pub has_failures: bool,
     pub max_attempts: u32,
+    /// How many runs, this one included, have begun since one did a row.
+    pub starts: i32,
 }
 
-/// Reads a job; `None` if it is gone.
+/// Reads a job; `None` if it is gone, or not at home here, or nothing of the extension can be used.
 pub fn load(id: i64) -> Result<Option<Job>> {
+    if !version::installed()?.is_some_and(|v| v == version::LIBRARY) {
+        return Ok(None);
+    }
     txn::as_extension_owner(|| {
         sql::row(
             "SELECT j.relation::oid, j.target::text, j.target_attnum, j.target_type::oid, j.key_names::text[], j.key_attnums,
-                    j.input, j.filter, j.task, j.options, j.search_path, j.cluster, j.wanted, j.epoch, j.retry_epoch,
+                    j.input, j.filter, j.task, j.options, j.search_path, j.wanted, j.epoch, j.retry_epoch,
                     j.wanted = 'running' AND (s.epoch < j.epoch OR s.status = 'running'
                         OR (s.status = 'paused' AND s.resume_at IS NOT NULL AND s.resume_at <= clock_timestamp())),
                     s.rows_total IS NOT NULL, s.retried_epoch,
                     EXISTS (SELECT FROM llm_batch.row_failure f WHERE f.job_id = j.id),
-                    j.max_cost::text, j.max_tokens
-               FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id WHERE j.id = $1",
+                    j.max_cost::text, j.max_tokens, j.home
+               FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
+              WHERE j.id = $1 AND j.home = llm_batch.home()",
             &[id.into()],
             |r| {
+                let mut options = r.get::<JsonB>(10)?.0;
                 Ok(Job {
                     id,
                     relation: r.get(1)?,
@@ -113,22 +117,53 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     key_attnums: r.get::<Vec<Option<i16>>>(6)?.into_iter().flatten().collect(),
                     input: r.get(7)?,
                     filter: r.maybe(8)?,
-                    budget: (r.maybe(20)?, r.maybe(21)?),
+                    budget: (r.maybe(19)?, r.maybe(20)?),
+                    home: r.get(21)?,
                     task: r.get(9)?,
-                    options: r.get::<JsonB>(10)?.0,
+                    isolation: isolation::take(&mut options)?,
+                    options,
                     search_path: r.get(11)?,
-                    cluster: r.get(12)?,
-                    wanted: r.get(13)?,
-                    epoch: r.get(14)?,
-                    retry_epoch: r.get(15)?,
-                    is_due: r.get(16)?,
-                    is_counted: r.get(17)?,
-                    retried_epoch: r.get(18)?,
-                    has_failures: r.get(19)?,
+                    wanted: r.get(12)?,
+                    epoch: r.get(13)?,
+                    retry_epoch: r.get(14)?,
+                    is_due: r.get(15)?,
+                    is_counted: r.get(16)?,
+                    retried_epoch: r.get(17)?,
+                    has_failures: r.get(18)?,
                     max_attempts: 3,
+                    starts: 0,
                 })
             },
         )
+    })
+}
+
+/// Counts a run that is about to begin, before anything can kill it: how many there were since one did a row, and the
+/// job's last error. One that was told to end does not count; an end in order, a `resume()` and ten quiet minutes make
+/// a new beginning.
+pub fn count_start(id: i64, told: bool) -> Result<(i32, Option<String>)> {
+    let counted = txn::as_extension_owner(|| {
+        sql::rows_mut(
+            "UPDATE llm_batch.job_state s
+                SET starts = CASE WHEN s.epoch = j.epoch AND s.updated_at > now() - interval '10 minutes' THEN s.starts ELSE 0 END + $2,
+                    updated_at = now()
+               FROM llm_batch.job j WHERE s.job_id = $1 AND j.id = s.job_id RETURNING s.starts, s.last_error",
+            &[id.into(), i32::from(!told).into()],
+            |r| Ok((r.get::<i32>(1)?, r.maybe::<String>(2)?)),
+        )
+    })?;
+    Ok(counted.into_iter().next().unwrap_or_default())
+}
+
+/// A run ends in order, or by an error that says nothing about the job.
+pub fn interrupted(id: i64, error: Option<&str>) -> Result<()> {
+    txn::as_extension_owner(|| {
+        sql::run(
+            "UPDATE llm_batch.job_state
+                SET starts = CASE WHEN $2 IS NULL THEN 0 ELSE starts END, last_error = coalesce($2, last_error) WHERE job_id = $1",
+            &[id.into(), error.into()],
+        )
+        .map(|_| ())
     })
 }
 
@@ -197,6 +232,8 @@ pub struct Delta {
     pub spent: Spent,
     pub rows_per_second: f64,
     pub tokens_per_minute: f64,
+    /// Rows were done, as far as they can be.
+    pub is_progress: bool,
 }
 
 /// Writes failures and counters; what the job's budget then has, if there is one and the job still exists.
@@ -244,10 +281,11 @@ pub fn write<'a>(
                     cost_unconfirmed = cost_unconfirmed + ($11 * p.input + $12 * p.output) * 0.000001,
                     cost_reserved = greatest(cost_reserved - $13 * 0.000000000001, 0),
                     tokens_reserved = greatest(tokens_reserved - $14, 0),
-                    rows_per_second = $15, tokens_per_minute = $16, updated_at = now()
+                    rows_per_second = $15, tokens_per_minute = $16, updated_at = now(),
+                    starts = greatest(starts - $20::int, 0)
                FROM llm_batch.job j,
                     (SELECT coalesce($17::numeric, 0), coalesce($18::numeric, 0), coalesce($19::numeric, $17::numeric, 0)) p (input, output, cached_input)
-              WHERE s.job_id = $1 AND j.id = s.job_id
+              WHERE s.job_id = $1 AND j.id = s.job_id AND j.home = llm_batch.home()
           RETURNING j.max_cost IS NOT NULL OR j.max_tokens IS NOT NULL,
                     CASE WHEN j.max_cost IS NOT NULL THEN
                         greatest(least(floor((j.max_cost - s.cost - s.cost_unconfirmed - s.cost_reserved) * 1000000000000), 9000000000000000000), 0)::bigint END,
@@ -276,6 +314,7 @@ pub fn write<'a>(
                 input.as_deref().into(),
                 output.as_deref().into(),
                 cached_input.as_deref().into(),
+                i32::from(delta.is_progress).into(),
             ],
             |r| {
                 let limited = |column| Ok::<_, Error>(r.maybe::<i64>(column)?.map_or(UNLIMITED, |n| n.max(0) as u64));
@@ -356,7 +395,7 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<boo
                     rows_total = CASE WHEN $3 = 'done'
                         THEN greatest(s.rows_total, s.rows_done + s.rows_skipped + s.rows_failed + s.rows_superseded)
                         ELSE s.rows_total END,
-                    rows_per_second = NULL, tokens_per_minute = NULL
+                    rows_per_second = NULL, tokens_per_minute = NULL, starts = 0
                FROM llm_batch.job j
               WHERE s.job_id = $1 AND j.id = s.job_id AND (j.epoch = $2 OR $3 <> 'done')
           RETURNING 1",
@@ -372,14 +411,4 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<boo
     }
     // Of a job whose row is gone nothing is left to enter.
     Ok(entered == 1 || !matches!(outcome, Outcome::Done))
-}
-
-/// Whether the extension is still there, in a transaction of its caller.
-pub fn is_installed() -> Result<bool> {
-    Ok(sql::one::<bool>(
-        "SELECT true FROM pg_catalog.pg_extension WHERE extname OPERATOR(pg_catalog.=) 'pg_llm_batch'
-            AND pg_catalog.to_regclass('llm_batch.job_state') IS NOT NULL",
-        &[],
-    )?
-    .is_some())
 }

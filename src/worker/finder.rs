@@ -3,13 +3,14 @@
 use pgrx::bgworkers::BackgroundWorker;
 use pgrx::prelude::*;
 
-use super::{handle_signals, my_pid};
+use super::{handle_signals, is_told_to_end, my_pid};
 use crate::error::Result;
+use crate::failure::failure_point;
 use crate::job::store::{self, Outcome};
 use crate::shared::{self, End};
-use crate::{sql, txn};
+use crate::{sql, txn, version};
 
-/// The next search where a prepared transaction is open, microseconds.
+/// The next search where a prepared transaction is open or the extension is to be updated, microseconds.
 const AGAIN: i64 = 10_000_000;
 
 /// What the launcher tells a worker: database, job, owner.
@@ -23,7 +24,8 @@ pub fn orders() -> Option<(u32, i64, u32)> {
 pub extern "C-unwind" fn on_exit(_code: i32, _arg: pg_sys::Datum) {
     if let Some((database, job, _)) = orders() {
         // After goes() with another end the entry is no longer this process', and nothing happens here.
-        shared::goes(database, job, my_pid(), End::Died);
+        let end = if is_told_to_end() { End::Told } else { End::Died };
+        shared::goes(database, job, my_pid(), end);
     }
 }
 
@@ -54,12 +56,15 @@ pub extern "C-unwind" fn llm_batch_finder_main(_arg: pg_sys::Datum) {
 /// Wants every job that is to run; when to look again, if a pause of one will be over then.
 fn search() -> Result<Option<i64>> {
     sql::set_local("search_path", "pg_catalog, pg_temp")?;
-    let installed = sql::one::<bool>(
-        "SELECT true FROM pg_extension WHERE extname = 'pg_llm_batch' AND pg_catalog.to_regclass('llm_batch.job_state') IS NOT NULL",
-        &[],
-    )?;
-    if installed.is_none() {
-        return Ok(None);
+    let Some(version) = version::installed()? else { return Ok(None) };
+    if version != version::LIBRARY {
+        if shared::first_told(super::my_database()) {
+            let e = version::differs(&version);
+            let database = sql::one::<String>("SELECT current_database()::text", &[])?.unwrap_or_default();
+            let text = format!("jobs of database \"{database}\" wait until the extension and the library agree");
+            ereport!(WARNING, e.code, text, format!("{}. {}", e.message, e.hint.unwrap_or_default()));
+        }
+        return Ok(Some(shared::now() + AGAIN));
     }
     let jobs = sql::rows(
         "SELECT j.id, j.owner::oid,
@@ -67,34 +72,40 @@ fn search() -> Result<Option<i64>> {
                 (extract(epoch FROM s.resume_at - clock_timestamp()) * 1000000)::bigint AS microseconds,
                 CASE WHEN r.rolcanlogin IS NOT TRUE THEN 'it may not log in'
                      WHEN NOT has_database_privilege(j.owner, current_database(), 'CONNECT') THEN 'it may not connect to the database'
-                END, j.epoch
+                END, j.epoch,
+                (extract(epoch FROM clock_timestamp() - s.updated_at) * 1000000)::bigint AS age,
+                CASE WHEN s.epoch = j.epoch THEN s.starts ELSE 0 END AS starts
            FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
            LEFT JOIN pg_roles r ON r.oid = j.owner
-          WHERE j.wanted = 'running'
+          WHERE j.wanted = 'running' AND j.home = llm_batch.home()
             AND (s.epoch < j.epoch OR s.status = 'running' OR (s.status = 'paused' AND s.resume_at IS NOT NULL))",
         &[],
         |row| {
             let job = (row.get::<i64>(1)?, row.get::<pg_sys::Oid>(2)?.to_u32());
-            Ok((job, row.get::<bool>(3)?, row.maybe::<i64>(4)?, row.maybe::<String>(5)?, row.get::<i32>(6)?))
+            // After a crash of the whole server only the tables know how often a job's worker died.
+            let died = u32::try_from(row.get::<i32>(8)? - 1).unwrap_or(0);
+            let left_alone = shared::pause(died) - row.get::<i64>(7)?;
+            let wait = if row.get::<bool>(3)? { row.maybe::<i64>(4)?.unwrap_or(0) } else { left_alone };
+            Ok((job, wait.max(0), row.maybe::<String>(5)?, row.get::<i32>(6)?))
         },
     )?;
+    failure_point!("find");
     let now = shared::now();
     // A prepared transaction may hold a job, or something else that wakes one; its commit tells nobody.
     let prepared =
         sql::one::<bool>("SELECT true FROM pg_prepared_xacts WHERE database = current_database() LIMIT 1", &[])?;
     let mut next = prepared.map(|_| now + AGAIN);
-    for ((id, owner), waits, microseconds, shut_out, epoch) in jobs {
+    for ((id, owner), wait, shut_out, epoch) in jobs {
         if let Some(why) = shut_out {
             let text = format!("the job's owner lost a right: {why}");
             store::end(id, epoch, &Outcome::Paused("owner", Some(text), None), true)?;
             shared::unwant(super::my_database(), id);
             continue;
         }
-        let at = if waits { now + microseconds.unwrap_or(0).max(0) } else { now };
-        if at <= now {
+        if wait == 0 {
             shared::found(super::my_database(), id, owner);
         } else {
-            next = Some(next.map_or(at, |n: i64| n.min(at)));
+            next = Some(next.map_or(now + wait, |n: i64| n.min(now + wait)));
         }
     }
     Ok(next)

@@ -1,7 +1,8 @@
 //! The gateway's process: owns the socket's file, starts the network thread, and from then on does what a process of
 //! Postgres has to do (interrupts, configuration, log), while the thread never calls Postgres.
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::fd::FromRawFd;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::mpsc;
 use std::time::Duration;
@@ -10,8 +11,9 @@ use llm_batch_gateway::{Gateway, Settings};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{handle_signals, reload_if_asked, report, wait};
-use crate::settings;
+use super::{handle_signals, is_told_to_end, reload_if_asked, report, wait};
+use crate::failure::failure_point;
+use crate::{settings, shared};
 
 /// The socket, relative to the data directory, which is the server's working directory. Base backups leave this
 /// folder's content out.
@@ -21,7 +23,8 @@ fn current_settings() -> Settings {
     Settings { enabled: settings::enabled(), memory: settings::gateway_memory(), cache: settings::gateway_cache() }
 }
 
-/// Binds the socket. There is one gateway a data directory, so what lies in its place is left of an earlier one.
+/// Binds the socket. There is one gateway a data directory, so what lies in its place is left of an earlier one, or is
+/// nobody's: files, links and sockets are removed, a folder is not.
 fn bind() -> std::io::Result<UnixListener> {
     match std::fs::remove_file(SOCKET) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(e),
@@ -31,6 +34,11 @@ fn bind() -> std::io::Result<UnixListener> {
     let listener = UnixListener::bind(SOCKET)?;
     std::fs::set_permissions(SOCKET, std::fs::Permissions::from_mode(0o600))?;
     Ok(listener)
+}
+
+/// What lies in the socket's place: device and number of the file.
+fn file() -> Option<(u64, u64)> {
+    std::fs::symlink_metadata(SOCKET).ok().map(|m| (m.dev(), m.ino()))
 }
 
 /// Runs `f` with all signals blocked, so that threads it starts never get one: handlers call Postgres.
@@ -47,12 +55,22 @@ fn without_signals<T>(f: impl FnOnce() -> T) -> T {
     }
 }
 
+/// Clients look into why it has gone, which they notice after this.
+#[pg_guard]
+extern "C-unwind" fn on_exit(_code: i32, _arg: pg_sys::Datum) {
+    shared::set_gateway_told(is_told_to_end());
+}
+
 #[pg_guard]
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
     handle_signals();
     // SAFETY: at the start of a background worker. No database: seen in pg_stat_activity, takes part in barriers.
-    unsafe { pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0) };
+    unsafe {
+        pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0));
+        pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
+    }
+    shared::set_gateway_told(false);
     let (log, lines) = mpsc::channel();
     let started = bind().and_then(|listener| without_signals(|| Gateway::start(listener, current_settings(), log)));
     let gateway = started.unwrap_or_else(|e| {
@@ -61,18 +79,25 @@ pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
             "could not start the llm_batch gateway",
             "llm_batch_gateway_main",
         )
-        .set_detail(format!("{SOCKET}: {e}"))
+        .set_detail(format!("{SOCKET}: {e}."))
+        .set_hint("It is tried again every second.")
         .report(PgLogLevel::FATAL);
         unreachable!("FATAL ends the process")
     });
+    let bound = file();
     report(pg_sys::BackendState::STATE_IDLE, "");
     loop {
         // Ends here, without unwinding, when the server shuts down: the thread dies with the process.
         wait(None, Some(Duration::from_millis(500)));
+        failure_point!("gateway");
         reload_if_asked();
         gateway.configure(current_settings());
         while let Ok(line) = lines.try_recv() {
             pgrx::log!("{line}");
+        }
+        // Nobody could connect any more. The postmaster starts a gateway anew, and clients come back to it.
+        if file() != bound {
+            error!("the socket {SOCKET} of the llm_batch gateway was removed or replaced");
         }
         if gateway.is_finished() {
             error!("the network thread of the llm_batch gateway ended");
@@ -80,9 +105,36 @@ pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
     }
 }
 
-/// Connects to the gateway.
+unsafe extern "C-unwind" {
+    /// Who is at the other end of a Unix socket; the server has it on every platform.
+    fn getpeereid(socket: libc::c_int, uid: *mut libc::uid_t, gid: *mut libc::gid_t) -> libc::c_int;
+}
+
+/// Connects to the gateway, without waiting: with many clients before us it fails, to be tried again. Whoever listens
+/// there and is not of our own user gets nothing of us.
 pub fn connect() -> std::io::Result<UnixStream> {
-    let stream = UnixStream::connect(SOCKET)?;
-    stream.set_nonblocking(true)?;
+    let result = |returned: libc::c_int| if returned < 0 { Err(std::io::Error::last_os_error()) } else { Ok(returned) };
+    // SAFETY: plain system calls on a descriptor that is ours alone; the address is zeroed, holds the path and a zero
+    // byte, and outlives the call.
+    let (stream, peer) = unsafe {
+        let socket = result(libc::socket(libc::AF_UNIX, libc::SOCK_STREAM, 0))?;
+        let stream = UnixStream::from_raw_fd(socket);
+        result(libc::fcntl(socket, libc::F_SETFD, libc::FD_CLOEXEC))?;
+        stream.set_nonblocking(true)?;
+        let mut address: libc::sockaddr_un = std::mem::zeroed();
+        address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+        for (to, from) in address.sun_path.iter_mut().zip(SOCKET.bytes()) {
+            *to = from as libc::c_char;
+        }
+        let length = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+        result(libc::connect(socket, (&raw const address).cast(), length))?;
+        let (mut uid, mut gid) = (0, 0);
+        result(getpeereid(socket, &mut uid, &mut gid))?;
+        (stream, uid)
+    };
+    // SAFETY: reads this process' own user.
+    if peer != unsafe { libc::geteuid() } {
+        return Err(std::io::Error::other(format!("{SOCKET} belongs to the operating system user {peer}")));
+    }
     Ok(stream)
 }

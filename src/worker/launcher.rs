@@ -7,6 +7,7 @@ use pgrx::bgworkers::{BackgroundWorkerBuilder, BgWorkerStartTime};
 use pgrx::prelude::*;
 
 use super::{LIBRARY, handle_signals, my_pid, reload_if_asked, report, wait};
+use crate::failure::failure_point;
 use crate::{settings, shared};
 
 /// A worker that has not come up after so long (microseconds) could not connect.
@@ -61,6 +62,7 @@ fn launch(now: i64, warned: &mut bool) {
             continue;
         }
         shared::starting(entry.database, entry.job, now);
+        failure_point!("launch");
         let (kind, function) = if is_job {
             ("llm_batch job", "llm_batch_job_main")
         } else {
@@ -79,6 +81,7 @@ fn launch(now: i64, warned: &mut bool) {
             .load_dynamic();
         match started {
             Ok(_) => {
+                failure_point!("launched");
                 *warned = false;
                 running += usize::from(is_job);
             }

@@ -41,6 +41,19 @@ unsafe extern "C-unwind" {
 }
 
 static IN_TRANSACTION: AtomicBool = AtomicBool::new(false);
+static TOLD_TO_END: AtomicBool = AtomicBool::new(false);
+
+/// SIGTERM ends the process as it does any of Postgres; that it came is remembered for those who look into its death.
+extern "C-unwind" fn terminate(signal: std::ffi::c_int) {
+    TOLD_TO_END.store(true, Ordering::Relaxed);
+    // SAFETY: the handler that Postgres itself installs; sets flags and the latch.
+    unsafe { die(signal) };
+}
+
+/// Whether this process was sent a SIGTERM.
+pub fn is_told_to_end() -> bool {
+    TOLD_TO_END.load(Ordering::Relaxed)
+}
 
 /// SIGINT cancels a worker's statement; outside a transaction there is nothing to cancel, and an error would end the
 /// process.
@@ -67,12 +80,12 @@ pub fn handle_signals() {
     unsafe {
         #[cfg(not(feature = "pg18"))]
         {
-            pg_sys::pqsignal(pg_sys::SIGTERM as i32, Some(die));
+            pg_sys::pqsignal(pg_sys::SIGTERM as i32, Some(terminate));
             pg_sys::pqsignal(pg_sys::SIGINT as i32, Some(cancel));
         }
         #[cfg(feature = "pg18")]
         {
-            pg_sys::pqsignal_be(pg_sys::SIGTERM as i32, Some(die));
+            pg_sys::pqsignal_be(pg_sys::SIGTERM as i32, Some(terminate));
             pg_sys::pqsignal_be(pg_sys::SIGINT as i32, Some(cancel));
         }
     }

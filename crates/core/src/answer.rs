@@ -240,6 +240,28 @@ mod tests {
             read(&json, &[417], &legend());
         }
 
+        /// Only an id of the pack with a code of the legend says something: whatever else an answer holds, about other
+        /// ids, with other labels or in other words, changes nothing.
+        #[test]
+        fn nothing_comes_back_but_ids_of_the_pack_with_codes_of_the_legend(
+            codes in proptest::collection::vec(0usize..4, 1..20),
+            foreign in proptest::collection::vec((0u16..2_000, "[a-z]{0,9}"), 0..20),
+            places in proptest::collection::vec(0usize..40, 20),
+            around in "[^{]{0,60}",
+        ) {
+            let ids: Vec<u16> = (100..).take(codes.len()).collect();
+            let legend = legend();
+            let of = |id: u16, code: &str| format!("\"{id}\":{}", prompt::quote(code));
+            let mut pairs: Vec<String> = ids.iter().zip(&codes).map(|(id, c)| of(*id, &legend.codes()[*c])).collect();
+            for ((id, code), at) in foreign.iter().zip(places).filter(|((id, _), _)| !ids.contains(id)) {
+                pairs.insert(at.min(pairs.len()), of(*id, code));
+                pairs.insert(at.min(pairs.len()), of(*id, "bug"));
+            }
+            let text = format!("{around}{{{}}}{around}", pairs.join(","));
+            let whole: Vec<Verdict> = codes.iter().map(|c| Label(*c)).collect();
+            prop_assert_eq!(read(&text, &ids, &legend), whole);
+        }
+
         /// What is written in any shape is read back, and a cut at any byte loses rows but never changes one.
         #[test]
         fn a_cut_never_changes_an_answer(codes in proptest::collection::vec(0usize..4, 1..40), cut in 0usize..2000, shape in 0usize..3) {

@@ -95,8 +95,8 @@ impl Default for Options {
     }
 }
 
-const KEYS: &str =
-    "max_rows_per_request, max_attempts, priority, structured_output, codes, answer_shape, too_long, reuse";
+const KEYS: &str = "max_rows_per_request, max_attempts, priority, structured_output, codes, answer_shape, too_long, \
+                    reuse; of a job also isolation";
 
 impl Options {
     /// Reads a JSON object. Later objects override earlier ones key by key.

@@ -148,6 +148,7 @@ mod tests {
     use super::*;
     use crate::options::{Codes, Options};
     use crate::task::labels_from_json;
+    use proptest::prelude::*;
 
     fn task() -> Task {
         Task {
@@ -176,6 +177,45 @@ mod tests {
         assert_eq!(line.matches('\n').count(), 1);
         let text: String = serde_json::from_str(line.trim_end().split_once(": ").unwrap().1).unwrap();
         assert_eq!(text, "x\"\n902: \"y");
+    }
+
+    proptest! {
+        /// Any text goes through the prompt as one JSON string on one line of its own, among others that stay as they are.
+        #[test]
+        fn any_text_is_one_json_string(texts in proptest::collection::vec(any_text(), 1..5)) {
+            let lines: String = texts.iter().zip(417..).map(|(text, id)| row(id, &quote(text))).collect();
+            prop_assert!(!lines.chars().any(|c| c.is_ascii_control() && c != '\n'));
+            let read: Vec<(String, String)> = lines
+                .split_terminator('\n')
+                .map(|line| line.split_once(": ").unwrap())
+                .map(|(id, text)| (id.to_owned(), serde_json::from_str(text).unwrap()))
+                .collect();
+            let wanted: Vec<(String, String)> = (417..).map(|id: u16| id.to_string()).zip(texts).collect();
+            prop_assert_eq!(read, wanted);
+        }
+    }
+
+    /// Texts with much of what ends a string or a line somewhere.
+    fn any_text() -> impl Strategy<Value = String> {
+        let odd = prop::sample::select(vec![
+            "\"",
+            "\\",
+            "\n",
+            "\r",
+            "\r\n",
+            "\u{2028}",
+            "\u{85}",
+            "\u{0b}",
+            "\0",
+            "902: \"x\"",
+            "\\u0022",
+            "\"}",
+            "'",
+            "<|im_end|>",
+            "\u{202e}",
+        ]);
+        let part = prop_oneof![odd.prop_map(str::to_owned), any::<String>()];
+        proptest::collection::vec(part, 0..8).prop_map(|parts| parts.concat())
     }
 
     #[test]

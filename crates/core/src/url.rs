@@ -1,31 +1,110 @@
-//! Reading `base_url`. Strict on purpose: what this reads and what the HTTP client reads must be the same host, so
-//! nothing that readers of URLs differ about (user names, backslashes, escapes in the host) gets through.
+//! Reading `base_url`, and which hosts and addresses may be asked. Strict on purpose: what this reads and what the HTTP
+//! client reads must be the same host, so nothing that readers of URLs differ about (user names, backslashes, escapes in
+//! the host, a dot at its end) gets through.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::Error;
 
 /// Where a `base_url` leads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
-    /// The host in lower case, without brackets.
+    /// The host in lower case; an address in its usual form, without brackets.
     pub host: String,
+    /// The port, also where the URL leaves it out.
+    pub port: u16,
     /// Whether the connection is encrypted.
     pub https: bool,
 }
 
 impl Target {
+    /// The host, if it is an address.
+    pub fn address(&self) -> Option<IpAddr> {
+        self.host.parse().ok()
+    }
+
     /// Whether the host is this machine, by its name alone.
     pub fn is_loopback(&self) -> bool {
-        self.host == "localhost" || self.host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+        self.host == LOCALHOST || self.address().is_some_and(|ip| ip.is_loopback())
+    }
+
+    /// Whether a list of hosts has this one: `host` for any of its ports, or `host:port`. No patterns.
+    pub fn is_listed(&self, hosts: &[String]) -> bool {
+        hosts.iter().any(|entry| {
+            let entry = entry.to_ascii_lowercase();
+            // An IPv6 address has colons of its own; with a port it stands in brackets.
+            let (host, port) = match entry.strip_prefix('[').and_then(|e| e.split_once(']')) {
+                Some((v6, port)) => (v6, port.strip_prefix(':')),
+                None if entry.matches(':').count() == 1 => {
+                    entry.split_once(':').map_or((&*entry, None), |(h, p)| (h, Some(p)))
+                }
+                None => (&*entry, None),
+            };
+            let is_host = match host.parse::<IpAddr>() {
+                Ok(ip) => self.address() == Some(ip),
+                Err(_) => host == self.host,
+            };
+            is_host && port.is_none_or(|p| p.parse() == Ok(self.port))
+        })
+    }
+}
+
+/// The name of this machine that every machine knows.
+pub const LOCALHOST: &str = "localhost";
+
+/// Whether an address belongs to this machine, in whatever form it is written.
+pub fn is_loopback(ip: IpAddr) -> bool {
+    reached(ip).is_loopback()
+}
+
+/// Whether an address is one that no language model has: of this host or link alone, of many hosts, or of a cloud's
+/// metadata service, which hands out keys to whoever asks. Private addresses are not among them.
+pub fn is_reserved(ip: IpAddr) -> bool {
+    const METADATA_V4: [[u8; 4]; 3] = [[100, 100, 100, 200], [168, 63, 129, 16], [192, 0, 0, 192]];
+    const METADATA_V6: [[u16; 8]; 2] = [[0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254], [0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254]];
+    match reached(ip) {
+        IpAddr::V4(v4) => {
+            v4.octets()[0] == 0
+                || v4.is_link_local()
+                || v4.is_multicast()
+                || v4.is_broadcast()
+                || METADATA_V4.contains(&v4.octets())
+        }
+        IpAddr::V6(v6) => {
+            v6.is_unspecified()
+                || v6.is_unicast_link_local()
+                // Site-local, which some networks still route.
+                || v6.segments()[0] & 0xffc0 == 0xfec0
+                || v6.is_multicast()
+                || METADATA_V6.contains(&v6.segments())
+        }
+    }
+}
+
+/// The IPv4 address that an IPv6 address stands for, where it does: mapped, compatible, translated (NAT64), tunnelled (6to4,
+/// Teredo). Otherwise the address itself.
+fn reached(ip: IpAddr) -> IpAddr {
+    let IpAddr::V6(v6) = ip else { return ip };
+    let v4 = |high: u16, low: u16| IpAddr::V4(Ipv4Addr::from(u32::from(high) << 16 | u32::from(low)));
+    match v6.segments() {
+        [0, 0, 0, 0, 0, 0, 0, 0 | 1] => ip,
+        [0, 0, 0, 0, 0, 0 | 0xffff, a, b] => v4(a, b),
+        [0, 0, 0, 0, 0xffff, 0, a, b] => v4(a, b),
+        [0x64, 0xff9b, 0 | 1, _, _, _, a, b] => v4(a, b),
+        [0x2002, a, b, ..] => v4(a, b),
+        [0x2001, 0, _, _, _, _, a, b] => v4(!a, !b),
+        _ => ip,
     }
 }
 
 /// Reads a `base_url`.
 ///
 /// # Errors
-/// If it is not `https://host[:port][/path]`, or `http://` with a host that is not this machine.
+/// If it is not `https://host[:port][/path]`, or `http://` with a host that is not this machine. The error does not quote
+/// it: there may be a password in it.
 pub fn parse(base_url: &str) -> Result<Target, Error> {
     let hint = "Write it as https://host/path, such as https://api.openai.com/v1.";
-    let bad = |why: &str| Error::new(format!("invalid base_url \"{base_url}\": {why}")).hint(hint);
+    let bad = |why: &str| Error::new(format!("invalid base_url: {why}")).hint(hint);
     let (https, rest) = match base_url.split_once("://") {
         Some(("https", rest)) => (true, rest),
         Some(("http", rest)) => (false, rest),
@@ -39,24 +118,26 @@ pub fn parse(base_url: &str) -> Result<Target, Error> {
     let (host, port) = match authority.strip_prefix('[') {
         Some(v6) => {
             let (host, after) = v6.split_once(']').ok_or_else(|| bad("a bracket is not closed"))?;
-            host.parse::<std::net::Ipv6Addr>().map_err(|_| bad("what is in brackets is no IPv6 address"))?;
-            (host, after.strip_prefix(':').or((after.is_empty()).then_some("")))
+            let host = host.parse::<Ipv6Addr>().map_err(|_| bad("what is in brackets is no IPv6 address"))?;
+            (host.to_string(), after.strip_prefix(':').or((after.is_empty()).then_some("")))
         }
         None => {
             let (host, port) = authority.split_once(':').map_or((authority, ""), |(h, p)| (h, p));
             // A host whose last part is a number is read as an address, in forms that are easily misread.
-            let last = host.rsplit('.').next().unwrap_or_default();
-            let numeric = last.starts_with(|c: char| c.is_ascii_digit());
-            if host.is_empty() || !host.chars().all(plain) || (numeric && host.parse::<std::net::Ipv4Addr>().is_err()) {
+            let numeric = host.rsplit('.').next().is_some_and(|last| last.starts_with(|c: char| c.is_ascii_digit()));
+            let is_name = host.chars().all(plain) && !host.split('.').any(str::is_empty);
+            if !is_name || (numeric && host.parse::<Ipv4Addr>().is_err()) {
                 return Err(bad("the host is missing or not a plain name"));
             }
-            (host, Some(port))
+            (host.to_ascii_lowercase(), Some(port))
         }
     };
-    if !port.is_some_and(|p| p.is_empty() || p.parse::<u16>().is_ok_and(|n| n > 0)) {
-        return Err(bad("the port is not a number"));
-    }
-    let target = Target { host: host.to_ascii_lowercase(), https };
+    let port = match port {
+        Some("") => Some(if https { 443 } else { 80 }),
+        Some(p) if p.bytes().all(|b| b.is_ascii_digit()) => p.parse::<u16>().ok().filter(|n| *n > 0),
+        _ => None,
+    };
+    let target = Target { host, port: port.ok_or_else(|| bad("the port is not a number"))?, https };
     if !https && !target.is_loopback() {
         return Err(bad("http is for this machine alone; keys and texts would cross the network in the clear"));
     }
@@ -70,15 +151,17 @@ mod tests {
 
     #[test]
     fn plain_urls_are_read() {
-        for (url, host, https) in [
-            ("https://api.openai.com/v1", "api.openai.com", true),
-            ("https://Gpu-01.lan:8443", "gpu-01.lan", true),
-            ("http://127.0.0.1:8000/v1/", "127.0.0.1", false),
-            ("http://localhost/v1", "localhost", false),
-            ("http://[::1]:8000/v1", "::1", false),
-            ("https://x.openai.azure.com/openai/deployments/d", "x.openai.azure.com", true),
+        for (url, host, port, https) in [
+            ("https://api.openai.com/v1", "api.openai.com", 443, true),
+            ("https://Gpu-01.lan:8443", "gpu-01.lan", 8443, true),
+            ("http://127.0.0.1:8000/v1/", "127.0.0.1", 8000, false),
+            ("http://localhost/v1", "localhost", 80, false),
+            ("http://[::1]:8000/v1", "::1", 8000, false),
+            ("https://[0:0::00:2]/v1", "::2", 443, true),
+            ("https://x.openai.azure.com/openai/deployments/d", "x.openai.azure.com", 443, true),
+            ("https://xn--bcher-kva.example/", "xn--bcher-kva.example", 443, true),
         ] {
-            assert_eq!(parse(url).unwrap(), Target { host: host.into(), https }, "{url}");
+            assert_eq!(parse(url).unwrap(), Target { host: host.into(), port, https }, "{url}");
         }
     }
 
@@ -109,8 +192,120 @@ mod tests {
             "http://localhost.evil.example/",
             "https://ex%61mple.com/",
             "https://x/\u{7f}",
+            "https://bücher.example/",
+            "https://x:+443/",
+            "https://x.example./",
+            "https://127.0.0.1./",
+            "https://2852039166./",
+            "https://2852039166/",
+            "https://0xa9fea9fe/",
+            "https://0251.0376.0251.0376/",
+            "https://169.254.43518/",
+            "https://169.254.169.0xfe/",
+            "https://a..example/",
+            "https://.example/",
+            "http://[::ffff:127.0.0.1]/",
+            "https://[fe80::1%25eth0]/",
         ] {
             assert!(parse(url).is_err(), "{url}");
+        }
+    }
+
+    #[test]
+    fn a_password_is_not_quoted() {
+        let error = parse("https://user:sk-very-secret@api.example/v1").unwrap_err();
+        assert!(!format!("{error:?}").contains("secret"), "{error:?}");
+    }
+
+    #[test]
+    fn hosts_are_listed_by_name_and_port() {
+        let listed = |url: &str, entry: &str| parse(url).unwrap().is_listed(&[entry.to_owned()]);
+        for (url, entry) in [
+            ("https://api.example/v1", "api.example"),
+            ("https://API.example/v1", "Api.EXAMPLE"),
+            ("https://api.example:8443/v1", "api.example"),
+            ("https://api.example:8443/v1", "api.example:8443"),
+            ("https://api.example/v1", "api.example:443"),
+            ("http://127.0.0.1:8000/", "127.0.0.1"),
+            ("http://[::1]:8000/", "::1"),
+            ("http://[::1]:8000/", "0:0:0:0:0:0:0:1"),
+            ("http://[::1]:8000/", "[::1]"),
+            ("http://[::1]:8000/", "[::1]:8000"),
+        ] {
+            assert!(listed(url, entry), "{url} {entry}");
+        }
+        for (url, entry) in [
+            ("https://api.example/v1", ""),
+            ("https://api.example/v1", "*"),
+            ("https://api.example/v1", "*.example"),
+            ("https://api.example/v1", "example"),
+            ("https://api.example/v1", ".example"),
+            ("https://example/v1", "api.example"),
+            ("https://api.example.evil/v1", "api.example"),
+            ("https://api.example/v1", "api.example:8443"),
+            ("https://api.example/v1", "api.example:"),
+            ("https://api.example/v1", "https://api.example"),
+            ("http://127.0.0.1:8000/", "127.0.0.1:80"),
+            ("http://127.0.0.1:8000/", "localhost"),
+            ("http://[::1]:8000/", "[::1]:80"),
+            ("http://[::1]:8000/", "::1:8000"),
+        ] {
+            assert!(!listed(url, entry), "{url} {entry}");
+        }
+    }
+
+    #[test]
+    fn addresses_that_no_model_has() {
+        let ip = |s: &str| s.parse::<IpAddr>().unwrap();
+        for reserved in [
+            "0.0.0.0",
+            "0.1.2.3",
+            "169.254.169.254",
+            "169.254.0.1",
+            "100.100.100.200",
+            "168.63.129.16",
+            "192.0.0.192",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::",
+            "fe80::1",
+            "febf::1",
+            "fec0::1",
+            "ff02::1",
+            "fd00:ec2::254",
+            "fd20:ce::254",
+            "::ffff:169.254.169.254",
+            "::169.254.169.254",
+            "::ffff:0:169.254.169.254",
+            "64:ff9b::a9fe:a9fe",
+            "64:ff9b:1::a9fe:a9fe",
+            "2002:a9fe:a9fe::1",
+            "2001:0:1:2:3:4:5601:5601",
+            "64:ff9b::",
+            "::ffff:0.0.0.0",
+        ] {
+            assert!(is_reserved(ip(reserved)) && !is_loopback(ip(reserved)), "{reserved}");
+        }
+        for loopback in
+            ["127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1", "64:ff9b::7f00:1", "2002:7f00:1::", "::127.0.0.1"]
+        {
+            assert!(is_loopback(ip(loopback)) && !is_reserved(ip(loopback)), "{loopback}");
+        }
+        for fine in [
+            "10.1.2.3",
+            "172.16.0.1",
+            "192.168.1.1",
+            "100.64.0.1",
+            "104.18.7.192",
+            "168.63.129.17",
+            "2606:4700::6812:7c0",
+            "fd00::1",
+            "fd00:ec2::253",
+            "64:ff9b::a01:203",
+            "2002:a01:203::1",
+            "::ffff:10.0.0.1",
+        ] {
+            assert!(!is_reserved(ip(fine)) && !is_loopback(ip(fine)), "{fine}");
         }
     }
 

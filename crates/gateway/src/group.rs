@@ -14,22 +14,21 @@ use serde_json::Value;
 use crate::cache::{Keys, TextKey};
 use crate::protocol::{Item, Stream, most_text};
 use crate::purse::Purse;
+use crate::queue::{Queue, Ready};
 use crate::tokens;
-
-/// How long rows wait for company while their task has a request under way, ms: as long as others keep coming, but not
-/// longer than the second time.
-const GATHER: (u64, u64) = (20, 80);
 
 /// A row that waits or is under way. Who waits for it is with its group.
 #[derive(Debug)]
 pub struct Row {
     pub key: TextKey,
+    /// Only rows of the same compartment share a request.
+    pub compartment: TextKey,
     /// The client in whose turn it is sent.
-    conn: u64,
+    pub conn: u64,
     /// Its text as a JSON string.
     quoted: String,
     /// Tokens of its line.
-    tokens: usize,
+    pub tokens: usize,
     /// Completed requests that contained it and gave no valid answer.
     pub attempts: u32,
     /// Points of trouble that were not the row's fault; see `State::row_in_trouble`.
@@ -38,6 +37,12 @@ pub struct Row {
     pub most_rows: usize,
     /// Not before this time (ms).
     pub not_before: u64,
+}
+
+impl Row {
+    pub fn new(key: TextKey, compartment: TextKey, conn: u64, quoted: String, tokens: usize, most_rows: usize) -> Self {
+        Self { key, compartment, conn, quoted, tokens, attempts: 0, trouble: 0, most_rows, not_before: 0 }
+    }
 }
 
 /// A client that waits for a row.
@@ -50,7 +55,7 @@ pub struct Waiter {
     pub bytes: usize,
 }
 
-/// Rows of the same stream settings: they may share requests.
+/// Rows of the same stream settings: they may share requests, if their isolation is the same as well.
 #[derive(Debug)]
 pub struct Group {
     pub stream: Rc<Stream>,
@@ -65,16 +70,13 @@ pub struct Group {
     mean_answer_tokens: f64,
     /// Tokens of an answer beside its rows.
     answer_frame: usize,
-    /// Rows that have not been asked yet, by client; the first one's turn is next.
-    fresh: VecDeque<(u64, VecDeque<Row>)>,
+    /// Rows that have not been asked yet.
+    fresh: Queue,
     retry: VecDeque<Row>,
     /// Who waits for which row, queued or under way; the first pays.
     waiters: HashMap<TextKey, Vec<Waiter>>,
     /// Requests under way.
     pub in_flight: usize,
-    /// When (ms) the first and the last of the fresh rows came.
-    waiting_since: u64,
-    last_came: u64,
     /// A request of this group has been answered with a 2xx.
     pub succeeded: bool,
     /// How many rows go into a request.
@@ -139,12 +141,10 @@ impl Group {
             answer_frame,
             legend: Rc::new(legend),
             stream,
-            fresh: VecDeque::new(),
+            fresh: Queue::default(),
             retry: VecDeque::new(),
             waiters: HashMap::new(),
             in_flight: 0,
-            waiting_since: 0,
-            last_came: 0,
             succeeded: false,
             size: Size::new(most_rows),
             purse: None,
@@ -157,7 +157,7 @@ impl Group {
     }
 
     /// Queues a row, cut if it has to be and may be. Rows with the same key are sent once.
-    pub fn push(&mut self, now: u64, conn: u64, item: Item, key: TextKey) -> Pushed {
+    pub fn push(&mut self, now: u64, conn: u64, item: Item, compartment: TextKey, key: TextKey) -> Pushed {
         let waiter = Waiter { conn, n: item.n, bytes: item.text.len() };
         if let Some(waiters) = self.waiters.get_mut(&key) {
             waiters.push(waiter);
@@ -182,17 +182,9 @@ impl Group {
             quoted = prompt::quote(cut);
             tokens = line(&quoted);
         }
-        if self.fresh.is_empty() {
-            self.waiting_since = now;
-        }
-        self.last_came = now;
         self.waiters.insert(key, vec![waiter]);
         let most_rows = options.max_rows_per_request as usize;
-        let row = Row { key, conn, quoted, tokens, attempts: 0, trouble: 0, most_rows, not_before: 0 };
-        match self.fresh.iter_mut().find(|(c, _)| *c == conn) {
-            Some((_, rows)) => rows.push_back(row),
-            None => self.fresh.push_back((conn, VecDeque::from([row]))),
-        }
+        self.fresh.push(now, Row::new(key, compartment, conn, quoted, tokens, most_rows));
         Pushed::Queued
     }
 
@@ -200,12 +192,8 @@ impl Group {
         self.retry.push_back(row);
     }
 
-    fn fresh(&self) -> impl Iterator<Item = &Row> {
-        self.fresh.iter().flat_map(|(_, rows)| rows)
-    }
-
     pub fn queued(&self) -> usize {
-        self.fresh.iter().map(|(_, rows)| rows.len()).sum::<usize>() + self.retry.len()
+        self.fresh.len() + self.retry.len()
     }
 
     /// Who waits for a row, the one who pays first.
@@ -233,16 +221,15 @@ impl Group {
 
     /// Takes clients out of the queues, with the rows that nobody else waits for. Rows under way are not touched.
     pub fn withdraw(&mut self, leaves: &dyn Fn(u64) -> bool) -> Vec<Waiter> {
-        let fresh = std::mem::take(&mut self.fresh).into_iter().flat_map(|(_, rows)| rows);
-        let retry = std::mem::take(&mut self.retry);
-        let was_fresh = fresh.map(|row| (row, true));
+        let fresh = self.fresh.drain().into_iter().map(|row| (row, true));
+        let retry = std::mem::take(&mut self.retry).into_iter().map(|row| (row, false));
         let mut gone = Vec::new();
-        for (mut row, is_fresh) in was_fresh.chain(retry.into_iter().map(|row| (row, false))).collect::<Vec<_>>() {
+        for (mut row, is_fresh) in fresh.chain(retry) {
             gone.append(&mut self.let_go(row.key, leaves));
             match self.waiters(&row).first() {
                 Some(first) if is_fresh => {
                     row.conn = first.conn;
-                    self.queue(row, false);
+                    self.fresh.add(row, false);
                 }
                 Some(_) => self.retry.push_back(row),
                 None => drop(self.waiters.remove(&row.key)),
@@ -251,24 +238,9 @@ impl Group {
         gone
     }
 
-    /// Queues a fresh row in its client's turn.
-    fn queue(&mut self, row: Row, in_front: bool) {
-        match self.fresh.iter_mut().find(|(c, _)| *c == row.conn) {
-            Some((_, rows)) if in_front => rows.push_front(row),
-            Some((_, rows)) => rows.push_back(row),
-            None if in_front => self.fresh.push_front((row.conn, VecDeque::from([row]))),
-            None => self.fresh.push_back((row.conn, VecDeque::from([row]))),
-        }
-    }
-
-    /// One row of the client whose turn it is.
-    fn pop(&mut self) -> Option<Row> {
-        let (conn, mut rows) = self.fresh.pop_front()?;
-        let row = rows.pop_front();
-        if !rows.is_empty() {
-            self.fresh.push_back((conn, rows));
-        }
-        row
+    /// The key of a row's compartment: rows of another isolation get another one, and rows without any a third.
+    pub fn compartment(&self, keys: &Keys, item: &Item) -> TextKey {
+        item.isolation.as_ref().map_or(self.scope, |isolation| keys.of(self.scope, isolation))
     }
 
     /// The next rows to send in one request of at most `tokens` (prompt and answer), by our count of tokens. Never
@@ -277,19 +249,18 @@ impl Group {
         let most = self.size.rows();
         let retry_at = self.retry.iter().map(|r| r.not_before).min();
         let retry_ready = retry_at.is_some_and(|at| at <= now);
+        let mut turn = None;
         if !retry_ready {
-            let gathered_at = (self.last_came + GATHER.0).min(self.waiting_since + GATHER.1);
-            let is_full = || {
-                let mut total = self.prefix_tokens + self.answer_frame;
-                let enough = |(i, row): (usize, &Row)| {
-                    total += row.tokens + self.answer_tokens;
-                    i + 1 >= most || total >= tokens
-                };
-                self.fresh().enumerate().any(enough)
+            let ready = Ready {
+                now,
+                is_idle: self.in_flight == 0,
+                rows: most,
+                tokens: tokens.saturating_sub(self.prefix_tokens + self.answer_frame),
+                tokens_per_row: self.answer_tokens,
             };
-            if self.fresh.is_empty() || !(self.in_flight == 0 || now >= gathered_at || is_full()) {
-                let fresh_at = (!self.fresh.is_empty()).then_some(gathered_at);
-                return retry_at.into_iter().chain(fresh_at).min().map_or(Next::Empty, Next::Until);
+            match self.fresh.ready(ready) {
+                Ok(compartment) => turn = Some(compartment),
+                Err(fresh_at) => return retry_at.into_iter().chain(fresh_at).min().map_or(Next::Empty, Next::Until),
             }
         }
         // Rows that were asked before go first; each bounds the size of the request it is in.
@@ -297,21 +268,19 @@ impl Group {
         let mut cap = most;
         let mut i = 0;
         while let Some(row) = self.retry.get(i) {
-            if rows.len() + 1 > cap.min(row.most_rows) {
-                break;
-            }
-            if row.not_before > now {
+            if row.not_before > now || turn.is_some_and(|compartment| compartment != row.compartment) {
                 i += 1;
                 continue;
             }
+            if rows.len() + 1 > cap.min(row.most_rows) {
+                break;
+            }
+            turn = Some(row.compartment);
             cap = cap.min(row.most_rows);
             rows.extend(self.retry.remove(i));
         }
-        while rows.len() < cap {
-            match self.pop() {
-                Some(row) => rows.push(row),
-                None => break,
-            }
+        if let Some(compartment) = turn {
+            rows.append(&mut self.fresh.take(compartment, cap.saturating_sub(rows.len())));
         }
         let n = self.fit(&rows, tokens).max(1);
         self.put_back(rows.split_off(n));
@@ -331,7 +300,7 @@ impl Group {
             if row.attempts + row.trouble > 0 || row.most_rows < most {
                 self.retry.push_front(row);
             } else {
-                self.queue(row, true);
+                self.fresh.add(row, true);
             }
         }
     }
@@ -355,10 +324,12 @@ impl Group {
     }
 
     /// Rows go out.
-    pub fn count_served(&mut self, now: u64, rows: usize) {
+    pub fn count_served(&mut self, now: u64, rows: &[Row]) {
         self.in_flight += 1;
-        self.waiting_since = now;
-        self.served += rows as f64 / f64::from(self.stream.task.options.priority.max(1));
+        self.served += rows.len() as f64 / f64::from(self.stream.task.options.priority.max(1));
+        if let Some(row) = rows.first() {
+            self.fresh.sent(now, row.compartment);
+        }
     }
 }
 
@@ -372,7 +343,7 @@ mod tests {
     }
 
     fn item(n: u64) -> Item {
-        Item { n, text: format!("text {n}") }
+        Item { n, text: format!("text {n}"), isolation: None }
     }
 
     fn rows(next: Next) -> Vec<Row> {
@@ -387,9 +358,9 @@ mod tests {
     fn clients_of_a_group_take_turns() {
         let mut g = group();
         for n in 0..100 {
-            g.push(0, 1, item(n), n.into());
+            g.push(0, 1, item(n), 0, n.into());
         }
-        g.push(0, 2, item(1_000), 1_000);
+        g.push(0, 2, item(1_000), 0, 1_000);
         let first = rows(g.next(0, 100_000));
         assert_eq!(first.len(), 50);
         assert!(first.iter().take(2).any(|r| r.key == 1_000));
@@ -398,8 +369,8 @@ mod tests {
     #[test]
     fn the_same_text_is_sent_once_and_goes_on_for_who_stays() {
         let mut g = group();
-        assert_eq!(g.push(0, 1, item(7), 7), Pushed::Queued);
-        assert_eq!(g.push(0, 2, item(7), 7), Pushed::Joined);
+        assert_eq!(g.push(0, 1, item(7), 0, 7), Pushed::Queued);
+        assert_eq!(g.push(0, 2, item(7), 0, 7), Pushed::Joined);
         assert_eq!(g.queued(), 1);
         let gone = g.withdraw(&|conn| conn == 1);
         assert_eq!((gone.len(), g.queued()), (1, 1));
@@ -408,15 +379,52 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_another_isolation_are_in_another_compartment_and_have_another_answer() {
+        let (keys, g) = (Keys::default(), group());
+        let of =
+            |isolation: Option<&str>| g.compartment(&keys, &Item { isolation: isolation.map(Into::into), ..item(1) });
+        assert_eq!(of(None), g.scope);
+        assert_eq!(of(Some("a")), of(Some("a")));
+        assert_ne!(of(Some("a")), of(Some("b")));
+        assert_ne!(of(Some("")), of(None));
+    }
+
+    #[test]
+    fn rows_that_are_asked_again_are_not_joined_by_others_either() {
+        let mut g = group();
+        for n in 0..40 {
+            g.push(0, 1, item(n), u128::from(n % 4), n.into());
+        }
+        let mut all: Vec<Row> = (0..4).flat_map(|_| rows(g.next(0, 100_000))).collect();
+        all.sort_by_key(|row| row.key);
+        for mut row in all {
+            row.most_rows = if row.key < 20 { 5 } else { 50 };
+            row.attempts = 1;
+            g.push_again(row);
+        }
+        g.push(0, 1, item(40), 0, 40);
+        let mut seen = 0;
+        while g.queued() > 0 {
+            let pack = rows(g.next(1_000, 100_000));
+            assert!(pack.iter().all(|row| row.compartment == pack[0].compartment));
+            assert!(pack.len() <= pack.iter().map(|row| row.most_rows).min().unwrap());
+            seen += pack.len();
+            g.count_served(1_000, &pack);
+        }
+        assert_eq!(seen, 41);
+    }
+
+    #[test]
     fn rows_wait_for_company_only_while_others_are_under_way_and_keep_coming() {
         let mut g = group();
-        g.push(100, 1, item(1), 1);
-        assert_eq!(rows(g.next(100, 100_000)).len(), 1);
-        g.count_served(100, 1);
-        g.push(100, 1, item(2), 2);
+        g.push(100, 1, item(1), 0, 1);
+        let first = rows(g.next(100, 100_000));
+        assert_eq!(first.len(), 1);
+        g.count_served(100, &first);
+        g.push(100, 1, item(2), 0, 2);
         assert!(matches!(g.next(105, 100_000), Next::Until(120)));
         for at in [115, 130, 145, 160, 175] {
-            g.push(at, 1, item(at), at.into());
+            g.push(at, 1, item(at), 0, at.into());
         }
         assert!(matches!(g.next(179, 100_000), Next::Until(180)));
         assert_eq!(rows(g.next(180, 100_000)).len(), 6);

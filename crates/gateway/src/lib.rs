@@ -5,11 +5,14 @@
 
 mod cache;
 mod dispatch;
+mod egress;
+pub mod failure;
 mod group;
 mod lane;
 mod notice;
 pub mod protocol;
 mod purse;
+mod queue;
 mod request;
 mod server;
 mod tokens;
@@ -44,13 +47,13 @@ impl Gateway {
     /// If the thread, its runtime or the HTTP client can't be set up.
     pub fn start(listener: UnixListener, settings: Settings, log: mpsc::Sender<String>) -> std::io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let client = request::client().map_err(std::io::Error::other)?;
+        let clients = egress::Clients::new().map_err(std::io::Error::other)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (sender, receiver) = watch::channel(settings);
         let thread = std::thread::Builder::new().name("llm_batch net".into()).spawn(move || {
             tokens::load();
             let local = tokio::task::LocalSet::new();
-            local.block_on(&runtime, server::run(listener, client, receiver, log));
+            local.block_on(&runtime, server::run(listener, clients, receiver, log));
         })?;
         Ok(Self { settings: Some(sender), thread: Some(thread) })
     }

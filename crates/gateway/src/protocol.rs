@@ -44,6 +44,9 @@ impl fmt::Debug for Secret {
 pub struct Endpoint {
     /// Such as `https://api.openai.com/v1`; `/chat/completions` is added.
     pub base_url: String,
+    /// Whoever named it may send requests to any address; otherwise names of this machine and of metadata services lead
+    /// nowhere.
+    pub is_trusted: bool,
     /// Whose limits these are; by default the URL and the key.
     pub account: Option<String>,
     /// The bearer token, if the endpoint wants one.
@@ -131,6 +134,10 @@ pub struct Item {
     pub n: u64,
     /// Its text.
     pub text: String,
+    /// Stands for the value that keeps it apart: a row never shares a request or an answer with one of another value,
+    /// nor with one that has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub isolation: Option<String>,
 }
 
 /// What a client says.
@@ -385,6 +392,7 @@ pub(crate) mod tests {
             interactive: false,
             endpoint: Endpoint {
                 base_url: "http://127.0.0.1:1/v1".into(),
+                is_trusted: true,
                 account: None,
                 api_key: None,
                 counts: Counts::default(),
@@ -411,9 +419,20 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn keys_are_not_printed() {
+        let mut stream = stream();
+        stream.endpoint.api_key = Some(Secret("sk-0123456789".into()));
+        let printed = format!("{:?} {:#?}", ToGateway::Open(Box::new(stream.clone())), stream);
+        assert!(printed.contains("[redacted]") && !printed.contains("0123456789"), "{printed}");
+    }
+
+    #[test]
     fn frames_survive_any_cut() {
-        let messages =
-            vec![ToGateway::Probe, ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into() }]), ToGateway::Withdraw];
+        let messages = vec![
+            ToGateway::Probe,
+            ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into(), isolation: None }]),
+            ToGateway::Withdraw,
+        ];
         let bytes: Vec<u8> = messages.iter().flat_map(|m| encode(m).unwrap()).collect();
         for step in 1..bytes.len() {
             let (mut buffer, mut got) = (Vec::new(), Vec::new());

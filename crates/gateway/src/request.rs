@@ -7,24 +7,11 @@ use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::trouble::{self, Report, Trouble};
 use serde_json::Value;
 
+use crate::egress::Clients;
 use crate::protocol::Endpoint;
 
 /// Largest answer that is read, bytes. An answer to 500 rows has some 30 kB.
 const MAX_ANSWER: usize = 4 << 20;
-
-/// The client of all requests: keeps connections, follows no redirects, uses no proxy.
-pub fn client() -> Result<reqwest::Client, String> {
-    // Fails only if a provider of cryptography is installed already, which is then used.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    reqwest::Client::builder()
-        .redirect(reqwest::redirect::Policy::none())
-        .no_proxy()
-        .connect_timeout(Duration::from_secs(10))
-        .pool_idle_timeout(Duration::from_secs(60))
-        .user_agent(concat!("pg_llm_batch/", env!("CARGO_PKG_VERSION")))
-        .build()
-        .map_err(|e| format!("could not set up HTTP: {}", causes(&e)))
-}
 
 /// What came of a request.
 #[derive(Debug)]
@@ -45,14 +32,15 @@ impl Answered {
 }
 
 /// Sends a request and reads its answer.
-pub async fn send(client: &reqwest::Client, endpoint: &Endpoint, body: &Value, timeout: Duration) -> Answered {
+pub async fn send(clients: &Clients, endpoint: &Endpoint, body: &Value, timeout: Duration) -> Answered {
     let broke_off = |e: &reqwest::Error| Answered::broke_off(causes(e), !e.is_connect());
     let url = format!("{}/chat/completions", endpoint.base_url.trim_end_matches('/'));
     let bytes = match serde_json::to_vec(body) {
         Ok(bytes) => bytes,
         Err(e) => return Answered::broke_off(e.to_string(), false),
     };
-    let mut request = client.post(url).timeout(timeout).header("content-type", "application/json").body(bytes);
+    let mut request =
+        clients.of(endpoint).post(url).timeout(timeout).header("content-type", "application/json").body(bytes);
     if let Some(key) = &endpoint.api_key {
         request = request.bearer_auth(&key.0);
     }
@@ -98,32 +86,62 @@ pub async fn send(client: &reqwest::Client, endpoint: &Endpoint, body: &Value, t
     Answered { is_unsure: result.as_ref().is_err_and(may_be_charged), result, said }
 }
 
-/// Takes a key, and what looks like a part of one, out of a text.
+const REDACTED: &str = "[redacted]";
+
+/// Takes a key, and what looks like a part of one, out of a text. One pass, since the text may be as long as an answer.
 fn redact(text: &str, key: &str) -> String {
-    let mut out = if key.is_empty() { text.to_owned() } else { text.replace(key, "[redacted]") };
-    let beginning: String = key.chars().take(6).collect();
-    let mut beginnings = vec!["sk-"];
-    if key.chars().count() > 12 {
-        beginnings.push(&beginning);
-    }
-    for beginning in beginnings {
-        let mut rest = std::mem::take(&mut out);
-        while let Some(at) = rest.find(beginning) {
-            let before = rest[..at].chars().next_back();
-            let end =
-                rest[at..].find(|c: char| c.is_whitespace() || "\"'`<>,;()".contains(c)).map_or(rest.len(), |n| at + n);
-            let inside_a_word = before.is_some_and(char::is_alphanumeric) && beginning == "sk-";
-            out.push_str(&rest[..at]);
-            out.push_str(if inside_a_word { &rest[at..end] } else { "[redacted]" });
-            rest = rest[end..].to_owned();
+    let key: Vec<Vec<String>> = key.chars().map(forms).collect();
+    let beginning = if key.len() > 12 { key.get(..6) } else { None };
+    let to_its_end =
+        |rest: &str| rest.find(|c: char| c.is_whitespace() || "\"'`<>,;()".contains(c)).unwrap_or(rest.len());
+    let mut out = String::with_capacity(text.len());
+    let (mut rest, mut is_in_a_word) = (text, false);
+    while let Some(c) = rest.chars().next() {
+        let is_part =
+            || beginning.is_some_and(|b| quoted(rest, b).is_some()) || (rest.starts_with("sk-") && !is_in_a_word);
+        let length = quoted(rest, &key).or_else(|| is_part().then(|| to_its_end(rest)));
+        if length.is_none() {
+            out.push(c);
+        } else if !out.ends_with(REDACTED) {
+            out.push_str(REDACTED);
         }
-        out.push_str(&rest);
+        is_in_a_word = length.is_none() && c.is_alphanumeric();
+        rest = rest.get(length.unwrap_or(c.len_utf8())..).unwrap_or_default();
     }
-    out.replace("[redacted][redacted]", "[redacted]")
+    out
+}
+
+/// How a character of a key may be written by those who quote it: as it is, or as JSON, URLs and HTML escape it.
+fn forms(c: char) -> Vec<String> {
+    let n = u32::from(c);
+    vec![
+        c.to_string(),
+        format!("\\{c}"),
+        format!("%{n:02x}"),
+        format!("\\u{n:04x}"),
+        format!("&#{n};"),
+        format!("&#x{n:x};"),
+    ]
+}
+
+/// The length of a key, or the beginning of one, at the beginning of a text.
+fn quoted(text: &str, key: &[Vec<String>]) -> Option<usize> {
+    let mut length = 0;
+    for forms in key {
+        let rest = text.as_bytes().get(length..)?;
+        let is_here = |form: &&String| rest.get(..form.len()).is_some_and(|r| is_form(r, form));
+        length += forms.iter().find(is_here)?.len();
+    }
+    (length > 0).then_some(length)
+}
+
+/// Escapes are written in small or in capital letters.
+fn is_form(bytes: &[u8], form: &str) -> bool {
+    if form.len() > 2 { bytes.eq_ignore_ascii_case(form.as_bytes()) } else { bytes == form.as_bytes() }
 }
 
 /// An error with its causes, without the URL (it is in the server's options).
-fn causes(error: &reqwest::Error) -> String {
+pub fn causes(error: &reqwest::Error) -> String {
     if error.is_timeout() {
         return TIMED_OUT.to_owned();
     }
@@ -156,7 +174,28 @@ mod tests {
         }
         assert_eq!(redact("{\"a\":\"'secret-01234\"}", key), "{\"a\":\"'[redacted]\"}");
         assert_eq!(redact("is secret\\/0123\\/4567 wrong", "secret/0123/4567"), "is [redacted] wrong");
+        // As escaped by JSON, URLs and HTML, in part or in whole.
+        let key = "a/b+c\"d\\e=f0123456789";
+        for text in [
+            "a/b+c\"d\\e=f0123456789",
+            "a\\/b+c\\\"d\\\\e=f0123456789",
+            "a%2Fb%2bc%22d%5Ce%3Df0123456789",
+            "a\\u002Fb+c\\u0022d\\u005ce=f0123456789",
+            "a&#47;b&#x2B;c&#34;d&#92;e=f0123456789",
+            "%61%2f%62+c\"d\\e=f0123456789",
+            "a%2Fb%2bc%22d***",
+        ] {
+            assert_eq!(redact(&format!("the key {text} is"), key), "the key [redacted] is", "{text}");
+        }
+        assert_eq!(redact("ä a/b é", key), "ä a/b é");
         assert_eq!(redact("a task-force", ""), "a task-force");
         assert_eq!(redact("short key", "key"), "short [redacted]");
+    }
+
+    #[test]
+    fn a_long_answer_is_redacted_in_one_pass() {
+        let long = "sk- secret ".repeat(MAX_ANSWER / 11);
+        let redacted = redact(&long, "secret-0123456789");
+        assert!(!redacted.contains("sk-") && !redacted.contains("secret"));
     }
 }

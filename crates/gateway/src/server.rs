@@ -14,11 +14,16 @@ use tokio::time::Instant;
 
 use crate::Settings;
 use crate::dispatch::{Launch, Probe, State, disabled};
+use crate::egress::Clients;
+use crate::failure::failure_point;
 use crate::protocol::{FromGateway, ToGateway, decode};
 use crate::request::{self, Answered};
 
 /// Time 0 of the gateway lies this far (ms) before its start, so that windows before the start can be reckoned with.
 const BEFORE_START: u64 = 3_600_000;
+
+/// How long a client may be silent in the midst of a message, and before the first.
+const SILENCE: Duration = Duration::from_secs(30);
 
 /// What all tasks share. All of them run on one thread.
 struct Shared {
@@ -27,7 +32,7 @@ struct Shared {
     changed: Notify,
     /// Memory became free.
     room: Notify,
-    client: reqwest::Client,
+    clients: Clients,
     started: Instant,
     /// A task has panicked.
     broken: Cell<bool>,
@@ -42,7 +47,7 @@ impl Shared {
 /// Runs the gateway until the sender of `settings` is dropped.
 pub async fn run(
     listener: UnixListener,
-    client: reqwest::Client,
+    clients: Clients,
     mut settings: watch::Receiver<Settings>,
     log: mpsc::Sender<String>,
 ) {
@@ -52,10 +57,11 @@ pub async fn run(
         state: RefCell::new(state),
         changed: Notify::new(),
         room: Notify::new(),
-        client,
+        clients,
         started: Instant::now(),
         broken: Cell::new(false),
     });
+    spawn(&shared, accept(Rc::clone(&shared), listener));
     loop {
         let (launches, wake) = shared.state.borrow_mut().pump(shared.now());
         for launch in launches {
@@ -73,13 +79,6 @@ pub async fn run(
         tokio::select! {
             () = shared.changed.notified() => {}
             () = tokio::time::sleep(pause) => {}
-            connection = listener.accept() => {
-                // A failed accept (out of descriptors) is the client's to try again.
-                match connection {
-                    Ok((stream, _)) => spawn(&shared, serve(Rc::clone(&shared), stream)),
-                    Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
-                }
-            }
             change = settings.changed() => {
                 if change.is_err() {
                     return;
@@ -88,6 +87,16 @@ pub async fn run(
                 shared.state.borrow_mut().configure(new);
                 shared.room.notify_waiters();
             }
+        }
+    }
+}
+
+async fn accept(shared: Rc<Shared>, listener: tokio::net::UnixListener) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => spawn(&shared, serve(Rc::clone(&shared), stream)),
+            // Out of descriptors: clients wait until some are free.
+            Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }
@@ -106,10 +115,13 @@ fn spawn(shared: &Rc<Shared>, task: impl Future<Output = ()> + 'static) {
 
 async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     let Launch { id, stream, body, timeout, abandoned } = launch;
-    let client = shared.client.clone();
+    let clients = shared.clients.clone();
     shared.state.borrow_mut().sent(shared.now(), id);
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
-    let mut sending = spawn_local(async move { request::send(&client, &stream.endpoint, &body, timeout).await });
+    let mut sending = spawn_local(async move {
+        failure_point!("net-send");
+        request::send(&clients, &stream.endpoint, &body, timeout).await
+    });
     let result = tokio::select! {
         joined = &mut sending => {
             Some(joined.unwrap_or_else(|e| Answered::broke_off(format!("internal error: {e}"), true)))
@@ -119,6 +131,7 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
             None
         }
     };
+    failure_point!("net-answered");
     shared.state.borrow_mut().finish(shared.now(), id, result);
     shared.changed.notify_one();
     shared.room.notify_waiters();
@@ -143,6 +156,7 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
         }
     });
     let mut buffer = Vec::new();
+    let mut has_spoken = false;
     loop {
         // A reader that waits here still notices nothing of a client that leaves; room comes soon or never matters.
         let room = shared.room.notified();
@@ -150,9 +164,11 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
             room.await;
             continue;
         }
-        match reading.read_buf(&mut buffer).await {
-            Ok(0) | Err(_) => break,
-            Ok(_) => {}
+        // Between messages a client may be silent as long as it likes.
+        let patience = if has_spoken && buffer.is_empty() { Duration::MAX } else { SILENCE };
+        match tokio::time::timeout(patience, reading.read_buf(&mut buffer)).await {
+            Ok(Ok(n)) if n > 0 => has_spoken = true,
+            _ => break,
         }
         if take(&shared, conn, &mut buffer).is_err() {
             break;
@@ -167,10 +183,16 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
 
 fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), String> {
     while let Some(message) = decode::<ToGateway>(buffer)? {
+        failure_point!("net-take");
         let mut state = shared.state.borrow_mut();
         match message {
             ToGateway::Open(stream) => state.open(shared.now(), conn, *stream)?,
-            ToGateway::Items(items) => state.items(shared.now(), conn, items)?,
+            ToGateway::Items(items) => {
+                for item in &items {
+                    failure_point!("poison-gateway", &item.text);
+                }
+                state.items(shared.now(), conn, items)?;
+            }
             ToGateway::Withdraw => state.withdraw(conn),
             ToGateway::Allow(more) => state.allow(conn, more),
             ToGateway::Estimate(items) => {
@@ -204,7 +226,7 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
             Some(Probe::Send(endpoint, body, timeout, left)) => {
                 tries += 1;
                 let result = tokio::select! {
-                    answered = request::send(&shared.client, &endpoint, &body, timeout) => answered.result,
+                    answered = request::send(&shared.clients, &endpoint, &body, timeout) => answered.result,
                     () = left.notified() => return,
                 };
                 let end = shared.state.borrow_mut().probed(shared.now(), conn, tries, result);

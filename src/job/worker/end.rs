@@ -3,7 +3,7 @@
 use llm_batch_gateway::protocol::Spent;
 use pgrx::PgSqlErrorCode as Code;
 
-use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, Worker};
+use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, MOST_INTERNAL, Worker};
 use crate::error::Error;
 use crate::job::settle::{self, Answer};
 use crate::job::store::{self, Delta, Outcome};
@@ -23,8 +23,22 @@ impl Worker {
         }
         // A lock is held as long as someone pleases; a VACUUM FULL may take hours.
         let is_lock = e.code == Code::ERRCODE_LOCK_NOT_AVAILABLE;
-        if is_lock || (settle::is_passing(e.code) && self.failures_in_a_row < MOST_FAILURES) {
+        if is_lock {
             worker::wait(None, Some(AGAIN));
+            return;
+        }
+        if says_nothing(e.code) {
+            let most = if settle::is_passing(e.code) { MOST_FAILURES } else { MOST_INTERNAL };
+            if self.failures_in_a_row < most {
+                worker::wait(None, Some(AGAIN));
+                return;
+            }
+            // It says nothing about the job: another worker tries it, after a while.
+            let text = e.one_line();
+            pgrx::log!("llm_batch job {id} can't go on: {text}");
+            // As with the rest: if that can't be written, it is in the log.
+            let _ = txn::run(|| store::interrupted(id, Some(&text)));
+            self.dies = true;
             return;
         }
         pgrx::log!("llm_batch job {id} stops: {}", e.one_line());
@@ -42,15 +56,15 @@ impl Worker {
         let (id, epoch, asked, in_doubt) = (self.job.id, self.job.epoch, &self.asked, self.money.in_doubt);
         let rest = Delta { spent: self.spent, ..Delta::default() };
         let entered = txn::run(|| {
-            if !store::is_installed()? {
-                return Ok(true);
+            if store::load(id)?.is_none_or(|job| job.home != self.job.home) {
+                return Ok(None);
             }
             if self.spent != Spent::default() {
                 store::write(id, asked, &rest, [])?;
             }
             match &outcome {
-                Some(outcome) => store::end(id, epoch, outcome, in_doubt),
-                None => store::release(id, in_doubt).map(|()| true),
+                Some(outcome) => store::end(id, epoch, outcome, in_doubt).map(Some),
+                None => store::release(id, in_doubt).and_then(|()| store::interrupted(id, None)).map(|()| Some(true)),
             }
         });
         if self.disabled {
@@ -58,9 +72,11 @@ impl Worker {
             return Some(End::Again(shared::now() + 1_000_000));
         }
         match entered {
-            Ok(true) => {}
+            Ok(Some(true)) => {}
+            // Not this run's job any more: whether there is something to do instead, the next worker finds out.
+            Ok(None) => return Some(End::Again(shared::now())),
             // There is more to do.
-            Ok(false) => {
+            Ok(Some(false)) => {
                 self.spent = Spent::default();
                 self.stopping = None;
                 self.look_now = true;
@@ -81,6 +97,11 @@ impl Worker {
     }
 }
 
+/// Whether an error says nothing about the job: the same may succeed the next time.
+pub(super) fn says_nothing(code: Code) -> bool {
+    settle::is_passing(code) || code == Code::ERRCODE_INTERNAL_ERROR
+}
+
 /// The state in which an error leaves a job.
 pub(super) fn outcome_of(e: &Error) -> Outcome {
     let text = e.one_line();
@@ -88,6 +109,8 @@ pub(super) fn outcome_of(e: &Error) -> Outcome {
         Code::ERRCODE_INSUFFICIENT_PRIVILEGE | Code::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION => {
             Outcome::Paused("owner", Some(text), None)
         }
+        // The file of the key: mended, the job can go on.
+        Code::ERRCODE_UNDEFINED_FILE => Outcome::Paused("auth", Some(text), None),
         Code::ERRCODE_CONNECTION_FAILURE => Outcome::Paused("provider_down", Some(text), Some(shared::now() + LATER)),
         _ => Outcome::Failed(text),
     }

@@ -6,12 +6,13 @@ use std::time::Duration;
 use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
 use pgrx::pg_sys;
 
-use super::{AGAIN, CONTROL, LATER, Worker, money};
+use super::{AGAIN, CONTROL, LATER, MOST_STARTS, Worker, money};
 use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
-use crate::job::page;
+use crate::failure::failure_point;
 use crate::job::settle::Answer;
-use crate::job::store::{self, Outcome};
+use crate::job::store::{self, Failure, Outcome};
+use crate::job::{page, plan as statements};
 use crate::worker::{self, report};
 use crate::{shared, sql, txn};
 
@@ -35,22 +36,38 @@ impl Worker {
             && !self.pass_ended
             && self.too_late.is_empty()
             && self.waiting.is_empty()
-            && self.outstanding.len() < WINDOW_ROWS / 2
+            && self.outstanding.len() < self.window().div_ceil(2)
             && self.locked.len() < MOST_LOCKED
             && (!is_new_pass || (self.outstanding.is_empty() && self.answers.is_empty() && self.locked.is_empty()))
     }
 
+    /// Rows that may be with the gateway. After runs that died without having done a row fewer and fewer, so that what
+    /// may have killed them is found.
+    fn window(&self) -> usize {
+        match self.job.starts {
+            ..=2 => WINDOW_ROWS,
+            3 => 200,
+            4 => 20,
+            5 => 3,
+            _ => 1,
+        }
+    }
+
     /// Whether a row may be handed over now.
     fn may_hand_over(&self) -> bool {
-        self.outstanding.is_empty() || (self.outstanding.len() < WINDOW_ROWS && self.outstanding_bytes < WINDOW_BYTES)
+        self.outstanding.is_empty() || (self.outstanding.len() < self.window() && self.outstanding_bytes < WINDOW_BYTES)
     }
 
     pub(super) fn claim(&mut self) -> Result<()> {
         let job = self.job.clone();
-        let (plan, last, size) = (self.plan.clone(), self.last.clone(), self.page_size);
+        let (plan, last) = (self.plan.clone(), self.last.clone());
+        let size = self.page_size.min(self.window() as i64);
         let counted = self.job.is_counted;
-        let (ready, claimed, gone) = txn::run(|| {
+        let is_last_start = self.job.starts >= MOST_STARTS;
+        let (ready, claimed, suspect, gone) = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
+            failure_point!("claim");
+            statements::lock(&job, pg_sys::AccessShareLock)?;
             // Rights, key, model and task may have changed: what holds now holds for the next request.
             let ready = Self::ready(&job)?;
             sql::set_local("search_path", &plan.search_path)?;
@@ -73,11 +90,15 @@ impl Worker {
                     page::claim(&plan.claim_next, &args, job.key_names.len())?
                 }
             };
+            let suspect = match &claimed {
+                Some(c) if is_last_start => c.keys.first().and_then(Option::as_ref).map(|k| k.0.clone()),
+                _ => None,
+            };
             let gone = match &mut claimed {
                 Some(claimed) if job.has_failures => store::failed_among(job.id, std::mem::take(&mut claimed.keys))?,
                 _ => Vec::new(),
             };
-            Ok((ready, claimed, gone))
+            Ok((ready, claimed, suspect, gone))
         })?;
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
         self.job.is_counted = true;
@@ -85,10 +106,10 @@ impl Worker {
         (self.table, self.plan) = (table, plan);
         if asked != self.asked {
             // The page is read again when the stream has been opened anew.
-            self.reopen = Some(asked);
+            self.change(asked);
             return Ok(());
         }
-        let Some(page::Claimed { page, texts, .. }) = claimed else {
+        let Some(page::Claimed { page, texts, isolations, .. }) = claimed else {
             self.pass_ended = true;
             return Ok(());
         };
@@ -98,10 +119,23 @@ impl Worker {
         let rows = ((WINDOW_BYTES * page.len / bytes.max(1)) as i64).clamp(1, LARGEST_PAGE);
         self.page_size = whole_packs(rows, &self.asked.stream);
         self.last = Some((Rc::clone(&page), page.len as i32));
-        for (i, text) in texts.into_iter().enumerate() {
+        if let Some(key) = suspect.filter(|_| gone.is_empty()) {
+            // The row that every run before may have died of. If the next one dies too it was not the row.
+            self.job.starts -= 1;
+            self.claimed_in_pass += 1;
+            self.too_late.push(Failure {
+                key,
+                is_skip: false,
+                class: "crash".to_owned(),
+                attempts: 0,
+                detail: "processes of llm_batch died each time at this row; the server's log may say why".to_owned(),
+            });
+            return Ok(());
+        }
+        for (i, (text, isolation)) in texts.into_iter().zip(isolations).enumerate() {
             if !gone.contains(&(i as i64 + 1)) {
                 self.claimed_in_pass += 1;
-                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text));
+                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text, isolation));
             }
         }
         Ok(())
@@ -111,16 +145,19 @@ impl Worker {
         while self.client.is_some() && !self.waiting.is_empty() && self.may_hand_over() {
             let (mut items, mut bytes) = (Vec::new(), 0);
             while bytes < MESSAGE_BYTES && self.may_hand_over() {
-                let Some((place, text)) = self.waiting.pop_front() else { break };
+                let Some((place, text, isolation)) = self.waiting.pop_front() else { break };
+                failure_point!("poison-worker", &text);
                 bytes += text.len();
                 self.outstanding_bytes += text.len();
                 self.outstanding.insert(self.next_n, (place, text.len()));
-                items.push(Item { n: self.next_n, text });
+                items.push(Item { n: self.next_n, text, isolation });
                 self.next_n += 1;
             }
+            failure_point!("hand-over");
             if let Some(client) = &mut self.client {
                 client.send(&ToGateway::Items(items))?;
             }
+            failure_point!("handed-over");
         }
         Ok(())
     }
@@ -150,6 +187,7 @@ impl Worker {
                         let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
                         self.outstanding_bytes -= bytes;
                         if o.verdict != Verdict::Withdrawn {
+                            self.has_answered = true;
                             self.answers.push(Answer {
                                 page,
                                 position,
@@ -186,6 +224,8 @@ impl Worker {
                     self.outstanding_bytes = 0;
                     self.waiting.clear();
                     self.restart_pass();
+                    // Perhaps it died of one of these rows. A new run begins with fewer of them, and not at once.
+                    self.dies = !self.has_answered && self.stopping.is_none() && !shared::was_gateway_told();
                     return Ok(());
                 }
             }

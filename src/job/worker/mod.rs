@@ -14,11 +14,12 @@ use llm_batch_gateway::protocol::{Spent, Stream, ToGateway, most_text};
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::prelude::*;
 
-use self::end::outcome_of;
+use self::end::{outcome_of, says_nothing};
 use self::money::Money;
 use crate::classifier::{self, Asked};
 use crate::client::Client;
 use crate::error::Result;
+use crate::failure::failure_point;
 use crate::job::page::Page;
 use crate::job::plan::{self, Plan};
 use crate::job::settle::Answer;
@@ -33,8 +34,13 @@ const AGAIN: Duration = Duration::from_secs(1);
 const LAST_TRIES: Duration = Duration::from_secs(10);
 /// How often its row is looked at without being told to.
 const CONTROL: Duration = Duration::from_secs(10);
-/// Transactions that fail in passing one after the other, until the job is given up.
+/// Transactions that fail in passing one after the other, until the worker is given up.
 const MOST_FAILURES: u32 = 60;
+/// The same for errors of unknown kind.
+const MOST_INTERNAL: u32 = 5;
+/// Runs that begin one after the other without a row being done: the last one lists the row that it would begin with,
+/// and then the job is given up.
+const MOST_STARTS: i32 = 7;
 /// When a job goes on by itself where nobody says when, microseconds.
 const LATER: i64 = 15_000_000;
 
@@ -44,9 +50,7 @@ pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
     handle_signals();
     sql::keep_plans();
     let Some((database, id, owner)) = finder::orders() else { return };
-    if shared::comes_up(database, id, my_pid()).is_none() {
-        return;
-    }
+    let Some(entry) = shared::comes_up(database, id, my_pid()) else { return };
     // SAFETY: at the start of a background worker. Connecting fails, and ends the process, if the owner can't log in;
     // the launcher then has the finder look into it.
     unsafe {
@@ -57,14 +61,17 @@ pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
         // SAFETY: the name is copied.
         unsafe { pg_sys::pgstat_report_appname(name.as_ptr()) };
     }
-    let end = run(id);
+    failure_point!("begin");
+    let end = run(id, entry.told);
     shared::goes(database, id, my_pid(), end);
 }
 
-fn run(id: i64) -> End {
-    let worker = match txn::run(|| Worker::begin(id)) {
-        Ok(Begun::Worker(worker)) => worker,
-        Ok(Begun::Nothing) => return End::Finished,
+fn run(id: i64, told: bool) -> End {
+    // Two transactions: what kills the second is counted by the first.
+    let begun = txn::run(|| begin(id, told)).and_then(|job| job.map_or(Ok(None), |job| txn::run(|| Worker::new(job))));
+    let worker = match begun {
+        Ok(Some(worker)) => worker,
+        Ok(None) => return End::Finished,
         // The extension, or the database's good order, is gone.
         Err(e) if e.code == Code::ERRCODE_UNDEFINED_OBJECT || e.code == Code::ERRCODE_UNDEFINED_TABLE => {
             return End::Finished;
@@ -77,10 +84,23 @@ fn run(id: i64) -> End {
     worker.work()
 }
 
-enum Begun {
-    Worker(Box<Worker>),
-    /// There is nothing to do.
-    Nothing,
+/// The job, if there is anything to do. `told`: the worker before was told to end.
+fn begin(id: i64, told: bool) -> Result<Option<Job>> {
+    // A start for nothing, such as one whose cause was rolled back to a savepoint, changes nothing.
+    let Some(mut job) = store::load(id)?.filter(|job| job.is_due) else { return Ok(None) };
+    let end = |outcome| store::end(id, job.epoch, &outcome, true);
+    let (starts, error) = store::count_start(id, told)?;
+    if starts > MOST_STARTS {
+        let error = error.map_or(String::new(), |e| format!("; the last error was: {e}"));
+        end(Outcome::Failed(format!("the job's worker died {MOST_STARTS} times without a row being done{error}")))?;
+        return Ok(None);
+    }
+    job.starts = starts;
+    store::begin(&job)?;
+    // What is reserved still, a worker left that died; nobody knows how much of it was spent.
+    store::release(id, true)?;
+    job.has_failures &= job.retry_epoch <= job.retried_epoch;
+    Ok(Some(job))
 }
 
 /// A row that was handed over: its page and its position there, from 1.
@@ -93,14 +113,18 @@ struct Worker {
     table: plan::Table,
     plan: Plan,
     client: Option<Client>,
+    /// The gateway has answered a row of this connection.
+    has_answered: bool,
+    /// The run ends as if it had been killed.
+    dies: bool,
     /// Rows without an outcome, by the number they were handed over under.
     outstanding: HashMap<u64, (Place, usize)>,
     /// Bytes of their text.
     outstanding_bytes: usize,
     /// Rows of the next page.
     page_size: i64,
-    /// Texts claimed and not yet handed over.
-    waiting: VecDeque<(Place, String)>,
+    /// Rows claimed and not yet handed over: their text, and what keeps them apart.
+    waiting: VecDeque<(Place, String, Option<String>)>,
     next_n: u64,
     /// Outcomes to write.
     answers: Vec<Answer>,
@@ -132,34 +156,19 @@ struct Worker {
 }
 
 impl Worker {
-    fn begin(id: i64) -> Result<Begun> {
-        if !store::is_installed()? {
-            return Ok(Begun::Nothing);
-        }
-        let Some(mut job) = store::load(id)? else { return Ok(Begun::Nothing) };
-        // A start for nothing, such as one whose cause was rolled back to a savepoint, changes nothing.
-        if !job.is_due {
-            return Ok(Begun::Nothing);
-        }
-        if job.cluster != store::cluster() {
-            let text = "the job was made in another cluster".to_owned();
-            store::end(id, job.epoch, &Outcome::Paused("restored", Some(text), None), true)?;
-            return Ok(Begun::Nothing);
-        }
-        store::begin(&job)?;
-        // What is reserved still, a worker left that died; nobody knows how much of it was spent.
-        store::release(id, true)?;
-        job.has_failures &= job.retry_epoch <= job.retried_epoch;
+    fn new(mut job: Job) -> Result<Option<Box<Self>>> {
+        failure_point!("ready");
         let ready = txn::sub(|| Self::ready(&job));
         let (asked, table, plan) = match ready {
             Ok(ready) => ready,
+            Err(e) if says_nothing(e.code) => return Err(e),
             Err(e) => {
-                store::end(id, job.epoch, &outcome_of(&e), true)?;
-                return Ok(Begun::Nothing);
+                store::end(job.id, job.epoch, &outcome_of(&e), true)?;
+                return Ok(None);
             }
         };
         job.max_attempts = asked.stream.task.options.max_attempts;
-        Ok(Begun::Worker(Box::new(Self {
+        Ok(Some(Box::new(Self {
             labels: labels(&asked.stream),
             page_size: exchange::whole_packs(exchange::FIRST_PAGE, &asked.stream),
             job,
@@ -167,6 +176,8 @@ impl Worker {
             table,
             plan,
             client: None,
+            has_answered: false,
+            dies: false,
             outstanding: HashMap::new(),
             outstanding_bytes: 0,
             waiting: VecDeque::new(),
@@ -212,6 +223,9 @@ impl Worker {
             if let Err(e) = self.turn() {
                 self.fail(&e);
             }
+            if self.dies {
+                return End::Died;
+            }
             if let Some(end) = self.try_end() {
                 return end;
             }
@@ -226,6 +240,7 @@ impl Worker {
         if self.client.is_none() && self.stopping.is_none() && !self.money.in_doubt {
             report(pg_sys::BackendState::STATE_IDLE, "connecting to the gateway");
             self.client = Some(Client::open(&self.asked.stream)?);
+            self.has_answered = false;
         }
         if self.may_claim() {
             self.claim()?;
@@ -269,9 +284,16 @@ impl Worker {
     fn look(&mut self) -> Result<()> {
         (self.looked, self.look_now) = (Instant::now(), false);
         let id = self.job.id;
-        let job = txn::run(|| if store::is_installed()? { store::load(id) } else { Ok(None) })?;
-        let Some(job) = job else {
-            // Dropped: nobody is left to be told anything.
+        let (may_go_on, own) = (self.stopping.is_none(), &self.job);
+        let found = txn::run(|| {
+            let job = store::load(id)?.filter(|job| job.home == own.home);
+            // While all that may be with the gateway is there no page is claimed, perhaps for long.
+            let goes_on = may_go_on && job.as_ref().is_some_and(|job| job.wanted == "running");
+            let ready = if goes_on { Some(Self::ready(own)?) } else { None };
+            Ok((job, ready))
+        })?;
+        let (Some(job), ready) = found else {
+            // Dropped, or another one that a dump has brought in its place: nothing of this run is to be told there.
             self.stop(Outcome::Cancelled);
             return Ok(());
         };
@@ -280,12 +302,13 @@ impl Worker {
             "cancelled" => self.stop(Outcome::Cancelled),
             _ => {}
         }
+        if let Some((asked, ..)) = ready.filter(|(asked, ..)| *asked != self.asked && self.reopen.is_none()) {
+            self.change(asked);
+        }
         if job.budget != self.job.budget {
             // What is allowed already may be more than that: nothing more is sent until the stream has been opened anew.
             self.job.budget = job.budget.clone();
-            self.withdraw();
-            self.reopen = Some(self.asked.clone());
-            self.claimed_in_pass = self.claimed_in_pass.max(1);
+            self.change(self.reopen.clone().unwrap_or_else(|| self.asked.clone()));
         }
         if job.epoch != self.job.epoch {
             // Resumed or to be retried while this process was still at it.
@@ -318,6 +341,14 @@ impl Worker {
             // A connection that is lost is noticed by receive().
             let _ = client.send(&ToGateway::Withdraw);
         }
+    }
+
+    /// What to ask, whom or for how much has changed: from the next request on. What has not been sent is claimed again
+    /// by a further pass.
+    fn change(&mut self, asked: Asked) {
+        self.withdraw();
+        self.reopen = Some(asked);
+        self.claimed_in_pass = self.claimed_in_pass.max(1);
     }
 
     fn restart_pass(&mut self) {

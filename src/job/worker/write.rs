@@ -6,14 +6,16 @@ use std::time::{Duration, Instant};
 use llm_batch_gateway::protocol::{Spent, ToGateway};
 use pgrx::pg_sys;
 
+use super::end::says_nothing;
 use super::money::Decision;
 use super::{Worker, make_plan};
 use crate::budget;
 use crate::error::Result;
+use crate::failure::failure_point;
 use crate::job::store::{self, Delta, Failure, Outcome};
 use crate::job::{plan, settle};
-use crate::worker::report;
-use crate::{sql, txn};
+use crate::worker::{my_database, report};
+use crate::{shared, sql, txn};
 
 /// The time over which rates are measured.
 const RATES: Duration = Duration::from_secs(60);
@@ -35,6 +37,8 @@ impl Worker {
         let may_grant = self.stopping.is_none() && !self.disabled;
         let result = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
+            failure_point!("settle");
+            plan::lock(job, pg_sys::RowExclusiveLock)?;
             let table = plan::table(job)?;
             if table != *known {
                 *plan = make_plan(job, &table, &asked.stream)?;
@@ -53,6 +57,7 @@ impl Worker {
                 spent,
                 rows_per_second,
                 tokens_per_minute,
+                is_progress: settled.done + settled.superseded + settled.failures.len() as i64 > 0,
             };
             let account = store::write(job.id, asked, &delta, settled.failures.iter().chain(too_late))?;
             let account = account.filter(|_| may_grant && asked.stream.budget.is_some());
@@ -63,19 +68,25 @@ impl Worker {
             if money.in_doubt {
                 store::release(job.id, true)?;
             }
-            Ok((settled, decision, account.map(|a| a.spent)))
+            failure_point!("written");
+            Ok((settled, decision, delta.is_progress, account.map(|a| a.spent)))
         });
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
-        let (settled, decision, account) = match result {
+        let (settled, decision, is_progress, account) = match result {
             Ok(done) => done,
             Err(e) => {
                 // Nothing was written. All of it is tried again, if there is any use in that.
-                if settle::is_passing(e.code) {
+                if says_nothing(e.code) {
                     self.answers = batch;
                 }
                 return Err(e);
             }
         };
+        failure_point!("committed");
+        if is_progress {
+            self.job.starts = (self.job.starts - 1).max(0);
+            shared::progressed(my_database(), self.job.id);
+        }
         self.spent = Spent::default();
         self.money.settled(decision);
         self.carry_out(decision, account.unwrap_or_default())?;

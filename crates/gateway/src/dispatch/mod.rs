@@ -277,13 +277,14 @@ impl State {
             let Some(l) = self.lanes.get_mut(&lane) else { continue };
             let Some(g) = l.group(&group) else { continue };
             let reuse = g.stream.task.options.reuse;
-            let key = if reuse { self.keys.of(g.scope, &item.text) } else { unique };
+            let compartment = g.compartment(&self.keys, &item);
+            let key = if reuse { self.keys.of(compartment, &item.text) } else { unique };
             if reuse && let Some(label) = self.cache.get(key, self.settings.cache) {
                 l.rows_reused += 1;
                 self.outcome(waiter, 0, Verdict::Label(label), true);
                 continue;
             }
-            if g.push(now, conn, item, key) == Pushed::TooLong {
+            if g.push(now, conn, item, compartment, key) == Pushed::TooLong {
                 self.outcome(waiter, 0, too_long(), false);
             }
         }

@@ -104,8 +104,9 @@ impl State {
         }
         let reuse = group.stream.task.options.reuse;
         for (i, item) in items.into_iter().enumerate() {
-            let key = if reuse { self.keys.of(group.scope, &item.text) } else { i as u128 };
-            group.push(0, conn, item, key);
+            let compartment = group.compartment(&self.keys, &item);
+            let key = if reuse { self.keys.of(compartment, &item.text) } else { i as u128 };
+            group.push(0, conn, item, compartment, key);
         }
         while let Next::Rows(rows) = group.next(u64::MAX / 2, largest as usize) {
             let draft = Draft::new(learned, measured, &group, &rows, largest);

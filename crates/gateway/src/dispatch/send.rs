@@ -190,7 +190,7 @@ impl State {
             }
             let level = &mut level[usize::from(interactive)];
             *level = level.max(group.served);
-            group.count_served(now, rows.len());
+            group.count_served(now, &rows);
             *in_flight += 1;
             *in_flight_rows += rows.len();
             let abandoned = Rc::new(Notify::new());

@@ -119,7 +119,15 @@ impl Client {
 
     /// Rows: the number of each and that of its text.
     pub fn texts(&mut self, rows: impl IntoIterator<Item = (u64, u64)>) {
-        self.say(&ToGateway::Items(rows.into_iter().map(|(n, t)| Item { n, text: text(t) }).collect()));
+        self.say(&ToGateway::Items(
+            rows.into_iter().map(|(n, t)| Item { n, text: text(t), isolation: None }).collect(),
+        ));
+    }
+
+    /// Rows that are kept apart: the number of each, that of its text, and its isolation.
+    pub fn isolated(&mut self, rows: impl IntoIterator<Item = (u64, u64, Option<String>)>) {
+        let item = |(n, t, isolation)| Item { n, text: text(t), isolation };
+        self.say(&ToGateway::Items(rows.into_iter().map(item).collect()));
     }
 
     /// The outcomes by row when there are `n`, and all that was spent.
@@ -174,7 +182,13 @@ pub fn stream(provider: &FakeProvider) -> Stream {
         database: 1,
         role: 10,
         interactive: false,
-        endpoint: Endpoint { base_url: provider.base_url(), account: None, api_key: None, counts: Counts::default() },
+        endpoint: Endpoint {
+            base_url: provider.base_url(),
+            is_trusted: true,
+            account: None,
+            api_key: None,
+            counts: Counts::default(),
+        },
         model: Model {
             model: "m".into(),
             requests_per_minute: None,

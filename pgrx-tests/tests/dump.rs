@@ -1,0 +1,337 @@
+//! Dumps: what users made survives them, and jobs wake up paused where they are restored.
+
+mod common;
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use common::{Bed, PATIENCE, backfill_with, error, left, one, progress, run, text, tickets, wait_status, wrong};
+use llm_fake_provider::{Config, Latency};
+use pg_llm_batch_e2e::{Cluster, wait_until};
+use postgres::Client;
+
+const ROWS: i64 = 200;
+const SMALL: &str = "options => '{\"max_rows_per_request\": 10}'";
+
+/// What must be the same before and after.
+const ALL: &str = "
+    SELECT concat_ws(E'\n',
+      (SELECT string_agg(to_jsonb(m)::text, E'\n' ORDER BY name) FROM llm_batch.model m),
+      (SELECT string_agg(to_jsonb(c)::text, E'\n' ORDER BY name) FROM llm_batch.classifier c),
+      (SELECT string_agg(to_jsonb(j)::text, E'\n' ORDER BY id) FROM llm_batch.job j),
+      (SELECT string_agg(to_jsonb(s)::text, E'\n' ORDER BY job_id) FROM llm_batch.job_state s),
+      (SELECT string_agg(to_jsonb(f)::text, E'\n' ORDER BY job_id, key) FROM llm_batch.row_failure f),
+      (SELECT last_value::text FROM llm_batch.job_id_seq),
+      (SELECT string_agg(concat(srvname, srvoptions, srvacl), E'\n') FROM pg_foreign_server))";
+
+/// Jobs in every state, of two owners, on tables that were changed before. Ids: running, paused by its owner, done with
+/// failures, cancelled, in this order.
+struct Jobs {
+    bed: Bed,
+    running: i64,
+    paused: i64,
+    done: i64,
+    cancelled: i64,
+}
+
+impl Jobs {
+    #[track_caller]
+    fn new(name: &str) -> Self {
+        let slow = Latency { base: Duration::from_millis(20), ..Latency::default() };
+        let bed = Bed::with(name, Config { latency: slow, ..Config::default() });
+        let client = &mut bed.connect();
+        run(
+            client,
+            "CREATE ROLE app LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO app; CREATE SCHEMA app AUTHORIZATION app;
+             SELECT llm_batch.alter_model('m', max_concurrent_requests => 2, max_request_tokens => 2000)",
+        );
+        // Columns dropped before leave gaps in the numbers, which a restored table does not have.
+        tickets(client, "a", 1..=ROWS);
+        run(
+            client,
+            "ALTER TABLE a DROP COLUMN topic, ADD COLUMN gap int; ALTER TABLE a DROP COLUMN gap, ADD COLUMN topic text;
+             ALTER TABLE a OWNER TO app",
+        );
+        tickets(client, "b", 1001..=1000 + ROWS);
+        run(
+            client,
+            "ALTER TABLE b SET SCHEMA app; ALTER TABLE app.b RENAME TO \"B b\"; ALTER TABLE app.\"B b\" OWNER TO app",
+        );
+        tickets(client, "c", 2001..=2020);
+        run(client, "UPDATE c SET body = body || repeat(' word', 9000) WHERE id > 2018");
+        tickets(client, "d", 3001..=3020);
+        let done = backfill_with(client, "c", SMALL);
+        assert_eq!(wait_status(client, done, "done").counts(), (20, 18, 2, 0, 0, 0));
+        let running = backfill_with(client, "a", SMALL);
+        let paused = backfill_with(&mut bed.cluster.connect_as("postgres", "app"), "app.\"B b\"", SMALL);
+        for job in [running, paused] {
+            wait_until("a part is done", PATIENCE, || progress(client, job).done, |n| *n >= 10);
+        }
+        run(client, &format!("SELECT llm_batch.pause({paused})"));
+        bed.provider.hold();
+        let cancelled = backfill_with(client, "d", SMALL);
+        run(client, &format!("SELECT llm_batch.cancel({cancelled})"));
+        // Nothing changes any more until the provider goes on.
+        wait_until(
+            "all that was answered is written",
+            PATIENCE,
+            || {
+                let written = one(client, "SELECT sum(rows_done)::bigint FROM llm_batch.progress");
+                let stats = bed.provider.stats();
+                (written, stats.rows.len() as i64 - stats.rows_in_flight as i64, stats.in_flight)
+            },
+            |(written, answered, in_flight)| written == answered && *in_flight == 2,
+        );
+        Self { bed, running, paused, done, cancelled }
+    }
+
+    /// The states in a database that a dump was restored to; then all goes on, and comes out right.
+    #[track_caller]
+    fn go_on(&self, there: &mut Client) {
+        let state = |client: &mut Client, job| {
+            let p = progress(client, job);
+            (p.status, p.reason.unwrap_or_default())
+        };
+        let pair = |a: &str, b: &str| (a.to_owned(), b.to_owned());
+        assert_eq!(state(there, self.running), pair("paused", "restored"));
+        assert_eq!(state(there, self.paused), pair("paused", "user"));
+        assert_eq!(state(there, self.done), pair("done", ""));
+        assert_eq!(state(there, self.cancelled), pair("cancelled", ""));
+        let e = error(there, &format!("CALL llm_batch.wait({})", self.running));
+        assert!(e.1.contains("paused (restored)") && e.3.contains("resume"), "{e:?}");
+        let before = one(there, "SELECT count(*) FROM a WHERE topic IS NOT NULL");
+        assert_eq!(before, progress(there, self.running).done);
+        self.bed.provider.release();
+        for job in [self.running, self.paused] {
+            run(there, &format!("SELECT llm_batch.resume({job})"));
+            assert_eq!(wait_status(there, job, "done").counts(), (ROWS, ROWS, 0, 0, 0, 0));
+        }
+        for table in ["a", "app.\"B b\""] {
+            assert_eq!((wrong(there, table), left(there, table)), (0, 0), "{table}");
+        }
+        // What could not be done is asked again, and new jobs have new numbers.
+        run(there, "UPDATE c SET body = left(body, 40) WHERE id > 2018");
+        run(there, &format!("SELECT llm_batch.retry_failed({})", self.done));
+        assert_eq!(wait_status(there, self.done, "done").counts(), (20, 20, 0, 0, 0, 0));
+        let next = backfill_with(there, "d", SMALL);
+        assert!(next > self.cancelled, "{next}");
+        wait_status(there, next, "done");
+        assert_eq!((wrong(there, "d"), left(there, "d")), (0, 0));
+    }
+}
+
+/// Gives what a command dumps to another one; what that one complains of.
+#[track_caller]
+fn pipe(mut dump: Command, mut into: Command) -> String {
+    into.env("PGOPTIONS", "-c client_min_messages=warning");
+    let mut source = dump.stdout(Stdio::piped()).spawn().unwrap();
+    let output = into.stdin(source.stdout.take().unwrap()).output().unwrap();
+    assert!(source.wait().unwrap().success(), "{dump:?}");
+    String::from_utf8(output.stderr).unwrap()
+}
+
+fn tool(cluster: &Cluster, name: &str, args: &[&str]) -> Command {
+    let mut command = cluster.tool(name, "postgres");
+    command.args(args);
+    command
+}
+
+fn psql(cluster: &Cluster, db: &str) -> Command {
+    tool(cluster, "psql", &["-X", "-q", "-d", db])
+}
+
+#[test]
+fn a_dump_of_every_kind_holds_all_and_jobs_wake_up_paused() {
+    let jobs = Jobs::new("dump_kinds");
+    let from = &jobs.bed.cluster;
+    let all = text(&mut jobs.bed.connect(), ALL);
+    for kind in ["--column-inserts", "--clean", "in parts", "everything", "archive"] {
+        let mut to = Cluster::builder(&format!("dump_{kind}").replace(' ', "_")).start();
+        if kind != "everything" {
+            run(&mut to.connect("postgres"), "CREATE ROLE app LOGIN");
+        }
+        let complaints = match kind {
+            "archive" => pipe(
+                tool(from, "pg_dump", &["-Fc", "postgres"]),
+                tool(&to, "pg_restore", &["-e", "--single-transaction", "-d", "postgres"]),
+            ),
+            "in parts" => ["pre-data", "data", "post-data"]
+                .map(|part| {
+                    let section = format!("--section={part}");
+                    pipe(tool(from, "pg_dump", &[&section, "postgres"]), psql(&to, "postgres"))
+                })
+                .concat(),
+            // The role that initdb made is there already.
+            "everything" => pipe(tool(from, "pg_dumpall", &[]), psql(&to, "postgres"))
+                .replace("ERROR:  role \"postgres\" already exists\n", ""),
+            "--clean" => pipe(tool(from, "pg_dump", &[kind, "--if-exists", "postgres"]), psql(&to, "postgres")),
+            _ => pipe(tool(from, "pg_dump", &[kind, "postgres"]), psql(&to, "postgres")),
+        };
+        assert_eq!(complaints.trim_start_matches("psql:"), "", "{kind}");
+        assert_eq!(text(&mut to.connect("postgres"), ALL), all, "{kind}");
+        if kind == "archive" {
+            // The search for jobs at the start of the server leaves them alone, too.
+            to.restart();
+            let there = &mut to.connect("postgres");
+            jobs.go_on(there);
+            let log = to.log();
+            assert!(!log.contains("PANIC") && !log.contains("panicked"), "{log}");
+        }
+    }
+    // The original was not disturbed.
+    assert_eq!(jobs.bed.done(jobs.running).counts(), (ROWS, ROWS, 0, 0, 0, 0));
+}
+
+/// In the cluster it came from, a dump or a template is a second database with the same jobs.
+#[test]
+fn another_database_of_the_same_cluster() {
+    let jobs = Jobs::new("dump_same");
+    let cluster = &jobs.bed.cluster;
+    let all = text(&mut jobs.bed.connect(), ALL);
+    run(&mut jobs.bed.connect(), "CREATE DATABASE second");
+    assert_eq!(pipe(tool(cluster, "pg_dump", &["postgres"]), psql(cluster, "second")), "");
+    // Nobody may be connected to a template.
+    let other = &mut cluster.connect("second");
+    run(other, "ALTER SYSTEM SET llm_batch.enabled = off");
+    run(other, "SELECT pg_reload_conf()");
+    let copied = wait_until(
+        "nobody is connected",
+        PATIENCE,
+        || other.batch_execute("CREATE DATABASE third TEMPLATE postgres").map_err(|e| e.to_string()),
+        Result::is_ok,
+    );
+    copied.unwrap();
+    run(other, "ALTER SYSTEM RESET llm_batch.enabled");
+    run(other, "SELECT pg_reload_conf()");
+    let third = &mut cluster.connect("third");
+    assert_eq!(
+        text(third, "SELECT string_agg(DISTINCT home, '') FROM llm_batch.job"),
+        text(other, "SELECT string_agg(DISTINCT home, '') FROM llm_batch.job")
+    );
+    let p = progress(third, jobs.running);
+    assert_eq!((p.status.as_str(), p.reason.as_deref()), ("paused", Some("restored")));
+    // Only the original goes on by itself.
+    jobs.bed.provider.release();
+    assert_eq!(jobs.bed.done(jobs.running).counts(), (ROWS, ROWS, 0, 0, 0, 0));
+    assert_eq!(progress(third, jobs.running), p);
+    jobs.bed.provider.hold();
+    assert_eq!(text(other, ALL), all);
+    jobs.go_on(other);
+    run(third, &format!("SELECT llm_batch.resume({})", jobs.running));
+    wait_status(third, jobs.running, "done");
+    assert_eq!((wrong(third, "a"), left(third, "a")), (0, 0));
+}
+
+/// Back to an earlier state, in the very same database, while a job runs.
+#[test]
+fn the_same_database_restored_over_itself() {
+    let jobs = Jobs::new("dump_clean");
+    let cluster = &jobs.bed.cluster;
+    let all = text(&mut jobs.bed.connect(), ALL);
+    let archive = cluster.socket_dir().join("archive");
+    cluster.run_tool("pg_dump", &["-Fc", "-f", archive.to_str().unwrap(), "postgres"]);
+    cluster.run_tool("pg_restore", &["-e", "--clean", "--if-exists", "-d", "postgres", archive.to_str().unwrap()]);
+    let client = &mut jobs.bed.connect();
+    assert_eq!(text(client, ALL), all);
+    jobs.go_on(client);
+    let log = cluster.log();
+    assert!(!log.contains("PANIC") && !log.contains("panicked"), "{log}");
+}
+
+/// A role without rights on our tables can dump what is its own, and one that may read everything all of it.
+#[test]
+fn dumps_of_plain_roles() {
+    let jobs = Jobs::new("dump_roles");
+    let cluster = &jobs.bed.cluster;
+    let client = &mut jobs.bed.connect();
+    run(client, "CREATE ROLE reader LOGIN IN ROLE pg_read_all_data");
+    let dump = |role, args: &[&str]| {
+        let output = cluster.tool("pg_dump", role).args(args).arg("postgres").output().unwrap();
+        (output.status.success(), String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap())
+    };
+    for args in [["-n", "app"], ["-t", "a"], ["-e", "plpgsql"]] {
+        // By -e, the extensions that are dumped are named; public's tables are not all app's.
+        let (done, out, complaints) = dump("app", if args[0] == "-e" { &["-e", "plpgsql", "-t", "a"] } else { &args });
+        assert!(done && out.contains("COPY ") && !out.contains("llm_batch"), "{args:?}: {complaints}");
+    }
+    let (done, _, complaints) = dump("app", &[]);
+    assert!(!done && complaints.contains("permission denied for table"), "{complaints}");
+    let (done, out, complaints) = dump("reader", &[]);
+    assert!(done && out.contains("COPY llm_batch.job "), "{complaints}");
+    // The superuser's dump has the key; a plain role does not see it.
+    assert!(dump("postgres", &[]).1.contains("sk-test-") && !out.contains("sk-test-"));
+}
+
+/// Tables and roles that are gone have numbers for names, which would be someone else's after a restore.
+#[test]
+fn what_is_gone_is_left_out() {
+    let jobs = Jobs::new("dump_gone");
+    let cluster = &jobs.bed.cluster;
+    let client = &mut jobs.bed.connect();
+    run(client, "CREATE ROLE leaver LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO leaver");
+    tickets(client, "e", 4001..=4010);
+    run(client, "ALTER TABLE e OWNER TO leaver");
+    jobs.bed.provider.release();
+    let left_by = backfill_with(&mut cluster.connect_as("postgres", "leaver"), "e", "");
+    for job in [left_by, jobs.running, jobs.paused] {
+        if job == jobs.paused {
+            run(client, &format!("SELECT llm_batch.resume({job})"));
+        }
+        jobs.bed.done(job);
+    }
+    run(
+        client,
+        "ALTER TABLE e OWNER TO postgres; REVOKE ALL ON FOREIGN SERVER fake FROM leaver; DROP ROLE leaver; DROP TABLE c",
+    );
+    assert_eq!(one(client, "SELECT count(*) FROM llm_batch.row_failure"), 2);
+    let to = Cluster::builder("dump_gone_2").start();
+    let there = &mut to.connect("postgres");
+    // Without the role app there is no dump of its jobs: the error says which role that is.
+    let complaints = pipe(tool(cluster, "pg_dump", &["postgres"]), psql(&to, "postgres"));
+    assert!(complaints.contains("role \"app\" does not exist"), "{complaints}");
+    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.job"), 0);
+    // What was restored can be used; once the role is there, the data can be restored after all.
+    run(there, "CREATE ROLE app LOGIN; TRUNCATE llm_batch.model, llm_batch.classifier, llm_batch.job CASCADE");
+    let complaints = pipe(
+        tool(cluster, "pg_dump", &["--data-only", "-e", "pg_llm_batch", "-n", "llm_batch", "postgres"]),
+        psql(&to, "postgres"),
+    );
+    assert_eq!(complaints, "");
+    assert_eq!(
+        text(there, "SELECT string_agg(job_id::text, ' ' ORDER BY job_id) FROM llm_batch.progress"),
+        format!("{} {} {}", jobs.running, jobs.paused, jobs.cancelled)
+    );
+    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.job_state"), 3);
+    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.row_failure"), 0);
+}
+
+/// Restored, and then the table is not what it was: the job says so when it is resumed, and writes nothing.
+#[test]
+fn a_restored_job_whose_table_is_another() {
+    let jobs = Jobs::new("dump_other");
+    let cluster = &jobs.bed.cluster;
+    let to = Cluster::builder("dump_other_2").start();
+    let there = &mut to.connect("postgres");
+    run(there, "CREATE ROLE app LOGIN");
+    assert_eq!(pipe(tool(cluster, "pg_dump", &["postgres"]), psql(&to, "postgres")), "");
+    jobs.bed.provider.release();
+    for (change, error) in [
+        (
+            "ALTER TABLE a RENAME COLUMN topic TO subject",
+            "column \"topic\" of public.a was dropped, renamed or replaced",
+        ),
+        (
+            "ALTER TABLE app.\"B b\" RENAME COLUMN id TO number",
+            "column \"id\" of app.\"B b\" was dropped, renamed or replaced",
+        ),
+    ] {
+        run(there, change);
+        let job = if change.contains("subject") { jobs.running } else { jobs.paused };
+        let before = progress(there, job).done;
+        run(there, &format!("SELECT llm_batch.resume({job})"));
+        let p = wait_status(there, job, "failed");
+        assert!(p.done == before && p.last_error.as_deref().unwrap_or_default().contains(error), "{p:?}");
+    }
+    let before = one(there, "SELECT count(*) FROM a WHERE subject IS NOT NULL");
+    assert_eq!(before, progress(there, jobs.running).done);
+}

@@ -1,0 +1,196 @@
+//! Where requests go, and where they don't: redirects, proxies, hosts that the owner of a server may not name.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::TcpListener;
+use std::sync::{Arc, Mutex};
+
+use common::{Bed, PATIENCE, backfill, error, run, text, tickets, wait_status};
+use llm_fake_provider::{Config, Fault};
+use pg_llm_batch_e2e::{Cluster, wait_until};
+use postgres::Client;
+
+/// Somewhere that nothing may be sent to. What came nevertheless.
+struct Elsewhere {
+    port: u16,
+    heard: Arc<Mutex<Vec<String>>>,
+}
+
+impl Elsewhere {
+    fn new() -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let heard = Arc::new(Mutex::new(Vec::new()));
+        let keep = Arc::clone(&heard);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut buffer = [0; 4096];
+                let n = stream.read(&mut buffer).unwrap_or(0);
+                keep.lock().unwrap().push(String::from_utf8_lossy(&buffer[..n]).into_owned());
+                let _ = stream.write_all(b"HTTP/1.1 404 no\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+            }
+        });
+        Self { port, heard }
+    }
+
+    fn heard(&self) -> Vec<String> {
+        self.heard.lock().unwrap().clone()
+    }
+}
+
+#[test]
+fn proxies_of_the_environment_are_not_used() {
+    let proxy = Elsewhere::new();
+    let mut builder = Cluster::builder("egress_proxy");
+    for name in ["HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"] {
+        builder = builder.env(name, &format!("http://127.0.0.1:{}", proxy.port));
+    }
+    let bed = Bed::build(builder, Config::default());
+    let client = &mut bed.connect();
+    let environ = std::fs::read(format!("/proc/{}/environ", bed.cluster.pid())).unwrap();
+    assert!(String::from_utf8_lossy(&environ).contains("HTTP_PROXY="), "the server does not have the variables");
+    tickets(client, "tickets", 1..=100);
+    let job = backfill(client, "tickets");
+    bed.done(job);
+    assert_eq!(text(client, "SELECT llm_classify('#r000001:bug#', 'topic')"), "bug");
+    // A host that is not here: a proxy would be asked to connect to it.
+    run(client, "ALTER SERVER fake OPTIONS (SET base_url 'https://nowhere.invalid/v1')");
+    assert_eq!(error(client, "SELECT llm_classify('x', 'topic')").0, "08006");
+    assert_eq!(proxy.heard(), Vec::<String>::new());
+}
+
+#[test]
+fn redirects_are_not_followed() {
+    let elsewhere = Elsewhere::new();
+    let bed = Bed::new("egress_redirect");
+    let client = &mut bed.connect();
+    tickets(client, "tickets", 1..=100);
+    common::warm(client, "tickets");
+    let there = format!("http://127.0.0.1:{}/v1/chat/completions?key=sk-test-0123456789abcdef", elsewhere.port);
+    bed.provider.configure(|c| c.faults = vec![(Fault::Redirect(there.clone()), 1.0)]);
+    let job = backfill(client, "tickets");
+    let p = wait_status(client, job, "failed");
+    let said = p.last_error.unwrap();
+    assert!(said.contains("redirects are not followed") && !said.contains("0123456789"), "{said}");
+    assert_eq!(error(client, "SELECT llm_classify('x', 'topic')").0, "HV024");
+    assert_eq!(elsewhere.heard(), Vec::<String>::new());
+    assert!(!bed.cluster.log().contains("0123456789"), "the key is in the log");
+}
+
+/// Sets the hosts that everyone may reach, and waits until new sessions have them.
+#[track_caller]
+fn allow(bed: &Bed, hosts: &str) {
+    let client = &mut bed.connect();
+    run(client, &format!("ALTER SYSTEM SET llm_batch.allowed_hosts = '{hosts}'"));
+    run(client, "SELECT pg_reload_conf()");
+    let shown = || text(&mut bed.connect(), "SHOW llm_batch.allowed_hosts");
+    wait_until("the hosts are allowed", PATIENCE, shown, |v| v == hosts);
+}
+
+#[test]
+fn hosts_of_servers_that_a_superuser_does_not_own() {
+    let bed = Bed::new("egress_hosts");
+    let client = &mut bed.connect();
+    let port = bed.provider.base_url().rsplit_once(':').unwrap().1.trim_end_matches("/v1").to_owned();
+    run(client, "CREATE ROLE alice LOGIN; GRANT USAGE ON FOREIGN DATA WRAPPER llm_provider TO alice");
+    // With all of them allowed by name.
+    let reserved = [
+        "169.254.169.254",
+        "0.0.0.0",
+        "100.100.100.200",
+        "[::]",
+        "[fe80::1]",
+        "[fd00:ec2::254]",
+        "[::ffff:169.254.169.254]",
+        "[64:ff9b::a9fe:a9fe]",
+        "[2002:a9fe:a9fe::]",
+    ];
+    allow(&bed, &format!("127.0.0.1:{port}, localhost, {}", reserved.join(", ")));
+    let alice = &mut bed.cluster.connect_as("postgres", "alice");
+    run(
+        alice,
+        &format!(
+            "CREATE SERVER hers FOREIGN DATA WRAPPER llm_provider OPTIONS (base_url 'http://127.0.0.1:{port}/v1');
+             SELECT llm_batch.create_model('hers', server => 'hers', model => 'x', request_timeout => '5 s');
+             SELECT llm_batch.create_classifier('hers', labels => '[\"bug\", \"spam\"]', model => 'hers', options => '{{\"reuse\": false}}')"
+        ),
+    );
+    let ask = "SELECT llm_classify('#r000001:bug#', 'hers')";
+    let point =
+        |alice: &mut Client, url: &str| run(alice, &format!("ALTER SERVER hers OPTIONS (SET base_url '{url}')"));
+    assert_eq!(text(alice, ask), "bug");
+    point(alice, &format!("http://localhost:{port}/v1"));
+    assert_eq!(text(alice, ask), "bug");
+    for host in reserved {
+        point(alice, &format!("https://{host}/v1"));
+        for role in [&mut *alice, &mut *client] {
+            let (code, message, detail, _) = error(role, ask);
+            assert_eq!(code, "42501", "{host}: {message}");
+            assert!(detail.contains("metadata"), "{host}: {detail}");
+        }
+    }
+    // Allowed on another port, or under another name.
+    for host in ["127.0.0.1", "127.0.0.2:443", "localhost.localdomain", "[::1]"] {
+        point(alice, &format!("https://{host}/v1"));
+        let (code, _, detail, _) = error(alice, ask);
+        assert_eq!(code, "42501", "{host}");
+        assert!(detail.contains("allowed_hosts"), "{host}: {detail}");
+    }
+    // Spellings that readers of URLs differ about are no URLs here.
+    for url in [
+        "https://2852039166/v1",
+        "https://0xa9.0xfe.0xa9.0xfe/v1",
+        "https://0251.0376.0251.0376/v1",
+        "https://169.254.169.254./v1",
+        "https://localhost@169.254.169.254/v1",
+        "https://localhost%2f@x/v1",
+        "https://localhost\\@x/v1",
+        "https://localhost#@x/v1",
+        "http://169.254.169.254/v1",
+    ] {
+        let (code, ..) = error(alice, &format!("ALTER SERVER hers OPTIONS (SET base_url '{url}')"));
+        assert_eq!(code, "HV024", "{url}");
+    }
+    // What a superuser owns may go anywhere: here nobody listens.
+    point(alice, "https://0.0.0.0:9/v1");
+    run(client, "ALTER SERVER hers OWNER TO postgres");
+    assert_eq!(error(client, ask).0, "08006");
+}
+
+/// Who shares an account shares its limits and its troubles. A server of one's own whose account is named like another's
+/// must not hold up that one.
+#[test]
+fn an_account_is_shared_only_among_servers_of_one_owner() {
+    let bed = Bed::new("egress_account");
+    let client = &mut bed.connect();
+    let empty = llm_fake_provider::FakeProvider::start(Config {
+        faults: vec![(Fault::SpendLimit429, 1.0)],
+        ..Config::default()
+    })
+    .unwrap();
+    tickets(client, "tickets", 1..=200);
+    run(client, "ALTER SERVER fake OPTIONS (ADD account 'ours')");
+    run(client, "CREATE ROLE alice LOGIN; GRANT USAGE ON FOREIGN DATA WRAPPER llm_provider TO alice");
+    allow(&bed, "127.0.0.1");
+    common::warm(client, "tickets");
+    bed.provider.hold();
+    let job = backfill(client, "tickets");
+    wait_until("rows are in flight", PATIENCE, || bed.provider.stats().rows_in_flight, |n| *n > 0);
+    let alice = &mut bed.cluster.connect_as("postgres", "alice");
+    run(
+        alice,
+        &format!(
+            "CREATE SERVER hers FOREIGN DATA WRAPPER llm_provider OPTIONS (base_url '{}', account 'ours');
+             SELECT llm_batch.create_model('hers', server => 'hers', model => 'fake-m');",
+            empty.base_url()
+        ),
+    );
+    run(alice, "SET llm_batch.default_model = 'hers'");
+    let (code, message, ..) = error(alice, "SELECT llm_classify('x', ARRAY['a', 'b'])");
+    assert_eq!(code, "53000", "{message}");
+    assert_eq!(common::progress(client, job).status, "running");
+    bed.provider.release();
+    assert_eq!(bed.done(job).counts(), (200, 200, 0, 0, 0, 0));
+}

@@ -1,0 +1,237 @@
+-- From 0.0.1 to 0.1.0: prices of cached tokens, budgets, estimates, what the limiter has learnt, and where a job is at home.
+SET LOCAL search_path TO pg_catalog, pg_temp;
+
+-- A server that was not restarted yet still runs the library of before, which has none of the functions below.
+LOAD 'MODULE_PATHNAME';
+DO $$
+DECLARE
+    library CONSTANT text := COALESCE(pg_catalog.current_setting('llm_batch.library_version', true), '0.0.1');
+BEGIN
+    IF pg_catalog.string_to_array(library, '.')::int[] OPERATOR(pg_catalog.<) '{0,1,0}'::int[] THEN
+        RAISE EXCEPTION 'the server still runs the library of pg_llm_batch %', library USING ERRCODE = 'object_not_in_prerequisite_state',
+            HINT = 'Restart the server, then update the extension.';
+    END IF;
+END
+$$;
+
+-- Functions
+
+DROP FUNCTION llm_batch.create_model(text, name, text, integer, integer, integer, integer, numeric, numeric, integer, interval, integer, jsonb);
+DROP FUNCTION llm_batch.alter_model(text, name, text, integer, integer, integer, integer, numeric, numeric, integer, interval, integer, jsonb, text[]);
+DROP FUNCTION llm_batch.backfill(regclass, text, name, text, text, jsonb);
+
+CREATE FUNCTION llm_batch.create_model(
+    name text, server name, model text,
+    tokens_per_minute integer DEFAULT NULL, requests_per_minute integer DEFAULT NULL,
+    input_tokens_per_minute integer DEFAULT NULL, output_tokens_per_minute integer DEFAULT NULL,
+    input_price numeric DEFAULT NULL, output_price numeric DEFAULT NULL, cached_input_price numeric DEFAULT NULL,
+    max_concurrent_requests integer DEFAULT NULL, request_timeout interval DEFAULT NULL,
+    max_request_tokens integer DEFAULT NULL, parameters jsonb DEFAULT NULL
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'create_model_2_wrapper';
+COMMENT ON FUNCTION llm_batch.create_model IS 'makes a model of a server known, with its limits and its price in dollars per million tokens';
+
+CREATE FUNCTION llm_batch.alter_model(
+    name text, server name DEFAULT NULL, model text DEFAULT NULL,
+    tokens_per_minute integer DEFAULT NULL, requests_per_minute integer DEFAULT NULL,
+    input_tokens_per_minute integer DEFAULT NULL, output_tokens_per_minute integer DEFAULT NULL,
+    input_price numeric DEFAULT NULL, output_price numeric DEFAULT NULL, cached_input_price numeric DEFAULT NULL,
+    max_concurrent_requests integer DEFAULT NULL, request_timeout interval DEFAULT NULL,
+    max_request_tokens integer DEFAULT NULL, parameters jsonb DEFAULT NULL,
+    reset text[] DEFAULT '{}'
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_model_2_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_model IS 'changes what is given of a model; "reset" names settings to set back to their default';
+
+-- No search_path: input and filter are read under the caller's.
+CREATE FUNCTION llm_batch.backfill(
+    relation regclass, input text, target name, task text, filter text DEFAULT NULL,
+    max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL, options jsonb DEFAULT '{}'
+) RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'backfill_2_wrapper';
+COMMENT ON FUNCTION llm_batch.backfill IS 'starts a job, at commit, that fills a column where it is NULL; returns the job''s id';
+
+CREATE FUNCTION llm_batch.estimate(
+    relation regclass, input text, target name, task text, filter text DEFAULT NULL, options jsonb DEFAULT '{}',
+    sample_rows integer DEFAULT 1000
+) RETURNS TABLE (
+    rows bigint, requests bigint, input_tokens bigint, output_tokens bigint, cost numeric, duration interval,
+    sample_rows bigint, example_request jsonb
+)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE ROWS 1
+    AS 'MODULE_PATHNAME', 'estimate_wrapper';
+COMMENT ON FUNCTION llm_batch.estimate IS 'what llm_batch.backfill() would take, from a sample of the rows; sends nothing';
+
+CREATE FUNCTION llm_batch.alter_job(job_id bigint, max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL) RETURNS void
+    LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_job_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_job IS 'changes the budget of a job, in dollars and in tokens; NULL leaves as it is';
+
+COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text, jsonb) IS 'labels for the rows of a query with the columns id and input, and a third that keeps rows apart which differ in it, or none; status is ok, skipped or failed';
+
+CREATE FUNCTION llm_batch.home() RETURNS text
+    LANGUAGE c STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'home_wrapper';
+COMMENT ON FUNCTION llm_batch.home() IS 'where a job is made: this cluster, this database, this CREATE EXTENSION';
+
+-- Tables. New columns stand at the end, where a new installation has them elsewhere: nothing reads them by position.
+
+ALTER TABLE llm_batch.model ADD COLUMN cached_input_price numeric;
+COMMENT ON COLUMN llm_batch.model.cached_input_price IS 'dollars per million prompt tokens that the provider had cached; NULL is as input_price';
+COMMENT ON COLUMN llm_batch.model.max_concurrent_requests IS 'most requests at the same time; NULL is as many as prove useful';
+
+ALTER TABLE llm_batch.job ADD COLUMN max_cost numeric, ADD COLUMN max_tokens bigint, ADD COLUMN home text;
+-- A job that a dump has brought here stays paused.
+UPDATE llm_batch.job SET home = CASE
+    WHEN pg_catalog.split_part(llm_batch.home(), ' ', 1) OPERATOR(pg_catalog.=) cluster::text THEN llm_batch.home()
+    ELSE cluster::text END;
+ALTER TABLE llm_batch.job ALTER COLUMN home SET NOT NULL, DROP COLUMN cluster;
+
+ALTER TABLE llm_batch.job_state
+    ADD COLUMN rows_reused bigint NOT NULL DEFAULT 0,
+    ADD COLUMN cached_input_tokens bigint NOT NULL DEFAULT 0,
+    ADD COLUMN tokens_unconfirmed bigint NOT NULL DEFAULT 0,
+    ADD COLUMN cost_reserved numeric NOT NULL DEFAULT 0,
+    ADD COLUMN tokens_reserved bigint NOT NULL DEFAULT 0,
+    ADD COLUMN starts integer NOT NULL DEFAULT 0;
+-- Its reason comes from job.home now.
+UPDATE llm_batch.job_state SET status = 'running', reason = NULL WHERE reason OPERATOR(pg_catalog.=) 'restored';
+
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.job',
+    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid OPERATOR(pg_catalog.=) relation)
+       AND EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) owner)');
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_state',
+    'WHERE job_id IN (SELECT j.id FROM llm_batch.job j JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) j.relation
+                        JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) j.owner)');
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.row_failure',
+    'WHERE job_id IN (SELECT j.id FROM llm_batch.job j JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) j.relation
+                        JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) j.owner)');
+
+-- Views
+
+DROP VIEW llm_batch.progress, llm_batch.activity;
+
+CREATE VIEW llm_batch.progress WITH (security_barrier = true) AS
+SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.reason,
+       p.rows_total, p.rows_done, p.rows_skipped, p.rows_failed, p.rows_superseded, p.rows_reused, p.rows_left,
+       CASE WHEN p.rows_total OPERATOR(pg_catalog.>) 0
+            THEN pg_catalog.round((100.0 OPERATOR(pg_catalog.*) (p.rows_total OPERATOR(pg_catalog.-) p.rows_left)) OPERATOR(pg_catalog./) p.rows_total, 1)
+            WHEN p.rows_total OPERATOR(pg_catalog.=) 0 THEN 100.0 END AS percent,
+       pg_catalog.round(p.rows_per_second::pg_catalog.numeric, 1) AS rows_per_second,
+       pg_catalog.round(p.tokens_per_minute::pg_catalog.numeric) AS tokens_per_minute,
+       p.input_tokens, p.cached_input_tokens, p.output_tokens, p.requests,
+       pg_catalog.trim_scale(p.cost) AS cost, pg_catalog.trim_scale(p.cost_unconfirmed) AS cost_unconfirmed,
+       p.max_cost, p.max_tokens,
+       CASE WHEN p.handled OPERATOR(pg_catalog.>) 0
+            THEN pg_catalog.trim_scale(pg_catalog.round((p.cost OPERATOR(pg_catalog.*) p.rows_total) OPERATOR(pg_catalog./) p.handled, 6)) END AS projected_cost,
+       CASE WHEN p.status OPERATOR(pg_catalog.=) 'running' AND p.rows_per_second OPERATOR(pg_catalog.>) 0
+            THEN pg_catalog.make_interval(secs => pg_catalog.ceil(p.rows_left OPERATOR(pg_catalog./) p.rows_per_second)) END AS eta,
+       p.last_error, p.started_at, p.updated_at
+  FROM (
+    SELECT j.id AS job_id, j.owner, j.relation_name AS relation, j.target, j.task, c.model,
+           CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN 'cancelled'
+                WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN s.status
+                WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'paused'
+                WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN 'paused'
+                WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.status
+                WHEN llm_batch.waits_for_slot(j.id) THEN 'paused'
+                ELSE 'running' END AS status,
+           CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN NULL
+                WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN NULL
+                WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'user'
+                WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN 'restored'
+                WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.reason
+                WHEN llm_batch.waits_for_slot(j.id) THEN 'no_worker_slot' END AS reason,
+           CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total, h.handled) END AS rows_total,
+           s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded, s.rows_reused,
+           CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total OPERATOR(pg_catalog.-) h.handled, 0) END AS rows_left, h.handled,
+           s.rows_per_second, s.tokens_per_minute, s.input_tokens, s.cached_input_tokens, s.output_tokens, s.requests,
+           s.cost, s.cost_unconfirmed, j.max_cost, j.max_tokens, s.last_error, s.started_at, s.updated_at
+      FROM llm_batch.job j
+      JOIN llm_batch.job_state s ON s.job_id OPERATOR(pg_catalog.=) j.id
+      CROSS JOIN LATERAL (SELECT s.rows_done OPERATOR(pg_catalog.+) s.rows_skipped OPERATOR(pg_catalog.+) s.rows_failed OPERATOR(pg_catalog.+) s.rows_superseded) h (handled)
+      LEFT JOIN llm_batch.classifier c ON c.name OPERATOR(pg_catalog.=) j.task
+     WHERE pg_catalog.pg_has_role(j.owner, 'USAGE') OR pg_catalog.pg_has_role('pg_monitor', 'USAGE')
+  ) p;
+COMMENT ON VIEW llm_batch.progress IS 'jobs: one''s own, or all for pg_monitor';
+COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed, cancelled';
+COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, owner, restored wait for resume(); provider_down, quota, no_worker_slot go on by themselves';
+COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and those that came since; NULL until they are counted';
+COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that others filled, changed or deleted meanwhile';
+COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows among rows_done whose answer was paid for with another row of the same text';
+COMMENT ON COLUMN llm_batch.progress.cached_input_tokens IS 'tokens among input_tokens that the provider had cached';
+COMMENT ON COLUMN llm_batch.progress.cost IS 'dollars, by the model''s prices and the tokens the provider reported';
+COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'dollars that requests may have cost whose answers were lost, at the most';
+COMMENT ON COLUMN llm_batch.progress.max_cost IS 'dollars that the job may cost at the most, cost_unconfirmed included';
+COMMENT ON COLUMN llm_batch.progress.max_tokens IS 'tokens that the job may take at the most';
+COMMENT ON COLUMN llm_batch.progress.projected_cost IS 'dollars, if the rest costs as much a row as what is done';
+
+CREATE VIEW llm_batch.activity WITH (security_barrier = true) AS
+SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.requests_allowed, a.rows_allowed,
+       a.tokens_in_window, a.tokens_limit, a.requests_in_window, a.requests_limit, a.used, a.share, a.reported_left,
+       a.breaker,
+       pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) pg_catalog.make_interval(secs => a.waiting_ms OPERATOR(pg_catalog./) 1000::pg_catalog.float8) AS waiting_until,
+       pg_catalog.make_interval(secs => a.latency_ms OPERATOR(pg_catalog./) 1000::pg_catalog.float8) AS latency,
+       pg_catalog.round(a.token_ratio, 3) AS token_ratio, pg_catalog.round(a.answer_ratio, 3) AS answer_ratio,
+       pg_catalog.round(a.rows_total::pg_catalog.numeric OPERATOR(pg_catalog./) NULLIF(a.requests_total, 0), 1) AS rows_per_request,
+       a.requests_total, a.rows_total, a.rows_reused, a.throttled AS throttled_429, a.errors, a.last_error
+  FROM pg_catalog.jsonb_to_recordset(llm_batch.gateway_activity()) AS a (
+       account text, model text, queued bigint, in_flight_requests bigint, in_flight_rows bigint,
+       requests_allowed bigint, rows_allowed bigint, tokens_in_window bigint, tokens_limit bigint,
+       requests_in_window bigint, requests_limit bigint, used double precision, share double precision,
+       reported_left bigint, token_ratio numeric, answer_ratio numeric, latency_ms bigint, rows_reused bigint,
+       waiting_ms bigint, requests_total bigint, rows_total bigint, throttled bigint, errors bigint, last_error text, breaker text);
+COMMENT ON VIEW llm_batch.activity IS 'the limiter and the queue of each account and model, live: those one has streams of, or all for pg_monitor';
+COMMENT ON COLUMN llm_batch.activity.requests_allowed IS 'most requests under way at the same time, as it has proved useful so far';
+COMMENT ON COLUMN llm_batch.activity.rows_allowed IS 'most rows in a request at present, where incomplete or slow answers made it less than the task allows';
+COMMENT ON COLUMN llm_batch.activity.used IS 'part of the tightest limit that is used up at present, 0 to 1';
+COMMENT ON COLUMN llm_batch.activity.share IS 'part of the limit that is left to this server, 0 to 1: less than 1 after refusals that nothing else explains';
+COMMENT ON COLUMN llm_batch.activity.reported_left IS 'tokens left in the provider''s window, by its own word and what was sent since';
+COMMENT ON COLUMN llm_batch.activity.breaker IS 'closed: requests are sent; open: nothing is, because the provider does not answer; half_open: a probe finds out whether it does again';
+COMMENT ON COLUMN llm_batch.activity.waiting_until IS 'nothing is sent before: the provider said so, or is probed then after it has not answered';
+COMMENT ON COLUMN llm_batch.activity.latency IS 'time from a request to its answer, of late';
+COMMENT ON COLUMN llm_batch.activity.token_ratio IS 'tokens of prompts as the provider counts them, for each that is counted here';
+COMMENT ON COLUMN llm_batch.activity.answer_ratio IS 'tokens of answers for each that was expected';
+COMMENT ON COLUMN llm_batch.activity.rows_reused IS 'rows that got the answer of another row of the same text, since the gateway started';
+
+CREATE OR REPLACE PROCEDURE llm_batch.wait(job_id bigint, timeout interval DEFAULT NULL)
+    LANGUAGE plpgsql AS $$
+DECLARE
+    deadline CONSTANT pg_catalog.timestamptz := pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) timeout;
+    job      record;
+    pauses   pg_catalog.float8 := 0.05;
+BEGIN
+    PERFORM llm_batch.refuse_transaction_block('llm_batch.wait()');
+    LOOP
+        COMMIT;
+        SELECT p.status, p.reason, p.last_error, p.rows_left INTO job
+          FROM llm_batch.progress p WHERE p.job_id OPERATOR(pg_catalog.=) wait.job_id;
+        IF NOT FOUND THEN
+            RAISE EXCEPTION 'job % does not exist', wait.job_id USING ERRCODE = 'undefined_object',
+                HINT = 'The view llm_batch.progress lists your jobs.';
+        ELSIF job.status OPERATOR(pg_catalog.=) 'done' THEN
+            RETURN;
+        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') OPERATOR(pg_catalog.<>) ALL (ARRAY['provider_down', 'quota', 'no_worker_slot']) THEN
+            RAISE EXCEPTION 'job % is %', wait.job_id,
+                pg_catalog.concat(job.status, (' (' OPERATOR(pg_catalog.||) job.reason) OPERATOR(pg_catalog.||) ')')
+                USING ERRCODE = 'object_not_in_prerequisite_state',
+                DETAIL = COALESCE(job.last_error, pg_catalog.concat(job.rows_left, ' rows are left.')),
+                HINT = CASE WHEN job.reason OPERATOR(pg_catalog.=) 'budget'
+                            THEN pg_catalog.concat('Raise it with llm_batch.alter_job(', wait.job_id, ', …), then call llm_batch.resume(', wait.job_id, ').')
+                            WHEN job.status OPERATOR(pg_catalog.=) 'paused'
+                            THEN pg_catalog.concat('Mend the cause, then call llm_batch.resume(', wait.job_id, ').')
+                            ELSE 'A new llm_batch.backfill() goes on with the rows that are still NULL.' END;
+        ELSIF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) deadline THEN
+            RAISE EXCEPTION 'job % is not done after %', wait.job_id, wait.timeout USING ERRCODE = 'query_canceled',
+                DETAIL = pg_catalog.concat(job.rows_left, ' rows are left.');
+        END IF;
+        PERFORM pg_catalog.pg_sleep(pauses);
+        pauses := LEAST(pauses OPERATOR(pg_catalog.*) 1.5::pg_catalog.float8, 0.5::pg_catalog.float8);
+    END LOOP;
+END
+$$;
+
+GRANT SELECT ON llm_batch.progress, llm_batch.activity TO PUBLIC;
