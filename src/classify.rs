@@ -236,7 +236,7 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
                 if rows.is_empty() {
                     return Ok(texts);
                 }
-                for (id, text, isolation) in output(rows)? {
+                for [id, text, isolation] in output(rows)? {
                     let mut answers = answers.borrow_mut();
                     match text.filter(|t| !t.is_empty()) {
                         Some(text) => {
@@ -280,9 +280,12 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
     Ok(answers.into_inner())
 }
 
-/// Id and input of every row as text, by their types' output functions, and what keeps it apart, if there is a third
-/// column. Takes the table that holds them, because it reads what SPI left last.
-fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<(Option<String>, Option<String>, Option<String>)>> {
+/// A row of a query: id, input, and what keeps it apart, if there is a third column.
+type Output = [Option<String>; 3];
+
+/// Every row as text, by its types' output functions. Takes the table that holds them, because it reads what SPI left
+/// last.
+fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Output>> {
     let mut out = Vec::with_capacity(rows.len());
     let has_isolation = rows.columns()? == 3;
     // SAFETY: SPI_tuptable is the table that the fetch just before left, with `numvals` rows; SPI_getvalue returns a
@@ -308,7 +311,7 @@ fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<(Option<String>, Opt
             } else {
                 None
             };
-            out.push((text(tuple, 1), text(tuple, 2), isolation));
+            out.push([text(tuple, 1), text(tuple, 2), isolation]);
         }
         pg_sys::SPI_freetuptable(table);
     }
