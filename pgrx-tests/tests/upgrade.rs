@@ -317,6 +317,12 @@ fn pg_upgrade_from_an_older_postgres() {
     let requests = bed.provider.stats().requests;
     let data = bed.cluster.data_dir();
     let (old, data) = (old.to_str().unwrap(), data.to_str().unwrap());
+    // As pg_upgrade starts it, for a moment.
+    run_old("pg_ctl", &["-D", "old", "-l", "old.log", "-o", "-b", "-w", "start"]);
+    let ours =
+        sql("SELECT string_agg(backend_type, ' ') FILTER (WHERE backend_type LIKE 'llm_batch%') FROM pg_stat_activity");
+    run_old("pg_ctl", &["-D", "old", "-m", "fast", "-w", "stop"]);
+    assert_eq!(ours.trim(), "");
     let output = bed
         .cluster
         .tool("pg_upgrade", "postgres")
