@@ -1,7 +1,7 @@
 # What can be done here. Each target is a script in scripts/; they install what is missing (Debian 12 with Rust).
-# PG_CONFIG=/path/to/pg_config chooses another Postgres than Debian's 15.
+# PG_CONFIG=/path/to/pg_config chooses another Postgres than Debian's 15; `make test` takes 15 and 18 if it is not set.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-stop test lint fmt install soak bench clean distclean
+.PHONY: help demo demo-stop test fuzz lint fmt install soak bench clean distclean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -14,6 +14,9 @@ demo-stop: ## stop what `make demo` left running
 
 test: ## run every test
 	@scripts/test
+
+fuzz: ## fuzz every parser of foreign bytes, a minute each (FUZZ_SECONDS)
+	@scripts/fuzz $(FUZZ_SECONDS)
 
 lint: ## formatting, clippy, rustdoc, shellcheck, licences
 	@scripts/lint

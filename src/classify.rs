@@ -28,9 +28,6 @@ const FETCH: usize = 100;
 /// A text, and what keeps it apart from others.
 type Asking = (String, Option<String>);
 
-/// Id, text, and what keeps a row apart from others.
-type Fetched = (Option<String>, Option<String>, Option<String>);
-
 /// The connection of the last call, with nothing under way, and what was opened on it.
 struct Kept {
     client: Client,
@@ -239,7 +236,7 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
                 if rows.is_empty() {
                     return Ok(texts);
                 }
-                for (id, text, isolation) in output(rows)? {
+                for [id, text, isolation] in output(rows)? {
                     let mut answers = answers.borrow_mut();
                     match text.filter(|t| !t.is_empty()) {
                         Some(text) => {
@@ -283,9 +280,12 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
     Ok(answers.into_inner())
 }
 
-/// Id and input of every row as text, by their types' output functions, and what keeps it apart, if there is a third
-/// column. Takes the table that holds them, because it reads what SPI left last.
-fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Fetched>> {
+/// A row of a query: id, input, and what keeps it apart, if there is a third column.
+type Output = [Option<String>; 3];
+
+/// Every row as text, by its types' output functions. Takes the table that holds them, because it reads what SPI left
+/// last.
+fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Output>> {
     let mut out = Vec::with_capacity(rows.len());
     let has_isolation = rows.columns()? == 3;
     // SAFETY: SPI_tuptable is the table that the fetch just before left, with `numvals` rows; SPI_getvalue returns a
@@ -311,7 +311,7 @@ fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Fetched>> {
             } else {
                 None
             };
-            out.push((text(tuple, 1), text(tuple, 2), isolation));
+            out.push([text(tuple, 1), text(tuple, 2), isolation]);
         }
         pg_sys::SPI_freetuptable(table);
     }

@@ -68,9 +68,13 @@ impl Jobs {
             wait_until("a part is done", PATIENCE, || progress(client, job).done, |n| *n >= 10);
         }
         run(client, &format!("SELECT llm_batch.pause({paused})"));
+        let said = format!("SELECT status FROM llm_batch.job_state WHERE job_id = {paused}");
+        wait_until("it stands still", PATIENCE, || text(client, &said), |s| s == "paused");
         bed.provider.hold();
+        // Cancelled before it has begun.
+        run(client, "BEGIN");
         let cancelled = backfill_with(client, "d", SMALL);
-        run(client, &format!("SELECT llm_batch.cancel({cancelled})"));
+        run(client, &format!("SELECT llm_batch.cancel({cancelled}); COMMIT"));
         // Nothing changes any more until the provider goes on.
         wait_until(
             "all that was answered is written",
@@ -170,9 +174,13 @@ fn a_dump_of_every_kind_holds_all_and_jobs_wake_up_paused() {
         assert_eq!(complaints.trim_start_matches("psql:"), "", "{kind}");
         assert_eq!(text(&mut to.connect("postgres"), ALL), all, "{kind}");
         if kind == "archive" {
-            // The search for jobs at the start of the server leaves them alone, too.
+            // The search for jobs at the start of the server finds the one that was resumed, and leaves the other alone.
+            run(&mut to.connect("postgres"), &format!("SELECT llm_batch.resume({})", jobs.paused));
             to.restart();
             let there = &mut to.connect("postgres");
+            wait_until("it goes on", PATIENCE, || jobs.bed.provider.stats().in_flight, |n| *n == 4);
+            assert_eq!(one(there, "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'llm_batch job'"), 1);
+            run(there, &format!("SELECT llm_batch.pause({})", jobs.paused));
             jobs.go_on(there);
             let log = to.log();
             assert!(!log.contains("PANIC") && !log.contains("panicked"), "{log}");

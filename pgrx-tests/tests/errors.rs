@@ -303,7 +303,7 @@ fn a_second_job_on_a_column() {
         wait_until(
             "the second one waits for the lock of the first",
             PATIENCE,
-            || one(&mut watch, "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'advisory'"),
+            || one(&mut watch, "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'object'"),
             |n| *n == 1,
         );
         run(client, "COMMIT");

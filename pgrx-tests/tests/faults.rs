@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use common::*;
 use llm_fake_provider::{Config, FakeProvider, Fault, Latency};
+use pg_llm_batch_e2e::wait_until;
 use postgres::Client;
 
 /// Starts a job on `table` with faults for its first requests; the probe is over before they are set.
@@ -277,6 +278,59 @@ fn a_single_row_that_is_too_large_for_the_provider_is_skipped() {
     let p = bed.done(job);
     assert_eq!(p.counts(), (3, 0, 3, 0, 0, 0));
     assert!(failures(&mut c, job).iter().all(|f| (f.1.as_str(), f.2.as_str()) == ("skipped", "too_long")));
+}
+
+#[test]
+fn a_server_that_is_down_is_probed_and_all_goes_on_by_itself() {
+    let bed = Bed::new("down");
+    let mut c = bed.connect();
+    model(&mut c, "n", "max_concurrent_requests => 2");
+    classifier(&mut c, "topic_n", &labels_json(&LABELS), "n", r#"{"max_rows_per_request": 5}"#);
+    tickets(&mut c, "t", 1..=50);
+    tickets(&mut c, "u", 101..=150);
+    run(&mut c, "BEGIN");
+    let job = backfill(&mut c, "t");
+    let other = one(&mut c, "SELECT llm_batch.backfill('u', input => 'body', target => 'topic', task => 'topic_n')");
+    bed.provider.reset_stats();
+    bed.provider.configure(|config| config.faults = vec![(Fault::ResetBefore, 0.5), (Fault::Http503, 0.5)]);
+    run(&mut c, "COMMIT");
+    for job in [job, other] {
+        let p = wait_status(&mut c, job, "paused");
+        assert_eq!((p.reason.as_deref(), p.counts()), (Some("provider_down"), (50, 0, 0, 0, 0, 50)));
+    }
+    let sent = bed.provider.stats().requests;
+    assert!(sent <= 16, "{sent} requests to a server that is down");
+    let seen =
+        "SELECT count(*) FROM llm_batch.activity WHERE breaker = 'open' AND waiting_until < now() + interval '31 s'
+                   AND last_error IS NOT NULL";
+    wait_until("the circuit is open", PATIENCE, || one(&mut c, seen), |n| *n >= 1);
+    // A statement does not wait for what is known.
+    let (state, message, detail, _) = error(&mut c, "SELECT llm_classify('#r1:bug#', 'topic')");
+    assert_eq!((state.as_str(), message.contains("does not answer")), ("08006", true), "{message} {detail}");
+
+    no_faults(&bed);
+    for (job, table) in [(job, "t"), (other, "u")] {
+        run(&mut c, &format!("CALL llm_batch.wait({job}, '120 s')"));
+        assert_eq!(progress(&mut c, job).counts(), (50, 50, 0, 0, 0, 0));
+        all_right(&mut c, table);
+    }
+    assert_eq!(asked(&bed), BTreeMap::from([(1, 100)]));
+    assert_eq!(one(&mut c, "SELECT count(*) FROM llm_batch.activity WHERE breaker <> 'closed'"), 0);
+}
+
+#[test]
+fn a_row_that_breaks_the_server_is_listed_and_its_job_is_done() {
+    let bed = Bed::new("poison");
+    let mut c = bed.connect();
+    tickets(&mut c, "t", 1..=3);
+    run(&mut c, "UPDATE t SET body = body || ' rotten' WHERE id = 2");
+    run(&mut c, "BEGIN");
+    let job = backfill(&mut c, "t");
+    bed.provider.configure(|config| config.poison = Some("rotten".to_owned()));
+    run(&mut c, "COMMIT");
+    assert_eq!(bed.done(job).counts(), (3, 2, 0, 1, 0, 0));
+    let listed = failures(&mut c, job);
+    assert_eq!((listed[0].1.as_str(), listed[0].2.as_str()), ("failed", "provider_error"), "{listed:?}");
 }
 
 #[test]

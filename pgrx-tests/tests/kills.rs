@@ -196,7 +196,7 @@ fn launcher_and_worker_terminated_in_the_middle() {
     let start = std::time::Instant::now();
     let second = backfill(client, "second");
     bed.done(second);
-    assert!(start.elapsed() < Duration::from_secs(15), "{:?}", start.elapsed());
+    assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
     // The worker.
     bed.provider.hold();
     wait_until("requests are held", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);

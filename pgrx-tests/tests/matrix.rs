@@ -106,6 +106,7 @@ const ROWS: &[Row] = &[
     // What is inside: harmless to call.
     ("llm_batch.provider_validator(text[],oid)", "SELECT llm_batch.provider_validator('{}', 'pg_user_mapping'::regclass)", ALL),
     ("llm_batch.waits_for_slot(bigint)", "SELECT llm_batch.waits_for_slot(2)", ["=f"; 7]),
+    ("llm_batch.home()", "SELECT llm_batch.home()", ALL),
     ("llm_batch.refuse_transaction_block(text)", "SELECT llm_batch.refuse_transaction_block('this')", ["25001"; 7]),
 ];
 

@@ -18,6 +18,8 @@ BEGIN
     IF current_setting('evil.busy', true) = 'on' THEN RETURN true; END IF;
     PERFORM set_config('evil.busy', 'on', true);
     INSERT INTO public.seen VALUES (what, current_user, session_user, mine);
+    -- A statement that fails takes the row back with it.
+    RAISE LOG 'planted: % by %.', what, current_user;
     IF (SELECT count(*) < 4 FROM public.seen s WHERE s.what = $1 AND s.kind = mine) THEN
     FOREACH sql IN ARRAY ARRAY[
         'SET ROLE postgres', 'SET LOCAL ROLE postgres', 'SET SESSION AUTHORIZATION postgres',
@@ -155,6 +157,7 @@ const BACKFILL: &str =
 fn a_superuser_fills_a_minefield() {
     let bed = Bed::new("planted_superuser");
     let client = &mut prepare(&bed);
+    let before = bed.cluster.log().len();
     let evil = "SET search_path = evil, pg_catalog, public";
     run(client, evil);
     run(
@@ -162,7 +165,7 @@ fn a_superuser_fills_a_minefield() {
         "SELECT rows FROM llm_batch.estimate('public.tickets', input => 'body', target => 'topic', task => 'topic')",
     );
     let job = one(client, BACKFILL);
-    run(client, &format!("CALL llm_batch.wait({job})"));
+    run(client, &format!("CALL llm_batch.wait({job}, '2 min')"));
     let ran = judge(client, &["alice"]);
     for what in ["before", "after", "deferred", "domain", "filter", "policy", "check", "generated", "index", "operator"]
     {
@@ -176,11 +179,11 @@ fn a_superuser_fills_a_minefield() {
     run(client, "BEGIN");
     let job = one(client, &BACKFILL.replace("'topic', task", "'second', task"));
     run(client, &format!("SELECT llm_batch.pause({job}); COMMIT"));
-    assert_eq!(error(client, &format!("CALL llm_batch.wait({job})")).0, "55000");
+    assert_eq!(error(client, &format!("CALL llm_batch.wait({job}, '2 min')")).0, "55000");
     for sql in [
         "SELECT * FROM llm_batch.progress; SELECT * FROM llm_batch.failure; SELECT * FROM llm_batch.activity",
         &format!("SELECT llm_batch.alter_job({job}, max_tokens => 100000), llm_batch.resume({job})"),
-        &format!("CALL llm_batch.wait({job})"),
+        &format!("CALL llm_batch.wait({job}, '2 min')"),
         &format!("SELECT llm_batch.retry_failed({job}), llm_batch.cancel({job})"),
         "SELECT llm_batch.create_model('x', server => 'fake', model => 'x', request_timeout => '5 s')",
         "SELECT llm_batch.alter_model('x', requests_per_minute => 5, reset => '{input_price}'), llm_batch.drop_model('x')",
@@ -194,4 +197,25 @@ fn a_superuser_fills_a_minefield() {
     }
     let ran = judge(client, &["alice"]);
     assert!(ran.split(' ').any(|r| r == "cast"), "the cast did not run: {ran}");
+    let log = bed.cluster.log().split_off(before);
+    let others: Vec<&str> = log.lines().filter(|l| l.contains("planted: ") && !l.ends_with("by alice.")).collect();
+    assert!(log.contains("planted: ") && others.is_empty(), "{others:#?}");
+}
+
+/// Advisory locks are anyone's to take; none of them holds up a job.
+#[test]
+fn advisory_locks_hold_up_nobody() {
+    let bed = Bed::new("planted_locks");
+    let client = &mut bed.connect();
+    run(client, "CREATE ROLE mallory LOGIN");
+    tickets(client, "tickets", 1..=40);
+    let mallory = &mut bed.cluster.connect_as("postgres", "mallory");
+    run(mallory, "SELECT pg_advisory_lock(hashtext('llm_batch'), hashtext('tickets'::regclass::oid || ' topic'))");
+    run(
+        mallory,
+        "SELECT pg_advisory_lock(n), pg_advisory_lock(hashtext('llm_batch'), n) FROM generate_series(0, 100) n",
+    );
+    run(client, "SET statement_timeout = '60 s'");
+    let job = common::backfill(client, "tickets");
+    bed.done(job);
 }

@@ -5,7 +5,7 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{Bed, PATIENCE, backfill_with, left, one, progress, run, tickets, wrong};
-use llm_fake_provider::{Config, Latency};
+use llm_fake_provider::{Config, Latency, RateHeaders};
 use pg_llm_batch_e2e::wait_until;
 
 /// The provider allows so many requests in any five seconds; the gateway keeps the same in six.
@@ -13,12 +13,14 @@ const PER_WINDOW: u64 = 30;
 const ROWS: i64 = 2_500;
 const DEATHS: usize = 20;
 
-/// Ends a process of ours whenever another one of its kind has come and got something done.
+/// Ends a process of ours whenever another one of its kind has come and sent `burst` requests, or got something done.
 #[track_caller]
-fn storm(name: &str, kind: &str) {
-    let latency = Latency { base: Duration::from_millis(300), ..Latency::default() };
+fn storm(name: &str, kind: &str, burst: u64) {
+    let latency = Latency { base: Duration::from_millis(150), ..Latency::default() };
     let window = Duration::from_secs(5);
-    let limits = Config { window, requests_per_window: Some(PER_WINDOW), latency, ..Config::default() };
+    // Nothing but its own memory keeps the gateway from what is too much.
+    let rate_headers = RateHeaders::None;
+    let limits = Config { window, requests_per_window: Some(PER_WINDOW), rate_headers, latency, ..Config::default() };
     let bed = Bed::with(name, limits);
     let client = &mut bed.connect();
     run(
@@ -30,12 +32,18 @@ fn storm(name: &str, kind: &str) {
     let end = format!("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE backend_type = '{kind}'");
     let start = Instant::now();
     for death in 1..=DEATHS {
-        // Now in the middle of a request, now after something was done.
+        // In the middle of requests, of more than a burst that would count; or after something was done.
         let (sent, done) = (bed.provider.stats().admitted, progress(client, job).done);
         wait_until(
-            "something is sent or done",
+            "enough is sent or done",
             PATIENCE,
-            || if death % 2 == 0 { bed.provider.stats().admitted > sent } else { progress(client, job).done > done },
+            || {
+                if death % 2 == 0 || kind.ends_with("gateway") {
+                    bed.provider.stats().admitted >= sent + burst
+                } else {
+                    progress(client, job).done > done
+                }
+            },
             |is_so| *is_so,
         );
         wait_until("a process ends", PATIENCE, || one(client, &end), |n| *n == 1);
@@ -55,10 +63,10 @@ fn storm(name: &str, kind: &str) {
 
 #[test]
 fn twenty_deaths_of_the_gateway() {
-    storm("storm_gateway", "llm_batch gateway");
+    storm("storm_gateway", "llm_batch gateway", 8);
 }
 
 #[test]
 fn twenty_deaths_of_a_worker() {
-    storm("storm_worker", "llm_batch job");
+    storm("storm_worker", "llm_batch job", 1);
 }

@@ -4,9 +4,11 @@
 mod common;
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
 
 use common::{Bed, PATIENCE, error, left, one, progress, run, text, tickets, wait_status, wrong};
-use llm_fake_provider::Config;
+use llm_fake_provider::{Config, Latency};
 use pg_llm_batch_e2e::{Cluster, extension_dir, wait_until};
 use postgres::Client;
 
@@ -261,7 +263,8 @@ fn pg_upgrade_from_an_older_postgres() {
         return;
     };
     let old = Path::new(&old).parent().unwrap().to_owned();
-    let provider = llm_fake_provider::FakeProvider::start(Config::default()).unwrap();
+    let slow = Latency { base: Duration::from_millis(100), ..Latency::default() };
+    let provider = llm_fake_provider::FakeProvider::start(Config { latency: slow, ..Config::default() }).unwrap();
     let mut bed = Bed { cluster: Cluster::builder("pg_upgrade").create(), provider };
     let dir = bed.cluster.socket_dir().to_owned();
     let run_old = |program: &str, args: &[&str]| {
@@ -296,7 +299,7 @@ fn pg_upgrade_from_an_older_postgres() {
     );
     sql("SELECT llm_batch.create_classifier('topic', '[\"bug\", \"other\"]', 'm', options => '{\"reuse\": false}')");
     sql("CREATE TABLE t (gap int, id bigint PRIMARY KEY, body text, topic text); ALTER TABLE t DROP COLUMN gap;
-         INSERT INTO t SELECT i, concat('#r', i, ':bug#') FROM generate_series(100001, 100100) i");
+         INSERT INTO t SELECT i, concat('#r', i, ':bug#') FROM generate_series(100001, 100500) i");
     sql("SELECT llm_batch.backfill('t', 'body', 'topic', 'topic', options => '{\"max_rows_per_request\": 10}')");
     wait_until(
         "a part is done",
@@ -306,19 +309,31 @@ fn pg_upgrade_from_an_older_postgres() {
     );
     bed.provider.hold();
     wait_until("a request is held", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 1);
+    // Debian's 15.20 notes something with each column of each table that no pg_upgrade of another build can restore.
+    sql("UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%}'");
     run_old("pg_ctl", &["-D", "old", "-m", "fast", "-w", "stop"]);
     wait_until("the request is dropped", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 0);
     bed.provider.release();
     let requests = bed.provider.stats().requests;
     let data = bed.cluster.data_dir();
     let (old, data) = (old.to_str().unwrap(), data.to_str().unwrap());
+    // As pg_upgrade starts it, for a moment.
+    run_old("pg_ctl", &["-D", "old", "-l", "old.log", "-o", "-b", "-w", "start"]);
+    let ours =
+        sql("SELECT string_agg(backend_type, ' ') FILTER (WHERE backend_type LIKE 'llm_batch%') FROM pg_stat_activity");
+    run_old("pg_ctl", &["-D", "old", "-m", "fast", "-w", "stop"]);
+    assert_eq!(ours.trim(), "");
     let output = bed
         .cluster
         .tool("pg_upgrade", "postgres")
         .args(["-b", old, "-d", "old", "-D", data, "-U", "postgres"])
         .output()
         .unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+    if !output.status.success() {
+        let logs =
+            Command::new("sh").arg("-c").arg("tail -n 20 data/pg_upgrade_output.d/*/log/*").current_dir(&dir).output();
+        panic!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&logs.unwrap().stdout));
+    }
     assert_eq!(bed.provider.stats().requests, requests, "a job went on while pg_upgrade had its server started");
     bed.cluster.start();
     let client = &mut bed.connect();
@@ -327,10 +342,12 @@ fn pg_upgrade_from_an_older_postgres() {
     assert_eq!((p.status.as_str(), p.reason.as_deref()), ("paused", Some("restored")));
     assert_eq!(one(client, "SELECT count(topic) FROM t"), p.done);
     run(client, "SELECT llm_batch.resume(1)");
-    assert_eq!(wait_status(client, 1, "done").counts(), (100, 100, 0, 0, 0, 0));
-    assert_eq!(one(client, "SELECT count(*) FROM t WHERE topic = 'bug'"), 100);
-    run(client, "CREATE DATABASE fresh");
-    let fresh = &mut bed.cluster.connect("fresh");
-    run(fresh, "CREATE EXTENSION pg_llm_batch");
-    assert_eq!(text(client, SNAPSHOT), text(fresh, SNAPSHOT));
+    assert_eq!(wait_status(client, 1, "done").counts(), (500, 500, 0, 0, 0, 0));
+    assert_eq!(one(client, "SELECT count(*) FROM t WHERE topic = 'bug'"), 500);
+    // Numbers go on, and nothing is left of what pg_upgrade does by hand.
+    run(client, "UPDATE t SET topic = NULL WHERE id <= 100020");
+    assert_eq!(one(client, "SELECT llm_batch.backfill('t', 'body', 'topic', 'topic')"), 2);
+    assert_eq!(wait_status(client, 2, "done").counts(), (20, 20, 0, 0, 0, 0));
+    run(client, "DROP EXTENSION pg_llm_batch CASCADE");
+    assert_eq!(text(client, "SELECT to_regnamespace('llm_batch') IS NULL"), "t");
 }

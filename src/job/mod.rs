@@ -99,12 +99,17 @@ fn search_path() -> Result<String> {
 /// One job a column: refuses a second one on the same column of the same partition tree. Holds a lock until the
 /// transaction ends, so that two can't start at the same time.
 fn check_alone(target: &Target, except: i64) -> Result<()> {
-    sql::run(
-        "SELECT pg_catalog.pg_advisory_xact_lock(pg_catalog.hashtext('llm_batch'), pg_catalog.hashtext($1))",
-        &[format!("{} {}", target.root.to_u32(), target.column).into()],
-    )?;
+    // Not an advisory lock: anyone could take that, and hold up others' jobs for ever. Two names with the same hash wait
+    // for each other in vain, and no longer than that.
+    let name = target.column.bytes().fold(0u16, |hash, byte| hash.wrapping_mul(31).wrapping_add(u16::from(byte)));
+    // SAFETY: takes a lock on the main thread inside a transaction; may raise. Relations themselves are locked by other
+    // tags, so that this one is ours alone.
+    unsafe {
+        pg_sys::LockDatabaseObject(pg_sys::RelationRelationId, target.root, name, pg_sys::ExclusiveLock as i32);
+    }
+    // As a statement that writes: it has a snapshot of its own, of after the lock.
     let other = txn::as_extension_owner(|| {
-        sql::one::<i64>(
+        sql::one_mut::<i64>(
             "SELECT j.id FROM llm_batch.job j JOIN llm_batch.progress p ON p.job_id = j.id
               WHERE j.root = $1::regclass AND j.target = $2::name AND p.status IN ('running', 'paused') AND j.id <> $3 LIMIT 1",
             &[target.root.into(), target.column.as_str().into(), except.into()],

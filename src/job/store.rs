@@ -90,7 +90,7 @@ pub struct Job {
 
 /// Reads a job; `None` if it is gone, or not at home here, or nothing of the extension can be used.
 pub fn load(id: i64) -> Result<Option<Job>> {
-    if !version::installed()?.is_some_and(|v| v == version::LIBRARY) {
+    if version::installed()?.is_none_or(|v| v != version::LIBRARY) {
         return Ok(None);
     }
     txn::as_extension_owner(|| {

@@ -169,6 +169,17 @@ fn a_hang_opens_the_circuit_and_the_probe_hangs_no_longer_than_a_request() {
 }
 
 #[test]
+fn a_row_that_is_alone_is_not_blamed_for_a_server_that_is_down() {
+    let (setup, provider) = (Setup::new(64 << 20), provider(Config::default()));
+    provider.configure(|c| c.faults = vec![(Fault::Http503, 1.0)]);
+    let mut client = single(&setup, &provider, "m", 1);
+    client.rows(0..1);
+    let round = round(&mut client, 1);
+    assert_eq!(round.stop.map(|s| s.reason), Some(StopReason::ProviderDown));
+    assert_eq!((&round.outcomes[0].verdict, round.outcomes[0].attempts), (&Verdict::Withdrawn, 0));
+}
+
+#[test]
 fn a_row_that_breaks_the_server_fails_alone() {
     for rows in [1..2, 0..50] {
         let provider = provider(Config { poison: Some("#r1:bug#".into()), ..Config::default() });

