@@ -14,6 +14,8 @@ const MOST: f64 = 256.0;
 const CUT: f64 = 0.5;
 /// A latency of so many times the least is taken for waiting.
 const WAITING: f64 = 3.0;
+/// So many times the least counts at most: a few answers that took ages, on a server that stood still, say little.
+const MOST_COUNTED: f64 = 1.2 * WAITING;
 /// Tokens of answers that take as long as a request without any: makes short and long answers comparable.
 const BASE_TOKENS: f64 = 40.0;
 
@@ -59,7 +61,8 @@ impl Concurrency {
         let is_alone = in_flight <= 1 || self.allowed() == 1;
         let least = self.least.filter(|_| !is_alone).map_or(each, |least| least.min(each));
         let weight = if self.least.is_none() { 1.0 } else { 0.1 };
-        self.recent += weight * (each - self.recent);
+        let counted = |each: f64| each.min(MOST_COUNTED * least);
+        self.recent = counted(self.recent) + weight * (counted(each) - counted(self.recent));
         self.latency += weight * (latency - self.latency);
         self.least = Some(least);
         if self.recent > WAITING * least {
@@ -124,6 +127,21 @@ mod tests {
         assert!((1.0..8.0).contains(&one), "{one}");
         let many = run(1_000, 1_000, 500, 4_000);
         assert!(many > 200.0, "{many}");
+    }
+
+    #[test]
+    fn a_server_that_stood_still_once_is_not_taken_for_a_slow_one() {
+        // Its first answers, or some in the middle.
+        for before in [0, 40] {
+            let mut c = Concurrency::default();
+            let mut now = 0;
+            for i in 0..before + 22 {
+                let latency = if (before..before + 2).contains(&i) { 10_000 } else { 20 };
+                c.answered(now, now + latency, of(100), 2);
+                now += latency;
+            }
+            assert!(c.allowed() >= 2, "{before}: {}", c.allowed());
+        }
     }
 
     #[test]
