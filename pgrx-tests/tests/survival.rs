@@ -14,8 +14,9 @@ use postgres::Client;
 const ROWS: i64 = 60;
 const PACK: i64 = 5;
 const REQUESTS: i64 = 2;
-/// Rows that may be asked again when something dies: those under way and those answered and not yet written.
-const IN_FLIGHT: i64 = 2 * REQUESTS * PACK;
+/// Rows that may be asked again when something dies: those under way and those answered and not yet written, of which a
+/// busy machine has some more.
+const IN_FLIGHT: i64 = 4 * REQUESTS * PACK;
 
 const ENDS: [&str; 3] = ["error", "panic", "term"];
 const STEPS_OF_A_JOB: [&str; 8] =
