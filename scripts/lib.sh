@@ -14,6 +14,7 @@ export PG_CONFIG
 # pgrx builds against this one, without a `cargo pgrx init` and whatever the user's own pgrx folder says.
 export PGRX_PG_CONFIG_PATH=$PG_CONFIG
 unset RUSTFLAGS # pgrx breaks when it is set, even to nothing
+unset RUST_BACKTRACE # or the server's errors have a backtrace for a detail
 CLUSTER='' DATABASE='' MODEL_PID=''
 
 say() { printf '\n== %s\n' "$*"; }
