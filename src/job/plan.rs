@@ -57,6 +57,9 @@ pub fn lock(job: &Job, mode: u32) -> Result<()> {
     unsafe {
         pg_sys::LockRelationOid(job.relation, mode as pg_sys::LOCKMODE);
         renew_snapshot();
+        if pg_sys::get_rel_relkind(job.relation) as u8 != pg_sys::RELKIND_PARTITIONED_TABLE {
+            return Ok(());
+        }
     }
     let partitions = sql::rows(
         "SELECT p.relid::pg_catalog.oid FROM pg_catalog.pg_partition_tree($1) p WHERE p.level OPERATOR(pg_catalog.>) 0",
