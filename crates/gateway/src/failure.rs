@@ -4,26 +4,29 @@
 //! happen there (`error`, `panic`, `term`, `kill`), how many times, and, if not always, for which text (a part of a row).
 //! It is gone when that has happened.
 
-/// A place where a test may have the process fail; nothing in other builds.
+/// A place where a test may have the process fail, by the `failure::pass` of the crate that it is in; nothing in other
+/// builds.
 #[cfg(feature = "failure_points")]
+#[macro_export]
+#[allow(clippy::crate_in_macro_def)] // the caller's is meant
 macro_rules! failure_point {
     ($name:literal) => {
-        $crate::failure::pass($name, "")
+        crate::failure::pass($name, "")
     };
     ($name:literal, $text:expr) => {
-        $crate::failure::pass($name, $text)
+        crate::failure::pass($name, $text)
     };
 }
 
+/// A place where a test may have the process fail; nothing in this build.
 #[cfg(not(feature = "failure_points"))]
+#[macro_export]
 macro_rules! failure_point {
     ($name:literal) => {};
     ($name:literal, $text:expr) => {
         let _ = $text;
     };
 }
-
-pub(crate) use failure_point;
 
 /// Does what a test wants at this point, but for an `error`, which is the caller's business: returns what it was, if
 /// anything.

@@ -15,7 +15,7 @@ use tokio::time::Instant;
 use crate::Settings;
 use crate::dispatch::{Launch, Probe, State, disabled};
 use crate::egress::Clients;
-use crate::failure::failure_point;
+use crate::failure_point;
 use crate::protocol::{FromGateway, ToGateway, decode};
 use crate::request::{self, Answered};
 
