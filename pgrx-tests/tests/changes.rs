@@ -6,45 +6,17 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{
-    Bed, PATIENCE, Progress, backfill, backfill_with, failures, left, one, progress, run, text, tickets, wait_status,
-    warm, wrong,
+    Bed, PATIENCE, SMALL, all_right_once, backfill, backfill_with, failures, held_job, left, one, progress, run, slow,
+    text, tickets, wait_status, wrong,
 };
-use llm_fake_provider::{Config, FakeProvider, Latency};
+use llm_fake_provider::{Config, FakeProvider};
 use pg_llm_batch_e2e::{Cluster, wait_until};
-use postgres::Client;
-
-const SMALL: &str = "options => '{\"max_rows_per_request\": 5}'";
-
-fn slow(ms: u64) -> Config {
-    Config { latency: Latency { base: Duration::from_millis(ms), ..Latency::default() }, ..Config::default() }
-}
-
-/// A job of `tickets` with so many rows, 5 a request and two requests at a time, of which the first are held back.
-#[track_caller]
-fn held_job(bed: &Bed, client: &mut Client, rows: i64) -> i64 {
-    tickets(client, "tickets", 1..=rows);
-    run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");
-    warm(client, "tickets");
-    bed.provider.hold();
-    let job = backfill_with(client, "tickets", SMALL);
-    wait_until("requests are held", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);
-    job
-}
-
-/// All rows are right, none was asked twice.
-#[track_caller]
-fn all_right_once(bed: &Bed, client: &mut Client, p: &Progress, rows: i64) {
-    assert_eq!(p.counts(), (rows, rows, 0, 0, 0, 0), "{p:?}");
-    assert_eq!((wrong(client, "tickets"), left(client, "tickets")), (0, 0));
-    let stats = bed.provider.stats();
-    assert!(stats.rows.len() as i64 == rows && stats.rows.values().all(|r| r.asked == 1), "{p:?}");
-}
 
 #[test]
 fn a_table_that_is_truncated() {
     let bed = Bed::new("changes_truncate");
     let client = &mut bed.connect();
-    let job = held_job(&bed, client, 100);
+    let job = held_job(&bed, client, 100, 2);
     run(client, "TRUNCATE tickets");
     bed.provider.release();
     let p = bed.done(job);
@@ -93,7 +65,7 @@ fn columns_replaced_while_the_worker_waits() {
         ("ALTER topic TYPE varchar(3)", "topic"),
         ("DROP COLUMN id, ADD id bigserial PRIMARY KEY", "id"),
     ] {
-        let job = held_job(&bed, client, 20);
+        let job = held_job(&bed, client, 20, 2);
         let other = &mut bed.connect();
         run(other, &format!("BEGIN; ALTER TABLE tickets {change}"));
         bed.provider.release();
@@ -227,7 +199,7 @@ fn no_background_worker_is_free() {
     let cluster = Cluster::builder("changes_slots").conf("max_worker_processes", "4");
     let bed = Bed::build(cluster, Config::default());
     let client = &mut bed.connect();
-    let job = held_job(&bed, client, 20);
+    let job = held_job(&bed, client, 20, 2);
     tickets(client, "second", 500_001..=500_020);
     let second = backfill(client, "second");
     let p = wait_until("the second waits", PATIENCE, || progress(client, second), |p| p.status == "paused");

@@ -3,10 +3,11 @@
 mod common;
 
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
-use common::{Bed, PATIENCE, backfill_with, error, left, one, progress, run, text, tickets, wait_status, wrong};
-use llm_fake_provider::{Config, Latency};
+use common::{
+    Bed, PATIENCE, backfill_with, error, in_flight, left, one, pause_held, progress, run, slow, text, tickets,
+    wait_status, wrong,
+};
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::Client;
 
@@ -37,8 +38,7 @@ struct Jobs {
 impl Jobs {
     #[track_caller]
     fn new(name: &str) -> Self {
-        let slow = Latency { base: Duration::from_millis(20), ..Latency::default() };
-        let bed = Bed::with(name, Config { latency: slow, ..Config::default() });
+        let bed = Bed::with(name, slow(20));
         let client = &mut bed.connect();
         run(
             client,
@@ -62,15 +62,13 @@ impl Jobs {
         tickets(client, "d", 3001..=3020);
         let done = backfill_with(client, "c", SMALL);
         assert_eq!(wait_status(client, done, "done").counts(), (20, 18, 2, 0, 0, 0));
-        let running = backfill_with(client, "a", SMALL);
+        // The probe's answer, and those of three requests.
+        bed.provider.hold_after(4);
         let paused = backfill_with(&mut bed.cluster.connect_as("postgres", "app"), "app.\"B b\"", SMALL);
-        for job in [running, paused] {
-            wait_until("a part is done", PATIENCE, || progress(client, job).done, |n| *n >= 10);
-        }
-        run(client, &format!("SELECT llm_batch.pause({paused})"));
-        let said = format!("SELECT status FROM llm_batch.job_state WHERE job_id = {paused}");
-        wait_until("it stands still", PATIENCE, || text(client, &said), |s| s == "paused");
-        bed.provider.hold();
+        in_flight(&bed, 2);
+        pause_held(&bed, client, paused);
+        bed.provider.hold_after(4);
+        let running = backfill_with(client, "a", SMALL);
         // Cancelled before it has begun.
         run(client, "BEGIN");
         let cancelled = backfill_with(client, "d", SMALL);
@@ -80,11 +78,12 @@ impl Jobs {
             "all that was answered is written",
             PATIENCE,
             || {
+                let holds = bed.provider.holds();
                 let written = one(client, "SELECT sum(rows_done)::bigint FROM llm_batch.progress");
                 let stats = bed.provider.stats();
-                (written, stats.rows.len() as i64 - stats.rows_in_flight as i64, stats.in_flight)
+                (holds, written, stats.rows.len() as i64 - stats.rows_in_flight as i64, stats.in_flight)
             },
-            |(written, answered, in_flight)| written == answered && *in_flight == 2,
+            |(holds, written, answered, in_flight)| *holds && written == answered && *in_flight == 2,
         );
         Self { bed, running, paused, done, cancelled }
     }
@@ -307,7 +306,7 @@ fn what_is_gone_is_left_out() {
     assert_eq!(complaints, "");
     assert_eq!(
         text(there, "SELECT string_agg(job_id::text, ' ' ORDER BY job_id) FROM llm_batch.progress"),
-        format!("{} {} {}", jobs.running, jobs.paused, jobs.cancelled)
+        format!("{} {} {}", jobs.paused, jobs.running, jobs.cancelled)
     );
     assert_eq!(one(there, "SELECT count(*) FROM llm_batch.job_state"), 3);
     assert_eq!(one(there, "SELECT count(*) FROM llm_batch.row_failure"), 0);

@@ -5,7 +5,10 @@ mod common;
 
 use std::net::TcpListener;
 
-use common::{Bed, PATIENCE, backfill, backfill_with, error, failures, model, one, progress, run, text, tickets, warm};
+use common::{
+    Bed, PATIENCE, all_right_once, backfill, backfill_with, error, failures, held_job, model, one, progress, run, text,
+    tickets, warm,
+};
 use llm_fake_provider::{Config, FakeProvider, Fault};
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::Client;
@@ -652,36 +655,11 @@ fn waiting_and_controlling() {
     run(client, "SELECT llm_batch.drop_model('m')");
 }
 
-/// A job of 100 rows, 5 a request, 2 requests at a time, whose first requests are held back.
-#[track_caller]
-fn held_job(bed: &Bed) -> i64 {
-    let client = &mut bed.connect();
-    tickets(client, "tickets", 1..=100);
-    run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");
-    warm(client, "tickets");
-    bed.provider.hold();
-    let job = backfill_with(client, "tickets", "options => '{\"max_rows_per_request\": 5}'");
-    wait_until("two requests are in flight", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);
-    job
-}
-
-/// The job finished, every row right, none asked twice.
-#[track_caller]
-fn all_right_once(bed: &Bed, job: i64) {
-    let p = bed.done(job);
-    assert_eq!(p.counts(), (100, 100, 0, 0, 0, 0));
-    assert_eq!(common::wrong(&mut bed.connect(), "tickets"), 0);
-    let stats = bed.provider.stats();
-    assert_eq!(stats.rows.len(), 100);
-    let twice: Vec<_> = stats.rows.iter().filter(|(_, r)| r.asked != 1).collect();
-    assert!(twice.is_empty(), "asked more than once: {twice:?}");
-}
-
 #[test]
 fn a_key_that_is_revoked_in_the_middle() {
     let bed = Bed::with("errors_auth", Config { api_key: Some(KEY.to_owned()), ..Config::default() });
     let client = &mut bed.connect();
-    let job = held_job(&bed);
+    let job = held_job(&bed, client, 100, 2);
     bed.provider.configure(|c| c.api_key = Some("sk-new-0123456789".to_owned()));
     bed.provider.release();
     let p = common::wait_status(client, job, "paused");
@@ -698,7 +676,8 @@ fn a_key_that_is_revoked_in_the_middle() {
     common::wait_status(client, job, "paused");
     run(client, "ALTER USER MAPPING FOR PUBLIC SERVER fake OPTIONS (SET api_key 'sk-new-0123456789')");
     run(client, &format!("SELECT llm_batch.resume({job})"));
-    all_right_once(&bed, job);
+    let p = bed.done(job);
+    all_right_once(&bed, client, &p, 100);
     assert!(!bed.cluster.log().contains("sk-new-0123456789"));
 }
 
@@ -706,7 +685,7 @@ fn a_key_that_is_revoked_in_the_middle() {
 fn money_that_is_gone_in_the_middle() {
     let bed = Bed::new("errors_spend");
     let client = &mut bed.connect();
-    let job = held_job(&bed);
+    let job = held_job(&bed, client, 100, 2);
     bed.provider.configure(|c| c.faults = vec![(Fault::SpendLimit429, 1.0)]);
     bed.provider.release();
     let p = common::wait_status(client, job, "paused");
@@ -716,14 +695,15 @@ fn money_that_is_gone_in_the_middle() {
     refused(client, &format!("CALL llm_batch.wait({job})"), "55000", &["paused (spend)", "resume"]);
     bed.provider.configure(|c| c.faults.clear());
     run(client, &format!("SELECT llm_batch.resume({job})"));
-    all_right_once(&bed, job);
+    let p = bed.done(job);
+    all_right_once(&bed, client, &p, 100);
 }
 
 #[test]
 fn a_provider_that_is_down_for_long() {
     let bed = Bed::new("errors_down");
     let client = &mut bed.connect();
-    let job = held_job(&bed);
+    let job = held_job(&bed, client, 100, 2);
     bed.provider.configure(|c| c.faults = vec![(Fault::Http503, 0.5), (Fault::ResetBefore, 0.5)]);
     bed.provider.release();
     let p = common::wait_status(client, job, "paused");
@@ -733,7 +713,8 @@ fn a_provider_that_is_down_for_long() {
     refused(client, &format!("CALL llm_batch.wait({job}, '1 s')"), "57014", &["not done"]);
     bed.provider.configure(|c| c.faults.clear());
     run(client, &format!("CALL llm_batch.wait({job}, '90 s')"));
-    all_right_once(&bed, job);
+    let p = bed.done(job);
+    all_right_once(&bed, client, &p, 100);
 }
 
 #[test]
@@ -755,7 +736,7 @@ fn requests_that_are_refused() {
     assert_eq!(common::left(client, "first"), 100);
     // The model goes away in the middle.
     bed.provider.configure(|c| c.faults.clear());
-    let job = held_job(&bed);
+    let job = held_job(&bed, client, 100, 2);
     bed.provider.configure(|c| c.models = Some(vec!["another".to_owned()]));
     bed.provider.release();
     let p = common::wait_status(client, job, "failed");

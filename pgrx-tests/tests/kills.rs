@@ -4,23 +4,15 @@ mod common;
 
 use std::time::Duration;
 
-use common::{Bed, PATIENCE, backfill, backfill_with, install, left, one, progress, run, text, tickets, wrong};
-use llm_fake_provider::{Config, Latency, Stats};
+use common::{
+    Bed, PATIENCE, backfill, backfill_with, install, left, one, pids, progress, run, settled, slow, text, tickets,
+    wrong,
+};
+use llm_fake_provider::Stats;
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::Client;
 
 const ROWS: i64 = 2000;
-
-/// A provider that takes its time.
-fn slow(ms: u64) -> Config {
-    Config { latency: Latency { base: Duration::from_millis(ms), ..Latency::default() }, ..Config::default() }
-}
-
-/// Process ids by type.
-fn pids(client: &mut Client, kind: &str) -> Vec<i32> {
-    let rows = client.query("SELECT pid FROM pg_stat_activity WHERE backend_type = $1 ORDER BY 1", &[&kind]).unwrap();
-    rows.iter().map(|r| r.get(0)).collect()
-}
 
 /// The process of a type, once there is exactly one.
 #[track_caller]
@@ -56,34 +48,24 @@ fn the_whole_server_killed_twice() {
     let mut client = bed.connect();
     tickets(&mut client, "tickets", 1..=ROWS);
     run(&mut client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 4)");
+    // Held, so that what is in flight is known: all slots are taken, and all that was answered has been written.
+    bed.provider.hold_after(25);
     let job = backfill_with(&mut client, "tickets", "options => '{\"max_rows_per_request\": 20}'");
-    let mut lost = 0;
-    for part in [ROWS / 4, ROWS / 2] {
-        wait_until("a part is done", PATIENCE, || progress(&mut client, job).done, |n| *n >= part);
-        // Held, so that what is in flight is known: all slots are taken, and when the counts agree all that was answered
-        // has been written.
-        bed.provider.hold();
-        let settled = wait_until(
-            "what was answered is written",
-            PATIENCE,
-            || {
-                let stats = bed.provider.stats();
-                (stats.rows.len() as i64, stats.rows_in_flight as i64, ROWS - left(&mut bed.connect(), "tickets"))
-            },
-            |(asked, in_flight, written)| *in_flight == 4 * 20 && asked - in_flight == *written,
-        );
-        lost += settled.1;
+    let lost = 4 * 20;
+    for _ in 0..2 {
+        let before = settled(&bed, ROWS, lost);
+        assert!((300..ROWS).contains(&before), "{before} are written");
         bed.cluster.kill9();
-        bed.provider.release();
+        bed.provider.hold_after(25);
         bed.cluster.start();
         client = bed.connect();
         // What was committed is still there, and is what is counted.
         let p = progress(&mut client, job);
         let written = ROWS - left(&mut client, "tickets");
-        assert!(written >= settled.2 && p.done >= settled.2, "{written} {p:?} {settled:?}");
+        assert!(written >= before && p.done >= before, "{written} {p:?} {before}");
     }
-    finished(&bed, &mut client, "tickets", job, ROWS, lost);
-    assert_eq!(lost, 2 * 4 * 20);
+    bed.provider.release();
+    finished(&bed, &mut client, "tickets", job, ROWS, 2 * lost);
     let log = bed.cluster.log();
     assert!(!log.contains("PANIC") && !log.contains("panicked"), "{log}");
 }
@@ -238,41 +220,23 @@ fn a_worker_killed_by_a_signal() {
     let client = &mut bed.connect();
     tickets(client, "tickets", 1..=ROWS);
     run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");
-    let mut lost = 0;
+    let lost = 2 * 20;
     let mut job = 0;
     for (round, kind) in ["llm_batch job", "llm_batch gateway", "llm_batch launcher"].into_iter().enumerate() {
         let mut client = bed.connect();
+        bed.provider.hold_after(15);
         if round == 0 {
             job = backfill_with(&mut client, "tickets", "options => '{\"max_rows_per_request\": 20}'");
         }
-        let part = (round as i64 + 1) * 300;
-        wait_until("a part is done", PATIENCE, || progress(&mut client, job).done, |n| *n >= part);
-        bed.provider.hold();
-        let (_, in_flight, _) = wait_until(
-            "what was answered is written",
-            PATIENCE,
-            || {
-                let stats = bed.provider.stats();
-                let asked: i64 = stats.rows.values().map(|r| i64::from(r.asked)).sum();
-                (asked - lost, stats.rows_in_flight as i64, ROWS - left(&mut bed.connect(), "tickets"))
-            },
-            |(asked, in_flight, written)| *in_flight == 2 * 20 && asked - in_flight == *written,
-        );
-        lost += in_flight;
+        settled(&bed, ROWS, lost);
         let victim = pid(&mut client, kind);
         // SAFETY: kill takes two integers; the process is one of this test's cluster.
         assert_eq!(unsafe { libc::kill(victim, libc::SIGKILL) }, 0);
         wait_until("all sessions are ended", PATIENCE, || client.simple_query("SELECT 1").is_err(), |gone| *gone);
-        bed.provider.release();
-        wait_until(
-            "the server is back",
-            PATIENCE,
-            || bed.cluster.try_connect_as("postgres", "postgres").is_ok(),
-            |up| *up,
-        );
+        common::reconnect(&bed);
     }
-    finished(&bed, &mut bed.connect(), "tickets", job, ROWS, lost);
-    assert_eq!(lost, 3 * 2 * 20);
+    bed.provider.release();
+    finished(&bed, &mut bed.connect(), "tickets", job, ROWS, 3 * lost);
 }
 
 #[test]

@@ -7,18 +7,14 @@ use std::time::Duration;
 
 use common::{
     Bed, LABELS, PATIENCE, backfill, backfill_with, classifier, error, labels_json, left, model, one, progress, run,
-    text, tickets, wait_status, warm, wrong,
+    slow, text, tickets, wait_status, warm, wrong,
 };
-use llm_fake_provider::{Config, Fault, Latency};
+use llm_fake_provider::{Config, Fault};
 use pg_llm_batch_e2e::wait_until;
 use postgres::Client;
 
 const INPUT_PRICE: &str = "0.1234567";
 const OUTPUT_PRICE: &str = "0.7654321";
-
-fn slow(ms: u64) -> Config {
-    Config { latency: Latency { base: Duration::from_millis(ms), ..Latency::default() }, ..Config::default() }
-}
 
 /// A cluster whose model has odd prices and has answered a probe, which counts for nobody.
 #[track_caller]
@@ -206,7 +202,7 @@ fn max_tokens_is_never_passed() {
 
 #[test]
 fn a_budget_is_changed_in_the_middle() {
-    let (bed, mut c) = bed("money_change", slow(50), 2_000);
+    let (bed, mut c) = bed("money_change", slow(200), 2_000);
     let job = backfill_with(&mut c, "tickets", "options => '{\"max_rows_per_request\": 20}'");
     wait_until("it runs", PATIENCE, || bed.provider.stats().admitted, |n| *n >= 5);
     // Given a budget, it keeps it: only what is under way goes beyond what was spent.
@@ -231,12 +227,15 @@ fn a_budget_is_changed_in_the_middle() {
 fn a_budget_holds_when_the_server_is_killed() {
     let (mut bed, mut c) = bed("money_killed", slow(50), 2_000);
     let more = "max_cost => 0.008, options => '{\"max_rows_per_request\": 20, \"reuse\": false}'";
+    // Held, so that the budget is not used up before the server is killed.
+    bed.provider.hold_after(12);
     let job = backfill_with(&mut c, "tickets", more);
     let mut lost = "0".to_owned();
-    for part in [200, 600] {
+    for part in [200, 500] {
         wait_until("a part is done", PATIENCE, || progress(&mut c, job).done, |n| *n >= part);
         within(&mut c, job);
         bed.cluster.kill9();
+        bed.provider.hold_after(20);
         bed.cluster.start();
         c = bed.connect();
         let unconfirmed = wait_until(
@@ -251,6 +250,7 @@ fn a_budget_holds_when_the_server_is_killed() {
         holds(&mut c, &format!("{unconfirmed} > {lost}"));
         lost = unconfirmed;
     }
+    bed.provider.release();
     let p = paused_by_budget(&mut c, job);
     let paid = bill(&bed, &mut c);
     // What was paid is within what is known and what may have been spent.
@@ -264,8 +264,9 @@ fn a_budget_holds_when_the_server_is_killed() {
 fn a_budget_holds_when_the_gateway_or_the_worker_ends() {
     let (bed, mut c) = bed("money_ended", slow(50), 2_000);
     let more = "max_tokens => 40000, options => '{\"max_rows_per_request\": 20, \"reuse\": false}'";
+    bed.provider.hold_after(8);
     let job = backfill_with(&mut c, "tickets", more);
-    for (kind, part) in [("llm_batch gateway", 100), ("llm_batch job", 300)] {
+    for (kind, part) in [("llm_batch gateway", 100), ("llm_batch job", 200)] {
         wait_until("a part is done", PATIENCE, || progress(&mut c, job).done, |n| *n >= part);
         let unconfirmed = "SELECT tokens_unconfirmed FROM llm_batch.job_state";
         let before = one(&mut c, unconfirmed);
@@ -275,7 +276,9 @@ fn a_budget_holds_when_the_gateway_or_the_worker_ends() {
         );
         wait_until("what may have been spent is counted", PATIENCE, || one(&mut c, unconfirmed), |n| *n > before);
         within(&mut c, job);
+        bed.provider.hold_after(10);
     }
+    bed.provider.release();
     paused_by_budget(&mut c, job);
     assert!(tokens(&bed) <= 40_000, "{}", tokens(&bed));
     run(&mut c, &format!("SELECT llm_batch.alter_job({job}, max_tokens => 1000000), llm_batch.resume({job})"));

@@ -5,31 +5,11 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::{
-    Bed, LABELS, PATIENCE, backfill, backfill_with, error, failures, left, one, progress, run, text, tickets,
-    wait_status, warm, wrong,
+    Bed, LABELS, PATIENCE, SMALL, backfill, backfill_with, error, failures, held_job, in_flight, left, one, progress,
+    run, text, tickets, wait_status, warm, wrong,
 };
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::{Client, NoTls};
-
-/// Options of a job with small requests.
-const SMALL: &str = "options => '{\"max_rows_per_request\": 5}'";
-
-/// A job of `tickets` with so many rows, 5 a request and `requests` at a time, whose first requests are held back.
-#[track_caller]
-fn held_job(bed: &Bed, client: &mut Client, rows: i64, requests: u64) -> i64 {
-    tickets(client, "tickets", 1..=rows);
-    run(client, &format!("SELECT llm_batch.alter_model('m', max_concurrent_requests => {requests})"));
-    warm(client, "tickets");
-    bed.provider.hold();
-    let job = backfill_with(client, "tickets", SMALL);
-    in_flight(bed, requests);
-    job
-}
-
-#[track_caller]
-fn in_flight(bed: &Bed, requests: u64) {
-    wait_until("requests are held", PATIENCE, || bed.provider.stats().in_flight, |n| *n == requests);
-}
 
 /// The processes of ours that have a transaction or a snapshot; empty if none has.
 const OPEN: &str = "SELECT coalesce(string_agg(format('%s %s %s', backend_type, xact_start, backend_xmin), ', '), '')

@@ -2,20 +2,13 @@
 
 mod common;
 
-use std::sync::{Barrier, Mutex};
-use std::time::Duration;
-
 use common::{
-    Bed, LABELS, PATIENCE, backfill, backfill_with, classifier, labels_json, left, model, one, progress, run, text,
-    tickets, wait_status, wrong,
+    Bed, LABELS, PATIENCE, backfill, backfill_with, classifier, labels_json, left, model, one, progress, run, slow,
+    text, tickets, wait_status, wrong,
 };
-use llm_fake_provider::{Config, Latency};
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::Client;
-
-fn slow(ms: u64) -> Config {
-    Config { latency: Latency { base: Duration::from_millis(ms), ..Latency::default() }, ..Config::default() }
-}
+use std::sync::{Barrier, Mutex};
 
 /// The tests' own classifier reuses no answers; here it does, as one does that is made without options.
 fn reusing(bed: Bed) -> Bed {

@@ -187,24 +187,9 @@ fn the_accounts_hold_after_all_of_it() {
     let mut random = Random(seed as u64);
     // So slow that rows are left for as long as things happen.
     let base = Duration::from_millis((REQUESTS * PACK * seconds * 700 / rows) as u64);
-    let faults = [
-        Fault::Http500,
-        Fault::Http503,
-        Fault::RateLimit429,
-        Fault::ResetBefore,
-        Fault::ResetAfter,
-        Fault::MalformedJson,
-        Fault::DropId,
-        Fault::InventId,
-        Fault::DoubleId,
-        Fault::UnknownCode,
-        Fault::EmptyAnswer,
-        Fault::CutByLength,
-        Fault::Prose,
-    ];
     let config = Config {
         latency: Latency { base, spread: 0.3, ..Latency::default() },
-        faults: faults.into_iter().map(|f| (f, 0.002)).collect(),
+        faults: Fault::PASSING.map(|f| (f, 0.002)).into(),
         seed: seed as u64,
         ..Config::default()
     };

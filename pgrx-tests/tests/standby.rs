@@ -4,8 +4,10 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Bed, PATIENCE, backfill_with, error, left, one, progress, run, text, tickets, warm, wrong};
-use llm_fake_provider::{Config, Latency};
+use common::{
+    Bed, PATIENCE, backfill_with, error, left, one, pause_held, progress, run, settled, slow, text, tickets, warm,
+    wrong,
+};
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::Client;
 
@@ -13,10 +15,6 @@ const ROWS: i64 = 400;
 const SMALL: &str = "options => '{\"max_rows_per_request\": 10}'";
 /// Every process of ours.
 const OURS: &str = "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'llm_batch%'";
-
-fn slow(ms: u64) -> Config {
-    Config { latency: Latency { base: Duration::from_millis(ms), ..Latency::default() }, ..Config::default() }
-}
 
 /// How often rows were asked.
 fn asked(bed: &Bed) -> i64 {
@@ -40,19 +38,9 @@ fn caught_up(primary: &mut Client, standby: &mut Client) {
 fn held(bed: &Bed, client: &mut Client, more: &str) -> (i64, i64) {
     tickets(client, "tickets", 1..=ROWS);
     run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 4)");
+    bed.provider.hold_after(10);
     let job = backfill_with(client, "tickets", &format!("{SMALL}{more}"));
-    wait_until("a part is done", PATIENCE, || progress(client, job).done, |n| *n >= ROWS / 4);
-    bed.provider.hold();
-    let (_, _, written) = wait_until(
-        "what was answered is written",
-        PATIENCE,
-        || {
-            let stats = bed.provider.stats();
-            (stats.rows.len() as i64, stats.rows_in_flight as i64, ROWS - left(client, "tickets"))
-        },
-        |(asked, in_flight, written)| *in_flight == 4 * 10 && asked - in_flight == *written,
-    );
-    (job, written)
+    (job, settled(bed, ROWS, 4 * 10))
 }
 
 #[test]
@@ -170,15 +158,11 @@ fn a_switchover_with_a_paused_job() {
     let client = &mut bed.connect();
     let standby = bed.cluster.standby("standby_switch_2");
     tickets(client, "tickets", 1..=ROWS);
+    run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 4)");
+    bed.provider.hold_after(10);
     let job = backfill_with(client, "tickets", SMALL);
-    wait_until("a part is done", PATIENCE, || progress(client, job).done, |n| *n >= 50);
-    run(client, &format!("SELECT llm_batch.pause({job})"));
-    wait_until(
-        "it stands still",
-        PATIENCE,
-        || text(client, "SELECT status FROM llm_batch.job_state"),
-        |s| s == "paused",
-    );
+    settled(&bed, ROWS, 4 * 10);
+    pause_held(&bed, client, job);
     assert!(bed.cluster.stop().success());
     standby.promote();
     let there = &mut standby.connect("postgres");

@@ -4,8 +4,8 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{Bed, PATIENCE, backfill_with, left, one, progress, run, tickets, wrong};
-use llm_fake_provider::{Config, Latency, RateHeaders};
+use common::{Bed, PATIENCE, backfill_with, left, one, progress, run, slow, tickets, wrong};
+use llm_fake_provider::{Config, RateHeaders};
 use pg_llm_batch_e2e::wait_until;
 
 /// The provider allows so many requests in any five seconds; the gateway keeps the same in six.
@@ -16,11 +16,10 @@ const DEATHS: usize = 20;
 /// Ends a process of ours whenever another one of its kind has come and sent `burst` requests, or got something done.
 #[track_caller]
 fn storm(name: &str, kind: &str, burst: u64) {
-    let latency = Latency { base: Duration::from_millis(150), ..Latency::default() };
     let window = Duration::from_secs(5);
     // Nothing but its own memory keeps the gateway from what is too much.
     let rate_headers = RateHeaders::None;
-    let limits = Config { window, requests_per_window: Some(PER_WINDOW), rate_headers, latency, ..Config::default() };
+    let limits = Config { window, requests_per_window: Some(PER_WINDOW), rate_headers, ..slow(150) };
     let bed = Bed::with(name, limits);
     let client = &mut bed.connect();
     run(

@@ -3,10 +3,9 @@
 
 mod common;
 
-use std::time::Duration;
-
-use common::{Bed, PATIENCE, backfill_with, error, failures, left, one, progress, run, tickets, wrong};
-use llm_fake_provider::{Config, Latency};
+use common::{
+    Bed, PATIENCE, backfill_with, error, failures, left, one, progress, reconnect, run, slow, tickets, wrong,
+};
 use pg_llm_batch_e2e::wait_until;
 use postgres::Client;
 
@@ -24,8 +23,7 @@ const STEPS_OF_A_JOB: [&str; 8] =
 const STEPS_OF_THE_NETWORK: [&str; 3] = ["net-take", "net-send", "net-answered"];
 
 fn bed(name: &str) -> Bed {
-    let latency = Latency { base: Duration::from_millis(100), ..Latency::default() };
-    let bed = Bed::with(name, Config { latency, ..Config::default() });
+    let bed = Bed::with(name, slow(100));
     run(&mut bed.connect(), &format!("SELECT llm_batch.alter_model('m', max_concurrent_requests => {REQUESTS})"));
     bed
 }
@@ -55,7 +53,7 @@ impl Witness {
 #[track_caller]
 fn survives(bed: &Bed, point: &str, action: &str, times: u32, most: i64) {
     println!("{point} {action}");
-    let client = &mut reconnected(bed);
+    let client = &mut reconnect(bed);
     run(client, "DROP TABLE IF EXISTS tickets");
     tickets(client, "tickets", 1..=ROWS);
     bed.provider.reset_stats();
@@ -68,10 +66,10 @@ fn survives(bed: &Bed, point: &str, action: &str, times: u32, most: i64) {
     wait_until(
         &format!("{point} {action}: the job ends"),
         PATIENCE,
-        || reconnected(bed).query_one(&status, &[]).map_or_else(|e| e.to_string(), |r| r.get(0)),
+        || reconnect(bed).query_one(&status, &[]).map_or_else(|e| e.to_string(), |r| r.get(0)),
         |s: &String| bed.cluster.has_failed_at(point) && ["done", "failed"].contains(&s.as_str()),
     );
-    let client = &mut reconnected(bed);
+    let client = &mut reconnect(bed);
     let p = progress(client, job);
     assert_eq!((p.status.as_str(), p.counts()), ("done", (ROWS, ROWS, 0, 0, 0, 0)), "{point} {action}: {p:?}");
     assert_eq!((wrong(client, "tickets"), left(client, "tickets")), (0, 0), "{point} {action}");
@@ -80,25 +78,6 @@ fn survives(bed: &Bed, point: &str, action: &str, times: u32, most: i64) {
     let again = asked.iter().sum::<i64>() - ROWS;
     assert!(again <= most * i64::from(times), "{point} {action}: {again} rows were asked again");
     assert!(asked.iter().all(|n| *n <= 1 + i64::from(times)), "{point} {action}: {asked:?}");
-}
-
-/// A session, also of a server that is just being reset.
-fn reconnected(bed: &Bed) -> Client {
-    let session = || bed.cluster.try_connect_as("postgres", "postgres").map_err(|e| e.to_string());
-    let mut last = None;
-    wait_until(
-        "the server takes connections",
-        PATIENCE,
-        || match session() {
-            Ok(client) => {
-                last = Some(client);
-                String::new()
-            }
-            Err(e) => e,
-        },
-        String::is_empty,
-    );
-    last.unwrap()
 }
 
 /// Nobody but the process itself was ended.

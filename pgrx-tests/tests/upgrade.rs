@@ -300,15 +300,15 @@ fn pg_upgrade_from_an_older_postgres() {
     sql("SELECT llm_batch.create_classifier('topic', '[\"bug\", \"other\"]', 'm', options => '{\"reuse\": false}')");
     sql("CREATE TABLE t (gap int, id bigint PRIMARY KEY, body text, topic text); ALTER TABLE t DROP COLUMN gap;
          INSERT INTO t SELECT i, concat('#r', i, ':bug#') FROM generate_series(100001, 100500) i");
+    // The probe's, and those of three requests.
+    bed.provider.hold_after(4);
     sql("SELECT llm_batch.backfill('t', 'body', 'topic', 'topic', options => '{\"max_rows_per_request\": 10}')");
     wait_until(
-        "a part is done",
+        "a part is done, and a request is held",
         PATIENCE,
-        || sql("SELECT count(topic) FROM t").trim().parse::<i64>().unwrap(),
-        |n| *n >= 30,
+        || (sql("SELECT count(topic) FROM t").trim().parse::<i64>().unwrap(), bed.provider.stats().in_flight),
+        |found| *found == (30, 1),
     );
-    bed.provider.hold();
-    wait_until("a request is held", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 1);
     // Debian's 15.20 notes something with each column of each table that no pg_upgrade of another build can restore.
     sql("UPDATE pg_attribute SET attoptions = NULL WHERE attoptions::text LIKE '{pg_attver=%}'");
     run_old("pg_ctl", &["-D", "old", "-m", "fast", "-w", "stop"]);

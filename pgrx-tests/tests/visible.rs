@@ -2,17 +2,13 @@
 
 mod common;
 
-use std::time::Duration;
-
-use common::{Bed, PATIENCE, backfill, one, progress, run, text, tickets};
-use llm_fake_provider::{Config, Latency};
+use common::{Bed, PATIENCE, backfill, one, progress, run, slow, text, tickets};
 use pg_llm_batch_e2e::{Cluster, wait_until};
 
 #[test]
 fn processes_are_seen_and_what_they_write_is_counted() {
-    let latency = Latency { base: Duration::from_millis(50), ..Latency::default() };
     let builder = Cluster::builder("visible").conf("autovacuum_naptime", "1s").conf("update_process_title", "on");
-    let bed = Bed::build(builder, Config { latency, ..Config::default() });
+    let bed = Bed::build(builder, slow(50));
     let mut c = bed.connect();
     tickets(&mut c, "t", 1..=20_000);
     run(&mut c, "ANALYZE t; SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");

@@ -64,6 +64,23 @@ pub enum Fault {
 }
 
 impl Fault {
+    /// Those that do not last: asked again, perhaps in smaller requests, rows get their answers.
+    pub const PASSING: [Self; 13] = [
+        Self::Http500,
+        Self::Http503,
+        Self::RateLimit429,
+        Self::ResetBefore,
+        Self::ResetAfter,
+        Self::MalformedJson,
+        Self::DropId,
+        Self::InventId,
+        Self::DoubleId,
+        Self::UnknownCode,
+        Self::EmptyAnswer,
+        Self::CutByLength,
+        Self::Prose,
+    ];
+
     /// The faults without parameters.
     const PLAIN: [Self; 20] = [
         Self::Http500,

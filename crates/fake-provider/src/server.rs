@@ -88,6 +88,17 @@ impl FakeProvider {
         self.shared.hold();
     }
 
+    /// Gives so many more answers and holds all that come after them, from the next request's on. What a test then finds
+    /// does not hang on who was faster.
+    pub fn hold_after(&self, answers: u64) {
+        self.shared.hold_after(answers);
+    }
+
+    /// Whether answers are held back by now.
+    pub fn holds(&self) -> bool {
+        self.shared.gate.borrow().open_for == Some(0)
+    }
+
     /// Lets go of the answers held back and of the requests that hang.
     pub fn release(&self) {
         self.shared.release();
@@ -129,7 +140,8 @@ pub(crate) struct State {
 
 #[derive(Clone, Copy)]
 struct Gate {
-    held: bool,
+    /// How many answers it still lets through; no number is all.
+    open_for: Option<u64>,
     /// Calls of `release`, for requests that hang.
     releases: u64,
 }
@@ -182,7 +194,7 @@ impl Shared {
                 script: VecDeque::new(),
                 bodies: VecDeque::new(),
             }),
-            gate: watch::Sender::new(Gate { held: false, releases: 0 }),
+            gate: watch::Sender::new(Gate { open_for: None, releases: 0 }),
         }
     }
 
@@ -192,14 +204,36 @@ impl Shared {
     }
 
     pub(crate) fn hold(&self) {
-        self.gate.send_modify(|gate| gate.held = true);
+        self.hold_after(0);
+    }
+
+    fn hold_after(&self, answers: u64) {
+        self.gate.send_modify(|gate| gate.open_for = Some(answers));
     }
 
     pub(crate) fn release(&self) {
         self.gate.send_modify(|gate| {
-            gate.held = false;
+            gate.open_for = None;
             gate.releases += 1;
         });
+    }
+
+    /// Waits until the gate lets an answer through.
+    async fn pass(&self, gate: &mut watch::Receiver<Gate>, may_pass: impl Fn(&Gate) -> bool) {
+        let mut passed = false;
+        while !passed {
+            // Fails only without a sender, and `self` holds it.
+            let _ = gate.wait_for(|gate| gate.open_for != Some(0) && may_pass(gate)).await;
+            // Of several that wait only as many may go as it is open for.
+            self.gate.send_if_modified(|gate| {
+                passed = gate.open_for != Some(0) && may_pass(gate);
+                match &mut gate.open_for {
+                    Some(answers) if passed => *answers -= 1,
+                    _ => (),
+                }
+                false
+            });
+        }
     }
 
     fn stats(&self) -> Stats {
@@ -325,8 +359,7 @@ async fn chat(shared: &Shared, request: &Request, connection: &Connection) -> Af
     let hangs = admitted.fault == Some(Fault::Hang);
     let wait = async {
         tokio::time::sleep(admitted.delay).await;
-        // Fails only without a sender, and `shared` holds it.
-        let _ = gate.wait_for(|gate| !gate.held && (!hangs || gate.releases > releases_before)).await;
+        shared.pass(&mut gate, |gate| !hangs || gate.releases > releases_before).await;
     };
     let stayed = tokio::select! {
         () = wait => true,

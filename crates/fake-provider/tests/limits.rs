@@ -152,6 +152,27 @@ fn the_gate_holds_answers_that_are_billed() {
 }
 
 #[test]
+fn the_gate_lets_so_many_answers_through() {
+    let provider = FakeProvider::start(Config::default()).unwrap();
+    for round in 1..=20 {
+        provider.reset_stats();
+        provider.hold_after(3);
+        let mut clients = [0; 8].map(|_| Client::connect(&provider));
+        for client in &mut clients {
+            client.send_chat(&three_rows());
+        }
+        let stats = wait_for(&provider, |stats| stats.requests == 8 && stats.in_flight <= 5);
+        assert_eq!((stats.in_flight, stats.by_status.get(&200)), (5, Some(&3)), "round {round}");
+        assert!(provider.holds());
+        provider.release();
+        for client in &mut clients {
+            assert_eq!(client.receive().unwrap().content(), THREE_ANSWERS);
+        }
+        assert_eq!(provider.stats().in_flight, 0);
+    }
+}
+
+#[test]
 fn a_bucket_gives_back_evenly_what_a_rolling_window_gives_back_at_once() {
     let window = Duration::from_millis(1_500);
     let provider = FakeProvider::start(Config {

@@ -6,7 +6,7 @@
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-use llm_fake_provider::{Config, FakeProvider};
+use llm_fake_provider::{Config, FakeProvider, Latency};
 use pg_llm_batch_e2e::{Builder, Cluster, wait_until};
 use postgres::Client;
 
@@ -61,6 +61,36 @@ impl Bed {
     pub fn done(&self, job: i64) -> Progress {
         wait_status(&mut self.connect(), job, "done")
     }
+}
+
+/// A provider that takes its time, in ms, for each answer.
+pub fn slow(ms: u64) -> Config {
+    Config { latency: Latency { base: Duration::from_millis(ms), ..Latency::default() }, ..Config::default() }
+}
+
+/// A superuser's session, also of a server that is just being reset.
+#[track_caller]
+pub fn reconnect(bed: &Bed) -> Client {
+    let mut last = None;
+    wait_until(
+        "the server takes connections",
+        PATIENCE,
+        || match bed.cluster.try_connect_as("postgres", "postgres") {
+            Ok(client) => {
+                last = Some(client);
+                String::new()
+            }
+            Err(e) => e.to_string(),
+        },
+        String::is_empty,
+    );
+    last.unwrap()
+}
+
+/// Process ids by type.
+pub fn pids(client: &mut Client, kind: &str) -> Vec<i32> {
+    let rows = client.query("SELECT pid FROM pg_stat_activity WHERE backend_type = $1 ORDER BY 1", &[&kind]).unwrap();
+    rows.iter().map(|r| r.get(0)).collect()
 }
 
 /// Makes the extension, the server `fake` and a key for everybody.
@@ -311,4 +341,70 @@ pub fn warm(client: &mut Client, table: &str) {
     run(client, "BEGIN");
     backfill(client, table);
     run(client, "ROLLBACK");
+}
+
+/// Options of a job with small requests.
+pub const SMALL: &str = "options => '{\"max_rows_per_request\": 5}'";
+
+/// A job of `tickets` with so many rows, 5 a request and `requests` at a time, whose first requests are held back.
+#[track_caller]
+pub fn held_job(bed: &Bed, client: &mut Client, rows: i64, requests: u64) -> i64 {
+    tickets(client, "tickets", 1..=rows);
+    run(client, &format!("SELECT llm_batch.alter_model('m', max_concurrent_requests => {requests})"));
+    warm(client, "tickets");
+    bed.provider.hold();
+    let job = backfill_with(client, "tickets", SMALL);
+    in_flight(bed, requests);
+    job
+}
+
+/// Waits until so many requests are held.
+#[track_caller]
+pub fn in_flight(bed: &Bed, requests: u64) {
+    wait_until(
+        "requests are held",
+        PATIENCE,
+        || (bed.provider.holds(), bed.provider.stats().in_flight),
+        |found| *found == (true, requests),
+    );
+}
+
+/// Waits until requests with so many rows are held, and whatever else was answered is written to `tickets`, which has
+/// `rows` rows; how many are written.
+#[track_caller]
+pub fn settled(bed: &Bed, rows: i64, held: i64) -> i64 {
+    let client = &mut bed.connect();
+    let (_, (_, _, written)) = wait_until(
+        "what was answered is written",
+        PATIENCE,
+        || {
+            let holds = bed.provider.holds();
+            let stats = bed.provider.stats();
+            (holds, (stats.rows.len() as i64, stats.rows_in_flight as i64, rows - left(client, "tickets")))
+        },
+        |(holds, (asked, in_flight, written))| *holds && *in_flight == held && asked - in_flight == *written,
+    );
+    written
+}
+
+/// Pauses a job whose requests are held, and lets go of them when it will send no more; then it stands still.
+#[track_caller]
+pub fn pause_held(bed: &Bed, client: &mut Client, job: i64) {
+    run(client, &format!("SELECT llm_batch.pause({job})"));
+    let queued = "SELECT sum(queued)::bigint FROM llm_batch.activity";
+    wait_until("nothing is queued", PATIENCE, || one(client, queued), |n| *n == 0);
+    bed.provider.release();
+    let said = format!("SELECT status FROM llm_batch.job_state WHERE job_id = {job}");
+    wait_until("it stands still", PATIENCE, || text(client, &said), |s| s == "paused");
+}
+
+/// The job filled all rows of `tickets`, each is right and none was asked twice.
+#[track_caller]
+pub fn all_right_once(bed: &Bed, client: &mut Client, p: &Progress, rows: i64) {
+    assert_eq!(p.counts(), (rows, rows, 0, 0, 0, 0), "{p:?}");
+    assert_eq!((wrong(client, "tickets"), left(client, "tickets")), (0, 0));
+    let stats = bed.provider.stats();
+    assert_eq!(stats.rows.len() as i64, rows);
+    let twice: Vec<_> = stats.rows.iter().filter(|(_, r)| r.asked != 1).collect();
+    assert!(twice.is_empty(), "asked more than once: {twice:?}");
 }
