@@ -12,7 +12,7 @@ use crate::budget::Price;
 use crate::client::check_here;
 use crate::error::{Error, Result};
 use crate::model::{self, check_owner, current_user, exists, new_name, required};
-use crate::{isolation, sql, txn};
+use crate::{changes, isolation, sql, txn};
 
 /// A task and the name of the model it is asked of.
 pub struct Known {
@@ -210,7 +210,9 @@ fn alter_classifier(
             "UPDATE llm_batch.classifier SET model = coalesce($2, model), instruction = coalesce($3, instruction),
                     labels = $4, examples = $5, options = $6 WHERE name = $1",
             &args,
-        )
+        )?;
+        changes::tell();
+        Ok(())
     })?;
     Ok(())
 }

@@ -10,6 +10,7 @@ use pgrx::prelude::*;
 mod activity;
 mod budget;
 mod catalog;
+mod changes;
 mod classifier;
 mod classify;
 mod client;

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::budget::Price;
 use crate::error::{Error, Result};
-use crate::{client, provider, sql, txn};
+use crate::{changes, client, provider, sql, txn};
 
 /// Default of `request_timeout`: long, because a request that is given up may have been paid.
 const REQUEST_TIMEOUT: &str = "5 minutes";
@@ -375,6 +375,7 @@ fn alter_model_2(
             let query = format!("UPDATE llm_batch.model SET {} WHERE name = $1", resets.join(", "));
             sql::run(&query, &[name.into()])?;
         }
+        changes::tell();
         Ok(())
     })?;
     Ok(())

@@ -157,9 +157,9 @@ fn transactions_that_fail_a_few_times() {
     assert!(one(client, "SELECT last_value FROM tries") > 11);
 }
 
-/// What is altered holds from the next request on, also while rows without number wait in the gateway.
+/// What is altered holds from the next answer on, also while rows without number wait in the gateway.
 #[test]
-fn server_key_and_model_altered_in_the_middle() {
+fn server_key_model_and_classifier_altered_in_the_middle() {
     let bed = Bed::with("changes_server", slow(200));
     let key = "sk-second-0123456789";
     let second = FakeProvider::start(Config { api_key: Some(key.to_owned()), ..slow(20) }).unwrap();
@@ -168,18 +168,29 @@ fn server_key_and_model_altered_in_the_middle() {
     run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");
     let job = backfill_with(client, "tickets", SMALL);
     wait_until("the first is asked", PATIENCE, || progress(client, job).done, |n| *n > 50);
-    run(
-        client,
-        &format!(
-            "BEGIN; ALTER SERVER fake OPTIONS (SET base_url '{}');
-             ALTER USER MAPPING FOR PUBLIC SERVER fake OPTIONS (SET api_key '{key}');
-             SELECT llm_batch.alter_model('m', model => 'another'); COMMIT",
-            second.base_url()
-        ),
+    let server = format!(
+        "BEGIN; ALTER SERVER fake OPTIONS (SET base_url '{}');
+         ALTER USER MAPPING FOR PUBLIC SERVER fake OPTIONS (SET api_key '{key}'); COMMIT",
+        second.base_url()
     );
-    wait_until("the second is asked", PATIENCE, || second.stats().requests, |n| *n > 0);
+    for (change, provider, seen) in [
+        ("SELECT llm_batch.alter_model('m', model => 'another')", &bed.provider, "another"),
+        (
+            "SELECT llm_batch.alter_classifier('topic', instruction => 'Of a shop for bicycles.')",
+            &bed.provider,
+            "bicycles",
+        ),
+        (server.as_str(), &second, "bicycles"),
+    ] {
+        let before = bed.provider.stats().rows.len();
+        run(client, change);
+        let is_new = || provider.bodies().iter().any(|body| body.to_string().contains(seen));
+        wait_until("it is asked as altered", PATIENCE, is_new, |new| *new);
+        let more = bed.provider.stats().rows.len() - before;
+        // Ten under way, ten that followed them, and what a busy machine makes of it. All that waits is 950 rows.
+        assert!(more <= 150, "{more} rows were asked since: {change}");
+    }
     let first = bed.provider.stats();
-    assert!(first.rows.len() < 900, "{} rows were sent to where they should not", first.rows.len());
     let p = bed.done(job);
     assert_eq!(p.counts(), (1_100, 1_100, 0, 0, 0, 0));
     assert_eq!((wrong(client, "tickets"), left(client, "tickets")), (0, 0));
@@ -189,7 +200,6 @@ fn server_key_and_model_altered_in_the_middle() {
     assert_eq!(last.rows.len() + other.rows.len(), 1_100, "a row was asked at both");
     assert_eq!(other.by_status.keys().copied().collect::<Vec<_>>(), [200]);
     assert!(second.bodies().iter().all(|b| b["model"] == "another"));
-    assert!(bed.provider.bodies().iter().all(|b| b["model"] == "fake-m"));
 }
 
 /// All of max_worker_processes are taken: one warning, and the job starts when there is room.

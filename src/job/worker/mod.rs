@@ -26,7 +26,7 @@ use crate::job::settle::Answer;
 use crate::job::store::{self, Failure, Job, Outcome};
 use crate::shared::{self, End};
 use crate::worker::{finder, handle_signals, my_database, my_pid, reload_if_asked, report};
-use crate::{settings, sql, txn};
+use crate::{changes, settings, sql, txn};
 
 /// How often locked rows are tried again, and transactions that failed in passing.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -96,6 +96,7 @@ fn begin(id: i64, told: bool) -> Result<Option<Job>> {
         return Ok(None);
     }
     job.starts = starts;
+    changes::listen();
     store::begin(&job)?;
     // What is reserved still, a worker left that died; nobody knows how much of it was spent.
     store::release(id, true)?;
@@ -234,7 +235,8 @@ impl Worker {
 
     /// One turn: look at what is wanted, claim, hand over, wait, write.
     fn turn(&mut self) -> Result<()> {
-        if shared::was_poked(my_database(), self.job.id) || self.look_now || self.looked.elapsed() > CONTROL {
+        let told = shared::was_poked(my_database(), self.job.id) | changes::heard() | self.look_now;
+        if told || self.looked.elapsed() > CONTROL {
             self.look()?;
         }
         if self.client.is_none() && self.stopping.is_none() && !self.money.in_doubt {

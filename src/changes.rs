@@ -1,0 +1,63 @@
+//! How a job's worker hears that others have changed what it asks, whom, or how.
+//!
+//! Postgres tells every process of a committed change of foreign servers and user mappings. Models and classifiers are
+//! rows, of which it tells nobody; who changes them has it tell that their table has changed. A process hears of all
+//! that at the start of its next transaction.
+
+use std::ffi::CStr;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
+
+use pgrx::pg_sys;
+use pgrx::prelude::*;
+
+static HEARD: AtomicBool = AtomicBool::new(false);
+static TABLES: [AtomicU32; 2] = [AtomicU32::new(0), AtomicU32::new(0)];
+const NAMES: [&CStr; 2] = [c"model", c"classifier"];
+
+/// From now on changes are heard. In a transaction, once in a process.
+pub fn listen() {
+    for (table, name) in TABLES.iter().zip(NAMES) {
+        table.store(relation(name).to_u32(), Relaxed);
+    }
+    // SAFETY: on the main thread; the functions live as long as the process and do nothing but set a flag.
+    unsafe {
+        for cache in [pg_sys::SysCacheIdentifier::FOREIGNSERVEROID, pg_sys::SysCacheIdentifier::USERMAPPINGOID] {
+            pg_sys::CacheRegisterSyscacheCallback(cache as i32, Some(on_catalog), pg_sys::Datum::from(0));
+        }
+        pg_sys::CacheRegisterRelcacheCallback(Some(on_table), pg_sys::Datum::from(0));
+    }
+}
+
+/// Whether anything was heard since this was last asked.
+pub fn heard() -> bool {
+    HEARD.swap(false, Relaxed)
+}
+
+/// The commit of this transaction tells that models or classifiers have changed.
+pub fn tell() {
+    for name in NAMES {
+        let oid = relation(name);
+        if oid != pg_sys::InvalidOid {
+            // SAFETY: in a transaction, on the main thread, of a table that this transaction has locked or looked up.
+            unsafe { pg_sys::CacheInvalidateRelcacheByRelid(oid) };
+        }
+    }
+}
+
+fn relation(name: &CStr) -> pg_sys::Oid {
+    // SAFETY: in a transaction, on the main thread; both look names up and give 0 for what is not there.
+    unsafe { pg_sys::get_relname_relid(name.as_ptr(), pg_sys::get_namespace_oid(c"llm_batch".as_ptr(), true)) }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_catalog(_arg: pg_sys::Datum, _cache: i32, _hash: u32) {
+    HEARD.store(true, Relaxed);
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn on_table(_arg: pg_sys::Datum, table: pg_sys::Oid) {
+    // 0: of all tables, since too much was told at once.
+    if table == pg_sys::InvalidOid || TABLES.iter().any(|t| t.load(Relaxed) == table.to_u32()) {
+        HEARD.store(true, Relaxed);
+    }
+}
