@@ -78,11 +78,11 @@ fn at_once(bed: &Bed, sessions: usize, rounds: usize, texts: fn(usize, usize) ->
 #[test]
 fn sessions_that_ask_at_once_share_requests() {
     let bed = reusing(Bed::with("sharing_sessions", slow(300)));
-    let mut requests = at_once(&bed, 50, 5, |session, round| round * 1_000 + session);
+    let requests = at_once(&bed, 50, 5, |session, round| round * 1_000 + session);
     println!("{requests:?}");
-    requests.sort_unstable();
-    // Where all processors are busy, some come so late that they find others gone.
-    assert!(requests[2] <= 3 && requests[4] <= 5, "{requests:?}");
+    // Two on a machine that is idle; where all processors are busy, some come so late that they find others gone. Alone
+    // they would be fifty.
+    assert!(requests.iter().all(|n| *n <= 10), "{requests:?}");
     let stats = bed.provider.stats();
     assert_eq!((stats.rows.len(), stats.rows.values().all(|row| row.asked == 1)), (250, true));
     // All about one text.

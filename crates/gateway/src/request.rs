@@ -126,13 +126,18 @@ fn forms(c: char) -> Vec<String> {
 
 /// The length of a key, or the beginning of one, at the beginning of a text.
 fn quoted(text: &str, key: &[Vec<String>]) -> Option<usize> {
-    let mut length = 0;
+    let is_here = |at: usize, form: &String| text.as_bytes().get(at..at + form.len()).is_some_and(|t| is_form(t, form));
+    // Nearly everywhere nothing of it is found.
+    key.first()?.iter().find(|form| is_here(0, form))?;
+    // A key's backslash may be quoted or may quote what follows: all ways are tried.
+    let mut ends = vec![0];
     for forms in key {
-        let rest = text.as_bytes().get(length..)?;
-        let is_here = |form: &&String| rest.get(..form.len()).is_some_and(|r| is_form(r, form));
-        length += forms.iter().find(is_here)?.len();
+        let longer = |at: usize| forms.iter().filter(move |form| is_here(at, form)).map(move |form| at + form.len());
+        ends = ends.into_iter().flat_map(longer).collect();
+        ends.sort_unstable();
+        ends.dedup();
     }
-    (length > 0).then_some(length)
+    ends.last().copied()
 }
 
 /// Escapes are written in small or in capital letters.
@@ -197,5 +202,22 @@ mod tests {
         let long = "sk- secret ".repeat(MAX_ANSWER / 11);
         let redacted = redact(&long, "secret-0123456789");
         assert!(!redacted.contains("sk-") && !redacted.contains("secret"));
+    }
+    proptest::proptest! {
+        #[test]
+        fn no_text_gives_a_key_away(
+            before in "\\PC{0,40}",
+            key in "[!-~]{8,40}",
+            picks in proptest::collection::vec(0_usize..8, 40),
+            after in "\\PC{0,40}",
+        ) {
+            // Each character as somebody's quoting may write it.
+            let quoted: String =
+                key.chars().zip(&picks).map(|(c, pick)| forms(c).get(*pick).cloned().unwrap_or(c.to_string())).collect();
+            let redacted = redact(&format!("{before}{quoted}{after}"), &key);
+            proptest::prop_assert!(!redacted.contains(&key) && !redacted.contains(&quoted), "{redacted}");
+            proptest::prop_assert!(redacted.contains(REDACTED));
+            proptest::prop_assert_eq!(redact(&redacted, &key), redacted.clone());
+        }
     }
 }
