@@ -86,6 +86,17 @@ CREATE FUNCTION @extschema@.llm_classify_batch(query text, labels text[], option
     AS 'MODULE_PATHNAME', 'llm_classify_batch_labels_wrapper';
 COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text[], jsonb) IS 'the same with labels in place of a classifier, by the model llm_batch.default_model';
 
+CREATE FUNCTION @extschema@.llm_classify_array(ids anyarray, inputs text[], task text, options jsonb DEFAULT '{}')
+    RETURNS TABLE (id anyelement, label text, status text, detail text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000 SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'llm_classify_array_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_classify_array(anyarray, text[], text, jsonb) IS 'labels for inputs, each with its id, in their order; status is ok, skipped or failed';
+
+CREATE FUNCTION @extschema@.llm_filter(input text, question text, options jsonb DEFAULT '{}') RETURNS boolean
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000 SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'llm_filter_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_filter(text, text, jsonb) IS 'whether the answer to a question about a text is yes, by the option "model" or llm_batch.default_model; NULL, with a warning, if the model gives no answer';
+
 -- Jobs
 
 -- No search_path: input and filter are read under the caller's.

@@ -72,6 +72,17 @@ COMMENT ON FUNCTION llm_batch.alter_job IS 'changes the budget of a job, in doll
 
 COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text, jsonb) IS 'labels for the rows of a query with the columns id and input, and a third that keeps rows apart which differ in it, or none; status is ok, skipped or failed';
 
+CREATE FUNCTION @extschema@.llm_classify_array(ids anyarray, inputs text[], task text, options jsonb DEFAULT '{}')
+    RETURNS TABLE (id anyelement, label text, status text, detail text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000 SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'llm_classify_array_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_classify_array(anyarray, text[], text, jsonb) IS 'labels for inputs, each with its id, in their order; status is ok, skipped or failed';
+
+CREATE FUNCTION @extschema@.llm_filter(input text, question text, options jsonb DEFAULT '{}') RETURNS boolean
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000 SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'llm_filter_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_filter(text, text, jsonb) IS 'whether the answer to a question about a text is yes, by the option "model" or llm_batch.default_model; NULL, with a warning, if the model gives no answer';
+
 CREATE FUNCTION llm_batch.home() RETURNS text
     LANGUAGE c STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'home_wrapper';

@@ -77,6 +77,35 @@ pub fn from_labels(labels: Vec<Option<String>>, options: &Value) -> Result<Known
     })
 }
 
+/// The label of a question's answer that is yes.
+pub const YES: &str = "yes";
+
+/// A question that is answered with yes or no, for the model of the options or the default one.
+pub fn from_question(question: &str, mut options: Value) -> Result<Known> {
+    let question = question.trim();
+    if question.is_empty() {
+        return Err(Error::invalid("the question is empty").hint("Ask what is to be answered with yes or no."));
+    }
+    let named = match options.as_object_mut().and_then(|map| map.remove("model")) {
+        None | Some(Value::Null) => None,
+        Some(Value::String(name)) => Some(name),
+        Some(other) => {
+            return Err(Error::invalid(format!("invalid value for option \"model\": {other}"))
+                .hint("It must be the name of a model."));
+        }
+    };
+    let labels = [(YES, "the answer is yes"), ("no", "the answer is no")];
+    let labels =
+        labels.map(|(label, description)| Label { label: label.to_owned(), description: description.to_owned() });
+    let task = Task {
+        instruction: format!("Answer this question about each text: {question}"),
+        labels: check_labels(labels.into())?,
+        examples: Vec::new(),
+        options: read_options([&options])?,
+    };
+    Ok(Known { model: named.map_or_else(model::default, Ok)?, task })
+}
+
 /// A task as a stream, with what its model is called and costs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Asked {

@@ -1,167 +1,22 @@
-//! `llm_classify()` and `llm_classify_batch()`: streams of one row and of a query's rows. The same path as a job's.
+//! What sessions call: `llm_classify()`, `llm_classify_batch()`, `llm_classify_array()`, `llm_filter()`.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, VecDeque};
-use std::time::Duration;
 
-use llm_batch_gateway::protocol::{Allowance, FromGateway, Item, Stream, ToGateway, Verdict, most_text};
-use pgrx::datum::JsonB;
+use llm_batch_gateway::protocol::{Allowance, Verdict};
+use pgrx::datum::{AnyElement, JsonB};
 use pgrx::iter::TableIterator;
-use pgrx::name;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
+use pgrx::{AnyArray, FromDatum, name};
 use serde_json::json;
 
-use crate::budget::UNLIMITED;
-use crate::classifier::{self, Asked};
-use crate::client::{Client, LostInVain, Received, WINDOW_ROWS, check_usable};
+use crate::ask::{Asking, ask};
+use crate::classifier;
+use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::isolation;
 use crate::model::current_user;
-use crate::statement::{self, Purse};
-
-/// Bytes of their text.
-const WINDOW_BYTES: usize = 4 << 20;
-/// Rows taken from a query at a time.
-const FETCH: usize = 100;
-
-/// A text, and what keeps it apart from others.
-type Asking = (String, Option<String>);
-
-/// The connection of the last call, with nothing under way, and what was opened on it.
-struct Kept {
-    client: Client,
-    stream: Stream,
-    purse: Purse,
-}
-
-thread_local! {
-    /// A scalar function is called row by row.
-    static KEPT: RefCell<Option<Kept>> = const { RefCell::new(None) };
-}
-
-/// Asks about rows as `source` yields them (at most so many at a call; none: the end), and hands what became of each, by
-/// its position, to `sink`. The statement spends no more than `limit`.
-fn ask(
-    mut asked: Asked,
-    limit: Allowance,
-    source: &mut dyn FnMut(usize) -> Result<Vec<Asking>>,
-    sink: &mut dyn FnMut(usize, Verdict),
-) -> Result<()> {
-    if limit != (Allowance { cost: UNLIMITED, tokens: UNLIMITED }) {
-        asked = asked.with_budget(limit.cost != UNLIMITED)?;
-    }
-    let Asked { stream, model, price } = asked;
-    let mut purse = Purse::new(limit, price, stream.budget);
-    let mut client = match KEPT.take() {
-        // What a stream was allowed holds for one budget.
-        Some(kept) if kept.stream == stream && (stream.budget.is_none() || kept.purse.is_same(&purse)) => {
-            match if_fresh(kept)? {
-                Some(Kept { client, purse: kept, .. }) => {
-                    if stream.budget.is_some() {
-                        purse = kept;
-                    }
-                    client
-                }
-                None => Client::open(&stream)?,
-            }
-        }
-        kept => {
-            close(kept);
-            Client::open(&stream)?
-        }
-    };
-    let most_text = most_text(stream.model.max_request_tokens);
-    let mut fetched: VecDeque<Asking> = VecDeque::new();
-    let mut pending: BTreeMap<u64, Item> = BTreeMap::new();
-    let mut bytes = 0;
-    let mut next = 0;
-    let mut ended = false;
-    let mut lost = LostInVain::default();
-    loop {
-        let mut items = Vec::new();
-        while pending.len() < WINDOW_ROWS {
-            if fetched.is_empty() && !ended {
-                fetched.extend(source(FETCH)?);
-                ended = fetched.is_empty();
-            }
-            let fits =
-                |asking: &mut Asking| pending.is_empty() || bytes + asking.0.len().min(most_text) <= WINDOW_BYTES;
-            let Some((mut text, isolation)) = fetched.pop_front_if(fits) else { break };
-            text.truncate(text.floor_char_boundary(most_text));
-            bytes += text.len();
-            let item = Item { n: next, text, isolation };
-            pending.insert(next, item.clone());
-            items.push(item);
-            next += 1;
-        }
-        send(&mut client, items)?;
-        if pending.is_empty() {
-            close(KEPT.replace(Some(Kept { client, stream, purse })));
-            return Ok(());
-        }
-        match client.receive(Duration::from_secs(60))? {
-            Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
-                lost.answered();
-                purse.spend(&spent, outcomes.iter().filter(|o| o.verdict != Verdict::Withdrawn).count() as u64);
-                if let Some(more) = purse.top_up() {
-                    client.send(&ToGateway::Allow(more))?;
-                }
-                for o in outcomes {
-                    // What was withdrawn is followed by the reason: the stream is stopped.
-                    if o.verdict != Verdict::Withdrawn
-                        && let Some(item) = pending.remove(&o.n)
-                    {
-                        bytes -= item.text.len();
-                        sink(o.n as usize, o.verdict);
-                    }
-                }
-            }
-            Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, &model)),
-            Received::Message(FromGateway::Exhausted { least, full }) => {
-                client.send(&ToGateway::Allow(purse.grant(least, full, &stream)?))?;
-            }
-            Received::Message(_) | Received::Nothing => {}
-            Received::Lost => {
-                lost.another()?;
-                purse.release(true);
-                client = Client::open(&stream)?;
-                send(&mut client, pending.values().cloned().collect())?;
-            }
-        }
-    }
-}
-
-/// A connection, if nothing has come on it since it was last used: a stop of back then says nothing about today.
-fn if_fresh(mut kept: Kept) -> Result<Option<Kept>> {
-    if matches!(kept.client.receive(Duration::ZERO)?, Received::Nothing) {
-        return Ok(Some(kept));
-    }
-    close(Some(kept));
-    Ok(None)
-}
-
-/// Nothing is under way on a connection that was kept: what it was allowed was not spent.
-fn close(kept: Option<Kept>) {
-    if let Some(mut kept) = kept {
-        kept.purse.release(false);
-    }
-}
-
-/// Sends rows in frames that are small enough.
-fn send(client: &mut Client, items: Vec<Item>) -> Result<()> {
-    let mut frame = Vec::new();
-    let mut bytes = 0;
-    for item in items {
-        bytes += item.text.len();
-        frame.push(item);
-        if bytes > 1 << 20 {
-            client.send(&ToGateway::Items(std::mem::take(&mut frame)))?;
-            bytes = 0;
-        }
-    }
-    if frame.is_empty() { Ok(()) } else { client.send(&ToGateway::Items(frame)) }
-}
+use crate::statement;
 
 /// A label, or its absence with the reason as a warning.
 fn classify_one(input: &str, known: classifier::Known, limit: Allowance) -> Result<Option<String>> {
@@ -205,79 +60,141 @@ fn llm_classify_labels(
     Ok(classify_one(input, classifier::from_labels(labels, &options.0)?, limit)?)
 }
 
+/// NULL where the model gives no answer.
+#[pg_extern(sql = false)]
+fn llm_filter(input: &str, question: &str, mut options: JsonB) -> std::result::Result<Option<bool>, ErrorReport> {
+    check_usable()?;
+    let limit = statement::limit(&mut options.0)?;
+    let answer = classify_one(input, classifier::from_question(question, options.0)?, limit)?;
+    Ok(answer.map(|label| label == classifier::YES))
+}
+
 #[derive(Default)]
 struct Answer {
-    id: Option<String>,
     label: Option<String>,
     status: &'static str,
     detail: Option<String>,
 }
 
-fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Result<Vec<Answer>> {
+/// Rows without their ids: their text, and what keeps them apart.
+type Page = Vec<(Option<String>, Option<String>)>;
+
+/// What becomes of rows as `page` yields them (at most so many at a call), in their order; an empty page is the end.
+fn classify_rows(
+    known: classifier::Known,
+    limit: Allowance,
+    page: &mut dyn FnMut(usize) -> Result<Page>,
+) -> Result<Vec<Answer>> {
     let asked = known.stream(current_user(), true)?;
     let labels = asked.stream.task.labels.clone();
     let answers: RefCell<Vec<Answer>> = RefCell::new(Vec::new());
     // The position among the rows that are asked about → the position among all rows.
     let places: RefCell<Vec<usize>> = RefCell::new(Vec::new());
-    Spi::connect(|client| -> Result<()> {
-        let mut cursor = client.try_open_cursor(query, &[])?;
-        let mut source = |n: usize| -> Result<Vec<Asking>> {
-            let mut texts = Vec::new();
-            // A page may consist of rows without text; only the end of the query ends the rows.
-            loop {
-                let rows = cursor.fetch(n as libc::c_long)?;
-                if !matches!(rows.columns()?, 2 | 3) {
-                    return Err(Error::new(
-                        PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
-                        format!("the query must return two columns, id and input, or three, not {}", rows.columns()?),
-                    )
-                    .hint("Write it as 'SELECT id, body FROM …'; a third column keeps rows apart that differ in it."));
-                }
-                if rows.is_empty() {
-                    return Ok(texts);
-                }
-                for [id, text, isolation] in output(rows)? {
-                    let mut answers = answers.borrow_mut();
-                    match text.filter(|t| !t.is_empty()) {
-                        Some(text) => {
-                            places.borrow_mut().push(answers.len());
-                            texts.push((text, isolation));
-                            answers.push(Answer { id, ..Answer::default() });
-                        }
-                        None => {
-                            let detail = Some("empty: the input is NULL or empty".to_owned());
-                            answers.push(Answer { id, status: "skipped", detail, ..Answer::default() });
-                        }
-                    }
-                }
-                if !texts.is_empty() {
-                    return Ok(texts);
-                }
+    let mut source = |n: usize| -> Result<Vec<Asking>> {
+        let mut texts = Vec::new();
+        // A page may consist of rows without text; only the end of the rows ends them.
+        while texts.is_empty() {
+            let rows = page(n)?;
+            if rows.is_empty() {
+                break;
             }
-        };
-        let mut sink = |n: usize, verdict: Verdict| {
-            let at = places.borrow().get(n).copied().unwrap_or(usize::MAX);
-            if let Some(answer) = answers.borrow_mut().get_mut(at) {
-                match verdict {
-                    Verdict::Label(i) => {
-                        answer.label = labels.get(i as usize).map(|l| l.label.clone());
-                        answer.status = "ok";
+            for (text, isolation) in rows {
+                let mut answers = answers.borrow_mut();
+                let mut answer = Answer::default();
+                match text.filter(|t| !t.is_empty()) {
+                    Some(text) => {
+                        places.borrow_mut().push(answers.len());
+                        texts.push((text, isolation));
                     }
-                    Verdict::Skip { class, detail } => {
+                    None => {
                         answer.status = "skipped";
-                        answer.detail = Some(format!("{class}: {detail}"));
+                        answer.detail = Some("empty: the input is NULL or empty".to_owned());
                     }
-                    Verdict::Fail { class, detail } => {
-                        answer.status = "failed";
-                        answer.detail = Some(format!("{class}: {detail}"));
-                    }
-                    Verdict::Withdrawn => {}
                 }
+                answers.push(answer);
             }
-        };
-        ask(asked, limit, &mut source, &mut sink)
-    })?;
+        }
+        Ok(texts)
+    };
+    let mut sink = |n: usize, verdict: Verdict| {
+        let at = places.borrow().get(n).copied().unwrap_or(usize::MAX);
+        if let Some(answer) = answers.borrow_mut().get_mut(at) {
+            match verdict {
+                Verdict::Label(i) => {
+                    answer.label = labels.get(i as usize).map(|l| l.label.clone());
+                    answer.status = "ok";
+                }
+                Verdict::Skip { class, detail } => {
+                    answer.status = "skipped";
+                    answer.detail = Some(format!("{class}: {detail}"));
+                }
+                Verdict::Fail { class, detail } => {
+                    answer.status = "failed";
+                    answer.detail = Some(format!("{class}: {detail}"));
+                }
+                Verdict::Withdrawn => {}
+            }
+        }
+    };
+    ask(asked, limit, &mut source, &mut sink)?;
     Ok(answers.into_inner())
+}
+
+fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Result<Vec<Row<String>>> {
+    let mut ids = Vec::new();
+    let answers = Spi::connect(|client| -> Result<_> {
+        let mut cursor = client.try_open_cursor(query, &[])?;
+        classify_rows(known, limit, &mut |n| {
+            let rows = cursor.fetch(n as libc::c_long)?;
+            if !matches!(rows.columns()?, 2 | 3) {
+                return Err(Error::new(
+                    PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
+                    format!("the query must return two columns, id and input, or three, not {}", rows.columns()?),
+                )
+                .hint("Write it as 'SELECT id, body FROM …'; a third column keeps rows apart that differ in it."));
+            }
+            if rows.is_empty() {
+                return Ok(Vec::new());
+            }
+            let rows = output(rows)?.into_iter().map(|[id, text, isolation]| {
+                ids.push(id);
+                (text, isolation)
+            });
+            Ok(rows.collect())
+        })
+    })?;
+    Ok(as_rows(ids, answers))
+}
+
+fn classify_array(
+    ids: AnyArray,
+    inputs: Vec<Option<String>>,
+    known: classifier::Known,
+    limit: Allowance,
+) -> Result<Vec<Row<AnyElement>>> {
+    let ids = elements(ids);
+    if ids.len() != inputs.len() {
+        return Err(Error::new(
+            PgSqlErrorCode::ERRCODE_ARRAY_ELEMENT_ERROR,
+            "\"ids\" and \"inputs\" must have as many elements as each other",
+        )
+        .detail(format!("\"ids\" has {}, \"inputs\" has {}.", ids.len(), inputs.len()))
+        .hint("Make both of the same rows, as in SELECT array_agg(id), array_agg(body) FROM …"));
+    }
+    let mut inputs = inputs.into_iter();
+    let answers =
+        classify_rows(known, limit, &mut |n| Ok(inputs.by_ref().take(n).map(|input| (input, None)).collect()))?;
+    Ok(as_rows(ids, answers))
+}
+
+/// The elements of an array, which live as long as the current memory context.
+fn elements(array: AnyArray) -> Vec<Option<AnyElement>> {
+    // SAFETY: the datum is an array, which is not NULL, of the type that it comes with; so is its copy.
+    let copy = unsafe {
+        let copy = pg_sys::pg_detoast_datum_copy(array.datum().cast_mut_ptr());
+        AnyArray::from_polymorphic_datum(pg_sys::Datum::from(copy), false, array.oid())
+    };
+    copy.iter().flatten().collect()
 }
 
 /// A row of a query: id, input, and what keeps it apart, if there is a third column.
@@ -318,10 +235,10 @@ fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Output>> {
     Ok(out)
 }
 
-type Row = (Option<String>, Option<String>, String, Option<String>);
+type Row<Id> = (Option<Id>, Option<String>, String, Option<String>);
 
-fn as_rows(answers: Vec<Answer>) -> impl Iterator<Item = Row> {
-    answers.into_iter().map(|a| (a.id, a.label, a.status.to_owned(), a.detail))
+fn as_rows<Id>(ids: Vec<Option<Id>>, answers: Vec<Answer>) -> Vec<Row<Id>> {
+    ids.into_iter().zip(answers).map(|(id, a)| (id, a.label, a.status.to_owned(), a.detail)).collect()
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -340,7 +257,7 @@ fn llm_classify_batch(
 > {
     check_usable()?;
     let limit = statement::limit(&mut options.0)?;
-    Ok(TableIterator::new(as_rows(classify_query(query, classifier::load(task, &options.0)?, limit)?)))
+    Ok(TableIterator::new(classify_query(query, classifier::load(task, &options.0)?, limit)?))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -359,5 +276,30 @@ fn llm_classify_batch_labels(
 > {
     check_usable()?;
     let limit = statement::limit(&mut options.0)?;
-    Ok(TableIterator::new(as_rows(classify_query(query, classifier::from_labels(labels, &options.0)?, limit)?)))
+    Ok(TableIterator::new(classify_query(query, classifier::from_labels(labels, &options.0)?, limit)?))
+}
+
+// pgrx reads the columns off the signature, so that it can't be an alias.
+#[allow(clippy::type_complexity)]
+#[pg_extern(sql = false)]
+fn llm_classify_array(
+    ids: AnyArray,
+    inputs: Vec<Option<String>>,
+    task: &str,
+    mut options: JsonB,
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (
+            name!(id, Option<AnyElement>),
+            name!(label, Option<String>),
+            name!(status, String),
+            name!(detail, Option<String>),
+        ),
+    >,
+    ErrorReport,
+> {
+    check_usable()?;
+    let limit = statement::limit(&mut options.0)?;
+    Ok(TableIterator::new(classify_array(ids, inputs, classifier::load(task, &options.0)?, limit)?))
 }

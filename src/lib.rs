@@ -8,6 +8,7 @@
 use pgrx::prelude::*;
 
 mod activity;
+mod ask;
 mod budget;
 mod catalog;
 mod changes;

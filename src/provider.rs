@@ -58,6 +58,11 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
             "base_url" => {
                 seen_url = true;
                 url::parse(value).map_err(url_error)?;
+                if !llm_batch_gateway::is_readable(value) {
+                    return Err(bad_value("invalid base_url: its host is no valid name".to_owned())
+                        .hint("Write it as https://host/path; \"xn--\" begins an international name.")
+                        .into());
+                }
             }
             "counts" => drop(counts(value)?),
             "api_key" if !is_header(value) => {

@@ -518,6 +518,7 @@ fn options_of_servers_and_mappings() {
         "https://user:pw@a/v1",
         "http://127.0.0.1@evil.example/v1",
         "https://a:99999/v1",
+        "https://xn--nx/v1",
     ] {
         refused(client, &server(&format!("base_url '{url}'")), "HV024", &["base_url", "https://host/path"]);
     }

@@ -57,6 +57,9 @@ const ROWS: &[Row] = &[
      "SET LOCAL llm_batch.default_model = 'm';
       SELECT * FROM llm_classify_batch('SELECT 1, ''#r900001:a#''', ARRAY['a', 'b'])", USAGE),
     ("", "SELECT * FROM llm_classify_batch('SELECT id, body FROM tickets', 'topic')", HERS),
+    ("llm_classify_array(anyarray,text[],text,jsonb)",
+     "SELECT * FROM llm_classify_array(ARRAY[1], ARRAY['#r900001:bug#'], 'topic')", USAGE),
+    ("llm_filter(text,text,jsonb)", "SELECT llm_filter('#r900001:yes#', 'Is it?', '{\"model\": \"m\"}')", USAGE),
     // Jobs
     ("llm_batch.backfill(regclass,text,name,text,text,numeric,bigint,jsonb)",
      "SELECT llm_batch.backfill('tickets', 'body', 'third', 'topic')", HERS),

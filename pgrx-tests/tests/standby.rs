@@ -62,6 +62,8 @@ fn nothing_runs_on_a_standby() {
         "llm_classify('#r900001:bug#', 'topic')",
         "llm_classify('#r900001:bug#', '{a,b}'::text[])",
         "llm_classify_batch('SELECT 1, ''#r900001:bug#''', 'topic')",
+        "llm_classify_array(ARRAY[1], ARRAY['#r900001:bug#'], 'topic')",
+        "llm_filter('#r900001:yes#', 'Is it?', '{\"model\": \"m\"}')",
         "llm_batch.estimate('tickets', 'body', 'topic', 'topic')",
         "llm_batch.backfill('tickets', 'body', 'topic', 'topic')",
         &format!("llm_batch.pause({job})"),

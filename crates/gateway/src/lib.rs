@@ -22,6 +22,12 @@ use std::sync::mpsc;
 
 use tokio::sync::watch;
 
+/// Whether the HTTP client can read an URL that core's `url::parse` accepts: it refuses names that begin like
+/// international ones (`xn--`) and are none.
+pub fn is_readable(url: &str) -> bool {
+    reqwest::Url::parse(url).is_ok()
+}
+
 /// What may change while the gateway runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
