@@ -9,7 +9,7 @@ use llm_batch_core::codes::Legend;
 use llm_batch_core::options::{Codes, Options};
 use llm_batch_core::trouble::{self, Trouble, one_line};
 use llm_batch_core::{headers, task, url};
-use llm_batch_gateway::protocol::{FromGateway, ToGateway, decode, encode};
+use llm_batch_gateway::protocol::{FromGateway, Secret, ToGateway, decode, encode};
 use serde_json::{Value, json};
 
 /// A function that panics if something does not hold, by the name of its corpus.
@@ -93,6 +93,16 @@ pub fn headers(data: &[u8]) {
 pub fn frames(data: &[u8]) {
     both_ways::<ToGateway>(data);
     both_ways::<FromGateway>(data);
+    // What is printed of a stream is the same whatever its key.
+    let mut buffer = data.to_vec();
+    while let Ok(Some(message)) = decode::<ToGateway>(&mut buffer) {
+        let ToGateway::Open(mut stream) = message else { continue };
+        let [a, b] = ["a", "b"].map(|key| {
+            stream.endpoint.api_key = Some(Secret(key.to_owned()));
+            format!("{stream:?}")
+        });
+        assert_eq!(a, b);
+    }
 }
 
 fn both_ways<T: serde::Serialize + for<'de> serde::Deserialize<'de> + PartialEq + Debug>(data: &[u8]) {
@@ -106,7 +116,6 @@ fn both_ways<T: serde::Serialize + for<'de> serde::Deserialize<'de> + PartialEq 
         let mut frame = encode(message).unwrap();
         assert_eq!(decode::<T>(&mut frame).unwrap().as_ref(), Some(message));
         assert!(frame.is_empty());
-        assert!(!format!("{message:?}").contains("sk-"), "a key is printed");
     }
     // The same messages come out of the bytes one by one.
     let mut buffer = Vec::new();
