@@ -31,7 +31,8 @@ fn read_options<'a>(layers: impl IntoIterator<Item = &'a Value> + Clone) -> Resu
     }
     if let Some(key) = ["max_cost", "max_tokens"].iter().find(|key| has(key)) {
         return Err(Error::invalid(format!("unrecognized option \"{key}\"")).hint(
-            "A budget is an argument of llm_batch.backfill(), or an option of llm_classify_batch() and llm_classify().",
+            "A budget is an argument of llm_batch.backfill(), or an option of the functions that ask, such as \
+             llm_classify_batch().",
         ));
     }
     Ok(Options::from_json(layers)?)

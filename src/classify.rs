@@ -11,7 +11,7 @@ use pgrx::{AnyArray, FromDatum, name};
 use serde_json::json;
 
 use crate::ask::{Asking, ask};
-use crate::classifier;
+use crate::classifier::{self, Asked};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::isolation;
@@ -80,12 +80,7 @@ struct Answer {
 type Page = Vec<(Option<String>, Option<String>)>;
 
 /// What becomes of rows as `page` yields them (at most so many at a call), in their order; an empty page is the end.
-fn classify_rows(
-    known: classifier::Known,
-    limit: Allowance,
-    page: &mut dyn FnMut(usize) -> Result<Page>,
-) -> Result<Vec<Answer>> {
-    let asked = known.stream(current_user(), true)?;
+fn classify_rows(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> Result<Page>) -> Result<Vec<Answer>> {
     let labels = asked.stream.task.labels.clone();
     let answers: RefCell<Vec<Answer>> = RefCell::new(Vec::new());
     // The position among the rows that are asked about → the position among all rows.
@@ -141,10 +136,11 @@ fn classify_rows(
 }
 
 fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Result<Vec<Row<String>>> {
+    let asked = known.stream(current_user(), true)?;
     let mut ids = Vec::new();
     let answers = Spi::connect(|client| -> Result<_> {
         let mut cursor = client.try_open_cursor(query, &[])?;
-        classify_rows(known, limit, &mut |n| {
+        classify_rows(asked, limit, &mut |n| {
             let rows = cursor.fetch(n as libc::c_long)?;
             if !matches!(rows.columns()?, 2 | 3) {
                 return Err(Error::new(
@@ -181,20 +177,24 @@ fn classify_array(
         .detail(format!("\"ids\" has {}, \"inputs\" has {}.", ids.len(), inputs.len()))
         .hint("Make both of the same rows, as in SELECT array_agg(id), array_agg(body) FROM …"));
     }
+    let asked = known.stream(current_user(), true)?;
     let mut inputs = inputs.into_iter();
     let answers =
-        classify_rows(known, limit, &mut |n| Ok(inputs.by_ref().take(n).map(|input| (input, None)).collect()))?;
+        classify_rows(asked, limit, &mut |n| Ok(inputs.by_ref().take(n).map(|input| (input, None)).collect()))?;
     Ok(as_rows(ids, answers))
 }
 
 /// The elements of an array, which live as long as the current memory context.
 fn elements(array: AnyArray) -> Vec<Option<AnyElement>> {
-    // SAFETY: the datum is an array, which is not NULL, of the type that it comes with; so is its copy.
-    let copy = unsafe {
+    // SAFETY: the datum is an array, which is not NULL, of the type that it comes with; so is its copy, and its elements
+    // are of the type of its elements.
+    unsafe {
         let copy = pg_sys::pg_detoast_datum_copy(array.datum().cast_mut_ptr());
-        AnyArray::from_polymorphic_datum(pg_sys::Datum::from(copy), false, array.oid())
-    };
-    copy.iter().flatten().collect()
+        let copy = Array::<pg_sys::Datum>::from_polymorphic_datum(pg_sys::Datum::from(copy), false, array.oid());
+        let kind = pg_sys::get_element_type(array.oid());
+        let element = |e: Option<pg_sys::Datum>| e.and_then(|e| AnyElement::from_polymorphic_datum(e, false, kind));
+        copy.iter().flat_map(|array| array.iter().map(element)).collect()
+    }
 }
 
 /// A row of a query: id, input, and what keeps it apart, if there is a third column.

@@ -65,7 +65,7 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
                 }
             }
             "counts" => drop(counts(value)?),
-            "api_key" if !is_header(value) => {
+            "api_key" if !is_header(value) || value.len() as u64 > MOST_KEY => {
                 return Err(bad_value("option \"api_key\" is not a key".to_owned()).into());
             }
             _ => {}

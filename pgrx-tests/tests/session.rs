@@ -70,6 +70,9 @@ fn arrays_with_ids_of_any_type() {
         "7 bug ok; - spam ok; 7 - skipped empty: the input is NULL or empty; \
          8 - skipped empty: the input is NULL or empty"
     );
+    let last = "SELECT string_agg(coalesce(id, '-') || ' ' || status, '; ')
+                  FROM llm_classify_array(ARRAY['a', NULL, NULL], ARRAY['#r3:bug#', '#r4:bug#', ''], 'topic')";
+    assert_eq!(text(c, last), "a ok; - ok; - skipped");
     bed.provider.reset_stats();
     for nothing in ["'{}'::int[], '{}'", "NULL::int[], '{}'", "ARRAY[1], NULL"] {
         assert_eq!(one(c, &format!("SELECT count(*) FROM llm_classify_array({nothing}, 'topic')")), 0);

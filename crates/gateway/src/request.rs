@@ -67,7 +67,6 @@ pub async fn send(clients: &Clients, endpoint: &Endpoint, body: &Value, timeout:
     // Providers quote keys in what they say. What they say is read first (JSON may hide a key behind escapes) and cut
     // to size last (a key cut in two is not found).
     let key = endpoint.api_key.as_ref().map_or("", |k| &k.0);
-    let presentable = |said: &str| trouble::one_line(&redact(said, key));
     let result = match encoding {
         // Nothing was asked for that needs to be unpacked, and what is small may unpack to anything.
         Some(encoding) if status.is_success() => {
@@ -77,7 +76,7 @@ pub async fn send(clients: &Clients, endpoint: &Endpoint, body: &Value, timeout:
         Some(_) => trouble::outcome(status.as_u16(), b"", said.wait),
         None => trouble::outcome(status.as_u16(), &answer, said.wait),
     };
-    let result = result.map_err(|report| Report { message: presentable(&report.message), ..report });
+    let result = result.map_err(|report| Report { message: presentable(&report.message, key), ..report });
     // Whoever answers 200 with what is no answer may have charged for it; so may have one whose proxy gave up waiting,
     // or whose filter read it all.
     let may_be_charged = |report: &Report| {
@@ -88,25 +87,48 @@ pub async fn send(clients: &Clients, endpoint: &Endpoint, body: &Value, timeout:
 
 const REDACTED: &str = "[redacted]";
 
-/// Takes a key, and what looks like a part of one, out of a text. One pass, since the text may be as long as an answer.
+/// Bytes of what a provider says that are looked at: far more than is shown.
+const MOST_SAID: usize = 16 << 10;
+
+/// What a provider says, without keys, on a line.
+fn presentable(said: &str, key: &str) -> String {
+    let mut head = said.get(..said.floor_char_boundary(MOST_SAID)).unwrap_or_default();
+    if head.len() < said.len() {
+        // Not in the midst of a key, which would not be found.
+        let end = head.rfind(|c: char| c.is_whitespace() || c.is_control());
+        head = end.and_then(|end| head.get(..end)).unwrap_or(head);
+    }
+    trouble::one_line(&redact(head, key))
+}
+
+/// Takes a key, and what looks like a part of one, out of a text.
 fn redact(text: &str, key: &str) -> String {
     let key: Vec<Vec<String>> = key.chars().map(forms).collect();
-    let beginning = if key.len() > 12 { key.get(..6) } else { None };
     let to_its_end =
         |rest: &str| rest.find(|c: char| c.is_whitespace() || "\"'`<>,;()".contains(c)).unwrap_or(rest.len());
     let mut out = String::with_capacity(text.len());
     let (mut rest, mut is_in_a_word) = (text, false);
     while let Some(c) = rest.chars().next() {
-        let is_part =
-            || beginning.is_some_and(|b| quoted(rest, b).is_some()) || (rest.starts_with("sk-") && !is_in_a_word);
-        let length = quoted(rest, &key).or_else(|| is_part().then(|| to_its_end(rest)));
-        if length.is_none() {
-            out.push(c);
-        } else if !out.ends_with(REDACTED) {
-            out.push_str(REDACTED);
+        let (found, mut length) = beginning(rest, &key);
+        let is_whole = found > 0 && found == key.len();
+        let is_part = key.len() > 12 && found >= 6;
+        if !is_whole && !is_part {
+            length = if rest.starts_with("sk-") && !is_in_a_word { 3 } else { 0 };
         }
-        is_in_a_word = length.is_none() && c.is_alphanumeric();
-        rest = rest.get(length.unwrap_or(c.len_utf8())..).unwrap_or_default();
+        if length == 0 {
+            out.push(c);
+            length = c.len_utf8();
+            is_in_a_word = c.is_alphanumeric();
+        } else {
+            if !is_whole {
+                length += to_its_end(rest.get(length..).unwrap_or_default());
+            }
+            if !out.ends_with(REDACTED) {
+                out.push_str(REDACTED);
+            }
+            is_in_a_word = false;
+        }
+        rest = rest.get(length..).unwrap_or_default();
     }
     out
 }
@@ -114,30 +136,43 @@ fn redact(text: &str, key: &str) -> String {
 /// How a character of a key may be written by those who quote it: as it is, or as JSON, URLs and HTML escape it.
 fn forms(c: char) -> Vec<String> {
     let n = u32::from(c);
-    vec![
+    let mut forms = vec![
         c.to_string(),
         format!("\\{c}"),
         format!("%{n:02x}"),
         format!("\\u{n:04x}"),
         format!("&#{n};"),
         format!("&#x{n:x};"),
-    ]
+    ];
+    let name = match c {
+        '&' => "&amp;",
+        '<' => "&lt;",
+        '>' => "&gt;",
+        '"' => "&quot;",
+        '\'' => "&apos;",
+        _ => return forms,
+    };
+    forms.push(name.to_owned());
+    forms
 }
 
-/// The length of a key, or the beginning of one, at the beginning of a text.
-fn quoted(text: &str, key: &[Vec<String>]) -> Option<usize> {
+/// How many characters of a key are at the beginning of a text, and how many bytes of it they take.
+fn beginning(text: &str, key: &[Vec<String>]) -> (usize, usize) {
     let is_here = |at: usize, form: &String| text.as_bytes().get(at..at + form.len()).is_some_and(|t| is_form(t, form));
-    // Nearly everywhere nothing of it is found.
-    key.first()?.iter().find(|form| is_here(0, form))?;
+    let mut found = (0, 0);
     // A key's backslash may be quoted or may quote what follows: all ways are tried.
-    let mut ends = vec![0];
-    for forms in key {
-        let longer = |at: usize| forms.iter().filter(move |form| is_here(at, form)).map(move |form| at + form.len());
-        ends = ends.into_iter().flat_map(longer).collect();
-        ends.sort_unstable();
-        ends.dedup();
+    let (mut ends, mut longer) = (vec![0], Vec::new());
+    for (n, forms) in key.iter().enumerate() {
+        for at in ends.drain(..) {
+            longer.extend(forms.iter().filter(|form| is_here(at, form)).map(|form| at + form.len()));
+        }
+        longer.sort_unstable();
+        longer.dedup();
+        let Some(last) = longer.last() else { break };
+        found = (n + 1, *last);
+        std::mem::swap(&mut ends, &mut longer);
     }
-    ends.last().copied()
+    found
 }
 
 /// Escapes are written in small or in capital letters.
@@ -189,12 +224,16 @@ mod tests {
             "a&#47;b&#x2B;c&#34;d&#92;e=f0123456789",
             "%61%2f%62+c\"d\\e=f0123456789",
             "a%2Fb%2bc%22d***",
+            "a/b+c&quot;d\\e=f0123456789",
         ] {
             assert_eq!(redact(&format!("the key {text} is"), key), "the key [redacted] is", "{text}");
         }
         assert_eq!(redact("ä a/b é", key), "ä a/b é");
         assert_eq!(redact("a task-force", ""), "a task-force");
         assert_eq!(redact("short key", "key"), "short [redacted]");
+        // With characters that end a part of a key elsewhere, at its beginning and further on.
+        assert_eq!(redact("key \"secret*** is", "\"secret-0123456789\""), "key [redacted] is");
+        assert_eq!(redact("key <a,b,c,d,e*** is", "<a,b,c,d,e,f,g,h>"), "key [redacted] is");
     }
 
     #[test]
@@ -203,6 +242,17 @@ mod tests {
         let redacted = redact(&long, "secret-0123456789");
         assert!(!redacted.contains("sk-") && !redacted.contains("secret"));
     }
+    #[test]
+    fn what_is_shown_is_cut_between_words() {
+        let key = "secret-0123456789";
+        for before in MOST_SAID - 30..MOST_SAID + 5 {
+            let said = format!("{}{key} and {}", " ".repeat(before), "more ".repeat(100));
+            let shown = presentable(&said, key);
+            assert!(shown.len() < 400 && !shown.contains("s"), "{before}: {shown}");
+        }
+        assert_eq!(presentable(&"x".repeat(MAX_ANSWER), key).chars().count(), 301);
+    }
+
     proptest::proptest! {
         #[test]
         fn no_text_gives_a_key_away(
@@ -218,6 +268,10 @@ mod tests {
             proptest::prop_assert!(!redacted.contains(&key) && !redacted.contains(&quoted), "{redacted}");
             proptest::prop_assert!(redacted.contains(REDACTED));
             proptest::prop_assert_eq!(redact(&redacted, &key), redacted.clone());
+            // Of a long key a part is enough.
+            let (long, shown) = (format!("{key}{key}"), key.chars().take(7).collect::<String>());
+            let redacted = redact(&format!("{before} {shown}*** {after}"), &long);
+            proptest::prop_assert!(redacted.contains(REDACTED) && !redacted.contains(&shown), "{redacted}");
         }
     }
 }

@@ -237,7 +237,8 @@ impl Worker {
     fn turn(&mut self) -> Result<()> {
         let told = shared::was_poked(my_database(), self.job.id) | changes::heard() | self.look_now;
         if told || self.looked.elapsed() > CONTROL {
-            self.look()?;
+            // What was heard is not forgotten because the look failed in passing.
+            self.look().inspect_err(|_| self.look_now = true)?;
         }
         if self.client.is_none() && self.stopping.is_none() && !self.money.in_doubt {
             report(pg_sys::BackendState::STATE_IDLE, "connecting to the gateway");
