@@ -92,12 +92,10 @@ const MOST_SAID: usize = 16 << 10;
 
 /// What a provider says, without keys, on a line.
 fn presentable(said: &str, key: &str) -> String {
-    let mut head = said.get(..said.floor_char_boundary(MOST_SAID)).unwrap_or_default();
-    if head.len() < said.len() {
-        // Not in the midst of a key, which would not be found.
-        let end = head.rfind(|c: char| c.is_whitespace() || c.is_control());
-        head = end.and_then(|end| head.get(..end)).unwrap_or(head);
-    }
+    // On a line first: then what the cut leaves of a key, which may not be found, is too far behind to be shown.
+    let words = said.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
+    let line = words.collect::<Vec<_>>().join(" ");
+    let head = line.get(..line.floor_char_boundary(MOST_SAID)).unwrap_or_default();
     trouble::one_line(&redact(head, key))
 }
 
@@ -243,14 +241,17 @@ mod tests {
         assert!(!redacted.contains("sk-") && !redacted.contains("secret"));
     }
     #[test]
-    fn what_is_shown_is_cut_between_words() {
+    fn nothing_of_a_key_is_shown_where_the_text_is_cut() {
         let key = "secret-0123456789";
-        for before in MOST_SAID - 30..MOST_SAID + 5 {
-            let said = format!("{}{key} and {}", " ".repeat(before), "more ".repeat(100));
-            let shown = presentable(&said, key);
-            assert!(shown.len() < 400 && !shown.contains("s"), "{before}: {shown}");
+        for (what, text) in [("spaces", " "), ("words", "x "), ("a word", "x"), ("keys", "secret-0123456789 ")] {
+            for before in MOST_SAID - 40..MOST_SAID + 5 {
+                let said = format!("{}{key} and {}", text.repeat(before / text.len()), "more ".repeat(100));
+                let shown = presentable(&said, key);
+                assert!(shown.chars().count() <= 301 && !shown.contains('s'), "{what}, {before}: {shown}");
+                assert!(!shown.is_empty());
+            }
         }
-        assert_eq!(presentable(&"x".repeat(MAX_ANSWER), key).chars().count(), 301);
+        assert_eq!(presentable(&format!("HTTP status 500: {}", "[".repeat(MAX_ANSWER)), key).chars().count(), 301);
     }
 
     proptest::proptest! {
