@@ -99,7 +99,7 @@ impl FakeProvider {
         self.shared.gate.borrow().open_for == Some(0)
     }
 
-    /// Lets go of the answers held back and of the requests that hang.
+    /// Lets go of the answers held back and of the requests that hang, also when answers are held again at once.
     pub fn release(&self) {
         self.shared.release();
     }
@@ -142,7 +142,7 @@ pub(crate) struct State {
 struct Gate {
     /// How many answers it still lets through; no number is all.
     open_for: Option<u64>,
-    /// Calls of `release`, for requests that hang.
+    /// Calls of `release`: each lets go of all requests that came before it.
     releases: u64,
 }
 
@@ -218,17 +218,19 @@ impl Shared {
         });
     }
 
-    /// Waits until the gate lets an answer through.
-    async fn pass(&self, gate: &mut watch::Receiver<Gate>, may_pass: impl Fn(&Gate) -> bool) {
+    /// Waits until the gate lets an answer through: it is open (which does not help a request that hangs), or was
+    /// released since the request came, whatever was held since.
+    async fn pass(&self, gate: &mut watch::Receiver<Gate>, releases_before: u64, hangs: bool) {
+        let may_pass = |gate: &Gate| gate.releases > releases_before || (!hangs && gate.open_for != Some(0));
         let mut passed = false;
         while !passed {
             // Fails only without a sender, and `self` holds it.
-            let _ = gate.wait_for(|gate| gate.open_for != Some(0) && may_pass(gate)).await;
+            let _ = gate.wait_for(may_pass).await;
             // Of several that wait only as many may go as it is open for.
             self.gate.send_if_modified(|gate| {
-                passed = gate.open_for != Some(0) && may_pass(gate);
+                passed = may_pass(gate);
                 match &mut gate.open_for {
-                    Some(answers) if passed => *answers -= 1,
+                    Some(answers) if passed && gate.releases == releases_before => *answers -= 1,
                     _ => (),
                 }
                 false
@@ -359,7 +361,7 @@ async fn chat(shared: &Shared, request: &Request, connection: &Connection) -> Af
     let hangs = admitted.fault == Some(Fault::Hang);
     let wait = async {
         tokio::time::sleep(admitted.delay).await;
-        shared.pass(&mut gate, |gate| !hangs || gate.releases > releases_before).await;
+        shared.pass(&mut gate, releases_before, hangs).await;
     };
     let stayed = tokio::select! {
         () = wait => true,

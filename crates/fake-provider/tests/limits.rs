@@ -149,6 +149,15 @@ fn the_gate_holds_answers_that_are_billed() {
     assert_eq!((stats.in_flight, stats.peak_in_flight, stats.peak_rows_in_flight), (0, 2, 6));
     // The gate is open.
     assert_eq!(second.chat(&three_rows()).status, 200);
+    // What was released stays so, also when the gate closes behind it at once.
+    for _ in 0..50 {
+        provider.hold();
+        second.send_chat(&three_rows());
+        wait_for(&provider, |stats| stats.in_flight == 1);
+        provider.release();
+        provider.hold();
+        assert_eq!(second.receive().unwrap().content(), THREE_ANSWERS);
+    }
 }
 
 #[test]
