@@ -2,11 +2,11 @@
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{Allowance, FromGateway, Item, Stream, ToGateway, Verdict, most_text};
+use llm_batch_gateway::protocol::{Allowance, FromGateway, Item, Spent, Stream, ToGateway, Verdict, most_text};
 
-use crate::budget::UNLIMITED;
+use crate::budget::{Price, UNLIMITED};
 use crate::classifier::Asked;
 use crate::client::{Client, LostInVain, Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
@@ -32,95 +32,219 @@ thread_local! {
     static KEPT: RefCell<Option<Kept>> = const { RefCell::new(None) };
 }
 
+/// A stream that is open, and its rows that have no answer yet.
+pub struct Asker {
+    client: Client,
+    stream: Stream,
+    model: String,
+    price: Price,
+    purse: Purse,
+    most_text: usize,
+    pending: BTreeMap<u64, Pending>,
+    /// Those of them that were not handed over yet.
+    unsent: Vec<Item>,
+    /// Of the text of all that are pending.
+    bytes: usize,
+    next: u64,
+    lost: LostInVain,
+    done: Done,
+}
+
+/// A row without an answer, and since when.
+struct Pending {
+    item: Item,
+    since: Instant,
+}
+
+/// What a stream did so far.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Done {
+    /// Rows that have their answer.
+    pub rows: u64,
+    /// Those of them whose answer was paid for with another row.
+    pub reused: u64,
+    /// How long they had none, of all of them together.
+    pub waited: Duration,
+    pub spent: Spent,
+}
+
+impl Done {
+    pub fn add(&mut self, more: &Self) {
+        self.rows += more.rows;
+        self.reused += more.reused;
+        self.waited += more.waited;
+        self.spent.add(&more.spent);
+    }
+}
+
+impl Asker {
+    /// Opens a stream, on the connection that was kept if it is the same. The statement spends no more than `limit`.
+    pub fn open(mut asked: Asked, limit: Allowance) -> Result<Self> {
+        if limit != (Allowance { cost: UNLIMITED, tokens: UNLIMITED }) {
+            asked = asked.with_budget(limit.cost != UNLIMITED)?;
+        }
+        let Asked { stream, model, price } = asked;
+        let mut purse = Purse::new(limit, price.clone(), stream.budget);
+        let client = match KEPT.take() {
+            // What a stream was allowed holds for one budget.
+            Some(kept) if kept.stream == stream && (stream.budget.is_none() || kept.purse.is_same(&purse)) => {
+                match if_fresh(kept)? {
+                    Some(Kept { client, purse: kept, .. }) => {
+                        if stream.budget.is_some() {
+                            purse = kept;
+                        }
+                        client
+                    }
+                    None => Client::open(&stream)?,
+                }
+            }
+            kept => {
+                close(kept);
+                Client::open(&stream)?
+            }
+        };
+        Ok(Self {
+            client,
+            most_text: most_text(stream.model.max_request_tokens),
+            stream,
+            model,
+            price,
+            purse,
+            pending: BTreeMap::new(),
+            unsent: Vec::new(),
+            bytes: 0,
+            next: 0,
+            lost: LostInVain::default(),
+            done: Done::default(),
+        })
+    }
+
+    /// Rows without an answer.
+    pub fn pending(&self) -> usize {
+        self.pending.len()
+    }
+
+    /// Whether there is room for another row.
+    pub fn has_room(&self) -> bool {
+        self.pending.len() < WINDOW_ROWS && self.bytes < WINDOW_BYTES
+    }
+
+    /// Whether there is room for this row: there always is for a first one.
+    fn fits(&self, text: &str) -> bool {
+        self.pending.len() < WINDOW_ROWS
+            && (self.pending.is_empty() || self.bytes + text.len().min(self.most_text) <= WINDOW_BYTES)
+    }
+
+    /// Queues a row and says which number its answer will have: they go up from 0.
+    pub fn put(&mut self, (mut text, isolation): Asking) -> u64 {
+        text.truncate(text.floor_char_boundary(self.most_text));
+        self.bytes += text.len();
+        let n = self.next;
+        self.next += 1;
+        let item = Item { n, text, isolation };
+        self.pending.insert(n, Pending { item: item.clone(), since: Instant::now() });
+        self.unsent.push(item);
+        n
+    }
+
+    /// How many rows are queued and not handed over.
+    pub fn unsent(&self) -> usize {
+        self.unsent.len()
+    }
+
+    /// Hands over what is queued.
+    pub fn flush(&mut self) -> Result<()> {
+        let items = std::mem::take(&mut self.unsent);
+        send(&mut self.client, items)
+    }
+
+    /// Waits for answers, at most for so long, and hands each to `sink` by its number. Whether anything came.
+    pub fn receive(&mut self, timeout: Duration, sink: &mut dyn FnMut(u64, Verdict)) -> Result<bool> {
+        match self.client.receive(timeout)? {
+            Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
+                self.lost.answered();
+                self.done.spent.add(&spent);
+                // What was withdrawn is followed by the reason: the stream is stopped.
+                let outcomes: Vec<_> = outcomes.into_iter().filter(|o| o.verdict != Verdict::Withdrawn).collect();
+                self.purse.spend(&spent, outcomes.len() as u64);
+                if let Some(more) = self.purse.top_up() {
+                    self.client.send(&ToGateway::Allow(more))?;
+                }
+                for o in outcomes {
+                    if let Some(Pending { item, since }) = self.pending.remove(&o.n) {
+                        self.bytes -= item.text.len();
+                        self.done.rows += 1;
+                        self.done.waited += since.elapsed();
+                        self.done.reused += u64::from(o.reused);
+                        sink(o.n, o.verdict);
+                    }
+                }
+            }
+            Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, &self.model)),
+            Received::Message(FromGateway::Exhausted { least, full }) => {
+                self.client.send(&ToGateway::Allow(self.purse.grant(least, full, &self.stream)?))?;
+            }
+            Received::Message(_) => {}
+            Received::Nothing => return Ok(false),
+            Received::Lost => {
+                self.lost.another()?;
+                self.purse.release(true);
+                self.client = Client::open(&self.stream)?;
+                self.unsent.clear();
+                send(&mut self.client, self.pending.values().map(|p| p.item.clone()).collect())?;
+            }
+        }
+        Ok(true)
+    }
+
+    /// Keeps the connection for the next call, if nothing is under way on it.
+    pub fn keep(self) {
+        if self.pending.is_empty() {
+            close(KEPT.replace(Some(Kept { client: self.client, stream: self.stream, purse: self.purse })));
+        }
+    }
+
+    /// Whether what it spends is counted to the statement that runs.
+    pub fn is_current(&self) -> bool {
+        self.stream.budget.is_none() || self.purse.is_current()
+    }
+
+    pub fn done(&self) -> Done {
+        self.done
+    }
+
+    /// The model's name, and what its tokens cost.
+    pub fn model(&self) -> (&str, Price) {
+        (&self.model, self.price.clone())
+    }
+}
+
 /// Asks about rows as `source` yields them (at most so many at a call; none: the end), and hands what became of each, by
 /// its position, to `sink`. The statement spends no more than `limit`.
 pub fn ask(
-    mut asked: Asked,
+    asked: Asked,
     limit: Allowance,
     source: &mut dyn FnMut(usize) -> Result<Vec<Asking>>,
     sink: &mut dyn FnMut(usize, Verdict),
 ) -> Result<()> {
-    if limit != (Allowance { cost: UNLIMITED, tokens: UNLIMITED }) {
-        asked = asked.with_budget(limit.cost != UNLIMITED)?;
-    }
-    let Asked { stream, model, price } = asked;
-    let mut purse = Purse::new(limit, price, stream.budget);
-    let mut client = match KEPT.take() {
-        // What a stream was allowed holds for one budget.
-        Some(kept) if kept.stream == stream && (stream.budget.is_none() || kept.purse.is_same(&purse)) => {
-            match if_fresh(kept)? {
-                Some(Kept { client, purse: kept, .. }) => {
-                    if stream.budget.is_some() {
-                        purse = kept;
-                    }
-                    client
-                }
-                None => Client::open(&stream)?,
-            }
-        }
-        kept => {
-            close(kept);
-            Client::open(&stream)?
-        }
-    };
-    let most_text = most_text(stream.model.max_request_tokens);
+    let mut asker = Asker::open(asked, limit)?;
     let mut fetched: VecDeque<Asking> = VecDeque::new();
-    let mut pending: BTreeMap<u64, Item> = BTreeMap::new();
-    let mut bytes = 0;
-    let mut next = 0;
     let mut ended = false;
-    let mut lost = LostInVain::default();
     loop {
-        let mut items = Vec::new();
-        while pending.len() < WINDOW_ROWS {
-            if fetched.is_empty() && !ended {
+        loop {
+            if fetched.is_empty() && !ended && asker.pending() < WINDOW_ROWS {
                 fetched.extend(source(FETCH)?);
                 ended = fetched.is_empty();
             }
-            let fits =
-                |asking: &mut Asking| pending.is_empty() || bytes + asking.0.len().min(most_text) <= WINDOW_BYTES;
-            let Some((mut text, isolation)) = fetched.pop_front_if(fits) else { break };
-            text.truncate(text.floor_char_boundary(most_text));
-            bytes += text.len();
-            let item = Item { n: next, text, isolation };
-            pending.insert(next, item.clone());
-            items.push(item);
-            next += 1;
+            let Some(asking) = fetched.pop_front_if(|asking| asker.fits(&asking.0)) else { break };
+            asker.put(asking);
         }
-        send(&mut client, items)?;
-        if pending.is_empty() {
-            close(KEPT.replace(Some(Kept { client, stream, purse })));
+        asker.flush()?;
+        if asker.pending() == 0 {
+            asker.keep();
             return Ok(());
         }
-        match client.receive(Duration::from_secs(60))? {
-            Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
-                lost.answered();
-                purse.spend(&spent, outcomes.iter().filter(|o| o.verdict != Verdict::Withdrawn).count() as u64);
-                if let Some(more) = purse.top_up() {
-                    client.send(&ToGateway::Allow(more))?;
-                }
-                for o in outcomes {
-                    // What was withdrawn is followed by the reason: the stream is stopped.
-                    if o.verdict != Verdict::Withdrawn
-                        && let Some(item) = pending.remove(&o.n)
-                    {
-                        bytes -= item.text.len();
-                        sink(o.n as usize, o.verdict);
-                    }
-                }
-            }
-            Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, &model)),
-            Received::Message(FromGateway::Exhausted { least, full }) => {
-                client.send(&ToGateway::Allow(purse.grant(least, full, &stream)?))?;
-            }
-            Received::Message(_) | Received::Nothing => {}
-            Received::Lost => {
-                lost.another()?;
-                purse.release(true);
-                client = Client::open(&stream)?;
-                send(&mut client, pending.values().cloned().collect())?;
-            }
-        }
+        asker.receive(Duration::from_secs(60), &mut |n, verdict| sink(n as usize, verdict))?;
     }
 }
 

@@ -29,6 +29,15 @@ impl Price {
             .detail("A budget in dollars needs both input_price and output_price.")
             .hint("Set them with llm_batch.alter_model(), or limit the tokens with max_tokens."))
     }
+
+    /// What was paid, with cached tokens at their own price; no cost where the prices are not known.
+    pub fn paid(&self, spent: &Spent) -> Allowance {
+        let rates = self.rates.unwrap_or_default();
+        let cached = spent.cached_input_tokens.min(spent.input_tokens);
+        let mut paid = taken(spent, rates);
+        paid.cost -= rates.input.saturating_sub(self.cached_rate).saturating_mul(cached).min(paid.cost);
+        paid
+    }
 }
 
 /// Where there is no limit.

@@ -212,6 +212,22 @@ pub struct Spent {
     pub unconfirmed_input_tokens: u64,
     /// Tokens of answers of such requests, at the worst.
     pub unconfirmed_output_tokens: u64,
+    /// How long rows were with the provider in requests that were answered, ms, of all rows together.
+    pub row_ms: u64,
+}
+
+impl Spent {
+    /// Adds up.
+    pub fn add(&mut self, more: &Self) {
+        self.requests += more.requests;
+        self.input_tokens += more.input_tokens;
+        // What can't be more than all of it must not make a cost negative.
+        self.cached_input_tokens += more.cached_input_tokens.min(more.input_tokens);
+        self.output_tokens += more.output_tokens;
+        self.unconfirmed_input_tokens += more.unconfirmed_input_tokens;
+        self.unconfirmed_output_tokens += more.unconfirmed_output_tokens;
+        self.row_ms += more.row_ms;
+    }
 }
 
 /// Why a stream can't go on.

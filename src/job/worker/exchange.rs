@@ -6,7 +6,7 @@ use std::time::Duration;
 use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
 use pgrx::pg_sys;
 
-use super::{AGAIN, CONTROL, LATER, MOST_STARTS, Worker, money};
+use super::{AGAIN, CONTROL, LATER, MOST_STARTS, Worker};
 use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
@@ -181,7 +181,7 @@ impl Worker {
         loop {
             match client.receive(timeout)? {
                 Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
-                    money::add(&mut self.spent, &spent);
+                    self.spent.add(&spent);
                     self.money.spent(&spent);
                     for o in outcomes {
                         let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };

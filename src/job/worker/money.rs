@@ -66,14 +66,3 @@ impl Money {
         self.in_vain &= *spent == Spent::default();
     }
 }
-
-/// Adds up what was spent.
-pub(super) fn add(sum: &mut Spent, more: &Spent) {
-    sum.requests += more.requests;
-    sum.input_tokens += more.input_tokens;
-    // What can't be more than all of it must not make the cost negative.
-    sum.cached_input_tokens += more.cached_input_tokens.min(more.input_tokens);
-    sum.output_tokens += more.output_tokens;
-    sum.unconfirmed_input_tokens += more.unconfirmed_input_tokens;
-    sum.unconfirmed_output_tokens += more.unconfirmed_output_tokens;
-}

@@ -91,7 +91,7 @@ impl State {
         let is_slow = now.saturating_sub(sent) > group.stream.model.request_timeout_ms / SLOW;
         group.size.observe(rows.len(), unanswered, is_slow);
         let payers = group.payers(&rows);
-        self.spend(&payers, usage, reply.cached_input);
+        self.spend(&payers, usage, reply.cached_input, now.saturating_sub(sent));
 
         let size = rows.len();
         let mut missing = 0;
@@ -147,8 +147,9 @@ impl State {
         }
     }
 
-    /// Shares the tokens of a request among the clients whose rows were in it; nothing is lost by rounding.
-    fn spend(&mut self, payers: &[u64], usage: Tokens, cached: u64) {
+    /// Shares the tokens of a request, and the time (ms) that it took, among the clients whose rows were in it; nothing is
+    /// lost by rounding.
+    fn spend(&mut self, payers: &[u64], usage: Tokens, cached: u64, took: u64) {
         let mut by_conn: BTreeMap<u64, u64> = BTreeMap::new();
         for conn in payers {
             *by_conn.entry(*conn).or_default() += 1;
@@ -162,6 +163,7 @@ impl State {
                 c.spent.input_tokens += share(usage.input);
                 c.spent.cached_input_tokens += share(cached);
                 c.spent.output_tokens += share(usage.output);
+                c.spent.row_ms += n * took;
             }
             before += n;
             first = false;
