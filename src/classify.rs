@@ -2,70 +2,57 @@
 
 use std::cell::RefCell;
 
+use crate::ask::{Asking, ask};
+use crate::batch;
+use crate::classifier::{self, Asked};
+use crate::client::check_usable;
+use crate::error::{Error, Result};
+use crate::isolation;
+use crate::model::current_user;
+use crate::question::{Prepared, Question};
+use crate::statement;
 use llm_batch_gateway::protocol::{Allowance, Verdict};
 use pgrx::datum::{AnyElement, JsonB};
 use pgrx::iter::TableIterator;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{AnyArray, FromDatum, name};
-use serde_json::json;
 
-use crate::ask::{Asking, ask};
-use crate::classifier::{self, Asked};
-use crate::client::check_usable;
-use crate::error::{Error, Result};
-use crate::isolation;
-use crate::model::current_user;
-use crate::statement;
-
-/// A label, or its absence with the reason as a warning.
-fn classify_one(input: &str, known: classifier::Known, limit: Allowance) -> Result<Option<String>> {
+/// A label, or NULL with a warning. Where a plan node has read ahead, the answer is there.
+fn classify_one(input: &str, question: Question) -> Result<Option<String>> {
+    if let Some(label) = batch::answered(input, &question) {
+        return label;
+    }
+    check_usable()?;
     if input.is_empty() {
         return Ok(None);
     }
-    let asked = known.stream(current_user(), true)?;
-    let labels = asked.stream.task.labels.clone();
+    let Prepared { asked, limit, conclude } = question.prepare()?;
+    statement::count_single();
     let mut source = vec![(input.to_owned(), None)];
     let mut got = None;
     ask(asked, limit, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
-    match got {
-        Some(Verdict::Label(i)) => Ok(labels.get(i as usize).map(|l| l.label.clone())),
-        Some(Verdict::Skip { class, detail } | Verdict::Fail { class, detail }) => {
-            ereport!(
-                WARNING,
-                PgSqlErrorCode::ERRCODE_WARNING,
-                "the model gave no label for a text",
-                format!("{class}: {detail}")
-            );
-            Ok(None)
-        }
-        Some(Verdict::Withdrawn) | None => Ok(None),
-    }
+    got.map_or(Ok(None), |verdict| conclude.label(&verdict))
 }
 
 #[pg_extern(sql = false)]
 fn llm_classify(input: &str, task: &str) -> std::result::Result<Option<String>, ErrorReport> {
-    check_usable()?;
-    Ok(classify_one(input, classifier::load(task, &json!({}))?, statement::limit(&mut json!({}))?)?)
+    Ok(classify_one(input, Question::Task(task.to_owned()))?)
 }
 
 #[pg_extern(sql = false)]
 fn llm_classify_labels(
     input: &str,
     labels: Vec<Option<String>>,
-    mut options: JsonB,
+    options: JsonB,
 ) -> std::result::Result<Option<String>, ErrorReport> {
-    check_usable()?;
-    let limit = statement::limit(&mut options.0)?;
-    Ok(classify_one(input, classifier::from_labels(labels, &options.0)?, limit)?)
+    Ok(classify_one(input, Question::Labels(labels, options.0))?)
 }
 
 /// NULL where the model gives no answer.
 #[pg_extern(sql = false)]
-fn llm_filter(input: &str, question: &str, mut options: JsonB) -> std::result::Result<Option<bool>, ErrorReport> {
-    check_usable()?;
-    let limit = statement::limit(&mut options.0)?;
-    let answer = classify_one(input, classifier::from_question(question, options.0)?, limit)?;
+fn llm_filter(input: &str, question: &str, options: JsonB) -> std::result::Result<Option<bool>, ErrorReport> {
+    let answer = classify_one(input, Question::YesNo(question.to_owned(), options.0))?;
     Ok(answer.map(|label| label == classifier::YES))
 }
 

@@ -9,6 +9,7 @@ use pgrx::prelude::*;
 
 mod activity;
 mod ask;
+mod batch;
 mod budget;
 mod catalog;
 mod changes;
@@ -21,6 +22,7 @@ mod isolation;
 mod job;
 mod model;
 mod provider;
+mod question;
 mod settings;
 mod shared;
 mod sql;
@@ -50,6 +52,7 @@ pub extern "C-unwind" fn _PG_init() {
         shared::init();
         if !is_upgrade {
             worker::register();
+            batch::init();
         }
     }
 }

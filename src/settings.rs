@@ -7,6 +7,7 @@ use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
 use crate::version::LIBRARY_C;
 
 static ENABLED: GucSetting<bool> = GucSetting::<bool>::new(true);
+static ENABLE_BATCH_SCAN: GucSetting<bool> = GucSetting::<bool>::new(true);
 static DATABASES: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 static ALLOWED_HOSTS: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 static MAX_JOB_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(4);
@@ -82,6 +83,14 @@ pub fn init() {
         GucContext::Userset,
         GucFlags::default(),
     );
+    GucRegistry::define_bool_guc(
+        c"llm_batch.enable_batch_scan",
+        c"Enables the planner's use of batch scans.",
+        c"They send the rows of llm_classify() and llm_filter() many in a request; without them each takes its own.",
+        &ENABLE_BATCH_SCAN,
+        GucContext::Userset,
+        GucFlags::EXPLAIN,
+    );
     GucRegistry::define_float_guc(
         c"llm_batch.statement_max_cost",
         c"Dollars that the llm_*() calls of a statement may cost together.",
@@ -107,6 +116,10 @@ pub fn init() {
 
 pub fn enabled() -> bool {
     ENABLED.get()
+}
+
+pub fn enable_batch_scan() -> bool {
+    ENABLE_BATCH_SCAN.get()
 }
 
 pub fn max_job_workers() -> usize {

@@ -4,6 +4,7 @@
 use std::cell::Cell;
 
 use llm_batch_gateway::protocol::{Allowance, Prices, Spent, Stream};
+use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::Value;
 
@@ -21,12 +22,48 @@ struct Totals {
     reserved: Allowance,
     /// Rows that were answered.
     rows: u64,
+    /// Rows that were asked about one by one.
+    single: u64,
 }
 
 const NOTHING: Allowance = Allowance { cost: 0, tokens: 0 };
+/// So many rows of a statement may go one by one until it is said.
+const FEW: u64 = 10;
+
+impl Totals {
+    const fn new(began: i64) -> Self {
+        Self { began, spent: NOTHING, reserved: NOTHING, rows: 0, single: 0 }
+    }
+
+    /// Those of the statement that runs.
+    fn now() -> Self {
+        let began = began();
+        Some(TOTALS.get()).filter(|t| t.began == began).unwrap_or(Self::new(began))
+    }
+}
 
 thread_local! {
-    static TOTALS: Cell<Totals> = const { Cell::new(Totals { began: 0, spent: NOTHING, reserved: NOTHING, rows: 0 }) };
+    static TOTALS: Cell<Totals> = const { Cell::new(Totals::new(0)) };
+}
+
+/// A row is asked about in a request of its own. A statement that does so with more than a few is told, once.
+pub fn count_single() {
+    let mut totals = Totals::now();
+    totals.single += 1;
+    TOTALS.set(totals);
+    if totals.single == FEW + 1 {
+        ErrorReport::new(
+            PgSqlErrorCode::ERRCODE_SUCCESSFUL_COMPLETION,
+            "rows of this statement are sent to the model one by one",
+            "pg_llm_batch",
+        )
+        .set_detail("Each takes a request of its own.")
+        .set_hint(
+            "EXPLAIN shows a node \"LLM Batch\" where rows share requests. llm_classify_batch() and \
+             llm_batch.backfill() always share them.",
+        )
+        .report(PgLogLevel::NOTICE);
+    }
 }
 
 /// When the statement that runs began; a function's or a procedure's is part of whatever called it.
@@ -86,11 +123,14 @@ pub struct Purse {
 
 impl Purse {
     pub fn new(limit: Allowance, price: Price, prices: Option<Prices>) -> Self {
-        let began = began();
-        if TOTALS.get().began != began {
-            TOTALS.set(Totals { began, spent: NOTHING, reserved: NOTHING, rows: 0 });
-        }
-        Self { began, limit, price, prices, reserved: NOTHING, chunk: None, in_vain: false }
+        let totals = Totals::now();
+        TOTALS.set(totals);
+        Self { began: totals.began, limit, price, prices, reserved: NOTHING, chunk: None, in_vain: false }
+    }
+
+    /// Whether its statement is the one that runs.
+    pub fn is_current(&self) -> bool {
+        self.began == began()
     }
 
     /// What one was allowed, the other may spend.
@@ -143,10 +183,7 @@ impl Purse {
         let mut taken = budget::taken(spent, self.prices.unwrap_or_default());
         taken = Allowance { cost: taken.cost.min(self.reserved.cost), tokens: taken.tokens.min(self.reserved.tokens) };
         subtract(&mut self.reserved, taken);
-        let rates = self.price.rates.unwrap_or_default();
-        let cached = spent.cached_input_tokens.min(spent.input_tokens);
-        let mut paid = budget::taken(spent, rates);
-        paid.cost -= rates.input.saturating_sub(self.price.cached_rate).saturating_mul(cached).min(paid.cost);
+        let paid = self.price.paid(spent);
         self.change(|t| {
             subtract(&mut t.reserved, taken);
             add(&mut t.spent, paid);

@@ -59,6 +59,17 @@ pub enum TooLong {
     Truncate,
 }
 
+/// What a function that returns a label makes of a row that the model gives none.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnError {
+    /// NULL, with a warning.
+    #[default]
+    Null,
+    /// The statement ends with an error.
+    Error,
+}
+
 /// The options of a task, complete.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
@@ -78,6 +89,9 @@ pub struct Options {
     pub too_long: TooLong,
     /// A text that was answered before, for the same task, model and role, is not asked again.
     pub reuse: bool,
+    /// What `llm_classify()` and `llm_filter()` make of a row without an answer. Functions that return a status, and
+    /// jobs, tell it there.
+    pub on_error: OnError,
 }
 
 impl Default for Options {
@@ -91,12 +105,13 @@ impl Default for Options {
             answer_shape: AnswerShape::default(),
             too_long: TooLong::default(),
             reuse: true,
+            on_error: OnError::default(),
         }
     }
 }
 
 const KEYS: &str = "max_rows_per_request, max_attempts, priority, structured_output, codes, answer_shape, too_long, \
-                    reuse; of a job also isolation";
+                    reuse, on_error; of a job also isolation";
 
 impl Options {
     /// Reads a JSON object. Later objects override earlier ones key by key.
@@ -131,6 +146,7 @@ impl Options {
                 "answer_shape" => self.answer_shape = word(key, value, "map, object, compact, properties")?,
                 "too_long" => self.too_long = word(key, value, "skip, truncate")?,
                 "reuse" => self.reuse = word(key, value, "true, false")?,
+                "on_error" => self.on_error = word(key, value, "null, error")?,
                 _ => {
                     return Err(Error::new(format!("unrecognized option \"{key}\""))
                         .hint(format!("Valid options are: {KEYS}.")));

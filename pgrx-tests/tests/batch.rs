@@ -1,0 +1,441 @@
+//! Plain SQL is batched: what the node "LLM Batch" asks, of which rows, in how many requests.
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use common::{Bed, PATIENCE, error, one, run, slow, text, tickets, wrong};
+use llm_fake_provider::{Config, Fault};
+use pg_llm_batch_e2e::wait_until;
+use postgres::{Client, SimpleQueryMessage};
+
+/// A plan, a line each.
+fn explain(c: &mut Client, options: &str, sql: &str) -> String {
+    let messages = c.simple_query(&format!("EXPLAIN ({options}) {sql}")).unwrap();
+    let line = |m: &SimpleQueryMessage| match m {
+        SimpleQueryMessage::Row(row) => row.get(0).map(|line| format!("{line}\n")),
+        _ => None,
+    };
+    messages.iter().filter_map(line).collect()
+}
+
+/// The ids of the rows that are asked about by a statement, which are asked about once.
+fn asked(bed: &Bed, c: &mut Client, sql: &str) -> BTreeSet<i64> {
+    bed.provider.reset_stats();
+    run(c, sql);
+    let rows = bed.provider.stats().rows;
+    assert!(rows.values().all(|r| r.asked == 1), "{sql}: {rows:?}");
+    rows.keys().map(|id| id.parse().unwrap()).collect()
+}
+
+/// A table `t` of texts whose topic is `bug` for every fourth row, with a question that every third answers with yes.
+/// Texts carry the id, questions the id and a 9 before it.
+fn questions(c: &mut Client, rows: i64) {
+    run(
+        c,
+        &format!(
+            "SET llm_batch.default_model = 'm';
+             CREATE TABLE t (id int PRIMARY KEY, body text, ask text, topic text);
+             INSERT INTO t SELECT i, format('#r%s:%s#', i, CASE WHEN i % 4 = 0 THEN 'bug' ELSE 'spam' END),
+                    format('#r9%s:%s#', lpad(i::text, 6, '0'), CASE WHEN i % 3 = 0 THEN 'yes' ELSE 'no' END)
+               FROM generate_series(1, {rows}) i;
+             ANALYZE t"
+        ),
+    );
+}
+
+const ASK: i64 = 9_000_000;
+
+#[test]
+fn an_update_of_ten_thousand_rows() {
+    let bed = Bed::new("batch_update");
+    let c = &mut bed.connect();
+    tickets(c, "tickets", 1..=10_000);
+    bed.provider.reset_stats();
+    let update = "UPDATE tickets SET topic = llm_classify(body, 'topic')";
+    let plan = explain(c, "COSTS off", update);
+    for line in
+        ["Custom Scan (LLM Batch)", "Call: llm_classify(body, 'topic'::text)", "Model: m", "Rows per Request: 50"]
+    {
+        assert!(plan.contains(line), "{line} is not in\n{plan}");
+    }
+    assert_eq!(
+        (bed.provider.stats().requests, one(c, "SELECT count(*) FROM tickets WHERE topic IS NULL")),
+        (0, 10_000)
+    );
+    // All that EXPLAIN (ANALYZE) says is what the provider counted.
+    let plan = explain(c, "ANALYZE, COSTS off", update);
+    let stats = bed.provider.stats();
+    for line in [
+        "Rows Sent: 10000\n".to_owned(),
+        "Rows Reused: 0\n".to_owned(),
+        format!("Requests: {}\n", stats.requests),
+        format!("Input Tokens: {}\n", stats.prompt_tokens),
+        format!("Output Tokens: {}\n", stats.completion_tokens),
+        "Average Time Queued: ".to_owned(),
+        "Average Time at Provider: ".to_owned(),
+        "Cost: $0.".to_owned(),
+    ] {
+        assert!(plan.contains(&line), "{line} is not in\n{plan}");
+    }
+    assert_eq!(wrong(c, "tickets"), 0);
+    assert!(stats.rows.len() == 10_000 && stats.rows.values().all(|r| r.asked == 1));
+    assert!(stats.requests <= 210, "{} requests", stats.requests);
+    // As data, too. The texts are known by the second time.
+    run(c, "SELECT llm_batch.alter_classifier('topic', options => '{}')");
+    for format in ["JSON", "XML", "YAML"] {
+        let plan = explain(
+            c,
+            &format!("ANALYZE, VERBOSE, FORMAT {format}"),
+            "SELECT llm_classify(body, 'topic') FROM tickets",
+        );
+        assert!(plan.contains("LLM Batch") && plan.contains("10000"), "{plan}");
+    }
+    let plan = explain(c, "ANALYZE, FORMAT JSON", "SELECT llm_classify(body, 'topic') FROM tickets");
+    let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
+    let call = &plan[0]["Plan"]["Calls"][0];
+    assert_eq!((&call["Rows Reused"], &call["Rows Sent"]), (&10_000.into(), &0.into()), "{plan}");
+}
+
+#[test]
+fn no_more_rows_than_a_limit_needs() {
+    let bed = Bed::with("batch_limit", slow(20));
+    let c = &mut bed.connect();
+    questions(c, 100_000);
+    // Nothing is asked but the rows that are returned.
+    for (sql, n) in [
+        ("SELECT llm_classify(body, 'topic') FROM t LIMIT 7", 7),
+        ("SELECT llm_classify(body, 'topic') FROM t WHERE id > 100 LIMIT 7 OFFSET 4", 11),
+        ("SELECT llm_classify(body, 'topic') FROM t WHERE id > 200 ORDER BY id LIMIT 3 + 2", 5),
+        ("SELECT * FROM (SELECT llm_classify(body, 'topic') FROM t WHERE id > 300 OFFSET 0) s LIMIT 6", 6),
+        (
+            "PREPARE p(int) AS SELECT llm_classify(body, 'topic') FROM t WHERE id > 400 LIMIT $1; \
+          SET plan_cache_mode = force_generic_plan; EXECUTE p(9)",
+            9,
+        ),
+        ("SELECT llm_classify(body, 'topic') FROM t WHERE id > 500 LIMIT 0", 0),
+    ] {
+        assert_eq!(asked(&bed, c, sql).len(), n, "{sql}");
+    }
+    // With a filter, every third row passes: one after the other would ask 30, or 3 with LIMIT 1. Twice that and the
+    // limit are the bound.
+    for (first, limit, needed) in [(1_000, 10, 30), (2_001, 1, 3), (3_000, 100, 300), (5_001, 400, 1_200)] {
+        let sql =
+            format!("SELECT id FROM t WHERE id > {first} AND llm_filter(ask, 'Is it?') ORDER BY id LIMIT {limit}");
+        let n = asked(&bed, c, &sql).len();
+        assert!((needed..=2 * needed + limit).contains(&n), "{n} rows for LIMIT {limit}");
+        assert_eq!(one(c, &format!("SELECT count(*) FROM ({sql}) s WHERE id % 3 = 0")), limit as i64);
+    }
+    // None passes: whatever is read, packs grow. One row in a thousand passes the cheap filter before.
+    bed.provider.reset_stats();
+    let none = "SELECT id FROM t WHERE id % 3 = 1 AND id > 50000 AND id <= 53000 AND llm_filter(ask, 'Is it?') LIMIT 1";
+    assert_eq!(c.query(none, &[]).unwrap().len(), 0);
+    let stats = bed.provider.stats();
+    assert_eq!(stats.rows.len(), 1_000);
+    assert!(stats.requests <= 40, "{} requests", stats.requests);
+    // A cursor and EXISTS read on as they need.
+    let cursor = "BEGIN; DECLARE x CURSOR FOR SELECT llm_classify(body, 'topic') FROM t WHERE id > 60000; FETCH 15 FROM x; COMMIT";
+    assert!(asked(&bed, c, cursor).len() <= 30);
+    let exists = "SELECT EXISTS (SELECT FROM t WHERE id > 70000 AND llm_filter(ask, 'Is it?'))";
+    assert!(asked(&bed, c, exists).len() <= 10);
+}
+
+#[test]
+fn only_the_rows_that_come_to_a_call() {
+    let bed = Bed::new("batch_guards");
+    let c = &mut bed.connect();
+    questions(c, 60);
+    run(
+        c,
+        "ALTER TABLE t ADD note text; UPDATE t SET note = 'noted' WHERE id <= 20; ANALYZE t; CREATE FUNCTION odd(int) RETURNS bool VOLATILE LANGUAGE plpgsql AS 'BEGIN RETURN $1 % 2 = 1; END'",
+    );
+    let ids = |want: &dyn Fn(i64) -> bool| (1..=60).filter(|i| want(*i)).collect::<BTreeSet<i64>>();
+    let both = |first: BTreeSet<i64>, then: BTreeSet<i64>| {
+        first.into_iter().chain(then.into_iter().map(|i| i + ASK)).collect::<BTreeSet<i64>>()
+    };
+    let none = BTreeSet::new;
+    let classify = "llm_classify(body, 'topic')";
+    let filter = "llm_filter(ask, 'Is it?')";
+    for (sql, rows) in [
+        (format!("SELECT CASE WHEN id % 5 = 0 THEN {classify} END FROM t"), ids(&|i| i % 5 == 0)),
+        (format!("SELECT CASE id % 5 WHEN 0 THEN {classify} WHEN 1 THEN 'x' END FROM t"), ids(&|i| i % 5 == 0)),
+        (
+            format!("SELECT CASE WHEN id % 5 = 0 THEN 'x' WHEN id % 2 = 0 THEN {classify} END FROM t"),
+            ids(&|i| i % 5 != 0 && i % 2 == 0),
+        ),
+        (format!("SELECT CASE WHEN id % 5 < 4 THEN 'x' ELSE {classify} END FROM t"), ids(&|i| i % 5 == 4)),
+        (format!("SELECT coalesce(note, {classify}) FROM t"), ids(&|i| i > 20)),
+        (format!("SELECT id < 30 AND {classify} = 'bug' FROM t"), ids(&|i| i < 30)),
+        (format!("SELECT id < 30 OR {classify} = 'bug' FROM t"), ids(&|i| i >= 30)),
+        (format!("SELECT note = 'noted' AND {classify} = 'bug' FROM t"), ids(&|_| true)),
+        (format!("SELECT id FROM t WHERE id % 7 = 0 AND {classify} = 'bug'"), ids(&|i| i % 7 == 0)),
+        (format!("SELECT id FROM t WHERE {classify} = 'bug' AND odd(id)"), ids(&|i| i % 2 == 1)),
+        // The text of the second is asked about where the first says yes.
+        (format!("SELECT {classify} FROM t WHERE {filter}"), both(ids(&|i| i % 3 == 0), ids(&|_| true))),
+        (format!("SELECT id FROM t WHERE {filter} AND {classify} = 'bug'"), both(ids(&|i| i % 3 == 0), ids(&|_| true))),
+        (
+            format!("SELECT CASE {classify} WHEN 'bug' THEN {filter} END FROM t"),
+            both(ids(&|_| true), ids(&|i| i % 4 == 0)),
+        ),
+        (format!("SELECT count(*) FILTER (WHERE {classify} = 'bug') FROM t WHERE id < 9"), ids(&|i| i < 9)),
+        (
+            format!("SELECT string_agg({classify}, '') FILTER (WHERE id % 2 = 0) FROM t WHERE id < 9"),
+            ids(&|i| i < 9 && i % 2 == 0),
+        ),
+        (
+            format!("SELECT {classify} FROM t WHERE id IN (SELECT id FROM t WHERE id > 50 AND note IS NULL)"),
+            ids(&|i| i > 50),
+        ),
+        (format!("UPDATE t SET topic = {classify} WHERE note IS NULL"), ids(&|i| i > 20)),
+        ("SELECT llm_classify(nullif(body, body), 'topic'), llm_classify(body, NULL) FROM t".to_string(), none()),
+        ("SELECT llm_classify('', 'topic') FROM t".to_string(), none()),
+    ] {
+        // Otherwise what was answered before would not be asked again.
+        run(c, "SELECT llm_batch.alter_classifier('topic', options => '{\"reuse\": false}')");
+        let no_reuse = sql.replace("'Is it?')", "'Is it?', '{\"reuse\": false}')");
+        assert!(explain(c, "COSTS off", &no_reuse).contains("LLM Batch"), "{no_reuse}");
+        let mut rows = rows;
+        if no_reuse.contains("note = 'noted' AND") {
+            // NULL is not false: AND goes on.
+            rows = ids(&|_| true);
+        }
+        assert_eq!(asked(&bed, c, &no_reuse), rows, "{no_reuse}");
+        let plain = format!("SET llm_batch.enable_batch_scan = off; {no_reuse}; RESET llm_batch.enable_batch_scan");
+        assert_eq!(asked(&bed, c, &plain), rows, "without the node: {no_reuse}");
+    }
+}
+
+#[test]
+fn row_by_row_where_there_is_no_node() {
+    let bed = Bed::new("batch_single");
+    let c = &mut bed.connect();
+    questions(c, 40);
+    let said = |sql: &str| {
+        bed.provider.reset_stats();
+        let output = bed.cluster.psql("postgres", &format!("SET llm_batch.default_model = 'm'; {sql}"));
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        (
+            bed.provider.stats().requests,
+            said.matches("NOTICE:  rows of this statement are sent to the model one by one").count(),
+            said,
+        )
+    };
+    let off = "SET llm_batch.enable_batch_scan = off;";
+    for (sql, requests, notices) in [
+        (format!("{off} SELECT llm_classify(body, 'topic') FROM t WHERE id <= 10"), 10, 0),
+        (format!("{off} SELECT llm_classify(body || 1, 'topic') FROM t"), 40, 1),
+        ("SELECT llm_classify(body || 2, 'topic') FROM t".to_owned(), 1, 0),
+        ("SELECT llm_classify(body || 3, 'topic')".replace("body", "'a'"), 1, 0),
+        (
+            "DO $$ DECLARE r record; BEGIN FOR r IN SELECT body FROM t LOOP PERFORM llm_classify(r.body || 4, 'topic'); END LOOP; END $$"
+                .to_owned(),
+            40,
+            1,
+        ),
+        (
+            "DO $$ DECLARE r record; BEGIN FOR r IN SELECT llm_classify(body || 5, 'topic') FROM t LOOP END LOOP; END $$".to_owned(),
+            1,
+            0,
+        ),
+        // The task is another for each row: nothing to share.
+        ("SELECT llm_classify(body || 6, CASE WHEN id > 0 THEN 'topic' END) FROM t".to_owned(), 40, 1),
+        ("SELECT llm_classify(body || random(), 'topic') FROM t".to_owned(), 40, 1),
+        ("UPDATE t SET topic = NULL RETURNING llm_classify(body || 7, 'topic')".to_owned(), 40, 1),
+    ] {
+        let (n, told, said) = said(&sql);
+        assert_eq!((n, told), (requests, notices), "{sql}: {said}");
+        assert!(notices == 0 || said.contains("HINT:  EXPLAIN shows a node \"LLM Batch\""), "{said}");
+    }
+    // Nothing is placed where nothing is called.
+    let plan = explain(c, "COSTS off", "SELECT upper(body), id FROM t WHERE id > 3 ORDER BY 1");
+    assert!(!plan.contains("LLM Batch"), "{plan}");
+}
+
+#[test]
+fn what_goes_wrong_is_told_in_its_place() {
+    let bed = Bed::with("batch_errors", slow(5));
+    let c = &mut bed.connect();
+    questions(c, 200);
+    let select = "SELECT count(llm_classify(body, 'topic')) FROM t WHERE id > 0";
+    // A row without an answer is NULL, with a warning; or an error, if the task says so.
+    run(c, "SELECT llm_batch.alter_classifier('topic', options => '{\"max_attempts\": 1, \"reuse\": false}')");
+    bed.provider.script([Some(Fault::DropId)]);
+    assert_eq!(one(c, select), 199);
+    run(
+        c,
+        "SELECT llm_batch.alter_classifier('topic', options => '{\"max_attempts\": 1, \"reuse\": false, \"on_error\": \"error\"}')",
+    );
+    for setting in ["on", "off"] {
+        run(c, &format!("SET llm_batch.enable_batch_scan = {setting}"));
+        bed.provider.script([Some(Fault::DropId)]);
+        let e = error(c, select);
+        assert_eq!((e.0.as_str(), e.1.as_str()), ("22000", "the model gave no label for a text"), "{e:?}");
+        assert!(e.2.contains("no_answer") && e.3.contains("on_error"), "{e:?}");
+    }
+    run(
+        c,
+        "RESET llm_batch.enable_batch_scan; SELECT llm_batch.alter_classifier('topic', options => '{\"reuse\": false}')",
+    );
+    assert_eq!(error(c, "SELECT llm_classify(body, 'nothing') FROM t").0, "42704");
+    assert_eq!(error(c, "SELECT llm_classify(body, ARRAY['a', 'b'], '{\"x\": 1}') FROM t").0, "22023");
+    // An error behind the rows that a limit takes is nobody's.
+    let limited = "SELECT llm_classify(body || 1 / (5 - id), 'topic') FROM t ORDER BY id LIMIT 4";
+    assert_eq!(c.query(limited, &[]).unwrap().len(), 4);
+    assert_eq!(error(c, "SELECT llm_classify(body || 1 / (5 - id), 'topic') FROM t").0, "22012");
+    // A budget.
+    run(c, "SET llm_batch.statement_max_cost = 0.0004");
+    bed.provider.reset_stats();
+    let e = error(c, select);
+    assert!(e.0 == "53400" && e.2.contains("of $0.0004"), "{e:?}");
+    let stats = bed.provider.stats();
+    assert!(stats.requests > 0 && stats.rows.len() < 200, "{stats:?}");
+    // Each fetch is a statement, with a budget of its own.
+    run(c, "BEGIN; DECLARE x CURSOR FOR SELECT id, llm_classify(body, 'topic') topic FROM t");
+    for _ in 0..4 {
+        assert_eq!(c.query("FETCH 20 FROM x", &[]).unwrap().len(), 20);
+    }
+    run(c, "COMMIT; RESET llm_batch.statement_max_cost");
+    // A wrong key, in the middle.
+    bed.provider.configure(|config| config.api_key = Some("another".to_owned()));
+    let e = error(c, select);
+    assert_eq!(e.0, "28000", "{e:?}");
+    bed.provider.configure(|config| config.api_key = None);
+    assert_eq!(one(c, select), 200);
+}
+
+#[test]
+fn what_was_not_sent_is_withdrawn() {
+    let bed = Bed::new("batch_withdrawn");
+    let c = &mut bed.connect();
+    questions(c, 1_000);
+    let witness = &mut bed.connect();
+    // One request at a time, so that rows wait.
+    run(c, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 1)");
+    let queued = |witness: &mut Client| one(witness, "SELECT coalesce(sum(queued), 0)::bigint FROM llm_batch.activity");
+    let quiet = |witness: &mut Client, what: &str| {
+        wait_until("what waits is withdrawn", PATIENCE, || queued(witness), |n| *n == 0);
+        bed.provider.release();
+        wait_until("the last request ends", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 0);
+        // Whoever asks after that is answered after what would have been sent before.
+        let before = bed.provider.stats().requests;
+        assert_eq!(text(witness, "SELECT llm_classify('#r777:bug# ' || clock_timestamp(), 'topic')"), "bug", "{what}");
+        assert_eq!(bed.provider.stats().requests, before + 1, "{what}");
+    };
+    for (what, end) in [("cancel", "57014"), ("terminate", "57P01")] {
+        let c = &mut bed.connect();
+        bed.provider.hold();
+        let pid = one(c, "SELECT pg_backend_pid()::bigint");
+        std::thread::scope(|scope| {
+            let waiting =
+                scope.spawn(|| error(c, &format!("UPDATE t SET topic = llm_classify(body || '{what}', 'topic')")));
+            wait_until("rows wait", PATIENCE, || queued(witness), |n| *n > 500);
+            run(witness, &format!("SELECT pg_{what}_backend({pid})"));
+            assert_eq!(waiting.join().unwrap().0, end);
+        });
+        quiet(witness, what);
+    }
+    // A cursor that is closed early has read no more than it may be asked for next.
+    bed.provider.reset_stats();
+    run(
+        c,
+        "BEGIN; DECLARE x CURSOR FOR SELECT llm_classify(body || 'cursor', 'topic') FROM t; FETCH 1 FROM x; CLOSE x; COMMIT",
+    );
+    quiet(witness, "cursor");
+    assert_eq!(bed.provider.stats().rows.len(), 10 + 1);
+    // An error in the middle, in the first request's rows: of the thousand in hand no more is asked than the next has.
+    bed.provider.reset_stats();
+    bed.provider.hold_after(1);
+    assert_eq!(error(c, "SELECT 1 / (40 - id), llm_classify(body || 'error', 'topic') FROM t").0, "22012");
+    quiet(witness, "error");
+    assert!(bed.provider.stats().rows.len() <= 100 + 1);
+}
+
+#[test]
+fn rows_that_others_change() {
+    let bed = Bed::new("batch_concurrent");
+    let c = &mut bed.connect();
+    tickets(c, "tickets", 1..=300);
+    let other = &mut bed.connect();
+    run(other, "BEGIN; UPDATE tickets SET body = '#r900007:spam#', want = 'spam' WHERE id = 7; DELETE FROM tickets WHERE id = 8;
+                UPDATE tickets SET want = 'mine' WHERE id = 9");
+    let witness = &mut bed.connect();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            c.execute("UPDATE tickets SET topic = llm_classify(body, 'topic') WHERE want <> 'mine'", &[]).unwrap()
+        });
+        let blocked = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'";
+        wait_until("the update waits for the row", PATIENCE, || one(witness, blocked), |n| *n == 1);
+        run(other, "COMMIT");
+        // Neither the row that is gone nor the one that no longer fits.
+        assert_eq!(waiting.join().unwrap(), 298);
+    });
+    let c = &mut bed.connect();
+    assert_eq!(one(c, "SELECT count(*) FROM tickets WHERE topic = want"), 298);
+    assert_eq!(text(c, "SELECT topic FROM tickets WHERE id = 7"), "spam");
+    assert_eq!(one(c, "SELECT count(*) FROM tickets WHERE topic IS NULL AND id = 9"), 1);
+    let stats = bed.provider.stats();
+    assert_eq!(stats.rows["900007"].asked, 1);
+    assert!(stats.requests < 20, "{}", stats.requests);
+}
+
+#[test]
+fn rows_that_a_role_may_not_see_stay_here() {
+    let bed = Bed::new("batch_security");
+    let c = &mut bed.connect();
+    questions(c, 50);
+    run(
+        c,
+        "CREATE ROLE analyst LOGIN; GRANT SELECT ON t TO analyst; GRANT USAGE ON FOREIGN SERVER fake TO analyst;
+         ALTER TABLE t ENABLE ROW LEVEL SECURITY; CREATE POLICY p ON t TO analyst USING (id % 5 = 0);
+         CREATE FUNCTION leak(text) RETURNS bool LANGUAGE plpgsql COST 0.0001 AS 'BEGIN RAISE NOTICE ''%'', $1; RETURN true; END'",
+    );
+    let analyst = &mut bed.cluster.connect_as("postgres", "analyst");
+    let seen: BTreeSet<i64> = (1..=10).map(|i| i * 5).collect();
+    for sql in [
+        "SELECT llm_classify(body, 'topic') FROM t",
+        "SELECT id FROM t WHERE llm_classify(body || 1, 'topic') = 'bug' AND leak(body)",
+    ] {
+        assert_eq!(asked(&bed, analyst, sql), seen, "{sql}");
+    }
+    // Another role's answers are another's: its rows are asked again, also within a cursor that changes hands.
+    bed.provider.reset_stats();
+    run(c, "BEGIN; DECLARE x CURSOR FOR SELECT llm_classify(body || 2, 'topic') FROM t; FETCH 1 FROM x");
+    run(c, "CREATE ROLE nobody; SET LOCAL ROLE nobody");
+    let e = error(c, "FETCH ALL FROM x");
+    assert_eq!(e.0, "42501", "{e:?}");
+    run(c, "ROLLBACK");
+}
+
+#[test]
+fn two_calls_are_in_flight_together() {
+    let bed = Bed::new("batch_streams");
+    let c = &mut bed.connect();
+    questions(c, 100);
+    bed.provider.hold();
+    std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| {
+            let sql = "SELECT llm_classify(body, 'topic') = 'bug' AND id % 4 = 0, llm_filter(ask, 'Is it?') = (id % 3 = 0) FROM t";
+            c.query(sql, &[]).unwrap().iter().filter(|row| row.get::<_, bool>(1)).count()
+        });
+        wait_until("rows of both are under way", PATIENCE, || bed.provider.stats().rows_in_flight, |n| *n == 200);
+        bed.provider.release();
+        assert_eq!(waiting.join().unwrap(), 100);
+    });
+}
+
+#[test]
+fn rows_wider_than_memory() {
+    let bed = Bed::with("batch_spill", Config::default());
+    let c = &mut bed.connect();
+    questions(c, 3_000);
+    run(c, "ALTER TABLE t ADD wide text; UPDATE t SET wide = repeat(md5(id::text), 40); SET work_mem = '64kB'");
+    let sql = "SELECT count(*) FILTER (WHERE topic = CASE WHEN id % 4 = 0 THEN 'bug' ELSE 'spam' END
+                                         AND CASE WHEN topic = 'bug' THEN is_so = (id % 3 = 0) ELSE is_so IS NULL END
+                                         AND wide = repeat(md5(id::text), 40))
+                 FROM (SELECT id, wide, llm_classify(body, 'topic') topic,
+                              CASE llm_classify(body, 'topic') WHEN 'bug' THEN llm_filter(ask, 'Is it?') END is_so
+                         FROM t OFFSET 0) s";
+    assert_eq!(one(c, sql), 3_000);
+    let files = "SELECT count(*) FROM pg_stat_database WHERE datname = current_database() AND temp_files > 0";
+    wait_until("it went to disk", PATIENCE, || one(c, files), |n| *n == 1);
+}

@@ -1,0 +1,584 @@
+//! Reading ahead: the child's rows are kept in their order, what their calls will ask is asked as far ahead as is wanted,
+//! and a row is evaluated when all of its answers are there.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::rc::Rc;
+use std::time::Duration;
+
+use pgrx::datum::JsonB;
+use pgrx::prelude::*;
+
+use super::answers::{Answer, Asked, Shown};
+use super::calls::{Call, Verb};
+use super::nodes::list;
+use super::place::Wanted;
+use crate::ask::{Asker, Done};
+use crate::budget::Price;
+use crate::error::{Error, Result};
+use crate::model::current_user;
+use crate::question::{Prepared, Question};
+
+/// Most rows that are kept. Those that wait for the slowest answer should not fill the disk.
+const MOST_ROWS: usize = 32_000;
+/// Rows handed over at a time, if there are so many: the gateway sends the first that it gets at once.
+const FRAME: usize = 200;
+/// After so many rows it is seen to that the gateway has more, also if none has to be waited for.
+const REFILL: u64 = 100;
+/// Rows read at first where it is not known how many are wanted.
+const FIRST: u64 = 10;
+
+/// What became of a call in a row.
+enum Fate {
+    /// It was not looked at yet.
+    Unknown,
+    /// The row does not come to it, or it gives NULL without being asked.
+    NotAsked,
+    Pending,
+    Answered(Rc<Answer>),
+}
+
+impl Fate {
+    fn is_decided(&self) -> bool {
+        matches!(self, Self::NotAsked | Self::Answered(_))
+    }
+}
+
+/// A row that was read and not returned.
+struct Row {
+    fates: Vec<Fate>,
+    /// Of the texts that were asked about.
+    bytes: usize,
+}
+
+/// A call, and the stream of its rows.
+pub struct Site {
+    pub call: Call,
+    conditions: *mut pg_sys::ExprState,
+    input: *mut pg_sys::ExprState,
+    others: Vec<*mut pg_sys::ExprState>,
+    /// Since the first row that comes to the call.
+    asked: Option<Rc<Asked>>,
+    asker: Option<Asker>,
+    /// By the asker's number: the row, and its text.
+    waiting: BTreeMap<u64, (u64, String)>,
+    /// Why it can't go on: told when a row's turn comes that has no answer.
+    failed: Option<Error>,
+    /// What former streams did.
+    done: Done,
+    /// The model's name, and its price.
+    model: Option<(String, Price)>,
+}
+
+/// The state of a batch scan.
+pub struct Ahead {
+    ps: *mut pg_sys::PlanState,
+    is_on: bool,
+    pub sites: Vec<Site>,
+    levels: usize,
+    wanted: Wanted,
+    /// The expressions of a limit, compiled.
+    bounds: [*mut pg_sys::ExprState; 2],
+    /// How many rows a limit takes, once it is known.
+    limit: Option<u64>,
+    role: pg_sys::Oid,
+    store: *mut pg_sys::Tuplestorestate,
+    /// The slot of the row that is returned, and of one that is looked at once more.
+    slots: [*mut pg_sys::TupleTableSlot; 2],
+    rows: VecDeque<Row>,
+    /// The number of the first of them.
+    first: u64,
+    /// By level, how many rows were looked at; that of level 0 is not used.
+    examined: Vec<u64>,
+    bytes: usize,
+    is_child_done: bool,
+    /// Rows that were taken, and those of them that passed the filter.
+    taken: u64,
+    passed: u64,
+}
+
+impl Ahead {
+    /// # Safety
+    /// `ps` is the state of a batch scan that begins, with its child; the calls are of its expressions.
+    pub unsafe fn new(ps: *mut pg_sys::PlanState, calls: Vec<Call>, wanted: Wanted, is_on: bool) -> Self {
+        // SAFETY: as the caller says; compiled in the memory context of the query.
+        unsafe {
+            let compile = |e: *mut pg_sys::Node| pg_sys::ExecInitExpr(e.cast(), ps);
+            let levels = calls.iter().map(|c| c.level + 1).max().unwrap_or(1);
+            let sites = calls.into_iter().map(|call| {
+                let mut args = list::<pg_sys::Node>((*call.call).args).into_iter().map(compile);
+                Site {
+                    conditions: pg_sys::ExecInitQual(call.conditions(), ps),
+                    input: args.next().unwrap_or(std::ptr::null_mut()),
+                    others: args.collect(),
+                    call,
+                    asked: None,
+                    asker: None,
+                    waiting: BTreeMap::new(),
+                    failed: None,
+                    done: Done::default(),
+                    model: None,
+                }
+            });
+            let bounds = match wanted {
+                Wanted::Limit { count, offset } => [compile(count), compile(offset)],
+                _ => [std::ptr::null_mut(); 2],
+            };
+            let kind = pg_sys::ExecGetResultType((*ps).lefttree);
+            let slot = || pg_sys::ExecInitExtraTupleSlot((*ps).state, kind, &raw const pg_sys::TTSOpsMinimalTuple);
+            Self {
+                ps,
+                is_on,
+                sites: sites.collect(),
+                levels,
+                wanted,
+                bounds,
+                limit: None,
+                role: current_user(),
+                store: std::ptr::null_mut(),
+                slots: [slot(), slot()],
+                rows: VecDeque::new(),
+                first: 0,
+                examined: vec![0; levels],
+                bytes: 0,
+                is_child_done: false,
+                taken: 0,
+                passed: 0,
+            }
+        }
+    }
+
+    /// The node's state, as Postgres knows it.
+    pub fn state(&self) -> *mut pg_sys::PlanState {
+        self.ps
+    }
+
+    /// The next row that passes the filter, or NULL.
+    ///
+    /// # Safety
+    /// The scan has begun and not ended.
+    pub unsafe fn next(&mut self) -> Result<*mut pg_sys::TupleTableSlot> {
+        // SAFETY: the executor calls this in the memory context of the query.
+        unsafe {
+            let (qual, projection) = ((*self.ps).qual, (*self.ps).ps_ProjInfo);
+            let econtext = (*self.ps).ps_ExprContext;
+            loop {
+                pg_sys::MemoryContextReset((*econtext).ecxt_per_tuple_memory);
+                let (slot, answers) =
+                    if self.is_on { self.row()? } else { (pg_sys::ExecProcNode((*self.ps).lefttree), Vec::new()) };
+                if is_empty(slot) {
+                    return Ok(std::ptr::null_mut());
+                }
+                (*econtext).ecxt_outertuple = slot;
+                self.taken += 1;
+                let _shown = Shown::new(answers);
+                if !qual.is_null() && !pg_sys::ExecQual(qual, econtext) {
+                    if let Some(instrument) = (*self.ps).instrument.as_mut() {
+                        instrument.nfiltered1 += 1.0;
+                    }
+                    continue;
+                }
+                self.passed += 1;
+                if projection.is_null() {
+                    // Nothing is wanted of the row but that it is there.
+                    let empty = (*self.ps.cast::<pg_sys::ScanState>()).ss_ScanTupleSlot;
+                    return Ok(pg_sys::ExecStoreVirtualTuple(pg_sys::ExecClearTuple(empty)));
+                }
+                return Ok(pg_sys::ExecProject(projection));
+            }
+        }
+    }
+
+    /// The next row of the child with the answers of its calls; an empty slot at the end.
+    unsafe fn row(&mut self) -> Result<(*mut pg_sys::TupleTableSlot, Vec<Rc<Answer>>)> {
+        // SAFETY: as of next().
+        unsafe {
+            self.begin()?;
+            if self.taken % REFILL == REFILL - 1 {
+                self.poll();
+                self.fill();
+            }
+            loop {
+                if self.is_first_decided() {
+                    break;
+                }
+                self.poll();
+                self.fill();
+                let Some(row) = self.rows.front() else {
+                    return Ok((std::ptr::null_mut(), Vec::new()));
+                };
+                if self.is_first_decided() {
+                    break;
+                }
+                let awaited = row.fates.iter().position(|fate| matches!(fate, Fate::Pending));
+                if let Some(site) = awaited {
+                    if let Some(e) = self.sites.get_mut(site).and_then(|s| s.failed.take()) {
+                        return Err(e);
+                    }
+                    self.receive(site, Duration::from_secs(60));
+                }
+            }
+            let [slot, _] = self.slots;
+            pg_sys::tuplestore_select_read_pointer(self.store, 0);
+            if !pg_sys::tuplestore_gettupleslot(self.store, true, true, slot) {
+                return Err(Error::new(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, "a row that was read ahead is missing"));
+            }
+            pg_sys::tuplestore_trim(self.store);
+            self.first += 1;
+            let row = self.rows.pop_front();
+            self.bytes -= row.as_ref().map_or(0, |r| r.bytes);
+            let fates = row.into_iter().flat_map(|r| r.fates);
+            let answers = fates.filter_map(|fate| if let Fate::Answered(a) = fate { Some(a) } else { None });
+            Ok((slot, answers.collect()))
+        }
+    }
+
+    /// Before each row: makes what the first needs, and opens streams anew that are another role's or statement's.
+    unsafe fn begin(&mut self) -> Result<()> {
+        // SAFETY: as of next().
+        unsafe {
+            if self.store.is_null() {
+                self.store = pg_sys::tuplestore_begin_heap(false, false, pg_sys::work_mem);
+                // The row that is returned is read by pointer 0, those of a level by the pointer of its number.
+                for _ in 1..self.levels {
+                    pg_sys::tuplestore_alloc_read_pointer(self.store, 0);
+                }
+            }
+            if self.taken == 0
+                && let Wanted::Limit { .. } = self.wanted
+            {
+                self.limit = self.bound();
+            }
+            let is_mine = self.role == current_user();
+            self.role = current_user();
+            for i in 0..self.sites.len() {
+                if let Some(site) = self.sites.get_mut(i)
+                    && !(is_mine && site.asker.as_ref().is_none_or(Asker::is_current))
+                {
+                    let waiting = std::mem::take(&mut site.waiting);
+                    site.close();
+                    for (row, text) in waiting.into_values() {
+                        self.ask(i, row, text);
+                    }
+                }
+            }
+            Ok(())
+        }
+    }
+
+    /// Rows that the limit takes, if it is one.
+    unsafe fn bound(&self) -> Option<u64> {
+        // SAFETY: expressions of the LIMIT above, which has evaluated them by now.
+        unsafe {
+            let [count, offset] = self.bounds.map(|bound| {
+                let mut is_null = bound.is_null();
+                let econtext = (*self.ps).ps_ExprContext;
+                let datum = if is_null {
+                    pg_sys::Datum::from(0)
+                } else {
+                    pg_sys::ExecEvalExprSwitchContext(bound, econtext, &mut is_null)
+                };
+                i64::from_datum(datum, is_null)
+            });
+            let count = u64::try_from(count?).unwrap_or(0);
+            Some(count.saturating_add(offset.and_then(|n| u64::try_from(n).ok()).unwrap_or(0)))
+        }
+    }
+
+    /// Most rows to have in hand. With a filter before a limit, twice the rows that have to be asked about are, at most,
+    /// and as many as the limit takes.
+    fn most_rows(&self) -> u64 {
+        let left = match (self.wanted, self.limit) {
+            (Wanted::All, _) | (Wanted::Limit { .. }, None) => return u64::MAX,
+            (Wanted::Limit { .. }, Some(limit)) => limit.saturating_sub(self.passed),
+            (Wanted::Unknown, _) => 0,
+        };
+        if left == 0 {
+            return FIRST.max(self.taken);
+        }
+        // SAFETY: reads a field of our state.
+        if unsafe { (*self.ps).qual.is_null() } {
+            return left;
+        }
+        // As many as it takes if as many pass as did so far.
+        let expected = left.saturating_mul(self.taken + 1).div_ceil(self.passed + 1);
+        expected.min(left.max(self.taken))
+    }
+
+    fn has_room(&self) -> bool {
+        // SAFETY: a setting, read on the main thread.
+        let memory = unsafe { pg_sys::work_mem } as usize * 1024;
+        (self.rows.len() as u64) < self.most_rows().min(MOST_ROWS as u64)
+            && (self.bytes < memory || self.rows.is_empty())
+            && self.sites.iter().all(|s| s.failed.is_none() && s.asker.as_ref().is_none_or(Asker::has_room))
+    }
+
+    /// Whether the first row can be evaluated.
+    fn is_first_decided(&self) -> bool {
+        self.rows.front().is_some_and(|row| row.fates.iter().all(Fate::is_decided))
+    }
+
+    /// Reads on while there is room, and hands over what is to be asked.
+    unsafe fn fill(&mut self) {
+        // SAFETY: as of next().
+        unsafe {
+            while !self.is_child_done && (self.has_room() || self.rows.is_empty()) {
+                let slot = pg_sys::ExecProcNode((*self.ps).lefttree);
+                if is_empty(slot) {
+                    self.is_child_done = true;
+                    break;
+                }
+                pg_sys::tuplestore_puttupleslot(self.store, slot);
+                let number = self.first + self.rows.len() as u64;
+                let fates = self.sites.iter().map(|_| Fate::Unknown).collect();
+                self.rows.push_back(Row { fates, bytes: 0 });
+                self.examine(0, number, slot);
+                self.flush(FRAME);
+            }
+            for level in 1..self.levels {
+                self.look_again(level);
+            }
+            self.flush(1);
+        }
+    }
+
+    /// Looks at rows for the calls of a level, as long as those have the answers of the levels before.
+    unsafe fn look_again(&mut self, level: usize) {
+        // SAFETY: as of next(). Every row is looked at once at each level before it is returned.
+        unsafe {
+            while let Some(number) = self.examined.get(level).copied() {
+                let is_below = |site: &Site| site.call.level < level;
+                let row = self.rows.get((number - self.first) as usize);
+                let is_ready = row.is_some_and(|row| {
+                    self.sites.iter().zip(&row.fates).all(|(site, fate)| !is_below(site) || fate.is_decided())
+                });
+                let has_room = self.sites.iter().all(|s| s.asker.as_ref().is_none_or(Asker::has_room));
+                if !is_ready || !(has_room || number == self.first) {
+                    return;
+                }
+                let [_, slot] = self.slots;
+                pg_sys::tuplestore_select_read_pointer(self.store, level as i32);
+                if !pg_sys::tuplestore_gettupleslot(self.store, true, true, slot) {
+                    return;
+                }
+                self.examine(level, number, slot);
+                if let Some(examined) = self.examined.get_mut(level) {
+                    *examined += 1;
+                }
+            }
+        }
+    }
+
+    /// Decides which calls of a level a row comes to, and queues what they ask.
+    unsafe fn examine(&mut self, level: usize, number: u64, slot: *mut pg_sys::TupleTableSlot) {
+        // SAFETY: as of next(). What is evaluated, and what it is read from, is freed with the row's memory.
+        unsafe {
+            let econtext = (*self.ps).ps_ExprContext;
+            let at = (number - self.first) as usize;
+            let known = self.rows.get(at).map(|row| {
+                row.fates.iter().filter_map(|f| if let Fate::Answered(a) = f { Some(Rc::clone(a)) } else { None })
+            });
+            let _shown = Shown::new(known.map(Iterator::collect).unwrap_or_default());
+            (*econtext).ecxt_outertuple = slot;
+            for i in 0..self.sites.len() {
+                let Some(site) = self.sites.get(i).filter(|s| s.call.level == level) else { continue };
+                let text = if pg_sys::ExecQual(site.conditions, econtext) {
+                    evaluate::<String>(site.input, econtext)
+                } else {
+                    None
+                };
+                match text.filter(|t| !t.is_empty()) {
+                    Some(text) => self.ask(i, number, text),
+                    None => self.set(number, i, Fate::NotAsked),
+                }
+            }
+            (*econtext).ecxt_outertuple = std::ptr::null_mut();
+            pg_sys::MemoryContextReset((*econtext).ecxt_per_tuple_memory);
+        }
+    }
+
+    fn set(&mut self, number: u64, site: usize, fate: Fate) {
+        let row = self.rows.get_mut((number - self.first) as usize);
+        if let Some(f) = row.and_then(|row| row.fates.get_mut(site)) {
+            *f = fate;
+        }
+    }
+
+    /// Queues a row's text of a call.
+    unsafe fn ask(&mut self, site: usize, number: u64, text: String) {
+        let Some(s) = self.sites.get_mut(site) else { return };
+        // SAFETY: as of next().
+        let fate = match unsafe { s.open(self.ps) } {
+            Ok(Some(asker)) => {
+                let n = asker.put((text.clone(), None));
+                let bytes = text.len();
+                s.waiting.insert(n, (number, text));
+                if let Some(row) = self.rows.get_mut((number - self.first) as usize) {
+                    row.bytes += bytes;
+                    self.bytes += bytes;
+                }
+                Fate::Pending
+            }
+            Ok(None) => Fate::NotAsked,
+            Err(e) => {
+                s.failed.get_or_insert(e);
+                Fate::Pending
+            }
+        };
+        self.set(number, site, fate);
+    }
+
+    /// Hands over what is queued, where it is at least so much.
+    fn flush(&mut self, least: usize) {
+        for site in &mut self.sites {
+            if let Some(asker) = &mut site.asker
+                && asker.unsent() >= least
+                && let Err(e) = asker.flush()
+            {
+                site.failed.get_or_insert(e);
+            }
+        }
+    }
+
+    /// Takes what has come.
+    fn poll(&mut self) {
+        for site in 0..self.sites.len() {
+            while self.receive(site, Duration::ZERO) {}
+        }
+    }
+
+    /// Waits for answers of a call. Whether anything came.
+    fn receive(&mut self, site: usize, timeout: Duration) -> bool {
+        let Self { sites, rows, first, .. } = self;
+        let Some(Site { asker: Some(asker), asked: Some(asked), waiting, failed, .. }) = sites.get_mut(site) else {
+            return false;
+        };
+        if failed.is_some() || asker.pending() == 0 {
+            return false;
+        }
+        let received = asker.receive(timeout, &mut |n, verdict| {
+            let Some((number, input)) = waiting.remove(&n) else { return };
+            let answer = Answer { asked: Rc::clone(asked), input, verdict };
+            if let Some(fate) = rows.get_mut((number - *first) as usize).and_then(|row| row.fates.get_mut(site)) {
+                *fate = Fate::Answered(Rc::new(answer));
+            }
+        });
+        received.unwrap_or_else(|e| {
+            failed.get_or_insert(e);
+            false
+        })
+    }
+
+    /// Begins anew: the child's rows will be others.
+    ///
+    /// # Safety
+    /// As of `next()`.
+    pub unsafe fn restart(&mut self) {
+        for site in &mut self.sites {
+            site.close();
+            site.waiting.clear();
+            site.failed = None;
+        }
+        if !self.store.is_null() {
+            // SAFETY: our own store.
+            unsafe { pg_sys::tuplestore_clear(self.store) };
+        }
+        self.rows.clear();
+        self.examined.fill(0);
+        (self.first, self.bytes, self.taken, self.passed, self.is_child_done) = (0, 0, 0, 0, false);
+    }
+
+    /// Withdraws what is not sent, and frees what is kept.
+    ///
+    /// # Safety
+    /// As of `next()`; which is not called any more.
+    pub unsafe fn end(&mut self) {
+        for site in &mut self.sites {
+            site.close();
+        }
+        if !self.store.is_null() {
+            // SAFETY: our own store, not used any more.
+            unsafe { pg_sys::tuplestore_end(self.store) };
+            self.store = std::ptr::null_mut();
+        }
+    }
+}
+
+impl Site {
+    /// The stream of the call, opened if it is not; none if one of the arguments besides the text is NULL.
+    unsafe fn open(&mut self, ps: *mut pg_sys::PlanState) -> Result<Option<&mut Asker>> {
+        if self.asker.is_none() {
+            // SAFETY: as of Ahead::next().
+            let Some(question) = (unsafe { self.question(ps) }) else { return Ok(None) };
+            crate::client::check_usable()?;
+            let Prepared { asked, limit, conclude } = question.prepare()?;
+            let asker = Asker::open(asked, limit)?;
+            let (model, price) = asker.model();
+            self.model = Some((model.to_owned(), price));
+            self.asked = Some(Rc::new(Asked { question, conclude }));
+            self.asker = Some(asker);
+        }
+        Ok(self.asker.as_mut())
+    }
+
+    /// What is asked of all rows.
+    ///
+    /// # Safety
+    /// The arguments besides the text do not depend on the row.
+    pub unsafe fn question(&self, ps: *mut pg_sys::PlanState) -> Option<Question> {
+        // SAFETY: the functions' declarations say what their arguments are.
+        unsafe {
+            let econtext = (*ps).ps_ExprContext;
+            let arg = |i: usize| self.others.get(i).copied();
+            match self.call.verb {
+                Verb::Task => Some(Question::Task(evaluate(arg(0)?, econtext)?)),
+                Verb::Labels => {
+                    Some(Question::Labels(evaluate(arg(0)?, econtext)?, evaluate::<JsonB>(arg(1)?, econtext)?.0))
+                }
+                Verb::Filter => {
+                    Some(Question::YesNo(evaluate(arg(0)?, econtext)?, evaluate::<JsonB>(arg(1)?, econtext)?.0))
+                }
+            }
+        }
+    }
+
+    /// Gives the stream up. What was not sent of it is withdrawn.
+    fn close(&mut self) {
+        if let Some(asker) = self.asker.take() {
+            self.done.add(&asker.done());
+            asker.keep();
+        }
+        self.asked = None;
+    }
+
+    /// What its streams did so far.
+    pub fn done(&self) -> Done {
+        let mut done = self.done;
+        if let Some(asker) = &self.asker {
+            done.add(&asker.done());
+        }
+        done
+    }
+
+    /// The model that was asked.
+    pub fn model(&self) -> Option<&(String, Price)> {
+        self.model.as_ref()
+    }
+}
+
+/// The value of an expression, if it is not NULL; copied, what it takes to do so is freed with the row's memory.
+unsafe fn evaluate<V: FromDatum>(state: *mut pg_sys::ExprState, econtext: *mut pg_sys::ExprContext) -> Option<V> {
+    // SAFETY: the caller says that the expression is of the type.
+    unsafe {
+        let before = pg_sys::MemoryContextSwitchTo((*econtext).ecxt_per_tuple_memory);
+        let mut is_null = true;
+        let datum = pg_sys::ExecEvalExpr(state, econtext, &mut is_null);
+        let value = V::from_datum(datum, is_null);
+        pg_sys::MemoryContextSwitchTo(before);
+        value
+    }
+}
+
+unsafe fn is_empty(slot: *mut pg_sys::TupleTableSlot) -> bool {
+    // SAFETY: the caller's slot is one or NULL.
+    unsafe { slot.is_null() || (*slot).tts_flags & pg_sys::TTS_FLAG_EMPTY as u16 != 0 }
+}

@@ -1,0 +1,368 @@
+//! Where in a finished plan batch scans go. See README.md in this folder.
+
+use std::ptr::null_mut;
+
+use pgrx::PgList;
+use pgrx::prelude::*;
+
+use super::calls::{find, has_calls};
+use super::node;
+use super::nodes::{any, list, make, mutate, replace, to_list};
+use crate::settings;
+use pg_sys::NodeTag as T;
+
+/// How much of a node's output will be wanted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Wanted {
+    /// All of it.
+    All,
+    /// Perhaps a few rows, perhaps all.
+    Unknown,
+    /// As many rows as a LIMIT and an OFFSET say; either may be missing.
+    Limit { count: *mut pg_sys::Node, offset: *mut pg_sys::Node },
+}
+
+impl Wanted {
+    /// Of a node below one that takes other numbers of rows than it gives.
+    fn below(self) -> Self {
+        if self == Self::All { Self::All } else { Self::Unknown }
+    }
+}
+
+/// Puts batch scans into a plan.
+///
+/// # Safety
+/// The plan is finished and nobody else's.
+pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32) {
+    if !settings::enable_batch_scan() {
+        return;
+    }
+    // SAFETY: as the caller says.
+    unsafe {
+        // A plan lists the functions that it calls, but those of Postgres: most plans are done with here.
+        let calls_functions =
+            |item: &*mut pg_sys::PlanInvalItem| (**item).cacheId == pg_sys::SysCacheIdentifier::PROCOID as i32;
+        if !list::<pg_sys::PlanInvalItem>((*stmt).invalItems).iter().any(calls_functions) {
+            return;
+        }
+        let mut placer = Placer { placed: 0 };
+        let is_cursor = cursor_options as u32 & pg_sys::CURSOR_OPT_FAST_PLAN != 0;
+        let wanted = if is_cursor { Wanted::Unknown } else { Wanted::All };
+        (*stmt).planTree = placer.plan((*stmt).planTree, wanted);
+        if placer.placed > 0
+            && cursor_options as u32 & pg_sys::CURSOR_OPT_SCROLL != 0
+            && !pg_sys::ExecSupportsBackwardScan((*stmt).planTree)
+        {
+            (*stmt).planTree = materialize((*stmt).planTree);
+        }
+        replace((*stmt).subplans, &mut |plan| placer.plan(plan, Wanted::Unknown));
+    }
+}
+
+struct Placer {
+    placed: usize,
+}
+
+impl Placer {
+    /// The plan with batch scans in it.
+    unsafe fn plan(&mut self, plan: *mut pg_sys::Plan, wanted: Wanted) -> *mut pg_sys::Plan {
+        if plan.is_null() {
+            return plan;
+        }
+        // SAFETY: the tag says what a node is.
+        unsafe {
+            pg_sys::check_stack_depth();
+            let mut left = wanted.below();
+            let mut right = wanted.below();
+            match (*plan).type_ {
+                // Workers below, and plans of others: not ours to change.
+                T::T_Gather | T::T_GatherMerge | T::T_CustomScan | T::T_ForeignScan => return self.lift(plan, wanted),
+                T::T_ModifyTable | T::T_Sort | T::T_Hash => left = Wanted::All,
+                T::T_Agg if (*plan.cast::<pg_sys::Agg>()).aggstrategy != pg_sys::AggStrategy::AGG_SORTED => {
+                    left = Wanted::All;
+                }
+                T::T_Result | T::T_LockRows => left = wanted,
+                T::T_NestLoop => right = Wanted::Unknown,
+                T::T_Limit => {
+                    let limit = plan.cast::<pg_sys::Limit>();
+                    left = Wanted::Limit { count: (*limit).limitCount, offset: (*limit).limitOffset };
+                    if (*limit).limitCount.is_null() {
+                        left = wanted.below();
+                    }
+                }
+                T::T_Append => {
+                    replace((*plan.cast::<pg_sys::Append>()).appendplans, &mut |child| self.plan(child, wanted));
+                }
+                T::T_MergeAppend => {
+                    replace((*plan.cast::<pg_sys::MergeAppend>()).mergeplans, &mut |child| self.plan(child, wanted));
+                }
+                T::T_SubqueryScan => {
+                    let scan = plan.cast::<pg_sys::SubqueryScan>();
+                    let wanted = if (*plan).qual.is_null() { wanted } else { wanted.below() };
+                    (*scan).subplan = self.plan((*scan).subplan, wanted);
+                }
+                _ => {}
+            }
+            (*plan).lefttree = self.plan((*plan).lefttree, left);
+            let before = self.placed;
+            (*plan).righttree = self.plan((*plan).righttree, right);
+            // A merge join goes back in its inner side, which a batch scan can't.
+            if (*plan).type_ == T::T_MergeJoin
+                && self.placed > before
+                && !matches!((*(*plan).righttree).type_, T::T_Material | T::T_Sort)
+            {
+                (*plan).righttree = materialize((*plan).righttree);
+            }
+            if (*plan).type_ == T::T_Agg {
+                self.below_aggregate(plan.cast(), left);
+            }
+            self.lift(plan, wanted)
+        }
+    }
+
+    /// The node itself, or a batch scan above it that does what of it comes after the first call: the rest of its
+    /// filter, and its target list. The node then yields the columns which those need.
+    unsafe fn lift(&mut self, plan: *mut pg_sys::Plan, wanted: Wanted) -> *mut pg_sys::Plan {
+        // SAFETY: the tag says what a node is. What may be refused is looked at before anything is changed.
+        unsafe {
+            let join = match (*plan).type_ {
+                T::T_NestLoop | T::T_MergeJoin | T::T_HashJoin => Some(plan.cast::<pg_sys::Join>()),
+                _ => None,
+            };
+            match (*plan).type_ {
+                T::T_SeqScan
+                | T::T_SampleScan
+                | T::T_IndexScan
+                | T::T_IndexOnlyScan
+                | T::T_BitmapHeapScan
+                | T::T_TidScan
+                | T::T_TidRangeScan
+                | T::T_SubqueryScan
+                | T::T_FunctionScan
+                | T::T_ValuesScan
+                | T::T_TableFuncScan
+                | T::T_CteScan
+                | T::T_NamedTuplestoreScan
+                | T::T_WorkTableScan
+                | T::T_ForeignScan
+                | T::T_NestLoop
+                | T::T_MergeJoin
+                | T::T_HashJoin
+                | T::T_Gather
+                | T::T_GatherMerge
+                | T::T_Group
+                | T::T_Agg => {}
+                // Its run condition names columns of the target list.
+                T::T_WindowAgg if (*plan.cast::<pg_sys::WindowAgg>()).runCondition.is_null() => {}
+                T::T_Result if !(*plan).lefttree.is_null() => {}
+                _ => return plan,
+            }
+            let (mut kept, mut lifted) = split((*plan).qual);
+            let mut kept_of_join = None;
+            if let Some(join) = join {
+                let (before, after) = split((*join).joinqual);
+                // Which rows of an outer join find no partner hangs on all of its condition.
+                if !after.is_empty() && (*join).jointype == pg_sys::JoinType::JOIN_INNER {
+                    lifted = [after, std::mem::take(&mut kept), lifted].concat();
+                    kept_of_join = Some(before);
+                }
+            }
+            if lifted.is_empty() && !has_calls((*plan).targetlist.cast()) {
+                return plan;
+            }
+            // A node that does nothing but compute gives way.
+            let is_plain_result = (*plan).type_ == T::T_Result
+                && kept.is_empty()
+                && (*plan.cast::<pg_sys::Result>()).resconstantqual.is_null();
+            let mut columns = Columns::default();
+            let (targetlist, qual) = if is_plain_result {
+                ((*plan).targetlist, to_list(lifted))
+            } else {
+                let lifted = to_list(lifted);
+                (columns.take((*plan).targetlist.cast()).cast(), columns.take(lifted.cast()).cast())
+            };
+            if find(qual, targetlist).is_empty() {
+                return plan;
+            }
+            self.placed += 1;
+            let child = if is_plain_result {
+                (*plan).lefttree
+            } else {
+                (*plan).targetlist = columns.targetlist();
+                if let (Some(join), Some(kept)) = (join, kept_of_join) {
+                    (*join).joinqual = to_list(kept);
+                }
+                (*plan).qual = to_list(kept);
+                (*plan).async_capable = false;
+                plan
+            };
+            node::plan(plan, child, targetlist, qual, wanted)
+        }
+    }
+
+    /// Aggregates that are computed of what calls give: a batch scan below computes it, as further columns.
+    unsafe fn below_aggregate(&mut self, agg: *mut pg_sys::Agg, wanted: Wanted) {
+        // SAFETY: an Agg of a finished plan. What may be refused is looked at before anything is changed.
+        unsafe {
+            let plan = agg.cast::<pg_sys::Plan>();
+            let calls = |node: *mut pg_sys::Node| {
+                (*node).type_ == T::T_Aggref && {
+                    let a = node.cast::<pg_sys::Aggref>();
+                    has_calls((*a).args.cast()) || has_calls((*a).aggfilter.cast())
+                }
+            };
+            let lists = [(*plan).targetlist, (*plan).qual];
+            if !(*agg).chain.is_null()
+                || (*agg).aggsplit != pg_sys::AggSplit::AGGSPLIT_SIMPLE
+                || !lists.iter().any(|l| any(l.cast(), &mut |node| calls(node)))
+            {
+                return;
+            }
+            let child = (*plan).lefttree;
+            let mut entries = list::<pg_sys::TargetEntry>(outer_references((*child).targetlist));
+            let first = entries.len();
+            let column = |expression: *mut pg_sys::Node, entries: &mut Vec<*mut pg_sys::TargetEntry>| {
+                let same = |e: &*mut pg_sys::TargetEntry| pg_sys::equal((**e).expr.cast(), expression.cast());
+                let at = entries.iter().skip(first).position(same).map(|at| at + first).unwrap_or_else(|| {
+                    let number = entries.len() as i16 + 1;
+                    entries.push(pg_sys::makeTargetEntry(expression.cast(), number, null_mut(), false));
+                    entries.len() - 1
+                });
+                outer_column(expression, at)
+            };
+            let mut change = |node: *mut pg_sys::Node| {
+                if !calls(node) {
+                    return ((*node).type_ == T::T_Aggref).then_some(node);
+                }
+                let a = pg_sys::copyObjectImpl(node.cast()).cast::<pg_sys::Aggref>();
+                let filter = (*a).aggfilter;
+                for argument in list::<pg_sys::TargetEntry>((*a).args) {
+                    if has_calls((*argument).expr.cast()) {
+                        let computed = if filter.is_null() {
+                            (*argument).expr.cast()
+                        } else {
+                            only_when(filter.cast(), (*argument).expr.cast())
+                        };
+                        (*argument).expr = column(computed, &mut entries).cast();
+                    }
+                }
+                if has_calls(filter.cast()) {
+                    (*a).aggfilter = column(filter.cast(), &mut entries).cast();
+                }
+                Some(a.cast())
+            };
+            let [targetlist, qual] = lists.map(|l| mutate(l.cast(), &mut change).cast::<pg_sys::List>());
+            let below = to_list(entries);
+            if find(null_mut(), below).is_empty() {
+                return;
+            }
+            self.placed += 1;
+            (*plan).targetlist = targetlist;
+            (*plan).qual = qual;
+            (*plan).lefttree = node::plan(child, child, below, null_mut(), wanted);
+        }
+    }
+}
+
+/// A list of conditions up to the first that has a call, and from there on.
+unsafe fn split(qual: *mut pg_sys::List) -> (Vec<*mut pg_sys::Node>, Vec<*mut pg_sys::Node>) {
+    // SAFETY: a list of conditions.
+    unsafe {
+        let mut before = list::<pg_sys::Node>(qual);
+        let at = before.iter().position(|condition| has_calls(*condition)).unwrap_or(before.len());
+        let after = before.split_off(at);
+        (before, after)
+    }
+}
+
+/// What expressions need of the node that they were part of, as columns of it.
+#[derive(Default)]
+struct Columns(Vec<*mut pg_sys::Node>);
+
+impl Columns {
+    /// The expressions with references to the columns in the place of what only the node can compute.
+    unsafe fn take(&mut self, expressions: *mut pg_sys::Node) -> *mut pg_sys::Node {
+        // SAFETY: planned expressions.
+        unsafe {
+            mutate(expressions, &mut |node| {
+                let is_leaf = matches!((*node).type_, T::T_Var | T::T_Aggref | T::T_WindowFunc | T::T_GroupingFunc);
+                is_leaf.then(|| {
+                    let same = |column: &*mut pg_sys::Node| pg_sys::equal(column.cast(), node.cast());
+                    let at = self.0.iter().position(same).unwrap_or_else(|| {
+                        self.0.push(node);
+                        self.0.len() - 1
+                    });
+                    outer_column(node, at)
+                })
+            })
+        }
+    }
+
+    unsafe fn targetlist(&self) -> *mut pg_sys::List {
+        let entry = |(at, column): (usize, &*mut pg_sys::Node)| {
+            // SAFETY: a new entry; the column is an expression of the node.
+            unsafe { pg_sys::makeTargetEntry(column.cast(), at as i16 + 1, null_mut(), false) }
+        };
+        to_list(self.0.iter().enumerate().map(entry))
+    }
+}
+
+/// A reference to the column of the child, counted from 0, that holds what `expression` gives.
+unsafe fn outer_column(expression: *mut pg_sys::Node, at: usize) -> *mut pg_sys::Node {
+    // SAFETY: a planned expression.
+    unsafe {
+        pg_sys::makeVar(
+            pg_sys::OUTER_VAR,
+            at as i16 + 1,
+            pg_sys::exprType(expression),
+            pg_sys::exprTypmod(expression),
+            pg_sys::exprCollation(expression),
+            0,
+        )
+        .cast()
+    }
+}
+
+/// The target list of a node that passes its child's rows through.
+unsafe fn outer_references(targetlist: *mut pg_sys::List) -> *mut pg_sys::List {
+    // SAFETY: a target list.
+    unsafe {
+        let reference = |(at, entry): (usize, *mut pg_sys::TargetEntry)| {
+            let new = pg_sys::flatCopyTargetEntry(entry);
+            (*new).expr = outer_column((*entry).expr.cast(), at).cast();
+            new
+        };
+        to_list(list::<pg_sys::TargetEntry>(targetlist).into_iter().enumerate().map(reference))
+    }
+}
+
+/// `CASE WHEN condition THEN value END`
+unsafe fn only_when(condition: *mut pg_sys::Node, value: *mut pg_sys::Node) -> *mut pg_sys::Node {
+    // SAFETY: new nodes over planned expressions.
+    unsafe {
+        let when = make::<pg_sys::CaseWhen>(T::T_CaseWhen);
+        (*when).expr = condition.cast();
+        (*when).result = value.cast();
+        let case = make::<pg_sys::CaseExpr>(T::T_CaseExpr);
+        (*case).casetype = pg_sys::exprType(value);
+        (*case).casecollid = pg_sys::exprCollation(value);
+        let mut whens = PgList::<pg_sys::CaseWhen>::new();
+        whens.push(when);
+        (*case).args = whens.into_pg();
+        let (kind, collation) = ((*case).casetype, (*case).casecollid);
+        let typmod = pg_sys::exprTypmod(value);
+        let null = pg_sys::makeNullConst(kind, typmod, collation);
+        (*case).defresult = null.cast();
+        case.cast()
+    }
+}
+
+/// A node that keeps its child's rows, to go back in them.
+unsafe fn materialize(child: *mut pg_sys::Plan) -> *mut pg_sys::Plan {
+    // SAFETY: a finished plan.
+    unsafe {
+        let plan = pg_sys::materialize_finished_plan(child);
+        (*plan).targetlist = outer_references((*child).targetlist);
+        plan
+    }
+}

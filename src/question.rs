@@ -1,0 +1,92 @@
+//! What the scalar functions ask of a text: the same for every row of a call.
+
+use llm_batch_core::options::OnError;
+use llm_batch_gateway::protocol::{Allowance, Verdict};
+use pgrx::prelude::*;
+use serde_json::{Value, json};
+
+use crate::classifier::{self, Asked, Known};
+use crate::error::{Error, Result};
+use crate::model::current_user;
+use crate::statement;
+
+/// The arguments of a call but its text.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Question {
+    /// `llm_classify(input, task)`
+    Task(String),
+    /// `llm_classify(input, labels, options)`
+    Labels(Vec<Option<String>>, Value),
+    /// `llm_filter(input, question, options)`
+    YesNo(String, Value),
+}
+
+/// A question that can be asked.
+pub struct Prepared {
+    pub asked: Asked,
+    /// What the statement may spend.
+    pub limit: Allowance,
+    pub conclude: Conclude,
+}
+
+/// How verdicts become answers.
+#[derive(Debug, Clone)]
+pub struct Conclude {
+    labels: Vec<String>,
+    on_error: OnError,
+}
+
+impl Question {
+    fn known(&self) -> Result<(Known, Allowance)> {
+        Ok(match self {
+            Self::Task(name) => (classifier::load(name, &json!({}))?, statement::limit(&mut json!({}))?),
+            Self::Labels(labels, options) => {
+                let mut options = options.clone();
+                let limit = statement::limit(&mut options)?;
+                (classifier::from_labels(labels.clone(), &options)?, limit)
+            }
+            Self::YesNo(question, options) => {
+                let mut options = options.clone();
+                let limit = statement::limit(&mut options)?;
+                (classifier::from_question(question, options)?, limit)
+            }
+        })
+    }
+
+    /// The model's name and the most rows of a request, if the question is one that can be asked.
+    pub fn model(&self) -> Option<(String, u32)> {
+        let (known, _) = self.known().ok()?;
+        Some((known.model, known.task.options.max_rows_per_request))
+    }
+
+    /// Looks up all that is needed to ask on behalf of the current user.
+    pub fn prepare(&self) -> Result<Prepared> {
+        let (known, limit) = self.known()?;
+        let conclude = Conclude {
+            labels: known.task.labels.iter().map(|l| l.label.clone()).collect(),
+            on_error: known.task.options.on_error,
+        };
+        Ok(Prepared { asked: known.stream(current_user(), true)?, limit, conclude })
+    }
+}
+
+impl Conclude {
+    /// The label of a verdict; without one NULL and a warning, or an error if the task's options say so.
+    pub fn label(&self, verdict: &Verdict) -> Result<Option<String>> {
+        let detail = match verdict {
+            Verdict::Label(i) => return Ok(self.labels.get(*i as usize).cloned()),
+            Verdict::Skip { class, detail } | Verdict::Fail { class, detail } => format!("{class}: {detail}"),
+            Verdict::Withdrawn => return Ok(None),
+        };
+        let message = "the model gave no label for a text";
+        match self.on_error {
+            OnError::Error => Err(Error::new(PgSqlErrorCode::ERRCODE_DATA_EXCEPTION, message)
+                .detail(detail)
+                .hint("With the option on_error = \"null\" such a text gives NULL.")),
+            OnError::Null => {
+                ereport!(WARNING, PgSqlErrorCode::ERRCODE_WARNING, message, detail);
+                Ok(None)
+            }
+        }
+    }
+}
