@@ -56,6 +56,7 @@ SPECIALS: dict[str, tuple[float, Callable[..., special.Result]]] = {
     "throughput": (15, special.throughput),
     "million": (60, special.million),
     "barrier": (30, special.barrier),
+    "sql": (60, special.sql),
     "interactive": (90, lambda: special.interactive(6)),
     "interactive-60": (260, lambda: special.interactive(60)),
 }

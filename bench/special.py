@@ -108,6 +108,34 @@ def barrier(sessions: int = 50, rounds: int = 5) -> Result:
     return result, [Goal(f"requests of {sessions} sessions, round {n}", count, most=3) for n, count in enumerate(requests, 1)]
 
 
+def sql(rows: int = 10_000, rounds: int = 5) -> Result:
+    """An UPDATE with llm_classify() in it, by the plan node, and one with llm_classify_batch(): requests and time."""
+    statements = {
+        "llm_classify": "UPDATE ticket SET topic = llm_classify(body || ' {n}', 'topic')",
+        "llm_classify_batch": "UPDATE ticket t SET topic = r.label FROM llm_classify_batch("
+                              "'SELECT id, body || '' {n}'' FROM ticket', 'topic') r WHERE t.id = r.id::bigint",
+    }
+    took: dict[str, list[float]] = {name: [] for name in statements}
+    requests: dict[str, list[int]] = {name: [] for name in statements}
+    with Provider(LATENCY) as provider, Cluster(provider, 50, None) as cluster:
+        cluster.fill(rows)
+        cluster.sql("VACUUM ANALYZE ticket")
+        session = Session(cluster)
+        # The first round finds out how many requests may be under way; it does not count.
+        for n in range(rounds + 1):
+            for name, statement in statements.items():
+                before, began = provider.totals()["requests"], time.monotonic()
+                session.ask(f"BEGIN; {statement.format(n=f'{name} {n}')}; SELECT count(*) FROM ticket WHERE topic = want; ROLLBACK")
+                if n > 0:
+                    took[name].append(time.monotonic() - began)
+                    requests[name].append(provider.totals()["requests"] - before)
+        session.close()
+    ratios = [a / b for a, b in zip(*took.values())]
+    result = {"rows": rows, "seconds": took, "requests": requests, "ratios": ratios, "load": os.getloadavg()[0]}
+    return result, [Goal("most requests of an UPDATE with llm_classify()", max(requests["llm_classify"]), most=rows // 50 + rows // 1000),
+                    Goal("its time / with llm_classify_batch(), median", statistics.median(ratios), most=1.05)]
+
+
 def interactive(window: int, calls: int = 30) -> Result:
     """A session beside a job that uses up the limit: how much longer does it wait than for its request alone?"""
     limit = ["--window", str(window), "--tokens-per-window", str(TOKENS_PER_MINUTE * window // 60)]
