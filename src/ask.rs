@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::{Allowance, FromGateway, Item, Spent, Stream, ToGateway, Verdict, most_text};
 
-use crate::budget::{Price, UNLIMITED};
+use crate::budget::UNLIMITED;
 use crate::classifier::Asked;
 use crate::client::{Client, LostInVain, Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
@@ -37,7 +37,6 @@ pub struct Asker {
     client: Client,
     stream: Stream,
     model: String,
-    price: Price,
     purse: Purse,
     most_text: usize,
     pending: BTreeMap<u64, Pending>,
@@ -48,6 +47,8 @@ pub struct Asker {
     next: u64,
     lost: LostInVain,
     done: Done,
+    /// What the next request takes, where the statement's budget did not have it.
+    exhausted: Option<(Allowance, Allowance)>,
 }
 
 /// A row without an answer, and since when.
@@ -84,7 +85,7 @@ impl Asker {
             asked = asked.with_budget(limit.cost != UNLIMITED)?;
         }
         let Asked { stream, model, price } = asked;
-        let mut purse = Purse::new(limit, price.clone(), stream.budget);
+        let mut purse = Purse::new(limit, price, stream.budget);
         let client = match KEPT.take() {
             // What a stream was allowed holds for one budget.
             Some(kept) if kept.stream == stream && (stream.budget.is_none() || kept.purse.is_same(&purse)) => {
@@ -108,7 +109,6 @@ impl Asker {
             most_text: most_text(stream.model.max_request_tokens),
             stream,
             model,
-            price,
             purse,
             pending: BTreeMap::new(),
             unsent: Vec::new(),
@@ -116,6 +116,7 @@ impl Asker {
             next: 0,
             lost: LostInVain::default(),
             done: Done::default(),
+            exhausted: None,
         })
     }
 
@@ -182,7 +183,8 @@ impl Asker {
             }
             Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, &self.model)),
             Received::Message(FromGateway::Exhausted { least, full }) => {
-                self.client.send(&ToGateway::Allow(self.purse.grant(least, full, &self.stream)?))?;
+                self.exhausted = Some((least, full));
+                self.grant()?;
             }
             Received::Message(_) => {}
             Received::Nothing => return Ok(false),
@@ -197,6 +199,22 @@ impl Asker {
         Ok(true)
     }
 
+    /// Allows more to a stream that has asked for it. A connection that is only kept holds on to nothing meanwhile.
+    pub fn grant(&mut self) -> Result<()> {
+        let Some((least, full)) = self.exhausted else { return Ok(()) };
+        let more = self.purse.grant(least, full, &self.stream).or_else(|_| {
+            close(KEPT.take());
+            self.purse.grant(least, full, &self.stream)
+        })?;
+        self.exhausted = None;
+        self.client.send(&ToGateway::Allow(more))
+    }
+
+    /// Whether it waits for more than the statement's budget has.
+    pub fn is_exhausted(&self) -> bool {
+        self.exhausted.is_some()
+    }
+
     /// Keeps the connection for the next call, if nothing is under way on it.
     pub fn keep(self) {
         if self.pending.is_empty() {
@@ -204,18 +222,19 @@ impl Asker {
         }
     }
 
-    /// Whether what it spends is counted to the statement that runs.
-    pub fn is_current(&self) -> bool {
-        self.stream.budget.is_none() || self.purse.is_current()
+    /// What it spends from now on is counted to the statement that runs.
+    pub fn move_on(&mut self) {
+        self.purse.move_on();
+    }
+
+    /// Whether nothing is under way, and the gateway has said nothing since. Otherwise it may have been stopped, which says
+    /// nothing about today.
+    pub fn is_fresh(&mut self) -> Result<bool> {
+        Ok(self.pending.is_empty() && matches!(self.client.receive(Duration::ZERO)?, Received::Nothing))
     }
 
     pub fn done(&self) -> Done {
         self.done
-    }
-
-    /// The model's name, and what its tokens cost.
-    pub fn model(&self) -> (&str, Price) {
-        (&self.model, self.price.clone())
     }
 }
 

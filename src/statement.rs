@@ -115,7 +115,7 @@ pub struct Purse {
     prices: Option<Prices>,
     /// What the stream is allowed, and is not known to have spent.
     reserved: Allowance,
-    /// What it should have at hand, once the gateway has said what requests take.
+    /// What it should have at hand, if there is enough, once the gateway has said what requests take.
     chunk: Option<Allowance>,
     /// The gateway asked for more, got nothing, and nothing was spent since.
     in_vain: bool,
@@ -128,9 +128,14 @@ impl Purse {
         Self { began: totals.began, limit, price, prices, reserved: NOTHING, chunk: None, in_vain: false }
     }
 
-    /// Whether its statement is the one that runs.
-    pub fn is_current(&self) -> bool {
-        self.began == began()
+    /// What it spends from now on is counted to the statement that runs: a cursor may be read by several.
+    pub fn move_on(&mut self) {
+        let mut totals = Totals::now();
+        if self.began != totals.began {
+            self.began = totals.began;
+            add(&mut totals.reserved, self.reserved);
+        }
+        TOTALS.set(totals);
     }
 
     /// What one was allowed, the other may spend.
@@ -163,9 +168,16 @@ impl Purse {
         allowance
     }
 
+    /// The chunk, but of what is left a part only: a statement may have several streams.
+    fn share(&self) -> Allowance {
+        let (chunk, free) = (self.chunk.unwrap_or(NOTHING), self.funds().free);
+        Allowance { cost: chunk.cost.min(free.cost / 4), tokens: chunk.tokens.min(free.tokens / 4) }
+    }
+
     /// A grant for a stream that can't send its next request.
     pub fn grant(&mut self, least: Allowance, full: Allowance, stream: &Stream) -> Result<Allowance> {
-        let chunk = *self.chunk.insert(budget::chunk(full, stream));
+        self.chunk = Some(budget::chunk(full, stream));
+        let chunk = self.share();
         let allowance = self.funds().grant(least, chunk, self.in_vain).ok_or_else(|| self.used_up(least))?;
         self.in_vain = budget::is_nothing(allowance);
         Ok(self.reserve(allowance))
@@ -173,7 +185,8 @@ impl Purse {
 
     /// More for a stream that will soon be short of it.
     pub fn top_up(&mut self) -> Option<Allowance> {
-        let allowance = self.funds().top_up(self.chunk?)?;
+        self.chunk?;
+        let allowance = self.funds().top_up(self.share())?;
         Some(self.reserve(allowance))
     }
 

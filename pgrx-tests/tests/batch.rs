@@ -407,6 +407,95 @@ fn rows_that_a_role_may_not_see_stay_here() {
 }
 
 #[test]
+fn a_budget_that_several_streams_share() {
+    let bed = Bed::with("batch_budget", slow(5));
+    let c = &mut bed.connect();
+    questions(c, 400);
+    run(
+        c,
+        "CREATE TABLE p (LIKE t) PARTITION BY HASH (id);
+         DO $$ BEGIN FOR i IN 0 .. 19 LOOP
+             EXECUTE format('CREATE TABLE p%s PARTITION OF p FOR VALUES WITH (MODULUS 20, REMAINDER %s)', i, i);
+         END LOOP; END $$;
+         INSERT INTO p SELECT * FROM t;
+         SELECT llm_batch.alter_classifier('topic', options => '{\"reuse\": false}')",
+    );
+    let both = "SELECT count(llm_classify(body, 'topic')), count(llm_filter(ask, 'Is it?', '{\"reuse\": false}')) FROM";
+    for (table, most) in [("t", 0.0075), ("p", 0.02)] {
+        // What it takes, and half as much again, is enough for both calls; half of it is not.
+        run(c, &format!("SET llm_batch.statement_max_cost = {most}"));
+        let row = c.query_one(&format!("{both} {table}"), &[]).unwrap();
+        assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (400, 400), "{table}");
+        bed.provider.reset_stats();
+        run(c, "SET llm_batch.statement_max_cost = 0.002");
+        let e = error(c, &format!("{both} {table}"));
+        assert_eq!(e.0, "53400", "{e:?}");
+        let stats = bed.provider.stats();
+        let paid = (stats.prompt_tokens as f64 * 0.15 + stats.completion_tokens as f64 * 0.6) / 1e6;
+        assert!(paid <= 0.002 && paid > 0.0005, "{table}: {paid}");
+    }
+}
+
+#[test]
+fn what_a_row_calls_is_its_own_matter() {
+    let bed = Bed::new("batch_nested");
+    let c = &mut bed.connect();
+    questions(c, 20);
+    // Functions with another model, or with another role's rights, do not get the answers of the row that calls them.
+    run(
+        c,
+        "SELECT llm_batch.create_model('m2', server => 'fake', model => 'other');
+         CREATE FUNCTION inner_one(text) RETURNS text STABLE LANGUAGE plpgsql SET llm_batch.default_model = 'm2'
+             AS 'BEGIN RETURN llm_classify($1, ARRAY[''bug'', ''spam'']); END';
+         CREATE ROLE poor; GRANT SELECT ON t TO poor;
+         CREATE FUNCTION poor_one(text) RETURNS text LANGUAGE plpgsql SECURITY DEFINER
+             AS 'BEGIN RETURN llm_classify($1, ''topic''); END';
+         ALTER FUNCTION poor_one OWNER TO poor",
+    );
+    bed.provider.reset_stats();
+    run(c, "SELECT llm_classify(body, ARRAY['bug', 'spam']), inner_one(body) FROM t");
+    let models = bed.provider.bodies().iter().filter(|b| b["model"] == "other").count();
+    assert_eq!(models, 20);
+    let e = error(c, "SELECT llm_classify(body, 'topic'), poor_one(body) FROM t");
+    assert_eq!(e.0, "42501", "{e:?}");
+    // The filter of an aggregate is one choice for each row.
+    let volatile = "SELECT count(llm_classify(body, 'topic')) AS n,
+                           count(llm_classify(body, 'topic')) FILTER (WHERE chosen(id)) AS some FROM t";
+    run(
+        c,
+        "CREATE SEQUENCE s; CREATE FUNCTION chosen(int) RETURNS bool VOLATILE LANGUAGE sql AS 'SELECT nextval(''s'') > 0'",
+    );
+    let row = c.query_one(volatile, &[]).unwrap();
+    assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1), one(c, "SELECT last_value FROM s")), (20, 20, 20));
+    // A row without an answer is told of once, in its turn.
+    run(c, "SELECT llm_batch.alter_classifier('topic', options => '{\"max_attempts\": 1, \"reuse\": false}')");
+    bed.provider.script([Some(Fault::DropId)]);
+    let twice = "SELECT CASE llm_classify(body, 'topic') WHEN 'bug' THEN llm_filter(ask, 'Is it so?') END FROM t";
+    let said = bed.cluster.psql("postgres", &format!("SET llm_batch.default_model = 'm'; {twice}"));
+    let said = String::from_utf8_lossy(&said.stderr).into_owned();
+    assert_eq!(said.matches("WARNING:  the model gave no label").count(), 1, "{said}");
+}
+
+#[test]
+fn plans_in_the_log() {
+    let bed = Bed::new("batch_log");
+    let c = &mut bed.connect();
+    questions(c, 20);
+    // At the end of a SELECT there is no snapshot any more.
+    match c.batch_execute("LOAD 'auto_explain'") {
+        Err(e) => assert!(e.to_string().contains("auto_explain"), "{e}"),
+        Ok(()) => {
+            run(c, "SET auto_explain.log_min_duration = 0; SET auto_explain.log_analyze = on");
+            assert_eq!(c.query("SELECT llm_classify(body, 'topic') FROM t WHERE id > 0", &[]).unwrap().len(), 20);
+            assert_eq!(c.query("SELECT llm_classify(body, 'topic') FROM t WHERE id < 0", &[]).unwrap().len(), 0);
+            let logged = |log: &String| log.matches("Call: llm_classify(body, 'topic'::text)").count() == 2;
+            let log = wait_until("both plans are logged", PATIENCE, || bed.cluster.log(), logged);
+            assert!(log.contains("Rows per Request: 50") && log.contains("Rows Sent: 20"), "{log}");
+        }
+    }
+}
+
+#[test]
 fn two_calls_are_in_flight_together() {
     let bed = Bed::new("batch_streams");
     let c = &mut bed.connect();

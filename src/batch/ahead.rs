@@ -17,6 +17,7 @@ use crate::budget::Price;
 use crate::error::{Error, Result};
 use crate::model::current_user;
 use crate::question::{Prepared, Question};
+use crate::settings;
 
 /// Most rows that are kept. Those that wait for the slowest answer should not fill the disk.
 const MOST_ROWS: usize = 32_000;
@@ -65,8 +66,14 @@ pub struct Site {
     failed: Option<Error>,
     /// What former streams did.
     done: Done,
-    /// The model's name, and its price.
-    model: Option<(String, Price)>,
+    model: Option<Model>,
+}
+
+/// What was asked last.
+pub struct Model {
+    pub name: String,
+    pub price: Price,
+    pub rows_per_request: u32,
 }
 
 /// The state of a batch scan.
@@ -81,6 +88,8 @@ pub struct Ahead {
     /// How many rows a limit takes, once it is known.
     limit: Option<u64>,
     role: pg_sys::Oid,
+    /// The budget that the setting gives each statement.
+    max_cost: Option<f64>,
     store: *mut pg_sys::Tuplestorestate,
     /// The slot of the row that is returned, and of one that is looked at once more.
     slots: [*mut pg_sys::TupleTableSlot; 2],
@@ -90,6 +99,8 @@ pub struct Ahead {
     /// By level, how many rows were looked at; that of level 0 is not used.
     examined: Vec<u64>,
     bytes: usize,
+    /// Rows that were put into the store since it was empty.
+    stored: usize,
     is_child_done: bool,
     /// Rows that were taken, and those of them that passed the filter.
     taken: u64,
@@ -120,7 +131,7 @@ impl Ahead {
                 }
             });
             let bounds = match wanted {
-                Wanted::Limit { count, offset } => [compile(count), compile(offset)],
+                Wanted::Limit { count, offset, .. } => [compile(count), compile(offset)],
                 _ => [std::ptr::null_mut(); 2],
             };
             let kind = pg_sys::ExecGetResultType((*ps).lefttree);
@@ -134,12 +145,14 @@ impl Ahead {
                 bounds,
                 limit: None,
                 role: current_user(),
+                max_cost: settings::statement_max_cost(),
                 store: std::ptr::null_mut(),
                 slots: [slot(), slot()],
                 rows: VecDeque::new(),
                 first: 0,
                 examined: vec![0; levels],
                 bytes: 0,
+                stored: 0,
                 is_child_done: false,
                 taken: 0,
                 passed: 0,
@@ -170,7 +183,7 @@ impl Ahead {
                 }
                 (*econtext).ecxt_outertuple = slot;
                 self.taken += 1;
-                let _shown = Shown::new(answers);
+                let _shown = Shown::new(answers, false);
                 if !qual.is_null() && !pg_sys::ExecQual(qual, econtext) {
                     if let Some(instrument) = (*self.ps).instrument.as_mut() {
                         instrument.nfiltered1 += 1.0;
@@ -204,6 +217,8 @@ impl Ahead {
                 self.poll();
                 self.fill();
                 let Some(row) = self.rows.front() else {
+                    // Others may need the connections, and what they are allowed to spend.
+                    self.sites.iter_mut().for_each(Site::close);
                     return Ok((std::ptr::null_mut(), Vec::new()));
                 };
                 if self.is_first_decided() {
@@ -226,6 +241,11 @@ impl Ahead {
             self.first += 1;
             let row = self.rows.pop_front();
             self.bytes -= row.as_ref().map_or(0, |r| r.bytes);
+            if self.rows.is_empty() && !pg_sys::tuplestore_in_memory(self.store) {
+                // What is on disk is freed all at once, or never.
+                pg_sys::tuplestore_clear(self.store);
+                self.stored = 0;
+            }
             let fates = row.into_iter().flat_map(|r| r.fates);
             let answers = fates.filter_map(|fate| if let Fate::Answered(a) = fate { Some(a) } else { None });
             Ok((slot, answers.collect()))
@@ -238,6 +258,8 @@ impl Ahead {
         unsafe {
             if self.store.is_null() {
                 self.store = pg_sys::tuplestore_begin_heap(false, false, pg_sys::work_mem);
+                // Nobody goes back: what was read may be freed.
+                pg_sys::tuplestore_set_eflags(self.store, 0);
                 // The row that is returned is read by pointer 0, those of a level by the pointer of its number.
                 for _ in 1..self.levels {
                     pg_sys::tuplestore_alloc_read_pointer(self.store, 0);
@@ -247,18 +269,24 @@ impl Ahead {
                 && let Wanted::Limit { .. } = self.wanted
             {
                 self.limit = self.bound();
+                // As the LIMIT tells a Sort right below it; -1 is no bound.
+                let bound = self.limit.filter(|_| (*self.ps).qual.is_null()).and_then(|n| i64::try_from(n).ok());
+                pg_sys::ExecSetTupleBound(bound.unwrap_or(-1), (*self.ps).lefttree);
             }
-            let is_mine = self.role == current_user();
-            self.role = current_user();
+            // Between two fetches from a cursor much may change.
+            let now = (current_user(), settings::statement_max_cost());
+            let is_same = now == (self.role, self.max_cost);
+            (self.role, self.max_cost) = now;
             for i in 0..self.sites.len() {
-                if let Some(site) = self.sites.get_mut(i)
-                    && !(is_mine && site.asker.as_ref().is_none_or(Asker::is_current))
-                {
-                    let waiting = std::mem::take(&mut site.waiting);
-                    site.close();
-                    for (row, text) in waiting.into_values() {
-                        self.ask(i, row, text);
-                    }
+                let Some(site) = self.sites.get_mut(i) else { continue };
+                if is_same {
+                    site.asker.as_mut().map(Asker::move_on);
+                    continue;
+                }
+                let waiting = std::mem::take(&mut site.waiting);
+                site.close();
+                for (row, text) in waiting.into_values() {
+                    self.ask(i, row, text);
                 }
             }
             Ok(())
@@ -295,6 +323,10 @@ impl Ahead {
         if left == 0 {
             return FIRST.max(self.taken);
         }
+        let left = match self.wanted {
+            Wanted::Limit { is_sure: false, .. } => left.min(FIRST.max(self.taken)),
+            _ => left,
+        };
         // SAFETY: reads a field of our state.
         if unsafe { (*self.ps).qual.is_null() } {
             return left;
@@ -307,9 +339,16 @@ impl Ahead {
     fn has_room(&self) -> bool {
         // SAFETY: a setting, read on the main thread.
         let memory = unsafe { pg_sys::work_mem } as usize * 1024;
-        (self.rows.len() as u64) < self.most_rows().min(MOST_ROWS as u64)
+        (self.rows.len() as u64) < self.most_rows()
+            && self.stored_rows() < MOST_ROWS
             && (self.bytes < memory || self.rows.is_empty())
             && self.sites.iter().all(|s| s.failed.is_none() && s.asker.as_ref().is_none_or(Asker::has_room))
+    }
+
+    /// Rows that take room in the store.
+    fn stored_rows(&self) -> usize {
+        // SAFETY: our own store, which was made before the first row.
+        if unsafe { pg_sys::tuplestore_in_memory(self.store) } { self.rows.len() } else { self.stored }
     }
 
     /// Whether the first row can be evaluated.
@@ -328,6 +367,7 @@ impl Ahead {
                     break;
                 }
                 pg_sys::tuplestore_puttupleslot(self.store, slot);
+                self.stored += 1;
                 let number = self.first + self.rows.len() as u64;
                 let fates = self.sites.iter().map(|_| Fate::Unknown).collect();
                 self.rows.push_back(Row { fates, bytes: 0 });
@@ -377,7 +417,7 @@ impl Ahead {
             let known = self.rows.get(at).map(|row| {
                 row.fates.iter().filter_map(|f| if let Fate::Answered(a) = f { Some(Rc::clone(a)) } else { None })
             });
-            let _shown = Shown::new(known.map(Iterator::collect).unwrap_or_default());
+            let _shown = Shown::new(known.map(Iterator::collect).unwrap_or_default(), true);
             (*econtext).ecxt_outertuple = slot;
             for i in 0..self.sites.len() {
                 let Some(site) = self.sites.get(i).filter(|s| s.call.level == level) else { continue };
@@ -462,10 +502,24 @@ impl Ahead {
                 *fate = Fate::Answered(Rc::new(answer));
             }
         });
-        received.unwrap_or_else(|e| {
-            failed.get_or_insert(e);
-            false
-        })
+        let Err(e) = received else { return received.unwrap_or_default() };
+        // Perhaps the budget lacks no more than what idle streams are allowed to spend.
+        if asker.is_exhausted() && self.release_idle(site) {
+            return true;
+        }
+        if let Some(site) = self.sites.get_mut(site) {
+            site.failed.get_or_insert(e);
+        }
+        false
+    }
+
+    /// Closes the streams of other calls that wait for nothing, and asks for more of the budget once again. Whether there
+    /// is more.
+    fn release_idle(&mut self, site: usize) -> bool {
+        let others = self.sites.iter_mut().enumerate().filter(|(i, s)| *i != site && s.waiting.is_empty());
+        others.for_each(|(_, s)| s.close());
+        let asker = self.sites.get_mut(site).and_then(|s| s.asker.as_mut());
+        asker.is_some_and(|asker| asker.grant().is_ok())
     }
 
     /// Begins anew: the child's rows will be others.
@@ -484,7 +538,7 @@ impl Ahead {
         }
         self.rows.clear();
         self.examined.fill(0);
-        (self.first, self.bytes, self.taken, self.passed, self.is_child_done) = (0, 0, 0, 0, false);
+        (self.first, self.bytes, self.stored, self.taken, self.passed, self.is_child_done) = (0, 0, 0, 0, 0, false);
     }
 
     /// Withdraws what is not sent, and frees what is kept.
@@ -506,16 +560,25 @@ impl Ahead {
 impl Site {
     /// The stream of the call, opened if it is not; none if one of the arguments besides the text is NULL.
     unsafe fn open(&mut self, ps: *mut pg_sys::PlanState) -> Result<Option<&mut Asker>> {
+        if let Some(asker) = &mut self.asker
+            && self.waiting.is_empty()
+            && !asker.is_fresh()?
+        {
+            self.close();
+        }
         if self.asker.is_none() {
             // SAFETY: as of Ahead::next().
             let Some(question) = (unsafe { self.question(ps) }) else { return Ok(None) };
             crate::client::check_usable()?;
             let Prepared { asked, limit, conclude } = question.prepare()?;
-            let asker = Asker::open(asked, limit)?;
-            let (model, price) = asker.model();
-            self.model = Some((model.to_owned(), price));
-            self.asked = Some(Rc::new(Asked { question, conclude }));
-            self.asker = Some(asker);
+            self.model = Some(Model {
+                name: asked.model.clone(),
+                price: asked.price.clone(),
+                rows_per_request: asked.stream.task.options.max_rows_per_request,
+            });
+            self.asker = Some(Asker::open(asked, limit)?);
+            let (role, default_model) = (current_user(), settings::default_model());
+            self.asked = Some(Rc::new(Asked { question, role, default_model, conclude }));
         }
         Ok(self.asker.as_mut())
     }
@@ -560,7 +623,7 @@ impl Site {
     }
 
     /// The model that was asked.
-    pub fn model(&self) -> Option<&(String, Price)> {
+    pub fn model(&self) -> Option<&Model> {
         self.model.as_ref()
     }
 }

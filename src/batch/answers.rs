@@ -4,14 +4,20 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
+use pgrx::pg_sys;
+
 use llm_batch_gateway::protocol::Verdict;
 
 use crate::error::Result;
+use crate::model::current_user;
 use crate::question::{Conclude, Question};
+use crate::settings;
 
-/// A question, and how its verdicts become answers.
+/// A question, on whose behalf it is asked and of which model by default, and how its verdicts become answers.
 pub struct Asked {
     pub question: Question,
+    pub role: pg_sys::Oid,
+    pub default_model: String,
     pub conclude: Conclude,
 }
 
@@ -22,16 +28,24 @@ pub struct Answer {
     pub verdict: Verdict,
 }
 
+/// What calls find.
+#[derive(Default)]
+struct Row {
+    answers: Vec<Rc<Answer>>,
+    /// It is not the row's turn yet: whether it has a label is told then.
+    is_ahead: bool,
+}
+
 thread_local! {
-    static CURRENT: RefCell<Vec<Rc<Answer>>> = const { RefCell::new(Vec::new()) };
+    static CURRENT: RefCell<Row> = const { RefCell::new(Row { answers: Vec::new(), is_ahead: false }) };
 }
 
 /// While it lives, calls find these answers; then those of before.
-pub struct Shown(Vec<Rc<Answer>>);
+pub struct Shown(Row);
 
 impl Shown {
-    pub fn new(answers: Vec<Rc<Answer>>) -> Self {
-        Self(CURRENT.replace(answers))
+    pub fn new(answers: Vec<Rc<Answer>>, is_ahead: bool) -> Self {
+        Self(CURRENT.replace(Row { answers, is_ahead }))
     }
 }
 
@@ -43,8 +57,16 @@ impl Drop for Shown {
 
 /// The answer of a call for the row at hand, if it is known.
 pub fn answered(input: &str, question: &Question) -> Option<Result<Option<String>>> {
-    let found = CURRENT.with_borrow(|answers| {
-        answers.iter().find(|a| a.input == input && a.asked.question == *question).map(Rc::clone)
+    let (found, is_ahead) = CURRENT.with_borrow(|row| {
+        let is_it = |a: &&Rc<Answer>| a.input == input && a.asked.question == *question;
+        row.answers.iter().find(is_it).map(|a| (Rc::clone(a), row.is_ahead))
     })?;
+    // A function that the row's expressions call may have another role, and a setting of its own.
+    if found.asked.role != current_user() || found.asked.default_model != settings::default_model() {
+        return None;
+    }
+    if is_ahead && !matches!(found.verdict, Verdict::Label(_)) {
+        return Some(Ok(None));
+    }
     Some(found.asked.conclude.label(&found.verdict))
 }

@@ -196,6 +196,19 @@ pub unsafe fn find(qual: *mut pg_sys::List, targetlist: *mut pg_sys::List) -> Ve
     finder.calls
 }
 
+/// Whether an expression can be evaluated twice, with calls that can be asked about ahead, if any.
+///
+/// # Safety
+/// `node` is a planned expression or NULL.
+pub unsafe fn is_repeatable(node: *mut pg_sys::Node) -> bool {
+    let mut finder = Finder::default();
+    // SAFETY: as the caller says.
+    unsafe {
+        finder.walk(node, &[]);
+        finder.level(node).is_some()
+    }
+}
+
 #[derive(Default)]
 struct Finder {
     calls: Vec<Call>,
@@ -316,8 +329,9 @@ impl Finder {
             let mut is_known = true;
             nodes::any(node, &mut |node| {
                 if called(node).is_some() {
-                    match self.calls.iter().find(|c| pg_sys::equal(c.call.cast(), node.cast())) {
-                        Some(call) => level = level.max(call.level + 1),
+                    let equal = self.calls.iter().filter(|c| pg_sys::equal(c.call.cast(), node.cast()));
+                    match equal.map(|c| c.level + 1).max() {
+                        Some(needed) => level = level.max(needed),
                         None => is_known = false,
                     }
                 }

@@ -27,11 +27,18 @@ pub unsafe fn explain(
         for site in &ahead.sites {
             pg_sys::ExplainOpenGroup(c"Call".as_ptr(), std::ptr::null(), true, es);
             text(c"Call", &deparse(&site.call, context, with_prefix), es);
-            // What is asked is known before the statement runs if it is written there.
+            // What is asked is known before the statement runs if it is written there. It can't be looked up where a log is
+            // written of a statement that is over.
             let others = list::<pg_sys::Node>((*site.call.call).args).into_iter().skip(1);
             let is_constant = |arg: *mut pg_sys::Node| (*arg).type_ == pg_sys::NodeTag::T_Const;
-            let question = if others.clone().all(is_constant) { site.question(ahead.state()) } else { None };
-            if let Some((model, rows)) = question.as_ref().and_then(Question::model) {
+            let known = match site.model() {
+                Some(model) => Some((model.name.clone(), model.rows_per_request)),
+                None if pg_sys::ActiveSnapshotSet() && others.clone().all(is_constant) => {
+                    site.question(ahead.state()).as_ref().and_then(Question::model)
+                }
+                None => None,
+            };
+            if let Some((model, rows)) = known {
                 text(c"Model", &model, es);
                 number(c"Rows per Request", rows.into(), es);
             }
@@ -49,7 +56,7 @@ pub unsafe fn explain(
                     milliseconds(c"Average Time Queued", (all - sent).max(0.0) / rows, es);
                     milliseconds(c"Average Time at Provider", sent / (done.rows - done.reused).max(1) as f64, es);
                 }
-                if let Some((_, price)) = site.model().filter(|(_, price)| price.rates.is_some()) {
+                if let Some(price) = site.model().map(|m| &m.price).filter(|price| price.rates.is_some()) {
                     text(c"Cost", &dollars(price.paid(&done.spent).cost), es);
                 }
             }

@@ -69,7 +69,7 @@ pub unsafe fn plan(
         let (kind, bounds) = match wanted {
             Wanted::All => (0, [null_mut(), null_mut()]),
             Wanted::Unknown => (1, [null_mut(), null_mut()]),
-            Wanted::Limit { count, offset } => (2, [count, offset]),
+            Wanted::Limit { count, offset, is_sure } => (if is_sure { 2 } else { 3 }, [count, offset]),
         };
         let flags = [kind, i32::from(!bounds[0].is_null()), i32::from(!bounds[1].is_null())];
         (*scan).custom_private = to_list(flags.map(|flag| pg_sys::makeInteger(flag)));
@@ -81,6 +81,10 @@ pub unsafe fn plan(
         (*plan).plan_rows = (*old).plan_rows;
         (*plan).plan_width = (*old).plan_width;
         (*plan).plan_node_id = (*old).plan_node_id;
+        #[cfg(feature = "pg18")]
+        {
+            (*plan).disabled_nodes = (*old).disabled_nodes;
+        }
         (*plan).targetlist = targetlist;
         (*plan).qual = qual;
         (*plan).lefttree = child;
@@ -103,7 +107,7 @@ unsafe fn wanted(scan: *mut pg_sys::CustomScan) -> Wanted {
         };
         match flags.first() {
             Some(0) => Wanted::All,
-            Some(2) => Wanted::Limit { count: bound(1), offset: bound(2) },
+            Some(kind @ (2 | 3)) => Wanted::Limit { count: bound(1), offset: bound(2), is_sure: *kind == 2 },
             _ => Wanted::Unknown,
         }
     }

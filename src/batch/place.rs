@@ -5,7 +5,7 @@ use std::ptr::null_mut;
 use pgrx::PgList;
 use pgrx::prelude::*;
 
-use super::calls::{find, has_calls};
+use super::calls::{find, has_calls, is_repeatable};
 use super::node;
 use super::nodes::{any, list, make, mutate, replace, to_list};
 use crate::settings;
@@ -18,8 +18,8 @@ pub enum Wanted {
     All,
     /// Perhaps a few rows, perhaps all.
     Unknown,
-    /// As many rows as a LIMIT and an OFFSET say; either may be missing.
-    Limit { count: *mut pg_sys::Node, offset: *mut pg_sys::Node },
+    /// As many rows as a LIMIT and an OFFSET say, if there is one; if that is not sure, perhaps a few of them.
+    Limit { count: *mut pg_sys::Node, offset: *mut pg_sys::Node, is_sure: bool },
 }
 
 impl Wanted {
@@ -81,13 +81,21 @@ impl Placer {
                 T::T_Agg if (*plan.cast::<pg_sys::Agg>()).aggstrategy != pg_sys::AggStrategy::AGG_SORTED => {
                     left = Wanted::All;
                 }
-                T::T_Result | T::T_LockRows => left = wanted,
+                T::T_Result => left = wanted,
                 T::T_NestLoop => right = Wanted::Unknown,
+                // One row of the outer side is read before it is known whether the inner one has any; or either ends first.
+                T::T_HashJoin => left = Wanted::Unknown,
+                T::T_MergeJoin => (left, right) = (Wanted::Unknown, Wanted::Unknown),
                 T::T_Limit => {
                     let limit = plan.cast::<pg_sys::Limit>();
-                    left = Wanted::Limit { count: (*limit).limitCount, offset: (*limit).limitOffset };
-                    if (*limit).limitCount.is_null() {
-                        left = wanted.below();
+                    let (count, offset) = ((*limit).limitCount, (*limit).limitOffset);
+                    let is_fixed =
+                        !pg_sys::contain_volatile_functions(count) && !pg_sys::contain_volatile_functions(offset);
+                    let is_exact = (*limit).limitOption == pg_sys::LimitOption::LIMIT_OPTION_COUNT;
+                    if !count.is_null() && is_fixed && is_exact {
+                        left = Wanted::Limit { count, offset, is_sure: wanted == Wanted::All };
+                    } else if !count.is_null() {
+                        left = Wanted::Unknown;
                     }
                 }
                 T::T_Append => {
@@ -191,6 +199,8 @@ impl Placer {
                 (*plan).targetlist = columns.targetlist();
                 if let (Some(join), Some(kept)) = (join, kept_of_join) {
                     (*join).joinqual = to_list(kept);
+                    // What is kept need not be what makes them unique.
+                    (*join).inner_unique = false;
                 }
                 (*plan).qual = to_list(kept);
                 (*plan).async_capable = false;
@@ -208,7 +218,9 @@ impl Placer {
             let calls = |node: *mut pg_sys::Node| {
                 (*node).type_ == T::T_Aggref && {
                     let a = node.cast::<pg_sys::Aggref>();
-                    has_calls((*a).args.cast()) || has_calls((*a).aggfilter.cast())
+                    // The filter is evaluated for the argument and for the aggregate.
+                    (has_calls((*a).args.cast()) || has_calls((*a).aggfilter.cast()))
+                        && is_repeatable((*a).aggfilter.cast())
                 }
             };
             let lists = [(*plan).targetlist, (*plan).qual];
