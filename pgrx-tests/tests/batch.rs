@@ -19,9 +19,24 @@ fn explain(c: &mut Client, options: &str, sql: &str) -> String {
     messages.iter().filter_map(line).collect()
 }
 
+/// Waits until nothing is under way any more: a statement that ends early leaves requests behind.
+fn settle(bed: &Bed) {
+    let c = &mut bed.connect();
+    let under_way = "SELECT coalesce(sum(queued + in_flight_requests), 0)::bigint FROM llm_batch.activity";
+    wait_until("nothing is under way", PATIENCE, || one(c, under_way), |n| *n == 0);
+    wait_until("nothing is being answered", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 0);
+    // What was given up on its way is before this request, or never comes.
+    text(c, "SELECT llm_classify('#r777777:bug# ' || clock_timestamp(), 'topic')");
+}
+
+fn count_anew(bed: &Bed) {
+    settle(bed);
+    bed.provider.reset_stats();
+}
+
 /// The ids of the rows that are asked about by a statement, which are asked about once.
 fn asked(bed: &Bed, c: &mut Client, sql: &str) -> BTreeSet<i64> {
-    bed.provider.reset_stats();
+    count_anew(bed);
     run(c, sql);
     let rows = bed.provider.stats().rows;
     assert!(rows.values().all(|r| r.asked == 1), "{sql}: {rows:?}");
@@ -127,7 +142,7 @@ fn no_more_rows_than_a_limit_needs() {
         assert_eq!(one(c, &format!("SELECT count(*) FROM ({sql}) s WHERE id % 3 = 0")), limit as i64);
     }
     // None passes: whatever is read, packs grow. One row in a thousand passes the cheap filter before.
-    bed.provider.reset_stats();
+    count_anew(&bed);
     let none = "SELECT id FROM t WHERE id % 3 = 1 AND id > 50000 AND id <= 53000 AND llm_filter(ask, 'Is it?') LIMIT 1";
     assert_eq!(c.query(none, &[]).unwrap().len(), 0);
     let stats = bed.provider.stats();
@@ -315,10 +330,11 @@ fn what_was_not_sent_is_withdrawn() {
     let quiet = |witness: &mut Client, what: &str| {
         wait_until("what waits is withdrawn", PATIENCE, || queued(witness), |n| *n == 0);
         bed.provider.release();
-        wait_until("the last request ends", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 0);
+        settle(&bed);
         // Whoever asks after that is answered after what would have been sent before.
         let before = bed.provider.stats().requests;
-        assert_eq!(text(witness, "SELECT llm_classify('#r777:bug# ' || clock_timestamp(), 'topic')"), "bug", "{what}");
+        let one_more = "SELECT llm_classify('#r777777:bug# ' || clock_timestamp(), 'topic')";
+        assert_eq!(text(witness, one_more), "bug", "{what}");
         assert_eq!(bed.provider.stats().requests, before + 1, "{what}");
     };
     for (what, end) in [("cancel", "57014"), ("terminate", "57P01")] {
@@ -333,9 +349,11 @@ fn what_was_not_sent_is_withdrawn() {
             assert_eq!(waiting.join().unwrap().0, end);
         });
         quiet(witness, what);
+        // One request was held, and one may have been on its way.
+        assert!(bed.provider.stats().rows.len() <= 100 + 1);
+        bed.provider.reset_stats();
     }
     // A cursor that is closed early has read no more than it may be asked for next.
-    bed.provider.reset_stats();
     run(
         c,
         "BEGIN; DECLARE x CURSOR FOR SELECT llm_classify(body || 'cursor', 'topic') FROM t; FETCH 1 FROM x; CLOSE x; COMMIT",
@@ -404,6 +422,28 @@ fn rows_that_a_role_may_not_see_stay_here() {
     let e = error(c, "FETCH ALL FROM x");
     assert_eq!(e.0, "42501", "{e:?}");
     run(c, "ROLLBACK");
+}
+
+#[test]
+fn workers_do_not_ask() {
+    let bed = Bed::new("batch_parallel");
+    let c = &mut bed.connect();
+    questions(c, 20_000);
+    run(
+        c,
+        "SET min_parallel_table_scan_size = 0; SET parallel_setup_cost = 0; SET parallel_tuple_cost = 0;
+         SET max_parallel_workers_per_gather = 2; ALTER TABLE t SET (parallel_workers = 2)",
+    );
+    let sql = "SELECT id, llm_classify(body, 'topic') FROM t WHERE id % 200 = 0";
+    let plan = explain(c, "COSTS off", sql);
+    let places = ["Custom Scan (LLM Batch)", "Gather", "Parallel Seq Scan"].map(|node| plan.find(node));
+    assert!(places.iter().all(Option::is_some) && places.is_sorted(), "{plan}");
+    let rows = c.query(sql, &[]).unwrap();
+    assert_eq!(rows.len(), 100);
+    assert!(rows.iter().all(|row| row.get::<_, &str>(1) == "bug"));
+    let stats = bed.provider.stats();
+    assert_eq!(stats.rows.len(), 100);
+    assert!(stats.requests <= 10, "{}", stats.requests);
 }
 
 #[test]
