@@ -337,16 +337,18 @@ fn what_was_not_sent_is_withdrawn() {
         assert_eq!(text(witness, one_more), "bug", "{what}");
         assert_eq!(bed.provider.stats().requests, before + 1, "{what}");
     };
-    for (what, end) in [("cancel", "57014"), ("terminate", "57P01")] {
+    for what in ["cancel", "terminate"] {
         let c = &mut bed.connect();
         bed.provider.hold();
         let pid = one(c, "SELECT pg_backend_pid()::bigint");
         std::thread::scope(|scope| {
-            let waiting =
-                scope.spawn(|| error(c, &format!("UPDATE t SET topic = llm_classify(body || '{what}', 'topic')")));
+            let waiting = scope
+                .spawn(|| c.batch_execute(&format!("UPDATE t SET topic = llm_classify(body || '{what}', 'topic')")));
             wait_until("rows wait", PATIENCE, || queued(witness), |n| *n > 500);
             run(witness, &format!("SELECT pg_{what}_backend({pid})"));
-            assert_eq!(waiting.join().unwrap().0, end);
+            let e = waiting.join().unwrap().unwrap_err();
+            // Who is terminated may find the connection closed, and not why.
+            assert!(e.is_closed() || e.code().is_some_and(|c| ["57014", "57P01"].contains(&c.code())), "{what}: {e:?}");
         });
         quiet(witness, what);
         // One request was held, and one may have been on its way.
