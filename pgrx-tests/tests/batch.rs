@@ -282,6 +282,7 @@ fn what_goes_wrong_is_told_in_its_place() {
     );
     for setting in ["on", "off"] {
         run(c, &format!("SET llm_batch.enable_batch_scan = {setting}"));
+        settle(&bed);
         bed.provider.script([Some(Fault::DropId)]);
         let e = error(c, select);
         assert_eq!((e.0.as_str(), e.1.as_str()), ("22000", "the model gave no label for a text"), "{e:?}");

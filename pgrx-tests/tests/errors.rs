@@ -309,8 +309,11 @@ fn a_second_job_on_a_column() {
             || one(&mut watch, "SELECT count(*) FROM pg_locks WHERE NOT granted AND locktype = 'object'"),
             |n| *n == 1,
         );
+        // The job must not be done before the other has looked.
+        bed.provider.hold();
         run(client, "COMMIT");
         assert_eq!(loser.join().unwrap().0, "55006");
+        bed.provider.release();
     });
     bed.done(winner);
     // Done, then to be retried while another has the column.

@@ -131,6 +131,8 @@ fn the_scalar_function_is_under_the_same_limit() {
     model(&mut c, "limited", "requests_per_minute => 300");
     classifier(&mut c, "slow", &labels_json(&LABELS), "limited", "{}");
     tickets(&mut c, "t", 1..=70);
+    // One by one: rows of a batch scan would be two requests.
+    run(&mut c, "SET llm_batch.enable_batch_scan = off");
     assert_eq!(one(&mut c, "SELECT count(*) FROM t WHERE llm_classify(body, 'slow') = want"), 70);
     let stats = bed.provider.stats();
     assert_eq!((stats.requests, stats.by_status.get(&200)), (70, Some(&70)), "{:?}", stats.by_status);
@@ -206,7 +208,7 @@ fn a_lower_limit_is_read_from_the_first_answer() {
 
 #[test]
 fn no_more_requests_at_a_time_than_the_model_allows() {
-    let bed = Bed::new("concurrency");
+    let bed = Bed::with("concurrency", slow(100));
     let mut c = bed.connect();
     let small = r#"options => '{"max_rows_per_request": 10}'"#;
     // Where the model sets nothing, it begins with four.

@@ -363,7 +363,7 @@ fn an_owner_that_loses_a_right_in_the_middle() {
     run(client, "ALTER TABLE tickets OWNER TO postgres; GRANT SELECT, UPDATE ON tickets TO alice");
     let job = held_job(&bed, client);
     // Slow, so that the provider is not done with all rows before the worker meets the error.
-    bed.provider.configure(|c| c.latency.base = Duration::from_millis(300));
+    bed.provider.configure(|c| c.latency.base = Duration::from_secs(2));
     run(client, "REVOKE UPDATE ON tickets FROM alice");
     bed.provider.release();
     let p = wait_status(client, job, "paused");

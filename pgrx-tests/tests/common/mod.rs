@@ -14,7 +14,7 @@ use postgres::Client;
 pub const LABELS: [&str; 8] = ["billing", "bug", "shipping", "refund", "account", "praise", "spam", "other"];
 
 /// For a job to end, or anything else that is not to be timed.
-pub const PATIENCE: Duration = Duration::from_secs(90);
+pub const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A cluster and the provider its jobs ask. In database `postgres`: the extension, the server `fake` (with a key
 /// `sk-test-…` for everybody), the model `m` without limits and with prices, the classifier `topic`, which reuses no answers.

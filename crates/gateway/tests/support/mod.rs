@@ -22,7 +22,7 @@ use llm_fake_provider::{Config, FakeProvider};
 pub const LABELS: [&str; 4] = ["billing", "bug", "shipping", "other"];
 
 /// For anything that is to happen and is not to be timed.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A gateway on a socket of its own.
 pub struct Setup {
