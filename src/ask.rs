@@ -230,7 +230,7 @@ impl Asker {
     /// Whether nothing is under way, and the gateway has said nothing since. Otherwise it may have been stopped, which says
     /// nothing about today.
     pub fn is_fresh(&mut self) -> Result<bool> {
-        Ok(self.pending.is_empty() && matches!(self.client.receive(Duration::ZERO)?, Received::Nothing))
+        Ok(self.pending.is_empty() && self.client.is_quiet()?)
     }
 
     pub fn done(&self) -> Done {
@@ -269,7 +269,7 @@ pub fn ask(
 
 /// A connection, if nothing has come on it since it was last used: a stop of back then says nothing about today.
 fn if_fresh(mut kept: Kept) -> Result<Option<Kept>> {
-    if matches!(kept.client.receive(Duration::ZERO)?, Received::Nothing) {
+    if kept.client.is_quiet()? {
         return Ok(Some(kept));
     }
     close(Some(kept));

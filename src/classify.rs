@@ -2,6 +2,13 @@
 
 use std::cell::RefCell;
 
+use llm_batch_gateway::protocol::{Allowance, Verdict};
+use pgrx::datum::{AnyElement, JsonB};
+use pgrx::iter::TableIterator;
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use pgrx::{AnyArray, FromDatum, name};
+
 use crate::ask::{Asking, ask};
 use crate::batch;
 use crate::classifier::{self, Asked};
@@ -11,12 +18,6 @@ use crate::isolation;
 use crate::model::current_user;
 use crate::question::{Prepared, Question};
 use crate::statement;
-use llm_batch_gateway::protocol::{Allowance, Verdict};
-use pgrx::datum::{AnyElement, JsonB};
-use pgrx::iter::TableIterator;
-use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::prelude::*;
-use pgrx::{AnyArray, FromDatum, name};
 
 /// A label, or NULL with a warning. Where a plan node has read ahead, the answer is there.
 fn classify_one(input: &str, question: Question) -> Result<Option<String>> {

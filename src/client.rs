@@ -199,6 +199,11 @@ impl Client {
         Ok(Received::Nothing)
     }
 
+    /// Whether nothing has come, and the gateway is there.
+    pub fn is_quiet(&mut self) -> Result<bool> {
+        Ok(matches!(self.receive(Duration::ZERO)?, Received::Nothing))
+    }
+
     fn take(&mut self) -> Result<Option<FromGateway>> {
         decode(&mut self.incoming).map_err(|e| Error::new(PgSqlErrorCode::ERRCODE_PROTOCOL_VIOLATION, e))
     }

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use crate::classifier::{self, Asked, Known};
 use crate::error::{Error, Result};
 use crate::model::current_user;
-use crate::statement;
+use crate::{settings, statement};
 
 /// The arguments of a call but its text.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,6 +37,11 @@ pub struct Conclude {
 }
 
 impl Question {
+    /// The model that the setting names, if that may be the one to be asked. Classifiers have their own.
+    pub fn default_model(&self) -> Option<String> {
+        (!matches!(self, Self::Task(_))).then(settings::default_model)
+    }
+
     fn known(&self) -> Result<(Known, Allowance)> {
         Ok(match self {
             Self::Task(name) => (classifier::load(name, &json!({}))?, statement::limit(&mut json!({}))?),

@@ -35,10 +35,13 @@ impl Totals {
         Self { began, spent: NOTHING, reserved: NOTHING, rows: 0, single: 0 }
     }
 
-    /// Those of the statement that runs.
+    /// Those of the statement that runs; at its first call they begin.
     fn now() -> Self {
         let began = began();
-        Some(TOTALS.get()).filter(|t| t.began == began).unwrap_or(Self::new(began))
+        if TOTALS.get().began != began {
+            TOTALS.set(Self::new(began));
+        }
+        TOTALS.get()
     }
 }
 
@@ -123,9 +126,7 @@ pub struct Purse {
 
 impl Purse {
     pub fn new(limit: Allowance, price: Price, prices: Option<Prices>) -> Self {
-        let totals = Totals::now();
-        TOTALS.set(totals);
-        Self { began: totals.began, limit, price, prices, reserved: NOTHING, chunk: None, in_vain: false }
+        Self { began: Totals::now().began, limit, price, prices, reserved: NOTHING, chunk: None, in_vain: false }
     }
 
     /// What it spends from now on is counted to the statement that runs: a cursor may be read by several.
@@ -134,8 +135,8 @@ impl Purse {
         if self.began != totals.began {
             self.began = totals.began;
             add(&mut totals.reserved, self.reserved);
+            TOTALS.set(totals);
         }
-        TOTALS.set(totals);
     }
 
     /// What one was allowed, the other may spend.
@@ -168,16 +169,16 @@ impl Purse {
         allowance
     }
 
-    /// The chunk, but of what is left a part only: a statement may have several streams.
-    fn share(&self) -> Allowance {
-        let (chunk, free) = (self.chunk.unwrap_or(NOTHING), self.funds().free);
+    /// Of what is left a part only: a statement may have several streams.
+    fn share(&self, chunk: Allowance) -> Allowance {
+        let free = self.funds().free;
         Allowance { cost: chunk.cost.min(free.cost / 4), tokens: chunk.tokens.min(free.tokens / 4) }
     }
 
     /// A grant for a stream that can't send its next request.
     pub fn grant(&mut self, least: Allowance, full: Allowance, stream: &Stream) -> Result<Allowance> {
-        self.chunk = Some(budget::chunk(full, stream));
-        let chunk = self.share();
+        let chunk = *self.chunk.insert(budget::chunk(full, stream));
+        let chunk = self.share(chunk);
         let allowance = self.funds().grant(least, chunk, self.in_vain).ok_or_else(|| self.used_up(least))?;
         self.in_vain = budget::is_nothing(allowance);
         Ok(self.reserve(allowance))
@@ -185,8 +186,7 @@ impl Purse {
 
     /// More for a stream that will soon be short of it.
     pub fn top_up(&mut self) -> Option<Allowance> {
-        self.chunk?;
-        let allowance = self.funds().top_up(self.share())?;
+        let allowance = self.funds().top_up(self.share(self.chunk?))?;
         Some(self.reserve(allowance))
     }
 

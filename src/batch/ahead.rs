@@ -1,22 +1,19 @@
 //! Reading ahead: the child's rows are kept in their order, what their calls will ask is asked as far ahead as is wanted,
 //! and a row is evaluated when all of its answers are there.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
-use pgrx::datum::JsonB;
 use pgrx::prelude::*;
 
-use super::answers::{Answer, Asked, Shown};
-use super::calls::{Call, Verb};
-use super::nodes::list;
+use super::answers::{Answer, Shown};
+use super::calls::Call;
 use super::place::Wanted;
-use crate::ask::{Asker, Done};
-use crate::budget::Price;
+use super::site::{Site, evaluate};
+use crate::ask::Asker;
 use crate::error::{Error, Result};
 use crate::model::current_user;
-use crate::question::{Prepared, Question};
 use crate::settings;
 
 /// Most rows that are kept. Those that wait for the slowest answer should not fill the disk.
@@ -51,37 +48,11 @@ struct Row {
     bytes: usize,
 }
 
-/// A call, and the stream of its rows.
-pub struct Site {
-    pub call: Call,
-    conditions: *mut pg_sys::ExprState,
-    input: *mut pg_sys::ExprState,
-    others: Vec<*mut pg_sys::ExprState>,
-    /// Since the first row that comes to the call.
-    asked: Option<Rc<Asked>>,
-    asker: Option<Asker>,
-    /// By the asker's number: the row, and its text.
-    waiting: BTreeMap<u64, (u64, String)>,
-    /// Why it can't go on: told when a row's turn comes that has no answer.
-    failed: Option<Error>,
-    /// What former streams did.
-    done: Done,
-    model: Option<Model>,
-}
-
-/// What was asked last.
-pub struct Model {
-    pub name: String,
-    pub price: Price,
-    pub rows_per_request: u32,
-}
-
 /// The state of a batch scan.
 pub struct Ahead {
     ps: *mut pg_sys::PlanState,
     is_on: bool,
     pub sites: Vec<Site>,
-    levels: usize,
     wanted: Wanted,
     /// The expressions of a limit, compiled.
     bounds: [*mut pg_sys::ExprState; 2],
@@ -96,7 +67,7 @@ pub struct Ahead {
     rows: VecDeque<Row>,
     /// The number of the first of them.
     first: u64,
-    /// By level, how many rows were looked at; that of level 0 is not used.
+    /// By level of calls, how many rows were looked at; that of level 0 is not used.
     examined: Vec<u64>,
     bytes: usize,
     /// Rows that were put into the store since it was empty.
@@ -115,21 +86,7 @@ impl Ahead {
         unsafe {
             let compile = |e: *mut pg_sys::Node| pg_sys::ExecInitExpr(e.cast(), ps);
             let levels = calls.iter().map(|c| c.level + 1).max().unwrap_or(1);
-            let sites = calls.into_iter().map(|call| {
-                let mut args = list::<pg_sys::Node>((*call.call).args).into_iter().map(compile);
-                Site {
-                    conditions: pg_sys::ExecInitQual(call.conditions(), ps),
-                    input: args.next().unwrap_or(std::ptr::null_mut()),
-                    others: args.collect(),
-                    call,
-                    asked: None,
-                    asker: None,
-                    waiting: BTreeMap::new(),
-                    failed: None,
-                    done: Done::default(),
-                    model: None,
-                }
-            });
+            let sites = calls.into_iter().map(|call| Site::new(ps, call));
             let bounds = match wanted {
                 Wanted::Limit { count, offset, .. } => [compile(count), compile(offset)],
                 _ => [std::ptr::null_mut(); 2],
@@ -140,7 +97,6 @@ impl Ahead {
                 ps,
                 is_on,
                 sites: sites.collect(),
-                levels,
                 wanted,
                 bounds,
                 limit: None,
@@ -205,15 +161,12 @@ impl Ahead {
     unsafe fn row(&mut self) -> Result<(*mut pg_sys::TupleTableSlot, Vec<Rc<Answer>>)> {
         // SAFETY: as of next().
         unsafe {
-            self.begin()?;
+            self.begin();
             if self.taken % REFILL == REFILL - 1 {
                 self.poll();
                 self.fill();
             }
-            loop {
-                if self.is_first_decided() {
-                    break;
-                }
+            while !self.is_first_decided() {
                 self.poll();
                 self.fill();
                 let Some(row) = self.rows.front() else {
@@ -221,9 +174,6 @@ impl Ahead {
                     self.sites.iter_mut().for_each(Site::close);
                     return Ok((std::ptr::null_mut(), Vec::new()));
                 };
-                if self.is_first_decided() {
-                    break;
-                }
                 let awaited = row.fates.iter().position(|fate| matches!(fate, Fate::Pending));
                 if let Some(site) = awaited {
                     if let Some(e) = self.sites.get_mut(site).and_then(|s| s.failed.take()) {
@@ -253,7 +203,7 @@ impl Ahead {
     }
 
     /// Before each row: makes what the first needs, and opens streams anew that are another role's or statement's.
-    unsafe fn begin(&mut self) -> Result<()> {
+    unsafe fn begin(&mut self) {
         // SAFETY: as of next().
         unsafe {
             if self.store.is_null() {
@@ -261,7 +211,7 @@ impl Ahead {
                 // Nobody goes back: what was read may be freed.
                 pg_sys::tuplestore_set_eflags(self.store, 0);
                 // The row that is returned is read by pointer 0, those of a level by the pointer of its number.
-                for _ in 1..self.levels {
+                for _ in 1..self.examined.len() {
                     pg_sys::tuplestore_alloc_read_pointer(self.store, 0);
                 }
             }
@@ -289,7 +239,6 @@ impl Ahead {
                     self.ask(i, row, text);
                 }
             }
-            Ok(())
         }
     }
 
@@ -297,16 +246,10 @@ impl Ahead {
     unsafe fn bound(&self) -> Option<u64> {
         // SAFETY: expressions of the LIMIT above, which has evaluated them by now.
         unsafe {
-            let [count, offset] = self.bounds.map(|bound| {
-                let mut is_null = bound.is_null();
-                let econtext = (*self.ps).ps_ExprContext;
-                let datum = if is_null {
-                    pg_sys::Datum::from(0)
-                } else {
-                    pg_sys::ExecEvalExprSwitchContext(bound, econtext, &mut is_null)
-                };
-                i64::from_datum(datum, is_null)
-            });
+            let value = |bound: *mut pg_sys::ExprState| {
+                if bound.is_null() { None } else { evaluate::<i64>(bound, (*self.ps).ps_ExprContext) }
+            };
+            let [count, offset] = self.bounds.map(value);
             let count = u64::try_from(count?).unwrap_or(0);
             Some(count.saturating_add(offset.and_then(|n| u64::try_from(n).ok()).unwrap_or(0)))
         }
@@ -374,7 +317,7 @@ impl Ahead {
                 self.examine(0, number, slot);
                 self.flush(FRAME);
             }
-            for level in 1..self.levels {
+            for level in 1..self.examined.len() {
                 self.look_again(level);
             }
             self.flush(1);
@@ -554,90 +497,6 @@ impl Ahead {
             unsafe { pg_sys::tuplestore_end(self.store) };
             self.store = std::ptr::null_mut();
         }
-    }
-}
-
-impl Site {
-    /// The stream of the call, opened if it is not; none if one of the arguments besides the text is NULL.
-    unsafe fn open(&mut self, ps: *mut pg_sys::PlanState) -> Result<Option<&mut Asker>> {
-        if let Some(asker) = &mut self.asker
-            && self.waiting.is_empty()
-            && !asker.is_fresh()?
-        {
-            self.close();
-        }
-        if self.asker.is_none() {
-            // SAFETY: as of Ahead::next().
-            let Some(question) = (unsafe { self.question(ps) }) else { return Ok(None) };
-            crate::client::check_usable()?;
-            let Prepared { asked, limit, conclude } = question.prepare()?;
-            self.model = Some(Model {
-                name: asked.model.clone(),
-                price: asked.price.clone(),
-                rows_per_request: asked.stream.task.options.max_rows_per_request,
-            });
-            self.asker = Some(Asker::open(asked, limit)?);
-            let (role, default_model) = (current_user(), settings::default_model());
-            self.asked = Some(Rc::new(Asked { question, role, default_model, conclude }));
-        }
-        Ok(self.asker.as_mut())
-    }
-
-    /// What is asked of all rows.
-    ///
-    /// # Safety
-    /// The arguments besides the text do not depend on the row.
-    pub unsafe fn question(&self, ps: *mut pg_sys::PlanState) -> Option<Question> {
-        // SAFETY: the functions' declarations say what their arguments are.
-        unsafe {
-            let econtext = (*ps).ps_ExprContext;
-            let arg = |i: usize| self.others.get(i).copied();
-            match self.call.verb {
-                Verb::Task => Some(Question::Task(evaluate(arg(0)?, econtext)?)),
-                Verb::Labels => {
-                    Some(Question::Labels(evaluate(arg(0)?, econtext)?, evaluate::<JsonB>(arg(1)?, econtext)?.0))
-                }
-                Verb::Filter => {
-                    Some(Question::YesNo(evaluate(arg(0)?, econtext)?, evaluate::<JsonB>(arg(1)?, econtext)?.0))
-                }
-            }
-        }
-    }
-
-    /// Gives the stream up. What was not sent of it is withdrawn.
-    fn close(&mut self) {
-        if let Some(asker) = self.asker.take() {
-            self.done.add(&asker.done());
-            asker.keep();
-        }
-        self.asked = None;
-    }
-
-    /// What its streams did so far.
-    pub fn done(&self) -> Done {
-        let mut done = self.done;
-        if let Some(asker) = &self.asker {
-            done.add(&asker.done());
-        }
-        done
-    }
-
-    /// The model that was asked.
-    pub fn model(&self) -> Option<&Model> {
-        self.model.as_ref()
-    }
-}
-
-/// The value of an expression, if it is not NULL; copied, what it takes to do so is freed with the row's memory.
-unsafe fn evaluate<V: FromDatum>(state: *mut pg_sys::ExprState, econtext: *mut pg_sys::ExprContext) -> Option<V> {
-    // SAFETY: the caller says that the expression is of the type.
-    unsafe {
-        let before = pg_sys::MemoryContextSwitchTo((*econtext).ecxt_per_tuple_memory);
-        let mut is_null = true;
-        let datum = pg_sys::ExecEvalExpr(state, econtext, &mut is_null);
-        let value = V::from_datum(datum, is_null);
-        pg_sys::MemoryContextSwitchTo(before);
-        value
     }
 }
 

@@ -11,13 +11,13 @@ use llm_batch_gateway::protocol::Verdict;
 use crate::error::Result;
 use crate::model::current_user;
 use crate::question::{Conclude, Question};
-use crate::settings;
 
-/// A question, on whose behalf it is asked and of which model by default, and how its verdicts become answers.
+/// A question, on whose behalf it is asked and of which model if that is the default one, and how its verdicts become
+/// answers.
 pub struct Asked {
     pub question: Question,
     pub role: pg_sys::Oid,
-    pub default_model: String,
+    pub default_model: Option<String>,
     pub conclude: Conclude,
 }
 
@@ -62,7 +62,7 @@ pub fn answered(input: &str, question: &Question) -> Option<Result<Option<String
         row.answers.iter().find(is_it).map(|a| (Rc::clone(a), row.is_ahead))
     })?;
     // A function that the row's expressions call may have another role, and a setting of its own.
-    if found.asked.role != current_user() || found.asked.default_model != settings::default_model() {
+    if found.asked.role != current_user() || found.asked.default_model != question.default_model() {
         return None;
     }
     if is_ahead && !matches!(found.verdict, Verdict::Label(_)) {

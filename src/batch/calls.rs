@@ -8,7 +8,7 @@ use std::ffi::CStr;
 use pgrx::PgList;
 use pgrx::prelude::*;
 
-use super::nodes::{self, list};
+use super::nodes::{self, list, to_list};
 
 /// The oid of the language C (pg_language.dat).
 const C_LANGUAGE: u32 = 13;
@@ -167,12 +167,8 @@ impl Call {
     /// # Safety
     /// The expressions that the call was found in still exist.
     pub unsafe fn conditions(&self) -> *mut pg_sys::List {
-        let mut conditions = PgList::<pg_sys::Node>::new();
-        for guard in &self.guards {
-            // SAFETY: as the caller says.
-            conditions.push(unsafe { guard.expression() });
-        }
-        conditions.into_pg()
+        // SAFETY: as the caller says.
+        to_list(self.guards.iter().map(|guard| unsafe { guard.expression() }))
     }
 }
 

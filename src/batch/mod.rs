@@ -8,6 +8,7 @@ mod explain;
 mod node;
 mod nodes;
 mod place;
+mod site;
 
 use std::ffi::{c_char, c_int};
 use std::sync::OnceLock;

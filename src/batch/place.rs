@@ -2,7 +2,6 @@
 
 use std::ptr::null_mut;
 
-use pgrx::PgList;
 use pgrx::prelude::*;
 
 use super::calls::{find, has_calls, is_repeatable};
@@ -196,7 +195,7 @@ impl Placer {
             let child = if is_plain_result {
                 (*plan).lefttree
             } else {
-                (*plan).targetlist = columns.targetlist();
+                (*plan).targetlist = to_list(columns.entries());
                 if let (Some(join), Some(kept)) = (join, kept_of_join) {
                     (*join).joinqual = to_list(kept);
                     // What is kept need not be what makes them unique.
@@ -231,17 +230,8 @@ impl Placer {
                 return;
             }
             let child = (*plan).lefttree;
-            let mut entries = list::<pg_sys::TargetEntry>(outer_references((*child).targetlist));
-            let first = entries.len();
-            let column = |expression: *mut pg_sys::Node, entries: &mut Vec<*mut pg_sys::TargetEntry>| {
-                let same = |e: &*mut pg_sys::TargetEntry| pg_sys::equal((**e).expr.cast(), expression.cast());
-                let at = entries.iter().skip(first).position(same).map(|at| at + first).unwrap_or_else(|| {
-                    let number = entries.len() as i16 + 1;
-                    entries.push(pg_sys::makeTargetEntry(expression.cast(), number, null_mut(), false));
-                    entries.len() - 1
-                });
-                outer_column(expression, at)
-            };
+            let passed = list::<pg_sys::TargetEntry>(outer_references((*child).targetlist));
+            let mut computed = Columns { first: passed.len(), ..Columns::default() };
             let mut change = |node: *mut pg_sys::Node| {
                 if !calls(node) {
                     return ((*node).type_ == T::T_Aggref).then_some(node);
@@ -250,21 +240,20 @@ impl Placer {
                 let filter = (*a).aggfilter;
                 for argument in list::<pg_sys::TargetEntry>((*a).args) {
                     if has_calls((*argument).expr.cast()) {
-                        let computed = if filter.is_null() {
-                            (*argument).expr.cast()
-                        } else {
-                            only_when(filter.cast(), (*argument).expr.cast())
-                        };
-                        (*argument).expr = column(computed, &mut entries).cast();
+                        let mut value = (*argument).expr.cast();
+                        if !filter.is_null() {
+                            value = only_when(filter.cast(), value);
+                        }
+                        (*argument).expr = computed.column(value).cast();
                     }
                 }
                 if has_calls(filter.cast()) {
-                    (*a).aggfilter = column(filter.cast(), &mut entries).cast();
+                    (*a).aggfilter = computed.column(filter.cast()).cast();
                 }
                 Some(a.cast())
             };
             let [targetlist, qual] = lists.map(|l| mutate(l.cast(), &mut change).cast::<pg_sys::List>());
-            let below = to_list(entries);
+            let below = to_list(passed.into_iter().chain(computed.entries()));
             if find(null_mut(), below).is_empty() {
                 return;
             }
@@ -287,35 +276,46 @@ unsafe fn split(qual: *mut pg_sys::List) -> (Vec<*mut pg_sys::Node>, Vec<*mut pg
     }
 }
 
-/// What expressions need of the node that they were part of, as columns of it.
+/// Expressions that a node yields as columns of its own, each once.
 #[derive(Default)]
-struct Columns(Vec<*mut pg_sys::Node>);
+struct Columns {
+    /// How many other columns come before them.
+    first: usize,
+    expressions: Vec<*mut pg_sys::Node>,
+}
 
 impl Columns {
+    /// A reference to the column of an expression.
+    unsafe fn column(&mut self, expression: *mut pg_sys::Node) -> *mut pg_sys::Node {
+        // SAFETY: planned expressions.
+        unsafe {
+            let same = |column: &*mut pg_sys::Node| pg_sys::equal(column.cast(), expression.cast());
+            let at = self.expressions.iter().position(same).unwrap_or_else(|| {
+                self.expressions.push(expression);
+                self.expressions.len() - 1
+            });
+            outer_column(expression, self.first + at)
+        }
+    }
+
     /// The expressions with references to the columns in the place of what only the node can compute.
     unsafe fn take(&mut self, expressions: *mut pg_sys::Node) -> *mut pg_sys::Node {
         // SAFETY: planned expressions.
         unsafe {
             mutate(expressions, &mut |node| {
                 let is_leaf = matches!((*node).type_, T::T_Var | T::T_Aggref | T::T_WindowFunc | T::T_GroupingFunc);
-                is_leaf.then(|| {
-                    let same = |column: &*mut pg_sys::Node| pg_sys::equal(column.cast(), node.cast());
-                    let at = self.0.iter().position(same).unwrap_or_else(|| {
-                        self.0.push(node);
-                        self.0.len() - 1
-                    });
-                    outer_column(node, at)
-                })
+                is_leaf.then(|| self.column(node))
             })
         }
     }
 
-    unsafe fn targetlist(&self) -> *mut pg_sys::List {
-        let entry = |(at, column): (usize, &*mut pg_sys::Node)| {
-            // SAFETY: a new entry; the column is an expression of the node.
-            unsafe { pg_sys::makeTargetEntry(column.cast(), at as i16 + 1, null_mut(), false) }
+    unsafe fn entries(&self) -> impl Iterator<Item = *mut pg_sys::TargetEntry> {
+        let numbers = self.first as i16 + 1..;
+        // SAFETY: new entries; the columns are expressions of the node.
+        let entry = |(column, number): (&*mut pg_sys::Node, i16)| unsafe {
+            pg_sys::makeTargetEntry(column.cast(), number, null_mut(), false)
         };
-        to_list(self.0.iter().enumerate().map(entry))
+        self.expressions.iter().zip(numbers).map(entry)
     }
 }
 
@@ -358,13 +358,9 @@ unsafe fn only_when(condition: *mut pg_sys::Node, value: *mut pg_sys::Node) -> *
         let case = make::<pg_sys::CaseExpr>(T::T_CaseExpr);
         (*case).casetype = pg_sys::exprType(value);
         (*case).casecollid = pg_sys::exprCollation(value);
-        let mut whens = PgList::<pg_sys::CaseWhen>::new();
-        whens.push(when);
-        (*case).args = whens.into_pg();
-        let (kind, collation) = ((*case).casetype, (*case).casecollid);
-        let typmod = pg_sys::exprTypmod(value);
-        let null = pg_sys::makeNullConst(kind, typmod, collation);
-        (*case).defresult = null.cast();
+        (*case).args = to_list([when]);
+        (*case).defresult =
+            pg_sys::makeNullConst((*case).casetype, pg_sys::exprTypmod(value), (*case).casecollid).cast();
         case.cast()
     }
 }

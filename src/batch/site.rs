@@ -1,0 +1,153 @@
+//! One call of a batch scan: what it asks, and the stream that it is asked on.
+
+use std::collections::BTreeMap;
+use std::rc::Rc;
+
+use pgrx::datum::JsonB;
+use pgrx::prelude::*;
+
+use super::answers::Asked;
+use super::calls::{Call, Verb};
+use super::nodes::list;
+use crate::ask::{Asker, Done};
+use crate::budget::Price;
+use crate::client::check_usable;
+use crate::error::{Error, Result};
+use crate::model::current_user;
+use crate::question::{Prepared, Question};
+
+/// A call, and the stream of its rows.
+pub struct Site {
+    pub call: Call,
+    pub conditions: *mut pg_sys::ExprState,
+    pub input: *mut pg_sys::ExprState,
+    others: Vec<*mut pg_sys::ExprState>,
+    /// Since the first row that comes to the call.
+    pub asked: Option<Rc<Asked>>,
+    pub asker: Option<Asker>,
+    /// By the asker's number: the row, and its text.
+    pub waiting: BTreeMap<u64, (u64, String)>,
+    /// Why it can't go on: told when a row's turn comes that has no answer.
+    pub failed: Option<Error>,
+    /// What former streams did.
+    done: Done,
+    model: Option<Model>,
+}
+
+/// What was asked last.
+pub struct Model {
+    pub name: String,
+    pub price: Price,
+    pub rows_per_request: u32,
+}
+
+impl Site {
+    /// # Safety
+    /// `ps` is the state of a batch scan that begins; the call is of its expressions.
+    pub unsafe fn new(ps: *mut pg_sys::PlanState, call: Call) -> Self {
+        // SAFETY: as the caller says; compiled in the memory context of the query.
+        unsafe {
+            let mut args = list::<pg_sys::Expr>((*call.call).args).into_iter().map(|e| pg_sys::ExecInitExpr(e, ps));
+            Self {
+                conditions: pg_sys::ExecInitQual(call.conditions(), ps),
+                input: args.next().unwrap_or(std::ptr::null_mut()),
+                others: args.collect(),
+                call,
+                asked: None,
+                asker: None,
+                waiting: BTreeMap::new(),
+                failed: None,
+                done: Done::default(),
+                model: None,
+            }
+        }
+    }
+
+    /// The stream of the call, opened if it is not; none if one of the arguments besides the text is NULL.
+    ///
+    /// # Safety
+    /// As of `question()`, in a scan that has begun.
+    pub unsafe fn open(&mut self, ps: *mut pg_sys::PlanState) -> Result<Option<&mut Asker>> {
+        if let Some(asker) = &mut self.asker
+            && self.waiting.is_empty()
+            && !asker.is_fresh()?
+        {
+            self.close();
+        }
+        if self.asker.is_none() {
+            // SAFETY: as of Ahead::next().
+            let Some(question) = (unsafe { self.question(ps) }) else { return Ok(None) };
+            check_usable()?;
+            let Prepared { asked, limit, conclude } = question.prepare()?;
+            self.model = Some(Model {
+                name: asked.model.clone(),
+                price: asked.price.clone(),
+                rows_per_request: asked.stream.task.options.max_rows_per_request,
+            });
+            self.asker = Some(Asker::open(asked, limit)?);
+            let (role, default_model) = (current_user(), question.default_model());
+            self.asked = Some(Rc::new(Asked { question, role, default_model, conclude }));
+        }
+        Ok(self.asker.as_mut())
+    }
+
+    /// What is asked of all rows.
+    ///
+    /// # Safety
+    /// The arguments besides the text do not depend on the row.
+    pub unsafe fn question(&self, ps: *mut pg_sys::PlanState) -> Option<Question> {
+        // SAFETY: the functions' declarations say what their arguments are.
+        unsafe {
+            let econtext = (*ps).ps_ExprContext;
+            let arg = |i: usize| self.others.get(i).copied();
+            match self.call.verb {
+                Verb::Task => Some(Question::Task(evaluate(arg(0)?, econtext)?)),
+                Verb::Labels => {
+                    Some(Question::Labels(evaluate(arg(0)?, econtext)?, evaluate::<JsonB>(arg(1)?, econtext)?.0))
+                }
+                Verb::Filter => {
+                    Some(Question::YesNo(evaluate(arg(0)?, econtext)?, evaluate::<JsonB>(arg(1)?, econtext)?.0))
+                }
+            }
+        }
+    }
+
+    /// Gives the stream up. What was not sent of it is withdrawn.
+    pub fn close(&mut self) {
+        if let Some(asker) = self.asker.take() {
+            self.done.add(&asker.done());
+            asker.keep();
+        }
+        self.asked = None;
+    }
+
+    /// What its streams did so far.
+    pub fn done(&self) -> Done {
+        let mut done = self.done;
+        if let Some(asker) = &self.asker {
+            done.add(&asker.done());
+        }
+        done
+    }
+
+    /// The model that was asked.
+    pub fn model(&self) -> Option<&Model> {
+        self.model.as_ref()
+    }
+}
+
+/// The value of an expression, if it is not NULL; copied, what it takes to do so is freed with the row's memory.
+///
+/// # Safety
+/// The expression is of the type, and the context that of its node.
+pub unsafe fn evaluate<V: FromDatum>(state: *mut pg_sys::ExprState, econtext: *mut pg_sys::ExprContext) -> Option<V> {
+    // SAFETY: the caller says that the expression is of the type.
+    unsafe {
+        let before = pg_sys::MemoryContextSwitchTo((*econtext).ecxt_per_tuple_memory);
+        let mut is_null = true;
+        let datum = pg_sys::ExecEvalExpr(state, econtext, &mut is_null);
+        let value = V::from_datum(datum, is_null);
+        pg_sys::MemoryContextSwitchTo(before);
+        value
+    }
+}
