@@ -19,11 +19,12 @@ pub struct Builder {
     conf: Vec<(String, String)>,
     env: Vec<(String, String)>,
     preload: bool,
+    server: PathBuf,
 }
 
 impl Builder {
     pub(crate) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), conf: Vec::new(), env: Vec::new(), preload: true }
+        Self { name: name.to_owned(), conf: Vec::new(), env: Vec::new(), preload: true, server: "postgres".into() }
     }
 
     /// Sets a parameter in `postgresql.conf`; the last value given counts, also
@@ -45,6 +46,12 @@ impl Builder {
         self
     }
 
+    /// The server's program, if it is that of a copy of the installation.
+    pub fn server(mut self, program: &Path) -> Self {
+        self.server = program.to_owned();
+        self
+    }
+
     /// Makes the cluster and starts it.
     #[track_caller]
     pub fn start(self) -> Cluster {
@@ -59,7 +66,7 @@ impl Builder {
         copy_dir(template(), &dir.join("data"));
         let conf_file = dir.join("data/postgresql.conf");
         fs::write(&conf_file, self.conf_text(&dir)).unwrap_or_else(|e| panic!("cannot write {conf_file:?}: {e}"));
-        Cluster::new(self.name, dir, self.env)
+        Cluster::new(self.name, dir, self.env, self.server)
     }
 
     /// The whole `postgresql.conf`. It replaces that of `initdb`, whose owner

@@ -29,6 +29,7 @@ pub struct Cluster {
     name: String,
     dir: PathBuf,
     env: Vec<(String, String)>,
+    program: PathBuf,
     server: Option<Child>,
     /// Killed and not started since: shared memory is left behind.
     crashed: bool,
@@ -40,8 +41,8 @@ impl Cluster {
         Builder::new(name)
     }
 
-    pub(crate) fn new(name: String, dir: PathBuf, env: Vec<(String, String)>) -> Self {
-        Self { name, dir, env, server: None, crashed: false }
+    pub(crate) fn new(name: String, dir: PathBuf, env: Vec<(String, String)>, program: PathBuf) -> Self {
+        Self { name, dir, env, program, server: None, crashed: false }
     }
 
     /// Starts the server and waits until it takes connections, after a crash
@@ -83,7 +84,7 @@ impl Cluster {
             .open(self.log_file())
             .and_then(|file| Ok((file.try_clone()?, file)));
         let (stdout, stderr) = log.map_err(|e| format!("cannot open the log: {e}"))?;
-        let child = server_program("postgres", &self.dir)
+        let child = server_program(&self.program, &self.dir)
             .arg("-D")
             .arg(self.data_dir())
             .envs(self.env.iter().map(|(name, value)| (name, value)))

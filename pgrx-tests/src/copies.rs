@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::path::PathBuf;
 use std::process::{Command, Output};
 
 use crate::Cluster;
@@ -51,8 +52,8 @@ impl Cluster {
         Self::moved(name, dir)
     }
 
-    fn moved(name: &str, dir: std::path::PathBuf) -> Cluster {
-        let cluster = Cluster::new(name.to_owned(), dir, Vec::new());
+    fn moved(name: &str, dir: PathBuf) -> Cluster {
+        let cluster = Cluster::new(name.to_owned(), dir, Vec::new(), "postgres".into());
         cluster.set("unix_socket_directories", &cluster.socket_dir().to_string_lossy());
         cluster
     }
@@ -73,8 +74,13 @@ impl Cluster {
     }
 }
 
+/// A folder of the installation, as `pg_config` calls it: `bindir`, `pkglibdir`, `sharedir`, `libdir`.
+pub fn installed(folder: &str) -> PathBuf {
+    let output = run(program("pg_config").arg(format!("--{folder}")));
+    PathBuf::from(crate::install::stdout(&output).trim())
+}
+
 /// Where the extension's scripts are installed.
-pub fn extension_dir() -> std::path::PathBuf {
-    let output = run(program("pg_config").arg("--sharedir"));
-    std::path::Path::new(crate::install::stdout(&output).trim()).join("extension")
+pub fn extension_dir() -> PathBuf {
+    installed("sharedir").join("extension")
 }

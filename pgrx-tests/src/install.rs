@@ -30,7 +30,7 @@ pub(crate) fn bindir() -> &'static Path {
 
 /// One of the programs, without the caller's `PG*` variables, and without those that make Rust's panics wordy: the
 /// server's log is to read as its users would see it.
-pub(crate) fn program(name: &str) -> Command {
+pub(crate) fn program(name: impl AsRef<Path>) -> Command {
     let mut command = Command::new(bindir().join(name));
     command.env_remove("RUST_BACKTRACE").env_remove("RUST_LIB_BACKTRACE");
     for (variable, _) in std::env::vars_os() {
@@ -42,7 +42,7 @@ pub(crate) fn program(name: &str) -> Command {
 }
 
 /// A program that runs as the server's account, in `dir`.
-pub(crate) fn server_program(name: &str, dir: &Path) -> Command {
+pub(crate) fn server_program(name: impl AsRef<Path>, dir: &Path) -> Command {
     let mut command = program(name);
     command.current_dir(dir);
     if let Some((uid, gid)) = server_account() {

@@ -25,5 +25,5 @@ mod wait;
 
 pub use builder::Builder;
 pub use cluster::Cluster;
-pub use copies::extension_dir;
+pub use copies::{extension_dir, installed};
 pub use wait::wait_until;
