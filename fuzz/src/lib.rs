@@ -138,7 +138,7 @@ pub fn options(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     if let Ok(target) = url::parse(&text) {
         // Whom the HTTP client would talk to is who was checked. It alone knows which international names are none.
-        let read = match reqwest::Url::parse(&text) {
+        let read = match ::url::Url::parse(&text) {
             Ok(read) => read,
             Err(_) if target.host.split('.').any(|part| part.starts_with("xn--")) => return,
             Err(e) => panic!("{text:?} is read by one and not the other: {e}"),

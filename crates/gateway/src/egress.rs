@@ -1,82 +1,207 @@
 //! The HTTP clients, and which addresses they may connect to. Names are resolved here, so that the address that was
 //! checked is the one that is connected to.
 
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
+use std::pin::Pin;
+use std::rc::Rc;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use http_body_util::Full;
+use hyper::body::Bytes;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::connect::dns::Name;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
 use llm_batch_core::url::{LOCALHOST, is_loopback, is_reserved};
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use rustls_platform_verifier::BuilderVerifierExt;
+use tower_service::Service;
 
-use crate::protocol::Endpoint;
-use crate::request::causes;
+use crate::protocol::{Endpoint, Secret};
 
-/// The clients of all requests: they keep connections, follow no redirects and use no proxy. Each has connections of its
-/// own.
-#[derive(Debug, Clone)]
-pub struct Clients {
-    trusted: reqwest::Client,
-    guarded: reqwest::Client,
+/// Endpoints whose connections are kept. The one that was used longest ago gives way.
+const MOST_POOLS: usize = 64;
+/// How long connecting may take, TLS apart.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long a connection without a request is kept.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
+/// How often the other side of a silent connection is asked whether it is there, and how long it may stay silent.
+const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(30));
+/// Answers up to this size (bytes) are read whatever memory is left.
+const SMALL_ANSWER: usize = 64 << 10;
+/// Largest head of an answer, bytes.
+const MAX_HEAD: usize = 64 << 10;
+
+/// An HTTP client with connections of its own. It follows no redirects and uses no proxy.
+pub type HttpClient = Client<HttpsConnector<HttpConnector<Resolver>>, Full<Bytes>>;
+
+/// How certificates are verified: as the operating system does.
+///
+/// # Errors
+/// If its certificates can't be read.
+pub fn tls() -> Result<rustls::ClientConfig, String> {
+    // Fails only if a provider of cryptography is installed already, which is then used.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let verifying = rustls::ClientConfig::builder().with_platform_verifier();
+    Ok(verifying.map_err(|e| format!("could not set up TLS: {e}"))?.with_no_client_auth())
 }
+
+/// The clients of all requests, one for each server and key: an answer that a server sends unasked on a kept connection
+/// can meet no other server's or key's request.
+pub struct Clients {
+    tls: rustls::ClientConfig,
+    lookup: Arc<dyn Lookup>,
+    pools: BTreeMap<PoolKey, (HttpClient, u64)>,
+    /// Counts the uses of all pools.
+    uses: u64,
+    /// Bytes of all answers that are being read, and most of them.
+    reading: Rc<Cell<usize>>,
+    pub memory: usize,
+}
+
+/// URL, whether it is trusted, key.
+type PoolKey = (String, bool, Option<String>);
 
 impl Clients {
-    pub fn new() -> Result<Self, String> {
-        Self::with(Arc::new(System))
+    pub fn new(tls: rustls::ClientConfig, memory: usize) -> Self {
+        Self::with(tls, Arc::new(System), memory)
     }
 
-    fn with(resolver: Arc<dyn Resolve>) -> Result<Self, String> {
-        // Fails only if a provider of cryptography is installed already, which is then used.
-        let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = |resolver: Arc<dyn Resolve>| {
-            reqwest::Client::builder()
-                .redirect(reqwest::redirect::Policy::none())
-                .no_proxy()
-                .dns_resolver(resolver)
-                .connect_timeout(Duration::from_secs(10))
-                .pool_idle_timeout(Duration::from_secs(60))
-                .user_agent(concat!("pg_llm_batch/", env!("CARGO_PKG_VERSION")))
-                .build()
-                .map_err(|e| format!("could not set up HTTP: {}", causes(&e)))
-        };
-        Ok(Self { trusted: client(Arc::clone(&resolver))?, guarded: client(Arc::new(Guarded(resolver)))? })
+    fn with(tls: rustls::ClientConfig, lookup: Arc<dyn Lookup>, memory: usize) -> Self {
+        Self { tls, lookup, pools: BTreeMap::new(), uses: 0, reading: Rc::default(), memory }
     }
 
-    pub fn of(&self, endpoint: &Endpoint) -> &reqwest::Client {
-        if endpoint.is_trusted { &self.trusted } else { &self.guarded }
+    pub fn of(&mut self, endpoint: &Endpoint) -> HttpClient {
+        self.uses += 1;
+        let key = endpoint.api_key.as_ref().map(|Secret(key)| key.clone());
+        let key = (endpoint.base_url.clone(), endpoint.is_trusted, key);
+        if let Some((client, used)) = self.pools.get_mut(&key) {
+            *used = self.uses;
+            return client.clone();
+        }
+        if self.pools.len() >= MOST_POOLS
+            && let Some(oldest) = self.pools.iter().min_by_key(|(_, (_, used))| *used).map(|(key, _)| key.clone())
+        {
+            self.pools.remove(&oldest);
+        }
+        let client = self.client(endpoint.is_trusted);
+        self.pools.insert(key, (client.clone(), self.uses));
+        client
+    }
+
+    /// An answer of at most so many bytes.
+    pub fn answer(&self, most: usize) -> Answer {
+        Answer { bytes: Vec::new(), all: Rc::clone(&self.reading), most, memory: self.memory }
+    }
+
+    fn client(&self, is_trusted: bool) -> HttpClient {
+        let mut tcp = HttpConnector::new_with_resolver(Resolver { lookup: Arc::clone(&self.lookup), is_trusted });
+        tcp.enforce_http(false);
+        tcp.set_nodelay(true);
+        tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+        tcp.set_keepalive(Some(KEEPALIVE.0));
+        tcp.set_tcp_user_timeout(Some(KEEPALIVE.1));
+        let https = HttpsConnectorBuilder::new()
+            .with_tls_config(self.tls.clone())
+            .https_or_http()
+            .enable_http1()
+            .wrap_connector(tcp);
+        Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .http1_max_buf_size(MAX_HEAD)
+            .build(https)
     }
 }
 
-/// The operating system's resolver.
+/// The bytes of an answer that is being read. They count against the memory of all until it is dropped.
+#[derive(Debug)]
+pub struct Answer {
+    pub bytes: Vec<u8>,
+    all: Rc<Cell<usize>>,
+    /// Most bytes of this one, and of all.
+    most: usize,
+    memory: usize,
+}
+
+impl Answer {
+    /// Takes a further part.
+    ///
+    /// # Errors
+    /// If it is not to be read on.
+    pub fn push(&mut self, part: &[u8]) -> Result<(), String> {
+        let (length, all) = (self.bytes.len() + part.len(), self.all.get() + part.len());
+        if length > self.most {
+            return Err(format!("the provider's answer is larger than {} bytes", self.most));
+        }
+        // A small answer never has to go without.
+        if length > SMALL_ANSWER && all > self.memory {
+            return Err("the answers that are being read take all of llm_batch.gateway_memory".to_owned());
+        }
+        self.all.set(all);
+        self.bytes.extend_from_slice(part);
+        Ok(())
+    }
+}
+
+impl Drop for Answer {
+    fn drop(&mut self) {
+        self.all.set(self.all.get().saturating_sub(self.bytes.len()));
+    }
+}
+
+type Looking = Pin<Box<dyn Future<Output = io::Result<Vec<SocketAddr>>> + Send>>;
+
+/// Finds the addresses of a name.
+trait Lookup: Send + Sync {
+    fn lookup(&self, name: String) -> Looking;
+}
+
+/// The operating system's.
 struct System;
 
-impl Resolve for System {
-    fn resolve(&self, name: Name) -> Resolving {
-        Box::pin(async move {
-            let found = tokio::net::lookup_host((name.as_str(), 0)).await?;
-            Ok(Box::new(found.collect::<Vec<_>>().into_iter()) as Addrs)
-        })
+impl Lookup for System {
+    fn lookup(&self, name: String) -> Looking {
+        Box::pin(async move { Ok(tokio::net::lookup_host((name.as_str(), 0)).await?.collect()) })
     }
 }
 
-/// Leaves out addresses that an endpoint that is not trusted may not reach. Addresses in URLs do not come here: whoever
-/// makes the endpoint looks at them.
-struct Guarded(Arc<dyn Resolve>);
+/// Finds the addresses of a name, and leaves out those that an endpoint that is not trusted may not reach. Addresses in
+/// URLs do not come here: whoever makes the endpoint looks at them.
+#[derive(Clone)]
+pub struct Resolver {
+    lookup: Arc<dyn Lookup>,
+    is_trusted: bool,
+}
 
-impl Resolve for Guarded {
-    fn resolve(&self, name: Name) -> Resolving {
-        let may_be_here = name.as_str().eq_ignore_ascii_case(LOCALHOST);
-        let text = name.as_str().to_owned();
-        let found = self.0.resolve(name);
+impl Service<Name> for Resolver {
+    type Response = std::vec::IntoIter<SocketAddr>;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, name: Name) -> Self::Future {
+        let (text, is_trusted) = (name.as_str().to_owned(), self.is_trusted);
+        let may_be_here = text.eq_ignore_ascii_case(LOCALHOST);
+        let found = self.lookup.lookup(text.clone());
         Box::pin(async move {
-            let is_fine = |a: &SocketAddr| if is_loopback(a.ip()) { may_be_here } else { !is_reserved(a.ip()) };
-            let (fine, refused): (Vec<_>, Vec<_>) = found.await?.partition(is_fine);
+            let is_fine =
+                |a: &SocketAddr| is_trusted || if is_loopback(a.ip()) { may_be_here } else { !is_reserved(a.ip()) };
+            let (fine, refused): (Vec<_>, Vec<_>) = found.await?.into_iter().partition(is_fine);
             match refused.first() {
-                Some(address) if fine.is_empty() => Err(format!(
+                Some(address) if fine.is_empty() => Err(io::Error::other(format!(
                     "\"{text}\" is {}, which servers that a superuser does not own may not reach",
                     address.ip()
-                )
-                .into()),
-                _ => Ok(Box::new(fine.into_iter()) as Addrs),
+                ))),
+                _ => Ok(fine.into_iter()),
             }
         })
     }
@@ -89,23 +214,26 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+    use serde_json::json;
+
     use crate::protocol::tests::stream;
-    use crate::request::{self, Answered};
+    use crate::request::{self, Answered, Question};
 
     /// Answers each question with the next list, the last one again and again.
     struct Fake(Mutex<Vec<Vec<IpAddr>>>);
 
-    impl Resolve for Fake {
-        fn resolve(&self, _: Name) -> Resolving {
+    impl Lookup for Fake {
+        fn lookup(&self, _: String) -> Looking {
             let mut lists = self.0.lock().unwrap();
             let list = if lists.len() > 1 { lists.remove(0) } else { lists[0].clone() };
-            Box::pin(async move { Ok(Box::new(list.into_iter().map(|ip| SocketAddr::new(ip, 0))) as Addrs) })
+            Box::pin(async move { Ok(list.into_iter().map(|ip| SocketAddr::new(ip, 0)).collect()) })
         }
     }
 
     fn clients(answers: &[&[&str]]) -> Clients {
         let ips = |list: &&[&str]| list.iter().map(|ip| ip.parse().unwrap()).collect();
-        Clients::with(Arc::new(Fake(Mutex::new(answers.iter().map(ips).collect())))).unwrap()
+        let lookup = Arc::new(Fake(Mutex::new(answers.iter().map(ips).collect())));
+        Clients::with(tls().unwrap(), lookup, usize::MAX)
     }
 
     /// A server that closes each connection with a 500, and counts them; its port.
@@ -125,12 +253,13 @@ mod tests {
         (port, count)
     }
 
-    fn ask(clients: &Clients, host: &str, port: u16, is_trusted: bool) -> Answered {
+    fn ask(clients: &mut Clients, host: &str, port: u16, is_trusted: bool) -> Answered {
         let mut endpoint = stream().endpoint;
         endpoint.base_url = format!("http://{host}:{port}/v1");
         endpoint.is_trusted = is_trusted;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(request::send(clients, &endpoint, &serde_json::json!({}), Duration::from_secs(20)))
+        let question = Question { endpoint: &endpoint, body: &json!({}), timeout: Duration::from_secs(20) };
+        runtime.block_on(request::send(&clients.of(&endpoint), clients.answer(9_000), &question))
     }
 
     fn message(answered: &Answered) -> String {
@@ -140,15 +269,15 @@ mod tests {
     #[test]
     fn a_name_that_means_this_machine_is_refused_to_those_who_are_not_trusted() {
         let (port, count) = server();
-        let inside = clients(&[&["127.0.0.1"]]);
-        let refused = ask(&inside, "inside.example", port, false);
+        let mut inside = clients(&[&["127.0.0.1"]]);
+        let refused = ask(&mut inside, "inside.example", port, false);
         assert!(message(&refused).contains("\"inside.example\" is 127.0.0.1"), "{refused:?}");
         // Nothing was sent, so nothing was paid.
         assert!(!refused.is_unsure);
         assert_eq!(*count.lock().unwrap(), 0);
         // The name of this machine is another matter: it says what it is. And whoever is trusted may go there.
         for (host, is_trusted) in [("localhost", false), ("inside.example", true)] {
-            let answered = ask(&inside, host, port, is_trusted);
+            let answered = ask(&mut inside, host, port, is_trusted);
             assert!(message(&answered).contains("500"), "{host}: {answered:?}");
         }
         assert_eq!(*count.lock().unwrap(), 2);
@@ -159,7 +288,7 @@ mod tests {
         let (port, count) = server();
         for address in ["169.254.169.254", "fe80::1", "::", "0.0.0.0", "::ffff:127.0.0.1", "64:ff9b::a9fe:a9fe"] {
             for host in ["metadata.example", "localhost"] {
-                let answered = ask(&clients(&[&[address]]), host, port, false);
+                let answered = ask(&mut clients(&[&[address]]), host, port, false);
                 let is_loopback = address == "::ffff:127.0.0.1" && host == "localhost";
                 assert_eq!(
                     message(&answered).contains("may not reach"),
@@ -170,8 +299,8 @@ mod tests {
         }
         let before = *count.lock().unwrap();
         // Those beside them are asked.
-        let some = clients(&[&["169.254.169.254", "127.0.0.1"]]);
-        assert!(message(&ask(&some, "localhost", port, false)).contains("500"));
+        let mut some = clients(&[&["169.254.169.254", "127.0.0.1"]]);
+        assert!(message(&ask(&mut some, "localhost", port, false)).contains("500"));
         assert_eq!(*count.lock().unwrap(), before + 1);
     }
 
@@ -179,9 +308,59 @@ mod tests {
     fn a_name_is_looked_at_each_time_it_is_resolved() {
         let (port, count) = server();
         // What was fine the first time (this machine, by its name) is something else the next time.
-        let rebound = clients(&[&["127.0.0.1"], &["169.254.169.254"]]);
-        assert!(message(&ask(&rebound, "localhost", port, false)).contains("500"));
-        assert!(message(&ask(&rebound, "localhost", port, false)).contains("may not reach"));
+        let mut rebound = clients(&[&["127.0.0.1"], &["169.254.169.254"]]);
+        assert!(message(&ask(&mut rebound, "localhost", port, false)).contains("500"));
+        assert!(message(&ask(&mut rebound, "localhost", port, false)).contains("may not reach"));
         assert_eq!(*count.lock().unwrap(), 1);
+    }
+
+    #[test]
+    fn servers_and_keys_share_no_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let count = Arc::new(Mutex::new(0));
+        let counter = Arc::clone(&count);
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                *counter.lock().unwrap() += 1;
+                let mut stream = stream.unwrap();
+                std::thread::spawn(move || {
+                    while stream.read(&mut [0; 65536]).is_ok_and(|n| n > 0) {
+                        let _ = stream.write_all(b"HTTP/1.1 500 no\r\ncontent-length: 0\r\n\r\n");
+                    }
+                });
+            }
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let mut clients = clients(&[&["127.0.0.1"]]);
+        let mut endpoint = stream().endpoint;
+        let mut connections = Vec::new();
+        for (path, key) in [("v1", "a"), ("v1", "a"), ("v1", "b"), ("v2", "b"), ("v1", "a"), ("v1", "b"), ("v2", "b")] {
+            endpoint.base_url = format!("http://localhost:{port}/{path}");
+            endpoint.api_key = Some(Secret(key.to_owned()));
+            let question = Question { endpoint: &endpoint, body: &json!({}), timeout: Duration::from_secs(20) };
+            let (client, answer) = (clients.of(&endpoint), clients.answer(9_000));
+            let answered = runtime.block_on(request::send(&client, answer, &question));
+            assert!(message(&answered).contains("500"), "{answered:?}");
+            connections.push(*count.lock().unwrap());
+        }
+        assert_eq!(connections, [1, 1, 2, 3, 3, 3, 3]);
+    }
+
+    #[test]
+    fn answers_are_read_within_their_memory_and_small_ones_always() {
+        let clients = Clients::with(tls().unwrap(), Arc::new(System), 3 * SMALL_ANSWER);
+        let (mut first, mut second) = (clients.answer(usize::MAX), clients.answer(usize::MAX));
+        let part = vec![b'x'; SMALL_ANSWER];
+        assert!(first.push(&part).is_ok() && first.push(&part).is_ok());
+        assert!(second.push(&part).is_ok());
+        assert!(first.push(&part).is_err() && second.push(b"x").is_err());
+        let mut small = clients.answer(10);
+        assert!(small.push(&[b'x'; 10]).is_ok() && small.push(b"x").is_err());
+        drop(first);
+        assert!(second.push(&part).is_ok());
+        assert_eq!(clients.reading.get(), 2 * SMALL_ANSWER + 10);
+        drop((second, small));
+        assert_eq!(clients.reading.get(), 0);
     }
 }

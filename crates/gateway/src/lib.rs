@@ -25,7 +25,7 @@ use tokio::sync::watch;
 /// Whether the HTTP client can read an URL that core's `url::parse` accepts: it refuses names that begin like
 /// international ones (`xn--`) and are none.
 pub fn is_readable(url: &str) -> bool {
-    reqwest::Url::parse(url).is_ok()
+    url::Url::parse(url).is_ok_and(|url| url.as_str().parse::<hyper::Uri>().is_ok())
 }
 
 /// What may change while the gateway runs.
@@ -53,13 +53,13 @@ impl Gateway {
     /// If the thread, its runtime or the HTTP client can't be set up.
     pub fn start(listener: UnixListener, settings: Settings, log: mpsc::Sender<String>) -> std::io::Result<Self> {
         listener.set_nonblocking(true)?;
-        let clients = egress::Clients::new().map_err(std::io::Error::other)?;
+        let tls = egress::tls().map_err(std::io::Error::other)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (sender, receiver) = watch::channel(settings);
         let thread = std::thread::Builder::new().name("llm_batch net".into()).spawn(move || {
             tokens::load();
             let local = tokio::task::LocalSet::new();
-            local.block_on(&runtime, server::run(listener, clients, receiver, log));
+            local.block_on(&runtime, server::run(listener, tls, receiver, log));
         })?;
         Ok(Self { settings: Some(sender), thread: Some(thread) })
     }

@@ -1,17 +1,45 @@
 //! One HTTP request: sends a body, reads a bounded answer, names what went wrong.
 
+use std::error::Error;
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+use http_body_util::{BodyExt, Full};
+use hyper::body::Bytes;
+use hyper::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, USER_AGENT};
 use llm_batch_core::dialect::Reply;
 use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::trouble::{self, Report, Trouble};
 use serde_json::Value;
+use tokio::sync::Notify;
 
-use crate::egress::Clients;
+use crate::egress::{Answer, HttpClient};
 use crate::protocol::Endpoint;
 
 /// Largest answer that is read, bytes. An answer to 500 rows has some 30 kB.
 const MAX_ANSWER: usize = 4 << 20;
+/// Bytes that any answer may have: an error, or a short text in a large frame.
+const LEAST_ANSWER: usize = 32 << 10;
+/// Bytes of an answer for each of its tokens. A server that streams has an event for each.
+const BYTES_PER_TOKEN: usize = 512;
+/// Most interim answers (1xx) to a request.
+const MOST_INTERIM: u32 = 16;
+
+/// Most bytes of an answer of so many tokens.
+pub fn most_bytes(tokens: u64) -> usize {
+    let tokens = usize::try_from(tokens).unwrap_or(usize::MAX);
+    tokens.saturating_mul(BYTES_PER_TOKEN).saturating_add(LEAST_ANSWER).min(MAX_ANSWER)
+}
+
+/// A request to send.
+#[derive(Debug)]
+pub struct Question<'a> {
+    pub endpoint: &'a Endpoint,
+    pub body: &'a Value,
+    pub timeout: Duration,
+}
 
 /// What came of a request.
 #[derive(Debug)]
@@ -31,37 +59,65 @@ impl Answered {
     }
 }
 
-/// Sends a request and reads its answer.
-pub async fn send(clients: &Clients, endpoint: &Endpoint, body: &Value, timeout: Duration) -> Answered {
-    let broke_off = |e: &reqwest::Error| Answered::broke_off(causes(e), !e.is_connect());
-    let url = format!("{}/chat/completions", endpoint.base_url.trim_end_matches('/'));
-    let bytes = match serde_json::to_vec(body) {
-        Ok(bytes) => bytes,
-        Err(e) => return Answered::broke_off(e.to_string(), false),
-    };
-    let mut request =
-        clients.of(endpoint).post(url).timeout(timeout).header("content-type", "application/json").body(bytes);
-    if let Some(key) = &endpoint.api_key {
-        request = request.bearer_auth(&key.0);
+/// Sends a request and reads its answer into `answer`.
+pub async fn send(client: &HttpClient, answer: Answer, question: &Question<'_>) -> Answered {
+    let exchange = tokio::time::timeout(question.timeout, exchange(client, answer, question));
+    exchange.await.unwrap_or_else(|_| Answered::broke_off(TIMED_OUT.to_owned(), true))
+}
+
+/// The request of a question. What is notified if the answer never begins, for all the interim ones.
+fn request(question: &Question) -> Result<(hyper::Request<Full<Bytes>>, Arc<Notify>), String> {
+    let url = format!("{}/chat/completions", question.endpoint.base_url.trim_end_matches('/'));
+    let url = url::Url::parse(&url).map_err(|e| e.to_string())?;
+    let bytes = serde_json::to_vec(question.body).map_err(|e| e.to_string())?;
+    let mut request = hyper::Request::post(url.as_str())
+        .header(CONTENT_TYPE, "application/json")
+        .header(USER_AGENT, concat!("pg_llm_batch/", env!("CARGO_PKG_VERSION")));
+    if let Some(key) = &question.endpoint.api_key {
+        let mut bearer = HeaderValue::from_str(&format!("Bearer {}", key.0)).map_err(|_| "the key is no header")?;
+        bearer.set_sensitive(true);
+        request = request.header(AUTHORIZATION, bearer);
     }
-    let mut response = match request.send().await {
+    let mut request = request.body(Full::new(Bytes::from(bytes))).map_err(|e| e.to_string())?;
+    let (never_begins, interim) = (Arc::new(Notify::new()), AtomicU32::new(0));
+    let notify = Arc::clone(&never_begins);
+    hyper::ext::on_informational(&mut request, move |_| {
+        if interim.fetch_add(1, Ordering::Relaxed) >= MOST_INTERIM {
+            notify.notify_one();
+        }
+    });
+    Ok((request, never_begins))
+}
+
+async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'_>) -> Answered {
+    let endpoint = question.endpoint;
+    let (request, never_begins) = match request(question) {
+        Ok(request) => request,
+        Err(e) => return Answered::broke_off(e, false),
+    };
+    let response = tokio::select! {
+        biased;
+        () = never_begins.notified() => {
+            return Answered::broke_off("the provider sends interim answers without end".to_owned(), true);
+        }
+        response = client.request(request) => response,
+    };
+    let response = match response {
         Ok(response) => response,
-        Err(e) => return broke_off(&e),
+        Err(e) => return Answered::broke_off(causes(&e, e.is_connect()), !e.is_connect()),
     };
     let status = response.status();
     let said = headers::read(|name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()));
-    let encoding = response.headers().get("content-encoding").filter(|v| *v != "identity");
+    let encoding = response.headers().get(CONTENT_ENCODING).filter(|v| *v != "identity");
     let encoding = encoding.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
-    let mut answer = Vec::new();
-    loop {
-        match response.chunk().await {
-            Ok(Some(chunk)) if answer.len() + chunk.len() > MAX_ANSWER => {
-                let message = format!("the provider's answer is larger than {MAX_ANSWER} bytes");
-                return Answered::broke_off(message, true);
-            }
-            Ok(Some(chunk)) => answer.extend_from_slice(&chunk),
-            Ok(None) => break,
-            Err(e) => return broke_off(&e),
+    let mut body = response.into_body();
+    while let Some(frame) = body.frame().await {
+        let part = match frame {
+            Ok(frame) => frame.into_data().unwrap_or_default(),
+            Err(e) => return Answered::broke_off(causes(&e, false), true),
+        };
+        if let Err(e) = answer.push(&part) {
+            return Answered::broke_off(e, true);
         }
     }
     // Providers quote keys in what they say. What they say is read first (JSON may hide a key behind escapes) and cut
@@ -74,7 +130,7 @@ pub async fn send(clients: &Clients, endpoint: &Endpoint, body: &Value, timeout:
             Err(Report { trouble: Trouble::Overload(None), message })
         }
         Some(_) => trouble::outcome(status.as_u16(), b"", said.wait),
-        None => trouble::outcome(status.as_u16(), &answer, said.wait),
+        None => trouble::outcome(status.as_u16(), &answer.bytes, said.wait),
     };
     let result = result.map_err(|report| Report { message: presentable(&report.message, key), ..report });
     // Whoever answers 200 with what is no answer may have charged for it; so may have one whose proxy gave up waiting,
@@ -178,14 +234,14 @@ fn is_form(bytes: &[u8], form: &str) -> bool {
     if form.len() > 2 { bytes.eq_ignore_ascii_case(form.as_bytes()) } else { bytes == form.as_bytes() }
 }
 
-/// An error with its causes, without the URL (it is in the server's options).
-pub fn causes(error: &reqwest::Error) -> String {
-    if error.is_timeout() {
-        return TIMED_OUT.to_owned();
-    }
-    let mut text = if error.is_connect() { "could not connect".to_owned() } else { "the connection failed".to_owned() };
-    let mut source = std::error::Error::source(error);
+/// An error of the client's with its causes, without the URL (it is in the server's options).
+fn causes(error: &dyn Error, is_connect: bool) -> String {
+    let mut text = if is_connect { "could not connect".to_owned() } else { "the connection failed".to_owned() };
+    let mut source = error.source();
     while let Some(e) = source {
+        if e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::TimedOut) {
+            return TIMED_OUT.to_owned();
+        }
         text = format!("{text}: {e}");
         source = e.source();
     }

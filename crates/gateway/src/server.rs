@@ -13,11 +13,11 @@ use tokio::task::spawn_local;
 use tokio::time::Instant;
 
 use crate::Settings;
-use crate::dispatch::{Launch, Probe, State, disabled};
-use crate::egress::Clients;
+use crate::dispatch::{Launch, PROBE_ANSWER_TOKENS, Probe, State, disabled};
+use crate::egress::{Answer, Clients, HttpClient};
 use crate::failure_point;
-use crate::protocol::{FromGateway, ToGateway, decode};
-use crate::request::{self, Answered};
+use crate::protocol::{Endpoint, FromGateway, ToGateway, decode};
+use crate::request::{self, Answered, Question};
 
 /// Time 0 of the gateway lies this far (ms) before its start, so that windows before the start can be reckoned with.
 const BEFORE_START: u64 = 3_600_000;
@@ -32,7 +32,7 @@ struct Shared {
     changed: Notify,
     /// Memory became free.
     room: Notify,
-    clients: Clients,
+    clients: RefCell<Clients>,
     started: Instant,
     /// A task has panicked.
     broken: Cell<bool>,
@@ -47,17 +47,18 @@ impl Shared {
 /// Runs the gateway until the sender of `settings` is dropped.
 pub async fn run(
     listener: UnixListener,
-    clients: Clients,
+    tls: rustls::ClientConfig,
     mut settings: watch::Receiver<Settings>,
     log: mpsc::Sender<String>,
 ) {
     let Ok(listener) = tokio::net::UnixListener::from_std(listener) else { return };
     let state = State::new(settings.borrow().clone(), BEFORE_START, log);
+    let clients = Clients::new(tls, settings.borrow().memory);
     let shared = Rc::new(Shared {
         state: RefCell::new(state),
         changed: Notify::new(),
         room: Notify::new(),
-        clients,
+        clients: RefCell::new(clients),
         started: Instant::now(),
         broken: Cell::new(false),
     });
@@ -84,6 +85,7 @@ pub async fn run(
                     return;
                 }
                 let new = settings.borrow_and_update().clone();
+                shared.clients.borrow_mut().memory = new.memory;
                 shared.state.borrow_mut().configure(new);
                 shared.room.notify_waiters();
             }
@@ -114,13 +116,14 @@ fn spawn(shared: &Rc<Shared>, task: impl Future<Output = ()> + 'static) {
 }
 
 async fn carry_out(shared: Rc<Shared>, launch: Launch) {
-    let Launch { id, stream, body, timeout, abandoned } = launch;
-    let clients = shared.clients.clone();
+    let Launch { id, stream, body, timeout, most_tokens, abandoned } = launch;
+    let (client, answer) = way(&shared, &stream.endpoint, most_tokens);
     shared.state.borrow_mut().sent(shared.now(), id);
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
     let mut sending = spawn_local(async move {
         failure_point!("net-send");
-        request::send(&clients, &stream.endpoint, &body, timeout).await
+        let question = Question { endpoint: &stream.endpoint, body: &body, timeout };
+        request::send(&client, answer, &question).await
     });
     let result = tokio::select! {
         joined = &mut sending => {
@@ -135,6 +138,12 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     shared.state.borrow_mut().finish(shared.now(), id, result);
     shared.changed.notify_one();
     shared.room.notify_waiters();
+}
+
+/// The client for an endpoint, and room for an answer of so many tokens.
+fn way(shared: &Shared, endpoint: &Endpoint, most_tokens: u64) -> (HttpClient, Answer) {
+    let mut clients = shared.clients.borrow_mut();
+    (clients.of(endpoint), clients.answer(request::most_bytes(most_tokens)))
 }
 
 /// Serves one client until it leaves or says what can't be understood.
@@ -225,8 +234,10 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
             }
             Some(Probe::Send(endpoint, body, timeout, left)) => {
                 tries += 1;
+                let (client, answer) = way(&shared, &endpoint, PROBE_ANSWER_TOKENS);
+                let question = Question { endpoint: &endpoint, body: &body, timeout };
                 let result = tokio::select! {
-                    answered = request::send(&shared.clients, &endpoint, &body, timeout) => answered.result,
+                    answered = request::send(&client, answer, &question) => answered.result,
                     () = left.notified() => return,
                 };
                 let end = shared.state.borrow_mut().probed(shared.now(), conn, tries, result);

@@ -141,7 +141,10 @@ impl State {
             breakers.begin_probe(&model);
             let abandoned = Rc::new(Notify::new());
             self.next_id += 1;
-            launches.push(Launch { id: self.next_id, stream, body, timeout, abandoned: Rc::clone(&abandoned) });
+            let most_tokens = probes::PROBE_ANSWER_TOKENS;
+            let launch =
+                Launch { id: self.next_id, stream, body, timeout, most_tokens, abandoned: Rc::clone(&abandoned) };
+            launches.push(launch);
             self.probing.insert(self.next_id, Probing { endpoint: key.clone(), model, abandoned });
         }
     }

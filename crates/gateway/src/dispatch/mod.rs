@@ -22,6 +22,7 @@ use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
 
 use self::circuits::{Circuits, EndpointKey, Probing};
+pub use self::probes::PROBE_ANSWER_TOKENS;
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
 use crate::group::{Pushed, Row, Waiter};
@@ -82,6 +83,8 @@ pub struct Launch {
     pub stream: Rc<Stream>,
     pub body: Value,
     pub timeout: Duration,
+    /// The cap of its answer, tokens.
+    pub most_tokens: u64,
     pub abandoned: Rc<Notify>,
 }
 

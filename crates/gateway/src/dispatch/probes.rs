@@ -16,6 +16,8 @@ use crate::lane::Lane;
 use crate::protocol::{Activity, Estimate, FromGateway, Item, Stop, StopReason, Stream};
 use crate::request::TIMED_OUT;
 
+/// The cap of a probe's answer, tokens.
+pub const PROBE_ANSWER_TOKENS: u64 = 16;
 /// Tokens a probe reserves.
 const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
 
@@ -30,7 +32,7 @@ pub(super) fn request(now: u64, lane: &mut Lane, stream: &Stream) -> Result<(Val
         model: &stream.model.model,
         system: "Answer with one word.",
         user: "Say ok.",
-        max_tokens: 16,
+        max_tokens: PROBE_ANSWER_TOKENS,
         max_completion_tokens: lane.learned.max_completion_tokens,
         response_format: None,
         parameters: &stream.model.parameters,

@@ -200,6 +200,7 @@ impl State {
                 body: draft.body(*learned, group, &rows),
                 stream: Rc::clone(&group.stream),
                 timeout: Duration::from_millis(group.stream.model.request_timeout_ms),
+                most_tokens: draft.worst.output,
                 abandoned: Rc::clone(&abandoned),
             });
             let request = InFlight {
