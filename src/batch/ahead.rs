@@ -8,7 +8,8 @@ use std::time::Duration;
 use pgrx::prelude::*;
 
 use super::answers::{Answer, Shown};
-use super::calls::Call;
+use super::calls::Found;
+use super::guards::Guards;
 use super::place::Wanted;
 use super::site::{Site, evaluate};
 use crate::ask::Asker;
@@ -53,6 +54,7 @@ pub struct Ahead {
     ps: *mut pg_sys::PlanState,
     is_on: bool,
     pub sites: Vec<Site>,
+    guards: Guards,
     wanted: Wanted,
     /// The expressions of a limit, compiled.
     bounds: [*mut pg_sys::ExprState; 2],
@@ -80,11 +82,13 @@ pub struct Ahead {
 
 impl Ahead {
     /// # Safety
-    /// `ps` is the state of a batch scan that begins, with its child; the calls are of its expressions.
-    pub unsafe fn new(ps: *mut pg_sys::PlanState, calls: Vec<Call>, wanted: Wanted, is_on: bool) -> Self {
+    /// `ps` is the state of a batch scan that begins, with its child; what was found is of its expressions.
+    pub unsafe fn new(ps: *mut pg_sys::PlanState, found: Found, wanted: Wanted, is_on: bool) -> Self {
         // SAFETY: as the caller says; compiled in the memory context of the query.
         unsafe {
             let compile = |e: *mut pg_sys::Node| pg_sys::ExecInitExpr(e.cast(), ps);
+            let Found { calls, guards } = found;
+            let guards = Guards::new(ps, &guards, calls.iter().map(|call| call.guard));
             let levels = calls.iter().map(|c| c.level + 1).max().unwrap_or(1);
             let sites = calls.into_iter().map(|call| Site::new(ps, call));
             let bounds = match wanted {
@@ -97,6 +101,7 @@ impl Ahead {
                 ps,
                 is_on,
                 sites: sites.collect(),
+                guards,
                 wanted,
                 bounds,
                 limit: None,
@@ -362,9 +367,10 @@ impl Ahead {
             });
             let _shown = Shown::new(known.map(Iterator::collect).unwrap_or_default(), true);
             (*econtext).ecxt_outertuple = slot;
+            self.guards.forget();
             for i in 0..self.sites.len() {
                 let Some(site) = self.sites.get(i).filter(|s| s.call.level == level) else { continue };
-                let text = if pg_sys::ExecQual(site.conditions, econtext) {
+                let text = if self.guards.hold(site.call.guard, econtext) {
                     evaluate::<String>(site.input, econtext)
                 } else {
                     None

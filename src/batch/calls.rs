@@ -2,13 +2,14 @@
 //! the expressions would come to.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::CStr;
 
 use pgrx::PgList;
 use pgrx::prelude::*;
 
-use super::nodes::{self, list, to_list};
+use super::guards::{Guard, Test};
+use super::nodes::{self, Distinct, list};
 
 /// The oid of the language C (pg_language.dat).
 const C_LANGUAGE: u32 = 13;
@@ -96,7 +97,10 @@ fn look_up(function: pg_sys::Oid) -> Option<Verb> {
 }
 
 /// Which of our functions a node calls.
-unsafe fn called(node: *mut pg_sys::Node) -> Option<Verb> {
+///
+/// # Safety
+/// `node` is a node or NULL.
+pub unsafe fn called(node: *mut pg_sys::Node) -> Option<Verb> {
     // SAFETY: the caller's node is a node.
     unsafe { nodes::cast::<pg_sys::FuncExpr>(node, pg_sys::NodeTag::T_FuncExpr).and_then(|f| verb((*f).funcid)) }
 }
@@ -110,86 +114,41 @@ pub unsafe fn has_calls(node: *mut pg_sys::Node) -> bool {
     unsafe { nodes::any(node, &mut |node| called(node).is_some()) }
 }
 
-/// What has to hold for an evaluation to come further.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Guard {
-    True(*mut pg_sys::Node),
-    NotTrue(*mut pg_sys::Node),
-    NotFalse(*mut pg_sys::Node),
-    Null(*mut pg_sys::Node),
-}
-
-impl Guard {
-    fn condition(self) -> *mut pg_sys::Node {
-        match self {
-            Self::True(node) | Self::NotTrue(node) | Self::NotFalse(node) | Self::Null(node) => node,
-        }
-    }
-
-    /// As an expression that is never NULL.
-    unsafe fn expression(self) -> *mut pg_sys::Node {
-        // SAFETY: new nodes over a planned expression of type boolean, or any type for Null.
-        unsafe {
-            let test = |kind| {
-                let test = nodes::make::<pg_sys::BooleanTest>(pg_sys::NodeTag::T_BooleanTest);
-                (*test).arg = self.condition().cast();
-                (*test).booltesttype = kind;
-                test.cast::<pg_sys::Node>()
-            };
-            match self {
-                Self::True(_) => test(pg_sys::BoolTestType::IS_TRUE),
-                Self::NotTrue(_) => test(pg_sys::BoolTestType::IS_NOT_TRUE),
-                Self::NotFalse(_) => test(pg_sys::BoolTestType::IS_NOT_FALSE),
-                Self::Null(_) => {
-                    let test = nodes::make::<pg_sys::NullTest>(pg_sys::NodeTag::T_NullTest);
-                    (*test).arg = self.condition().cast();
-                    (*test).nulltesttype = pg_sys::NullTestType::IS_NULL;
-                    test.cast()
-                }
-            }
-        }
-    }
-}
-
 /// A call that can be asked about ahead.
 #[derive(Debug)]
 pub struct Call {
     pub verb: Verb,
     pub call: *mut pg_sys::FuncExpr,
-    guards: Vec<Guard>,
+    /// The innermost of its guards.
+    pub guard: Option<usize>,
     /// 0, or one more than the highest of the calls that its text or its guards need the answers of.
     pub level: usize,
 }
 
-impl Call {
-    /// Conditions under which the call is reached, as a list without an AND.
-    ///
-    /// # Safety
-    /// The expressions that the call was found in still exist.
-    pub unsafe fn conditions(&self) -> *mut pg_sys::List {
-        // SAFETY: as the caller says.
-        to_list(self.guards.iter().map(|guard| unsafe { guard.expression() }))
-    }
+/// The calls of a node, and all guards within its expressions.
+#[derive(Default)]
+pub struct Found {
+    pub calls: Vec<Call>,
+    pub guards: Vec<Guard>,
 }
 
 /// The calls of a node that filters by `qual`, a list without an AND, and then computes the expressions of `targetlist`.
 ///
 /// # Safety
 /// Both are planned expressions of a node whose rows have neither aggregates nor window functions left to compute.
-pub unsafe fn find(qual: *mut pg_sys::List, targetlist: *mut pg_sys::List) -> Vec<Call> {
+pub unsafe fn find(qual: *mut pg_sys::List, targetlist: *mut pg_sys::List) -> Found {
     let mut finder = Finder::default();
-    let mut guards = Vec::new();
     // SAFETY: as the caller says.
     unsafe {
         for condition in list::<pg_sys::Node>(qual) {
-            finder.walk(condition, &guards);
-            guards.push(Guard::True(condition));
+            finder.walk(condition);
+            finder.enter(Test::True(condition));
         }
         for entry in list::<pg_sys::TargetEntry>(targetlist) {
-            finder.walk((*entry).expr.cast(), &guards);
+            finder.walk((*entry).expr.cast());
         }
     }
-    finder.calls
+    finder.found
 }
 
 /// Whether an expression can be evaluated twice, with calls that can be asked about ahead, if any.
@@ -200,64 +159,69 @@ pub unsafe fn is_repeatable(node: *mut pg_sys::Node) -> bool {
     let mut finder = Finder::default();
     // SAFETY: as the caller says.
     unsafe {
-        finder.walk(node, &[]);
+        finder.walk(node);
         finder.level(node).is_some()
     }
 }
 
+/// Goes through expressions, with work in proportion to their size.
 #[derive(Default)]
 struct Finder {
-    calls: Vec<Call>,
+    found: Found,
+    /// The innermost guard of where it is.
+    at: Option<usize>,
+    /// The calls that were found, equal ones once, and for each the level of what needs its answer.
+    calls: Distinct,
+    needed: Vec<usize>,
+    /// Those whose answer is there wherever it is, by position in `calls`; and in which order, behind which guard.
+    passed: HashSet<usize>,
+    order: Vec<(Option<usize>, usize)>,
+    /// By expression, what `level()` says of it.
+    levels: HashMap<*mut pg_sys::Node, Option<usize>>,
     /// Parameters that have a value only while a subplan runs.
-    fleeting: Vec<i32>,
+    fleeting: HashSet<i32>,
 }
 
 impl Finder {
     /// Goes through an expression in the order in which it is evaluated. Into what may or may not be evaluated by rules
     /// not known here it does not go.
-    unsafe fn walk(&mut self, node: *mut pg_sys::Node, guards: &[Guard]) {
+    unsafe fn walk(&mut self, node: *mut pg_sys::Node) {
         use pg_sys::NodeTag as T;
         if node.is_null() {
             return;
         }
+        pgrx::check_for_interrupts!();
+        let outer = self.at;
         // SAFETY: the tag says what a node is; the fields are those of planned expressions.
         unsafe {
             match (*node).type_ {
                 T::T_FuncExpr => {
-                    self.walk((*node.cast::<pg_sys::FuncExpr>()).args.cast(), guards);
-                    self.call(node, guards);
+                    self.walk((*node.cast::<pg_sys::FuncExpr>()).args.cast());
+                    self.call(node);
                 }
                 T::T_BoolExpr => {
                     let e = node.cast::<pg_sys::BoolExpr>();
-                    let mut guards = guards.to_vec();
-                    for arg in list::<pg_sys::Node>((*e).args) {
-                        self.walk(arg, &guards);
-                        match (*e).boolop {
-                            pg_sys::BoolExprType::AND_EXPR => guards.push(Guard::NotFalse(arg)),
-                            pg_sys::BoolExprType::OR_EXPR => guards.push(Guard::NotTrue(arg)),
-                            _ => {}
-                        }
-                    }
+                    let test = match (*e).boolop {
+                        pg_sys::BoolExprType::AND_EXPR => Test::NotFalse,
+                        // NOT has one argument.
+                        _ => Test::NotTrue,
+                    };
+                    self.in_turn((*e).args, test);
                 }
-                T::T_CoalesceExpr => {
-                    let mut guards = guards.to_vec();
-                    for arg in list::<pg_sys::Node>((*node.cast::<pg_sys::CoalesceExpr>()).args) {
-                        self.walk(arg, &guards);
-                        guards.push(Guard::Null(arg));
-                    }
-                }
+                T::T_CoalesceExpr => self.in_turn((*node.cast::<pg_sys::CoalesceExpr>()).args, Test::Null),
                 T::T_CaseExpr => {
                     let e = node.cast::<pg_sys::CaseExpr>();
-                    self.walk((*e).arg.cast(), guards);
-                    let mut guards = guards.to_vec();
+                    self.walk((*e).arg.cast());
                     for when in list::<pg_sys::CaseWhen>((*e).args) {
                         let condition = nodes::replace_case_test((*when).expr.cast(), (*e).arg.cast());
-                        self.walk(condition, &guards);
-                        let reached = [guards.as_slice(), &[Guard::True(condition)]].concat();
-                        self.walk((*when).result.cast(), &reached);
-                        guards.push(Guard::NotTrue(condition));
+                        self.walk(condition);
+                        let before = self.at;
+                        self.enter(Test::True(condition));
+                        self.walk((*when).result.cast());
+                        self.leave(before);
+                        self.enter(Test::NotTrue(condition));
                     }
-                    self.walk((*e).defresult.cast(), &guards);
+                    self.walk((*e).defresult.cast());
                 }
                 // All of whose parts are always evaluated.
                 T::T_List
@@ -274,82 +238,127 @@ impl Finder {
                 | T::T_NullTest
                 | T::T_BooleanTest
                 | T::T_FieldSelect
-                | T::T_CoerceToDomain => nodes::children(node, &mut |child| self.walk(child, guards)),
+                | T::T_CoerceToDomain => nodes::children(node, &mut |child| self.walk(child)),
                 // Its plan is another's matter; what is compared with its rows is evaluated here.
                 T::T_SubPlan => {
                     let e = node.cast::<pg_sys::SubPlan>();
                     if (*e).subLinkType != pg_sys::SubLinkType::MULTIEXPR_SUBLINK {
                         self.fleeting.extend(PgList::<i32>::from_pg((*e).paramIds).iter_int());
-                        self.walk((*e).testexpr, guards);
-                        self.walk((*e).args.cast(), guards);
+                        self.walk((*e).testexpr);
+                        self.walk((*e).args.cast());
                     }
                 }
                 _ => {}
             }
         }
+        self.leave(outer);
+    }
+
+    /// Goes through expressions, each of which is evaluated if the test holds of those before it.
+    unsafe fn in_turn(&mut self, args: *mut pg_sys::List, test: fn(*mut pg_sys::Node) -> Test) {
+        // SAFETY: as in walk().
+        unsafe {
+            let mut previous = None;
+            for arg in list::<pg_sys::Node>(args) {
+                if let Some(before) = previous.replace(arg) {
+                    self.enter(test(before));
+                }
+                self.walk(arg);
+            }
+        }
+    }
+
+    /// Goes on behind a guard, whose expression it has gone through.
+    unsafe fn enter(&mut self, test: Test) {
+        // SAFETY: as in walk().
+        let level = unsafe { self.level(test.operand()) };
+        let level = self.level_here().zip(level).map(|(before, own)| before.max(own));
+        self.found.guards.push(Guard { outer: self.at, test, level });
+        self.at = Some(self.found.guards.len() - 1);
+    }
+
+    /// Goes on where it was before guards were entered.
+    fn leave(&mut self, outer: Option<usize>) {
+        // What was found behind them need not be evaluated any more; guards have higher numbers than those around them.
+        while let Some((_, call)) = self.order.pop_if(|(guard, _)| *guard > outer) {
+            self.passed.remove(&call);
+        }
+        self.at = outer;
+    }
+
+    /// The level of what is evaluated here; none if what leads to it can't be evaluated twice.
+    fn level_here(&self) -> Option<usize> {
+        self.at.map_or(Some(0), |i| self.found.guards.get(i)?.level)
     }
 
     /// Enters a call, if it and what leads to it can be evaluated twice.
-    unsafe fn call(&mut self, node: *mut pg_sys::Node, guards: &[Guard]) {
+    unsafe fn call(&mut self, node: *mut pg_sys::Node) {
         // SAFETY: as in walk().
         unsafe {
             let (Some(verb), f) = (called(node), node.cast::<pg_sys::FuncExpr>()) else { return };
-            let is_known = |c: &Call| guards.starts_with(&c.guards) && pg_sys::equal(c.call.cast(), f.cast());
-            if self.calls.iter().any(is_known) {
+            let Some(before) = self.level_here() else { return };
+            if self.calls.position(node).is_some_and(|call| self.passed.contains(&call)) {
                 return;
             }
             let args = list::<pg_sys::Node>((*f).args);
             let Some((input, others)) = args.split_first() else { return };
             // What is asked must be the same for all rows.
-            let is_fixed =
-                |arg: *mut pg_sys::Node| !nodes::has_columns(arg) && !has_calls(arg) && self.is_repeatable(arg);
+            let mut is_fixed =
+                |arg: *mut pg_sys::Node| !nodes::has_columns(arg) && !has_calls(arg) && self.level(arg).is_some();
             if !others.iter().all(|arg| is_fixed(*arg)) {
                 return;
             }
-            let mut level = 0;
-            for part in guards.iter().map(|g| g.condition()).chain([*input]) {
-                match self.level(part) {
-                    Some(needed) => level = level.max(needed),
-                    None => return,
-                }
+            let Some(own) = self.level(*input) else { return };
+            let level = before.max(own);
+            let call = self.calls.add(node);
+            self.needed.resize(self.needed.len().max(call + 1), 0);
+            if let Some(needed) = self.needed.get_mut(call) {
+                *needed = (*needed).max(level + 1);
             }
-            self.calls.push(Call { verb, call: f, guards: guards.to_vec(), level });
+            self.passed.insert(call);
+            self.order.push((self.at, call));
+            self.found.calls.push(Call { verb, call: f, guard: self.at, level });
         }
     }
 
-    /// The level of what needs this expression; none if it can't be evaluated twice.
-    unsafe fn level(&self, node: *mut pg_sys::Node) -> Option<usize> {
+    /// The level of what needs an expression that it has gone through; none if evaluating it once more does harm or gives
+    /// something else. Our own functions do no harm, if they were found.
+    unsafe fn level(&mut self, node: *mut pg_sys::Node) -> Option<usize> {
+        if node.is_null() {
+            return Some(0);
+        }
+        if let Some(level) = self.levels.get(&node) {
+            return *level;
+        }
+        pgrx::check_for_interrupts!();
         // SAFETY: as in walk().
         unsafe {
-            let mut level = 0;
-            let mut is_known = true;
-            nodes::any(node, &mut |node| {
-                if called(node).is_some() {
-                    let equal = self.calls.iter().filter(|c| pg_sys::equal(c.call.cast(), node.cast()));
-                    match equal.map(|c| c.level + 1).max() {
-                        Some(needed) => level = level.max(needed),
-                        None => is_known = false,
-                    }
-                }
-                !is_known
+            let mut level = if called(node).is_some() {
+                self.calls.position(node).and_then(|call| self.needed.get(call).copied())
+            } else {
+                self.is_repeatable(node).then_some(0)
+            };
+            nodes::children(node, &mut |child| {
+                level = level.and_then(|level| Some(level.max(self.level(child)?)));
             });
-            (is_known && self.is_repeatable(node)).then_some(level)
+            self.levels.insert(node, level);
+            level
         }
     }
 
-    /// Whether evaluating an expression once more does no harm and gives the same. Our own functions do not count.
+    /// Whether a node does no harm and gives the same if what it is made of does.
     unsafe fn is_repeatable(&self, node: *mut pg_sys::Node) -> bool {
         use pg_sys::NodeTag as T;
         // SAFETY: as in walk().
         unsafe {
-            !nodes::any(node, &mut |node| match (*node).type_ {
-                T::T_NextValueExpr | T::T_CoerceToDomainValue => true,
+            match (*node).type_ {
+                T::T_NextValueExpr | T::T_CoerceToDomainValue => false,
                 // Its plan is not looked into. What may run in a parallel worker changes nothing.
-                T::T_SubPlan => !(*node.cast::<pg_sys::SubPlan>()).parallel_safe,
-                T::T_Param => self.fleeting.contains(&(*node.cast::<pg_sys::Param>()).paramid),
-                _ if called(node).is_some() => false,
-                _ => pg_sys::check_functions_in_node(node, Some(is_volatile), std::ptr::null_mut()),
-            })
+                T::T_SubPlan => (*node.cast::<pg_sys::SubPlan>()).parallel_safe,
+                T::T_Param => !self.fleeting.contains(&(*node.cast::<pg_sys::Param>()).paramid),
+                T::T_List => true,
+                _ => !pg_sys::check_functions_in_node(node, Some(is_volatile), std::ptr::null_mut()),
+            }
         }
     }
 }

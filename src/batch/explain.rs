@@ -24,21 +24,31 @@ pub unsafe fn explain(
         let with_prefix = (*es).verbose || list::<pg_sys::Node>((*es).rtable).len() > 1;
         let group = c"Calls".as_ptr();
         pg_sys::ExplainOpenGroup(group, group, false, es);
+        let mut known: Vec<(Question, Option<(String, u32)>)> = Vec::new();
         for site in &ahead.sites {
+            pgrx::check_for_interrupts!();
             pg_sys::ExplainOpenGroup(c"Call".as_ptr(), std::ptr::null(), true, es);
             text(c"Call", &deparse(&site.call, context, with_prefix), es);
             // What is asked is known before the statement runs if it is written there. It can't be looked up where a log is
             // written of a statement that is over.
             let others = list::<pg_sys::Node>((*site.call.call).args).into_iter().skip(1);
             let is_constant = |arg: *mut pg_sys::Node| (*arg).type_ == pg_sys::NodeTag::T_Const;
-            let known = match site.model() {
+            let model = match site.model() {
                 Some(model) => Some((model.name.clone(), model.rows_per_request)),
                 None if pg_sys::ActiveSnapshotSet() && others.clone().all(is_constant) => {
-                    site.question(ahead.state()).as_ref().and_then(Question::model)
+                    // Each question is looked up once.
+                    site.question(ahead.state()).and_then(|question| {
+                        let same = known.iter().find(|(other, _)| *other == question).map(|(_, model)| model.clone());
+                        same.unwrap_or_else(|| {
+                            let model = question.model();
+                            known.push((question, model.clone()));
+                            model
+                        })
+                    })
                 }
                 None => None,
             };
-            if let Some((model, rows)) = known {
+            if let Some((model, rows)) = model {
                 text(c"Model", &model, es);
                 number(c"Rows per Request", rows.into(), es);
             }

@@ -5,6 +5,8 @@ mod ahead;
 mod answers;
 mod calls;
 mod explain;
+mod guards;
+mod jit;
 mod node;
 mod nodes;
 mod place;

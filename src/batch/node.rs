@@ -134,10 +134,10 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
         // The expressions read rows as the child gives them, and as they were kept: slots of two kinds.
         (*ps).outeropsset = true;
         (*ps).outeropsfixed = false;
-        let calls = calls::find((*plan).qual, (*plan).targetlist);
+        let found = calls::find((*plan).qual, (*plan).targetlist);
         // A row that is looked at again since others have changed it is asked about by itself.
         let is_on = settings::enable_batch_scan() && (*estate).es_epq_active.is_null();
-        let ahead = Ahead::new(ps, calls, wanted(plan.cast()), is_on);
+        let ahead = Ahead::new(ps, found, wanted(plan.cast()), is_on);
         // Dropped with the query, also after an error: then nobody calls end().
         (*node.cast::<State>()).ahead = PgMemoryContexts::For((*estate).es_query_cxt).leak_and_drop_on_delete(ahead);
     }

@@ -1,6 +1,8 @@
 //! Small helps with the trees of Postgres.
 
+use std::collections::HashMap;
 use std::ffi::c_void;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ptr::null_mut;
 
 use pgrx::prelude::*;
@@ -118,6 +120,86 @@ pub unsafe fn children(node: *mut pg_sys::Node, visit: &mut dyn FnMut(*mut pg_sy
 pub unsafe fn has_columns(node: *mut pg_sys::Node) -> bool {
     // SAFETY: as the caller says.
     unsafe { any(node, &mut |node| (*node).type_ == pg_sys::NodeTag::T_Var) }
+}
+
+/// Expressions, equal ones once, by position.
+#[derive(Default)]
+pub struct Distinct {
+    pub expressions: Vec<*mut pg_sys::Node>,
+    /// By fingerprint, where they are.
+    positions: HashMap<u64, Vec<usize>>,
+}
+
+impl Distinct {
+    /// Where an expression is.
+    ///
+    /// # Safety
+    /// As of `any()`; what was added still exists.
+    pub unsafe fn position(&self, expression: *mut pg_sys::Node) -> Option<usize> {
+        // SAFETY: as the caller says.
+        unsafe { self.look_up(fingerprint(expression), expression) }
+    }
+
+    /// Where an expression is, from now on.
+    ///
+    /// # Safety
+    /// As of `position()`.
+    pub unsafe fn add(&mut self, expression: *mut pg_sys::Node) -> usize {
+        // SAFETY: as the caller says.
+        unsafe {
+            let fingerprint = fingerprint(expression);
+            self.look_up(fingerprint, expression).unwrap_or_else(|| {
+                self.expressions.push(expression);
+                let new = self.expressions.len() - 1;
+                self.positions.entry(fingerprint).or_default().push(new);
+                new
+            })
+        }
+    }
+
+    unsafe fn look_up(&self, fingerprint: u64, expression: *mut pg_sys::Node) -> Option<usize> {
+        let is_it = |at: &usize| {
+            // SAFETY: as of position().
+            let is_equal = |other: &*mut pg_sys::Node| unsafe { pg_sys::equal(other.cast(), expression.cast()) };
+            self.expressions.get(*at).is_some_and(is_equal)
+        };
+        self.positions.get(&fingerprint)?.iter().copied().find(is_it)
+    }
+}
+
+/// A number that is the same for equal expressions, and hardly for others.
+unsafe fn fingerprint(expression: *mut pg_sys::Node) -> u64 {
+    use pg_sys::NodeTag as T;
+    let mut hasher = DefaultHasher::new();
+    // SAFETY: the tag says what a node is. Only what equal() looks at is looked at.
+    unsafe {
+        any(expression, &mut |node| {
+            ((*node).type_ as u32).hash(&mut hasher);
+            match (*node).type_ {
+                T::T_Var => {
+                    let var = node.cast::<pg_sys::Var>();
+                    ((*var).varno, (*var).varattno).hash(&mut hasher);
+                }
+                T::T_Param => (*node.cast::<pg_sys::Param>()).paramid.hash(&mut hasher),
+                T::T_FuncExpr => (*node.cast::<pg_sys::FuncExpr>()).funcid.to_u32().hash(&mut hasher),
+                T::T_OpExpr => (*node.cast::<pg_sys::OpExpr>()).opno.to_u32().hash(&mut hasher),
+                T::T_Aggref => (*node.cast::<pg_sys::Aggref>()).aggfnoid.to_u32().hash(&mut hasher),
+                T::T_Const if !(*node.cast::<pg_sys::Const>()).constisnull => {
+                    let constant = node.cast::<pg_sys::Const>();
+                    let value = (*constant).constvalue;
+                    if (*constant).constbyval {
+                        value.value().hash(&mut hasher);
+                    } else if (*constant).constlen == -1 {
+                        let size = pgrx::varsize_any(value.cast_mut_ptr());
+                        std::slice::from_raw_parts(value.cast_mut_ptr::<u8>(), size).hash(&mut hasher);
+                    }
+                }
+                _ => {}
+            }
+            false
+        });
+    }
+    hasher.finish()
 }
 
 type Change<'a> = &'a mut dyn FnMut(*mut pg_sys::Node) -> Option<*mut pg_sys::Node>;

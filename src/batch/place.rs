@@ -5,8 +5,8 @@ use std::ptr::null_mut;
 use pgrx::prelude::*;
 
 use super::calls::{find, has_calls, is_repeatable};
-use super::node;
-use super::nodes::{any, list, make, mutate, replace, to_list};
+use super::nodes::{Distinct, any, list, make, mutate, replace, to_list};
+use super::{jit, node};
 use crate::settings;
 use pg_sys::NodeTag as T;
 
@@ -33,15 +33,16 @@ impl Wanted {
 /// # Safety
 /// The plan is finished and nobody else's.
 pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32) {
-    if !settings::enable_batch_scan() {
-        return;
-    }
     // SAFETY: as the caller says.
     unsafe {
         // A plan lists the functions that it calls, but those of Postgres: most plans are done with here.
         let calls_functions =
             |item: &*mut pg_sys::PlanInvalItem| (**item).cacheId == pg_sys::SysCacheIdentifier::PROCOID as i32;
         if !list::<pg_sys::PlanInvalItem>((*stmt).invalItems).iter().any(calls_functions) {
+            return;
+        }
+        jit::decide(stmt);
+        if !settings::enable_batch_scan() {
             return;
         }
         let mut placer = Placer { placed: 0 };
@@ -68,6 +69,7 @@ impl Placer {
         if plan.is_null() {
             return plan;
         }
+        pgrx::check_for_interrupts!();
         // SAFETY: the tag says what a node is.
         unsafe {
             pg_sys::check_stack_depth();
@@ -188,7 +190,7 @@ impl Placer {
                 let lifted = to_list(lifted);
                 (columns.take((*plan).targetlist.cast()).cast(), columns.take(lifted.cast()).cast())
             };
-            if find(qual, targetlist).is_empty() {
+            if find(qual, targetlist).calls.is_empty() {
                 return plan;
             }
             self.placed += 1;
@@ -254,7 +256,7 @@ impl Placer {
             };
             let [targetlist, qual] = lists.map(|l| mutate(l.cast(), &mut change).cast::<pg_sys::List>());
             let below = to_list(passed.into_iter().chain(computed.entries()));
-            if find(null_mut(), below).is_empty() {
+            if find(null_mut(), below).calls.is_empty() {
                 return;
             }
             self.placed += 1;
@@ -281,7 +283,7 @@ unsafe fn split(qual: *mut pg_sys::List) -> (Vec<*mut pg_sys::Node>, Vec<*mut pg
 struct Columns {
     /// How many other columns come before them.
     first: usize,
-    expressions: Vec<*mut pg_sys::Node>,
+    expressions: Distinct,
 }
 
 impl Columns {
@@ -289,11 +291,7 @@ impl Columns {
     unsafe fn column(&mut self, expression: *mut pg_sys::Node) -> *mut pg_sys::Node {
         // SAFETY: planned expressions.
         unsafe {
-            let same = |column: &*mut pg_sys::Node| pg_sys::equal(column.cast(), expression.cast());
-            let at = self.expressions.iter().position(same).unwrap_or_else(|| {
-                self.expressions.push(expression);
-                self.expressions.len() - 1
-            });
+            let at = self.expressions.add(expression);
             outer_column(expression, self.first + at)
         }
     }
@@ -315,7 +313,7 @@ impl Columns {
         let entry = |(column, number): (&*mut pg_sys::Node, i16)| unsafe {
             pg_sys::makeTargetEntry(column.cast(), number, null_mut(), false)
         };
-        self.expressions.iter().zip(numbers).map(entry)
+        self.expressions.expressions.iter().zip(numbers).map(entry)
     }
 }
 

@@ -19,7 +19,6 @@ use crate::question::{Prepared, Question};
 /// A call, and the stream of its rows.
 pub struct Site {
     pub call: Call,
-    pub conditions: *mut pg_sys::ExprState,
     pub input: *mut pg_sys::ExprState,
     others: Vec<*mut pg_sys::ExprState>,
     /// Since the first row that comes to the call.
@@ -45,11 +44,11 @@ impl Site {
     /// # Safety
     /// `ps` is the state of a batch scan that begins; the call is of its expressions.
     pub unsafe fn new(ps: *mut pg_sys::PlanState, call: Call) -> Self {
+        pgrx::check_for_interrupts!();
         // SAFETY: as the caller says; compiled in the memory context of the query.
         unsafe {
             let mut args = list::<pg_sys::Expr>((*call.call).args).into_iter().map(|e| pg_sys::ExecInitExpr(e, ps));
             Self {
-                conditions: pg_sys::ExecInitQual(call.conditions(), ps),
                 input: args.next().unwrap_or(std::ptr::null_mut()),
                 others: args.collect(),
                 call,
