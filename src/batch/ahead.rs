@@ -87,8 +87,8 @@ impl Ahead {
         // SAFETY: as the caller says; compiled in the memory context of the query.
         unsafe {
             let compile = |e: *mut pg_sys::Node| pg_sys::ExecInitExpr(e.cast(), ps);
-            let Found { calls, guards } = found;
-            let guards = Guards::new(ps, &guards, calls.iter().map(|call| call.guard));
+            let Found { calls, guards, conditions } = found;
+            let guards = Guards::new(ps, &guards, &conditions.expressions, calls.iter().map(|call| call.guard));
             let levels = calls.iter().map(|c| c.level + 1).max().unwrap_or(1);
             let sites = calls.into_iter().map(|call| Site::new(ps, call));
             let bounds = match wanted {

@@ -125,11 +125,12 @@ pub struct Call {
     pub level: usize,
 }
 
-/// The calls of a node, and all guards within its expressions.
+/// The calls of a node, and all guards within its expressions with their conditions.
 #[derive(Default)]
 pub struct Found {
     pub calls: Vec<Call>,
     pub guards: Vec<Guard>,
+    pub conditions: Distinct,
 }
 
 /// The calls of a node that filters by `qual`, a list without an AND, and then computes the expressions of `targetlist`.
@@ -142,7 +143,7 @@ pub unsafe fn find(qual: *mut pg_sys::List, targetlist: *mut pg_sys::List) -> Fo
     unsafe {
         for condition in list::<pg_sys::Node>(qual) {
             finder.walk(condition);
-            finder.enter(Test::True(condition));
+            finder.enter(Test::True, condition);
         }
         for entry in list::<pg_sys::TargetEntry>(targetlist) {
             finder.walk((*entry).expr.cast());
@@ -216,10 +217,10 @@ impl Finder {
                         let condition = nodes::replace_case_test((*when).expr.cast(), (*e).arg.cast());
                         self.walk(condition);
                         let before = self.at;
-                        self.enter(Test::True(condition));
+                        self.enter(Test::True, condition);
                         self.walk((*when).result.cast());
                         self.leave(before);
-                        self.enter(Test::NotTrue(condition));
+                        self.enter(Test::NotTrue, condition);
                     }
                     self.walk((*e).defresult.cast());
                 }
@@ -255,25 +256,25 @@ impl Finder {
     }
 
     /// Goes through expressions, each of which is evaluated if the test holds of those before it.
-    unsafe fn in_turn(&mut self, args: *mut pg_sys::List, test: fn(*mut pg_sys::Node) -> Test) {
+    unsafe fn in_turn(&mut self, args: *mut pg_sys::List, test: Test) {
         // SAFETY: as in walk().
         unsafe {
             let mut previous = None;
             for arg in list::<pg_sys::Node>(args) {
                 if let Some(before) = previous.replace(arg) {
-                    self.enter(test(before));
+                    self.enter(test, before);
                 }
                 self.walk(arg);
             }
         }
     }
 
-    /// Goes on behind a guard, whose expression it has gone through.
-    unsafe fn enter(&mut self, test: Test) {
+    /// Goes on behind a guard, whose condition it has gone through.
+    unsafe fn enter(&mut self, test: Test, condition: *mut pg_sys::Node) {
         // SAFETY: as in walk().
-        let level = unsafe { self.level(test.operand()) };
+        let (level, condition) = unsafe { (self.level(condition), self.found.conditions.add(condition)) };
         let level = self.level_here().zip(level).map(|(before, own)| before.max(own));
-        self.found.guards.push(Guard { outer: self.at, test, level });
+        self.found.guards.push(Guard { outer: self.at, test, condition, level });
         self.at = Some(self.found.guards.len() - 1);
     }
 

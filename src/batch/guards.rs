@@ -5,46 +5,22 @@ use std::ptr::null_mut;
 
 use pgrx::prelude::*;
 
-use super::nodes::{make, to_list};
-
-/// What has to hold of an expression.
+/// What has to hold of a condition: true, false or NULL; of a value of another type, whether it is NULL.
 #[derive(Debug, Clone, Copy)]
 pub enum Test {
-    True(*mut pg_sys::Node),
-    NotTrue(*mut pg_sys::Node),
-    NotFalse(*mut pg_sys::Node),
-    Null(*mut pg_sys::Node),
+    True,
+    NotTrue,
+    NotFalse,
+    Null,
 }
 
 impl Test {
-    /// The expression.
-    pub fn operand(self) -> *mut pg_sys::Node {
+    fn holds(self, value: Option<bool>) -> bool {
         match self {
-            Self::True(node) | Self::NotTrue(node) | Self::NotFalse(node) | Self::Null(node) => node,
-        }
-    }
-
-    /// As an expression that is never NULL.
-    unsafe fn expression(self) -> *mut pg_sys::Node {
-        // SAFETY: new nodes over a planned expression of type boolean, or any type for Null.
-        unsafe {
-            let test = |kind| {
-                let test = make::<pg_sys::BooleanTest>(pg_sys::NodeTag::T_BooleanTest);
-                (*test).arg = self.operand().cast();
-                (*test).booltesttype = kind;
-                test.cast::<pg_sys::Node>()
-            };
-            match self {
-                Self::True(_) => test(pg_sys::BoolTestType::IS_TRUE),
-                Self::NotTrue(_) => test(pg_sys::BoolTestType::IS_NOT_TRUE),
-                Self::NotFalse(_) => test(pg_sys::BoolTestType::IS_NOT_FALSE),
-                Self::Null(_) => {
-                    let test = make::<pg_sys::NullTest>(pg_sys::NodeTag::T_NullTest);
-                    (*test).arg = self.operand().cast();
-                    (*test).nulltesttype = pg_sys::NullTestType::IS_NULL;
-                    test.cast()
-                }
-            }
+            Self::True => value == Some(true),
+            Self::NotTrue => value != Some(true),
+            Self::NotFalse => value != Some(false),
+            Self::Null => value.is_none(),
         }
     }
 }
@@ -55,73 +31,108 @@ pub struct Guard {
     /// The one that has to hold before this is evaluated; it comes before it in the list.
     pub outer: Option<usize>,
     pub test: Test,
+    /// By position in the list of conditions.
+    pub condition: usize,
     /// The level of what is behind it, as of a call; none if it, or one before, can't be evaluated twice.
     pub level: Option<usize>,
 }
 
 /// The guards of a scan's calls, and which of them hold for the row at hand.
-pub struct Guards(Vec<Gate>);
+pub struct Guards {
+    gates: Vec<Gate>,
+    conditions: Vec<Condition>,
+}
 
 struct Gate {
-    outer: Option<usize>,
-    /// NULL if no call is behind it.
-    state: *mut pg_sys::ExprState,
+    guard: Guard,
+    /// Whether a call is behind it.
+    is_needed: bool,
     /// Whether it and all before it hold, once that was looked at.
     holds: Option<bool>,
 }
 
+struct Condition {
+    /// NULL if no call is behind it.
+    state: *mut pg_sys::ExprState,
+    /// What it gave, once it was evaluated.
+    value: Option<Option<bool>>,
+}
+
 impl Guards {
-    /// Compiles those that are before one of `innermost`.
+    /// Compiles the conditions of those that are before one of `innermost`.
     ///
     /// # Safety
-    /// `ps` is the state of a batch scan that begins; the guards are of its expressions.
+    /// `ps` is the state of a batch scan that begins; the conditions are of its expressions.
     pub unsafe fn new(
         ps: *mut pg_sys::PlanState,
         guards: &[Guard],
+        conditions: &[*mut pg_sys::Node],
         innermost: impl Iterator<Item = Option<usize>>,
     ) -> Self {
-        let mut gates: Vec<Gate> =
-            guards.iter().map(|guard| Gate { outer: guard.outer, state: null_mut(), holds: None }).collect();
+        let gate = |guard: &Guard| Gate { guard: *guard, is_needed: false, holds: None };
+        let mut gates: Vec<Gate> = guards.iter().map(gate).collect();
         for mut at in innermost {
-            while let Some(i) = at
-                && let (Some(gate), Some(guard)) = (gates.get_mut(i), guards.get(i))
-                && gate.state.is_null()
-            {
-                pgrx::check_for_interrupts!();
-                // SAFETY: as the caller says; compiled in the memory context of the query.
-                gate.state = unsafe { pg_sys::ExecInitQual(to_list([guard.test.expression()]), ps) };
-                at = guard.outer;
+            while let Some(gate) = at.and_then(|i| gates.get_mut(i)).filter(|gate| !gate.is_needed) {
+                gate.is_needed = true;
+                at = gate.guard.outer;
             }
         }
-        Self(gates)
+        let mut compiled: Vec<Condition> =
+            conditions.iter().map(|_| Condition { state: null_mut(), value: None }).collect();
+        for Gate { guard, .. } in gates.iter().filter(|gate| gate.is_needed) {
+            pgrx::check_for_interrupts!();
+            if let (Some(condition), Some(node)) = (compiled.get_mut(guard.condition), conditions.get(guard.condition))
+                && condition.state.is_null()
+            {
+                // SAFETY: as the caller says; compiled in the memory context of the query.
+                condition.state = unsafe { pg_sys::ExecInitExpr(node.cast(), ps) };
+            }
+        }
+        Self { gates, conditions: compiled }
     }
 
     /// Forgets what was found out of the row before, or with fewer answers.
     pub fn forget(&mut self) {
-        self.0.iter_mut().for_each(|gate| gate.holds = None);
+        self.gates.iter_mut().for_each(|gate| gate.holds = None);
+        self.conditions.iter_mut().for_each(|condition| condition.value = None);
     }
 
     /// Whether a guard and all before it hold. Those after one that does not are not evaluated.
     ///
     /// # Safety
-    /// The context is that of the node, with a row in it.
+    /// The context is that of the node, with a row in it; a call is behind the guard.
     pub unsafe fn hold(&mut self, innermost: Option<usize>, econtext: *mut pg_sys::ExprContext) -> bool {
         let mut unknown = Vec::new();
         let mut at = innermost;
         let mut holds = loop {
-            let Some((i, gate)) = at.and_then(|i| Some((i, self.0.get(i)?))) else { break true };
+            let Some((i, gate)) = at.and_then(|i| Some((i, self.gates.get(i)?))) else { break true };
             if let Some(holds) = gate.holds {
                 break holds;
             }
             unknown.push(i);
-            at = gate.outer;
+            at = gate.guard.outer;
         };
         for i in unknown.into_iter().rev() {
-            let Some(gate) = self.0.get_mut(i) else { continue };
-            // SAFETY: as the caller says; compiled in new(), as one that a call is behind.
-            holds = holds && unsafe { pg_sys::ExecQual(gate.state, econtext) };
+            let Some(gate) = self.gates.get_mut(i) else { continue };
+            if holds && let Some(condition) = self.conditions.get_mut(gate.guard.condition) {
+                // SAFETY: as the caller says; new() has compiled it.
+                let value = *condition.value.get_or_insert_with(|| unsafe { evaluate(condition.state, econtext) });
+                holds = gate.guard.test.holds(value);
+            }
             gate.holds = Some(holds);
         }
         holds
+    }
+}
+
+/// What a condition gives; some value that is not NULL if it is of another type than boolean and not NULL.
+unsafe fn evaluate(state: *mut pg_sys::ExprState, econtext: *mut pg_sys::ExprContext) -> Option<bool> {
+    // SAFETY: a compiled expression, in the context of its node. What it gives by reference is freed with the row's memory.
+    unsafe {
+        let before = pg_sys::MemoryContextSwitchTo((*econtext).ecxt_per_tuple_memory);
+        let mut is_null = true;
+        let datum = pg_sys::ExecEvalExpr(state, econtext, &mut is_null);
+        pg_sys::MemoryContextSwitchTo(before);
+        (!is_null).then(|| datum.value() as u8 != 0)
     }
 }

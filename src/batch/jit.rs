@@ -7,7 +7,7 @@ use std::ptr::null_mut;
 use pgrx::prelude::*;
 
 use super::calls::called;
-use super::nodes::{any, list};
+use super::nodes::{any, cast, list};
 use pg_sys::NodeTag as T;
 
 /// Has a plan compiled only if it would be without what our functions cost.
@@ -100,13 +100,44 @@ impl Costs {
                 }
                 _ => {}
             }
-            let rest = (total - below - given).max(0.0);
+            let mut rest = (total - below - given).max(0.0);
+            // The planner counts what is grouped by once more, where it is a column by now. What it has not counted so is
+            // a subquery's.
+            if matches!((*plan).type_, T::T_Agg | T::T_Group | T::T_WindowAgg) {
+                let mut again = 0.0;
+                any((*plan).targetlist.cast(), &mut |node| {
+                    again += self.of_column((*plan).lefttree, node);
+                    false
+                });
+                again *= (*plan).plan_rows;
+                if again <= rest {
+                    given += again;
+                    rest -= again;
+                }
+            }
             let filtered = match (*plan).type_ {
                 _ if filter == 0.0 => 0.0,
                 T::T_SeqScan => filter * self.rows(plan.cast()),
                 _ => rest * filter / (filter + pg_sys::cpu_tuple_cost),
             };
             (ours + given + filtered).min(total)
+        }
+    }
+
+    /// Of the cost of what a node is a reference to, a column that one below computes.
+    unsafe fn of_column(&mut self, child: *mut pg_sys::Plan, node: *mut pg_sys::Node) -> f64 {
+        // SAFETY: the tag says what a node is; columns are counted from 1.
+        unsafe {
+            let column = cast::<pg_sys::Var>(node, T::T_Var).filter(|v| (**v).varno == pg_sys::OUTER_VAR);
+            let (Some(column), false) = (column, child.is_null()) else { return 0.0 };
+            let entries = list::<pg_sys::TargetEntry>((*child).targetlist);
+            let Some(entry) = entries.get((*column).varattno as usize - 1) else { return 0.0 };
+            let expression = (**entry).expr.cast::<pg_sys::Node>();
+            if (*expression).type_ == T::T_Var {
+                self.of_column((*child).lefttree, expression)
+            } else {
+                self.of_row(expression)
+            }
         }
     }
 
