@@ -668,7 +668,12 @@ fn plans_are_compiled_as_without_our_functions() {
         let cost = plan.split("..").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
         cost.parse().unwrap()
     };
-    run(c, "SET jit_optimize_above_cost = -1; SET jit_inline_above_cost = -1");
+    // What costs much makes costs alike, and another plan the first among them.
+    run(
+        c,
+        "SET jit_optimize_above_cost = -1; SET jit_inline_above_cost = -1; SET enable_hashagg = off; SET enable_material = off",
+    );
+    let mut wrong = String::new();
     for sql in [
         select,
         "SELECT id FROM t WHERE llm_filter(ask, 'Is it?')",
@@ -676,7 +681,7 @@ fn plans_are_compiled_as_without_our_functions() {
         "SELECT CASE WHEN id = 1 THEN llm_classify(body, 'topic') WHEN id = 2 THEN llm_filter(ask, 'Is it?')::text END FROM t",
         "SELECT count(*) FILTER (WHERE llm_classify(body, 'topic') = 'bug'), max(llm_classify(body, 'topic')) FROM t",
         "SELECT llm_classify(body, 'topic'), count(*) FROM t GROUP BY 1",
-        "SELECT * FROM (SELECT llm_classify(body, 'topic') FROM t OFFSET 0) s LIMIT 10",
+        "SELECT llm_classify(body, 'topic') FROM t LIMIT 1000",
         "SELECT llm_classify(string_agg(body, ''), 'topic') FROM t GROUP BY id % 10",
         "SELECT count(*) FROM t a, t b WHERE a.id + b.id < 100 AND llm_filter(a.ask, 'Is it?')",
         "SELECT (SELECT max(llm_classify(u.body, 'topic')) FROM t u WHERE u.id <= t.id) FROM t",
@@ -687,9 +692,12 @@ fn plans_are_compiled_as_without_our_functions() {
         for (factor, is_compiled) in [(0.8, true), (1.25, false)] {
             run(c, &format!("SET jit_above_cost = {}", cost * factor));
             let plan = explain(c, "COSTS", sql);
-            assert_eq!(plan.contains("JIT:"), is_compiled, "{factor} of {cost}: {sql}\n{plan}");
+            if plan.contains("JIT:") != is_compiled {
+                wrong += &format!("above {factor} of {cost}: {sql}\n{plan}");
+            }
         }
     }
+    assert!(wrong.is_empty(), "{wrong}");
     run(c, "SET jit_above_cost = 0");
     assert!(explain(c, "ANALYZE", select).contains("JIT:"));
 }
