@@ -17,7 +17,7 @@ CREATE FUNCTION llm_batch.create_model(
     max_request_tokens integer DEFAULT NULL, parameters jsonb DEFAULT NULL
 ) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-    AS 'MODULE_PATHNAME', 'create_model_2_wrapper';
+    AS 'MODULE_PATHNAME', 'create_model_wrapper';
 COMMENT ON FUNCTION llm_batch.create_model IS 'makes a model of a server known, with its limits and its price in dollars per million tokens';
 
 CREATE FUNCTION llm_batch.alter_model(
@@ -30,7 +30,7 @@ CREATE FUNCTION llm_batch.alter_model(
     reset text[] DEFAULT '{}'
 ) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-    AS 'MODULE_PATHNAME', 'alter_model_2_wrapper';
+    AS 'MODULE_PATHNAME', 'alter_model_wrapper';
 COMMENT ON FUNCTION llm_batch.alter_model IS 'changes what is given of a model; "reset" names settings to set back to their default';
 
 CREATE FUNCTION llm_batch.drop_model(name text) RETURNS void
@@ -60,6 +60,18 @@ CREATE FUNCTION llm_batch.drop_classifier(name text) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'drop_classifier_wrapper';
 COMMENT ON FUNCTION llm_batch.drop_classifier IS 'forgets a classifier that no unfinished job uses';
+
+-- Owners
+
+CREATE FUNCTION llm_batch.set_owner(kind text, name text, new_owner regrole) RETURNS void
+    LANGUAGE c STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'set_owner_wrapper';
+COMMENT ON FUNCTION llm_batch.set_owner(text, text, regrole) IS 'gives a model or a classifier another owner; kind is model or classifier';
+
+CREATE FUNCTION llm_batch.set_owner(job_id bigint, new_owner regrole) RETURNS void
+    LANGUAGE c STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'set_job_owner_wrapper';
+COMMENT ON FUNCTION llm_batch.set_owner(bigint, regrole) IS 'gives a job another owner, with whose rights it goes on';
 
 -- The verbs. These two go where CREATE EXTENSION puts them.
 
@@ -105,7 +117,7 @@ CREATE FUNCTION llm_batch.backfill(
     max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
-    AS 'MODULE_PATHNAME', 'backfill_2_wrapper';
+    AS 'MODULE_PATHNAME', 'backfill_wrapper';
 COMMENT ON FUNCTION llm_batch.backfill IS 'starts a job, at commit, that fills a column where it is NULL; returns the job''s id';
 
 CREATE FUNCTION llm_batch.estimate(
@@ -144,6 +156,11 @@ CREATE FUNCTION llm_batch.retry_failed(job_id bigint) RETURNS boolean
     AS 'MODULE_PATHNAME', 'retry_failed_wrapper';
 COMMENT ON FUNCTION llm_batch.retry_failed IS 'lets a job ask again for the rows that it listed as skipped or failed';
 
+CREATE FUNCTION llm_batch.forget(job_id bigint) RETURNS void
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'forget_wrapper';
+COMMENT ON FUNCTION llm_batch.forget IS 'takes a job that has ended out of llm_batch.progress, with its failures';
+
 -- What only the server's memory knows. Not for users.
 CREATE FUNCTION llm_batch.waits_for_slot(job_id bigint) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp
@@ -154,6 +171,33 @@ CREATE FUNCTION llm_batch.home() RETURNS text
     LANGUAGE c STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'home_wrapper';
 COMMENT ON FUNCTION llm_batch.home() IS 'where a job is made: this cluster, this database, this CREATE EXTENSION';
+
+-- What a number and a name stand for: see tables.sql. NULL is what does not exist.
+
+CREATE FUNCTION llm_batch.owner_now(number oid, called name, home text) RETURNS oid
+    LANGUAGE sql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
+    RETURN (SELECT r.oid FROM pg_catalog.pg_roles r
+             WHERE r.oid OPERATOR(pg_catalog.=) CASE WHEN owner_now.home OPERATOR(pg_catalog.=) llm_batch.home() THEN owner_now.number
+                   ELSE (SELECT x.oid FROM pg_catalog.pg_roles x WHERE x.rolname OPERATOR(pg_catalog.=) owner_now.called) END);
+COMMENT ON FUNCTION llm_batch.owner_now IS 'the role that owns a row: by number where the row is at home, else by name';
+
+CREATE FUNCTION llm_batch.server_now(number oid, called name, home text) RETURNS oid
+    LANGUAGE sql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
+    RETURN (SELECT s.oid FROM pg_catalog.pg_foreign_server s
+             WHERE s.oid OPERATOR(pg_catalog.=) CASE WHEN server_now.home OPERATOR(pg_catalog.=) llm_batch.home() THEN server_now.number
+                   WHEN server_now.number OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
+                   THEN (SELECT x.oid FROM pg_catalog.pg_foreign_server x WHERE x.srvname OPERATOR(pg_catalog.=) server_now.called) END);
+COMMENT ON FUNCTION llm_batch.server_now IS 'the foreign server of a model: by number where the model is at home, else by name';
+
+CREATE FUNCTION llm_batch.relation_now(number oid, called text, home text) RETURNS oid
+    LANGUAGE sql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
+    RETURN (SELECT c.oid FROM pg_catalog.pg_class c
+             WHERE c.oid OPERATOR(pg_catalog.=) CASE WHEN relation_now.home OPERATOR(pg_catalog.=) llm_batch.home() THEN relation_now.number
+                   WHEN relation_now.number OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
+                   THEN (SELECT x.oid FROM pg_catalog.pg_class x JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) x.relnamespace
+                          WHERE n.nspname OPERATOR(pg_catalog.=) (pg_catalog.parse_ident(relation_now.called))[1]::pg_catalog.name
+                            AND x.relname OPERATOR(pg_catalog.=) (pg_catalog.parse_ident(relation_now.called))[2]::pg_catalog.name) END);
+COMMENT ON FUNCTION llm_batch.relation_now IS 'the table of a job: by number where the job is at home, else by name';
 
 CREATE FUNCTION llm_batch.gateway_activity() RETURNS jsonb
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp

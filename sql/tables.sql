@@ -14,10 +14,17 @@ $$;
 CREATE SCHEMA llm_batch;
 COMMENT ON SCHEMA llm_batch IS 'pg_llm_batch: columns filled through language models';
 
+-- Roles, servers, tables and types are kept by number and by name. The number holds where a row is at home
+-- (llm_batch.home()): a name may be given away there. The name holds where a dump has brought it to: a number means
+-- something else there. No column has a type such as regclass: it would be loaded only where all of them exist.
+
 CREATE TABLE llm_batch.model (
     name                    text PRIMARY KEY,
-    owner                   regrole NOT NULL,
-    server                  name NOT NULL,
+    owner                   oid NOT NULL,
+    owner_name              name NOT NULL,
+    server                  oid NOT NULL,
+    server_name             name NOT NULL,
+    home                    text NOT NULL,
     model                   text NOT NULL,
     tokens_per_minute       integer,
     requests_per_minute     integer,
@@ -32,7 +39,11 @@ CREATE TABLE llm_batch.model (
     parameters              jsonb NOT NULL
 );
 COMMENT ON TABLE llm_batch.model IS 'models that can be asked; kept by llm_batch.create_model(), alter_model(), drop_model()';
-COMMENT ON COLUMN llm_batch.model.server IS 'foreign server of the wrapper llm_provider, by name';
+COMMENT ON COLUMN llm_batch.model.owner IS 'role that may alter and drop it, where the row is at home';
+COMMENT ON COLUMN llm_batch.model.owner_name IS 'name of the owner, of late; it holds where the row is not at home';
+COMMENT ON COLUMN llm_batch.model.server IS 'foreign server of the wrapper llm_provider, where the row is at home';
+COMMENT ON COLUMN llm_batch.model.server_name IS 'name of the server, of late; it holds where the row is not at home';
+COMMENT ON COLUMN llm_batch.model.home IS 'cluster, database and CREATE EXTENSION in which the numbers of owner and server hold';
 COMMENT ON COLUMN llm_batch.model.model IS 'the provider''s name of the model';
 COMMENT ON COLUMN llm_batch.model.tokens_per_minute IS 'limit of tokens a minute, prompts and answers together; NULL is no limit';
 COMMENT ON COLUMN llm_batch.model.requests_per_minute IS 'limit of requests a minute; NULL is no limit';
@@ -48,7 +59,9 @@ COMMENT ON COLUMN llm_batch.model.parameters IS 'further parameters of each requ
 
 CREATE TABLE llm_batch.classifier (
     name        text PRIMARY KEY,
-    owner       regrole NOT NULL,
+    owner       oid NOT NULL,
+    owner_name  name NOT NULL,
+    home        text NOT NULL,
     model       text NOT NULL REFERENCES llm_batch.model (name),
     instruction text NOT NULL,
     labels      jsonb NOT NULL,
@@ -63,13 +76,15 @@ COMMENT ON COLUMN llm_batch.classifier.examples IS 'array of {"input", "label"}'
 -- transaction with a pause() in it blocks no worker.
 CREATE TABLE llm_batch.job (
     id            bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    owner         regrole NOT NULL,
-    relation      regclass NOT NULL,
-    root          regclass NOT NULL,
+    owner         oid NOT NULL,
+    owner_name    name NOT NULL,
+    relation      oid NOT NULL,
+    -- Schema and name, quoted.
     relation_name text NOT NULL,
     target        name NOT NULL,
     target_attnum smallint NOT NULL,
-    target_type   regtype NOT NULL,
+    target_type   oid NOT NULL,
+    target_type_name text NOT NULL,
     target_typmod integer NOT NULL,
     key_names     name[] NOT NULL,
     key_attnums   smallint[] NOT NULL,
@@ -137,17 +152,34 @@ CREATE TABLE llm_batch.row_failure (
 );
 COMMENT ON TABLE llm_batch.row_failure IS 'rows that a job could not fill; see llm_batch.failure';
 
--- A dump keeps what users made; jobs wake up paused where it is restored, since job.home tells it apart. Jobs whose table
--- or owner is gone are left out: their numbers would mean something else there.
-SELECT pg_catalog.pg_extension_config_dump('llm_batch.model', '');
-SELECT pg_catalog.pg_extension_config_dump('llm_batch.classifier', '');
-SELECT pg_catalog.pg_extension_config_dump('llm_batch.job',
-    'WHERE EXISTS (SELECT FROM pg_catalog.pg_class c WHERE c.oid OPERATOR(pg_catalog.=) relation)
-       AND EXISTS (SELECT FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) owner)');
+-- A dump keeps what users made; jobs wake up paused where it is restored, since job.home tells it apart. Names are those of
+-- the moment of the dump: pg_dump puts the condition behind "SELECT … FROM ONLY table", and jsonb_populate_record() gives
+-- the columns in their order. What is gone, 0 stands for: its name may be another's where the dump is restored. A dropped
+-- role keeps its name, which nobody but an administrator gives away.
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.model', $$WHERE false UNION ALL
+    SELECT (pg_catalog.jsonb_populate_record(m, pg_catalog.jsonb_build_object(
+               'owner_name', COALESCE(r.rolname, m.owner_name), 'server',
+               CASE WHEN s.oid IS NULL AND m.home OPERATOR(pg_catalog.=) llm_batch.home() THEN 0::pg_catalog.oid ELSE m.server END,
+               'server_name', COALESCE(s.srvname, m.server_name)))).*
+      FROM llm_batch.model m
+      LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) llm_batch.owner_now(m.owner, m.owner_name, m.home)
+      LEFT JOIN pg_catalog.pg_foreign_server s ON s.oid OPERATOR(pg_catalog.=) llm_batch.server_now(m.server, m.server_name, m.home)$$);
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.classifier', $$WHERE false UNION ALL
+    SELECT (pg_catalog.jsonb_populate_record(c, pg_catalog.jsonb_build_object('owner_name', COALESCE(r.rolname, c.owner_name)))).*
+      FROM llm_batch.classifier c
+      LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) llm_batch.owner_now(c.owner, c.owner_name, c.home)$$);
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.job', $$WHERE false UNION ALL
+    SELECT (pg_catalog.jsonb_populate_record(j, pg_catalog.jsonb_build_object(
+               'owner_name', COALESCE(r.rolname, j.owner_name), 'relation',
+               CASE WHEN t.oid IS NULL AND j.home OPERATOR(pg_catalog.=) llm_batch.home() THEN 0::pg_catalog.oid ELSE j.relation END,
+               'relation_name', CASE WHEN t.oid IS NULL THEN j.relation_name
+                   ELSE pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(t.relname)) END,
+               'target_type_name', CASE WHEN j.home OPERATOR(pg_catalog.=) llm_batch.home()
+                                        THEN pg_catalog.format_type(j.target_type, NULL) ELSE j.target_type_name END))).*
+      FROM llm_batch.job j
+      LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) llm_batch.owner_now(j.owner, j.owner_name, j.home)
+      LEFT JOIN (pg_catalog.pg_class t JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) t.relnamespace)
+             ON t.oid OPERATOR(pg_catalog.=) llm_batch.relation_now(j.relation, j.relation_name, j.home)$$);
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_id_seq', '');
-SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_state',
-    'WHERE job_id IN (SELECT j.id FROM llm_batch.job j JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) j.relation
-                        JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) j.owner)');
-SELECT pg_catalog.pg_extension_config_dump('llm_batch.row_failure',
-    'WHERE job_id IN (SELECT j.id FROM llm_batch.job j JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) j.relation
-                        JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) j.owner)');
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_state', '');
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.row_failure', '');

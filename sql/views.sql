@@ -15,7 +15,8 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
             THEN pg_catalog.make_interval(secs => pg_catalog.ceil(p.rows_left OPERATOR(pg_catalog./) p.rows_per_second)) END AS eta,
        p.last_error, p.started_at, p.updated_at
   FROM (
-    SELECT j.id AS job_id, j.owner, j.relation_name AS relation, j.target, j.task, c.model,
+    SELECT j.id AS job_id, COALESCE(r.rolname, j.owner_name) AS owner,
+           COALESCE(t.oid::pg_catalog.regclass::pg_catalog.text, j.relation_name) AS relation, j.target, j.task, c.model,
            CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN 'cancelled'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN s.status
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'paused'
@@ -26,7 +27,7 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
            CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN NULL
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN NULL
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'user'
-                WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN 'restored'
+                WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN CASE WHEN t.oid IS NULL THEN 'table' ELSE 'restored' END
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.reason
                 WHEN llm_batch.waits_for_slot(j.id) THEN 'no_worker_slot' END AS reason,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total, h.handled) END AS rows_total,
@@ -37,12 +38,20 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
       FROM llm_batch.job j
       JOIN llm_batch.job_state s ON s.job_id OPERATOR(pg_catalog.=) j.id
       CROSS JOIN LATERAL (SELECT s.rows_done OPERATOR(pg_catalog.+) s.rows_skipped OPERATOR(pg_catalog.+) s.rows_failed OPERATOR(pg_catalog.+) s.rows_superseded) h (handled)
+      -- OFFSET: found once, not once for each use.
+      CROSS JOIN LATERAL (SELECT llm_batch.owner_now(j.owner, j.owner_name, j.home),
+                                 llm_batch.relation_now(j.relation, j.relation_name, j.home) OFFSET 0) o (owner, relation)
+      LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) o.owner
+      LEFT JOIN pg_catalog.pg_class t ON t.oid OPERATOR(pg_catalog.=) o.relation
       LEFT JOIN llm_batch.classifier c ON c.name OPERATOR(pg_catalog.=) j.task
-     WHERE pg_catalog.pg_has_role(j.owner, 'USAGE') OR pg_catalog.pg_has_role('pg_monitor', 'USAGE')
+     WHERE pg_catalog.pg_has_role(o.owner, 'USAGE') OR pg_catalog.pg_has_role(t.relowner, 'USAGE')
+        OR pg_catalog.pg_has_role('pg_monitor', 'USAGE')
   ) p;
-COMMENT ON VIEW llm_batch.progress IS 'jobs: one''s own, or all for pg_monitor';
+COMMENT ON VIEW llm_batch.progress IS 'jobs: one''s own, those on one''s own tables, or all for pg_monitor';
+COMMENT ON COLUMN llm_batch.progress.owner IS 'with whose rights it runs';
+COMMENT ON COLUMN llm_batch.progress.relation IS 'the table as it is called now';
 COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed, cancelled';
-COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, owner, restored wait for resume(); provider_down, quota, no_worker_slot go on by themselves';
+COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, owner, restored, table wait for resume(); provider_down, quota, no_worker_slot go on by themselves';
 COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and those that came since; NULL until they are counted';
 COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that others filled, changed or deleted meanwhile';
 COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows among rows_done whose answer was paid for with another row of the same text';
@@ -57,7 +66,10 @@ CREATE VIEW llm_batch.failure WITH (security_barrier = true) AS
 SELECT f.job_id, f.key, f.state, f.class, f.attempts, f.detail, f.at
   FROM llm_batch.row_failure f
   JOIN llm_batch.job j ON j.id OPERATOR(pg_catalog.=) f.job_id
- WHERE pg_catalog.pg_has_role(j.owner, 'USAGE') OR pg_catalog.pg_has_role('pg_monitor', 'USAGE');
+ WHERE pg_catalog.pg_has_role('pg_monitor', 'USAGE')
+    OR pg_catalog.pg_has_role(llm_batch.owner_now(j.owner, j.owner_name, j.home), 'USAGE')
+    OR pg_catalog.pg_has_role((SELECT t.relowner FROM pg_catalog.pg_class t
+                                WHERE t.oid OPERATOR(pg_catalog.=) llm_batch.relation_now(j.relation, j.relation_name, j.home)), 'USAGE');
 COMMENT ON VIEW llm_batch.failure IS 'rows that jobs could not fill; rows whose input is NULL or empty are counted as skipped, not listed';
 COMMENT ON COLUMN llm_batch.failure.key IS 'the row''s key: column names and values';
 COMMENT ON COLUMN llm_batch.failure.state IS 'skipped: the model would not answer; failed: it went wrong';

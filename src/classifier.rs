@@ -134,7 +134,7 @@ impl Known {
             database: crate::worker::my_database(),
             role: role.to_u32(),
             interactive,
-            endpoint: crate::provider::endpoint(&known.server, role)?,
+            endpoint: crate::provider::endpoint(known.server, role)?,
             model: known.model,
             task: self.task,
             budget: None,
@@ -159,7 +159,7 @@ fn check(labels: &Value, examples: &Value, options: &Value) -> Result<Checked> {
 
 fn check_model(name: &str) -> Result<()> {
     let known = model::load(name)?;
-    crate::provider::endpoint(&known.server, current_user()).map(|_| ())
+    crate::provider::endpoint(known.server, current_user()).map(|_| ())
 }
 
 #[pg_extern(sql = false)]
@@ -193,8 +193,8 @@ fn create_classifier(
     ];
     let made = txn::as_extension_owner(|| {
         sql::run(
-            "INSERT INTO llm_batch.classifier (name, owner, model, instruction, labels, examples, options)
-             VALUES ($1, $2, $3, $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING 1",
+            "INSERT INTO llm_batch.classifier (name, owner, owner_name, home, model, instruction, labels, examples, options)
+             VALUES ($1, $2, pg_get_userbyid($2), llm_batch.home(), $3, $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING 1",
             &args,
         )
     })?;

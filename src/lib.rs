@@ -21,6 +21,7 @@ mod failure;
 mod isolation;
 mod job;
 mod model;
+mod owner;
 mod provider;
 mod question;
 mod settings;

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::budget::Price;
 use crate::error::{Error, Result};
-use crate::{changes, client, provider, sql, txn};
+use crate::{changes, client, owner, provider, sql, txn};
 
 /// Default of `request_timeout`: long, because a request that is given up may have been paid.
 const REQUEST_TIMEOUT: &str = "5 minutes";
@@ -22,7 +22,7 @@ const MOST_PRICE: i64 = 1_000_000_000;
 
 /// A model with the server it is asked through.
 pub struct Known {
-    pub server: String,
+    pub server: pg_sys::Oid,
     pub model: Model,
     pub price: Price,
 }
@@ -30,13 +30,14 @@ pub struct Known {
 /// Looks a model up.
 pub fn load(name: &str) -> Result<Known> {
     let found = sql::row(
-        "SELECT m.server::pg_catalog.text, m.model, m.tokens_per_minute, m.requests_per_minute, m.input_tokens_per_minute,
+        "SELECT llm_batch.server_now(m.server, m.server_name, m.home), m.model, m.tokens_per_minute, m.requests_per_minute, m.input_tokens_per_minute,
                 m.output_tokens_per_minute, m.max_concurrent_requests,
                 (EXTRACT(epoch FROM m.request_timeout) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8, m.max_request_tokens, m.parameters,
                 m.input_price::pg_catalog.text, m.output_price::pg_catalog.text, m.cached_input_price::pg_catalog.text,
                 pg_catalog.ceil(GREATEST(m.input_price, m.cached_input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8,
                 pg_catalog.ceil(m.output_price OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8,
-                pg_catalog.ceil(COALESCE(m.cached_input_price, m.input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8
+                pg_catalog.ceil(COALESCE(m.cached_input_price, m.input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8,
+                m.server_name::pg_catalog.text
            FROM llm_batch.model m WHERE m.name OPERATOR(pg_catalog.=) $1",
         &[name.into()],
         |row| {
@@ -52,7 +53,10 @@ pub fn load(name: &str) -> Result<Known> {
                 _ => serde_json::Map::new(),
             };
             Ok(Known {
-                server: row.get(1)?,
+                server: match row.maybe(1)? {
+                    Some(server) => server,
+                    None => return Err(without_server(name, &row.get::<String>(17)?)),
+                },
                 model: Model {
                     model: row.get(2)?,
                     tokens_per_minute: limit(3)?,
@@ -81,6 +85,13 @@ fn unknown(name: &str) -> Error {
     Error::unknown(format!("model \"{name}\" does not exist")).hint("Create it with llm_batch.create_model().")
 }
 
+/// Another server of that name may be another's: it is never taken for the one that is gone.
+fn without_server(model: &str, server: &str) -> Error {
+    Error::unknown(format!("server \"{server}\" of model \"{model}\" does not exist"))
+        .detail("It was dropped, or is not here. A new server of that name is another one.")
+        .hint("The model's owner can give it a server: SELECT llm_batch.alter_model(…, server => …).")
+}
+
 /// The name of the model to use where none is named.
 pub fn default() -> Result<String> {
     let name = crate::settings::default_model();
@@ -92,7 +103,7 @@ pub fn default() -> Result<String> {
 
 /// Settings of a model as they are given: `None` leaves a default or what there is.
 struct Given {
-    server: Option<String>,
+    server: Option<(pg_sys::Oid, String)>,
     model: Option<String>,
     numbers: [(&'static str, Option<i32>); 6],
     prices: [(&'static str, Option<AnyNumeric>); 3],
@@ -147,19 +158,20 @@ impl Given {
                     .detail("pg_llm_batch sets it for each request."));
             }
         }
-        if let Some(server) = &self.server {
+        if let Some((server, _)) = &self.server {
             // Rights and the host are checked now, so that a mistake shows before a row is sent.
-            provider::endpoint(server, current_user())?;
+            provider::endpoint(*server, current_user())?;
         }
         Ok(())
     }
 
-    /// Values in the order of the table's columns after `name` and `owner`.
+    /// Values in the order of the table's columns after those of the name, the owner and the home.
     fn values(&self) -> Vec<DatumWithOid<'_>> {
         let [tpm, rpm, itpm, otpm, concurrent, request] = &self.numbers;
         let [input, output, cached_input] = &self.prices;
         vec![
-            self.server.clone().into(),
+            self.server.as_ref().map(|s| s.0).into(),
+            self.server.as_ref().map(|s| s.1.as_str()).into(),
             self.model.clone().into(),
             tpm.1.into(),
             rpm.1.into(),
@@ -205,7 +217,7 @@ pub fn new_name(name: Option<&str>) -> Result<&str> {
 
 #[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
-fn create_model_2(
+fn create_model(
     name: Option<&str>,
     server: Option<&CStr>,
     model: Option<&str>,
@@ -222,8 +234,9 @@ fn create_model_2(
     parameters: Option<JsonB>,
 ) -> std::result::Result<(), ErrorReport> {
     let name = new_name(name)?;
+    client::check_usable()?;
     let given = Given {
-        server: Some(from_name(required(server, "server")?)),
+        server: Some(provider::named(from_name(required(server, "server")?))?),
         model: Some(required(model, "model")?.to_owned()),
         numbers: [
             ("tokens_per_minute", tokens_per_minute),
@@ -241,18 +254,18 @@ fn create_model_2(
         request_timeout,
         parameters,
     };
-    client::check_usable()?;
     given.check()?;
     let mut args: Vec<DatumWithOid> = vec![name.into(), current_user().into()];
     args.extend(given.values());
     let made = txn::as_extension_owner(|| {
         sql::run(
             &format!(
-                "INSERT INTO llm_batch.model (name, owner, server, model, tokens_per_minute, requests_per_minute,
-                     input_tokens_per_minute, output_tokens_per_minute, input_price, output_price, cached_input_price,
-                     max_concurrent_requests, request_timeout, max_request_tokens, parameters)
-                 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, coalesce($13, interval '{REQUEST_TIMEOUT}'),
-                         coalesce($14, {DEFAULT_REQUEST_TOKENS}), coalesce($15, '{{}}'))
+                "INSERT INTO llm_batch.model (name, owner, owner_name, home, server, server_name, model, tokens_per_minute,
+                     requests_per_minute, input_tokens_per_minute, output_tokens_per_minute, input_price, output_price,
+                     cached_input_price, max_concurrent_requests, request_timeout, max_request_tokens, parameters)
+                 VALUES ($1, $2, pg_get_userbyid($2), llm_batch.home(), $3, $4::name, $5, $6, $7, $8, $9, $10, $11, $12, $13,
+                         coalesce($14, interval '{REQUEST_TIMEOUT}'), coalesce($15, {DEFAULT_REQUEST_TOKENS}),
+                         coalesce($16, '{{}}'))
                  ON CONFLICT (name) DO NOTHING RETURNING 1"
             ),
             &args,
@@ -273,13 +286,17 @@ pub fn exists(kind: &str, name: &str, alter: &str) -> Error {
 /// The owner of a model or classifier may change it, and whoever has the owner's rights.
 pub fn check_owner(table: &str, kind: &str, name: &str) -> Result<()> {
     client::check_here()?;
-    let mine = sql::one::<bool>(
-        &format!("SELECT pg_has_role(owner, 'USAGE') FROM llm_batch.{table} WHERE name = $1"),
+    let owner = sql::row(
+        &format!(
+            "SELECT llm_batch.owner_now(o.owner, o.owner_name, o.home) FROM llm_batch.{table} o
+              WHERE o.name OPERATOR(pg_catalog.=) $1"
+        ),
         &[name.into()],
+        |row| row.maybe::<pg_sys::Oid>(1),
     )?;
-    match mine {
-        Some(true) => Ok(()),
-        Some(false) => Err(Error::denied(format!("must be owner of {kind} \"{name}\""))),
+    match owner {
+        Some(owner) if owner::is_mine(owner) => Ok(()),
+        Some(owner) => Err(owner::denied(owner, &format!("{kind} \"{name}\""))),
         None if table == "model" => Err(unknown(name)),
         None => Err(Error::unknown(format!("{kind} \"{name}\" does not exist"))),
     }
@@ -301,7 +318,7 @@ const RESETTABLE: [&str; 11] = [
 
 #[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
-fn alter_model_2(
+fn alter_model(
     name: Option<&str>,
     server: Option<&CStr>,
     model: Option<&str>,
@@ -321,7 +338,7 @@ fn alter_model_2(
     let name = required(name, "name")?;
     check_owner("model", "model", name)?;
     let given = Given {
-        server: server.map(from_name),
+        server: server.map(|name| provider::named(from_name(name))).transpose()?,
         model: model.map(str::to_owned),
         numbers: [
             ("tokens_per_minute", tokens_per_minute),
@@ -359,15 +376,16 @@ fn alter_model_2(
     args.extend(given.values());
     txn::as_extension_owner(|| {
         sql::run(
-            "UPDATE llm_batch.model SET server = coalesce($2, server), model = coalesce($3, model),
-                 tokens_per_minute = coalesce($4, tokens_per_minute), requests_per_minute = coalesce($5, requests_per_minute),
-                 input_tokens_per_minute = coalesce($6, input_tokens_per_minute),
-                 output_tokens_per_minute = coalesce($7, output_tokens_per_minute),
-                 input_price = coalesce($8, input_price), output_price = coalesce($9, output_price),
-                 cached_input_price = coalesce($10, cached_input_price),
-                 max_concurrent_requests = coalesce($11, max_concurrent_requests),
-                 request_timeout = coalesce($12, request_timeout), max_request_tokens = coalesce($13, max_request_tokens),
-                 parameters = coalesce($14, parameters)
+            "UPDATE llm_batch.model SET server = coalesce($2, server), server_name = coalesce($3::name, server_name),
+                 model = coalesce($4, model), tokens_per_minute = coalesce($5, tokens_per_minute),
+                 requests_per_minute = coalesce($6, requests_per_minute),
+                 input_tokens_per_minute = coalesce($7, input_tokens_per_minute),
+                 output_tokens_per_minute = coalesce($8, output_tokens_per_minute),
+                 input_price = coalesce($9, input_price), output_price = coalesce($10, output_price),
+                 cached_input_price = coalesce($11, cached_input_price),
+                 max_concurrent_requests = coalesce($12, max_concurrent_requests),
+                 request_timeout = coalesce($13, request_timeout), max_request_tokens = coalesce($14, max_request_tokens),
+                 parameters = coalesce($15, parameters)
               WHERE name = $1",
             &args,
         )?;

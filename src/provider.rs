@@ -102,18 +102,31 @@ fn is_header(key: &str) -> bool {
     key.bytes().all(|b| (0x21..0x7f).contains(&b))
 }
 
+/// A server of a name, with its name.
+pub fn named(server: String) -> Result<(pg_sys::Oid, String)> {
+    let oid = sql::one::<pg_sys::Oid>(
+        "SELECT s.oid FROM pg_catalog.pg_foreign_server s WHERE s.srvname OPERATOR(pg_catalog.=) $1::pg_catalog.name",
+        &[server.as_str().into()],
+    )?;
+    match oid {
+        Some(oid) => Ok((oid, server)),
+        None => Err(Error::unknown(format!("server \"{server}\" does not exist"))
+            .hint("Create it with CREATE SERVER … FOREIGN DATA WRAPPER llm_provider.")),
+    }
+}
+
 /// The endpoint of a server for a role: USAGE, the allowed hosts and the key are looked at anew each time.
-pub fn endpoint(server: &str, role: pg_sys::Oid) -> Result<Endpoint> {
+pub fn endpoint(oid: pg_sys::Oid, role: pg_sys::Oid) -> Result<Endpoint> {
     let found = sql::row(
-        "SELECT s.oid, s.srvowner, w.fdwname::pg_catalog.text, pg_catalog.has_server_privilege($2, s.oid, 'USAGE'),
+        "SELECT s.srvname::pg_catalog.text, s.srvowner, w.fdwname::pg_catalog.text, pg_catalog.has_server_privilege($2, s.oid, 'USAGE'),
                 ARRAY(SELECT pg_catalog.concat(o.option_name, '=', o.option_value) FROM pg_catalog.pg_options_to_table(s.srvoptions) o)
            FROM pg_catalog.pg_foreign_server s
            JOIN pg_catalog.pg_foreign_data_wrapper w ON w.oid OPERATOR(pg_catalog.=) s.srvfdw
-          WHERE s.srvname OPERATOR(pg_catalog.=) $1::pg_catalog.name",
-        &[server.into(), role.into()],
+          WHERE s.oid OPERATOR(pg_catalog.=) $1",
+        &[oid.into(), role.into()],
         |row| {
             Ok((
-                row.get::<pg_sys::Oid>(1)?,
+                row.get::<String>(1)?,
                 row.get::<pg_sys::Oid>(2)?,
                 row.get::<String>(3)?,
                 row.get::<bool>(4)?,
@@ -121,10 +134,10 @@ pub fn endpoint(server: &str, role: pg_sys::Oid) -> Result<Endpoint> {
             ))
         },
     )?;
-    let Some((oid, owner, wrapper, usage, options)) = found else {
-        return Err(Error::unknown(format!("server \"{server}\" does not exist"))
-            .hint("Create it with CREATE SERVER … FOREIGN DATA WRAPPER llm_provider."));
+    let Some((server, owner, wrapper, usage, options)) = found else {
+        return Err(Error::unknown(format!("server with OID {} does not exist", oid.to_u32())));
     };
+    let server = server.as_str();
     if wrapper != "llm_provider" {
         return Err(Error::invalid(format!("server \"{server}\" is not a provider of language models"))
             .hint("Name a server of the foreign data wrapper llm_provider."));

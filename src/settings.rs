@@ -16,6 +16,8 @@ static MAX_JOB_WORKERS: GucSetting<i32> = GucSetting::<i32>::new(4);
 static GATEWAY_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(64 * 1024);
 // An answer takes some 60 bytes: 16 MB is a quarter of a million texts.
 static GATEWAY_CACHE: GucSetting<i32> = GucSetting::<i32>::new(16 * 1024);
+// Minutes: of days Postgres has no unit of its own, but takes '90d'.
+static KEEP_FINISHED_JOBS: GucSetting<i32> = GucSetting::<i32>::new(90 * 24 * 60);
 static DEFAULT_MODEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 static LIBRARY_VERSION: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(LIBRARY_C));
 static STATEMENT_MAX_COST: GucSetting<f64> = GucSetting::<f64>::new(-1.0);
@@ -74,6 +76,16 @@ pub fn init() {
         1024 * 1024,
         GucContext::Sighup,
         GucFlags::UNIT_KB,
+    );
+    GucRegistry::define_int_guc(
+        c"llm_batch.keep_finished_jobs",
+        c"How long jobs that have ended stay in llm_batch.progress.",
+        c"-1 keeps them for ever. Their accounts are in the server's log.",
+        &KEEP_FINISHED_JOBS,
+        -1,
+        i32::MAX,
+        GucContext::Sighup,
+        GucFlags::UNIT_MIN,
     );
     GucRegistry::define_string_guc(
         c"llm_batch.default_model",
@@ -134,6 +146,11 @@ pub fn gateway_memory() -> usize {
 /// Bytes.
 pub fn gateway_cache() -> usize {
     GATEWAY_CACHE.get().max(0) as usize * 1024
+}
+
+/// Minutes.
+pub fn keep_finished_jobs() -> Option<i32> {
+    Some(KEEP_FINISHED_JOBS.get()).filter(|minutes| *minutes >= 0)
 }
 
 pub fn default_model() -> String {

@@ -153,11 +153,12 @@ pub fn want(database: u32, job: i64, owner: u32, at: i64) {
     {
         let mut table = TABLE.exclusive();
         if let Some((entry, is_new)) = table.find_or_add(database, job) {
+            // It may have been given another owner.
+            entry.owner = owner;
             if is_new {
                 *entry = Entry { database, job, owner, phase: Phase::Wanted, at, ..FREE };
             } else if entry.phase == Phase::Wanted {
                 entry.at = entry.at.min(at);
-                entry.owner = owner;
             } else {
                 entry.poked = true;
                 pids.1 = entry.pid;
@@ -167,6 +168,17 @@ pub fn want(database: u32, job: i64, owner: u32, at: i64) {
     }
     set_latch(pids.0);
     set_latch(pids.1);
+}
+
+/// Tells a job that runs to look at its row again. As with `want()`, raises nothing.
+pub fn poke(database: u32, job: i64) {
+    let mut table = TABLE.exclusive();
+    if let Some(e) = table.find(database, job).filter(|e| e.phase != Phase::Wanted) {
+        e.poked = true;
+        let pid = e.pid;
+        drop(table);
+        set_latch(pid);
+    }
 }
 
 /// Wants a job that a search has found to run, if nobody does yet. What is wanted, waits or runs is left alone.

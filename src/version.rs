@@ -3,9 +3,6 @@
 
 use std::ffi::CStr;
 
-use pgrx::pg_sys::panic::ErrorReport;
-use pgrx::prelude::*;
-
 use crate::error::{Error, Result};
 use crate::sql;
 
@@ -43,17 +40,3 @@ pub fn differs(version: &str) -> Error {
     Error::state(format!("extension \"pg_llm_batch\" has version {version}, and the server's library {LIBRARY}"))
         .hint(hint)
 }
-
-/// What a function of an earlier version says whose arguments were others: it would take them for what they are not. A
-/// function whose arguments change gets a new symbol, and the old one comes here.
-macro_rules! outdated {
-    ($($name:ident)*) => { $(
-        #[pg_extern(sql = false)]
-        fn $name() -> std::result::Result<(), ErrorReport> {
-            check()?;
-            Err(Error::unknown(concat!(stringify!($name), "() of an earlier version is gone")).into())
-        }
-    )* };
-}
-
-outdated! { create_model alter_model backfill }

@@ -269,47 +269,130 @@ fn dumps_of_plain_roles() {
     assert!(dump("postgres", &[]).1.contains("sk-test-") && !out.contains("sk-test-"));
 }
 
-/// Tables and roles that are gone have numbers for names, which would be someone else's after a restore.
+/// Everything is called otherwise at the time of the dump, a role and a table are gone, a table is left out: each job is
+/// loaded, and what belongs to whom is told by the names of that time.
 #[test]
-fn what_is_gone_is_left_out() {
-    let jobs = Jobs::new("dump_gone");
+fn numbers_mean_nothing_elsewhere() {
+    let jobs = Jobs::new("dump_names");
     let cluster = &jobs.bed.cluster;
     let client = &mut jobs.bed.connect();
     run(client, "CREATE ROLE leaver LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO leaver");
-    tickets(client, "e", 4001..=4010);
-    run(client, "ALTER TABLE e OWNER TO leaver");
-    jobs.bed.provider.release();
-    let left_by = backfill_with(&mut cluster.connect_as("postgres", "leaver"), "e", "");
-    for job in [left_by, jobs.running, jobs.paused] {
-        if job == jobs.paused {
-            run(client, &format!("SELECT llm_batch.resume({job})"));
-        }
-        jobs.bed.done(job);
+    for (role, model) in [("app", "of_app"), ("leaver", "of_leaver")] {
+        run(
+            &mut cluster.connect_as("postgres", role),
+            &format!(
+                "SELECT llm_batch.create_model('{model}', 'fake', 'x');
+                 SELECT llm_batch.create_classifier('{model}', '[\"a\", \"b\"]', '{model}')"
+            ),
+        );
     }
     run(
         client,
-        "ALTER TABLE e OWNER TO postgres; REVOKE ALL ON FOREIGN SERVER fake FROM leaver; DROP ROLE leaver; DROP TABLE c",
+        "CREATE SERVER gone FOREIGN DATA WRAPPER llm_provider OPTIONS (base_url 'http://127.0.0.1:9/v1');
+         SELECT llm_batch.create_model('without', 'gone', 'x');
+         DROP SERVER gone;
+         CREATE SERVER gone FOREIGN DATA WRAPPER llm_provider OPTIONS (base_url 'http://127.0.0.1:9/v1');
+         CREATE TYPE mood AS ENUM ('bug');
+         REVOKE ALL ON FOREIGN SERVER fake FROM leaver",
     );
-    assert_eq!(one(client, "SELECT count(*) FROM llm_batch.row_failure"), 2);
+    let number = one(client, "SELECT oid::bigint FROM pg_roles WHERE rolname = 'leaver'");
+    run(
+        client,
+        "DROP ROLE leaver; DROP TABLE c; ALTER ROLE app RENAME TO app2; ALTER SERVER fake RENAME TO fake2;
+         ALTER TABLE a RENAME TO a2; ALTER TABLE a2 SET SCHEMA app",
+    );
+    let p = |client: &mut Client, job: i64| {
+        let sql = format!(
+            "SELECT concat_ws(' ', status, reason, relation, owner) FROM llm_batch.progress WHERE job_id = {job}"
+        );
+        text(client, &sql)
+    };
+    // Here all is followed, but what is gone.
+    assert_eq!(p(client, jobs.running), "running app.a2 app2");
+    assert_eq!(p(client, jobs.done), "done public.c postgres");
+    let e = error(client, "SELECT llm_batch.create_classifier('x', '[\"a\", \"b\"]', 'without')");
+    assert!(e.0 == "42704" && e.1 == "server \"gone\" of model \"without\" does not exist", "{e:?}");
+
+    let mut to = Cluster::builder("dump_names_2").start();
+    let there = &mut to.connect("postgres");
+    // The role of that number, and then the one of the owner's name.
+    run(
+        there,
+        &format!(
+            "DO $$ BEGIN
+                 FOR i IN 1..5000 LOOP
+                     EXECUTE format('CREATE ROLE r%s LOGIN', i);
+                     EXIT WHEN to_regrole('r' || i)::oid >= {number};
+                 END LOOP;
+             END $$"
+        ),
+    );
+    let squatter = text(there, &format!("SELECT {number}::oid::regrole"));
+    assert!(squatter.starts_with('r'), "{squatter}");
+    run(there, "CREATE ROLE app2 LOGIN");
+    let complaints = pipe(tool(cluster, "pg_dump", &["-T", "app.\"B b\"", "postgres"]), psql(&to, "postgres"));
+    assert_eq!(complaints, "");
+    for (job, state) in [
+        (jobs.running, "paused restored app.a2 app2"),
+        (jobs.paused, "paused user app.\"B b\" app2"),
+        (jobs.done, "done public.c postgres"),
+        (jobs.cancelled, "cancelled d postgres"),
+    ] {
+        assert_eq!(p(there, job), state);
+    }
+    let e = error(there, &format!("SELECT llm_batch.resume({})", jobs.paused));
+    assert!(e.0 == "42P01" && e.1.contains("app.\"B b\"") && e.3.contains("Restore it"), "{e:?}");
+    jobs.bed.provider.release();
+    run(there, &format!("SELECT llm_batch.resume({})", jobs.running));
+    assert_eq!(wait_status(there, jobs.running, "done").counts(), (ROWS, ROWS, 0, 0, 0, 0));
+    assert_eq!((wrong(there, "app.a2"), left(there, "app.a2")), (0, 0));
+    // Nobody owns what the dropped role owned; who has its number does not.
+    let mine = |role: &str, model: &str| {
+        let sql = format!("SELECT llm_batch.alter_model('{model}', requests_per_minute => 5)");
+        let sql = sql + &format!("; SELECT llm_batch.alter_classifier('{model}', instruction => 'x')");
+        to.connect_as("postgres", role).batch_execute(&sql).map_err(|e| e.code().unwrap().code().to_owned())
+    };
+    assert_eq!(mine(&squatter, "of_leaver"), Err("42501".to_owned()));
+    assert_eq!(mine("app2", "of_leaver"), Err("42501".to_owned()));
+    assert_eq!(mine("app2", "of_app"), Ok(()));
+    // A server of the name of the one that was dropped is another one here, too.
+    let e = error(there, "SELECT llm_batch.create_classifier('x', '[\"a\", \"b\"]', 'without')");
+    assert!(e.0 == "42704" && e.1.contains("server \"gone\" of model"), "{e:?}");
+    // What a dump has brought is at home once a search has found all of it, and follows its owner and its server then.
+    to.restart();
+    let there = &mut to.connect("postgres");
+    let away = "SELECT string_agg(name, ' ' ORDER BY name) FROM llm_batch.model WHERE home <> llm_batch.home()";
+    wait_until("a search", PATIENCE, || text(there, away), |names| names == "of_leaver without");
+    run(
+        there,
+        "ALTER ROLE app2 RENAME TO app3; ALTER SERVER fake2 RENAME TO fake3; CREATE ROLE app2 LOGIN;
+         CREATE SERVER fake2 FOREIGN DATA WRAPPER llm_provider OPTIONS (base_url 'http://127.0.0.1:9/v1')",
+    );
+    let mine = |role: &str| {
+        let sql = "SELECT llm_batch.alter_model('of_app', requests_per_minute => 5)";
+        to.connect_as("postgres", role).batch_execute(sql).map_err(|e| e.code().unwrap().code().to_owned())
+    };
+    assert_eq!((mine("app3"), mine("app2")), (Ok(()), Err("42501".to_owned())));
+    assert_eq!(text(there, "SELECT llm_classify('#r000001:bug#', 'topic')"), "bug");
+}
+
+/// A dump without the roles of its owners is loaded all the same.
+#[test]
+fn a_dump_whose_owners_are_not_there() {
+    let jobs = Jobs::new("dump_gone");
     let to = Cluster::builder("dump_gone_2").start();
     let there = &mut to.connect("postgres");
-    // Without the role app there is no dump of its jobs: the error says which role that is.
-    let complaints = pipe(tool(cluster, "pg_dump", &["postgres"]), psql(&to, "postgres"));
-    assert!(complaints.contains("role \"app\" does not exist"), "{complaints}");
-    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.job"), 0);
-    // What was restored can be used; once the role is there, the data can be restored after all.
-    run(there, "CREATE ROLE app LOGIN; TRUNCATE llm_batch.model, llm_batch.classifier, llm_batch.job CASCADE");
-    let complaints = pipe(
-        tool(cluster, "pg_dump", &["--data-only", "-e", "pg_llm_batch", "-n", "llm_batch", "postgres"]),
-        psql(&to, "postgres"),
-    );
+    let complaints =
+        pipe(tool(&jobs.bed.cluster, "pg_dump", &["--no-owner", "--no-acl", "postgres"]), psql(&to, "postgres"));
     assert_eq!(complaints, "");
-    assert_eq!(
-        text(there, "SELECT string_agg(job_id::text, ' ' ORDER BY job_id) FROM llm_batch.progress"),
-        format!("{} {} {}", jobs.paused, jobs.running, jobs.cancelled)
-    );
-    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.job_state"), 3);
-    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.row_failure"), 0);
+    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.progress"), 4);
+    assert_eq!(one(there, "SELECT count(*) FROM llm_batch.row_failure"), 2);
+    let e = error(there, &format!("SELECT llm_batch.resume({})", jobs.paused));
+    assert!(e.0 == "28000" && e.1 == "the job's owner was dropped" && e.3.contains("set_owner"), "{e:?}");
+    // The role is made after all; or another one takes its place.
+    run(there, "CREATE ROLE app LOGIN");
+    run(there, &format!("SELECT llm_batch.set_owner({}, 'postgres')", jobs.paused));
+    jobs.go_on(there);
 }
 
 /// Restored, and then the table is not what it was: the job says so when it is resumed, and writes nothing.

@@ -46,6 +46,13 @@ const ROWS: &[Row] = &[
     ("", "SELECT llm_batch.alter_classifier('topic', instruction => 'x')", SUPERUSERS),
     ("llm_batch.drop_classifier(text)", "SELECT llm_batch.drop_classifier('hers')", HERS),
     ("", "SELECT llm_batch.drop_classifier('spare')", SUPERUSERS),
+    // Owners, by the rules of ALTER … OWNER TO
+    ("llm_batch.set_owner(text,text,regrole)", "SELECT llm_batch.set_owner('model', 'hers', 'alice')", HERS),
+    ("", "SELECT llm_batch.set_owner('classifier', 'hers', 'other')", SUPERUSERS),
+    ("", "SELECT llm_batch.set_owner('model', 'm', 'alice')", SUPERUSERS),
+    ("llm_batch.set_owner(bigint,regrole)", "SELECT llm_batch.set_owner(2, 'alice')", HERS),
+    ("", "SELECT llm_batch.set_owner(2, 'member')", [NO, NO, NO, NO, NO, "ok", "ok"]),
+    ("", "SELECT llm_batch.set_owner(2, 'postgres')", [NO; 7]),
     // Asking
     ("llm_classify(text,text)", "SELECT llm_classify('#r900001:bug#', 'topic')", USAGE),
     ("", "SELECT llm_classify('x', 'locked')", [NO, NO, NO, NO, NO, NO, "08006"]),
@@ -72,6 +79,8 @@ const ROWS: &[Row] = &[
     ("llm_batch.resume(bigint)", "SELECT llm_batch.resume(2)", HERS),
     ("llm_batch.cancel(bigint)", "SELECT llm_batch.cancel(2)", HERS),
     ("llm_batch.retry_failed(bigint)", "SELECT llm_batch.retry_failed(1)", HERS),
+    ("llm_batch.forget(bigint)", "SELECT llm_batch.forget(1)", HERS),
+    ("", "SELECT llm_batch.forget(2)", [NO, NO, NO, NO, "55000", "55000", "55000"]),
     ("", "SELECT llm_batch.pause(99)", ["42704"; 7]),
     ("llm_batch.wait(bigint,interval)", "CALL llm_batch.wait(1)", ["42704", "42704", "42704", "ok", "ok", "ok", "ok"]),
     // What is seen
@@ -110,6 +119,9 @@ const ROWS: &[Row] = &[
     ("llm_batch.provider_validator(text[],oid)", "SELECT llm_batch.provider_validator('{}', 'pg_user_mapping'::regclass)", ALL),
     ("llm_batch.waits_for_slot(bigint)", "SELECT llm_batch.waits_for_slot(2)", ["=f"; 7]),
     ("llm_batch.home()", "SELECT llm_batch.home()", ALL),
+    ("llm_batch.owner_now(oid,name,text)", "SELECT llm_batch.owner_now(10, 'alice', 'elsewhere') = 'alice'::regrole", ["=t"; 7]),
+    ("llm_batch.server_now(oid,name,text)", "SELECT llm_batch.server_now(10, 'fake', 'elsewhere') IS NULL", ["=f"; 7]),
+    ("llm_batch.relation_now(oid,text,text)", "SELECT llm_batch.relation_now(10, 'public.tickets', 'elsewhere')::regclass", ["=tickets"; 7]),
     ("llm_batch.refuse_transaction_block(text)", "SELECT llm_batch.refuse_transaction_block('this')", ["25001"; 7]),
 ];
 

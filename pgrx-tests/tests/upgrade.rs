@@ -12,7 +12,6 @@ use llm_fake_provider::{Config, Latency};
 use pg_llm_batch_e2e::{Cluster, extension_dir, wait_until};
 use postgres::Client;
 
-const SCRIPTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/upgrade");
 const ROWS: i64 = 60;
 
 /// All that makes an extension: its members with what they are, may and say. The order of a table's columns is left out.
@@ -44,18 +43,29 @@ const SNAPSHOT: &str = "
         UNION ALL SELECT concat_ws(' ', 'extension', extversion, extrelocatable, extnamespace::regnamespace, extowner::regrole) FROM e
     ) s (line)";
 
-/// Puts the install script of the version before where Postgres looks for it.
-fn install_old() -> PathBuf {
-    let dir = extension_dir();
-    let name = "pg_llm_batch--0.0.1.sql";
-    let old = std::fs::read(Path::new(SCRIPTS).join(name)).unwrap();
-    if std::fs::read(dir.join(name)).ok().as_ref() != Some(&old) {
-        std::fs::write(dir.join(name), old).unwrap_or_else(|e| panic!("cannot write {name} into {dir:?}: {e}"));
-    }
-    dir
+/// The head of an update script, as `sql/README.md` has it.
+fn head() -> &'static str {
+    include_str!("../../sql/README.md").split("```sql\n").nth(1).and_then(|s| s.split("```").next()).unwrap()
 }
 
-/// A server whose database `postgres` has the extension of 0.0.1, with data of all kinds. The jobs' tables are t1 to t8.
+fn install(name: &str, script: &str) -> PathBuf {
+    let file = extension_dir().join(format!("pg_llm_batch--{name}.sql"));
+    if std::fs::read_to_string(&file).ok().as_deref() != Some(script) {
+        std::fs::write(&file, script).unwrap_or_else(|e| panic!("cannot write {file:?}: {e}"));
+    }
+    file
+}
+
+/// A version before this one is made of it: views, grants and a procedure are what came since.
+fn install_old() {
+    let now = env!("CARGO_PKG_VERSION");
+    let script = std::fs::read_to_string(extension_dir().join(format!("pg_llm_batch--{now}.sql"))).unwrap();
+    let since = script.find("CREATE VIEW llm_batch.progress").unwrap();
+    install("0.0.9", &script[..since]);
+    install(&format!("0.0.9--{now}"), &format!("{}{}", head(), &script[since..]));
+}
+
+/// A server whose database `postgres` has the extension of 0.0.9, with a job that runs on t1 and one that is paused on t2.
 fn old_bed(name: &str) -> (Bed, Client) {
     install_old();
     let provider = llm_fake_provider::FakeProvider::start(Config::default()).unwrap();
@@ -64,54 +74,32 @@ fn old_bed(name: &str) -> (Bed, Client) {
     run(
         &mut client,
         &format!(
-            "CREATE EXTENSION pg_llm_batch VERSION '0.0.1';
+            "CREATE EXTENSION pg_llm_batch VERSION '0.0.9';
              CREATE SERVER fake FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'openai', base_url '{}');
              CREATE USER MAPPING FOR PUBLIC SERVER fake OPTIONS (api_key 'sk-test-0123456789abcdef');
-             INSERT INTO llm_batch.model (name, owner, server, model, input_price, output_price, request_timeout, max_request_tokens, parameters)
-             VALUES ('m', 'postgres', 'fake', 'fake-m', 0.15, 0.60, '1 minute', 16000, '{{}}');
-             INSERT INTO llm_batch.classifier (name, owner, model, instruction, labels, examples, options)
-             SELECT 'topic', 'postgres', 'm', 'Tickets.', jsonb_agg(jsonb_build_object('label', l, 'description', '')), '[]', '{{\"reuse\": false}}'
+             INSERT INTO llm_batch.model (name, owner, owner_name, home, server, server_name, model, request_timeout, max_request_tokens, parameters)
+             SELECT 'm', 10, 'postgres', llm_batch.home(), oid, srvname, 'fake-m', '1 minute', 16000, '{{}}' FROM pg_foreign_server;
+             INSERT INTO llm_batch.classifier (name, owner, owner_name, home, model, instruction, labels, examples, options)
+             SELECT 'topic', 10, 'postgres', llm_batch.home(), 'm', 'Tickets.',
+                    jsonb_agg(jsonb_build_object('label', l, 'description', '')), '[]', '{{\"reuse\": false}}'
                FROM unnest('{{{}}}'::text[]) l",
             bed.provider.base_url(),
             common::LABELS.join(",")
         ),
     );
-    // What its owner wants, what the worker said in the end, where it was made.
-    for (i, (wanted, status, reason, cluster)) in [
-        ("running", "running", "NULL", "0"),
-        ("paused", "running", "NULL", "0"),
-        ("running", "paused", "'auth'", "0"),
-        ("running", "running", "NULL", "1"),
-        ("running", "paused", "'restored'", "1"),
-        ("running", "done", "NULL", "0"),
-        ("running", "failed", "NULL", "0"),
-        ("cancelled", "cancelled", "NULL", "0"),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let n = i as i64 + 1;
+    for (n, wanted) in [(1, "running"), (2, "paused")] {
         tickets(&mut client, &format!("t{n}"), 1000 * n + 1..=1000 * n + ROWS);
         run(
             &mut client,
             &format!(
-                "UPDATE t{n} SET topic = want WHERE id <= {} OR '{status}' = 'done' AND id <> {};
-                 INSERT INTO llm_batch.job (owner, relation, root, relation_name, target, target_attnum, target_type, target_typmod,
-                     key_names, key_attnums, input, task, options, search_path, cluster, wanted)
-                 SELECT 'postgres', 't{n}', 't{n}', 'public.t{n}', 'topic', 4, 'text', -1, '{{id}}', '{{1}}', 'body', 'topic', '{{}}', 'public',
-                        system_identifier + {cluster}, '{wanted}' FROM pg_control_system();
-                 INSERT INTO llm_batch.job_state (job_id, status, reason, rows_total, rows_done, input_tokens, output_tokens, requests, cost)
-                 SELECT {n}, '{status}', {reason}, {ROWS}, count(*), 900, 80, 3, 0.000183 FROM t{n} WHERE topic IS NOT NULL",
-                1000 * n + 10,
-                1000 * n + ROWS
+                "INSERT INTO llm_batch.job (owner, owner_name, relation, relation_name, target, target_attnum, target_type,
+                     target_type_name, target_typmod, key_names, key_attnums, input, task, options, search_path, home, wanted)
+                 VALUES (10, 'postgres', 't{n}'::regclass, 'public.t{n}', 'topic', 4, 'text'::regtype, 'text', -1, '{{id}}', '{{1}}',
+                         'body', 'topic', '{{}}', 'public', llm_batch.home(), '{wanted}');
+                 INSERT INTO llm_batch.job_state (job_id) VALUES ({n})"
             ),
         );
     }
-    run(
-        &mut client,
-        "INSERT INTO llm_batch.row_failure (job_id, key, state, class, attempts) VALUES (6, '{\"id\": 6060}', 'failed', 'unknown_code', 3);
-         UPDATE llm_batch.job_state SET rows_failed = 1 WHERE job_id = 6",
-    );
     (bed, client)
 }
 
@@ -146,9 +134,11 @@ fn an_update_ends_where_a_new_installation_begins() {
         "llm_batch.pause(1)",
         "llm_batch.resume(2)",
         "llm_batch.cancel(1)",
-        "llm_batch.retry_failed(6)",
+        "llm_batch.retry_failed(2)",
+        "llm_batch.set_owner('model', 'm', 'postgres')",
+        "llm_batch.set_owner(1, 'postgres')",
+        "llm_batch.forget(2)",
         "llm_batch.create_model('n', 'fake', 'n', parameters => '{\"a\": 1}')",
-        // Its arguments are others now: the number would be read as a price, which is a pointer.
         "llm_batch.alter_model('m', max_concurrent_requests => 4, parameters => '{\"a\": 1}')",
         "llm_batch.drop_model('m')",
         "llm_batch.create_classifier('c', '[\"a\",\"b\"]', 'm')",
@@ -158,9 +148,8 @@ fn an_update_ends_where_a_new_installation_begins() {
         refused(client, call, update);
     }
     // Finders have looked more than once by now, and told it once.
-    let searches = "SELECT count(*) FROM pg_stat_activity WHERE backend_type IN ('llm_batch job')";
-    assert_eq!((one(client, searches), bed.provider.stats().requests), (0, 0));
-    assert_eq!(one(client, "SELECT count(*) FROM llm_batch.progress"), 8);
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'llm_batch job'";
+    assert_eq!((one(client, workers), bed.provider.stats().requests), (0, 0));
 
     run(client, update);
     run(client, "CREATE DATABASE fresh");
@@ -176,30 +165,14 @@ fn an_update_ends_where_a_new_installation_begins() {
         only(&want, &got)
     );
 
-    // The job that ran goes on by itself, the others are what they were.
+    // The job that ran goes on by itself, the other is what it was.
     assert_eq!(wait_status(client, 1, "done").counts(), (ROWS, ROWS, 0, 0, 0, 0));
-    let states = text(
-        client,
-        "SELECT string_agg(concat_ws(' ', job_id, status, reason), ', ' ORDER BY job_id) FROM llm_batch.progress",
-    );
-    assert_eq!(
-        states,
-        "1 done, 2 paused user, 3 paused auth, 4 paused restored, 5 paused restored, 6 done, 7 failed, 8 cancelled"
-    );
-    for job in 2..=5 {
-        run(client, &format!("SELECT llm_batch.resume({job})"));
-        let p = wait_status(client, job, "done");
-        assert_eq!((p.counts(), p.requests > 3), ((ROWS, ROWS, 0, 0, 0, 0), true));
+    assert_eq!(progress(client, 2).reason.as_deref(), Some("user"));
+    run(client, "SELECT llm_batch.resume(2)");
+    assert_eq!(wait_status(client, 2, "done").counts(), (ROWS, ROWS, 0, 0, 0, 0));
+    for table in ["t1", "t2"] {
+        assert_eq!((wrong(client, table), left(client, table)), (0, 0), "{table}");
     }
-    run(client, "SELECT llm_batch.retry_failed(6)");
-    assert_eq!(wait_status(client, 6, "done").counts(), (ROWS, ROWS, 0, 0, 0, 0));
-    for table in 1..=6 {
-        assert_eq!((wrong(client, &format!("t{table}")), left(client, &format!("t{table}"))), (0, 0), "t{table}");
-    }
-    run(client, "SELECT llm_batch.alter_model('m', cached_input_price => 0.05)");
-    let next = common::backfill_with(client, "t7", "max_cost => 0.5");
-    assert_eq!(next, 9);
-    assert_eq!(wait_status(client, next, "done").left, 0);
     assert_eq!(told(&bed), 1);
     let log = bed.cluster.log();
     assert!(!log.contains("PANIC") && !log.contains("panicked") && !log.contains("terminated by signal"), "{log}");
@@ -210,15 +183,11 @@ fn an_update_ends_where_a_new_installation_begins() {
 fn an_update_before_the_restart_is_refused() {
     let (_bed, mut client) = old_bed("upgrade_early");
     // A script that asks for a library newer than this one, as the next version's would.
-    let dir = install_old();
-    let next =
-        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../sql/pg_llm_batch--0.0.1--0.1.0.sql")).unwrap();
-    let file = dir.join("pg_llm_batch--0.0.1--99.0.sql");
-    std::fs::write(&file, next.replace("'{0,1,0}'", "'{99,0}'")).unwrap();
+    let file = install("0.0.9--99.0", &head().replace("'{0,1,0}'", "'{99,0}'"));
     let e = error(&mut client, "ALTER EXTENSION pg_llm_batch UPDATE TO '99.0'");
     std::fs::remove_file(&file).unwrap();
     assert!(e.0 == "55000" && e.1.contains("still runs the library") && e.3.contains("Restart the server"), "{e:?}");
-    assert_eq!(text(&mut client, "SELECT extversion FROM pg_extension WHERE extname = 'pg_llm_batch'"), "0.0.1");
+    assert_eq!(text(&mut client, "SELECT extversion FROM pg_extension WHERE extname = 'pg_llm_batch'"), "0.0.9");
 }
 
 /// The extension is newer than the library, while a job runs; and then it is not any more.

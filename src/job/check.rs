@@ -96,13 +96,19 @@ fn owner_of(target: &Target) -> Result<pg_sys::Oid> {
     // SAFETY: a catalog lookup on the main thread inside a transaction.
     let is_superuser = unsafe { pg_sys::superuser_arg(current_user()) };
     let owner = if is_superuser { target.owner } else { current_user() };
+    check_login(owner)?;
+    Ok(owner)
+}
+
+/// Refuses a role that can't own a job.
+pub fn check_login(owner: pg_sys::Oid) -> Result<()> {
     let role = sql::row(
         "SELECT r.rolname::pg_catalog.text, r.rolcanlogin FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) $1",
         &[owner.into()],
         |r| Ok((r.get::<String>(1)?, r.get::<bool>(2)?)),
     )?;
     match role {
-        Some((_, true)) => Ok(owner),
+        Some((_, true)) => Ok(()),
         Some((name, false)) => Err(Error::new(
             PgSqlErrorCode::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
             format!("role \"{name}\" can't own a job because it can't log in"),

@@ -4,16 +4,22 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::json;
 
+use super::check::check_login;
+use super::store::Status;
 use super::{Budget, check_alone, store, wake_at_commit};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::model::{self, required};
-use crate::{catalog, classifier, sql, txn};
+use crate::{catalog, classifier, owner, sql, txn};
 
 /// What its owner wants of a job is changed by `change`, which returns whether it changed anything.
-fn control(job_id: i64, change: impl FnOnce(&store::Status) -> Result<Option<String>>) -> Result<bool> {
+fn control(
+    job_id: i64,
+    who: impl FnOnce(store::Status) -> Result<store::Status>,
+    change: impl FnOnce(&store::Status) -> Result<Option<String>>,
+) -> Result<bool> {
     check_usable()?;
-    let status = store::status(job_id)?;
+    let status = who(store::status(job_id)?)?;
     let Some(assignment) = change(&status)? else { return Ok(false) };
     txn::as_extension_owner(|| {
         sql::run(&format!("UPDATE llm_batch.job SET {assignment} WHERE id = $1"), &[job_id.into()])
@@ -22,14 +28,28 @@ fn control(job_id: i64, change: impl FnOnce(&store::Status) -> Result<Option<Str
     Ok(true)
 }
 
-/// A job that was made elsewhere, and came with a dump, is at home here from now on. Its table was made anew, in which
-/// dropped columns leave no gaps; a column that is missing is for the worker to tell.
-const HERE: &str = "home = llm_batch.home(),
-    target_attnum = CASE WHEN home = llm_batch.home() THEN target_attnum ELSE coalesce(
-        (SELECT a.attnum FROM pg_attribute a WHERE a.attrelid = relation AND a.attname = target), target_attnum) END,
-    key_attnums = CASE WHEN home = llm_batch.home() THEN key_attnums ELSE
-        (SELECT array_agg(coalesce(a.attnum, 0) ORDER BY k.n) FROM unnest(key_names) WITH ORDINALITY k (name, n)
-           LEFT JOIN pg_attribute a ON a.attrelid = relation AND a.attname = k.name) END";
+/// A job that was made elsewhere, and came with a dump, is at home here from now on: what is called by these names here is
+/// its own. Its table was made anew, in which dropped columns leave no gaps; a column that is missing or of another type
+/// is for the worker to tell.
+fn here(owner: pg_sys::Oid, relation: pg_sys::Oid) -> String {
+    let (owner, relation) = (owner.to_u32(), relation.to_u32());
+    let column = |what: &str| {
+        format!(
+            "target_{what} = CASE WHEN home = llm_batch.home() THEN target_{what} ELSE coalesce(
+                 (SELECT a.{} FROM pg_attribute a WHERE a.attrelid = {relation} AND a.attname = target
+                     AND format_type(a.atttypid, NULL) = target_type_name), 0) END",
+            if what == "type" { "atttypid" } else { "attnum" }
+        )
+    };
+    format!(
+        "home = llm_batch.home(), owner = {owner}, owner_name = pg_get_userbyid({owner}), relation = {relation}, {}, {},
+         key_attnums = CASE WHEN home = llm_batch.home() THEN key_attnums ELSE
+             (SELECT array_agg(coalesce(a.attnum, 0) ORDER BY k.n) FROM unnest(key_names) WITH ORDINALITY k (name, n)
+                LEFT JOIN pg_attribute a ON a.attrelid = {relation} AND a.attname = k.name) END",
+        column("attnum"),
+        column("type")
+    )
+}
 
 fn ended(status: &store::Status) -> Error {
     Error::state(format!("job {} is {}", status.id, status.status))
@@ -38,7 +58,7 @@ fn ended(status: &store::Status) -> Error {
 
 #[pg_extern(sql = false)]
 fn pause(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| match (s.status.as_str(), s.reason.as_deref()) {
+    let changed = control(job_id, Status::by_owner_or_tables, |s| match (s.status.as_str(), s.reason.as_deref()) {
         ("running", _) | ("paused", Some("provider_down" | "quota" | "no_worker_slot")) => {
             Ok(Some("wanted = 'paused'".to_owned()))
         }
@@ -50,8 +70,11 @@ fn pause(job_id: i64) -> std::result::Result<bool, ErrorReport> {
 
 #[pg_extern(sql = false)]
 fn resume(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| match s.status.as_str() {
-        "paused" => Ok(Some(format!("wanted = 'running', epoch = epoch + 1, {HERE}"))),
+    let changed = control(job_id, Status::by_owner, |s| match s.status.as_str() {
+        "paused" => {
+            let (owner, relation) = s.check_complete()?;
+            Ok(Some(format!("wanted = 'running', epoch = epoch + 1, {}", here(owner, relation))))
+        }
         "running" => Ok(None),
         _ => Err(ended(s)),
     })?;
@@ -60,8 +83,11 @@ fn resume(job_id: i64) -> std::result::Result<bool, ErrorReport> {
 
 #[pg_extern(sql = false)]
 fn cancel(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| match s.status.as_str() {
-        "running" | "paused" => Ok(Some("wanted = 'cancelled'".to_owned())),
+    let changed = control(job_id, Status::by_owner_or_tables, |s| match s.status.as_str() {
+        "running" | "paused" => {
+            pgrx::log!("llm_batch job {job_id} is cancelled: {}", store::account(job_id)?);
+            Ok(Some("wanted = 'cancelled'".to_owned()))
+        }
         _ => Ok(None),
     })?;
     Ok(changed)
@@ -76,7 +102,7 @@ fn alter_job(
     let job_id = required(job_id, "job_id")?;
     let Budget { max_cost, max_tokens } = Budget::new(max_cost, max_tokens)?;
     check_usable()?;
-    let status = store::status(job_id)?;
+    let status = store::status(job_id)?.by_owner()?;
     if !matches!(status.status.as_str(), "running" | "paused") {
         return Err(ended(&status).into());
     }
@@ -97,7 +123,7 @@ fn alter_job(
 
 #[pg_extern(sql = false)]
 fn retry_failed(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, |s| {
+    let changed = control(job_id, Status::by_owner, |s| {
         if s.status == "cancelled" || s.status == "failed" {
             return Err(ended(s));
         }
@@ -107,13 +133,52 @@ fn retry_failed(job_id: i64) -> std::result::Result<bool, ErrorReport> {
         if listed.is_none() {
             return Ok(None);
         }
+        let (owner, relation) = s.check_complete()?;
         if s.status == "done" {
-            let target = catalog::target(s.relation, &s.target)?;
+            let target = catalog::target(relation, &s.target)?;
             check_alone(&target, job_id)?;
         }
-        Ok(Some(format!("wanted = 'running', epoch = epoch + 1, retry_epoch = epoch + 1, {HERE}")))
+        Ok(Some(format!("wanted = 'running', epoch = epoch + 1, retry_epoch = epoch + 1, {}", here(owner, relation))))
     })?;
     Ok(changed)
+}
+
+/// By the rules of `ALTER … OWNER TO`; the table's owner may give away a job that has no owner any more.
+#[pg_extern(sql = false)]
+fn set_job_owner(job_id: i64, new_owner: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
+    check_usable()?;
+    let status = store::status(job_id)?;
+    let status = if status.owner.is_some() { status.by_owner()? } else { status.by_owner_or_tables()? };
+    let (role, _) = owner::new(new_owner)?;
+    check_login(new_owner)?;
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    if unsafe { pg_sys::superuser_arg(new_owner) } && !status.is_of_table(new_owner) {
+        return Err(Error::denied(format!("superuser \"{role}\" can't own a job on another role's table"))
+            .detail("What the table's triggers and the job's expressions do would be done with a superuser's rights.")
+            .hint("Give the job to the table's owner.")
+            .into());
+    }
+    txn::as_extension_owner(|| {
+        sql::run(
+            "UPDATE llm_batch.job SET owner = $2, owner_name = $3::name WHERE id = $1",
+            &[job_id.into(), new_owner.into(), role.into()],
+        )
+    })?;
+    wake_at_commit(job_id, Some(new_owner));
+    Ok(())
+}
+
+#[pg_extern(sql = false)]
+fn forget(job_id: i64) -> std::result::Result<(), ErrorReport> {
+    check_usable()?;
+    let status = store::status(job_id)?.by_owner_or_tables()?;
+    if matches!(status.status.as_str(), "running" | "paused") {
+        return Err(Error::state(format!("job {job_id} is {}", status.status))
+            .hint(format!("Wait until it has ended, or end it with llm_batch.cancel({job_id})."))
+            .into());
+    }
+    store::forget(job_id, "")?;
+    Ok(())
 }
 
 #[pg_extern(sql = false)]

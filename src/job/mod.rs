@@ -45,7 +45,7 @@ impl Budget {
 
 #[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
-fn backfill_2(
+fn backfill(
     relation: Option<pg_sys::Oid>,
     input: Option<&str>,
     target: Option<&CStr>,
@@ -81,7 +81,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
         _ => Ok(None),
     })?;
     let id = insert(&target, owner, given, budget)?;
-    wake_at_commit(id, owner);
+    wake_at_commit(id, Some(owner));
     Ok(id)
 }
 
@@ -111,7 +111,9 @@ fn check_alone(target: &Target, except: i64) -> Result<()> {
     let other = txn::as_extension_owner(|| {
         sql::one_mut::<i64>(
             "SELECT j.id FROM llm_batch.job j JOIN llm_batch.progress p ON p.job_id = j.id
-              WHERE j.root = $1::regclass AND j.target = $2::name AND p.status IN ('running', 'paused') AND j.id <> $3 LIMIT 1",
+              CROSS JOIN LATERAL (SELECT llm_batch.relation_now(j.relation, j.relation_name, j.home)) n (relation)
+              WHERE coalesce(pg_partition_root(n.relation)::oid, n.relation) = $1 AND j.target = $2::name
+                AND p.status IN ('running', 'paused') AND j.id <> $3 LIMIT 1",
             &[target.root.into(), target.column.as_str().into(), except.into()],
         )
     })?;
@@ -129,7 +131,6 @@ fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> 
     let args: Vec<DatumWithOid> = vec![
         owner.into(),
         target.relation.into(),
-        target.root.into(),
         target.name.as_str().into(),
         target.column.as_str().into(),
         target.attnum.into(),
@@ -147,9 +148,11 @@ fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> 
     ];
     let id = txn::as_extension_owner(|| {
         let id = sql::one_mut::<i64>(
-            "INSERT INTO llm_batch.job (owner, relation, root, relation_name, target, target_attnum, target_type,
-                 target_typmod, key_names, key_attnums, input, filter, task, options, search_path, home, max_cost, max_tokens)
-             VALUES ($1::regrole, $2::regclass, $3::regclass, $4, $5::name, $6, $7::regtype, $8, $9::name[], $10, $11, $12, $13, $14, $15, llm_batch.home(), $16, $17) RETURNING id",
+            "INSERT INTO llm_batch.job (owner, owner_name, relation, relation_name, target, target_attnum, target_type,
+                 target_type_name, target_typmod, key_names, key_attnums, input, filter, task, options, search_path, home,
+                 max_cost, max_tokens)
+             VALUES ($1, pg_get_userbyid($1), $2, $3, $4::name, $5, $6, format_type($6, NULL), $7, $8::name[], $9, $10, $11, $12,
+                     $13, $14, llm_batch.home(), $15, $16) RETURNING id",
             &args,
         )?;
         sql::run("INSERT INTO llm_batch.job_state (job_id) VALUES ($1)", &[id.into()])?;
@@ -159,10 +162,12 @@ fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> 
 }
 
 /// Wakes a job when the transaction commits. After a commit nothing may raise: this writes to shared memory alone.
-fn wake_at_commit(job: i64, owner: pg_sys::Oid) {
+fn wake_at_commit(job: i64, owner: Option<pg_sys::Oid>) {
     let database = crate::worker::my_database();
-    register_xact_callback(PgXactCallbackEvent::Commit, move || {
-        shared::want(database, job, owner.to_u32(), shared::now());
+    register_xact_callback(PgXactCallbackEvent::Commit, move || match owner {
+        Some(owner) => shared::want(database, job, owner.to_u32(), shared::now()),
+        // Nobody can start it; one that runs still is told.
+        None => shared::poke(database, job),
     });
     // A prepared transaction is committed by another session, which knows nothing of this: a search finds the job.
     register_xact_callback(PgXactCallbackEvent::Prepare, move || {

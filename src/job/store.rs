@@ -8,55 +8,165 @@ use serde_json::Value;
 use crate::budget::{self, Funds, Price, UNLIMITED};
 use crate::classifier::Asked;
 use crate::error::{Error, Result};
-use crate::{isolation, sql, txn, version};
+use crate::{isolation, owner, settings, sql, txn, version};
 
 /// A job as its owner sees it.
 #[derive(Debug, Clone)]
 pub struct Status {
     pub id: i64,
-    pub owner: pg_sys::Oid,
-    pub relation: pg_sys::Oid,
+    /// `None`: it was dropped, or is not a role here.
+    pub owner: Option<pg_sys::Oid>,
+    /// `None`: it is not here.
+    pub relation: Option<pg_sys::Oid>,
+    table_owner: Option<pg_sys::Oid>,
+    pub table: String,
     pub target: String,
     pub task: String,
     pub status: String,
     pub reason: Option<String>,
 }
 
-/// Looks a job up that the caller may control.
+impl Status {
+    /// For what its owner alone may do.
+    pub fn by_owner(self) -> Result<Self> {
+        if owner::is_mine(self.owner) { Ok(self) } else { Err(owner::denied(self.owner, &format!("job {}", self.id))) }
+    }
+
+    /// For what the table's owner may do too.
+    pub fn by_owner_or_tables(self) -> Result<Self> {
+        if self.table_owner.is_some() && owner::is_mine(self.table_owner) { Ok(self) } else { self.by_owner() }
+    }
+
+    /// Whether a role owns its table.
+    pub fn is_of_table(&self, role: pg_sys::Oid) -> bool {
+        self.table_owner == Some(role)
+    }
+
+    /// What it needs to go on: its owner and its table.
+    pub fn check_complete(&self) -> Result<(pg_sys::Oid, pg_sys::Oid)> {
+        let Some(owner) = self.owner else {
+            return Err(Error::new(PgSqlErrorCode::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION, owner::GONE)
+                .hint(format!("Give it another one with llm_batch.set_owner({}, …).", self.id)));
+        };
+        let Some(relation) = self.relation else {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
+                format!("table {} of job {} does not exist", self.table, self.id),
+            )
+            .hint(format!("Restore it under this name, or end the job with llm_batch.cancel({}).", self.id)));
+        };
+        Ok((owner, relation))
+    }
+}
+
+/// Looks a job up.
 pub fn status(id: i64) -> Result<Status> {
     let found = txn::as_extension_owner(|| {
         sql::row(
-            "SELECT p.owner::oid, j.relation::oid, p.target::text, p.task, p.status, p.reason
-               FROM llm_batch.progress p JOIN llm_batch.job j ON j.id = p.job_id WHERE p.job_id = $1",
+            "SELECT n.owner, t.oid, t.relowner, p.relation, p.target::text, p.task, p.status, p.reason
+               FROM llm_batch.progress p JOIN llm_batch.job j ON j.id = p.job_id
+              CROSS JOIN LATERAL (SELECT llm_batch.owner_now(j.owner, j.owner_name, j.home),
+                                         llm_batch.relation_now(j.relation, j.relation_name, j.home)) n (owner, relation)
+               LEFT JOIN pg_class t ON t.oid = n.relation WHERE p.job_id = $1",
             &[id.into()],
             |r| {
                 Ok(Status {
                     id,
-                    owner: r.get(1)?,
-                    relation: r.get(2)?,
-                    target: r.get(3)?,
-                    task: r.get(4)?,
-                    status: r.get(5)?,
-                    reason: r.maybe(6)?,
+                    owner: r.maybe(1)?,
+                    relation: r.maybe(2)?,
+                    table_owner: r.maybe(3)?,
+                    table: r.get(4)?,
+                    target: r.get(5)?,
+                    task: r.get(6)?,
+                    status: r.get(7)?,
+                    reason: r.maybe(8)?,
                 })
             },
         )
     })?;
-    let unknown =
-        || Error::unknown(format!("job {id} does not exist")).hint("The view llm_batch.progress lists your jobs.");
-    let found = found.ok_or_else(unknown)?;
-    // SAFETY: a catalog lookup on the main thread inside a transaction.
-    if unsafe { pg_sys::has_privs_of_role(pg_sys::GetUserId(), found.owner) } {
-        Ok(found)
-    } else {
-        Err(Error::denied(format!("must be owner of job {id}")))
+    found.ok_or_else(|| {
+        Error::unknown(format!("job {id} does not exist")).hint("The view llm_batch.progress lists your jobs.")
+    })
+}
+
+/// A job's account, as the log keeps it.
+pub fn account(id: i64) -> Result<String> {
+    let text = txn::as_extension_owner(|| {
+        sql::one::<String>(
+            "SELECT format('column %s of %s, task %s, by %s: %s rows done, %s skipped, %s failed, %s superseded, %s requests, %s input and %s output tokens, cost %s',
+                           p.target, p.relation, p.task, p.owner, p.rows_done, p.rows_skipped, p.rows_failed, p.rows_superseded,
+                           p.requests, p.input_tokens, p.output_tokens, p.cost)
+               FROM llm_batch.progress p WHERE p.job_id = $1",
+            &[id.into()],
+        )
+    })?;
+    Ok(text.unwrap_or_default())
+}
+
+/// Deletes a job, with all that belongs to it; the log keeps its account.
+pub fn forget(id: i64, why: &str) -> Result<()> {
+    let account = account(id)?;
+    let gone = txn::as_extension_owner(|| sql::run("DELETE FROM llm_batch.job WHERE id = $1", &[id.into()]))?;
+    if gone > 0 {
+        pgrx::log!("llm_batch job {id} is forgotten{why}: {account}");
     }
+    Ok(())
+}
+
+/// What a finder does besides: names are noted, old jobs forgotten.
+pub fn tidy_up() -> Result<()> {
+    if version::installed()?.is_none_or(|v| v != version::LIBRARY) {
+        return Ok(());
+    }
+    txn::as_extension_owner(|| note_names().and_then(|()| forget_old()))
+}
+
+/// Forgets the jobs that ended longer ago than they are to be kept, some at a time.
+fn forget_old() -> Result<()> {
+    let Some(minutes) = settings::keep_finished_jobs() else { return Ok(()) };
+    let old = sql::rows_mut(
+        "SELECT j.id FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
+          WHERE s.updated_at < now() - make_interval(mins => $1)
+            AND (j.wanted = 'cancelled' OR (s.epoch = j.epoch AND s.status IN ('done', 'failed')))
+          ORDER BY j.id LIMIT 1000 FOR UPDATE SKIP LOCKED",
+        &[minutes.into()],
+        |r| r.get::<i64>(1),
+    )?;
+    old.into_iter().try_for_each(|id| forget(id, ", as llm_batch.keep_finished_jobs says"))
+}
+
+/// Enters what roles and servers are called today, and makes what a dump has brought at home here once all of it is
+/// found: from then on it follows its owner and server when they are renamed. What others hold locked waits.
+fn note_names() -> Result<()> {
+    sql::run(
+        "UPDATE llm_batch.model m
+            SET owner = n.owner, owner_name = n.rolname, server = n.server, server_name = n.srvname, home = llm_batch.home()
+           FROM (SELECT x.name, r.oid AS owner, r.rolname, s.oid AS server, s.srvname FROM llm_batch.model x
+                   JOIN pg_roles r ON r.oid = llm_batch.owner_now(x.owner, x.owner_name, x.home)
+                   JOIN pg_foreign_server s ON s.oid = llm_batch.server_now(x.server, x.server_name, x.home)
+                  WHERE x.home <> llm_batch.home() OR x.owner_name <> r.rolname OR x.server_name <> s.srvname
+                    FOR UPDATE OF x SKIP LOCKED) n
+          WHERE m.name = n.name",
+        &[],
+    )?;
+    sql::run(
+        "UPDATE llm_batch.classifier c SET owner = n.owner, owner_name = n.rolname, home = llm_batch.home()
+           FROM (SELECT x.name, r.oid AS owner, r.rolname FROM llm_batch.classifier x
+                   JOIN pg_roles r ON r.oid = llm_batch.owner_now(x.owner, x.owner_name, x.home)
+                  WHERE x.home <> llm_batch.home() OR x.owner_name <> r.rolname
+                    FOR UPDATE OF x SKIP LOCKED) n
+          WHERE c.name = n.name",
+        &[],
+    )
+    .map(|_| ())
 }
 
 /// A job as its worker needs it.
 #[derive(Debug, Clone)]
 pub struct Job {
     pub id: i64,
+    /// `None`: it was dropped.
+    pub owner: Option<pg_sys::Oid>,
     pub relation: pg_sys::Oid,
     pub target: String,
     pub target_attnum: i16,
@@ -101,7 +211,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                         OR (s.status = 'paused' AND s.resume_at IS NOT NULL AND s.resume_at <= clock_timestamp())),
                     s.rows_total IS NOT NULL, s.retried_epoch,
                     EXISTS (SELECT FROM llm_batch.row_failure f WHERE f.job_id = j.id),
-                    j.max_cost::text, j.max_tokens, j.home
+                    j.max_cost::text, j.max_tokens, j.home, llm_batch.owner_now(j.owner, j.owner_name, j.home)
                FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
               WHERE j.id = $1 AND j.home = llm_batch.home()",
             &[id.into()],
@@ -109,6 +219,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                 let mut options = r.get::<JsonB>(10)?.0;
                 Ok(Job {
                     id,
+                    owner: r.maybe(22)?,
                     relation: r.get(1)?,
                     target: r.get(2)?,
                     target_attnum: r.get(3)?,
@@ -408,6 +519,9 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<boo
     if entered == 1 && matches!(outcome, Outcome::Done | Outcome::Failed(_) | Outcome::Cancelled) {
         let payload = format!("{{\"job\": {id}, \"status\": \"{status}\"}}");
         sql::run("SELECT pg_catalog.pg_notify('llm_batch', $1)", &[payload.into()])?;
+        if !matches!(outcome, Outcome::Cancelled) {
+            pgrx::log!("llm_batch job {id} is {status}: {}", account(id)?);
+        }
     }
     // Of a job whose row is gone nothing is left to enter.
     Ok(entered == 1 || !matches!(outcome, Outcome::Done))

@@ -42,7 +42,12 @@ pub extern "C-unwind" fn llm_batch_finder_main(_arg: pg_sys::Datum) {
         pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0));
         pg_sys::BackgroundWorkerInitializeConnectionByOid(pg_sys::Oid::from(database), pg_sys::InvalidOid, 0);
     }
-    let end = match txn::run(search) {
+    let found = txn::run(search);
+    // Later and apart: what holds this up holds up no job.
+    if let Err(e) = txn::run(store::tidy_up) {
+        pgrx::log!("llm_batch could not tidy up: {}", e.one_line());
+    }
+    let end = match found {
         Ok(Some(at)) => End::Again(at),
         Ok(None) => End::Finished,
         Err(e) => {
@@ -67,11 +72,13 @@ fn search() -> Result<Option<i64>> {
         return Ok(Some(shared::now() + AGAIN));
     }
     let jobs = sql::rows(
-        "SELECT j.id, j.owner::oid,
+        "SELECT j.id, j.owner,
                 s.epoch = j.epoch AND s.status = 'paused' AS waits,
                 (extract(epoch FROM s.resume_at - clock_timestamp()) * 1000000)::bigint AS microseconds,
-                CASE WHEN r.rolcanlogin IS NOT TRUE THEN 'it may not log in'
-                     WHEN NOT has_database_privilege(j.owner, current_database(), 'CONNECT') THEN 'it may not connect to the database'
+                CASE WHEN r.oid IS NULL THEN 'the job''s owner was dropped'
+                     WHEN NOT r.rolcanlogin THEN 'the job''s owner lost a right: it may not log in'
+                     WHEN NOT has_database_privilege(j.owner, current_database(), 'CONNECT')
+                     THEN 'the job''s owner lost a right: it may not connect to the database'
                 END, j.epoch,
                 (extract(epoch FROM clock_timestamp() - s.updated_at) * 1000000)::bigint AS age,
                 CASE WHEN s.epoch = j.epoch THEN s.starts ELSE 0 END AS starts
@@ -97,8 +104,7 @@ fn search() -> Result<Option<i64>> {
     let mut next = prepared.map(|_| now + AGAIN);
     for ((id, owner), wait, shut_out, epoch) in jobs {
         if let Some(why) = shut_out {
-            let text = format!("the job's owner lost a right: {why}");
-            store::end(id, epoch, &Outcome::Paused("owner", Some(text), None), true)?;
+            store::end(id, epoch, &Outcome::Paused("owner", Some(why), None), true)?;
             shared::unwant(super::my_database(), id);
             continue;
         }

@@ -8,8 +8,8 @@ use crate::error::Error;
 use crate::job::settle::{self, Answer};
 use crate::job::store::{self, Delta, Outcome};
 use crate::shared::{self, End};
-use crate::txn;
 use crate::worker::{self, my_database};
+use crate::{owner, txn};
 
 impl Worker {
     /// What an error in a transaction means: some pass, some are the job's end.
@@ -42,7 +42,9 @@ impl Worker {
             return;
         }
         pgrx::log!("llm_batch job {id} stops: {}", e.one_line());
-        self.stop(outcome_of(e));
+        // A role that was dropped has no rights: that it has none is not what is wrong.
+        let is_gone = txn::run(|| store::load(id)).is_ok_and(|job| job.is_some_and(|job| job.owner.is_none()));
+        self.stop(if is_gone { Outcome::Paused("owner", Some(owner::GONE.to_owned()), None) } else { outcome_of(e) });
     }
 
     /// Ends the run once it is stopping and nothing is open any more.

@@ -26,7 +26,7 @@ use crate::job::settle::Answer;
 use crate::job::store::{self, Failure, Job, Outcome};
 use crate::shared::{self, End};
 use crate::worker::{finder, handle_signals, my_database, my_pid, reload_if_asked, report};
-use crate::{changes, settings, sql, txn};
+use crate::{changes, owner, settings, sql, txn};
 
 /// How often locked rows are tried again, and transactions that failed in passing.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -88,6 +88,11 @@ fn run(id: i64, told: bool) -> End {
 fn begin(id: i64, told: bool) -> Result<Option<Job>> {
     // A start for nothing, such as one whose cause was rolled back to a savepoint, changes nothing.
     let Some(mut job) = store::load(id)?.filter(|job| job.is_due) else { return Ok(None) };
+    if job.owner != Some(me()) {
+        // It was given another owner while this process was on its way.
+        shared::want(my_database(), id, job.owner.unwrap_or_else(me).to_u32(), shared::now());
+        return Ok(None);
+    }
     let end = |outcome| store::end(id, job.epoch, &outcome, true);
     let (starts, error) = store::count_start(id, told)?;
     if starts > MOST_STARTS {
@@ -152,7 +157,8 @@ struct Worker {
     failures_in_a_row: u32,
     looked: Instant,
     look_now: bool,
-    /// `llm_batch.enabled` was found to be off.
+    /// The run ends, and another one is to go on later: `llm_batch.enabled` was found to be off, or the job has another
+    /// owner.
     disabled: bool,
 }
 
@@ -300,6 +306,13 @@ impl Worker {
             self.stop(Outcome::Cancelled);
             return Ok(());
         };
+        if job.owner.is_none() {
+            self.stop(Outcome::Paused("owner", Some(owner::GONE.to_owned()), None));
+        } else if job.owner != Some(me()) {
+            // Another process goes on, as its new owner.
+            self.disabled = true;
+            self.withdraw();
+        }
         match job.wanted.as_str() {
             "paused" => self.stop(Outcome::Paused("user", None, None)),
             "cancelled" => self.stop(Outcome::Cancelled),

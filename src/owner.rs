@@ -1,0 +1,69 @@
+//! Owners of models and classifiers, and what holds for those of jobs too: who has an owner's rights, and who may become
+//! one. The rules are those of `ALTER … OWNER TO`.
+
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::model::{check_owner, current_user};
+use crate::{sql, txn};
+
+/// What is said of a row or a job whose owner does not exist any more.
+pub const GONE: &str = "the job's owner was dropped";
+
+/// Whether the caller has the rights of an owner; of what nobody owns any more, superusers have them.
+pub fn is_mine(owner: Option<pg_sys::Oid>) -> bool {
+    // SAFETY: catalog lookups on the main thread inside a transaction.
+    unsafe {
+        match owner {
+            Some(owner) => pg_sys::has_privs_of_role(current_user(), owner),
+            None => pg_sys::superuser_arg(current_user()),
+        }
+    }
+}
+
+/// What whoever has not the rights of an owner is told.
+pub fn denied(owner: Option<pg_sys::Oid>, what: &str) -> Error {
+    let e = Error::denied(format!("must be owner of {what}"));
+    if owner.is_some() {
+        return e;
+    }
+    e.detail("Its owner was dropped, or is not a role here.")
+        .hint("A superuser can give it another one with llm_batch.set_owner().")
+}
+
+/// A role that the caller may make an owner: its name, and whether it can log in.
+pub fn new(role: pg_sys::Oid) -> Result<(String, bool)> {
+    let right = if cfg!(feature = "pg15") { "MEMBER" } else { "SET" };
+    let found = sql::row(
+        "SELECT r.rolname::pg_catalog.text, r.rolcanlogin, pg_catalog.pg_has_role(r.oid, $2)
+           FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) $1",
+        &[role.into(), right.into()],
+        |r| Ok((r.get::<String>(1)?, r.get::<bool>(2)?, r.get::<bool>(3)?)),
+    )?;
+    match found {
+        Some((name, can_login, true)) => Ok((name, can_login)),
+        Some((name, _, false)) => Err(Error::denied(format!("must be able to SET ROLE \"{name}\""))),
+        None => Err(Error::unknown(format!("role with OID {} does not exist", role.to_u32()))),
+    }
+}
+
+#[pg_extern(sql = false)]
+fn set_owner(kind: &str, name: &str, new_owner: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
+    if !["model", "classifier"].contains(&kind) {
+        return Err(Error::invalid(format!("unrecognized kind \"{kind}\""))
+            .hint(
+                "It is model or classifier. A job is named by its number alone, as in llm_batch.set_owner(1, 'alice').",
+            )
+            .into());
+    }
+    check_owner(kind, kind, name)?;
+    let (role, _) = new(new_owner)?;
+    txn::as_extension_owner(|| {
+        sql::run(
+            &format!("UPDATE llm_batch.{kind} SET owner = $2, owner_name = $3::name WHERE name = $1"),
+            &[name.into(), new_owner.into(), role.into()],
+        )
+    })?;
+    Ok(())
+}
