@@ -390,7 +390,7 @@ fn a_dump_whose_owners_are_not_there() {
     let e = error(there, &format!("SELECT llm_batch.resume({})", jobs.paused));
     assert!(e.0 == "28000" && e.1 == "the job's owner was dropped" && e.3.contains("set_owner"), "{e:?}");
     // The role is made after all; or another one takes its place.
-    run(there, "CREATE ROLE app LOGIN");
+    run(there, "CREATE ROLE app LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO app; ALTER TABLE a OWNER TO app");
     run(there, &format!("SELECT llm_batch.set_owner({}, 'postgres')", jobs.paused));
     jobs.go_on(there);
 }

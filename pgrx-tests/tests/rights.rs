@@ -664,7 +664,6 @@ fn jobs_that_are_forgotten() {
     wait_status(client, open, "paused");
     // What is older than the setting says goes with the next search, and only what has ended.
     run(client, "UPDATE llm_batch.job_state SET updated_at = now() - interval '89 days'");
-    run(client, "UPDATE llm_batch.job_state SET rows_total = rows_total");
     bed.cluster.restart();
     let client = &mut bed.connect();
     let searches = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'llm_batch finder'";
