@@ -57,7 +57,6 @@ impl Gateway {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (sender, receiver) = watch::channel(settings);
         let thread = std::thread::Builder::new().name("llm_batch net".into()).spawn(move || {
-            tokens::load();
             let local = tokio::task::LocalSet::new();
             local.block_on(&runtime, server::run(listener, tls, receiver, log));
         })?;
