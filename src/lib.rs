@@ -20,6 +20,7 @@ mod error;
 mod failure;
 mod isolation;
 mod job;
+mod kept;
 mod model;
 mod owner;
 mod provider;
@@ -51,6 +52,7 @@ pub extern "C-unwind" fn _PG_init() {
         unsafe { (pg_sys::process_shared_preload_libraries_in_progress, pg_sys::IsBinaryUpgrade) };
     if is_preloaded {
         shared::init();
+        kept::init();
         if !is_upgrade {
             worker::register();
             batch::init();

@@ -437,3 +437,40 @@ fn what_the_views_show_of_a_limit() {
         |n| *n == 0,
     );
 }
+
+#[test]
+fn what_was_sent_is_known_to_the_next_gateway() {
+    let bed = Bed::new("restarted");
+    let mut c = bed.connect();
+    // Its short window is a minute.
+    model(&mut c, "limited", "tokens_per_minute => 90000");
+    classifier(&mut c, "slow", &labels_json(&LABELS), "limited", "{}");
+    tickets(&mut c, "t", 1..=301);
+    let activity = "SELECT tokens_in_window, used FROM llm_batch.activity WHERE model = 'fake-limited'";
+    let look =
+        |c: &mut Client| c.query_opt(activity, &[]).unwrap().map(|row| (row.get::<_, i64>(0), row.get::<_, f64>(1)));
+    // A refusal ends the supposition of a first start, that the minute before it was used up.
+    bed.provider.script([Some(Fault::RateLimit429)]);
+    assert_eq!(classify(&mut c, "SELECT id, body FROM t WHERE id <= 300", "slow", "{}"), 300);
+    let (sent, used) = look(&mut c).unwrap();
+    assert!(sent > 0 && used < 0.5, "{sent} {used}");
+    let charged = bed.provider.stats().charged_tokens as i64;
+
+    let gateway = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'llm_batch gateway'";
+    let pid: i32 = c.query_one(gateway, &[]).unwrap().get(0);
+    run(&mut c, &format!("SELECT pg_terminate_backend({pid}, 10000)"));
+    wait_until(
+        "another gateway runs",
+        PATIENCE,
+        || c.query_opt(gateway, &[]).unwrap().map(|row| row.get::<_, i32>(0)),
+        |new| new.is_some_and(|new| new != pid),
+    );
+    let start = Instant::now();
+    bed.provider.reset_stats();
+    assert_eq!(classify(&mut c, "SELECT id, body FROM t WHERE id = 301", "slow", r#"{"reuse": false}"#), 1);
+    println!("the first row after the restart took {:?}", start.elapsed());
+    let (sent, used) = look(&mut c).unwrap();
+    // Neither forgotten nor taken for a minute's worth.
+    assert!(sent >= charged && used < 0.5, "{sent} of {charged}, {used}");
+    assert_eq!(bed.provider.stats().by_status.keys().collect::<Vec<_>>(), [&200]);
+}

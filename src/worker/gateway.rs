@@ -4,16 +4,16 @@
 use std::os::fd::FromRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::sync::mpsc;
+use std::sync::{OnceLock, mpsc};
 use std::time::Duration;
 
-use llm_batch_gateway::{Gateway, Settings};
+use llm_batch_gateway::{Gateway, Kept, Settings};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use super::{handle_signals, is_told_to_end, reload_if_asked, report, wait};
 use crate::failure::failure_point;
-use crate::{settings, shared};
+use crate::{kept, settings, shared};
 
 /// The socket, relative to the data directory, which is the server's working directory. Base backups leave this
 /// folder's content out.
@@ -55,10 +55,16 @@ fn without_signals<T>(f: impl FnOnce() -> T) -> T {
     }
 }
 
+/// What the gateway of this process knows of limits.
+static KEPT: OnceLock<Kept> = OnceLock::new();
+
 /// Clients look into why it has gone, which they notice after this.
 #[pg_guard]
 extern "C-unwind" fn on_exit(_code: i32, _arg: pg_sys::Datum) {
     shared::set_gateway_told(is_told_to_end());
+    if let Some(known) = KEPT.get() {
+        kept::put(&known.stock());
+    }
 }
 
 #[pg_guard]
@@ -72,7 +78,9 @@ pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
     }
     shared::set_gateway_told(false);
     let (log, lines) = mpsc::channel();
-    let started = bind().and_then(|listener| without_signals(|| Gateway::start(listener, current_settings(), log)));
+    let before = kept::get();
+    let started =
+        bind().and_then(|listener| without_signals(|| Gateway::start(listener, current_settings(), before, log)));
     let gateway = started.unwrap_or_else(|e| {
         ErrorReport::new(
             PgSqlErrorCode::ERRCODE_IO_ERROR,
@@ -84,6 +92,7 @@ pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
         .report(PgLogLevel::FATAL);
         unreachable!("FATAL ends the process")
     });
+    let _ = KEPT.set(gateway.kept());
     let bound = file();
     report(pg_sys::BackendState::STATE_IDLE, "");
     loop {

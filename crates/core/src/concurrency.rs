@@ -8,6 +8,8 @@ use crate::limiter::Tokens;
 
 /// Where it begins.
 const START: f64 = 4.0;
+/// Where it begins with a provider that keeps limits: by those it is held, and this is only the bound.
+const START_LIMITED: f64 = 64.0;
 /// The most it grows to.
 const MOST: f64 = 256.0;
 /// What is left of it after a refusal or a failure.
@@ -49,6 +51,13 @@ impl Concurrency {
     /// Latency of late, ms, if anything has been answered.
     pub fn latency(&self) -> Option<u64> {
         self.least.map(|_| self.latency as u64)
+    }
+
+    /// The provider keeps limits. If nothing has spoken against it yet, more may be under way from the start.
+    pub fn has_limits(&mut self) {
+        if self.is_new {
+            self.limit = self.limit.max(START_LIMITED);
+        }
     }
 
     /// A request that was sent at `sent` (ms), was answered at `now` (ms) with so many tokens; those

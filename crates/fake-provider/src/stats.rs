@@ -50,6 +50,8 @@ pub struct Stats {
     /// The mean delay asked for of the answers to admitted requests, in ms: by
     /// [`Latency`](crate::Latency), without `hold` and without the provider's own work.
     pub latency_ms_mean: f64,
+    /// The longest of them.
+    pub latency_ms_max: f64,
     /// The most tokens ever admitted within any window.
     pub peak_window_tokens: u64,
     /// The most requests ever admitted within any window.
@@ -101,6 +103,7 @@ pub(crate) struct Tally {
     /// Answers, and the sum of their delays.
     answers: u64,
     delays: Duration,
+    longest: Duration,
 }
 
 impl Tally {
@@ -112,6 +115,7 @@ impl Tally {
             in_flight: Means::default(),
             answers: 0,
             delays: Duration::ZERO,
+            longest: Duration::ZERO,
         }
     }
 
@@ -182,6 +186,7 @@ impl Tally {
         self.in_flight.mark();
         self.answers += 1;
         self.delays += delay;
+        self.longest = self.longest.max(delay);
         self.stats.last_answer_ms = Some(self.ms(now));
     }
 
@@ -207,6 +212,7 @@ impl Tally {
             in_flight_mean,
             rows_in_flight_mean,
             latency_ms_mean: self.delays.as_secs_f64() * 1_000.0 / self.answers.max(1) as f64,
+            latency_ms_max: self.longest.as_secs_f64() * 1_000.0,
             ..self.stats.clone()
         }
     }

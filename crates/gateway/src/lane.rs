@@ -10,6 +10,7 @@ use llm_batch_core::pack::Ratio;
 
 use crate::cache::Keys;
 use crate::group::Group;
+use crate::kept::KeptLane;
 use crate::protocol::Stream;
 
 /// Requests of those who wait that may be under way beyond what is allowed to jobs.
@@ -109,7 +110,7 @@ pub struct Lane {
     pub limiter: Limiter,
     /// What the models of the open streams allow, and what the provider's answers say it does.
     configured: Limits,
-    reported: Limits,
+    pub reported: Limits,
     pub groups: Vec<(String, Group)>,
     /// How much the group had been served that went last, among jobs and among those who wait.
     pub level: [f64; 2],
@@ -133,11 +134,16 @@ pub struct Lane {
 }
 
 impl Lane {
-    pub fn new(limits: Limits, started: u64, now: u64) -> Self {
-        Self {
-            limiter: Limiter::new(limits, started, now),
+    /// `kept`: what an earlier gateway knew of it. Of what was sent before `known_since` (ms) nothing is known otherwise.
+    pub fn new(limits: Limits, kept: Option<KeptLane>, known_since: u64, now: u64) -> Self {
+        let limiter = match kept {
+            Some(kept) => kept.limiter(limits, now),
+            None => Limiter::new(limits, known_since, now),
+        };
+        let mut lane = Self {
+            limiter,
             configured: limits,
-            reported: Limits::default(),
+            reported: kept.map(|kept| kept.reported).unwrap_or_default(),
             groups: Vec::new(),
             level: [0.0; 2],
             learned: Learned {
@@ -158,7 +164,9 @@ impl Lane {
             throttled: 0,
             errors: 0,
             last_error: None,
-        }
+        };
+        lane.keep_to_limits(now);
+        lane
     }
 
     /// Sets what the models of the open streams allow.
@@ -190,6 +198,9 @@ impl Lane {
     /// The smaller of what is configured and what is reported holds.
     fn keep_to_limits(&mut self, now: u64) {
         self.limiter.set_limits(self.configured.min(self.reported), now);
+        if self.limiter.is_limited() {
+            self.concurrency.has_limits();
+        }
     }
 
     /// A request was answered with a 2xx.

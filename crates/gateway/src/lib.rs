@@ -8,6 +8,7 @@ mod dispatch;
 mod egress;
 pub mod failure;
 mod group;
+mod kept;
 mod lane;
 mod notice;
 pub mod protocol;
@@ -16,6 +17,8 @@ mod queue;
 mod request;
 mod server;
 mod tokens;
+
+pub use kept::{Kept, KeptLane, MOST_LANES, Stock};
 
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc;
@@ -43,24 +46,33 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct Gateway {
     settings: Option<watch::Sender<Settings>>,
+    kept: Kept,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
 impl Gateway {
-    /// Starts the gateway on a bound socket. Lines for the server's log are sent to `log`.
+    /// Starts the gateway on a bound socket. `before`: what an earlier one has left; the default if that is not known.
+    /// Lines for the server's log are sent to `log`.
     ///
     /// # Errors
     /// If the thread, its runtime or the HTTP client can't be set up.
-    pub fn start(listener: UnixListener, settings: Settings, log: mpsc::Sender<String>) -> std::io::Result<Self> {
+    pub fn start(
+        listener: UnixListener,
+        settings: Settings,
+        before: Stock,
+        log: mpsc::Sender<String>,
+    ) -> std::io::Result<Self> {
         listener.set_nonblocking(true)?;
         let tls = egress::tls().map_err(std::io::Error::other)?;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
         let (sender, receiver) = watch::channel(settings);
+        let kept = Kept::new(before);
+        let known = kept.clone();
         let thread = std::thread::Builder::new().name("llm_batch net".into()).spawn(move || {
             let local = tokio::task::LocalSet::new();
-            local.block_on(&runtime, server::run(listener, tls, receiver, log));
+            local.block_on(&runtime, server::run(listener, tls, receiver, known, log));
         })?;
-        Ok(Self { settings: Some(sender), thread: Some(thread) })
+        Ok(Self { settings: Some(sender), kept, thread: Some(thread) })
     }
 
     /// Changes the settings.
@@ -72,6 +84,11 @@ impl Gateway {
                 changed
             });
         }
+    }
+
+    /// What is to outlive it.
+    pub fn kept(&self) -> Kept {
+        self.kept.clone()
     }
 
     /// Whether its thread has ended, which it does by itself only when something is broken.

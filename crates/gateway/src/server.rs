@@ -10,17 +10,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::sync::{Notify, watch};
 use tokio::task::spawn_local;
-use tokio::time::Instant;
 
 use crate::Settings;
 use crate::dispatch::{Launch, PROBE_ANSWER_TOKENS, Probe, State, disabled};
 use crate::egress::{Answer, Clients, HttpClient};
 use crate::failure_point;
+use crate::kept::Kept;
 use crate::protocol::{Endpoint, FromGateway, ToGateway, decode};
 use crate::request::{self, Answered, Question};
-
-/// Time 0 of the gateway lies this far (ms) before its start, so that windows before the start can be reckoned with.
-const BEFORE_START: u64 = 3_600_000;
 
 /// How long a client may be silent in the midst of a message, and before the first.
 const SILENCE: Duration = Duration::from_secs(30);
@@ -33,14 +30,14 @@ struct Shared {
     /// Memory became free.
     room: Notify,
     clients: RefCell<Clients>,
-    started: Instant,
+    kept: Kept,
     /// A task has panicked.
     broken: Cell<bool>,
 }
 
 impl Shared {
     fn now(&self) -> u64 {
-        BEFORE_START + self.started.elapsed().as_millis() as u64
+        self.kept.now()
     }
 }
 
@@ -49,17 +46,18 @@ pub async fn run(
     listener: UnixListener,
     tls: rustls::ClientConfig,
     mut settings: watch::Receiver<Settings>,
+    kept: Kept,
     log: mpsc::Sender<String>,
 ) {
     let Ok(listener) = tokio::net::UnixListener::from_std(listener) else { return };
-    let state = State::new(settings.borrow().clone(), BEFORE_START, log);
     let clients = Clients::new(tls, settings.borrow().memory);
+    let state = State::new(settings.borrow().clone(), kept.clone(), log);
     let shared = Rc::new(Shared {
         state: RefCell::new(state),
         changed: Notify::new(),
         room: Notify::new(),
         clients: RefCell::new(clients),
-        started: Instant::now(),
+        kept,
         broken: Cell::new(false),
     });
     spawn(&shared, accept(Rc::clone(&shared), listener));

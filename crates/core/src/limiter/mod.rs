@@ -7,11 +7,18 @@
 //! limit is large enough for that. What holds in every 6 s holds in every minute, for providers that look at shorter
 //! windows than they say, and requests are spread instead of sent in one burst. Within the short window requests are
 //! paced: each is followed by the time its tokens take to come back.
+//!
+//! Somebody who waits and comes to an idle limit is not paced until what the windows allow is used up. How much that is
+//! at once, `burst` finds out.
 
+mod burst;
+mod kept;
 mod reported;
 mod share;
 mod window;
 
+use burst::Burst;
+pub use kept::Kept;
 use reported::Reported;
 use share::Share;
 use window::Window;
@@ -80,7 +87,7 @@ fn amounts(requests: u64, tokens: Tokens) -> Amounts {
 /// Who wants to send.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
-    /// Somebody waits: short bursts are let through, and room is kept for the next one.
+    /// Somebody waits: bursts are let through, and room is kept for the next one.
     Interactive,
     /// A job: evenly paced.
     Bulk,
@@ -111,6 +118,8 @@ pub struct Grant {
     at: u64,
     /// What we thought was left then.
     left: Caps,
+    /// With it more went within 6 s than they let through.
+    beyond: bool,
 }
 
 /// Longest window, ms.
@@ -128,7 +137,8 @@ const REQUESTS_PER_WINDOW: u64 = 16;
 const SLACK: (u64, u64) = (60, 250);
 /// Requests are paced a little faster than the limit, so that what was missed is caught up with.
 const PACE: f64 = 0.95;
-/// Interactive requests may come at once as far as this part of the window would have let them through.
+/// Interactive requests may come at once as far as this part of the window would have let them through, also where it is
+/// not idle.
 const INTERACTIVE_BURST: u64 = 4;
 /// Room is kept for the next interactive request for so long (ms) after one, up to this part of the window.
 const SPARE_FOR: u64 = 60_000;
@@ -150,6 +160,8 @@ pub struct Limiter {
     limits: Limits,
     /// The shorter one first; the same length twice for small limits.
     windows: [Window; 2],
+    /// How much those who wait may send at once.
+    burst: Burst,
     /// When (ms) the next request may go, by class: interactive, bulk.
     paced: [u64; 2],
     /// When (ms) the last interactive request went, and what it took.
@@ -170,6 +182,7 @@ impl Limiter {
         let mut limiter = Self {
             limits: Limits::default(),
             windows: [Window::new(MINUTE, SLACK.1), Window::new(MINUTE, SLACK.1)],
+            burst: Burst::default(),
             paced: [0; 2],
             interactive: None,
             cut_at: None,
@@ -211,6 +224,7 @@ impl Limiter {
         for window in &mut self.windows {
             window.caps = limits.caps().map(|cap| cap.map(|l| (l * window.length / MINUTE).max(1)));
         }
+        self.burst.set_limits(limits);
     }
 
     /// Most tokens one request may take, prompt and answer together, if there is a limit.
@@ -233,22 +247,25 @@ impl Limiter {
         if now < self.blocked_until {
             return wait(self.blocked_until);
         }
-        let paced = self.paced[class as usize];
-        if now < paced {
-            return wait(paced);
-        }
         if let Some(at) = self.reported_allows(now, want) {
             return wait(at);
         }
         let share = self.share.at(now);
         let spare = self.spare(now, class);
-        let mut at = None;
-        for window in &mut self.windows {
-            window.forget(now);
-            at = at.max(window.fits_at(want, spare, share));
-        }
-        if let Some(at) = at {
-            return Err(Refusal::Until { at, part: self.part(now, want, spare, share) });
+        self.forget(now);
+        let [short, minute] = self.windows.each_ref().map(|window| window.fits_at(want, spare, share));
+        let paced = Some(self.paced[class as usize]).filter(|at| *at > now);
+        let burst = |is_paced| self.burst.fits_at(now, want, spare, share, &self.windows[1], is_paced);
+        // `None` is before any time.
+        let steady = paced.max(short).max(burst(true));
+        let may_burst = class == Class::Interactive && now >= self.crowded_until && !self.burst.is_off();
+        let near = if may_burst && steady.is_some() { steady.min(burst(false)) } else { steady };
+        if let Some(at) = near.max(minute) {
+            // When it is paced no more a part of it may fit, long before all of it does.
+            return match paced {
+                Some(paced) => wait(at.min(paced)),
+                None => Err(Refusal::Until { at, part: self.part(now, want, spare, share) }),
+            };
         }
         if part < TRIMMED {
             self.cut_at = Some(now);
@@ -257,7 +274,17 @@ impl Limiter {
         if class == Class::Interactive {
             self.interactive = Some((now, want));
         }
-        Ok(self.count(now, tokens))
+        if steady.is_some() {
+            self.burst.goes(now);
+        }
+        let grant = self.count(now, tokens, false);
+        Ok(Grant { beyond: self.burst.is_beyond(now, &self.windows[1]), ..grant })
+    }
+
+    fn forget(&mut self, now: u64) {
+        for window in &mut self.windows {
+            window.forget(now);
+        }
     }
 
     /// What is left by what the provider said, kind by kind, as long as that counts.
@@ -343,7 +370,7 @@ impl Limiter {
         }
     }
 
-    fn count(&mut self, now: u64, tokens: Tokens) -> Grant {
+    fn count(&mut self, now: u64, tokens: Tokens, beyond: bool) -> Grant {
         let want = amounts(1, tokens);
         let mut slot = Window::slot(now);
         // The longer window first: what it holds reaches as far as what the shorter one holds.
@@ -356,7 +383,7 @@ impl Limiter {
             let of = |caps: &Caps| caps.get(kind).copied().flatten();
             of(&a).into_iter().chain(of(&b)).min()
         });
-        Grant { slot, tokens, at: now, left }
+        Grant { slot, tokens, at: now, left, beyond }
     }
 
     /// The request was sent only at `now` (ms), later than it was granted: so much later it leaves the window.
@@ -368,7 +395,7 @@ impl Limiter {
         if !moved {
             return grant;
         }
-        self.count(now, grant.tokens)
+        self.count(now, grant.tokens, grant.beyond)
     }
 
     /// Replaces what was reserved by what the provider says it took. `left`: what it said was left when it got the
@@ -377,6 +404,7 @@ impl Limiter {
         let left = self.limited(left);
         self.replace(&grant, amounts(1, actual));
         self.observe(&grant, left);
+        self.burst.settled(&grant, amounts(1, actual), left, &self.windows[1]);
     }
 
     /// A request was refused for the limit's sake at `now` (ms), and took nothing. Unless the answer says what is left,
@@ -385,7 +413,9 @@ impl Limiter {
         let left = self.limited(left);
         self.replace(&grant, [0; KINDS]);
         // A little less after one although what was said to be left is heeded.
-        if left == Left::default() {
+        if self.burst.refused(&grant) {
+            // It has found out how much may be sent at once.
+        } else if left == Left::default() {
             self.share.refused(now, share::CUT);
         } else if now < self.crowded_until {
             self.share.refused(now, share::TRIM);
@@ -493,6 +523,8 @@ pub struct Usage {
     pub reported_left: Option<u64>,
 }
 
+#[cfg(test)]
+mod bursts;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]

@@ -30,6 +30,16 @@ impl Share {
         Self { value: 1.0, refused_at: f64::INFINITY, at: 0, cut_at: None }
     }
 
+    /// At which share the last refusal came.
+    pub fn refused_at(&self) -> f64 {
+        self.refused_at
+    }
+
+    /// Goes on from a share, and that at which the last refusal came, at `at` (ms).
+    pub fn restore(&mut self, (value, refused_at): (f64, f64), at: u64) {
+        (self.value, self.refused_at, self.at) = (value.clamp(LEAST, 1.0), refused_at, at);
+    }
+
     pub fn at(&mut self, now: u64) -> f64 {
         let mut seconds = now.saturating_sub(self.at) as f64 / 1000.0;
         self.at = self.at.max(now);

@@ -8,19 +8,19 @@ use proptest::prelude::*;
 use super::*;
 
 /// Tokens a minute, and of a request of 50 rows with its answer.
-const TPM: u64 = 500_000;
-const PACK: u64 = 2_660;
-const LATENCY: u64 = 1_900;
+pub(super) const TPM: u64 = 500_000;
+pub(super) const PACK: u64 = 2_660;
+pub(super) const LATENCY: u64 = 1_900;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Kind {
+pub(super) enum Kind {
     Rolling,
     Bucket,
 }
 
 /// A provider whose limit is kept over `window` ms, with another client that takes the part `other` of it, come what
 /// may, from `from` (ms) on.
-struct Provider {
+pub(super) struct Provider {
     kind: Kind,
     window: u64,
     cap: u64,
@@ -28,14 +28,14 @@ struct Provider {
     sum: u64,
     /// Of the bucket.
     level: f64,
-    at: u64,
+    pub at: u64,
     other: f64,
     from: u64,
     taken: u64,
 }
 
 impl Provider {
-    fn new(kind: Kind, window: u64, other: f64, from: u64) -> Self {
+    pub fn new(kind: Kind, window: u64, other: f64, from: u64) -> Self {
         let cap = TPM * window / MINUTE;
         Self { kind, window, cap, log: VecDeque::new(), sum: 0, level: cap as f64, at: 0, other, from, taken: 0 }
     }
@@ -67,7 +67,7 @@ impl Provider {
     }
 
     /// Whether a request is admitted, and what is left then.
-    fn admit(&mut self, at: u64, n: u64) -> (bool, u64) {
+    pub fn admit(&mut self, at: u64, n: u64) -> (bool, u64) {
         if self.other > 0.0 && at > self.from {
             let due = ((at - self.from) as f64 * self.other * TPM as f64 / MINUTE as f64) as u64;
             while self.taken + 1_000 <= due {
@@ -181,7 +181,7 @@ fn run(case: Case) -> Seen {
     seen
 }
 
-fn limits_of(tpm: u64) -> Limits {
+pub(super) fn limits_of(tpm: u64) -> Limits {
     Limits { tokens_per_minute: Some(tpm), ..Limits::default() }
 }
 

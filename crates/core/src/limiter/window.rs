@@ -120,6 +120,11 @@ impl Window {
         true
     }
 
+    /// What counts, by when (ms) it was sent at the latest.
+    pub fn sent(&self) -> impl DoubleEndedIterator<Item = (u64, Amounts)> + '_ {
+        self.log.iter().map(|(slot, amounts)| ((slot + 1) * WIDTH, *amounts))
+    }
+
     /// What was sent later than `at` (ms).
     pub fn since(&self, at: u64) -> Amounts {
         let mut sum = [0; KINDS];

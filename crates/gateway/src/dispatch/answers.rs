@@ -51,6 +51,7 @@ impl State {
                 }
             }
         }
+        self.note(now, &lane_key);
         self.flush();
         self.tidy(now, &lane_key);
     }

@@ -26,6 +26,7 @@ pub use self::probes::PROBE_ANSWER_TOKENS;
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
 use crate::group::{Pushed, Row, Waiter};
+use crate::kept::Kept;
 use crate::lane::Lane;
 use crate::notice::Notices;
 use crate::protocol::{
@@ -103,8 +104,8 @@ pub enum Probe {
 /// All of the gateway's state.
 pub struct State {
     pub settings: Settings,
-    /// When (ms) the gateway started.
-    started: u64,
+    /// What outlives the gateway.
+    kept: Kept,
     conns: HashMap<u64, Conn>,
     lanes: BTreeMap<LaneKey, Lane>,
     /// Endpoints that are in trouble, by account and URL.
@@ -122,10 +123,10 @@ pub struct State {
 }
 
 impl State {
-    pub fn new(settings: Settings, started: u64, log: mpsc::Sender<String>) -> Self {
+    pub fn new(settings: Settings, kept: Kept, log: mpsc::Sender<String>) -> Self {
         Self {
             settings,
-            started,
+            kept,
             conns: HashMap::new(),
             lanes: BTreeMap::new(),
             circuits: BTreeMap::new(),
@@ -213,8 +214,9 @@ impl State {
         c.stopped = false;
         let stream = Rc::new(stream);
         let before = c.stream.replace((lane_key.clone(), group_key.clone(), Rc::clone(&stream)));
-        let started = self.started;
-        let lane = self.lanes.entry(lane_key.clone()).or_insert_with(|| Lane::new(stream.model.limits(), started, now));
+        let kept = &self.kept;
+        let new = || Lane::new(stream.model.limits(), kept.lane(&lane_key), kept.known_since(), now);
+        let lane = self.lanes.entry(lane_key.clone()).or_insert_with(new);
         lane.group_or_new(&group_key, &stream, &self.keys).purse = purse;
         self.tidy(now, &lane_key);
         if let Some((old, _, _)) = before {
@@ -300,6 +302,13 @@ impl State {
         }
         self.flush();
         Ok(())
+    }
+
+    /// Notes how a lane stands, for the gateway after this one.
+    fn note(&mut self, now: u64, key: &LaneKey) {
+        if let Some(lane) = self.lanes.get_mut(key).filter(|lane| lane.limiter.is_limited()) {
+            self.kept.note(now, key, lane.reported, lane.limiter.keep(now));
+        }
     }
 
     pub fn allow(&mut self, conn: u64, more: Allowance) {

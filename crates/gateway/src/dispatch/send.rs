@@ -98,12 +98,16 @@ impl State {
         let keys: Vec<LaneKey> =
             self.lanes.iter().filter(|(_, l)| !l.groups.is_empty()).map(|(k, _)| k.clone()).collect();
         for key in keys {
+            let before = launches.len();
             loop {
                 match self.look(now, &key, &mut launches, &mut wake) {
                     Look::Sent => {}
                     Look::TooLarge(group, rows) => self.too_large(now, &key, &group, rows),
                     Look::Nothing => break,
                 }
+            }
+            if launches.len() > before {
+                self.note(now, &key);
             }
         }
         self.flush();

@@ -16,7 +16,7 @@ use llm_batch_core::dialect::Counts;
 use llm_batch_core::options::Options;
 use llm_batch_core::task::{Label, Task};
 use llm_batch_gateway::protocol::*;
-use llm_batch_gateway::{Gateway, Settings};
+use llm_batch_gateway::{Gateway, Settings, Stock};
 use llm_fake_provider::{Config, FakeProvider};
 
 pub const LABELS: [&str; 4] = ["billing", "bug", "shipping", "other"];
@@ -34,21 +34,31 @@ pub struct Setup {
 impl Setup {
     /// One that keeps no answers.
     pub fn new(memory: usize) -> Self {
-        Self::with(Settings { enabled: true, memory, cache: 0 })
+        Self::with(Settings { enabled: true, memory, cache: 0 }, Stock::default())
     }
 
     /// One that keeps answers in so many bytes.
     pub fn with_cache(cache: usize) -> Self {
-        Self::with(Settings { enabled: true, memory: 64 << 20, cache })
+        Self::with(Settings { enabled: true, memory: 64 << 20, cache }, Stock::default())
     }
 
-    fn with(settings: Settings) -> Self {
+    /// One that follows another one.
+    pub fn after(before: Stock) -> Self {
+        Self::with(Settings { enabled: true, memory: 64 << 20, cache: 0 }, before)
+    }
+
+    /// What is kept for the next one.
+    pub fn stock(&self) -> Stock {
+        self.gateway.as_ref().unwrap().kept().stock()
+    }
+
+    fn with(settings: Settings, before: Stock) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("llm_batch-test-{}-{}.sock", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(name);
         let (sender, log) = mpsc::channel();
         let listener = UnixListener::bind(&path).unwrap();
-        let gateway = Gateway::start(listener, settings, sender).unwrap();
+        let gateway = Gateway::start(listener, settings, before, sender).unwrap();
         Self { gateway: Some(gateway), path, log }
     }
 
@@ -207,6 +217,16 @@ pub fn stream(provider: &FakeProvider) -> Stream {
             options: Options::default(),
         },
         budget: None,
+    }
+}
+
+/// Waits until something is so.
+#[track_caller]
+pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !is_so() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
