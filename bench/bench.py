@@ -57,6 +57,8 @@ SPECIALS: dict[str, tuple[float, Callable[..., special.Result]]] = {
     "million": (60, special.million),
     "barrier": (30, special.barrier),
     "sql": (60, special.sql),
+    "burst": (320, lambda: special.burst(60)),
+    "burst-6": (320, lambda: special.burst(6)),
     "interactive": (90, lambda: special.interactive(6)),
     "interactive-60": (260, lambda: special.interactive(60)),
 }

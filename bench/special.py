@@ -1,4 +1,5 @@
-"""What is not a question of the limit: throughput, a million rows, sessions that call at once, a session beside a job."""
+"""What is not a question of the limit: throughput, a million rows, sessions that call at once, a session beside a job
+or after a rest."""
 
 import os
 import statistics
@@ -134,6 +135,50 @@ def sql(rows: int = 10_000, rounds: int = 5) -> Result:
     result = {"rows": rows, "seconds": took, "requests": requests, "ratios": ratios, "load": os.getloadavg()[0]}
     return result, [Goal("most requests of an UPDATE with llm_classify()", max(requests["llm_classify"]), most=rows // 50 + rows // 1000),
                     Goal("its time / with llm_classify_batch(), median", statistics.median(ratios), most=1.05)]
+
+
+def burst(window: int, rounds: int = 3) -> Result:
+    """A statement of 1,000 rows after more than a minute's rest: how much longer than its slowest request does it take?
+    And one of 500 rows after a restart of the gateway."""
+    limit = ["--window", str(window), "--tokens-per-window", str(TOKENS_PER_MINUTE * window // 60)]
+    ratios: list[float] = []
+    took: list[float] = []
+    refused: list[int] = []
+    gateway = f"SELECT pid FROM pg_stat_activity WHERE backend_type = '{GATEWAY}'"
+    with Provider([*LATENCY, *limit]) as provider, Cluster(provider, 50, TOKENS_PER_MINUTE) as cluster:
+        cluster.fill((rounds + 1) * 1_000 + 500)
+        session = Session(cluster)
+
+        def statement(first: int, rows: int) -> None:
+            provider.reset()
+            began = time.monotonic()
+            query = f"SELECT id, body FROM ticket WHERE id BETWEEN {first} AND {first + rows - 1}"
+            labels = session.ask(f"SELECT count(label) FROM llm_classify_batch('{query}', 'topic')")
+            took.append(time.monotonic() - began)
+            if int(labels) != rows:
+                raise RuntimeError(f"{labels} of {rows} rows have a label")
+            totals = provider.totals()
+            ratios.append(took[-1] * 1000 / totals["latency_ms_max"])
+            refused.append(totals["by_status"].get("429", 0))
+
+        # What the model's answers are like is learnt here.
+        session.ask("SELECT count(label) FROM llm_classify_batch('SELECT id, body FROM ticket WHERE id <= 200', 'topic')")
+        for n in range(1, rounds + 1):
+            time.sleep(70)
+            statement(n * 1_000, 1_000)
+        time.sleep(70)
+        pid = session.ask(gateway)
+        session.ask(f"SELECT pg_terminate_backend({pid}, 10000)")
+        while session.ask(f"SELECT count(*) FROM ({gateway}) g WHERE pid <> {pid}") != "1":
+            time.sleep(0.1)
+        statement((rounds + 1) * 1_000, 500)
+        session.close()
+    result = {"window": window, "seconds": took, "ratios": ratios, "refused": refused, "load": os.getloadavg()[0]}
+    if window < 60:
+        return result, [Goal("429s of the first burst", refused[0], most=2), Goal("429s later", sum(refused[1:]), most=0)]
+    return result, [Goal("429s", sum(refused), most=0),
+                    Goal("1,000 rows after a rest, x its slowest request", max(ratios[:-1]), most=1.3),
+                    Goal("500 rows after a restart, x its slowest request", ratios[-1], most=2.3)]
 
 
 def interactive(window: int, calls: int = 30) -> Result:
