@@ -55,9 +55,14 @@ impl Burst {
         self.known.is_off
     }
 
-    /// Goes on where another one was at `at` (ms). There may have been a burst just before.
-    pub fn restore(&mut self, known: Known, at: u64) {
-        (self.known, self.at) = (known, Some(at));
+    /// How long before `now` (ms) a request last went that was not paced, if one did.
+    pub fn age(&self, now: u64) -> Option<u64> {
+        self.at.map(|at| now.saturating_sub(at))
+    }
+
+    /// Goes on where another one was whose last burst was at `at` (ms).
+    pub fn restore(&mut self, known: Known, at: Option<u64>) {
+        (self.known, self.at) = (known, at);
     }
 
     /// When (ms) `want` may be sent beside what was sent in the last minute, if that is not `now`, so that no window of the

@@ -12,6 +12,8 @@ pub struct Kept {
     /// What was sent, by how many seconds ago.
     sent: [Amounts; SECONDS],
     burst: Known,
+    /// How long ago (ms) a burst was sent, if one was.
+    burst_age: Option<u64>,
     /// The part of the limit that is ours, and at which part the last refusal came.
     share: (f64, f64),
     /// For how long (ms) nothing may be sent.
@@ -33,14 +35,15 @@ impl Limiter {
             }
         }
         let share = (self.share.at(now), self.share.refused_at());
-        Kept { sent, burst: self.burst.known, share, blocked: self.blocked_until.saturating_sub(now) }
+        let blocked = self.blocked_until.saturating_sub(now);
+        Kept { sent, burst: self.burst.known, burst_age: self.burst.age(now), share, blocked }
     }
 
     /// A limiter that goes on where another one was `age` ms ago. It is `now` (ms).
     pub fn restore(limits: Limits, kept: &Kept, age: u64, now: u64) -> Self {
         let then = now.saturating_sub(age);
         let mut limiter = Self::new(Limits::default(), 0, now);
-        limiter.burst.restore(kept.burst, then);
+        limiter.burst.restore(kept.burst, kept.burst_age.map(|age| then.saturating_sub(age)));
         for (second, amounts) in kept.sent.iter().enumerate().rev() {
             if *amounts != [0; KINDS] {
                 let slot = Window::slot(then.saturating_sub(second as u64 * 1000));
