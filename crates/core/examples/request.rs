@@ -6,6 +6,7 @@ use std::io::BufRead;
 
 use llm_batch_core::answer::{self, Verdict};
 use llm_batch_core::codes::Legend;
+use llm_batch_core::forms::Forms;
 use llm_batch_core::options::Options;
 use llm_batch_core::prompt;
 use llm_batch_core::task::{Task, labels_from_json};
@@ -32,10 +33,11 @@ fn reply(line: &str) -> Result<Value, Box<dyn std::error::Error>> {
     let texts: Vec<String> = serde_json::from_value(said["texts"].clone())?;
     let user: String = ids.iter().zip(&texts).map(|(id, text)| prompt::row(*id, &prompt::quote(text))).collect();
     let Options { answer_shape, structured_output, .. } = task.options;
+    let form = Forms::default().next(answer_shape, structured_output);
     Ok(json!({
         "system": prompt::system(&task, &legend),
         "user": user,
-        "response_format": prompt::response_format(answer_shape, structured_output, &legend, &ids),
+        "response_format": prompt::response_format(answer_shape, form, &legend, &ids),
     }))
 }
 

@@ -46,6 +46,11 @@ pub fn read(text: &str, ids: &[u16], legend: &Legend) -> Vec<Verdict> {
     verdicts
 }
 
+/// Whether a text is an answer in words, with nothing in it that could be JSON.
+pub fn is_prose(text: &str) -> bool {
+    !text.trim().is_empty() && !text.contains(['{', '['])
+}
+
 fn parse_id(s: &str) -> Option<u16> {
     (s.len() == 3 && s.bytes().all(|b| b.is_ascii_digit())).then(|| s.parse().ok()).flatten()
 }

@@ -18,6 +18,8 @@ pub struct Request<'a> {
     pub model: &'a str,
     /// The fixed prefix.
     pub system: &'a str,
+    /// It stands at the head of the user's message: the server knows no role of the system.
+    pub no_system_role: bool,
     /// The rows.
     pub user: &'a str,
     /// Most tokens of the answer.
@@ -33,9 +35,14 @@ pub struct Request<'a> {
 /// The body of a request.
 pub fn body(r: &Request) -> Value {
     let cap = if r.max_completion_tokens { "max_completion_tokens" } else { "max_tokens" };
+    let messages = if r.no_system_role {
+        json!([{"role": "user", "content": format!("{}\n\n{}", r.system, r.user)}])
+    } else {
+        json!([{"role": "system", "content": r.system}, {"role": "user", "content": r.user}])
+    };
     let mut body = json!({
         "model": r.model,
-        "messages": [{"role": "system", "content": r.system}, {"role": "user", "content": r.user}],
+        "messages": messages,
         cap: r.max_tokens,
     });
     if let Value::Object(map) = &mut body {
@@ -170,6 +177,7 @@ mod tests {
         let b = body(&Request {
             model: "m",
             system: "s",
+            no_system_role: true,
             user: "u",
             max_tokens: 9,
             max_completion_tokens: true,
@@ -177,6 +185,7 @@ mod tests {
             parameters: &parameters,
         });
         assert_eq!(b["model"], "m");
+        assert_eq!(b["messages"], json!([{"role": "user", "content": "s\n\nu"}]));
         assert_eq!(b["max_completion_tokens"], 9);
         assert_eq!((b.get("n"), b.get("max_tokens"), b.get("response_format")), (None, None, None));
         assert_eq!(b["temperature"], 0);

@@ -11,6 +11,7 @@ pub mod codes;
 pub mod concurrency;
 pub mod dialect;
 mod error;
+pub mod forms;
 pub mod headers;
 pub mod limiter;
 pub mod options;

@@ -7,7 +7,8 @@
 use serde_json::{Value, json};
 
 use crate::codes::Legend;
-use crate::options::{AnswerShape, StructuredOutput};
+use crate::forms::Form;
+use crate::options::AnswerShape;
 use crate::task::Task;
 
 /// The system message of a task: instruction, legend, examples, the form of the answer.
@@ -74,19 +75,11 @@ pub fn quote(text: &str) -> String {
 }
 
 /// The `response_format` for the pack with these ids, or `None`.
-///
-/// `Auto` asks for JSON mode for the shapes that are maps (a strict schema can't say "any key", and a schema with
-/// every id costs some 14 tokens a row), and for a strict schema for the others.
-pub fn response_format(shape: AnswerShape, mode: StructuredOutput, legend: &Legend, ids: &[u16]) -> Option<Value> {
-    let mode = match (mode, shape) {
-        (StructuredOutput::Auto, AnswerShape::Map) => StructuredOutput::JsonObject,
-        (StructuredOutput::Auto, _) => StructuredOutput::JsonSchema,
-        (mode, _) => mode,
-    };
-    match mode {
-        StructuredOutput::None | StructuredOutput::Auto => None,
-        StructuredOutput::JsonObject => Some(json!({"type": "json_object"})),
-        StructuredOutput::JsonSchema => {
+pub fn response_format(shape: AnswerShape, form: Form, legend: &Legend, ids: &[u16]) -> Option<Value> {
+    match form {
+        Form::Plain => None,
+        Form::Object => Some(json!({"type": "json_object"})),
+        Form::Schema => {
             let code = json!({"type": "string", "enum": legend.codes()});
             let (strict, schema) = match shape {
                 AnswerShape::Map => (false, json!({"type": "object", "additionalProperties": code})),
@@ -235,15 +228,15 @@ mod tests {
     }
 
     #[test]
-    fn auto_is_json_mode_for_maps_and_a_strict_schema_for_lists() {
+    fn schemas_are_strict_where_they_name_every_key() {
         let t = task();
         let legend = Legend::new(&t.labels, Codes::Words, &str::len);
-        let f = |shape, mode| response_format(shape, mode, &legend, &[100, 101]);
-        assert_eq!(f(AnswerShape::Map, StructuredOutput::Auto), Some(json!({"type": "json_object"})));
-        assert_eq!(f(AnswerShape::Object, StructuredOutput::Auto).unwrap()["json_schema"]["strict"], json!(true));
-        assert_eq!(f(AnswerShape::Map, StructuredOutput::JsonSchema).unwrap()["json_schema"]["strict"], json!(false));
-        let p = f(AnswerShape::Properties, StructuredOutput::Auto).unwrap();
+        let f = |shape, form| response_format(shape, form, &legend, &[100, 101]);
+        assert_eq!(f(AnswerShape::Map, Form::Object), Some(json!({"type": "json_object"})));
+        assert_eq!(f(AnswerShape::Object, Form::Schema).unwrap()["json_schema"]["strict"], json!(true));
+        assert_eq!(f(AnswerShape::Map, Form::Schema).unwrap()["json_schema"]["strict"], json!(false));
+        let p = f(AnswerShape::Properties, Form::Schema).unwrap();
         assert_eq!(p["json_schema"]["schema"]["required"], json!(["100", "101"]));
-        assert_eq!(f(AnswerShape::Map, StructuredOutput::None), None);
+        assert_eq!(f(AnswerShape::Map, Form::Plain), None);
     }
 }

@@ -37,8 +37,10 @@ pub enum Trouble {
 /// A parameter of a request that a server may refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Parameter {
-    /// `response_format` with a schema, or at all.
+    /// `response_format` in this form, or at all.
     ResponseFormat,
+    /// A message of the system.
+    SystemRole,
     /// `max_tokens`, where `max_completion_tokens` is wanted.
     MaxTokens,
 }
@@ -143,6 +145,28 @@ fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<
         .iter()
         .any(|n| says(n))
     };
+    // Templates of chats raise these; some servers make a 500 of that.
+    let system_role = || {
+        let is_named =
+            ["system role", "system message", "system prompt", "'system'", "\"system\"", "developer instruction"];
+        let is_refused = ["not support", "unsupported", "not enabled", "not allowed"];
+        words.contains("roles must alternate")
+            || is_named.iter().any(|n| words.contains(n)) && is_refused.iter().any(|n| words.contains(n))
+    };
+    let response_format = || {
+        [
+            "response_format",
+            "response format",
+            "json_schema",
+            "json_object",
+            "json mode",
+            "json_validate_failed",
+            "structured output",
+            "structured_output",
+        ]
+        .iter()
+        .any(|n| says(n))
+    };
     // What stands in a 2xx names its status, or what it is about, or else is the provider's own trouble.
     let within = || match error["code"].as_u64().and_then(|n| u16::try_from(n).ok()) {
         Some(status @ 400..=599) => status,
@@ -159,15 +183,14 @@ fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<
         429 if too_long() => Trouble::TooLarge,
         429 if says("perday") || says("per day") || says("rpd") || says("tokens-month") => Trouble::Quota(retry_after),
         429 => Trouble::Rate(retry_after),
+        400 | 422 | 500 if system_role() => Trouble::Unsupported(Parameter::SystemRole),
         408 | 409 | 500..=599 => Trouble::Overload(retry_after),
         400 | 422 if spend() => Trouble::Spend,
         400 | 422 if too_long() || says("too many tokens") => Trouble::TooLarge,
         400 if says("model_not_found") => Trouble::NotFound,
         400 if says("content_filter") || says("content management policy") => Trouble::Filtered,
         400 | 422 if says("max_completion_tokens") => Trouble::Unsupported(Parameter::MaxTokens),
-        400 | 422 if says("response_format") || says("json_schema") || says("json_object") || says("json mode") => {
-            Trouble::Unsupported(Parameter::ResponseFormat)
-        }
+        400 | 422 if response_format() => Trouble::Unsupported(Parameter::ResponseFormat),
         _ => Trouble::Rejected,
     };
     let said = if message.is_empty() { body.trim() } else { &message };

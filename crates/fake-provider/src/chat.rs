@@ -232,6 +232,9 @@ fn check(config: &Config, chat: &Chat) -> Result<(), Reply> {
             format!("Invalid parameter: 'response_format' of type '{format}' is not supported with this model.");
         return Err(Reply::invalid("response_format", "", &message));
     }
+    if chat.system_tokens > 0 && !config.system_role {
+        return Err(Reply::invalid("messages", "", "System role not supported"));
+    }
     if chat.old_max_tokens && !config.max_tokens_param {
         return Err(Reply::invalid(
             "max_tokens",

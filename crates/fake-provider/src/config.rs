@@ -48,6 +48,8 @@ pub struct Config {
     pub json_schema: bool,
     /// Accept `response_format` of type `json_object`; otherwise 400. Default true.
     pub json_object: bool,
+    /// Accept messages of the system; otherwise 400. Default true.
+    pub system_role: bool,
     /// Accept `max_tokens`; otherwise 400 asking for `max_completion_tokens`. Default true.
     pub max_tokens_param: bool,
     /// Bills tell of cached prompts: requests whose system message, of 1,024
@@ -88,6 +90,7 @@ impl Default for Config {
             latency: Latency::default(),
             json_schema: true,
             json_object: true,
+            system_role: true,
             max_tokens_param: true,
             cache_prefix: false,
             context_tokens: None,

@@ -40,6 +40,7 @@ struct Control {
     cache_prefix: Option<bool>,
     json_schema: Option<bool>,
     json_object: Option<bool>,
+    system_role: Option<bool>,
     max_tokens_param: Option<bool>,
     retry_after: Option<RetryAfter>,
     rate_headers: Option<RateHeaders>,
@@ -112,6 +113,7 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
     set(&mut config.cache_prefix, control.cache_prefix);
     set(&mut config.json_schema, control.json_schema);
     set(&mut config.json_object, control.json_object);
+    set(&mut config.system_role, control.system_role);
     set(&mut config.max_tokens_param, control.max_tokens_param);
     set(&mut config.retry_after, control.retry_after);
     set(&mut config.rate_headers, control.rate_headers);

@@ -73,6 +73,7 @@ fn configure(arguments: Vec<String>) -> Result<Config, String> {
             "--cache-prefix" => config.cache_prefix = true,
             "--no-json-schema" => config.json_schema = false,
             "--no-json-object" => config.json_object = false,
+            "--no-system-role" => config.system_role = false,
             "--no-max-tokens" => config.max_tokens_param = false,
             _ => {
                 let value = arguments.next().ok_or(format!("{option} needs a value"))?;

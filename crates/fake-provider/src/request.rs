@@ -82,6 +82,10 @@ impl Chat {
             part.push_str(&content);
             part.push('\n');
         }
+        // Instructions may stand at the head of the user's message.
+        if chat.system.is_empty() {
+            chat.system.clone_from(&chat.user);
+        }
         let format = &body["response_format"];
         chat.format = match format["type"].as_str() {
             None if format.is_null() => Format::Text,

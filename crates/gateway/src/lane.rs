@@ -3,10 +3,12 @@
 use std::rc::Rc;
 
 use llm_batch_core::concurrency::Concurrency;
+use llm_batch_core::forms::{Form, Forms};
 use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::{Limiter, Limits, Tokens};
-use llm_batch_core::options::StructuredOutput;
+use llm_batch_core::options::Options;
 use llm_batch_core::pack::Ratio;
+use llm_batch_core::trouble::Parameter;
 
 use crate::cache::Keys;
 use crate::group::Group;
@@ -27,8 +29,10 @@ const ENOUGH_ANSWERS: u32 = 3;
 /// What a server was found to refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Learned {
-    /// The strongest form of `response_format` not known to be refused; `Auto` as long as none is.
-    pub format: StructuredOutput,
+    /// Forms of `response_format`.
+    pub forms: Forms,
+    /// Messages of the system: the instructions go to the head of the user's.
+    pub no_system_role: bool,
     /// The cap of an answer must be called `max_completion_tokens`.
     pub max_completion_tokens: bool,
     /// Tokens of answer beyond what is expected; grows when answers are cut off.
@@ -36,9 +40,32 @@ pub struct Learned {
 }
 
 impl Learned {
-    /// Which form to ask for when the task leaves it open or names one.
-    pub fn format(&self, wanted: StructuredOutput) -> StructuredOutput {
-        if wanted == StructuredOutput::Auto { self.format } else { wanted }
+    /// The form in which a task is asked.
+    pub fn form(&self, options: &Options) -> Form {
+        self.forms.next(options.answer_shape, options.structured_output)
+    }
+
+    /// A parameter of a request was refused that was written by what had been learnt `before`, for a task with these
+    /// options. Whether it can be written in another way. Requests that were under way together are refused together.
+    pub fn refused(&mut self, parameter: Parameter, before: Self, options: &Options) -> bool {
+        match parameter {
+            Parameter::MaxTokens => {
+                self.max_completion_tokens = true;
+                !before.max_completion_tokens
+            }
+            Parameter::SystemRole => {
+                self.no_system_role = true;
+                !before.no_system_role
+            }
+            Parameter::ResponseFormat => {
+                let form = before.form(options);
+                if form == Form::Plain {
+                    return false;
+                }
+                self.forms.give_up(form);
+                self.forms.left(options.answer_shape, options.structured_output).next().is_some()
+            }
+        }
     }
 
     /// An answer was cut off, or not, for which so much was spared. Those that were under way together are cut together;
@@ -147,7 +174,8 @@ impl Lane {
             groups: Vec::new(),
             level: [0.0; 2],
             learned: Learned {
-                format: StructuredOutput::Auto,
+                forms: Forms::default(),
+                no_system_role: false,
                 max_completion_tokens: false,
                 spare_answer_tokens: SPARE_ANSWER_TOKENS,
             },

@@ -7,6 +7,7 @@ use llm_batch_core::answer::{self, Verdict as Read};
 use llm_batch_core::dialect::{Finish, Reply};
 use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::{Left, Tokens};
+use llm_batch_core::options::StructuredOutput;
 use llm_batch_core::pack;
 use llm_batch_core::trouble::Trouble;
 
@@ -68,6 +69,7 @@ impl State {
             sent,
             worst,
             spared,
+            learned,
             ..
         } = request;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
@@ -89,9 +91,22 @@ impl State {
         let options = group.stream.task.options.clone();
         let read = answer::read(&reply.text, &ids, &legend);
         let unanswered = read.iter().filter(|v| !matches!(v, Read::Label(_))).count();
+        let payers = group.payers(&rows);
+        let form = learned.form(&options);
+        if unanswered < rows.len() {
+            lane.learned.forms.works(form);
+        } else if options.structured_output == StructuredOutput::Auto
+            && reply.finish == Finish::Complete
+            && answer::is_prose(&reply.text)
+            && lane.learned.forms.answered_in_prose(form)
+        {
+            self.spend(&payers, usage, reply.cached_input, now.saturating_sub(sent));
+            self.put_back(&lane_key, &group_key, rows);
+            self.notice(now, &lane_key, "prose", "the model answers in prose although JSON was asked for");
+            return;
+        }
         let is_slow = now.saturating_sub(sent) > group.stream.model.request_timeout_ms / SLOW;
         group.size.observe(rows.len(), unanswered, is_slow);
-        let payers = group.payers(&rows);
         self.spend(&payers, usage, reply.cached_input, now.saturating_sub(sent));
 
         let size = rows.len();

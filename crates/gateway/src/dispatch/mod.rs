@@ -16,7 +16,6 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use llm_batch_core::limiter::{Grant, Limits, Tokens};
-use llm_batch_core::options::StructuredOutput;
 use serde_json::Value;
 use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedSender;
@@ -27,7 +26,7 @@ use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
 use crate::group::{Pushed, Row, Waiter};
 use crate::kept::Kept;
-use crate::lane::Lane;
+use crate::lane::{Lane, Learned};
 use crate::notice::Notices;
 use crate::protocol::{
     Allowance, Endpoint, FromGateway, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
@@ -69,9 +68,8 @@ pub struct InFlight {
     worst: Tokens,
     /// When (ms) it was sent.
     sent: u64,
-    /// What was asked for.
-    format: StructuredOutput,
-    max_completion_tokens: bool,
+    /// By what it was written.
+    learned: Learned,
     /// Tokens of its cap beyond what was expected of any answer.
     spared: u64,
     /// Woken when all clients that wait for it have gone.

@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use llm_batch_core::dialect::{self, Reply};
 use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
-use llm_batch_core::trouble::{Parameter, Report, Trouble};
+use llm_batch_core::options::{Options, StructuredOutput};
+use llm_batch_core::trouble::{Report, Trouble};
 use serde_json::Value;
 
 use super::send::Draft;
@@ -31,6 +32,7 @@ pub(super) fn request(now: u64, lane: &mut Lane, stream: &Stream) -> Result<(Val
     let body = dialect::body(&dialect::Request {
         model: &stream.model.model,
         system: "Answer with one word.",
+        no_system_role: lane.learned.no_system_role,
         user: "Say ok.",
         max_tokens: PROBE_ANSWER_TOKENS,
         max_completion_tokens: lane.learned.max_completion_tokens,
@@ -74,13 +76,12 @@ impl State {
         let message = report.message;
         let is_open = !is_answered && self.fails(now, &lane_key, &group_key, 1, &message);
         let lane = self.lanes.get_mut(&lane_key)?;
+        // Nothing but the words of it is asked for.
+        let plain = Options { structured_output: StructuredOutput::None, ..Options::default() };
         let stop = |reason, retry_after_ms| Some(Some(Stop { reason, message: message.clone(), retry_after_ms }));
         match report.trouble {
             Trouble::Rate(_) | Trouble::TooLarge | Trouble::Filtered => Some(None),
-            Trouble::Unsupported(Parameter::MaxTokens) if !lane.learned.max_completion_tokens => {
-                lane.learned.max_completion_tokens = true;
-                None
-            }
+            Trouble::Unsupported(parameter) if lane.learned.refused(parameter, lane.learned, &plain) => None,
             Trouble::Overload(_) if tries < 3 && message != TIMED_OUT && !is_open => None,
             Trouble::Overload(_) => stop(StopReason::ProviderDown, None),
             Trouble::Auth => stop(StopReason::Auth, None),

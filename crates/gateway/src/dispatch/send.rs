@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use llm_batch_core::dialect;
 use llm_batch_core::limiter::{Refusal, Tokens};
-use llm_batch_core::options::StructuredOutput;
 use llm_batch_core::prompt;
 use serde_json::Value;
 use tokio::sync::Notify;
@@ -22,7 +21,6 @@ const LEAST_PART: usize = 4;
 /// A request as it would be sent.
 pub(super) struct Draft {
     ids: Vec<u16>,
-    format: StructuredOutput,
     response_format: Option<Value>,
     /// By our count.
     pub estimate: Tokens,
@@ -37,8 +35,8 @@ impl Draft {
     pub fn new(learned: Learned, measured: Measured, group: &Group, rows: &[Row], largest: u64) -> Self {
         let options = &group.stream.task.options;
         let ids = random_ids(rows.len());
-        let format = learned.format(options.structured_output);
-        let response_format = prompt::response_format(options.answer_shape, format, &group.legend, &ids);
+        let form = learned.form(options);
+        let response_format = prompt::response_format(options.answer_shape, form, &group.legend, &ids);
         let estimate = group.tokens(rows, response_format.as_ref());
         let prompt = measured.prompt.apply(estimate.input);
         let expected = measured.expected_answer(estimate.output);
@@ -48,7 +46,6 @@ impl Draft {
             .min(largest.saturating_sub(prompt).max(expected));
         Self {
             ids,
-            format,
             response_format,
             estimate,
             worst: Tokens { input: measured.most_prompt(estimate.input), output: most_answer },
@@ -61,6 +58,7 @@ impl Draft {
         dialect::body(&dialect::Request {
             model: &group.stream.model.model,
             system,
+            no_system_role: learned.no_system_role,
             user: &user,
             max_tokens: self.worst.output,
             max_completion_tokens: learned.max_completion_tokens,
@@ -216,8 +214,7 @@ impl State {
                 reserved: draft.reserve,
                 worst: draft.worst,
                 sent: now,
-                format: draft.format,
-                max_completion_tokens: learned.max_completion_tokens,
+                learned: *learned,
                 spared: learned.spare_answer_tokens,
                 abandoned,
                 rows,

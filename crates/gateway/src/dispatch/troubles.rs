@@ -4,13 +4,11 @@ use std::collections::HashSet;
 
 use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::limiter::Tokens;
-use llm_batch_core::options::{AnswerShape, StructuredOutput};
-use llm_batch_core::trouble::{Parameter, Report, Trouble};
+use llm_batch_core::trouble::{Report, Trouble};
 
 use super::answers::left;
 use super::{InFlight, LaneKey, State, too_long};
 use crate::group::Row;
-use crate::lane::Lane;
 use crate::protocol::{Stop, StopReason, Verdict};
 use crate::request::TIMED_OUT;
 
@@ -30,9 +28,7 @@ impl State {
         if is_unsure {
             self.unsure(&request);
         }
-        let InFlight {
-            lane: lane_key, group: group_key, rows, grant, sent, worst, format, max_completion_tokens, ..
-        } = request;
+        let InFlight { lane: lane_key, group: group_key, rows, grant, sent, worst, learned, .. } = request;
         let message = report.message.clone();
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         match report.trouble {
@@ -88,15 +84,8 @@ impl State {
                 return;
             }
             Trouble::Unsupported(parameter) => {
-                let learned = match parameter {
-                    Parameter::MaxTokens if !max_completion_tokens => {
-                        lane.learned.max_completion_tokens = true;
-                        true
-                    }
-                    Parameter::MaxTokens => false,
-                    Parameter::ResponseFormat => weaker(lane, &group_key, format),
-                };
-                if learned {
+                let options = lane.group(&group_key).map(|g| g.stream.task.options.clone()).unwrap_or_default();
+                if lane.learned.refused(*parameter, learned, &options) {
                     self.put_back(&lane_key, &group_key, rows);
                     self.notice(now, &lane_key, "unsupported", &format!("{message}; going on without it"));
                     return;
@@ -228,26 +217,6 @@ impl State {
             let _ = self.log.send(format!("llm_batch: model \"{}\": {line}", lane.1));
         }
     }
-}
-
-/// Falls back to the next weaker form of `response_format` than the one that was refused. False if there is none, or
-/// if the task insists on the form.
-fn weaker(lane: &mut Lane, group: &str, refused: StructuredOutput) -> bool {
-    let Some(group) = lane.group(group) else { return false };
-    let options = &group.stream.task.options;
-    if options.structured_output != StructuredOutput::Auto {
-        return false;
-    }
-    let next = match (refused, options.answer_shape) {
-        (StructuredOutput::Auto, AnswerShape::Map) | (StructuredOutput::JsonObject, _) => StructuredOutput::None,
-        (StructuredOutput::Auto | StructuredOutput::JsonSchema, _) => StructuredOutput::JsonObject,
-        (StructuredOutput::None, _) => return false,
-    };
-    // Requests that were under way together are refused together; only the first changes anything.
-    if lane.learned.format == refused {
-        lane.learned.format = next;
-    }
-    true
 }
 
 /// A wait (ms) after so many failures: doubled with each, with jitter.
