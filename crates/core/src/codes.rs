@@ -59,6 +59,12 @@ impl Legend {
     pub fn resolve(&self, answer: &str) -> Option<usize> {
         self.resolve.get(&answer.trim().to_lowercase()).copied()
     }
+
+    /// Whether a code or label begins with `answer` and is longer: an answer that was cut off might be that.
+    pub fn goes_on(&self, answer: &str) -> bool {
+        let answer = answer.trim().to_lowercase();
+        self.resolve.keys().any(|key| key.len() > answer.len() && key.starts_with(&answer))
+    }
 }
 
 /// `A` … `Z`, `AA`, `AB`, … without those that are a label, which an answer might mean instead.

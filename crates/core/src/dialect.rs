@@ -2,6 +2,8 @@
 //!
 //! Source: OpenAI's published API description (`/chat/completions`); what other servers leave out or add is tolerated.
 
+mod stream;
+
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -110,6 +112,8 @@ pub struct Reply {
     pub text: String,
     /// How it ended.
     pub finish: Finish,
+    /// There is reasoning beside the text.
+    pub has_reasoning: bool,
     /// What it took, reasoning included; `None` if the provider does not say.
     pub usage: Option<Tokens>,
     /// Tokens of the prompt that the provider had cached.
@@ -133,10 +137,13 @@ pub(crate) fn without_mark(body: &[u8]) -> &[u8] {
 /// Reads the body of a 2xx.
 ///
 /// # Errors
-/// If it is no JSON or carries an error.
+/// If it is neither JSON nor a stream of it, is a stream that broke off, or carries an error.
 pub fn reply(body: &[u8]) -> Result<Reply, Unread> {
-    let json: Value =
-        serde_json::from_slice(without_mark(body)).map_err(|_| Unread::Other("the provider's answer is not JSON"))?;
+    let body = without_mark(body);
+    let json: Value = match serde_json::from_slice(body) {
+        Ok(json) => json,
+        Err(_) => stream::whole(body)?,
+    };
     if !json["error"].is_null() {
         return Err(Unread::Said(json["error"].clone()));
     }
@@ -156,6 +163,12 @@ pub fn reply(body: &[u8]) -> Result<Reply, Unread> {
         _ if message["refusal"].as_str().is_some_and(|r| !r.is_empty()) => Finish::Refused,
         _ => Finish::Complete,
     };
+    let reasoning = ["reasoning_content", "reasoning", "reasoning_details", "thinking"];
+    let has_reasoning = reasoning.iter().any(|name| match &message[*name] {
+        Value::String(s) => !s.trim().is_empty(),
+        Value::Array(parts) => !parts.is_empty(),
+        _ => false,
+    });
     let tokens = |name: &str| json["usage"][name].as_u64();
     let usage = tokens("prompt_tokens")
         .map(|input| Tokens { input, output: tokens("completion_tokens").unwrap_or(0) })
@@ -163,7 +176,7 @@ pub fn reply(body: &[u8]) -> Result<Reply, Unread> {
         .filter(|u| u.input < 1 << 32 && u.output < 1 << 32);
     let cached = json["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
     let cached_input = usage.map_or(0, |u| cached.min(u.input));
-    Ok(Reply { text, finish, usage, cached_input })
+    Ok(Reply { text, finish, has_reasoning, usage, cached_input })
 }
 
 #[cfg(test)]
@@ -199,6 +212,7 @@ mod tests {
             Reply {
                 text: "{}".into(),
                 finish: Finish::Complete,
+                has_reasoning: false,
                 usage: Some(Tokens { input: 7, output: 2 }),
                 cached_input: 4
             }

@@ -18,6 +18,7 @@ pub mod options;
 pub mod pack;
 pub mod prompt;
 pub mod task;
+pub mod thinking;
 pub mod trouble;
 pub mod url;
 

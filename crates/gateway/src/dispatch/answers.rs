@@ -9,6 +9,7 @@ use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::{Left, Tokens};
 use llm_batch_core::options::StructuredOutput;
 use llm_batch_core::pack;
+use llm_batch_core::thinking;
 use llm_batch_core::trouble::Trouble;
 
 use super::{InFlight, State};
@@ -17,6 +18,11 @@ use crate::request::Answered;
 
 /// Part of its time after which an answer is called slow: then requests get smaller, before they run into it.
 const SLOW: u64 = 2;
+/// What is said of a row where all of the answer was thought.
+const ONLY_THOUGHT: &str = "the model wrote its reasoning and no answer, and nothing is taken from reasoning; thinking is turned off \
+    by llm_batch.alter_model(…, parameters => …) with {\"chat_template_kwargs\": {\"enable_thinking\": false}} for vLLM, \
+    SGLang and llama.cpp, {\"think\": false} or {\"reasoning_effort\": \"none\"} for Ollama, {\"reasoning_effort\": \"none\"} or \
+    \"minimal\" for OpenAI";
 
 impl State {
     /// Takes a finished request; `None` if it was abandoned.
@@ -89,7 +95,12 @@ impl State {
         }
         let legend = Rc::clone(&group.legend);
         let options = group.stream.task.options.clone();
-        let read = answer::read(&reply.text, &ids, &legend);
+        // What has ended by itself goes no further.
+        let whole = if reply.finish == Finish::Complete { format!("{}\n", reply.text) } else { reply.text.clone() };
+        let read = answer::read(&whole, &ids, &legend);
+        let is_thought = reply.finish == Finish::Complete
+            && thinking::spoken(&reply.text).trim().is_empty()
+            && (reply.has_reasoning || !reply.text.trim().is_empty());
         let unanswered = read.iter().filter(|v| !matches!(v, Read::Label(_))).count();
         let payers = group.payers(&rows);
         let form = learned.form(&options);
@@ -124,6 +135,7 @@ impl State {
                 (Read::Missing, Finish::Length) if last => {
                     Some(given_up("no_answer", "the answer was cut off before it came to this row"))
                 }
+                (Read::Missing, _) if last && is_thought => Some(given_up("no_answer", ONLY_THOUGHT)),
                 (Read::Missing, _) if last => Some(given_up("no_answer", "the model gave no answer for this row")),
                 (Read::UnknownCode, _) if last => {
                     Some(failed("unknown_code", "the model answered with something that is not among the labels"))
