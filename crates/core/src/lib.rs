@@ -16,9 +16,11 @@ pub mod headers;
 pub mod limiter;
 pub mod options;
 pub mod pack;
+pub mod patience;
 pub mod prompt;
 pub mod task;
 pub mod thinking;
+pub mod thought;
 pub mod trouble;
 pub mod url;
 

@@ -53,6 +53,11 @@ impl Size {
         (self.now as usize).max(1)
     }
 
+    /// No more than so many for now: more were not answered.
+    pub fn at_most(&mut self, rows: usize) {
+        self.now = self.now.min(rows.max(1) as f64);
+    }
+
     /// An answer to `rows` rows came; `missing` of them were not answered, or it `was_slow`. Answers to much fewer rows
     /// than allowed say nothing of larger ones.
     pub fn observe(&mut self, rows: usize, missing: usize, was_slow: bool) {

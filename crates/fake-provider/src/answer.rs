@@ -5,6 +5,7 @@ use crate::prompt::{Asked, RowId, Shape, Task};
 use crate::rng::Rng;
 use crate::tokens::{first_tokens, tokens};
 
+const PROSE: &str = "These tickets are about many things, and it is hard to say which is which.";
 const REFUSAL: &str = "I'm sorry, I can't help with that.";
 
 /// A choice of a chat completion.
@@ -14,6 +15,8 @@ pub(crate) struct Answer {
     pub(crate) refusal: Option<String>,
     pub(crate) finish_reason: &'static str,
     pub(crate) completion_tokens: u64,
+    /// Those of them that came before the answer.
+    pub(crate) thinking_tokens: u64,
     /// Ids of the markers of the rows whose right code the content holds.
     pub(crate) answered: Vec<RowId>,
 }
@@ -26,13 +29,14 @@ struct Item {
     answers: Option<RowId>,
 }
 
-/// Answers a task. `enforced` holds the codes a strict schema admits, if there
+/// Answers a task, after so many tokens of `thinking`. `enforced` holds the codes a strict schema admits, if there
 /// is one. The fault is taken out when it makes no difference (no row to drop),
 /// and replaced when it became another.
 pub(crate) fn compose(
     task: &Task,
     enforced: Option<&[String]>,
     max_tokens: Option<u64>,
+    thinking: u64,
     fault: &mut Option<Fault>,
     rng: &mut Rng,
 ) -> Answer {
@@ -59,6 +63,10 @@ pub(crate) fn compose(
             text = first_tokens(&text, tokens(&text) / 2);
             finish_reason = "length";
         }
+        Some(Fault::OnlyProse) => {
+            PROSE.clone_into(&mut text);
+            answered.clear();
+        }
         Some(Fault::Prose) => {
             const BEFORE: &str = "Sure! Here are the labels:\n```json\n";
             text = format!("{BEFORE}{text}\n```\nLet me know if I can help further.");
@@ -68,10 +76,10 @@ pub(crate) fn compose(
         }
         _ => {}
     }
-    let mut completion_tokens = tokens(refusal.as_deref().unwrap_or(&text));
+    let mut completion_tokens = thinking + tokens(refusal.as_deref().unwrap_or(&text));
     if let Some(max) = max_tokens.filter(|max| *max < completion_tokens) {
         let spoken = refusal.as_mut().unwrap_or(&mut text);
-        *spoken = first_tokens(spoken, max);
+        *spoken = first_tokens(spoken, max.saturating_sub(thinking));
         completion_tokens = max;
         finish_reason = "length";
     }
@@ -81,6 +89,7 @@ pub(crate) fn compose(
         refusal,
         finish_reason,
         completion_tokens,
+        thinking_tokens: thinking.min(completion_tokens),
         answered: answered.into_iter().map(|(_, id)| id).collect(),
     }
 }

@@ -79,7 +79,7 @@ impl State {
             _ => None,
         };
         let rng = &mut self.rng;
-        let answer = answer::compose(&task, enforced, chat.max_tokens, &mut fault, rng);
+        let answer = answer::compose(&task, enforced, chat.max_tokens, self.config.thinking_tokens, &mut fault, rng);
         let charge = charge(self.config.reserve, &chat, &answer);
         let number = match self.admit(now, charge, &chat.model) {
             Ok(number) => number,
@@ -189,6 +189,7 @@ impl State {
                 "finish_reason": answer.finish_reason,
             }],
             "usage": {
+                "completion_tokens_details": self.config.tells_thinking.then(|| json!({ "reasoning_tokens": answer.thinking_tokens })),
                 "prompt_tokens": chat.prompt_tokens,
                 "completion_tokens": answer.completion_tokens,
                 "total_tokens": chat.prompt_tokens + answer.completion_tokens,
@@ -242,6 +243,17 @@ fn check(config: &Config, chat: &Chat) -> Result<(), Reply> {
             "Unsupported parameter: 'max_tokens' is not supported with this model. \
              Use 'max_completion_tokens' instead.",
         ));
+    }
+    if let Some(most) = config.max_answer_tokens.filter(|most| chat.max_tokens.is_some_and(|max| max > *most)) {
+        let message = format!(
+            "max_tokens is too large: {asked}. This model supports at most {most} completion tokens, whereas you \
+             provided {asked}.",
+            asked = chat.max_tokens.unwrap_or(0),
+        );
+        return Err(Reply::invalid("max_tokens", "invalid_value", &message));
+    }
+    if let Some(most) = config.max_row_bytes.filter(|most| chat.user.lines().any(|line| line.len() > *most)) {
+        return Err(Reply::invalid("messages", "", &format!("text exceeds {most} bytes")));
     }
     let needed = chat.prompt_tokens.saturating_add(chat.max_tokens.unwrap_or(0));
     if let Some(context) = config.context_tokens.filter(|context| needed > *context) {

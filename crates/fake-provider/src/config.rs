@@ -56,6 +56,14 @@ pub struct Config {
     /// tokens or more, was in an admitted request before. Charges and latency
     /// stay the same. Default false.
     pub cache_prefix: bool,
+    /// Tokens that the model spends before it answers; they count against the maximum asked for. Default 0.
+    pub thinking_tokens: u64,
+    /// Bills tell of those tokens. Default false.
+    pub tells_thinking: bool,
+    /// Most tokens of an answer that may be asked for; above it, 400. `None` is no limit.
+    pub max_answer_tokens: Option<u64>,
+    /// Most bytes of a row's line; with a longer one the request gets a 400. `None` is no limit.
+    pub max_row_bytes: Option<usize>,
     /// Most tokens of the prompt plus the maximum asked for (when one is); above it,
     /// 400 `context_length_exceeded`. `None` is no limit.
     pub context_tokens: Option<u64>,
@@ -93,6 +101,10 @@ impl Default for Config {
             system_role: true,
             max_tokens_param: true,
             cache_prefix: false,
+            thinking_tokens: 0,
+            tells_thinking: false,
+            max_answer_tokens: None,
+            max_row_bytes: None,
             context_tokens: None,
             faults: Vec::new(),
             extra_head: Vec::new(),

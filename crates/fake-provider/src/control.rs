@@ -37,6 +37,12 @@ struct Control {
     /// Null removes it.
     #[serde(default, deserialize_with = "present")]
     poison: Option<Option<String>>,
+    thinking_tokens: Option<u64>,
+    tells_thinking: Option<bool>,
+    #[serde(default, deserialize_with = "present")]
+    max_answer_tokens: Option<Option<u64>>,
+    #[serde(default, deserialize_with = "present")]
+    max_row_bytes: Option<Option<usize>>,
     cache_prefix: Option<bool>,
     json_schema: Option<bool>,
     json_object: Option<bool>,
@@ -110,6 +116,10 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
     set(&mut config.release, control.release);
     set(&mut config.context_tokens, control.context_tokens);
     set(&mut config.poison, control.poison);
+    set(&mut config.thinking_tokens, control.thinking_tokens);
+    set(&mut config.tells_thinking, control.tells_thinking);
+    set(&mut config.max_answer_tokens, control.max_answer_tokens);
+    set(&mut config.max_row_bytes, control.max_row_bytes);
     set(&mut config.cache_prefix, control.cache_prefix);
     set(&mut config.json_schema, control.json_schema);
     set(&mut config.json_object, control.json_object);

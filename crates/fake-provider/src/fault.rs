@@ -57,6 +57,8 @@ pub enum Fault {
     CutByLength,
     /// A right answer, within prose and a code fence.
     Prose,
+    /// Prose, and no answer in it.
+    OnlyProse,
     /// The model refuses: no content, a `refusal` instead.
     Refusal,
     /// The answer is withheld: `finish_reason` is `content_filter`, no content.
@@ -82,7 +84,7 @@ impl Fault {
     ];
 
     /// The faults without parameters.
-    const PLAIN: [Self; 20] = [
+    const PLAIN: [Self; 21] = [
         Self::Http500,
         Self::Http503,
         Self::RateLimit429,
@@ -101,6 +103,7 @@ impl Fault {
         Self::EmptyAnswer,
         Self::CutByLength,
         Self::Prose,
+        Self::OnlyProse,
         Self::Refusal,
         Self::ContentFilter,
     ];
@@ -129,6 +132,7 @@ impl Fault {
             Self::EmptyAnswer => "EmptyAnswer",
             Self::CutByLength => "CutByLength",
             Self::Prose => "Prose",
+            Self::OnlyProse => "OnlyProse",
             Self::Refusal => "Refusal",
             Self::ContentFilter => "ContentFilter",
         }

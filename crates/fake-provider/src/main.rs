@@ -25,7 +25,9 @@ usage: llm-fake-provider [OPTION]...
   --rate-headers STYLE      openai (default), anthropic, mistral, azure or none
   --retry-after STYLE       both (default: s and ms), seconds, date or none
   --cache-prefix            report system messages that come again as cached
-  --context-tokens N        default no limit
+  --context-tokens N, --max-answer-tokens N, --max-row-bytes N
+                            default no limit
+  --thinking-tokens N       spent before each answer, default 0
   --base-ms N               delay of every answer
   --per-token-ms N          delay per completion token
   --spread F                sigma of the lognormal factor on the delay
@@ -94,6 +96,9 @@ fn set(config: &mut Config, option: &str, value: &str) -> Option<()> {
         "--output-tokens-per-window" => config.output_tokens_per_window = Some(value.parse().ok()?),
         "--requests-per-window" => config.requests_per_window = Some(value.parse().ok()?),
         "--context-tokens" => config.context_tokens = Some(value.parse().ok()?),
+        "--max-answer-tokens" => config.max_answer_tokens = Some(value.parse().ok()?),
+        "--max-row-bytes" => config.max_row_bytes = Some(value.parse().ok()?),
+        "--thinking-tokens" => config.thinking_tokens = value.parse().ok()?,
         "--other-client" => config.other_client.get_or_insert_default().share = value.parse().ok()?,
         "--other-client-tokens" => config.other_client.get_or_insert_default().request_tokens = value.parse().ok()?,
         "--other-client-after" => config.other_client.get_or_insert_default().after = seconds(value, 1.0)?,
