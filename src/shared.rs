@@ -206,6 +206,13 @@ pub fn progressed(database: u32, job: i64) {
     }
 }
 
+/// The caller's job has listed what it died of: whatever it dies of next, it need not wait long.
+pub fn listed_a_crash(database: u32, job: i64) {
+    if let Some(e) = TABLE.exclusive().find(database, job) {
+        e.deaths = e.deaths.min(2);
+    }
+}
+
 /// Whether the caller's job was told to look at its row again, since the last call.
 pub fn was_poked(database: u32, job: i64) -> bool {
     TABLE.exclusive().find(database, job).is_some_and(|e| std::mem::take(&mut e.poked))

@@ -324,6 +324,14 @@ pub fn failed_among(id: i64, keys: Vec<Option<JsonB>>) -> Result<Vec<i64>> {
     })
 }
 
+/// How many rows are listed that killed what worked on them.
+pub fn crashes(id: i64) -> Result<i64> {
+    txn::as_extension_owner(|| {
+        let crashes = "SELECT count(*) FROM llm_batch.row_failure WHERE job_id = $1 AND class = 'crash'";
+        Ok(sql::one::<i64>(crashes, &[id.into()])?.unwrap_or(0))
+    })
+}
+
 /// A row to list.
 #[derive(Debug)]
 pub struct Failure {

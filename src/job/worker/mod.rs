@@ -39,8 +39,11 @@ const MOST_FAILURES: u32 = 60;
 /// The same for errors of unknown kind.
 const MOST_INTERNAL: u32 = 5;
 /// Runs that begin one after the other without a row being done: the last one lists the row that it would begin with,
-/// and then the job is given up.
+/// and then the job is given up, unless so many such rows follow each other.
 const MOST_STARTS: i32 = 7;
+const MORE_STARTS: i64 = 4;
+/// The class of such a row.
+const CRASH: &str = "crash";
 /// When a job goes on by itself where nobody says when, microseconds.
 const LATER: i64 = 15_000_000;
 
@@ -95,9 +98,9 @@ fn begin(id: i64, told: bool) -> Result<Option<Job>> {
     }
     let end = |outcome| store::end(id, job.epoch, &outcome, true);
     let (starts, error) = store::count_start(id, told)?;
-    if starts > MOST_STARTS {
+    if starts > MOST_STARTS && i64::from(starts - MOST_STARTS) > store::crashes(id)?.min(MORE_STARTS) {
         let error = error.map_or(String::new(), |e| format!("; the last error was: {e}"));
-        end(Outcome::Failed(format!("the job's worker died {MOST_STARTS} times without a row being done{error}")))?;
+        end(Outcome::Failed(format!("the job's worker died {} times without a row being done{error}", starts - 1)))?;
         return Ok(None);
     }
     job.starts = starts;

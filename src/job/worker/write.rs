@@ -8,7 +8,7 @@ use pgrx::pg_sys;
 
 use super::end::says_nothing;
 use super::money::Decision;
-use super::{Worker, make_plan};
+use super::{CRASH, Worker, make_plan};
 use crate::budget;
 use crate::error::Result;
 use crate::failure::failure_point;
@@ -90,8 +90,12 @@ impl Worker {
         self.spent = Spent::default();
         self.money.settled(decision);
         self.carry_out(decision, account.unwrap_or_default())?;
-        let listed_late = !std::mem::take(&mut self.too_late).is_empty();
-        if !settled.failures.is_empty() || listed_late {
+        let listed = std::mem::take(&mut self.too_late);
+        if listed.iter().any(|failure| failure.class == CRASH) {
+            // The next row may be such a one too.
+            shared::listed_a_crash(my_database(), self.job.id);
+        }
+        if !settled.failures.is_empty() || !listed.is_empty() {
             self.job.has_failures = true;
         }
         self.sample(settled.done + settled.failures.len() as i64, (spent.input_tokens + spent.output_tokens) as i64);
