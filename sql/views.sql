@@ -51,7 +51,7 @@ COMMENT ON VIEW llm_batch.progress IS 'jobs: one''s own, those on one''s own tab
 COMMENT ON COLUMN llm_batch.progress.owner IS 'with whose rights it runs';
 COMMENT ON COLUMN llm_batch.progress.relation IS 'the table as it is called now';
 COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed, cancelled';
-COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, owner, restored, table wait for resume(); provider_down, quota, no_worker_slot go on by themselves';
+COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, no_answers, owner, restored, table wait for resume(); provider_down, quota, no_worker_slot go on by themselves';
 COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and those that came since; NULL until they are counted';
 COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that others filled, changed or deleted meanwhile';
 COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows among rows_done whose answer was paid for with another row of the same text';
@@ -80,6 +80,7 @@ SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.r
        a.breaker,
        pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) pg_catalog.make_interval(secs => a.waiting_ms OPERATOR(pg_catalog./) 1000::pg_catalog.float8) AS waiting_until,
        pg_catalog.make_interval(secs => a.latency_ms OPERATOR(pg_catalog./) 1000::pg_catalog.float8) AS latency,
+       a.thinking_tokens,
        pg_catalog.round(a.token_ratio, 3) AS token_ratio, pg_catalog.round(a.answer_ratio, 3) AS answer_ratio,
        pg_catalog.round(a.rows_total::pg_catalog.numeric OPERATOR(pg_catalog./) NULLIF(a.requests_total, 0), 1) AS rows_per_request,
        a.requests_total, a.rows_total, a.rows_reused, a.throttled AS throttled_429, a.errors, a.last_error
@@ -87,7 +88,7 @@ SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.r
        account text, model text, queued bigint, in_flight_requests bigint, in_flight_rows bigint,
        requests_allowed bigint, rows_allowed bigint, tokens_in_window bigint, tokens_limit bigint,
        requests_in_window bigint, requests_limit bigint, used double precision, share double precision,
-       reported_left bigint, token_ratio numeric, answer_ratio numeric, latency_ms bigint, rows_reused bigint,
+       reported_left bigint, token_ratio numeric, answer_ratio numeric, thinking_tokens bigint, latency_ms bigint, rows_reused bigint,
        waiting_ms bigint, requests_total bigint, rows_total bigint, throttled bigint, errors bigint, last_error text, breaker text);
 COMMENT ON VIEW llm_batch.activity IS 'the limiter and the queue of each account and model, live: those one has streams of, or all for pg_monitor';
 COMMENT ON COLUMN llm_batch.activity.requests_allowed IS 'most requests under way at the same time, as it has proved useful so far';
@@ -98,6 +99,7 @@ COMMENT ON COLUMN llm_batch.activity.reported_left IS 'tokens left in the provid
 COMMENT ON COLUMN llm_batch.activity.breaker IS 'closed: requests are sent; open: nothing is, because the provider does not answer; half_open: a probe finds out whether it does again';
 COMMENT ON COLUMN llm_batch.activity.waiting_until IS 'nothing is sent before: the provider said so, or is probed then after it has not answered';
 COMMENT ON COLUMN llm_batch.activity.latency IS 'time from a request to its answer, of late';
+COMMENT ON COLUMN llm_batch.activity.thinking_tokens IS 'tokens that the model spends on thinking before it answers, a request, of late';
 COMMENT ON COLUMN llm_batch.activity.token_ratio IS 'tokens of prompts as the provider counts them, for each that is counted here';
 COMMENT ON COLUMN llm_batch.activity.answer_ratio IS 'tokens of answers for each that was expected';
 COMMENT ON COLUMN llm_batch.activity.rows_reused IS 'rows that got the answer of another row of the same text, since the gateway started';

@@ -84,6 +84,12 @@ impl Error {
                 format!("the provider of model \"{model}\" refuses the request"),
                 "Check the parameters of the model and the options of the task, such as structured_output.",
             ),
+            StopReason::NoAnswers => (
+                C::ERRCODE_DATA_EXCEPTION,
+                format!("model \"{model}\" gives no valid answer to this task"),
+                "Ask another model, or change the task: fewer or plainer labels, another answer_shape or \
+                 structured_output, fewer rows with max_rows_per_request.",
+            ),
             StopReason::Disabled => (
                 C::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
                 "pg_llm_batch is switched off".to_owned(),

@@ -45,6 +45,14 @@ fn asked(bed: &Bed) -> BTreeMap<u32, usize> {
     out
 }
 
+/// The model has answered the task a moment ago: what it does not answer from now on is the rows' own fault.
+#[track_caller]
+fn proven(bed: &Bed, c: &mut Client) {
+    tickets(c, "proven", 900_001..=900_050);
+    let job = backfill(c, "proven");
+    bed.done(job);
+}
+
 #[track_caller]
 fn all_right(c: &mut Client, table: &str) {
     assert_eq!((wrong(c, table), left(c, table)), (0, 0), "wrong and left in {table}");
@@ -184,6 +192,7 @@ fn an_answer_that_is_wrong_for_many_rows_is_asked_again_in_part() {
 fn rows_that_are_never_answered_are_listed_and_can_be_asked_again() {
     let bed = Bed::new("never");
     let mut c = bed.connect();
+    proven(&bed, &mut c);
     let single = r#"options => '{"max_rows_per_request": 1}'"#;
     let faults = [
         (Fault::DropId, "skipped", "no_answer", 3),
@@ -230,6 +239,7 @@ fn rows_that_are_never_answered_are_listed_and_can_be_asked_again() {
 fn a_pack_that_is_never_answered_is_split_down_to_single_rows() {
     let bed = Bed::new("split");
     let mut c = bed.connect();
+    proven(&bed, &mut c);
     tickets(&mut c, "t", 1..=50);
     let job = always(&bed, &mut c, "t", "", Fault::EmptyAnswer);
     let p = bed.done(job);
@@ -239,11 +249,11 @@ fn a_pack_that_is_never_answered_is_split_down_to_single_rows() {
     // 50 rows at once, then in smaller requests, then alone.
     let sizes: Vec<usize> =
         bed.provider.bodies().iter().map(|b| b["messages"][1]["content"].as_str().unwrap().lines().count()).collect();
-    // The first body is the probe's, of one line too.
-    let (first, last) = (sizes[1], &sizes[sizes.len() - 50..]);
+    // The first bodies are the probe's, of one line too, and that of the rows before.
+    let (first, last) = (sizes[2], &sizes[sizes.len() - 50..]);
     assert_eq!(first, 50, "{sizes:?}");
     assert!(last.iter().all(|n| *n == 1), "{sizes:?}");
-    assert_eq!(p.requests as usize, sizes.len() - 1);
+    assert_eq!(p.requests as usize, sizes.len() - 2);
 
     // Half of them come back, with other attempts than the job's default.
     no_faults(&bed);
@@ -263,6 +273,80 @@ fn a_single_row_that_is_too_large_for_the_provider_is_skipped() {
     let p = bed.done(job);
     assert_eq!(p.counts(), (3, 0, 3, 0, 0, 0));
     assert!(failures(&mut c, job).iter().all(|f| (f.1.as_str(), f.2.as_str()) == ("skipped", "too_long")));
+}
+
+#[test]
+fn a_model_that_gives_no_valid_answer_pauses_the_job_and_fails_the_statement() {
+    let bed = Bed::new("no_answers");
+    let mut c = bed.connect();
+    tickets(&mut c, "t", 1..=2_000);
+    let job = always(&bed, &mut c, "t", "", Fault::OnlyProse);
+    let p = wait_status(&mut c, job, "paused");
+    assert_eq!((p.reason.as_deref(), p.counts()), (Some("no_answers"), (2_000, 0, 0, 0, 0, 2_000)), "{p:?}");
+    let said = "These tickets are about many things";
+    assert!(p.last_error.as_ref().is_some_and(|e| e.contains(said)), "{p:?}");
+    let paid = bed.provider.stats().admitted;
+    println!("a job of 2,000 rows: {paid} requests");
+    assert!(paid <= 20 && p.requests as u64 == paid, "{paid} {p:?}");
+    assert!(failures(&mut c, job).is_empty());
+    let (state, message, detail, _) = error(&mut c, &format!("CALL llm_batch.wait({job})"));
+    assert_eq!((state.as_str(), message.as_str()), ("55000", format!("job {job} is paused (no_answers)").as_str()));
+    assert!(detail.contains(said), "{detail}");
+    // A statement of the same task.
+    bed.provider.reset_stats();
+    let batch = "SELECT count(*) FROM llm_classify_batch('SELECT id, body FROM t WHERE id <= 40', 'topic')";
+    let (state, message, detail, hint) = error(&mut c, batch);
+    assert_eq!((state.as_str(), message.as_str()), ("22000", "model \"m\" gives no valid answer to this task"));
+    assert!(detail.contains(said) && hint.contains("Ask another model"), "{detail} {hint}");
+    let paid = bed.provider.stats().admitted;
+    println!("a statement of 40 rows: {paid} requests");
+    assert!(paid <= 20, "{paid}");
+    // It is mended, and the job is told.
+    no_faults(&bed);
+    run(&mut c, &format!("SELECT llm_batch.resume({job})"));
+    assert_eq!(bed.done(job).counts(), (2_000, 2_000, 0, 0, 0, 0));
+    all_right(&mut c, "t");
+    assert!(failures(&mut c, job).is_empty());
+}
+
+#[test]
+fn a_row_that_the_server_refuses_is_listed_in_a_job_and_in_a_statement() {
+    let bed = Bed::with("rejected", Config { max_row_bytes: Some(2_000), ..Config::default() });
+    let mut c = bed.connect();
+    tickets(&mut c, "t", 1..=100);
+    run(&mut c, "UPDATE t SET body = body || repeat('x', 2000) WHERE id = 17");
+    let query = "SELECT id, body FROM t WHERE id <= 40";
+    let got = statuses(&mut c, query, "{}");
+    let bad: Vec<_> = got.iter().filter(|r| r.2 != "ok").collect();
+    assert_eq!(bad, [&("17".to_owned(), None, "failed".to_owned(), "rejected".to_owned())]);
+    let job = backfill(&mut c, "t");
+    assert_eq!(bed.done(job).counts(), (100, 99, 0, 1, 0, 0));
+    let listed = failures(&mut c, job);
+    assert_eq!((listed[0].0["id"].as_i64(), listed[0].2.as_str()), (Some(17), "rejected"), "{listed:?}");
+    assert!(listed[0].4.contains("text exceeds 2000 bytes"), "{listed:?}");
+    assert_eq!(wrong(&mut c, "t"), 0);
+}
+
+#[test]
+fn a_model_that_thinks_before_it_answers() {
+    let bed = Bed::with("thinking", Config { thinking_tokens: 3_500, ..Config::default() });
+    let mut c = bed.connect();
+    tickets(&mut c, "t", 1..=2_000);
+    let got = statuses(&mut c, "SELECT id, body FROM t WHERE id <= 40", "{}");
+    assert!(got.iter().all(|r| r.2 == "ok"), "{got:?}");
+    let paid = bed.provider.stats().admitted;
+    println!("a statement of 40 rows: {paid} requests");
+    assert!(paid <= 5, "{paid}");
+    let job = backfill(&mut c, "t");
+    bed.provider.reset_stats();
+    let p = bed.done(job);
+    assert_eq!(p.counts(), (2_000, 2_000, 0, 0, 0, 0));
+    all_right(&mut c, "t");
+    let paid = bed.provider.stats().admitted;
+    println!("a job of 2,000 rows: {paid} requests");
+    assert!(paid <= 42, "{paid}");
+    let seen = "SELECT thinking_tokens FROM llm_batch.activity";
+    assert!((3_300..=3_700).contains(&one(&mut c, seen)));
 }
 
 #[test]
@@ -372,6 +456,7 @@ fn statuses(c: &mut Client, query: &str, options: &str) -> Vec<(String, Option<S
 fn a_bad_row_never_fails_a_statement() {
     let bed = Bed::new("statement");
     let mut c = bed.connect();
+    proven(&bed, &mut c);
     tickets(&mut c, "t", 1..=200);
     let query = "SELECT id, body FROM t";
     for (fault, status, class) in [

@@ -114,8 +114,10 @@ pub struct Reply {
     pub finish: Finish,
     /// There is reasoning beside the text.
     pub has_reasoning: bool,
-    /// What it took, reasoning included; `None` if the provider does not say.
+    /// What it took, thinking included; `None` if the provider does not say.
     pub usage: Option<Tokens>,
+    /// Tokens of it that came before the answer, if the provider says.
+    pub thought: Option<u64>,
     /// Tokens of the prompt that the provider had cached.
     pub cached_input: u64,
 }
@@ -170,13 +172,16 @@ pub fn reply(body: &[u8]) -> Result<Reply, Unread> {
         _ => false,
     });
     let tokens = |name: &str| json["usage"][name].as_u64();
+    // Some leave what a model thinks out of the tokens of the completion, but not out of the total, nor of the bill.
+    let beyond = |input| tokens("total_tokens").unwrap_or(0).saturating_sub(input);
     let usage = tokens("prompt_tokens")
-        .map(|input| Tokens { input, output: tokens("completion_tokens").unwrap_or(0) })
+        .map(|input| Tokens { input, output: tokens("completion_tokens").unwrap_or(0).max(beyond(input)) })
         // A usage that no request can have is none.
         .filter(|u| u.input < 1 << 32 && u.output < 1 << 32);
     let cached = json["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
     let cached_input = usage.map_or(0, |u| cached.min(u.input));
-    Ok(Reply { text, finish, has_reasoning, usage, cached_input })
+    let thought = json["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64();
+    Ok(Reply { text, finish, has_reasoning, usage, thought, cached_input })
 }
 
 #[cfg(test)]
@@ -214,6 +219,7 @@ mod tests {
                 finish: Finish::Complete,
                 has_reasoning: false,
                 usage: Some(Tokens { input: 7, output: 2 }),
+                thought: None,
                 cached_input: 4
             }
         );

@@ -14,6 +14,9 @@ const HOUR: u64 = 3_600_000;
 const FEW: u32 = 5;
 /// The same where there have been valid rows within the hour: this part of the answers that had one, this many at most.
 const STRETCH: (u64, u32) = (50, 200);
+/// And so many at least, or the rows of a request and some more: when a whole request of rows has no answer, each row on its
+/// own account, as many requests follow.
+const LEAST_STRETCH: (u32, u32) = (60, 10);
 /// Answers in a way until the next is tried.
 const PER_FORM: u32 = 1;
 const WITH_FEWER_ROWS: u32 = 2;
@@ -136,8 +139,7 @@ impl Patience {
     }
 
     /// An answer without a valid row, asked in the way of this number. `has_form`: there is a form that was not tried.
-    /// `rows`: most rows of a request; a request whose rows are all without an answer on their own account is followed by
-    /// as many and some more.
+    /// `rows`: most rows of a request.
     pub fn barren(&mut self, now: u64, turn: u32, has_form: bool, rows: u32) -> Next {
         self.pay(now);
         if turn != self.turn {
@@ -147,7 +149,8 @@ impl Patience {
         let enough = match self.way {
             Way::AsEver if self.is_proven(now) => {
                 let part = u32::try_from(self.valid / STRETCH.0).unwrap_or(u32::MAX);
-                part.max(rows.saturating_add(10)).min(STRETCH.1)
+                let least = LEAST_STRETCH.0.max(rows.saturating_add(LEAST_STRETCH.1));
+                part.max(least).min(STRETCH.1)
             }
             Way::AsEver => FEW,
             Way::OtherForm => PER_FORM,

@@ -27,8 +27,14 @@ pub enum Trouble {
     NotFound,
     /// The provider's filter refuses the content.
     Filtered,
-    /// The request is refused for another reason (400, 422, a redirect, …).
+    /// The request is refused for another reason (400, 413, 422): it may be one of its rows.
     Rejected,
+    /// The address does not serve such requests (a redirect, 405, …).
+    Misplaced,
+    /// The cap of the answer is larger than the model allows.
+    AnswerCap,
+    /// There is no answer since its cap did not suffice for what the model thinks before it.
+    CutOff,
     /// The provider is overloaded or broken (5xx, 408, 409, a 2xx that is no answer), or not reached: try later. The
     /// wait in milliseconds, if it said.
     Overload(Option<u64>),
@@ -68,6 +74,15 @@ pub fn one_line(text: &str) -> String {
     out
 }
 
+/// The size of a model's context, where a message says it of a request that is too large.
+pub fn context_in(message: &str) -> Option<u64> {
+    let words = message.to_lowercase();
+    let at =
+        ["context length", "context window", "context size"].iter().find_map(|n| Some(words.find(n)? + n.len()))?;
+    let mut numbers = words.get(at..)?.split(|c: char| !c.is_ascii_digit() && c != ',');
+    numbers.find_map(|n| n.trim_matches(',').replace(',', "").parse().ok())
+}
+
 /// What an answer with this status and body is. `retry_after`: the wait in milliseconds from its headers.
 ///
 /// # Errors
@@ -81,7 +96,7 @@ pub fn outcome(status: u16, body: &[u8], retry_after: Option<u64>) -> Result<Rep
             }
         }),
         300..=399 => Err(Report {
-            trouble: Trouble::Rejected,
+            trouble: Trouble::Misplaced,
             message: format!("HTTP status {status}: redirects are not followed; base_url must name the final address"),
         }),
         _ => {
@@ -167,6 +182,13 @@ fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<
         .iter()
         .any(|n| says(n))
     };
+    let answer_cap = || {
+        let is_named =
+            ["max_tokens", "max_completion_tokens", "max_new_tokens", "maxoutputtokens", "max_output_tokens"];
+        let is_bounded =
+            ["too large", "at most", "less than or equal", "valid range", "supported range", "maximum", "exceed"];
+        is_named.iter().any(|n| words.contains(n)) && is_bounded.iter().any(|n| words.contains(n)) && !too_long()
+    };
     // What stands in a 2xx names its status, or what it is about, or else is the provider's own trouble.
     let within = || match error["code"].as_u64().and_then(|n| u16::try_from(n).ok()) {
         Some(status @ 400..=599) => status,
@@ -178,7 +200,7 @@ fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<
         401 | 403 => Trouble::Auth,
         402 => Trouble::Spend,
         404 => Trouble::NotFound,
-        413 => Trouble::TooLarge,
+        413 if too_long() => Trouble::TooLarge,
         429 if spend() => Trouble::Spend,
         429 if too_long() => Trouble::TooLarge,
         429 if says("perday") || says("per day") || says("rpd") || says("tokens-month") => Trouble::Quota(retry_after),
@@ -186,12 +208,15 @@ fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<
         400 | 422 | 500 if system_role() => Trouble::Unsupported(Parameter::SystemRole),
         408 | 409 | 500..=599 => Trouble::Overload(retry_after),
         400 | 422 if spend() => Trouble::Spend,
+        400 if says("could not finish the message") => Trouble::CutOff,
+        400 | 422 if answer_cap() => Trouble::AnswerCap,
         400 | 422 if too_long() || says("too many tokens") => Trouble::TooLarge,
         400 if says("model_not_found") => Trouble::NotFound,
         400 if says("content_filter") || says("content management policy") => Trouble::Filtered,
         400 | 422 if says("max_completion_tokens") => Trouble::Unsupported(Parameter::MaxTokens),
         400 | 422 if response_format() => Trouble::Unsupported(Parameter::ResponseFormat),
-        _ => Trouble::Rejected,
+        400 | 413 | 422 => Trouble::Rejected,
+        _ => Trouble::Misplaced,
     };
     let said = if message.is_empty() { body.trim() } else { &message };
     let message = match (status, said.is_empty()) {
@@ -222,6 +247,32 @@ mod tests {
         );
         assert_eq!(one_line(&report(200, r#"{"error":{}}"#).message), "the provider's answer carries an error");
         assert!(one_line(&"ä".repeat(1000)).chars().count() == MOST_MESSAGE + 1);
+    }
+
+    #[test]
+    fn a_context_is_read_from_what_is_said_of_it() {
+        let vllm = "This model's maximum context length is 8,192 tokens. However, you requested 9000 tokens (1000 in";
+        assert_eq!(context_in(vllm), Some(8_192));
+        assert_eq!(context_in("the request exceeds the available context size, try increasing it"), None);
+        assert_eq!(context_in("text exceeds 2000 bytes"), None);
+    }
+
+    #[test]
+    fn caps_of_answers_are_no_other_trouble() {
+        let of = |message: &str| report(400, &serde_json::json!({"error": {"message": message}}).to_string()).trouble;
+        assert_eq!(
+            of("max_tokens is too large: 9. This model supports at most 8 completion tokens"),
+            Trouble::AnswerCap
+        );
+        assert_eq!(of("Invalid max_tokens value, the valid range of max_tokens is [1, 8192]"), Trouble::AnswerCap);
+        let cut = "Could not finish the message because max_tokens or model output limit was reached.";
+        assert_eq!(of(cut), Trouble::CutOff);
+        let renamed =
+            "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens'";
+        assert_eq!(of(renamed), Trouble::Unsupported(Parameter::MaxTokens));
+        assert_eq!(of("text exceeds 2000 bytes"), Trouble::Rejected);
+        assert_eq!(report(413, "").trouble, Trouble::Rejected);
+        assert_eq!(report(405, "").trouble, Trouble::Misplaced);
     }
 
     #[test]

@@ -8,11 +8,12 @@ use llm_batch_core::dialect::FRAME_TOKENS;
 use llm_batch_core::limiter::{Class, Tokens};
 use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
+use llm_batch_core::patience::Way;
 use llm_batch_core::prompt;
 use serde_json::Value;
 
 use crate::cache::{Keys, TextKey};
-use crate::protocol::{Item, Stream, most_text};
+use crate::protocol::{Item, Stream, Verdict, most_text};
 use crate::purse::Purse;
 use crate::queue::{Queue, Ready};
 use crate::tokens;
@@ -35,13 +36,36 @@ pub struct Row {
     pub trouble: u32,
     /// Most rows of its next request.
     pub most_rows: usize,
+    /// Answers that were cut off before they came to it, for which it was not charged.
+    pub cut: u32,
+    /// The last request of several rows that was refused, this one among them.
+    pub refused_in: Option<u64>,
     /// Not before this time (ms).
     pub not_before: u64,
 }
 
 impl Row {
     pub fn new(key: TextKey, compartment: TextKey, conn: u64, quoted: String, tokens: usize, most_rows: usize) -> Self {
-        Self { key, compartment, conn, quoted, tokens, attempts: 0, trouble: 0, most_rows, not_before: 0 }
+        Self {
+            key,
+            compartment,
+            conn,
+            quoted,
+            tokens,
+            attempts: 0,
+            trouble: 0,
+            most_rows,
+            cut: 0,
+            refused_in: None,
+            not_before: 0,
+        }
+    }
+
+    /// What it was charged was not its fault.
+    pub fn forgive(&mut self, most_rows: usize) {
+        if self.attempts > 0 && self.refused_in.is_none() {
+            (self.attempts, self.most_rows) = (0, most_rows);
+        }
     }
 }
 
@@ -73,12 +97,12 @@ pub struct Group {
     /// Rows that have not been asked yet.
     fresh: Queue,
     retry: VecDeque<Row>,
+    /// Rows that would have been given up with these verdicts, if it were known that the model can answer the task at all.
+    pub held: Vec<(Row, Verdict)>,
     /// Who waits for which row, queued or under way; the first pays.
     waiters: HashMap<TextKey, Vec<Waiter>>,
     /// Requests under way.
     pub in_flight: usize,
-    /// A request of this group has been answered with a 2xx.
-    pub succeeded: bool,
     /// How many rows go into a request.
     pub size: Size,
     /// What it may still spend, if that is bounded.
@@ -143,9 +167,9 @@ impl Group {
             stream,
             fresh: Queue::default(),
             retry: VecDeque::new(),
+            held: Vec::new(),
             waiters: HashMap::new(),
             in_flight: 0,
-            succeeded: false,
             size: Size::new(most_rows),
             purse: None,
             served: 0.0,
@@ -192,6 +216,18 @@ impl Group {
         self.retry.push_back(row);
     }
 
+    /// Queues a row again, before the others.
+    pub fn push_next(&mut self, row: Row) {
+        self.retry.push_front(row);
+    }
+
+    /// What rows were charged was not their fault.
+    pub fn forgive(&mut self) {
+        let most = self.stream.task.options.max_rows_per_request as usize;
+        let held = self.held.iter_mut().map(|(row, _)| row);
+        self.retry.iter_mut().chain(held).for_each(|row| row.forgive(most));
+    }
+
     pub fn queued(&self) -> usize {
         self.fresh.len() + self.retry.len()
     }
@@ -219,11 +255,20 @@ impl Group {
         gone
     }
 
-    /// Takes clients out of the queues, with the rows that nobody else waits for. Rows under way are not touched.
+    /// Takes clients out of the queues and of what is held, with the rows that nobody else waits for. Rows under way are not
+    /// touched.
     pub fn withdraw(&mut self, leaves: &dyn Fn(u64) -> bool) -> Vec<Waiter> {
         let fresh = self.fresh.drain().into_iter().map(|row| (row, true));
         let retry = std::mem::take(&mut self.retry).into_iter().map(|row| (row, false));
         let mut gone = Vec::new();
+        for (row, verdict) in std::mem::take(&mut self.held) {
+            gone.append(&mut self.let_go(row.key, leaves));
+            if self.waiters(&row).is_empty() {
+                self.waiters.remove(&row.key);
+            } else {
+                self.held.push((row, verdict));
+            }
+        }
         for (mut row, is_fresh) in fresh.chain(retry) {
             gone.append(&mut self.let_go(row.key, leaves));
             match self.waiters(&row).first() {
@@ -243,14 +288,16 @@ impl Group {
         item.isolation.as_ref().map_or(self.scope, |isolation| keys.of(self.scope, isolation))
     }
 
-    /// The next rows to send in one request of at most `tokens` (prompt and answer), by our count of tokens. Never
-    /// none: a row that does not fit even alone is the caller's to notice.
-    pub fn next(&mut self, now: u64, tokens: usize) -> Next {
-        let most = self.size.rows();
+    /// The next rows to send in one request of at most `tokens` (prompt and answer), by our count of tokens, asked in this
+    /// way. Never none: a row that does not fit even alone is the caller's to notice.
+    pub fn next(&mut self, now: u64, tokens: usize, way: Way) -> Next {
+        let most = way.rows(self.size.rows());
+        // Whether a model answers at all, rows tell best that were not asked before.
+        let fresh_first = way != Way::AsEver && self.fresh.len() > 0;
         let retry_at = self.retry.iter().map(|r| r.not_before).min();
         let retry_ready = retry_at.is_some_and(|at| at <= now);
         let mut turn = None;
-        if !retry_ready {
+        if !retry_ready || fresh_first {
             let ready = Ready {
                 now,
                 is_idle: self.in_flight == 0,
@@ -260,6 +307,7 @@ impl Group {
             };
             match self.fresh.ready(ready) {
                 Ok(compartment) => turn = Some(compartment),
+                Err(_) if retry_ready => {}
                 Err(fresh_at) => return retry_at.into_iter().chain(fresh_at).min().map_or(Next::Empty, Next::Until),
             }
         }
@@ -267,7 +315,8 @@ impl Group {
         let mut rows: Vec<Row> = Vec::new();
         let mut cap = most;
         let mut i = 0;
-        while let Some(row) = self.retry.get(i) {
+        let no_retry = fresh_first && turn.is_some();
+        while let Some(row) = self.retry.get(i).filter(|_| !no_retry) {
             if row.not_before > now || turn.is_some_and(|compartment| compartment != row.compartment) {
                 i += 1;
                 continue;
@@ -361,7 +410,7 @@ mod tests {
             g.push(0, 1, item(n), 0, n.into());
         }
         g.push(0, 2, item(1_000), 0, 1_000);
-        let first = rows(g.next(0, 100_000));
+        let first = rows(g.next(0, 100_000, Way::AsEver));
         assert_eq!(first.len(), 50);
         assert!(first.iter().take(2).any(|r| r.key == 1_000));
     }
@@ -395,7 +444,7 @@ mod tests {
         for n in 0..40 {
             g.push(0, 1, item(n), u128::from(n % 4), n.into());
         }
-        let mut all: Vec<Row> = (0..4).flat_map(|_| rows(g.next(0, 100_000))).collect();
+        let mut all: Vec<Row> = (0..4).flat_map(|_| rows(g.next(0, 100_000, Way::AsEver))).collect();
         all.sort_by_key(|row| row.key);
         for mut row in all {
             row.most_rows = if row.key < 20 { 5 } else { 50 };
@@ -405,7 +454,7 @@ mod tests {
         g.push(0, 1, item(40), 0, 40);
         let mut seen = 0;
         while g.queued() > 0 {
-            let pack = rows(g.next(1_000, 100_000));
+            let pack = rows(g.next(1_000, 100_000, Way::AsEver));
             assert!(pack.iter().all(|row| row.compartment == pack[0].compartment));
             assert!(pack.len() <= pack.iter().map(|row| row.most_rows).min().unwrap());
             seen += pack.len();
@@ -418,15 +467,15 @@ mod tests {
     fn rows_wait_for_company_only_while_others_are_under_way_and_keep_coming() {
         let mut g = group();
         g.push(100, 1, item(1), 0, 1);
-        let first = rows(g.next(100, 100_000));
+        let first = rows(g.next(100, 100_000, Way::AsEver));
         assert_eq!(first.len(), 1);
         g.count_served(100, &first);
         g.push(100, 1, item(2), 0, 2);
-        assert!(matches!(g.next(105, 100_000), Next::Until(120)));
+        assert!(matches!(g.next(105, 100_000, Way::AsEver), Next::Until(120)));
         for at in [115, 130, 145, 160, 175] {
             g.push(at, 1, item(at), 0, at.into());
         }
-        assert!(matches!(g.next(179, 100_000), Next::Until(180)));
-        assert_eq!(rows(g.next(180, 100_000)).len(), 6);
+        assert!(matches!(g.next(179, 100_000, Way::AsEver), Next::Until(180)));
+        assert_eq!(rows(g.next(180, 100_000, Way::AsEver)).len(), 6);
     }
 }

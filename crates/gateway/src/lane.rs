@@ -8,19 +8,23 @@ use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::{Limiter, Limits, Tokens};
 use llm_batch_core::options::Options;
 use llm_batch_core::pack::Ratio;
-use llm_batch_core::trouble::Parameter;
+use llm_batch_core::thought::Thinking;
+use llm_batch_core::trouble::{self, Parameter};
 
 use crate::cache::Keys;
 use crate::group::Group;
 use crate::kept::KeptLane;
 use crate::protocol::Stream;
+use crate::standing::Standings;
 
 /// Requests of those who wait that may be under way beyond what is allowed to jobs.
 const INTERACTIVE_EXTRA: usize = 2;
 /// Tokens of answer beyond what is expected, at first.
 const SPARE_ANSWER_TOKENS: u64 = 16;
-/// Most that grows to, for models that think before they answer.
-const MOST_SPARE_ANSWER_TOKENS: u64 = 16_384;
+/// Most that grows to; a request's tokens and what the model allows bound it further.
+pub const MOST_SPARE_ANSWER_TOKENS: u64 = 131_072;
+/// What a cap that did not suffice is multiplied with.
+const GROWTH: u64 = 4;
 /// What a sum keeps with each further answer.
 const RECENT: f64 = 0.99;
 /// Answers after which we know how long they are.
@@ -37,6 +41,10 @@ pub struct Learned {
     pub max_completion_tokens: bool,
     /// Tokens of answer beyond what is expected; grows when answers are cut off.
     pub spare_answer_tokens: u64,
+    /// The largest cap of an answer that is not known to be refused.
+    pub most_answer_tokens: u64,
+    /// Most tokens of a request, prompt and cap, as the server said.
+    pub most_request_tokens: u64,
 }
 
 impl Learned {
@@ -68,15 +76,20 @@ impl Learned {
         }
     }
 
-    /// An answer was cut off, or not, for which so much was spared. Those that were under way together are cut together;
-    /// only the first of them counts.
-    pub fn observe_end(&mut self, is_cut: bool, spared: u64) {
+    /// An answer of at most `cap` tokens was cut off there, or not. Those that were under way together with the same cap
+    /// are cut off together, and count once.
+    pub fn observe_end(&mut self, is_cut: bool, cap: u64) {
         let now = &mut self.spare_answer_tokens;
-        if !is_cut {
+        if is_cut {
+            *now = cap.saturating_mul(GROWTH).clamp(*now, MOST_SPARE_ANSWER_TOKENS.max(*now));
+        } else {
             *now = (*now - *now / 64).max(SPARE_ANSWER_TOKENS);
-        } else if spared >= *now {
-            *now = (*now * 4).min(MOST_SPARE_ANSWER_TOKENS);
         }
+    }
+
+    /// A cap of an answer was refused: this one may not be.
+    pub fn answer_cap(&mut self, cap: u64) {
+        self.most_answer_tokens = self.most_answer_tokens.min(cap);
     }
 }
 
@@ -87,6 +100,8 @@ pub struct Measured {
     pub prompt: Ratio,
     /// Tokens of an answer for each that we expect.
     pub answer: Ratio,
+    /// What it thinks before it answers.
+    pub thinking: Thinking,
     /// Tokens of recent answers: as the mean over the labels has it, and in truth.
     means: (f64, f64),
     /// Answers that were seen, up to enough.
@@ -94,13 +109,14 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// Takes an answer into account: its tokens, and those of the prompt; expected and actual. `mean`: its tokens if all
-    /// labels were equally frequent.
-    pub fn observe(&mut self, expected: Tokens, mean: f64, actual: Tokens, is_cut: bool) {
+    /// Takes an answer into account: its tokens, and those of the prompt; expected and actual, without what was `thought`
+    /// before it. `mean`: its tokens if all labels were equally frequent.
+    pub fn observe(&mut self, expected: Tokens, mean: f64, actual: Tokens, thought: u64, is_cut: bool) {
         self.prompt.observe(expected.input, actual.input);
         if !is_cut {
-            self.answer.observe(expected.output, actual.output);
-            self.means = (self.means.0 * RECENT + mean, self.means.1 * RECENT + actual.output as f64);
+            let answer = actual.output.saturating_sub(thought);
+            self.answer.observe(expected.output, answer);
+            self.means = (self.means.0 * RECENT + mean, self.means.1 * RECENT + answer as f64);
             self.answers = (self.answers + 1).min(ENOUGH_ANSWERS);
         }
     }
@@ -108,10 +124,11 @@ impl Measured {
     /// Tokens that an answer will have where the mean over the labels has so many.
     pub fn usual_answer(&self, mean: f64) -> u64 {
         let (means, actual) = self.means;
-        (if means > 0.0 { mean * actual / means } else { mean }).round() as u64
+        (if means > 0.0 { mean * actual / means } else { mean }).round() as u64 + self.thinking.usual()
     }
 
-    /// Tokens of an answer at most, as answers have been so far; by our count they are so many.
+    /// Tokens of an answer at most, as answers have been so far, without what is thought before; by our count they are so
+    /// many.
     pub fn expected_answer(&self, counted: u64) -> u64 {
         let expected = self.answer.apply(counted);
         if self.answers < ENOUGH_ANSWERS { expected * 2 } else { expected }
@@ -121,7 +138,12 @@ impl Measured {
     pub fn most_answer(&self, counted: u64, spare: u64) -> u64 {
         let expected = self.expected_answer(counted);
         let looser = if self.answers < ENOUGH_ANSWERS { 48 } else { expected / 4 };
-        expected + looser + spare
+        expected + looser + self.spared(spare)
+    }
+
+    /// Tokens of a cap beyond what is expected of the answer itself.
+    pub fn spared(&self, spare: u64) -> u64 {
+        spare.max(self.thinking.room())
     }
 
     /// Tokens of a prompt at the worst: a measured relation is good to some percent, a guessed one to a factor.
@@ -143,6 +165,7 @@ pub struct Lane {
     pub level: [f64; 2],
     pub learned: Learned,
     pub measured: Measured,
+    pub standings: Standings,
     pub concurrency: Concurrency,
     /// As the model sets it.
     pub max_concurrent: Option<usize>,
@@ -178,8 +201,17 @@ impl Lane {
                 no_system_role: false,
                 max_completion_tokens: false,
                 spare_answer_tokens: SPARE_ANSWER_TOKENS,
+                most_answer_tokens: u64::MAX,
+                most_request_tokens: u64::MAX,
             },
-            measured: Measured { prompt: Ratio::default(), answer: Ratio::default(), means: (0.0, 0.0), answers: 0 },
+            measured: Measured {
+                prompt: Ratio::default(),
+                answer: Ratio::default(),
+                thinking: Thinking::default(),
+                means: (0.0, 0.0),
+                answers: 0,
+            },
+            standings: Standings::default(),
             concurrency: Concurrency::default(),
             max_concurrent: None,
             in_flight: 0,
@@ -229,6 +261,25 @@ impl Lane {
         if self.limiter.is_limited() {
             self.concurrency.has_limits();
         }
+    }
+
+    /// A request is too large that was written by what had been learnt `before`, of so many tokens by our count and with
+    /// this cap of its answer. Whether that is the cap's fault, which has grown for what is thought: then the next is
+    /// smaller.
+    pub fn takes_less_answer(&mut self, message: &str, before: Learned, estimate: Tokens, cap: u64) -> bool {
+        let prompt = self.measured.prompt.apply(estimate.input);
+        let least = self.measured.expected_answer(estimate.output) + self.measured.thinking.reserved();
+        if self.measured.thinking.usual() == 0 || cap <= least {
+            return false;
+        }
+        match trouble::context_in(message) {
+            Some(context) if prompt + cap > context && context < before.most_request_tokens => {
+                self.learned.most_request_tokens = context;
+            }
+            Some(_) => return false,
+            None => self.learned.answer_cap((cap / 2).max(least)),
+        }
+        true
     }
 
     /// A request was answered with a 2xx.

@@ -16,6 +16,7 @@ mod purse;
 mod queue;
 mod request;
 mod server;
+mod standing;
 mod tokens;
 
 pub use kept::{Kept, KeptLane, MOST_LANES, Stock};

@@ -246,6 +246,8 @@ pub enum StopReason {
     NotFound,
     /// The provider refuses the request.
     Rejected,
+    /// No answer to the task has a valid row, however it is asked.
+    NoAnswers,
     /// `llm_batch.enabled` is off.
     Disabled,
 }
@@ -298,6 +300,8 @@ pub struct Activity {
     pub token_ratio: f64,
     /// Tokens of an answer for each that we expected.
     pub answer_ratio: f64,
+    /// Tokens that the model spends before it answers, a request, of late.
+    pub thinking_tokens: u64,
     /// Time from sending to the answer of late, ms.
     pub latency_ms: Option<u64>,
     /// Rows that were answered without being sent, since the gateway started.

@@ -147,7 +147,7 @@ const REDACTED: &str = "[redacted]";
 const MOST_SAID: usize = 16 << 10;
 
 /// What a provider says, without keys, on a line.
-fn presentable(said: &str, key: &str) -> String {
+pub fn presentable(said: &str, key: &str) -> String {
     // On a line first: then what the cut leaves of a key, which may not be found, is too far behind to be shown.
     let words = said.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
     let line = words.collect::<Vec<_>>().join(" ");

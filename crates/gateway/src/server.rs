@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
+use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::{Notify, watch};
 use tokio::task::spawn_local;
 
@@ -16,11 +17,36 @@ use crate::dispatch::{Launch, PROBE_ANSWER_TOKENS, Probe, State, disabled};
 use crate::egress::{Answer, Clients, HttpClient};
 use crate::failure_point;
 use crate::kept::Kept;
-use crate::protocol::{Endpoint, FromGateway, ToGateway, decode};
+use crate::protocol::{Endpoint, FromGateway, MAX_FRAME, ToGateway, decode};
 use crate::request::{self, Answered, Question};
 
 /// How long a client may be silent in the midst of a message, and before the first.
 const SILENCE: Duration = Duration::from_secs(30);
+
+/// Bytes that wait for a client to read them, above which it is let go: two frames of the largest size.
+const MOST_UNREAD: usize = 2 * MAX_FRAME;
+
+/// What is to be written to a client.
+pub struct Frames {
+    queue: UnboundedSender<Vec<u8>>,
+    unread: Rc<Cell<usize>>,
+    /// Woken when too much waits.
+    too_slow: Rc<Notify>,
+}
+
+impl Frames {
+    pub fn send(&self, frame: Vec<u8>) {
+        let unread = self.unread.get() + frame.len();
+        if unread > MOST_UNREAD {
+            self.too_slow.notify_one();
+            return;
+        }
+        // Of a client that has gone the reading side takes notice.
+        if self.queue.send(frame).is_ok() {
+            self.unread.set(unread);
+        }
+    }
+}
 
 /// What all tasks share. All of them run on one thread.
 struct Shared {
@@ -153,13 +179,16 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
         _ => return,
     }
     let (mut reading, mut writing) = stream.into_split();
-    let (frames, mut outgoing) = tokio::sync::mpsc::unbounded_channel::<Vec<u8>>();
+    let (queue, mut outgoing) = tokio::sync::mpsc::unbounded_channel::<Vec<u8>>();
+    let (unread, too_slow) = (Rc::new(Cell::new(0)), Rc::new(Notify::new()));
+    let frames = Frames { queue, unread: Rc::clone(&unread), too_slow: Rc::clone(&too_slow) };
     let conn = shared.state.borrow_mut().connect(frames);
     let writer = spawn_local(async move {
         while let Some(frame) = outgoing.recv().await {
             if writing.write_all(&frame).await.is_err() {
                 break;
             }
+            unread.set(unread.get().saturating_sub(frame.len()));
         }
     });
     let mut buffer = Vec::new();
@@ -168,12 +197,18 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
         // A reader that waits here still notices nothing of a client that leaves; room comes soon or never matters.
         let room = shared.room.notified();
         if shared.state.borrow().must_wait(conn) {
-            room.await;
-            continue;
+            tokio::select! {
+                () = room => continue,
+                () = too_slow.notified() => break,
+            }
         }
         // Between messages a client may be silent as long as it likes.
         let patience = if has_spoken && buffer.is_empty() { Duration::MAX } else { SILENCE };
-        match tokio::time::timeout(patience, reading.read_buf(&mut buffer)).await {
+        let read = tokio::select! {
+            read = tokio::time::timeout(patience, reading.read_buf(&mut buffer)) => read,
+            () = too_slow.notified() => break,
+        };
+        match read {
             Ok(Ok(n)) if n > 0 => has_spoken = true,
             _ => break,
         }

@@ -93,7 +93,7 @@ fn every_answer_of_the_fixtures_does_what_its_class_says() {
             "Spend" => StopReason::Spend,
             "Quota" => StopReason::Quota,
             "NotFound" => StopReason::NotFound,
-            "Rejected" => StopReason::Rejected,
+            "Misplaced" => StopReason::Rejected,
             // More than two minutes are not sat out.
             "Rate" if class == "Rate(Some(86400000))" => StopReason::Quota,
             "Rate" | "Overload" | "Unsupported" => {
@@ -101,7 +101,7 @@ fn every_answer_of_the_fixtures_does_what_its_class_says() {
                 assert_eq!((requests, end.spent.requests), (2, 1), "{name}");
                 continue;
             }
-            "TooLarge" | "Filtered" => {
+            "TooLarge" | "Filtered" | "Rejected" => {
                 all_right(&end, &name);
                 assert!((3..=4).contains(&requests) && end.spent.requests == requests - 1, "{name}: {requests}");
                 continue;

@@ -6,7 +6,7 @@ use std::time::Duration;
 use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
 use pgrx::pg_sys;
 
-use super::{AGAIN, CONTROL, LATER, MOST_STARTS, Worker};
+use super::{AGAIN, CONTROL, CRASH, LATER, MOST_STARTS, Worker};
 use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
@@ -121,12 +121,12 @@ impl Worker {
         self.last = Some((Rc::clone(&page), page.len as i32));
         if let Some(key) = suspect.filter(|_| gone.is_empty()) {
             // The row that every run before may have died of. If the next one dies too it was not the row.
-            self.job.starts -= 1;
+            self.job.starts = MOST_STARTS - 1;
             self.claimed_in_pass += 1;
             self.too_late.push(Failure {
                 key,
                 is_skip: false,
-                class: "crash".to_owned(),
+                class: CRASH.to_owned(),
                 attempts: 0,
                 detail: "processes of llm_batch died each time at this row; the server's log may say why".to_owned(),
             });
@@ -240,6 +240,7 @@ impl Worker {
         match stop.reason {
             StopReason::Auth => Outcome::Paused("auth", Some(text), None),
             StopReason::Spend => Outcome::Paused("spend", Some(text), None),
+            StopReason::NoAnswers => Outcome::Paused("no_answers", Some(text), None),
             StopReason::Quota => Outcome::Paused("quota", Some(text), Some(at)),
             StopReason::ProviderDown | StopReason::Disabled => Outcome::Paused("provider_down", Some(text), Some(at)),
             StopReason::NotFound | StopReason::Rejected => Outcome::Failed(text),

@@ -1,7 +1,6 @@
 //! What comes back with a 2xx: labels, and rows to ask again.
 
 use std::collections::BTreeMap;
-use std::rc::Rc;
 
 use llm_batch_core::answer::{self, Verdict as Read};
 use llm_batch_core::dialect::{Finish, Reply};
@@ -9,20 +8,40 @@ use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::{Left, Tokens};
 use llm_batch_core::options::StructuredOutput;
 use llm_batch_core::pack;
-use llm_batch_core::thinking;
+use llm_batch_core::patience::Way;
+use llm_batch_core::{thinking, thought};
 use llm_batch_core::trouble::Trouble;
 
-use super::{InFlight, State};
+use super::doubts::{Said, shown};
+use super::{InFlight, LaneKey, State};
+use crate::group::Row;
 use crate::protocol::Verdict;
 use crate::request::Answered;
+use crate::tokens;
 
 /// Part of its time after which an answer is called slow: then requests get smaller, before they run into it.
 const SLOW: u64 = 2;
 /// What is said of a row where all of the answer was thought.
-const ONLY_THOUGHT: &str = "the model wrote its reasoning and no answer, and nothing is taken from reasoning; thinking is turned off \
+pub(super) const ONLY_THOUGHT: &str = "the model wrote its reasoning and no answer, and nothing is taken from reasoning; thinking is turned off \
     by llm_batch.alter_model(…, parameters => …) with {\"chat_template_kwargs\": {\"enable_thinking\": false}} for vLLM, \
     SGLang and llama.cpp, {\"think\": false} or {\"reasoning_effort\": \"none\"} for Ollama, {\"reasoning_effort\": \"none\"} or \
     \"minimal\" for OpenAI";
+/// Answers that are cut off before they come to a row, until that is taken for the row's fault. Each time the cap grows by
+/// as much as it may.
+const MOST_CUT: u32 = 8;
+
+/// How an answer ended.
+struct Ended {
+    finish: Finish,
+    /// What is missing is held against no row.
+    is_no_fault: bool,
+    /// All of it was thought.
+    is_thought: bool,
+    /// How often a row may be asked.
+    max_attempts: u32,
+    /// What it was cut off at.
+    cap: String,
+}
 
 impl State {
     /// Takes a finished request; `None` if it was abandoned.
@@ -35,10 +54,11 @@ impl State {
         let in_flight = lane.in_flight;
         lane.in_flight = lane.in_flight.saturating_sub(1);
         lane.in_flight_rows = lane.in_flight_rows.saturating_sub(request.rows.len());
+        lane.standings.of(now, request.asked.scope).patience.ended();
         if let Some(group) = lane.group(&request.group) {
             group.in_flight = group.in_flight.saturating_sub(1);
         }
-        let lane_key = request.lane.clone();
+        let (lane_key, group_key) = (request.lane.clone(), request.group.clone());
         match answered {
             // Whoever asked has gone, or all is to stop; what it took is not known and stays reserved. Somebody else may
             // have come for its rows since.
@@ -58,6 +78,7 @@ impl State {
                 }
             }
         }
+        self.release_last(&lane_key, &group_key);
         self.note(now, &lane_key);
         self.flush();
         self.tidy(now, &lane_key);
@@ -69,71 +90,116 @@ impl State {
             group: group_key,
             rows,
             ids,
+            asked,
             grant,
             estimate,
             reserved,
-            sent,
             worst,
-            spared,
-            learned,
+            sent,
+            can_grow,
             ..
         } = request;
+        let size = rows.len();
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         lane.answers(now);
-        lane.learned.observe_end(reply.finish == Finish::Length, spared);
+        lane.standings.of(now, asked.scope).accepts();
         let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
         // Of a budget, who does not say what it took may have taken the most.
         let usage = reply.usage.unwrap_or(if group.purse.is_some() { worst } else { estimate });
-        lane.concurrency.answered(sent, now, usage, in_flight);
-        let mean = group.mean_answer(rows.len());
-        lane.measured.observe(estimate, mean, usage, reply.finish == Finish::Length);
-        let counts = group.stream.endpoint.counts;
-        lane.limiter.settle(grant, counts.settle(reserved, usage), left(said));
-        group.succeeded = true;
-        if let Some(purse) = &mut group.purse {
-            purse.give_back(worst, usage);
-        }
-        let legend = Rc::clone(&group.legend);
         let options = group.stream.task.options.clone();
         // What has ended by itself goes no further.
         let whole = if reply.finish == Finish::Complete { format!("{}\n", reply.text) } else { reply.text.clone() };
-        let read = answer::read(&whole, &ids, &legend);
+        let read = answer::read(&whole, &ids, &group.legend);
+        let spoken = thinking::spoken(&reply.text);
         let is_thought = reply.finish == Finish::Complete
-            && thinking::spoken(&reply.text).trim().is_empty()
+            && spoken.trim().is_empty()
             && (reply.has_reasoning || !reply.text.trim().is_empty());
-        let unanswered = read.iter().filter(|v| !matches!(v, Read::Label(_))).count();
-        let payers = group.payers(&rows);
-        let form = learned.form(&options);
-        if unanswered < rows.len() {
-            lane.learned.forms.works(form);
-        } else if options.structured_output == StructuredOutput::Auto
-            && reply.finish == Finish::Complete
-            && answer::is_prose(&reply.text)
-            && lane.learned.forms.answered_in_prose(form)
-        {
-            self.spend(&payers, usage, reply.cached_input, now.saturating_sub(sent));
-            self.put_back(&lane_key, &group_key, rows);
-            self.notice(now, &lane_key, "prose", "the model answers in prose although JSON was asked for");
-            return;
+        let labels = read.iter().filter(|v| matches!(v, Read::Label(_))).count();
+
+        // Cut off at our cap, and not at one of the server's own. If it can be larger, it is no row's fault.
+        let is_at_cap = reply.text.is_empty() || reply.usage.is_none_or(|u| u.output >= worst.output * 9 / 10);
+        let is_cut = reply.finish == Finish::Length;
+        lane.learned.observe_end(is_cut && is_at_cap, worst.output);
+        let grows = is_cut && is_at_cap && can_grow;
+        let thought = match reply.usage {
+            None => 0,
+            Some(usage) if is_cut && labels == 0 => usage.output,
+            Some(usage) => thought::thought(usage.output, reply.thought, &spoken, tokens::count),
+        };
+        if reply.usage.is_some() && (labels > 0 || is_cut) {
+            lane.measured.thinking.observe(thought, is_cut && labels == 0);
+        }
+        let mean = group.mean_answer(size);
+        lane.measured.observe(estimate, mean, usage, thought, is_cut);
+        lane.concurrency.answered(sent, now, usage, in_flight);
+        let counts = group.stream.endpoint.counts;
+        lane.limiter.settle(grant, counts.settle(reserved, usage), left(said));
+        if let Some(purse) = &mut group.purse {
+            purse.give_back(worst, usage);
         }
         let is_slow = now.saturating_sub(sent) > group.stream.model.request_timeout_ms / SLOW;
-        group.size.observe(rows.len(), unanswered, is_slow);
+        if labels > 0 || (!grows && asked.way == Way::AsEver) {
+            let missing = if grows { 0 } else { size - labels };
+            group.size.observe(size, missing, is_slow);
+        }
+        let form = asked.learned.form(&options);
+        let is_prose = labels == 0
+            && options.structured_output == StructuredOutput::Auto
+            && reply.finish == Finish::Complete
+            && answer::is_prose(&reply.text)
+            && lane.learned.forms.answered_in_prose(form);
+        if labels > 0 {
+            lane.learned.forms.works(form);
+        }
+        let key = group.stream.endpoint.api_key.as_ref().map_or("", |k| &k.0);
+        let last = if labels == 0 { shown(reply, key, thought, is_thought) } else { String::new() };
+        let payers = group.payers(&rows);
         self.spend(&payers, usage, reply.cached_input, now.saturating_sub(sent));
+        let weight = match labels {
+            0 if grows => Said::Cut,
+            0 => Said::Barren,
+            _ => Said::Valid(size),
+        };
+        let is_given_up = self.weigh(now, &lane_key, &group_key, asked, weight);
+        let is_no_fault = grows || is_prose || (labels == 0 && asked.way != Way::AsEver);
+        let cap = format!("{} tokens, {thought} of which went into thinking", worst.output);
+        let read = rows.into_iter().zip(read).collect();
+        let ended = Ended { finish: reply.finish, is_no_fault, is_thought, max_attempts: options.max_attempts, cap };
+        self.verdicts(now, (&lane_key, &group_key), read, &ended);
+        if is_prose {
+            self.notice(now, &lane_key, "prose", "the model answers in prose although JSON was asked for");
+        }
+        if is_given_up {
+            self.give_up(now, &lane_key, asked.scope, &last);
+        }
+    }
 
+    /// What becomes of the rows of an answer.
+    fn verdicts(&mut self, now: u64, (lane_key, group_key): (&LaneKey, &str), rows: Vec<(Row, Read)>, ended: &Ended) {
+        let Ended { finish, is_no_fault, is_thought, max_attempts, ref cap } = *ended;
         let size = rows.len();
-        let mut missing = 0;
-        for (mut row, verdict) in rows.into_iter().zip(read) {
+        let (mut missing, mut uncharged) = (0, Vec::new());
+        for (mut row, verdict) in rows {
+            if is_no_fault && row.cut < MOST_CUT && !matches!(verdict, Read::Label(_)) {
+                row.cut += u32::from(finish == Finish::Length);
+                uncharged.push(row);
+                continue;
+            }
             row.attempts += 1;
-            let last = row.attempts >= options.max_attempts;
+            let last = row.attempts >= max_attempts;
             let given_up = |class: &str, detail: &str| Verdict::Skip { class: class.into(), detail: detail.into() };
             let failed = |class: &str, detail: &str| Verdict::Fail { class: class.into(), detail: detail.into() };
-            let done = match (verdict, reply.finish) {
+            let done = match (verdict, finish) {
                 (Read::Label(i), _) => Some(Verdict::Label(i as u32)),
                 (_, Finish::Refused) if size == 1 => {
                     Some(given_up("refused", "the model or its filter refused to answer"))
                 }
                 (Read::Missing, Finish::Length) if last => {
-                    Some(given_up("no_answer", "the answer was cut off before it came to this row"))
+                    let detail = format!(
+                        "the answer was cut off at {cap}, before it came to this row, and the model or max_request_tokens \
+                         allows no more"
+                    );
+                    Some(given_up("no_answer", &detail))
                 }
                 (Read::Missing, _) if last && is_thought => Some(given_up("no_answer", ONLY_THOUGHT)),
                 (Read::Missing, _) if last => Some(given_up("no_answer", "the model gave no answer for this row")),
@@ -146,22 +212,24 @@ impl State {
                 _ => None,
             };
             match done {
-                Some(verdict) => self.done(&lane_key, &group_key, row, verdict),
+                Some(verdict) => self.conclude(now, lane_key, group_key, row, verdict),
                 None => {
                     missing += 1;
-                    row.most_rows = pack::rows_after(row.attempts, options.max_attempts, size);
-                    self.again(&lane_key, &group_key, row);
+                    row.most_rows = pack::rows_after(row.attempts, max_attempts, size);
+                    self.again(lane_key, group_key, row);
                 }
             }
         }
+        missing += uncharged.len();
+        self.put_back(lane_key, group_key, uncharged);
         if missing > 0 {
-            let what = match reply.finish {
+            let what = match finish {
                 Finish::Length => "an answer was cut off",
                 Finish::Refused => "the model or its filter refused to answer",
                 Finish::Complete => "an answer was incomplete",
             };
             let message = format!("{what}: {missing} of {size} rows are asked again");
-            self.notice(now, &lane_key, "incomplete", &message);
+            self.notice(now, lane_key, "incomplete", &message);
         }
     }
 

@@ -2,10 +2,12 @@
 //!
 //! queue → pack → reserve → send → check → settle → outcomes. Everything here is synchronous and happens on one
 //! thread; only sending is not. This file has the state and the clients, `send` what goes out, `answers` and `troubles`
-//! what comes back, `circuits` what is left alone because nothing comes back, `probes` what is asked about the state.
+//! what comes back, `doubts` what may not be the rows' fault, `circuits` what is left alone because nothing comes back,
+//! `probes` what is asked about the state.
 
 mod answers;
 mod circuits;
+mod doubts;
 mod probes;
 mod send;
 mod troubles;
@@ -16,9 +18,9 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use llm_batch_core::limiter::{Grant, Limits, Tokens};
+use llm_batch_core::patience::Way;
 use serde_json::Value;
 use tokio::sync::Notify;
-use tokio::sync::mpsc::UnboundedSender;
 
 use self::circuits::{Circuits, EndpointKey, Probing};
 pub use self::probes::PROBE_ANSWER_TOKENS;
@@ -33,6 +35,7 @@ use crate::protocol::{
     StopReason, Stream, Verdict, encode,
 };
 use crate::purse::Purse;
+use crate::server::Frames;
 
 /// Lanes without streams beyond this number are forgotten.
 const MOST_IDLE_LANES: usize = 256;
@@ -42,7 +45,7 @@ pub type LaneKey = (String, String);
 
 /// A client.
 struct Conn {
-    frames: UnboundedSender<Vec<u8>>,
+    frames: Frames,
     stream: Option<(LaneKey, String, Rc<Stream>)>,
     outstanding: usize,
     outstanding_bytes: usize,
@@ -56,8 +59,10 @@ struct Conn {
 
 /// A request under way.
 pub struct InFlight {
+    id: u64,
     lane: LaneKey,
     group: String,
+    asked: Asked,
     rows: Vec<Row>,
     ids: Vec<u16>,
     grant: Grant,
@@ -68,12 +73,22 @@ pub struct InFlight {
     worst: Tokens,
     /// When (ms) it was sent.
     sent: u64,
-    /// By what it was written.
-    learned: Learned,
-    /// Tokens of its cap beyond what was expected of any answer.
-    spared: u64,
+    /// The cap of its answer might be larger.
+    can_grow: bool,
     /// Woken when all clients that wait for it have gone.
     abandoned: Rc<Notify>,
+}
+
+/// How a request was asked.
+#[derive(Clone, Copy)]
+struct Asked {
+    /// Which task.
+    scope: TextKey,
+    /// The way, and its number.
+    way: Way,
+    turn: u32,
+    /// By what it was written.
+    learned: Learned,
 }
 
 /// A request to send.
@@ -144,7 +159,7 @@ impl State {
         self.next_id
     }
 
-    pub fn connect(&mut self, frames: UnboundedSender<Vec<u8>>) -> u64 {
+    pub fn connect(&mut self, frames: Frames) -> u64 {
         let id = self.id();
         self.conns.insert(
             id,
@@ -322,6 +337,7 @@ impl State {
         let Some((lane, group, _)) = c.stream.clone() else { return };
         let rows = self.lanes.get_mut(&lane).and_then(|l| l.group(&group)).map(|g| g.withdraw(&|c| c == conn));
         self.give_back(rows.unwrap_or_default());
+        self.release_last(&lane, &group);
         self.flush();
     }
 
@@ -416,9 +432,8 @@ fn flush(c: &mut Conn) {
 }
 
 fn say(conn: &Conn, message: &FromGateway) {
-    // Of a client that has gone the reading side takes notice.
     if let Ok(frame) = encode(message) {
-        let _ = conn.frames.send(frame);
+        conn.frames.send(frame);
     }
 }
 

@@ -7,10 +7,11 @@ use std::time::Duration;
 use llm_batch_core::dialect::{self, Reply};
 use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
 use llm_batch_core::options::{Options, StructuredOutput};
+use llm_batch_core::patience::Way;
 use llm_batch_core::trouble::{Report, Trouble};
 use serde_json::Value;
 
-use super::send::Draft;
+use super::send::{Draft, rows_of};
 use super::{LaneKey, Probe, State, circuits, say};
 use crate::group::{Group, Next};
 use crate::lane::Lane;
@@ -80,7 +81,10 @@ impl State {
         let plain = Options { structured_output: StructuredOutput::None, ..Options::default() };
         let stop = |reason, retry_after_ms| Some(Some(Stop { reason, message: message.clone(), retry_after_ms }));
         match report.trouble {
-            Trouble::Rate(_) | Trouble::TooLarge | Trouble::Filtered => Some(None),
+            // The cap of a probe does not suffice for what some think before they answer: it is a sign of life.
+            Trouble::Rate(_) | Trouble::TooLarge | Trouble::Filtered | Trouble::CutOff | Trouble::AnswerCap => {
+                Some(None)
+            }
             Trouble::Unsupported(parameter) if lane.learned.refused(parameter, lane.learned, &plain) => None,
             Trouble::Overload(_) if tries < 3 && message != TIMED_OUT && !is_open => None,
             Trouble::Overload(_) => stop(StopReason::ProviderDown, None),
@@ -88,7 +92,7 @@ impl State {
             Trouble::Spend => stop(StopReason::Spend, None),
             Trouble::Quota(wait) => stop(StopReason::Quota, wait),
             Trouble::NotFound => stop(StopReason::NotFound, None),
-            Trouble::Unsupported(_) | Trouble::Rejected => stop(StopReason::Rejected, None),
+            Trouble::Unsupported(_) | Trouble::Rejected | Trouble::Misplaced => stop(StopReason::Rejected, None),
         }
     }
 
@@ -111,7 +115,8 @@ impl State {
             let key = if reuse { self.keys.of(compartment, &item.text) } else { i as u128 };
             group.push(0, conn, item, compartment, key);
         }
-        while let Next::Rows(rows) = group.next(u64::MAX / 2, largest as usize) {
+        while let Next::Rows(rows) = group.next(u64::MAX / 2, rows_of(learned, measured, largest) as usize, Way::AsEver)
+        {
             let draft = Draft::new(learned, measured, &group, &rows, largest);
             sum.rows += rows.len() as u64;
             sum.requests += 1;
@@ -158,6 +163,7 @@ impl State {
                     token_ratio: lane.measured.prompt.apply(1000) as f64 / 1000.0,
                     answer_ratio: lane.measured.answer.apply(1000) as f64 / 1000.0,
                     latency_ms: lane.concurrency.latency(),
+                    thinking_tokens: lane.measured.thinking.usual(),
                     rows_reused: lane.rows_reused,
                     breaker,
                     waiting_ms: blocked.checked_sub(now).filter(|ms| *ms > 0),

@@ -9,9 +9,9 @@ use llm_batch_core::prompt;
 use serde_json::Value;
 use tokio::sync::Notify;
 
-use super::{InFlight, LaneKey, Launch, State, circuits, say};
+use super::{Asked, InFlight, LaneKey, Launch, State, circuits, say};
 use crate::group::{Group, Next, Row};
-use crate::lane::{Lane, Learned, Measured};
+use crate::lane::{Lane, Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
 use crate::protocol::FromGateway;
 use crate::purse::Pays;
 
@@ -28,6 +28,8 @@ pub(super) struct Draft {
     pub worst: Tokens,
     /// What is reserved for it.
     reserve: Tokens,
+    /// The cap of its answer might be larger.
+    can_grow: bool,
 }
 
 impl Draft {
@@ -41,15 +43,16 @@ impl Draft {
         let prompt = measured.prompt.apply(estimate.input);
         let expected = measured.expected_answer(estimate.output);
         // What is spared must not make a request too large that would not be without.
-        let most_answer = measured
-            .most_answer(estimate.output, learned.spare_answer_tokens)
-            .min(largest.saturating_sub(prompt).max(expected));
+        let most = largest.saturating_sub(prompt).max(expected).min(learned.most_answer_tokens);
+        let most_answer = measured.most_answer(estimate.output, learned.spare_answer_tokens).min(most);
+        let reserved = expected + measured.thinking.reserved();
         Self {
             ids,
             response_format,
             estimate,
             worst: Tokens { input: measured.most_prompt(estimate.input), output: most_answer },
-            reserve: group.stream.endpoint.counts.reserve(prompt, expected.min(most_answer), most_answer),
+            reserve: group.stream.endpoint.counts.reserve(prompt, reserved.min(most_answer), most_answer),
+            can_grow: most_answer < most && most_answer < MOST_SPARE_ANSWER_TOKENS,
         }
     }
 
@@ -66,6 +69,12 @@ impl Draft {
             parameters: &group.stream.model.parameters,
         })
     }
+}
+
+/// Tokens of a request (of `largest`) that may be rows and their answers: what is thought before an answer has its part.
+pub(super) fn rows_of(learned: Learned, measured: Measured, largest: u64) -> u64 {
+    let thinking = if measured.thinking.usual() > 0 { measured.spared(learned.spare_answer_tokens) } else { 0 };
+    largest - thinking.min(largest / 4 * 3)
 }
 
 /// What a look at a lane's queues came to.
@@ -100,7 +109,10 @@ impl State {
             loop {
                 match self.look(now, &key, &mut launches, &mut wake) {
                     Look::Sent => {}
-                    Look::TooLarge(group, rows) => self.too_large(now, &key, &group, rows),
+                    Look::TooLarge(group, rows) => {
+                        self.too_large(now, &key, &group, rows);
+                        self.release_last(&key, &group);
+                    }
                     Look::Nothing => break,
                 }
             }
@@ -119,7 +131,7 @@ impl State {
         lane.order();
         let (allowed, allowed_interactive) = (lane.allowed(false), lane.allowed(true));
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX);
-        let Lane { groups, level, limiter, learned, measured, in_flight, in_flight_rows, .. } = lane;
+        let Lane { groups, level, limiter, learned, measured, standings, in_flight, in_flight_rows, .. } = lane;
         for (group_key, group) in groups {
             let interactive = group.stream.interactive;
             if *in_flight >= if interactive { allowed_interactive } else { allowed } {
@@ -128,9 +140,16 @@ impl State {
             if !self.circuits.is_empty() && !circuits::is_closed(&self.circuits, key, &group.stream) {
                 continue;
             }
-            let most = largest.min(group.stream.model.max_request_tokens);
-            let most = (most as f64 / measured.prompt.apply(1000) as f64 * 1000.0) as usize;
-            let mut rows = match group.next(now, most) {
+            let standing = standings.of(now, group.scope);
+            if !standing.patience.may_send(now) {
+                continue;
+            }
+            let (way, turn) = standing.patience.way();
+            let learned = Learned { forms: standing.forms(learned.forms), ..*learned };
+            let largest = largest.min(group.stream.model.max_request_tokens).min(learned.most_request_tokens);
+            let counted = |tokens: u64| (tokens as f64 / measured.prompt.apply(1000) as f64 * 1000.0) as usize;
+            let most = counted(largest);
+            let mut rows = match group.next(now, counted(rows_of(learned, *measured, largest)), way) {
                 Next::Rows(rows) => rows,
                 Next::Until(at) => {
                     later(at);
@@ -138,17 +157,17 @@ impl State {
                 }
                 Next::Empty => continue,
             };
-            let mut draft = Draft::new(*learned, *measured, group, &rows, largest);
+            let mut draft = Draft::new(learned, *measured, group, &rows, largest);
             if rows.len() == 1 && (draft.estimate.input + draft.estimate.output) as usize > most {
                 return Look::TooLarge(group_key.clone(), rows);
             }
             if let Some(mut purse) = group.purse.take() {
-                let least = Draft::new(*learned, *measured, group, rows.get(..1).unwrap_or_default(), largest).worst;
+                let least = Draft::new(learned, *measured, group, rows.get(..1).unwrap_or_default(), largest).worst;
                 let is_idle = group.in_flight == 0;
                 let pays = purse.pays(draft.worst, least, is_idle);
                 while pays == Pays::Less && rows.len() > 1 && !purse.covers(draft.worst) {
                     group.put_back(rows.split_off(rows.len() - rows.len().div_ceil(8)));
-                    draft = Draft::new(*learned, *measured, group, &rows, largest);
+                    draft = Draft::new(learned, *measured, group, &rows, largest);
                 }
                 if pays == Pays::Ask {
                     // What was answered so far goes first: the client reckons with it.
@@ -173,7 +192,7 @@ impl State {
                 if n * LEAST_PART >= rows.len().max(LEAST_PART) {
                     let part = n as f64 / rows.len() as f64;
                     let rest = rows.split_off(n);
-                    draft = Draft::new(*learned, *measured, group, &rows, largest);
+                    draft = Draft::new(learned, *measured, group, &rows, largest);
                     group.put_back(rest);
                     tried = limiter.reserve(now, draft.reserve, group.class(), part).or(tried);
                 }
@@ -193,13 +212,14 @@ impl State {
             let level = &mut level[usize::from(interactive)];
             *level = level.max(group.served);
             group.count_served(now, &rows);
+            standing.patience.sent(now);
             *in_flight += 1;
             *in_flight_rows += rows.len();
             let abandoned = Rc::new(Notify::new());
             self.next_id += 1;
             launches.push(Launch {
                 id: self.next_id,
-                body: draft.body(*learned, group, &rows),
+                body: draft.body(learned, group, &rows),
                 stream: Rc::clone(&group.stream),
                 timeout: Duration::from_millis(group.stream.model.request_timeout_ms),
                 most_tokens: draft.worst.output,
@@ -208,14 +228,15 @@ impl State {
             let request = InFlight {
                 lane: key.clone(),
                 group: group_key.clone(),
+                id: self.next_id,
+                asked: Asked { scope: group.scope, way, turn, learned },
                 ids: draft.ids,
                 grant,
                 estimate: draft.estimate,
                 reserved: draft.reserve,
                 worst: draft.worst,
                 sent: now,
-                learned: *learned,
-                spared: learned.spare_answer_tokens,
+                can_grow: draft.can_grow,
                 abandoned,
                 rows,
             };

@@ -4,9 +4,11 @@ use std::collections::HashSet;
 
 use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::limiter::Tokens;
-use llm_batch_core::trouble::{Report, Trouble};
+use llm_batch_core::thought;
+use llm_batch_core::trouble::{Parameter, Report, Trouble};
 
 use super::answers::left;
+use super::doubts::Said;
 use super::{InFlight, LaneKey, State, too_long};
 use crate::group::Row;
 use crate::protocol::{Stop, StopReason, Verdict};
@@ -28,12 +30,14 @@ impl State {
         if is_unsure {
             self.unsure(&request);
         }
-        let InFlight { lane: lane_key, group: group_key, rows, grant, sent, worst, learned, .. } = request;
+        let InFlight {
+            id, lane: lane_key, group: group_key, rows, grant, asked, estimate, sent, worst, can_grow, ..
+        } = request;
         let message = report.message.clone();
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         match report.trouble {
             Trouble::Rate(_) => lane.throttled += 1,
-            Trouble::Unsupported(_) | Trouble::TooLarge => {}
+            Trouble::Unsupported(_) | Trouble::TooLarge | Trouble::AnswerCap | Trouble::CutOff => {}
             _ => {
                 lane.errors += 1;
                 lane.last_error = Some(message.clone());
@@ -60,7 +64,10 @@ impl State {
             purse.give_back(worst, Tokens::default());
         }
         let size = rows.len();
-        let succeeded = lane.group(&group_key).is_some_and(|g| g.succeeded);
+        let standing = lane.standings.of(now, asked.scope);
+        let is_accepted = standing.is_accepted;
+        let is_wrong = matches!(report.trouble, Trouble::Rejected | Trouble::CutOff)
+            && matches!(rows.as_slice(), [row] if standing.row_is_refused(row.refused_in.unwrap_or(id)));
         // What ends streams: why, whether all of the lane or only those of the group, and when to try again.
         let (reason, is_for_all, retry_after) = match &report.trouble {
             Trouble::Rate(wait) if wait.is_some_and(|w| w > LONGEST_RATE_WAIT) => (StopReason::Quota, true, *wait),
@@ -68,7 +75,8 @@ impl State {
             Trouble::Spend => (StopReason::Spend, true, None),
             Trouble::Auth => (StopReason::Auth, false, None),
             Trouble::NotFound => (StopReason::NotFound, false, None),
-            Trouble::Rejected if !succeeded => (StopReason::Rejected, false, None),
+            Trouble::Misplaced => (StopReason::Rejected, false, None),
+            Trouble::Rejected | Trouble::CutOff if is_wrong => (StopReason::Rejected, false, None),
             Trouble::Rate(wait) => {
                 // Without a word from the provider, the more refusals in a row the longer.
                 lane.refusals += 1;
@@ -78,6 +86,24 @@ impl State {
                 self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
                 return;
             }
+            Trouble::CutOff if can_grow => {
+                lane.learned.observe_end(true, worst.output);
+                self.put_back(&lane_key, &group_key, rows);
+                if self.weigh(now, &lane_key, &group_key, asked, Said::Cut) {
+                    self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
+                }
+                return;
+            }
+            Trouble::AnswerCap if worst.output > 1 => {
+                lane.learned.answer_cap(thought::cap_in(&message, worst.output).max(1));
+                self.put_back(&lane_key, &group_key, rows);
+                self.notice(now, &lane_key, "cap", &format!("{message}; going on with less"));
+                return;
+            }
+            Trouble::TooLarge if lane.takes_less_answer(&message, asked.learned, estimate, worst.output) => {
+                self.put_back(&lane_key, &group_key, rows);
+                return;
+            }
             Trouble::TooLarge => {
                 self.notice_smaller(now, &lane_key, "too large", &message, size);
                 self.too_large(now, &lane_key, &group_key, rows);
@@ -85,31 +111,19 @@ impl State {
             }
             Trouble::Unsupported(parameter) => {
                 let options = lane.group(&group_key).map(|g| g.stream.task.options.clone()).unwrap_or_default();
-                if lane.learned.refused(*parameter, learned, &options) {
+                let is_form = *parameter == Parameter::ResponseFormat;
+                if lane.learned.refused(*parameter, asked.learned, &options)
+                    || (is_form && self.form_is_refused(now, &lane_key, &group_key, asked))
+                {
                     self.put_back(&lane_key, &group_key, rows);
                     self.notice(now, &lane_key, "unsupported", &format!("{message}; going on without it"));
                     return;
                 }
                 (StopReason::Rejected, false, None)
             }
-            Trouble::Filtered | Trouble::Rejected if size == 1 => {
-                let verdict = if report.trouble == Trouble::Filtered {
-                    Verdict::Skip { class: "refused".into(), detail: message }
-                } else {
-                    Verdict::Fail { class: "rejected".into(), detail: message }
-                };
-                for mut row in rows {
-                    row.attempts += 1;
-                    self.done(&lane_key, &group_key, row, verdict.clone());
-                }
-                return;
-            }
-            Trouble::Filtered | Trouble::Rejected => {
-                self.notice_smaller(now, &lane_key, "rejected", &message, size);
-                for mut row in rows {
-                    row.most_rows = size.div_ceil(2);
-                    self.again(&lane_key, &group_key, row);
-                }
+            Trouble::Filtered | Trouble::Rejected | Trouble::CutOff | Trouble::AnswerCap => {
+                let is_filter = report.trouble == Trouble::Filtered;
+                self.refused(now, (&lane_key, &group_key), rows, (id, is_accepted, is_filter), &message);
                 return;
             }
             Trouble::Overload(wait) => {
@@ -135,6 +149,11 @@ impl State {
                 return;
             }
         };
+        if reason == StopReason::Rejected
+            && let Some(lane) = self.lanes.get_mut(&lane_key)
+        {
+            lane.standings.of(now, asked.scope).begin_anew();
+        }
         self.notice(now, &lane_key, "stopped", &message);
         if let Some(g) = self.lanes.get_mut(&lane_key).and_then(|l| l.group(&group_key)) {
             let waiters = rows.iter().flat_map(|row| g.take_waiters(row)).collect();
@@ -142,6 +161,41 @@ impl State {
         }
         let stop = Stop { reason, message, retry_after_ms: retry_after };
         self.stop(&lane_key, (!is_for_all).then_some(group_key.as_str()), &stop);
+    }
+
+    /// Something in these rows is refused: they go into smaller requests, until the row is found. As long as nothing was
+    /// ever accepted the first one goes alone at once, since it may be the request that is wrong.
+    fn refused(
+        &mut self,
+        now: u64,
+        (lane, group): (&LaneKey, &str),
+        mut rows: Vec<Row>,
+        (request, is_accepted, is_filter): (u64, bool, bool),
+        message: &str,
+    ) {
+        let size = rows.len();
+        if size == 1 {
+            let (class, detail) = (if is_filter { "refused" } else { "rejected" }.to_owned(), message.to_owned());
+            let verdict = if is_filter { Verdict::Skip { class, detail } } else { Verdict::Fail { class, detail } };
+            for mut row in rows {
+                row.attempts += 1;
+                self.conclude(now, lane, group, row, verdict.clone());
+            }
+            return;
+        }
+        self.notice_smaller(now, lane, "rejected", message, size);
+        for row in &mut rows {
+            row.most_rows = size.div_ceil(2);
+            row.refused_in = Some(request);
+        }
+        if !is_accepted {
+            let mut first = self.wanted(lane, group, vec![rows.remove(0)]);
+            if let Some((g, mut row)) = self.lanes.get_mut(lane).and_then(|l| l.group(group)).zip(first.pop()) {
+                row.most_rows = 1;
+                g.push_next(row);
+            }
+        }
+        rows.into_iter().for_each(|row| self.again(lane, group, row));
     }
 
     /// A row whose request was not answered, while others are: it waits, then its requests get smaller, then it is
@@ -173,7 +227,7 @@ impl State {
     }
 
     /// Those among who wait for these rows that were told to stop get them back; what others still want remains.
-    fn wanted(&mut self, lane: &LaneKey, group: &str, rows: Vec<Row>) -> Vec<Row> {
+    pub(super) fn wanted(&mut self, lane: &LaneKey, group: &str, rows: Vec<Row>) -> Vec<Row> {
         let stopped: HashSet<u64> = self.conns.iter().filter(|(_, c)| c.stopped).map(|(id, _)| *id).collect();
         let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(group)) else { return Vec::new() };
         let mut gone = Vec::new();

@@ -1,0 +1,153 @@
+//! What may be the model's fault and not the rows': nothing is held against rows until a model has answered their task.
+
+use llm_batch_core::dialect::{Finish, Reply};
+use llm_batch_core::pack::Size;
+use llm_batch_core::patience::{Next, Way};
+
+use super::answers::ONLY_THOUGHT;
+use super::{Asked, LaneKey, State};
+use crate::cache::TextKey;
+use crate::group::Row;
+use crate::protocol::{Stop, StopReason, Verdict};
+use crate::request::presentable;
+
+/// Characters of an answer without a valid row that are shown.
+const MOST_SHOWN: usize = 200;
+
+/// What an answer says of whether a model can answer a task.
+pub(super) enum Said {
+    /// So many of its rows are valid.
+    Valid(usize),
+    /// It was cut off, and the next one will be longer.
+    Cut,
+    /// No row is valid.
+    Barren,
+}
+
+impl State {
+    /// Takes an answer to a request into account. True if the task is given up.
+    pub(super) fn weigh(&mut self, now: u64, lane_key: &LaneKey, group_key: &str, asked: Asked, said: Said) -> bool {
+        let Some(lane) = self.lanes.get_mut(lane_key) else { return false };
+        let forms = lane.learned.forms;
+        let standing = lane.standings.of(now, asked.scope);
+        let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| k == group_key) else { return false };
+        let options = &group.stream.task.options;
+        let form = asked.learned.form(options);
+        let next = match said {
+            Said::Valid(rows) => {
+                let is_own_fault = standing.patience.is_proven(now) && standing.patience.way().0 == Way::AsEver;
+                standing.patience.valid(now);
+                match asked.way {
+                    Way::AsEver => {}
+                    Way::OtherForm => group.size = Size::new(options.max_rows_per_request as usize),
+                    Way::FewerRows | Way::OneRow => group.size.at_most(rows),
+                }
+                self.release(lane_key, group_key, is_own_fault);
+                return false;
+            }
+            Said::Cut => standing.patience.cut(now),
+            Said::Barren => {
+                let has_other = standing.has_other(forms, form, options);
+                standing.patience.barren(now, asked.turn, has_other, options.max_rows_per_request)
+            }
+        };
+        if next == Next::OtherForm {
+            standing.gives_up(form);
+        }
+        next == Next::GiveUp
+    }
+
+    /// A form was refused that is tried because others had no valid row. True if it was.
+    pub(super) fn form_is_refused(&mut self, now: u64, lane_key: &LaneKey, group_key: &str, asked: Asked) -> bool {
+        let Some(lane) = self.lanes.get_mut(lane_key) else { return false };
+        let forms = lane.learned.forms;
+        let standing = lane.standings.of(now, asked.scope);
+        let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| k == group_key) else { return false };
+        if asked.way != Way::OtherForm {
+            return false;
+        }
+        let options = &group.stream.task.options;
+        let form = asked.learned.form(options);
+        if asked.turn == standing.patience.way().1 {
+            let has_other = standing.has_other(forms, form, options);
+            standing.patience.next_way(now, has_other);
+        }
+        standing.gives_up(form);
+        true
+    }
+
+    /// Stops all who ask this task of this model: no answer has a valid row.
+    pub(super) fn give_up(&mut self, now: u64, lane_key: &LaneKey, scope: TextKey, last: &str) {
+        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
+        lane.standings.of(now, scope).begin_anew();
+        let groups: Vec<String> =
+            lane.groups.iter().filter(|(_, g)| g.scope == scope).map(|(key, _)| key.clone()).collect();
+        let message = format!("no answer has a valid row, however the model is asked; the last answer is {last}");
+        self.notice(now, lane_key, "stopped", &message);
+        let stop = Stop { reason: StopReason::NoAnswers, message, retry_after_ms: None };
+        for group in groups {
+            self.stop(lane_key, Some(&group), &stop);
+        }
+    }
+
+    /// A row is done with. Without a label it is held as long as it may not be its fault.
+    pub(super) fn conclude(&mut self, now: u64, lane_key: &LaneKey, group_key: &str, row: Row, verdict: Verdict) {
+        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
+        let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| k == group_key) else { return };
+        let standing = lane.standings.of(now, group.scope);
+        let is_rejected = matches!(&verdict, Verdict::Fail { class, .. } if class == "rejected");
+        let in_doubt = if is_rejected { !standing.is_accepted } else { standing.patience.is_in_doubt(now) };
+        if !in_doubt || matches!(verdict, Verdict::Label(_)) {
+            self.done(lane_key, group_key, row, verdict);
+            return;
+        }
+        let rows = self.wanted(lane_key, group_key, vec![row]);
+        if let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_key)) {
+            group.held.extend(rows.into_iter().map(|row| (row, verdict.clone())));
+        }
+    }
+
+    /// Lets go of what is held. Unless it is the rows' own fault, those that were not refused are asked again.
+    fn release(&mut self, lane_key: &LaneKey, group_key: &str, is_own_fault: bool) {
+        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_key)) else { return };
+        if !is_own_fault {
+            group.forgive();
+        }
+        for (row, verdict) in std::mem::take(&mut group.held) {
+            let is_refused =
+                matches!(&verdict, Verdict::Fail { class, .. } | Verdict::Skip { class, .. } if is_refusal(class));
+            if is_own_fault || is_refused {
+                self.done(lane_key, group_key, row, verdict);
+            } else {
+                self.again(lane_key, group_key, row);
+            }
+        }
+    }
+
+    /// If nothing else is left of a group that could tell whose fault it is, what is held is done with.
+    pub(super) fn release_last(&mut self, lane_key: &LaneKey, group_key: &str) {
+        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_key)) else { return };
+        if !group.held.is_empty() && group.queued() == 0 && group.in_flight == 0 {
+            self.release(lane_key, group_key, true);
+        }
+    }
+}
+
+/// Whether a verdict of this class is of a single row, whatever becomes of others.
+fn is_refusal(class: &str) -> bool {
+    matches!(class, "rejected" | "refused")
+}
+
+/// What an answer without a valid row says, on a line and without keys.
+pub(super) fn shown(reply: &Reply, key: &str, thought: u64, is_thought: bool) -> String {
+    let text = presentable(&reply.text, key);
+    let cut = text.char_indices().nth(MOST_SHOWN).map_or(text.len(), |(end, _)| end);
+    let dots = if cut < text.len() { "…" } else { "" };
+    match (text.get(..cut).unwrap_or_default(), reply.finish) {
+        ("", Finish::Length) => format!("empty: all of its {thought} tokens went into thinking"),
+        ("", Finish::Refused) => "a refusal".to_owned(),
+        ("", Finish::Complete) if is_thought => format!("empty: {ONLY_THOUGHT}"),
+        ("", Finish::Complete) => "empty".to_owned(),
+        (text, _) => format!("\"{text}{dots}\""),
+    }
+}

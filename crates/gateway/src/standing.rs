@@ -1,0 +1,108 @@
+//! What a task and a model have come to together, as long as the gateway runs: it outlives the streams that ask.
+
+use std::collections::HashMap;
+
+use llm_batch_core::forms::{Form, Forms};
+use llm_batch_core::options::Options;
+use llm_batch_core::patience::Patience;
+
+use crate::cache::TextKey;
+
+/// Tasks that are remembered for a model.
+const MOST: usize = 1024;
+/// Requests of which single rows were refused, while none was ever accepted: then it is the request that is wrong.
+const MOST_REFUSED: usize = 3;
+
+/// A task's standing with a model.
+#[derive(Debug, Default)]
+pub struct Standing {
+    pub patience: Patience,
+    /// Forms of `response_format` in which no answer had a valid row.
+    tried: Vec<Form>,
+    /// A request was answered with a 2xx.
+    pub is_accepted: bool,
+    /// Numbers of the requests of which a single row was refused, until one is accepted.
+    refused: Vec<u64>,
+    /// When (ms) it was last looked for.
+    used: u64,
+}
+
+impl Standing {
+    /// The forms to ask in, of those that the server takes.
+    pub fn forms(&self, mut forms: Forms) -> Forms {
+        self.tried.iter().for_each(|form| forms.give_up(*form));
+        forms
+    }
+
+    /// A form is of no use. Whether there is another one to try.
+    pub fn has_other(&self, forms: Forms, form: Form, options: &Options) -> bool {
+        self.forms(forms).left(options.answer_shape, options.structured_output).any(|other| other != form)
+    }
+
+    pub fn gives_up(&mut self, form: Form) {
+        if !self.tried.contains(&form) {
+            self.tried.push(form);
+        }
+    }
+
+    /// A single row was refused that had been in the request of this number. Whether it is the request that is wrong.
+    pub fn row_is_refused(&mut self, request: u64) -> bool {
+        if !self.is_accepted && !self.refused.contains(&request) {
+            self.refused.push(request);
+        }
+        self.refused.len() >= MOST_REFUSED
+    }
+
+    pub fn accepts(&mut self) {
+        self.is_accepted = true;
+        self.refused.clear();
+    }
+
+    /// Whoever asks after a stop begins anew.
+    pub fn begin_anew(&mut self) {
+        self.patience.begin_anew();
+        self.tried.clear();
+        self.refused.clear();
+    }
+}
+
+/// The standing of each task with a model, by the scope of its groups.
+#[derive(Debug, Default)]
+pub struct Standings(HashMap<TextKey, Standing>);
+
+impl Standings {
+    pub fn of(&mut self, now: u64, scope: TextKey) -> &mut Standing {
+        if self.0.len() >= MOST && !self.0.contains_key(&scope) {
+            let idle = self.0.iter().filter(|(_, s)| s.patience.in_flight() == 0);
+            if let Some(oldest) = idle.min_by_key(|(_, s)| s.used).map(|(scope, _)| *scope) {
+                self.0.remove(&oldest);
+            }
+        }
+        let standing = self.0.entry(scope).or_default();
+        standing.used = now;
+        standing
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_looked_for_longest_is_forgotten() {
+        let mut all = Standings::default();
+        all.of(1, 1).is_accepted = true;
+        all.of(2, 2).patience.sent(2);
+        (3..2_000).for_each(|n| all.of(n, n.into()).accepts());
+        assert_eq!(all.0.len(), MOST);
+        assert!(!all.0.contains_key(&1) && all.0.contains_key(&2) && all.0.contains_key(&1_999));
+    }
+
+    #[test]
+    fn rows_of_three_requests_make_the_request_wrong() {
+        let mut s = Standing::default();
+        assert!(!s.row_is_refused(1) && !s.row_is_refused(1) && !s.row_is_refused(2) && s.row_is_refused(3));
+        s.accepts();
+        assert!((4..9).all(|n| !s.row_is_refused(n)));
+    }
+}
