@@ -173,7 +173,7 @@ impl State {
     }
 
     fn completion(&mut self, chat: &Chat, cached_tokens: u64, answer: &Answer) -> Reply {
-        let body = json!({
+        let mut body = json!({
             "id": format!("chatcmpl-{:016x}", self.rng.next_u64()),
             "object": "chat.completion",
             "created": unix_time().as_secs(),
@@ -189,13 +189,15 @@ impl State {
                 "finish_reason": answer.finish_reason,
             }],
             "usage": {
-                "completion_tokens_details": self.config.tells_thinking.then(|| json!({ "reasoning_tokens": answer.thinking_tokens })),
                 "prompt_tokens": chat.prompt_tokens,
                 "completion_tokens": answer.completion_tokens,
                 "total_tokens": chat.prompt_tokens + answer.completion_tokens,
                 "prompt_tokens_details": { "cached_tokens": cached_tokens },
             },
         });
+        if self.config.tells_thinking {
+            body["usage"]["completion_tokens_details"] = json!({ "reasoning_tokens": answer.thinking_tokens });
+        }
         Reply::json(200, &body)
     }
 }
