@@ -9,8 +9,8 @@ use llm_batch_core::limiter::{Left, Tokens};
 use llm_batch_core::options::StructuredOutput;
 use llm_batch_core::pack;
 use llm_batch_core::patience::Way;
-use llm_batch_core::{thinking, thought};
 use llm_batch_core::trouble::Trouble;
+use llm_batch_core::{thinking, thought};
 
 use super::doubts::{Said, shown};
 use super::{InFlight, LaneKey, State};
