@@ -162,10 +162,10 @@ CREATE FUNCTION llm_batch.forget(job_id bigint) RETURNS void
 COMMENT ON FUNCTION llm_batch.forget IS 'takes a job that has ended out of llm_batch.progress, with its failures';
 
 -- What only the server's memory knows. Not for users.
-CREATE FUNCTION llm_batch.waits_for_slot(job_id bigint) RETURNS boolean
+CREATE FUNCTION llm_batch.waits_for(job_id bigint) RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp
-    AS 'MODULE_PATHNAME', 'waits_for_slot_wrapper';
-COMMENT ON FUNCTION llm_batch.waits_for_slot IS 'whether a job could not be started for want of a background worker; for llm_batch.progress';
+    AS 'MODULE_PATHNAME', 'waits_for_wrapper';
+COMMENT ON FUNCTION llm_batch.waits_for IS 'why a job that is to run does not: no_worker_slot, disabled, no_connections; for llm_batch.progress';
 
 CREATE FUNCTION llm_batch.home() RETURNS text
     LANGUAGE c STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp

@@ -22,14 +22,14 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'paused'
                 WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN 'paused'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.status
-                WHEN llm_batch.waits_for_slot(j.id) THEN 'paused'
+                WHEN w.reason IS NOT NULL THEN 'paused'
                 ELSE 'running' END AS status,
            CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN NULL
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN NULL
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'user'
                 WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN CASE WHEN t.oid IS NULL THEN 'table' ELSE 'restored' END
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.reason
-                WHEN llm_batch.waits_for_slot(j.id) THEN 'no_worker_slot' END AS reason,
+                ELSE w.reason END AS reason,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total, h.handled) END AS rows_total,
            s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded, s.rows_reused,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total OPERATOR(pg_catalog.-) h.handled, 0) END AS rows_left, h.handled,
@@ -43,6 +43,9 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
                                  llm_batch.relation_now(j.relation, j.relation_name, j.home) OFFSET 0) o (owner, relation)
       LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) o.owner
       LEFT JOIN pg_catalog.pg_class t ON t.oid OPERATOR(pg_catalog.=) o.relation
+      -- Asked once, as the answer may be another one in the next moment.
+      CROSS JOIN LATERAL (SELECT CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'running' AND (s.epoch OPERATOR(pg_catalog.<>) j.epoch OR s.status OPERATOR(pg_catalog.=) 'running')
+                                      THEN llm_batch.waits_for(j.id) END) w (reason)
       LEFT JOIN llm_batch.classifier c ON c.name OPERATOR(pg_catalog.=) j.task
      WHERE pg_catalog.pg_has_role(o.owner, 'USAGE') OR pg_catalog.pg_has_role(t.relowner, 'USAGE')
         OR pg_catalog.pg_has_role('pg_monitor', 'USAGE')
@@ -51,7 +54,7 @@ COMMENT ON VIEW llm_batch.progress IS 'jobs: one''s own, those on one''s own tab
 COMMENT ON COLUMN llm_batch.progress.owner IS 'with whose rights it runs';
 COMMENT ON COLUMN llm_batch.progress.relation IS 'the table as it is called now';
 COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed, cancelled';
-COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, no_answers, owner, restored, table wait for resume(); provider_down, quota, no_worker_slot go on by themselves';
+COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, no_answers, owner, restored, table wait for resume(); provider_down, quota, no_worker_slot, disabled, no_connections go on by themselves';
 COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and those that came since; NULL until they are counted';
 COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that others filled, changed or deleted meanwhile';
 COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows among rows_done whose answer was paid for with another row of the same text';
@@ -111,6 +114,7 @@ DECLARE
     deadline CONSTANT pg_catalog.timestamptz := pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) timeout;
     job      record;
     pauses   pg_catalog.float8 := 0.05;
+    said     pg_catalog.text := '';
 BEGIN
     PERFORM llm_batch.refuse_transaction_block('llm_batch.wait()');
     LOOP
@@ -122,7 +126,7 @@ BEGIN
                 HINT = 'The view llm_batch.progress lists your jobs.';
         ELSIF job.status OPERATOR(pg_catalog.=) 'done' THEN
             RETURN;
-        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') OPERATOR(pg_catalog.<>) ALL (ARRAY['provider_down', 'quota', 'no_worker_slot']) THEN
+        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') OPERATOR(pg_catalog.<>) ALL (ARRAY['provider_down', 'quota', 'no_worker_slot', 'disabled', 'no_connections']) THEN
             RAISE EXCEPTION 'job % is %', wait.job_id,
                 pg_catalog.concat(job.status, (' (' OPERATOR(pg_catalog.||) job.reason) OPERATOR(pg_catalog.||) ')')
                 USING ERRCODE = 'object_not_in_prerequisite_state',
@@ -135,6 +139,9 @@ BEGIN
         ELSIF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) deadline THEN
             RAISE EXCEPTION 'job % is not done after %', wait.job_id, wait.timeout USING ERRCODE = 'query_canceled',
                 DETAIL = pg_catalog.concat(job.rows_left, ' rows are left.');
+        ELSIF job.reason OPERATOR(pg_catalog.=) ANY (ARRAY['no_worker_slot', 'disabled', 'no_connections']) AND job.reason OPERATOR(pg_catalog.<>) said THEN
+            said := job.reason;
+            RAISE NOTICE 'job % is paused (%), and goes on by itself', wait.job_id, job.reason;
         END IF;
         PERFORM pg_catalog.pg_sleep(pauses);
         pauses := LEAST(pauses OPERATOR(pg_catalog.*) 1.5::pg_catalog.float8, 0.5::pg_catalog.float8);

@@ -9,11 +9,25 @@ use pgrx::prelude::*;
 
 use crate::client::{Client, Received, in_recovery};
 use crate::error::{Error, Result};
-use crate::{shared, sql, worker};
+use crate::shared::{self, Idle};
+use crate::{settings, sql, worker};
 
+/// Why a job that is to run does not, in a word; NULL if it does, or will in a moment.
 #[pg_extern(sql = false)]
-fn waits_for_slot(job_id: i64) -> bool {
-    shared::is_ready() && shared::waits_for_slot(worker::my_database(), job_id)
+fn waits_for(job_id: i64) -> Option<&'static str> {
+    // Where nothing of ours runs, nothing is known of it.
+    if !shared::is_ready() || in_recovery() {
+        return None;
+    }
+    if !settings::enabled() {
+        return Some("disabled");
+    }
+    match shared::idle(worker::my_database(), job_id) {
+        Idle::Not => None,
+        _ if !worker::databases::is_mine_open() => Some("no_connections"),
+        Idle::NoSlot => Some("no_worker_slot"),
+        Idle::NotFound => (!worker::databases::is_mine_searched()).then_some("disabled"),
+    }
 }
 
 /// What tells this database, and the extension in it, from any other that a dump or a template may come from or go to.

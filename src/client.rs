@@ -12,10 +12,13 @@ use pgrx::prelude::*;
 use crate::error::{Error, Result};
 use crate::worker::gateway::connect;
 use crate::worker::{Socket, wait};
-use crate::{shared, version};
+use crate::shared::{self, Process};
+use crate::version;
 
 /// How long a gateway may take to come up or come back.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long a process of ours takes at the most to come up for the first time, from when sessions can connect.
+const START: Duration = Duration::from_secs(3);
 
 /// Rows handed over and not yet answered (of a job: not yet written), above which no more are fetched; a page may go
 /// beyond.
@@ -70,6 +73,25 @@ pub fn check_loaded() -> Result<()> {
     Err(Error::state("pg_llm_batch is not loaded")
         .detail("It needs background processes, which are started with the server.")
         .hint("Add pg_llm_batch to shared_preload_libraries in postgresql.conf and restart the server."))
+}
+
+/// Postgres leaves a process out where `max_worker_processes` is too small, and says so in its log alone. One that is
+/// about to start is waited for.
+pub fn check_came_up(process: Process) -> Result<()> {
+    let start = Instant::now();
+    while !shared::has_come_up(process) {
+        if start.elapsed() > START {
+            let name = if process == Process::Gateway { "gateway" } else { "launcher" };
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+                format!("the llm_batch {name} is not running"),
+            )
+            .detail("It has not come up since the server started: no background worker was free for it.")
+            .hint("Raise max_worker_processes and restart the server: each running job needs one, and pg_llm_batch three more."));
+        }
+        wait(None, Some(Duration::from_millis(50)));
+    }
+    Ok(())
 }
 
 /// What every function of ours that does something needs.
@@ -130,6 +152,7 @@ impl Client {
     /// Connects. The gateway may be about to start, or to come back: that is waited for.
     pub fn connect() -> Result<Self> {
         check_loaded()?;
+        check_came_up(Process::Gateway)?;
         let start = Instant::now();
         loop {
             match connect() {

@@ -12,9 +12,14 @@
 use pgrx::prelude::*;
 use pgrx::{PGRXSharedMemory, PgLwLock, pg_shmem_init};
 
-/// Most jobs and finders that are wanted or running at the same time. More jobs than that wait in their tables until
-/// the next search.
+/// Most jobs and finders that are wanted or running at the same time. More jobs than that wait in their tables until a
+/// search finds room for them.
 const ENTRIES: usize = 256;
+/// Of these, as many are left to finders that are to run soon: not to jobs, nor to finders that wait.
+const FOR_FINDERS: usize = 16;
+
+/// The launcher comes up so soon after the server (microseconds), or never.
+const START: i64 = 5_000_000;
 
 /// First wait before what died is started again, microseconds; doubled each time it dies young and without progress.
 const RESTART: i64 = 1_000_000;
@@ -67,7 +72,16 @@ const FREE: Entry = Entry {
 
 #[derive(Clone, Copy)]
 struct Table {
+    /// When the server started, or started anew after a crash.
+    born: i64,
+    /// 0 if none has come up yet.
     launcher: i32,
+    /// A gateway has come up.
+    had_gateway: bool,
+    /// No background worker was free at the last start of anything.
+    no_slot: bool,
+    /// Something found no entry, and is to be searched for.
+    missed: bool,
     /// Databases of which the log was told that their extension is of another version than the library.
     told: [u32; 16],
     /// The gateway was told to end.
@@ -80,7 +94,16 @@ unsafe impl PGRXSharedMemory for Table {}
 
 impl Default for Table {
     fn default() -> Self {
-        Self { launcher: 0, told: [0; 16], gateway_told: false, entries: [FREE; ENTRIES] }
+        Self {
+            born: now(),
+            launcher: 0,
+            had_gateway: false,
+            no_slot: false,
+            missed: false,
+            told: [0; 16],
+            gateway_told: false,
+            entries: [FREE; ENTRIES],
+        }
     }
 }
 
@@ -109,11 +132,29 @@ impl Table {
         self.entries.iter_mut().find(|e| e.phase != Phase::Free && e.database == database && e.job == job)
     }
 
+    fn free(&self) -> usize {
+        self.entries.iter().filter(|e| e.phase == Phase::Free).count()
+    }
+
+    /// `None` if there is no room, which is remembered.
     fn find_or_add(&mut self, database: u32, job: i64) -> Option<(&mut Entry, bool)> {
-        let is_new = self.find(database, job).is_none();
-        let entry =
-            if is_new { self.entries.iter_mut().find(|e| e.phase == Phase::Free)? } else { self.find(database, job)? };
-        Some((entry, is_new))
+        if self.find(database, job).is_some() {
+            return self.find(database, job).map(|e| (e, false));
+        }
+        if self.free() <= if job == 0 { 0 } else { FOR_FINDERS } {
+            self.missed = true;
+            return None;
+        }
+        self.entries.iter_mut().find(|e| e.phase == Phase::Free).map(|e| (e, true))
+    }
+
+    /// A finder that waits gives its entry back where there are few: all databases are searched again instead.
+    fn waits(&mut self, i: usize) {
+        let is_scarce = self.free() < FOR_FINDERS;
+        if let Some(e) = self.entries.get_mut(i).filter(|e| e.job == 0 && is_scarce) {
+            *e = FREE;
+            self.missed = true;
+        }
     }
 }
 
@@ -129,6 +170,7 @@ impl Table {
         {
             *finder = Entry { database, phase: Phase::Wanted, at: at - 1_000_000, ..FREE };
         }
+        self.waits(i);
     }
 }
 
@@ -146,8 +188,7 @@ fn set_latch(pid: i32) {
 }
 
 /// Wants a job (or, with job 0, a search) to run, not before `at`. A job that runs already is told to look at its row
-/// again. Raises nothing: it is called when a transaction has committed. A full table is made up for by the next
-/// search.
+/// again. Raises nothing: it is called when a transaction has committed. A full table is made up for by a search.
 pub fn want(database: u32, job: i64, owner: u32, at: i64) {
     let mut pids = (0, 0);
     {
@@ -218,13 +259,44 @@ pub fn was_poked(database: u32, job: i64) -> bool {
     TABLE.exclusive().find(database, job).is_some_and(|e| std::mem::take(&mut e.poked))
 }
 
-/// Whether a job waits for a background worker to be free.
-pub fn waits_for_slot(database: u32, job: i64) -> bool {
-    TABLE
-        .share()
-        .entries
-        .iter()
-        .any(|e| e.phase == Phase::Wanted && e.database == database && e.job == job && e.no_slot)
+/// Why nobody is at a job that is to run, as far as this table knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Idle {
+    /// Somebody is, or will be in a moment.
+    Not,
+    /// No background worker is free.
+    NoSlot,
+    /// It has not been found since the server started.
+    NotFound,
+}
+
+pub fn idle(database: u32, job: i64) -> Idle {
+    let table = TABLE.share();
+    let entry = table.entries.iter().find(|e| e.phase != Phase::Free && e.database == database && e.job == job);
+    let no_launcher = table.launcher == 0 && table.born + START < now();
+    match entry {
+        Some(e) if e.phase != Phase::Wanted => Idle::Not,
+        Some(e) if e.no_slot || no_launcher => Idle::NoSlot,
+        Some(_) => Idle::Not,
+        None if table.no_slot || table.missed || no_launcher => Idle::NoSlot,
+        None => Idle::NotFound,
+    }
+}
+
+/// The processes that are always there, if Postgres had room to register them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Process {
+    Gateway,
+    Launcher,
+}
+
+/// Whether a process has come up since the server started.
+pub fn has_come_up(process: Process) -> bool {
+    let table = TABLE.share();
+    match process {
+        Process::Gateway => table.had_gateway,
+        Process::Launcher => table.launcher != 0,
+    }
 }
 
 /// Registers the launcher. What an earlier launcher was about to start is wanted again.
@@ -238,8 +310,13 @@ pub fn launcher_starts(pid: i32) {
     }
 }
 
-/// The gateway starts, or ends because it was told to.
-pub fn set_gateway_told(told: bool) {
+pub fn gateway_starts() {
+    let mut table = TABLE.exclusive();
+    (table.had_gateway, table.gateway_told) = (true, false);
+}
+
+/// The gateway ends, because it was told to or of something.
+pub fn gateway_ends(told: bool) {
     TABLE.exclusive().gateway_told = told;
 }
 
@@ -248,15 +325,49 @@ pub fn was_gateway_told() -> bool {
     TABLE.share().gateway_told
 }
 
-/// The entries that are due at `now`, finders first, and how many jobs run.
-pub fn due(now: i64) -> (Vec<Entry>, usize) {
+/// What is to be started, and what there is.
+pub struct Due {
+    /// Finders first.
+    pub entries: Vec<Entry>,
+    /// Jobs that are starting or running.
+    pub jobs: usize,
+    /// Finders that are.
+    pub finders: usize,
+    /// Jobs and finders that are starting.
+    pub starting: usize,
+}
+
+/// What is due at `now`.
+pub fn due(now: i64) -> Due {
     let table = TABLE.share();
-    let mut due: Vec<Entry> =
+    let mut entries: Vec<Entry> =
         table.entries.iter().filter(|e| e.phase == Phase::Wanted && e.at <= now).copied().collect();
-    due.sort_by_key(|e| (e.job != 0, e.at));
-    let running =
-        table.entries.iter().filter(|e| e.job != 0 && matches!(e.phase, Phase::Starting | Phase::Running)).count();
-    (due, running)
+    entries.sort_by_key(|e| (e.job != 0, e.at));
+    let count = |is: fn(&Entry) -> bool| {
+        table.entries.iter().filter(|e| matches!(e.phase, Phase::Starting | Phase::Running) && is(e)).count()
+    };
+    Due {
+        entries,
+        jobs: count(|e| e.job != 0),
+        finders: count(|e| e.job == 0),
+        starting: count(|e| e.phase == Phase::Starting),
+    }
+}
+
+/// How many finders run or are due, and whether there is room for jobs that they find.
+pub fn searches(now: i64) -> (usize, bool) {
+    let table = TABLE.share();
+    let is_busy = |e: &Entry| match e.phase {
+        Phase::Free => false,
+        Phase::Wanted => e.at <= now,
+        Phase::Starting | Phase::Running => true,
+    };
+    (table.entries.iter().filter(|e| e.job == 0 && is_busy(e)).count(), table.free() > FOR_FINDERS)
+}
+
+/// Whether something has found no entry; the caller sees to it.
+pub fn take_missed() -> bool {
+    std::mem::take(&mut TABLE.exclusive().missed)
 }
 
 /// When the next entry is due.
@@ -275,6 +386,11 @@ pub fn no_slot(database: u32, job: i64, again: i64) {
     if let Some(e) = TABLE.exclusive().find(database, job) {
         (e.phase, e.at, e.no_slot) = (Phase::Wanted, again, true);
     }
+}
+
+/// Whether a background worker was free for what was started last.
+pub fn set_no_slot(value: bool) {
+    TABLE.exclusive().no_slot = value;
 }
 
 /// What was started a while ago and never came up (it could not connect) has died.
@@ -345,7 +461,9 @@ pub fn goes(database: u32, job: i64, pid: i32, end: End) {
             && let Some(i) = found
         {
             table.died(i, now, end == End::Told);
-        } else if let Some(e) = found.and_then(|i| table.entries.get_mut(i)) {
+        } else if let Some(i) = found
+            && let Some(e) = table.entries.get_mut(i)
+        {
             match end {
                 End::Finished if e.poked => {
                     *e = Entry { phase: Phase::Wanted, at: now, pid: 0, deaths: 0, poked: false, ..*e };
@@ -354,6 +472,7 @@ pub fn goes(database: u32, job: i64, pid: i32, end: End) {
                 End::Again(at) => {
                     let at = if e.poked { now } else { at };
                     *e = Entry { phase: Phase::Wanted, at, pid: 0, deaths: 0, poked: false, ..*e };
+                    table.waits(i);
                 }
                 End::Died | End::Told => {}
             }

@@ -117,7 +117,7 @@ const ROWS: &[Row] = &[
      [NO, NO, NO, NO, NO, NO, "-"]),
     // What is inside: harmless to call.
     ("llm_batch.provider_validator(text[],oid)", "SELECT llm_batch.provider_validator('{}', 'pg_user_mapping'::regclass)", ALL),
-    ("llm_batch.waits_for_slot(bigint)", "SELECT llm_batch.waits_for_slot(2)", ["=f"; 7]),
+    ("llm_batch.waits_for(bigint)", "SELECT llm_batch.waits_for(2)", ["="; 7]),
     ("llm_batch.home()", "SELECT llm_batch.home()", ALL),
     ("llm_batch.owner_now(oid,name,text)", "SELECT llm_batch.owner_now(10, 'alice', 'elsewhere') = 'alice'::regrole", ["=t"; 7]),
     ("llm_batch.server_now(oid,name,text)", "SELECT llm_batch.server_now(10, 'fake', 'elsewhere') IS NULL", ["=f"; 7]),

@@ -59,7 +59,8 @@ fn ended(status: &store::Status) -> Error {
 #[pg_extern(sql = false)]
 fn pause(job_id: i64) -> std::result::Result<bool, ErrorReport> {
     let changed = control(job_id, Status::by_owner_or_tables, |s| match (s.status.as_str(), s.reason.as_deref()) {
-        ("running", _) | ("paused", Some("provider_down" | "quota" | "no_worker_slot")) => {
+        ("running", _)
+        | ("paused", Some("provider_down" | "quota" | "no_worker_slot" | "disabled" | "no_connections")) => {
             Ok(Some("wanted = 'paused'".to_owned()))
         }
         ("paused", _) => Ok(None),

@@ -74,6 +74,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
         price.check(&model)?;
     }
     check_alone(&target, 0)?;
+    client::check_came_up(shared::Process::Launcher)?;
     // Whether the model answers at all, before a row is paid for.
     client::ask(&stream, &ToGateway::Probe, |message| match message {
         FromGateway::Probed(None) => Ok(Some(())),

@@ -85,7 +85,8 @@ fn search() -> Result<Option<i64>> {
            FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
            LEFT JOIN pg_roles r ON r.oid = j.owner
           WHERE j.wanted = 'running' AND j.home = llm_batch.home()
-            AND (s.epoch < j.epoch OR s.status = 'running' OR (s.status = 'paused' AND s.resume_at IS NOT NULL))",
+            AND (s.epoch < j.epoch OR s.status = 'running' OR (s.status = 'paused' AND s.resume_at IS NOT NULL))
+          ORDER BY j.id",
         &[],
         |row| {
             let job = (row.get::<i64>(1)?, row.get::<pg_sys::Oid>(2)?.to_u32());

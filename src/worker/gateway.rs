@@ -61,7 +61,7 @@ static KEPT: OnceLock<Kept> = OnceLock::new();
 /// Clients look into why it has gone, which they notice after this.
 #[pg_guard]
 extern "C-unwind" fn on_exit(_code: i32, _arg: pg_sys::Datum) {
-    shared::set_gateway_told(is_told_to_end());
+    shared::gateway_ends(is_told_to_end());
     if let Some(known) = KEPT.get() {
         kept::put(&known.stock());
     }
@@ -76,7 +76,7 @@ pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
         pg_sys::before_shmem_exit(Some(on_exit), pg_sys::Datum::from(0));
         pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0);
     }
-    shared::set_gateway_told(false);
+    shared::gateway_starts();
     let (log, lines) = mpsc::channel();
     let before = kept::get();
     let started =

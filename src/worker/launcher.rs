@@ -1,22 +1,34 @@
-//! The launcher: starts a search for jobs in every database at the start of the server (and at promotion), and from
-//! then on the workers that the table in shared memory wants.
+//! The launcher: has every database searched for jobs at the start of the server (and at promotion), and from then on
+//! starts the workers that the table in shared memory wants.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use pgrx::bgworkers::{BackgroundWorkerBuilder, BgWorkerStartTime};
 use pgrx::prelude::*;
 
+use super::databases::{self, Database};
 use super::{LIBRARY, handle_signals, my_pid, reload_if_asked, report, wait};
 use crate::failure::failure_point;
-use crate::{settings, shared};
+use crate::shared::{self, Due, Entry};
+use crate::settings;
 
 /// A worker that has not come up after so long (microseconds) could not connect.
 const PATIENCE: i64 = 10_000_000;
-/// How often all databases are searched, microseconds: for what no commit told of (a full table, a database that was
-/// opened).
+/// How often all databases are searched, microseconds: for what no commit told of.
 const SEARCH: i64 = 300_000_000;
+/// How soon again where something did not fit into the table, microseconds.
+const SEARCH_MISSED: i64 = 10_000_000;
 /// The next try where no background worker was free, microseconds.
-const NO_SLOT: i64 = 10_000_000;
+const NO_SLOT: i64 = 3_000_000;
+/// How often the log is told of the same, microseconds.
+const SAY: i64 = 600_000_000;
+/// Most finders at a time. Each takes some 20 ms.
+const FINDERS: usize = 2;
+/// Background workers that finders leave to others: jobs, parallel queries, replication.
+const LEFT_FREE: usize = 2;
+/// A finder that has waited so long (microseconds) takes one of these.
+const FINDER_PATIENCE: i64 = 2_000_000;
 
 #[pg_guard]
 #[unsafe(no_mangle)]
@@ -26,20 +38,13 @@ pub extern "C-unwind" fn llm_batch_launcher_main(_arg: pg_sys::Datum) {
     unsafe { pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0) };
     shared::launcher_starts(my_pid());
     report(pg_sys::BackendState::STATE_IDLE, "");
-    let mut warned = false;
-    let mut searched = None;
+    let mut launcher = Launcher::default();
     loop {
         reload_if_asked();
         let now = shared::now();
-        if searched.is_none_or(|at| at + SEARCH < now) {
-            searched = Some(now);
-            for database in databases(&settings::databases()) {
-                shared::want(database, 0, 0, now);
-            }
-        }
         shared::bury(now, PATIENCE);
         if settings::enabled() {
-            launch(now, &mut warned);
+            launcher.turn(now);
         }
         let due = shared::next_due().filter(|_| settings::enabled());
         let pause = due.map_or(10_000_000, |at| at - shared::now()).clamp(100_000, 10_000_000);
@@ -47,29 +52,99 @@ pub extern "C-unwind" fn llm_batch_launcher_main(_arg: pg_sys::Datum) {
     }
 }
 
-fn launch(now: i64, warned: &mut bool) {
-    let (due, mut running) = shared::due(now);
-    let all = if due.is_empty() { Vec::new() } else { databases(&[]) };
-    for entry in due {
-        let is_job = entry.job != 0;
-        if !all.contains(&entry.database) {
-            // Dropped, or closed to connections: a job there is found again should it be opened.
-            shared::unwant(entry.database, entry.job);
-            continue;
+/// What only the launcher knows; another one begins anew.
+#[derive(Default)]
+struct Launcher {
+    /// Databases to be searched, one after the other. However many there are, each has its turn.
+    queue: VecDeque<u32>,
+    /// Databases that could be searched when they were last looked at.
+    known: Vec<u32>,
+    /// When all were queued.
+    all_queued: Option<i64>,
+    /// When the log was told that no background worker is free, or that there are too many jobs.
+    said_no_slot: Option<i64>,
+    said_missed: Option<i64>,
+}
+
+impl Launcher {
+    fn turn(&mut self, now: i64) {
+        let open = databases::open();
+        self.queue_searches(&open, now);
+        self.want_searches(&open, now);
+        self.launch(&open, now);
+    }
+
+    /// Queues what was made or opened since, and all databases now and then.
+    fn queue_searches(&mut self, open: &[Database], now: i64) {
+        let is_over = |time| self.all_queued.is_none_or(|at| at + time < now);
+        let missed = self.queue.is_empty() && is_over(SEARCH_MISSED) && shared::take_missed();
+        let all = missed || is_over(SEARCH);
+        let searched: Vec<u32> = open.iter().filter(|d| d.is_searched).map(|d| d.oid).collect();
+        for database in &searched {
+            // In order of their numbers.
+            if (all || self.known.binary_search(database).is_err()) && !self.queue.contains(database) {
+                self.queue.push_back(*database);
+            }
         }
-        if is_job && running >= settings::max_job_workers() {
-            shared::no_slot(entry.database, entry.job, now + 1_000_000);
-            continue;
+        self.known = searched;
+        if all {
+            self.all_queued = Some(now);
         }
+        if missed && is_time(&mut self.said_missed, now) {
+            pgrx::log!("llm_batch has more to do than it keeps in mind at a time; databases are searched again as jobs end");
+        }
+    }
+
+    /// Hands over as many searches as may run, while there is room for what they find.
+    fn want_searches(&mut self, open: &[Database], now: i64) {
+        let (busy, has_room) = shared::searches(now);
+        for _ in busy..FINDERS {
+            if !has_room {
+                return;
+            }
+            let Some(database) = self.queue.pop_front() else { return };
+            if is_open(open, database) {
+                shared::want(database, 0, 0, now);
+            }
+        }
+    }
+
+    fn launch(&mut self, open: &[Database], now: i64) {
+        let Due { entries, mut jobs, mut finders, mut starting } = shared::due(now);
+        for entry in entries {
+            let is_job = entry.job != 0;
+            if !is_open(open, entry.database) {
+                // Dropped, or closed to connections: a job there is found again should it be opened.
+                shared::unwant(entry.database, entry.job);
+                continue;
+            }
+            if is_job && jobs >= settings::max_job_workers() {
+                shared::no_slot(entry.database, entry.job, now + 1_000_000);
+                continue;
+            }
+            if !is_job && !may_search(&entry, finders, starting, now) {
+                continue;
+            }
+            if self.start(&entry, now) {
+                jobs += usize::from(is_job);
+                finders += usize::from(!is_job);
+                starting += 1;
+            }
+        }
+    }
+
+    /// Starts a worker; false if there is no room for it.
+    fn start(&mut self, entry: &Entry, now: i64) -> bool {
         shared::starting(entry.database, entry.job, now);
         failure_point!("launch");
+        let is_job = entry.job != 0;
         let (kind, function) = if is_job {
             ("llm_batch job", "llm_batch_job_main")
         } else {
             ("llm_batch finder", "llm_batch_finder_main")
         };
         let name = if is_job { format!("llm_batch job {}", entry.job) } else { kind.to_owned() };
-        let started = BackgroundWorkerBuilder::new(&name)
+        let is_started = BackgroundWorkerBuilder::new(&name)
             .set_type(kind)
             .set_library(LIBRARY)
             .set_function(function)
@@ -78,63 +153,67 @@ fn launch(now: i64, warned: &mut bool) {
             .set_start_time(BgWorkerStartTime::RecoveryFinished)
             .set_restart_time(None)
             .set_notify_pid(my_pid())
-            .load_dynamic();
-        match started {
-            Ok(_) => {
-                failure_point!("launched");
-                *warned = false;
-                running += usize::from(is_job);
-            }
-            Err(_) => {
-                shared::no_slot(entry.database, entry.job, now + NO_SLOT);
-                if !*warned {
-                    *warned = true;
-                    ereport!(
-                        WARNING,
-                        PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
-                        "no background worker is free for llm_batch; jobs wait",
-                        "Raise max_worker_processes: each running job needs one, and pg_llm_batch three more."
-                    );
-                }
-            }
+            .load_dynamic()
+            .is_ok();
+        shared::set_no_slot(!is_started);
+        if is_started {
+            failure_point!("launched");
+            return true;
         }
+        shared::no_slot(entry.database, entry.job, now + NO_SLOT);
+        if is_time(&mut self.said_no_slot, now) {
+            ereport!(
+                WARNING,
+                PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
+                "no background worker is free for llm_batch; jobs wait",
+                "Raise max_worker_processes: each running job needs one, and pg_llm_batch three more."
+            );
+        }
+        false
     }
 }
 
-/// The databases that can be connected to; of these the ones of the given names, if any are given.
-fn databases(wanted: &[String]) -> Vec<u32> {
-    let mut found = Vec::new();
-    // SAFETY: a transaction of a background worker; pg_database is a shared catalog and may be read without a
-    // database. The scan is ended and the lock released before the commit.
-    unsafe {
-        pg_sys::SetCurrentStatementStartTimestamp();
-        pg_sys::StartTransactionCommand();
-        pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot());
-        let relation = pg_sys::table_open(pg_sys::DatabaseRelationId, pg_sys::AccessShareLock as i32);
-        let scan = pg_sys::systable_beginscan(
-            relation,
-            pg_sys::InvalidOid,
-            false,
-            std::ptr::null_mut(),
-            0,
-            std::ptr::null_mut(),
-        );
-        loop {
-            let tuple = pg_sys::systable_getnext(scan);
-            if tuple.is_null() {
-                break;
-            }
-            let row = pg_sys::GETSTRUCT(tuple).cast::<pg_sys::FormData_pg_database>();
-            let name = std::ffi::CStr::from_ptr((*row).datname.data.as_ptr()).to_string_lossy();
-            if (*row).datallowconn && !(*row).datistemplate && (wanted.is_empty() || wanted.iter().any(|w| *w == name))
-            {
-                found.push((*row).oid.to_u32());
-            }
-        }
-        pg_sys::systable_endscan(scan);
-        pg_sys::table_close(relation, pg_sys::AccessShareLock as i32);
-        pg_sys::PopActiveSnapshot();
-        pg_sys::CommitTransactionCommand();
+fn is_open(open: &[Database], oid: u32) -> bool {
+    open.binary_search_by_key(&oid, |d| d.oid).is_ok()
+}
+
+/// Whether something may be said (again), which it then is.
+fn is_time(said: &mut Option<i64>, now: i64) -> bool {
+    let is_time = said.is_none_or(|at| at + SAY < now);
+    if is_time {
+        *said = Some(now);
     }
-    found
+    is_time
+}
+
+/// Whether a finder may start beside so many others. Where few background workers are free it waits for a while; where
+/// none is, its start fails and says so.
+fn may_search(entry: &Entry, finders: usize, starting: usize, now: i64) -> bool {
+    if finders >= FINDERS {
+        return false;
+    }
+    let free = free_workers().saturating_sub(starting);
+    free == 0 || free > LEFT_FREE || (finders == 0 && entry.at + FINDER_PATIENCE < now)
+}
+
+/// How many of `max_worker_processes` nobody has, as `pg_stat_activity` shows it.
+fn free_workers() -> usize {
+    let is_worker = |i| {
+        // SAFETY: on the main thread; a position of the copy that is made below, so that there is a process.
+        unsafe {
+            #[cfg(feature = "pg15")]
+            let process = pg_sys::pgstat_fetch_stat_local_beentry(i);
+            #[cfg(not(feature = "pg15"))]
+            let process = pg_sys::pgstat_get_local_beentry_by_index(i);
+            !process.is_null() && (*process).backendStatus.st_backendType == pg_sys::BackendType::B_BG_WORKER
+        }
+    };
+    // SAFETY: on the main thread; makes a copy of what processes say of themselves, outside of any transaction, and
+    // forgets it. The setting is read.
+    unsafe {
+        let count = pg_sys::pgstat_fetch_stat_numbackends();
+        let busy = (1..=count).filter(|i| is_worker(*i)).count();
+        pg_sys::pgstat_clear_backend_activity_snapshot();
+        usize::try_from(pg_sys::max_worker_processes).unwrap_or(0).saturating_sub(busy)
+    }
 }

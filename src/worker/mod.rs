@@ -1,5 +1,6 @@
 //! The background processes: what they have in common. See README.md in this folder.
 
+pub mod databases;
 pub mod finder;
 pub mod gateway;
 pub mod launcher;
