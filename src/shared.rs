@@ -13,8 +13,8 @@ use pgrx::prelude::*;
 use pgrx::{PGRXSharedMemory, PgLwLock, pg_shmem_init};
 
 /// Most jobs and finders that are wanted or running at the same time. More jobs than that wait in their tables until a
-/// search finds room for them.
-const ENTRIES: usize = 256;
+/// search finds room for them. Tests have fewer.
+const ENTRIES: usize = if cfg!(feature = "failure_points") { 64 } else { 256 };
 /// Of these, as many are left to finders that are to run soon: not to jobs, nor to finders that wait.
 const FOR_FINDERS: usize = 16;
 

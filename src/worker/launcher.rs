@@ -10,8 +10,8 @@ use pgrx::prelude::*;
 use super::databases::{self, Database};
 use super::{LIBRARY, handle_signals, my_pid, reload_if_asked, report, wait};
 use crate::failure::failure_point;
-use crate::shared::{self, Due, Entry};
 use crate::settings;
+use crate::shared::{self, Due, Entry};
 
 /// A worker that has not come up after so long (microseconds) could not connect.
 const PATIENCE: i64 = 10_000_000;
@@ -91,7 +91,9 @@ impl Launcher {
             self.all_queued = Some(now);
         }
         if missed && is_time(&mut self.said_missed, now) {
-            pgrx::log!("llm_batch has more to do than it keeps in mind at a time; databases are searched again as jobs end");
+            pgrx::log!(
+                "llm_batch has more to do than it keeps in mind at a time; databases are searched again as jobs end"
+            );
         }
     }
 

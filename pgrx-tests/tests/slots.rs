@@ -1,0 +1,215 @@
+//! Who gets a background worker, and what is said of a job that has none.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{
+    Bed, PATIENCE, Progress, SMALL, backfill, backfill_with, error, held_job, install, labels_json, left, one,
+    progress, run, text, tickets, wait_status, warm, wrong,
+};
+use llm_fake_provider::Config;
+use pg_llm_batch_e2e::{Cluster, wait_until};
+use postgres::Client;
+
+/// For a reason to be shown.
+const SOON: Duration = Duration::from_secs(30);
+
+#[track_caller]
+fn set(bed: &Bed, name: &str, value: &str) {
+    let client = &mut bed.connect();
+    run(client, &format!("ALTER SYSTEM SET {name} = {value}"));
+    run(client, "SELECT pg_reload_conf()");
+}
+
+#[track_caller]
+fn waits(client: &mut Client, job: i64, reason: &str) -> Progress {
+    wait_until(
+        &format!("job {job} is paused as {reason}"),
+        SOON,
+        || progress(client, job),
+        |p| (p.status.as_str(), p.reason.as_deref()) == ("paused", Some(reason)),
+    )
+}
+
+/// The extension, a model, a classifier and a table in another database than `postgres`.
+#[track_caller]
+fn furnish(bed: &Bed, database: &str, rows: i64) -> Client {
+    let mut client = bed.cluster.connect(database);
+    install(&mut client, &bed.provider.base_url());
+    common::model(&mut client, "m", "");
+    common::classifier(&mut client, "topic", &labels_json(&common::LABELS), "m", "{\"reuse\": false}");
+    tickets(&mut client, "tickets", 900_001..=900_000 + rows);
+    client
+}
+
+#[test]
+fn why_a_job_does_not_run() {
+    let mut bed = Bed::new("slots_reasons");
+    let client = &mut bed.connect();
+    let job = held_job(&bed, client, 40, 2);
+
+    // Switched off. Who waits for the job goes on to, and is told.
+    set(&bed, "llm_batch.enabled", "off");
+    waits(client, job, "disabled");
+    std::thread::scope(|scope| {
+        let waiter = scope.spawn(|| bed.cluster.psql("postgres", &format!("CALL llm_batch.wait({job})")));
+        let calls = "SELECT count(*) FROM pg_stat_activity WHERE query LIKE 'CALL llm_batch.wait%'";
+        wait_until("somebody waits", SOON, || one(client, calls), |n| *n == 1);
+        // It can be paused and resumed meanwhile.
+        assert_eq!(text(client, &format!("SELECT llm_batch.pause({job})")), "t");
+        waits(client, job, "user");
+        assert_eq!(text(client, &format!("SELECT llm_batch.resume({job})")), "t");
+        waits(client, job, "disabled");
+        bed.provider.release();
+        set(&bed, "llm_batch.enabled", "on");
+        let output = waiter.join().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        // It may have looked while the job was paused.
+        assert!(output.status.success() || said.contains("paused (user)"), "{said}");
+    });
+    assert_eq!(bed.done(job).counts(), (40, 40, 0, 0, 0, 0));
+
+    // A database that nobody may connect to, as seen by a session that was there before.
+    let admin = &mut bed.cluster.connect("template1");
+    run(admin, "ALTER DATABASE postgres ALLOW_CONNECTIONS false");
+    tickets(client, "closed", 100_001..=100_040);
+    let job = backfill(client, "closed");
+    waits(client, job, "no_connections");
+    run(admin, "ALTER DATABASE postgres ALLOW_CONNECTIONS true");
+    assert_eq!(wait_status(client, job, "done").counts(), (40, 40, 0, 0, 0, 0));
+    run(admin, "ALTER DATABASE postgres IS_TEMPLATE true");
+    tickets(client, "template", 200_001..=200_040);
+    let job = backfill(client, "template");
+    waits(client, job, "no_connections");
+    run(admin, "ALTER DATABASE postgres IS_TEMPLATE false");
+    assert_eq!(wait_status(client, job, "done").counts(), (40, 40, 0, 0, 0, 0));
+
+    // No room for a worker, for the launcher, for the gateway: Postgres' own launcher for replication takes the first.
+    run(client, "DROP TABLE tickets");
+    let job = held_job(&bed, client, 40, 2);
+    tickets(client, "second", 300_001..=300_010);
+    let start = "SELECT llm_batch.backfill('second', input => 'body', target => 'topic', task => 'topic')";
+    let ask = "SELECT llm_classify('#r900001:bug#', 'topic')";
+    for (workers, says) in [("3", ""), ("2", "launcher"), ("1", "gateway")] {
+        set(&bed, "max_worker_processes", workers);
+        bed.cluster.restart();
+        bed.provider.release();
+        let client = &mut bed.connect();
+        waits(client, job, "no_worker_slot");
+        for (sql, process, is_missing) in [(start, "launcher", !says.is_empty()), (ask, "gateway", says == "gateway")] {
+            if is_missing {
+                let (code, message, detail, hint) = error(client, sql);
+                assert_eq!(code, "53400", "{message}");
+                assert!(
+                    message.contains(process) && hint.contains("max_worker_processes"),
+                    "{message} {detail} {hint}"
+                );
+            }
+        }
+        if says != "gateway" {
+            assert_eq!(text(client, ask), "bug");
+        }
+        assert_eq!(one(client, "SELECT count(*) FROM llm_batch.progress WHERE relation LIKE '%second'"), 0);
+    }
+    set(&bed, "max_worker_processes", "16");
+    bed.cluster.restart();
+    let client = &mut bed.connect();
+    assert_eq!(wait_status(client, job, "done").counts(), (40, 40, 0, 0, 0, 0));
+    assert_eq!((wrong(client, "tickets"), left(client, "tickets")), (0, 0));
+
+    // At a start jobs are looked for in the databases of a list only.
+    run(client, "DROP TABLE tickets");
+    let job = held_job(&bed, client, 40, 2);
+    set(&bed, "llm_batch.databases", "'elsewhere'");
+    bed.cluster.restart();
+    bed.provider.release();
+    let client = &mut bed.connect();
+    waits(client, job, "disabled");
+    set(&bed, "llm_batch.databases", "'elsewhere, postgres'");
+    assert_eq!(wait_status(client, job, "done").counts(), (40, 40, 0, 0, 0, 0));
+}
+
+/// After a restart each database is looked at, and others find background workers all the while.
+#[test]
+fn many_databases_and_few_slots() {
+    const SLOTS: i64 = 8;
+    const DATABASES: usize = 60;
+    let cluster = Cluster::builder("slots_databases").conf("max_worker_processes", &SLOTS.to_string());
+    let mut bed = Bed::build(cluster, Config::default());
+    let client = &mut bed.connect();
+    let start = Instant::now();
+    for i in 1..=DATABASES {
+        run(client, &format!("CREATE DATABASE d{i} STRATEGY file_copy"));
+    }
+    // What a DROP DATABASE leaves that was broken off.
+    run(client, "CREATE DATABASE invalid STRATEGY file_copy");
+    run(client, "UPDATE pg_database SET datconnlimit = -2 WHERE datname = 'invalid'");
+    println!("{DATABASES} databases after {:?}", start.elapsed());
+    let last = &mut furnish(&bed, &format!("d{DATABASES}"), 40);
+    run(last, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");
+    warm(last, "tickets");
+    bed.provider.hold();
+    let job = backfill_with(last, "tickets", SMALL);
+    common::in_flight(&bed, 2);
+    bed.cluster.restart();
+    bed.provider.release();
+
+    let seen = "SELECT count(*) FILTER (WHERE backend_type = 'llm_batch finder'),
+                       count(*) FILTER (WHERE backend_type LIKE 'llm\\_batch%' OR backend_type LIKE 'logical%'),
+                       count(*) FILTER (WHERE backend_type = 'llm_batch job')
+                  FROM pg_stat_activity";
+    let client = &mut bed.connect();
+    let (start, mut finders, mut busy) = (Instant::now(), 0, 0);
+    wait_until(
+        "a worker is at the job",
+        PATIENCE,
+        || {
+            let row = client.query_one(seen, &[]).unwrap();
+            (finders, busy) = (finders.max(row.get(0)), busy.max(row.get::<_, i64>(1)));
+            row.get::<_, i64>(2)
+        },
+        |n| *n == 1,
+    );
+    println!("the job was found after {:?}, {finders} finders and {busy} workers seen", start.elapsed());
+    let last = &mut bed.cluster.connect(&format!("d{DATABASES}"));
+    assert_eq!(wait_status(last, job, "done").counts(), (40, 40, 0, 0, 0, 0));
+    assert!((1..=2).contains(&finders), "{finders} finders at a time");
+    assert!(busy <= SLOTS - 2, "{busy} of {SLOTS} workers were taken");
+    let log = bed.cluster.log();
+    assert!(!log.contains("no background worker is free"), "{log}");
+    assert!(!log.contains("invalid database"), "{log}");
+}
+
+/// More jobs than the table in shared memory has entries: each has its turn, those of other databases too.
+#[test]
+fn more_jobs_than_are_kept_in_mind() {
+    const JOBS: i64 = 80;
+    let cluster = Cluster::builder("slots_jobs").conf("llm_batch.max_job_workers", "0");
+    let bed = Bed::build(cluster, Config::default());
+    let client = &mut bed.connect();
+    run(client, "CREATE DATABASE other");
+    let other = &mut furnish(&bed, "other", 5);
+    for i in 1..=JOBS {
+        tickets(client, &format!("t{i}"), 10 * i..=10 * i + 4);
+    }
+    run(
+        client,
+        &format!(
+            "SELECT llm_batch.backfill(format('t%s', i)::regclass, input => 'body', target => 'topic', task => 'topic')
+               FROM generate_series(1, {JOBS}) i"
+        ),
+    );
+    let job = backfill(other, "tickets");
+    let said = || bed.cluster.log().matches("more to do than it keeps in mind").count();
+    wait_until("it is logged", SOON, said, |n| *n == 1);
+    waits(client, JOBS, "no_worker_slot");
+    waits(other, job, "no_worker_slot");
+    set(&bed, "llm_batch.max_job_workers", "4");
+    let done = "SELECT count(*) FROM llm_batch.progress WHERE status = 'done' AND rows_done = 5";
+    let start = Instant::now();
+    wait_until("all are done", PATIENCE, || one(client, done), |n| *n == JOBS);
+    wait_status(other, job, "done");
+    println!("{JOBS} jobs after {:?}", start.elapsed());
+    assert_eq!(said(), 1);
+}
