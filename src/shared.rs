@@ -278,7 +278,7 @@ pub fn idle(database: u32, job: i64) -> Idle {
         Some(e) if e.phase != Phase::Wanted => Idle::Not,
         Some(e) if e.no_slot || no_launcher => Idle::NoSlot,
         Some(_) => Idle::Not,
-        None if table.no_slot || table.missed || no_launcher => Idle::NoSlot,
+        None if table.no_slot || table.missed || table.free() <= FOR_FINDERS || no_launcher => Idle::NoSlot,
         None => Idle::NotFound,
     }
 }

@@ -160,13 +160,13 @@ fn many_databases_and_few_slots() {
                        count(*) FILTER (WHERE backend_type = 'llm_batch job')
                   FROM pg_stat_activity";
     let client = &mut bed.connect();
-    let (start, mut finders, mut busy) = (Instant::now(), 0, 0);
+    let (start, mut finders, mut busy) = (Instant::now(), 0_i64, 0_i64);
     wait_until(
         "a worker is at the job",
         PATIENCE,
         || {
             let row = client.query_one(seen, &[]).unwrap();
-            (finders, busy) = (finders.max(row.get(0)), busy.max(row.get::<_, i64>(1)));
+            (finders, busy) = (finders.max(row.get(0)), busy.max(row.get(1)));
             row.get::<_, i64>(2)
         },
         |n| *n == 1,
