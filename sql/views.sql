@@ -29,7 +29,7 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'user'
                 WHEN j.home OPERATOR(pg_catalog.<>) llm_batch.home() THEN CASE WHEN t.oid IS NULL THEN 'table' ELSE 'restored' END
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status OPERATOR(pg_catalog.<>) 'running' THEN s.reason
-                ELSE w.reason END AS reason,
+                ELSE COALESCE(w.reason, CASE WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch THEN s.reason END) END AS reason,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total, h.handled) END AS rows_total,
            s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded, s.rows_reused,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total OPERATOR(pg_catalog.-) h.handled, 0) END AS rows_left, h.handled,
@@ -54,7 +54,7 @@ COMMENT ON VIEW llm_batch.progress IS 'jobs: one''s own, those on one''s own tab
 COMMENT ON COLUMN llm_batch.progress.owner IS 'with whose rights it runs';
 COMMENT ON COLUMN llm_batch.progress.relation IS 'the table as it is called now';
 COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed, cancelled';
-COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, no_answers, owner, restored, table wait for resume(); provider_down, quota, no_worker_slot, disabled, no_connections go on by themselves';
+COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, no_answers, owner, label, restored, table wait for resume(); provider_down, quota, read_only, write_error, no_worker_slot, disabled, no_connections go on by themselves; or, while it runs, what it waits for: locked';
 COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and those that came since; NULL until they are counted';
 COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that others filled, changed or deleted meanwhile';
 COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows among rows_done whose answer was paid for with another row of the same text';
@@ -126,7 +126,7 @@ BEGIN
                 HINT = 'The view llm_batch.progress lists your jobs.';
         ELSIF job.status OPERATOR(pg_catalog.=) 'done' THEN
             RETURN;
-        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') OPERATOR(pg_catalog.<>) ALL (ARRAY['provider_down', 'quota', 'no_worker_slot', 'disabled', 'no_connections']) THEN
+        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') OPERATOR(pg_catalog.<>) ALL (ARRAY['provider_down', 'quota', 'read_only', 'write_error', 'no_worker_slot', 'disabled', 'no_connections']) THEN
             RAISE EXCEPTION 'job % is %', wait.job_id,
                 pg_catalog.concat(job.status, (' (' OPERATOR(pg_catalog.||) job.reason) OPERATOR(pg_catalog.||) ')')
                 USING ERRCODE = 'object_not_in_prerequisite_state',

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::shared::{self, Process};
 use crate::version;
 use crate::worker::gateway::connect;
-use crate::worker::{Socket, wait};
+use crate::worker::{Socket, is_told_to_end, wait};
 
 /// How long a gateway may take to come up or come back.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -157,7 +157,7 @@ impl Client {
         loop {
             match connect() {
                 Ok(stream) => return Ok(Self { stream, incoming: Vec::new(), outgoing: Vec::new() }),
-                Err(e) if start.elapsed() > PATIENCE => {
+                Err(e) if start.elapsed() > PATIENCE || is_told_to_end() => {
                     return Err(Error::new(
                         PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
                         "could not connect to the llm_batch gateway",

@@ -90,7 +90,24 @@ pub fn one_mut<T: FromDatum + IntoDatum>(query: &str, args: &[DatumWithOid<'_>])
 
 /// Sets a parameter until the end of the transaction.
 pub fn set_local(name: &str, value: &str) -> Result<()> {
-    one::<String>("SELECT pg_catalog.set_config($1, $2, true)", &[name.into(), value.into()]).map(|_| ())
+    let c_string = |text: &str| {
+        std::ffi::CString::new(text).map_err(|_| Error::invalid("the value of a parameter can't have a zero byte"))
+    };
+    let (name, value) = (c_string(name)?, c_string(value)?);
+    // SAFETY: on the main thread inside a transaction; both strings are copied.
+    unsafe {
+        pg_sys::set_config_option(
+            name.as_ptr(),
+            value.as_ptr(),
+            pg_sys::GucContext::PGC_USERSET,
+            pg_sys::GucSource::PGC_S_SESSION,
+            pg_sys::GucAction::GUC_ACTION_LOCAL,
+            true,
+            0,
+            false,
+        );
+    }
+    Ok(())
 }
 
 /// Every row of a query that changes nothing, read by `f`.

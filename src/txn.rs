@@ -100,14 +100,19 @@ pub fn as_extension_owner<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
         &[],
     )?
     .ok_or_else(|| Error::unknown("extension \"pg_llm_batch\" does not exist"))?;
-    as_role(owner, || {
-        // SAFETY: on the main thread inside a transaction; an error on the way out ends the (sub)transaction, which
-        // ends the nest level too.
-        let level = unsafe {
-            let level = pg_sys::NewGUCNestLevel();
+    as_role(owner, || with_settings(&[(c"search_path", c"pg_catalog, pg_temp")], f))
+}
+
+/// Runs `f` under these settings; then what was set before holds again.
+pub fn with_settings<T>(settings: &[(&CStr, &CStr)], f: impl FnOnce() -> Result<T>) -> Result<T> {
+    // SAFETY: on the main thread inside a transaction; an error on the way out ends the (sub)transaction, which ends the
+    // nest level too.
+    let level = unsafe {
+        let level = pg_sys::NewGUCNestLevel();
+        for (name, value) in settings {
             pg_sys::set_config_option(
-                c"search_path".as_ptr(),
-                c"pg_catalog, pg_temp".as_ptr(),
+                name.as_ptr(),
+                value.as_ptr(),
                 pg_sys::GucContext::PGC_USERSET,
                 pg_sys::GucSource::PGC_S_SESSION,
                 pg_sys::GucAction::GUC_ACTION_SAVE,
@@ -115,13 +120,39 @@ pub fn as_extension_owner<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
                 0,
                 false,
             );
-            level
-        };
-        let result = f();
-        // SAFETY: the level opened above.
-        unsafe { pg_sys::AtEOXact_GUC(true, level) };
-        result
-    })
+        }
+        level
+    };
+    let result = f();
+    // SAFETY: the level opened above.
+    unsafe { pg_sys::AtEOXact_GUC(true, level) };
+    result
+}
+
+/// Refuses to go on where `default_transaction_read_only` is on for this role or database, or for the server: that is
+/// how a database is frozen. What was set since this process connected counts.
+pub fn check_writable() -> Result<()> {
+    const NAME: &CStr = c"default_transaction_read_only";
+    // As Postgres ranks them: a role in a database, a role, a database, all.
+    let set = sql::one::<bool>(
+        "SELECT o.option_value::pg_catalog.bool
+           FROM pg_catalog.pg_db_role_setting s, pg_catalog.pg_options_to_table(s.setconfig) o
+          WHERE s.setdatabase OPERATOR(pg_catalog.=) ANY (ARRAY[0, $1]::pg_catalog.oid[])
+            AND s.setrole OPERATOR(pg_catalog.=) ANY (ARRAY[0, $2]::pg_catalog.oid[])
+            AND o.option_name OPERATOR(pg_catalog.=) 'default_transaction_read_only'
+          ORDER BY s.setrole OPERATOR(pg_catalog.=) 0, s.setdatabase OPERATOR(pg_catalog.=) 0 LIMIT 1",
+        &[pg_sys::Oid::from(worker::my_database()).into(), crate::model::current_user().into()],
+    )?;
+    // SAFETY: on the main thread; the name is that of a parameter that every server has, whose value is a C string.
+    let is_frozen = set.unwrap_or_else(|| unsafe {
+        let value = pg_sys::GetConfigOptionResetString(NAME.as_ptr());
+        !value.is_null() && CStr::from_ptr(value) == c"on"
+    });
+    if !is_frozen {
+        return Ok(());
+    }
+    Err(Error::new(PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION, "the database is read-only")
+        .detail("default_transaction_read_only is on for the job's owner."))
 }
 
 /// Runs `f` with the rights of a role, as a security-restricted operation: what of a user's runs in it can leave nothing

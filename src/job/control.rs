@@ -60,7 +60,13 @@ fn ended(status: &store::Status) -> Error {
 fn pause(job_id: i64) -> std::result::Result<bool, ErrorReport> {
     let changed = control(job_id, Status::by_owner_or_tables, |s| match (s.status.as_str(), s.reason.as_deref()) {
         ("running", _)
-        | ("paused", Some("provider_down" | "quota" | "no_worker_slot" | "disabled" | "no_connections")) => {
+        | (
+            "paused",
+            Some(
+                "provider_down" | "quota" | "read_only" | "write_error" | "no_worker_slot" | "disabled"
+                | "no_connections",
+            ),
+        ) => {
             Ok(Some("wanted = 'paused'".to_owned()))
         }
         ("paused", _) => Ok(None),

@@ -1,11 +1,15 @@
 //! A page of claimed rows. Their keys stay in the server's own form, as one array for each column of the key; a row is
 //! named by its position.
 
+use std::collections::BTreeMap;
+use std::ffi::CStr;
+
 use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::prelude::*;
+use serde_json::Value;
 
 use crate::error::Result;
-use crate::sql;
+use crate::{sql, txn};
 
 /// An array value that outlives the transaction it was read in.
 #[derive(Debug)]
@@ -66,14 +70,32 @@ pub struct Claimed {
     pub page: Page,
     /// Of each row: its text.
     pub texts: Vec<String>,
-    /// Of each row: its key as JSON.
-    pub keys: Vec<Option<JsonB>>,
     /// Of each row: what keeps it apart from others.
     pub isolations: Vec<Option<String>>,
 }
 
-/// Runs a claim: a statement whose single row holds an array for each column of the key, then the texts, their hashes,
-/// the keys as JSON and what keeps the rows apart. `None` if it found no rows.
+/// Under these settings keys are written as JSON: in one form, whatever the owner's role or the database sets.
+const PLAIN: [(&CStr, &CStr); 7] = [
+    (c"search_path", c"pg_catalog, pg_temp"),
+    (c"DateStyle", c"ISO, MDY"),
+    (c"TimeZone", c"UTC"),
+    (c"IntervalStyle", c"postgres"),
+    (c"bytea_output", c"hex"),
+    (c"extra_float_digits", c"1"),
+    (c"lc_monetary", c"C"),
+];
+
+/// The keys of rows of a page as JSON, by position.
+pub fn describe(query: &str, page: &Page, positions: Vec<i32>) -> Result<BTreeMap<i32, Value>> {
+    let mut args = page.args();
+    args.push(positions.into());
+    let keys =
+        txn::with_settings(&PLAIN, || sql::rows(query, &args, |r| Ok((r.get::<i32>(1)?, r.get::<JsonB>(2)?.0))))?;
+    Ok(keys.into_iter().collect())
+}
+
+/// Runs a claim: a statement whose single row holds an array for each column of the key, then the texts, their hashes
+/// and what keeps the rows apart. `None` if it found no rows.
 pub fn claim(query: &str, args: &[DatumWithOid<'_>], key_columns: usize) -> Result<Option<Claimed>> {
     Spi::connect(|client| {
         let table = sql::select(client, query, None, args)?;
@@ -90,13 +112,11 @@ pub fn claim(query: &str, args: &[DatumWithOid<'_>], key_columns: usize) -> Resu
         }
         let texts = table.get::<Vec<Option<String>>>(key_columns + 1)?.unwrap_or_default();
         let hashes = table.get::<Vec<Option<i64>>>(key_columns + 2)?.unwrap_or_default();
-        let json = table.get::<Vec<Option<JsonB>>>(key_columns + 3)?.unwrap_or_default();
-        let isolations = table.get::<Vec<Option<String>>>(key_columns + 4)?.unwrap_or_default();
+        let isolations = table.get::<Vec<Option<String>>>(key_columns + 3)?.unwrap_or_default();
         let hashes: Vec<i64> = hashes.into_iter().map(Option::unwrap_or_default).collect();
         Ok(Some(Claimed {
             page: Page { keys, len: hashes.len(), hashes },
             texts: texts.into_iter().map(Option::unwrap_or_default).collect(),
-            keys: json,
             isolations,
         }))
     })

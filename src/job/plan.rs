@@ -22,18 +22,18 @@ pub struct Plan {
     pub claim_first: String,
     /// The page after row `$k+1` of the keys; `$k+2` is its size.
     pub claim_next: String,
-    /// Locks rows `$k+1` (positions): position, whether the target is NULL, the input's hash.
-    pub lock: String,
-    /// The same without a lock.
+    /// Locks rows `$k+1` (positions), looks at them, and writes labels `$k+2` to those that are as they were, by the
+    /// inputs' hashes `$k+3`. Of each row that could be locked: position, whether the target was NULL, the input's hash,
+    /// NULL; of each that was written: position, NULL, NULL, whether the target is still NULL.
+    pub write: String,
+    /// Looks at rows `$k+1`: position, whether the target is NULL, the input's hash.
     pub look: String,
     /// Whether row `$k+1` can be locked: raises if another transaction holds it, returns no row if it is out of reach.
     pub try_lock: String,
-    /// Writes labels `$k+2` to rows `$k+1`: position, whether the target is still NULL.
-    pub update: String,
     /// Whether we may write the target at all.
     pub may_update: String,
-    /// Which of the rows `$k+1` are NULL still: position.
-    pub still_null: String,
+    /// Which of the rows `$k+1` are NULL still: position. A trigger may have emptied the column again.
+    pub still_null: Option<String>,
     /// The keys of rows `$k+1` as JSON: position, key.
     pub describe: String,
 }
@@ -46,6 +46,8 @@ pub struct Table {
     /// The name alone, quoted: how its columns are qualified.
     pub bare: String,
     pub is_partitioned: bool,
+    /// It, or a partition, may have triggers.
+    pub has_triggers: bool,
 }
 
 /// Locks the table, and then takes a snapshot: whoever changes it has committed before it is looked at, or waits until
@@ -88,15 +90,34 @@ unsafe fn renew_snapshot() {
     }
 }
 
+/// Who holds a lock on the table, or waits for one, that lets nobody write.
+pub fn lockers(job: &Job) -> Result<String> {
+    let found = sql::one::<String>(
+        "SELECT pg_catalog.string_agg(DISTINCT pg_catalog.format('%s on %s %s %s', l.mode, l.relation::pg_catalog.regclass,
+                    CASE WHEN l.granted THEN 'held by' ELSE 'waited for by' END,
+                    CASE WHEN l.pid IS NULL THEN 'a prepared transaction' ELSE pg_catalog.concat('process ', l.pid) END), ', ')
+           FROM pg_catalog.pg_locks l
+          WHERE l.locktype OPERATOR(pg_catalog.=) 'relation' AND l.database OPERATOR(pg_catalog.=) $2
+            AND (l.relation OPERATOR(pg_catalog.=) $1
+                 OR l.relation OPERATOR(pg_catalog.=) ANY (SELECT p.relid::pg_catalog.oid FROM pg_catalog.pg_partition_tree($1) p))
+            AND l.mode OPERATOR(pg_catalog.=) ANY (ARRAY['ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'])",
+        &[job.relation.into(), pg_sys::Oid::from(crate::worker::my_database()).into()],
+    )?;
+    Ok(found.unwrap_or_else(|| {
+        "it is not on the table, but on something a trigger, a constraint or the input needs".to_owned()
+    }))
+}
+
 /// The table, if it and all columns are still what they were when the job was made; else what is wrong.
 pub fn table(job: &Job) -> Result<Table> {
     let found = sql::row(
         "SELECT pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)),
-                pg_catalog.quote_ident(c.relname), c.relkind OPERATOR(pg_catalog.=) 'p'
+                pg_catalog.quote_ident(c.relname), c.relkind OPERATOR(pg_catalog.=) 'p',
+                c.relhastriggers OR c.relkind OPERATOR(pg_catalog.=) 'p'
            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
           WHERE c.oid OPERATOR(pg_catalog.=) $1",
         &[job.relation.into()],
-        |r| Ok(Table { full: r.get(1)?, bare: r.get(2)?, is_partitioned: r.get(3)? }),
+        |r| Ok(Table { full: r.get(1)?, bare: r.get(2)?, is_partitioned: r.get(3)?, has_triggers: r.get(4)? }),
     )?;
     let Some(table) = found else {
         return Err(Error::new(pgrx::PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE, "the table of the job was dropped"));
@@ -190,7 +211,7 @@ impl Plan {
     /// The statements for the table as it is named now; `target_type` as the statements may write it, texts cut to
     /// `most_text` characters.
     pub fn new(job: &Job, table: &Table, target_type: &str, most_text: usize) -> Self {
-        let Table { full, bare, is_partitioned } = table;
+        let Table { full, bare, is_partitioned, has_triggers } = table;
         let (filter, isolation) = (job.filter.as_deref(), job.isolation.as_deref());
         let rows = Rows::new(full, *is_partitioned, &job.input, &job.target, filter, isolation);
         // Rows without text are counted at the start, and never claimed.
@@ -199,17 +220,14 @@ impl Plan {
         let target = name(&job.target);
         let keys: Vec<String> = job.key_names.iter().map(|n| name(n)).collect();
         let k = keys.len();
-        let json: Vec<String> =
-            job.key_names.iter().zip(&keys).map(|(n, q)| format!("{}, {q}", pgrx::spi::quote_literal(n))).collect();
-        let json = format!("pg_catalog.jsonb_build_object({})", json.join(", "));
         let aggregates: Vec<String> = (1..=k).map(|i| format!("pg_catalog.array_agg(q.\"llm_batch k{i}\")")).collect();
         let as_k: Vec<String> =
             keys.iter().enumerate().map(|(i, q)| format!("{q} AS \"llm_batch k{}\"", i + 1)).collect();
         let claim = |after: &str, limit: usize| {
             format!(
                 "SELECT {aggregates}, pg_catalog.array_agg(q.\"llm_batch t\"), pg_catalog.array_agg(q.\"llm_batch h\"),
-                        pg_catalog.array_agg(q.\"llm_batch j\"), pg_catalog.array_agg(q.\"llm_batch s\")
-                   FROM (SELECT {as_k}, pg_catalog.left({input}, {most_text}) AS \"llm_batch t\", {hash} AS \"llm_batch h\", {json} AS \"llm_batch j\", {isolation} AS \"llm_batch s\"
+                        pg_catalog.array_agg(q.\"llm_batch s\")
+                   FROM (SELECT {as_k}, pg_catalog.left({input}, {most_text}) AS \"llm_batch t\", {hash} AS \"llm_batch h\", {isolation} AS \"llm_batch s\"
                            FROM {from} WHERE {todo} AND {has_text}{after} ORDER BY {order} LIMIT ${limit}) q
                  HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 0",
                 aggregates = aggregates.join(", "),
@@ -228,9 +246,9 @@ impl Plan {
         // way; positions come from a list of odd names.
         let positions = format!("pg_catalog.unnest(${}::pg_catalog.int4[]) \"llm_batch u\" (\"llm_batch i\")", k + 1);
         let u = "\"llm_batch u\".\"llm_batch i\"";
-        let matches = |qualifier: &str| -> String {
+        let matches = |qualifier: &str, position: &str| -> String {
             keys.iter()
-                .zip(at(u))
+                .zip(at(position))
                 .map(|(q, v)| format!("{qualifier}{q} OPERATOR(pg_catalog.=) {v}"))
                 .collect::<Vec<_>>()
                 .join(" AND ")
@@ -238,7 +256,7 @@ impl Plan {
         let qualifier = format!("{bare}.");
         let look = format!(
             "SELECT {u}, {qualifier}{target} IS NULL, {hash} FROM {positions} JOIN {from} ON {}",
-            matches(&qualifier)
+            matches(&qualifier, u)
         );
         let one: Vec<String> = keys
             .iter()
@@ -252,27 +270,41 @@ impl Plan {
             count,
             claim_first: claim("", 1),
             claim_next: claim(&after, k + 2),
-            lock: format!("{look} FOR NO KEY UPDATE OF {bare} SKIP LOCKED"),
-            look,
-            try_lock: format!("SELECT 1 FROM {from} WHERE {} FOR NO KEY UPDATE NOWAIT", one.join(" AND ")),
-            update: format!(
-                "UPDATE {from} SET {target} = \"llm_batch u\".\"llm_batch l\"::{target_type}
-                   FROM ROWS FROM (pg_catalog.unnest(${}::pg_catalog.int4[]), pg_catalog.unnest(${}::pg_catalog.text[])) \"llm_batch u\" (\"llm_batch i\", \"llm_batch l\")
-                  WHERE {} AND {qualifier}{target} IS NULL
-              RETURNING {u}, {qualifier}{target} IS NULL",
+            // One statement, and so one transaction id: a row that is locked under one and updated under another has a
+            // multixact made for it.
+            write: format!(
+                "WITH \"llm_batch l\" (i, l, e, n, h) AS MATERIALIZED (
+                     SELECT {u}, \"llm_batch u\".\"llm_batch l\", \"llm_batch u\".\"llm_batch h\", {qualifier}{target} IS NULL, {hash}
+                       FROM ROWS FROM (pg_catalog.unnest(${}::pg_catalog.int4[]), pg_catalog.unnest(${}::pg_catalog.text[]), pg_catalog.unnest(${}::pg_catalog.int8[])) \"llm_batch u\" (\"llm_batch i\", \"llm_batch l\", \"llm_batch h\")
+                       JOIN {from} ON {}
+                        FOR NO KEY UPDATE OF {bare} SKIP LOCKED),
+                 \"llm_batch w\" (i, n) AS (
+                     UPDATE {from} SET {target} = \"llm_batch l\".l::{target_type}
+                       FROM \"llm_batch l\"
+                      WHERE {} AND {qualifier}{target} IS NULL AND \"llm_batch l\".n
+                        AND \"llm_batch l\".l IS NOT NULL AND \"llm_batch l\".h OPERATOR(pg_catalog.=) \"llm_batch l\".e
+                  RETURNING \"llm_batch l\".i, {qualifier}{target} IS NULL)
+                 SELECT i, n, h, NULL::pg_catalog.bool FROM \"llm_batch l\"
+                 UNION ALL SELECT i, NULL, NULL, n FROM \"llm_batch w\"",
                 k + 1,
                 k + 2,
-                matches(&qualifier)
+                k + 3,
+                matches(&qualifier, u),
+                matches(&qualifier, "\"llm_batch l\".i"),
             ),
+            look,
+            try_lock: format!("SELECT 1 FROM {from} WHERE {} FOR NO KEY UPDATE NOWAIT", one.join(" AND ")),
             may_update: format!(
                 "SELECT pg_catalog.has_column_privilege({}::pg_catalog.oid, {}::pg_catalog.int2, 'UPDATE')",
                 job.relation.to_u32(),
                 job.target_attnum
             ),
-            still_null: format!(
-                "SELECT {u} FROM {positions} JOIN {from} ON {} WHERE {qualifier}{target} IS NULL",
-                matches(&qualifier)
-            ),
+            still_null: has_triggers.then(|| {
+                format!(
+                    "SELECT {u} FROM {positions} JOIN {from} ON {} WHERE {qualifier}{target} IS NULL",
+                    matches(&qualifier, u)
+                )
+            }),
             describe: format!(
                 "SELECT {u}, pg_catalog.jsonb_build_object({}) FROM {positions}",
                 described.join(", ")

@@ -194,6 +194,8 @@ pub struct Job {
     pub retried_epoch: i32,
     pub has_failures: bool,
     pub max_attempts: u32,
+    /// The run before could write nothing.
+    pub was_unwritable: bool,
     /// How many runs, this one included, have begun since one did a row.
     pub starts: i32,
 }
@@ -242,6 +244,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     retried_epoch: r.get(17)?,
                     has_failures: r.get(18)?,
                     max_attempts: 3,
+                    was_unwritable: false,
                     starts: 0,
                 })
             },
@@ -298,6 +301,34 @@ pub fn begin(job: &Job) -> Result<()> {
             &[job.id.into(), job.epoch.into()],
         )?;
         Ok(())
+    })
+}
+
+/// Why a job is paused, or what is in its way.
+pub fn reason(id: i64) -> Result<Option<String>> {
+    txn::as_extension_owner(|| sql::one("SELECT reason FROM llm_batch.job_state WHERE job_id = $1", &[id.into()]))
+}
+
+/// Shows what is in the way of a job's run (reason, text) and when it is tried again; or that nothing is.
+pub fn show(id: i64, epoch: i32, status: &str, why: Option<(&str, &str)>, resume_at: Option<i64>) -> Result<()> {
+    let resume_at = resume_at.and_then(|at| TimestampWithTimeZone::try_from(at).ok());
+    txn::as_extension_owner(|| {
+        sql::run(
+            "UPDATE llm_batch.job_state s
+                SET status = $3, reason = $4, last_error = $5, resume_at = $6, epoch = $2, updated_at = now()
+               FROM llm_batch.job j
+              WHERE s.job_id = $1 AND j.id = s.job_id AND j.epoch = $2 AND j.home = llm_batch.home()
+                AND s.status IN ('running', 'paused')",
+            &[
+                id.into(),
+                epoch.into(),
+                status.into(),
+                why.map(|w| w.0).into(),
+                why.map(|w| w.1).into(),
+                resume_at.into(),
+            ],
+        )
+        .map(|_| ())
     })
 }
 

@@ -39,16 +39,49 @@ unsafe extern "C-unwind" {
     fn die(signal: std::ffi::c_int);
     /// Postgres' own handler of SIGINT: cancels the statement. `lock_timeout` sends that signal too.
     fn StatementCancelHandler(signal: std::ffi::c_int);
+    fn enable_timeout_after(timeout: std::ffi::c_int, milliseconds: std::ffi::c_int);
 }
+
+/// The timeout that cancels a statement: of `TimeoutId`, in all versions.
+const STATEMENT_TIMEOUT: std::ffi::c_int = 3;
 
 static IN_TRANSACTION: AtomicBool = AtomicBool::new(false);
 static TOLD_TO_END: AtomicBool = AtomicBool::new(false);
+static HOLDS_ON: AtomicBool = AtomicBool::new(false);
 
 /// SIGTERM ends the process as it does any of Postgres; that it came is remembered for those who look into its death.
+/// Who has something to write first is woken, and a statement of his is cancelled.
 extern "C-unwind" fn terminate(signal: std::ffi::c_int) {
     TOLD_TO_END.store(true, Ordering::Relaxed);
-    // SAFETY: the handler that Postgres itself installs; sets flags and the latch.
-    unsafe { die(signal) };
+    // SAFETY: the handlers that Postgres itself installs; they set flags and the latch.
+    unsafe {
+        if !HOLDS_ON.load(Ordering::Relaxed) {
+            die(signal);
+        } else if IN_TRANSACTION.load(Ordering::Relaxed) {
+            StatementCancelHandler(signal);
+        } else {
+            pg_sys::SetLatch(pg_sys::MyLatch);
+        }
+    }
+}
+
+/// From now on a SIGTERM wakes this process instead of ending it; it is to look at `is_told_to_end()`, write what it
+/// has in a few seconds, and `end_now()`.
+pub fn hold_on(value: bool) {
+    HOLDS_ON.store(value, Ordering::Relaxed);
+}
+
+/// Ends the process as a SIGTERM does.
+pub fn end_now() {
+    // SAFETY: on the main thread; sets flags.
+    unsafe { die(pg_sys::SIGTERM as i32) };
+    pgrx::check_for_interrupts!();
+}
+
+/// Cancels what this process does in a transaction then.
+pub fn cancel_after(milliseconds: i32) {
+    // SAFETY: on the main thread of a process that is connected to a database: the timeout is registered.
+    unsafe { enable_timeout_after(STATEMENT_TIMEOUT, milliseconds) };
 }
 
 /// Whether this process was sent a SIGTERM.

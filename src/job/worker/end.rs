@@ -3,6 +3,7 @@
 use llm_batch_gateway::protocol::Spent;
 use pgrx::PgSqlErrorCode as Code;
 
+use super::trouble::Kind;
 use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, MOST_INTERNAL, Worker};
 use crate::error::Error;
 use crate::job::settle::{self, Answer};
@@ -22,9 +23,10 @@ impl Worker {
             return;
         }
         // A lock is held as long as someone pleases; a VACUUM FULL may take hours.
-        let is_lock = e.code == Code::ERRCODE_LOCK_NOT_AVAILABLE;
-        if is_lock {
-            worker::wait(None, Some(AGAIN));
+        if let Some(kind @ (Kind::Locked | Kind::ReadOnly)) = Kind::of(e.code) {
+            // With the next try it is looked again.
+            self.look_now = false;
+            self.hinder(kind, e);
             return;
         }
         if says_nothing(e.code) {
@@ -54,6 +56,12 @@ impl Worker {
         if !self.outstanding.is_empty() || !self.answers.is_empty() || self.locked.iter().any(is_young) {
             return None;
         }
+        if (self.stopping.is_some() || self.disabled) && !self.suspects.is_empty() {
+            let rows = self.suspects.take();
+            if !matches!(self.stopping, Some(Outcome::Paused("label", ..))) {
+                self.too_late.extend(rows);
+            }
+        }
         let outcome = if self.disabled { None } else { Some(self.stopping.clone()?) };
         let (id, epoch, asked, in_doubt) = (self.job.id, self.job.epoch, &self.asked, self.money.in_doubt);
         let rest = Delta { spent: self.spent, ..Delta::default() };
@@ -61,8 +69,8 @@ impl Worker {
             if store::load(id)?.is_none_or(|job| job.home != self.job.home) {
                 return Ok(None);
             }
-            if self.spent != Spent::default() {
-                store::write(id, asked, &rest, [])?;
+            if self.spent != Spent::default() || !self.too_late.is_empty() {
+                store::write(id, asked, &rest, &self.too_late)?;
             }
             match &outcome {
                 Some(outcome) => store::end(id, epoch, outcome, in_doubt).map(Some),
@@ -80,6 +88,7 @@ impl Worker {
             // There is more to do.
             Ok(Some(false)) => {
                 self.spent = Spent::default();
+                self.too_late.clear();
                 self.stopping = None;
                 self.look_now = true;
                 self.restart_pass();
@@ -113,6 +122,9 @@ pub(super) fn outcome_of(e: &Error) -> Outcome {
         }
         // The file of the key: mended, the job can go on.
         Code::ERRCODE_UNDEFINED_FILE => Outcome::Paused("auth", Some(text), None),
+        Code::ERRCODE_READ_ONLY_SQL_TRANSACTION => {
+            Outcome::Paused("read_only", Some(text), Some(shared::now() + LATER))
+        }
         Code::ERRCODE_CONNECTION_FAILURE => Outcome::Paused("provider_down", Some(text), Some(shared::now() + LATER)),
         _ => Outcome::Failed(text),
     }

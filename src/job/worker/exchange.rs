@@ -1,9 +1,10 @@
 //! Rows out, outcomes in: claiming pages, handing them to the gateway, taking what comes back.
 
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
+use pgrx::datum::JsonB;
 use pgrx::pg_sys;
 
 use super::{AGAIN, CONTROL, CRASH, LATER, MOST_STARTS, Worker};
@@ -21,6 +22,8 @@ pub const FIRST_PAGE: i64 = 200;
 const LARGEST_PAGE: i64 = 500;
 /// Bytes of text handed over and not yet answered, above which no more is handed over.
 const WINDOW_BYTES: usize = 4 << 20;
+/// How long answers wait for others, with which they are written: a transaction costs as much as fifty rows.
+const GATHER: Duration = Duration::from_millis(50);
 /// Bytes of text in one message.
 const MESSAGE_BYTES: usize = 1 << 20;
 /// Rows that others hold locked, above which no more are claimed.
@@ -36,6 +39,8 @@ impl Worker {
             && !self.pass_ended
             && self.too_late.is_empty()
             && self.waiting.is_empty()
+            // Answers are there only where they could not be written.
+            && self.answers.is_empty()
             && self.outstanding.len() < self.window().div_ceil(2)
             && self.locked.len() < MOST_LOCKED
             && (!is_new_pass || (self.outstanding.is_empty() && self.answers.is_empty() && self.locked.is_empty()))
@@ -45,6 +50,7 @@ impl Worker {
     /// may have killed them is found.
     fn window(&self) -> usize {
         match self.job.starts {
+            _ if self.job.was_unwritable => 1,
             ..=2 => WINDOW_ROWS,
             3 => 200,
             4 => 20,
@@ -81,7 +87,7 @@ impl Worker {
             for path in ["enable_sort", "enable_incremental_sort", "enable_seqscan", "enable_bitmapscan"] {
                 sql::set_local(path, "off")?;
             }
-            let mut claimed = match &last {
+            let claimed = match &last {
                 None => page::claim(&plan.claim_first, &[size.into()], job.key_names.len())?,
                 Some((page, position)) => {
                     let mut args = page.args();
@@ -90,14 +96,15 @@ impl Worker {
                     page::claim(&plan.claim_next, &args, job.key_names.len())?
                 }
             };
-            let suspect = match &claimed {
-                Some(c) if is_last_start => c.keys.first().and_then(Option::as_ref).map(|k| k.0.clone()),
-                _ => None,
-            };
-            let gone = match &mut claimed {
-                Some(claimed) if job.has_failures => store::failed_among(job.id, std::mem::take(&mut claimed.keys))?,
-                _ => Vec::new(),
-            };
+            let (mut suspect, mut gone) = (None, Vec::new());
+            if let Some(page::Claimed { page, .. }) = claimed.as_ref().filter(|_| is_last_start || job.has_failures) {
+                let mut keys = page::describe(&plan.describe, page, (1..=page.len as i32).collect())?;
+                suspect = keys.get(&1).filter(|_| is_last_start).cloned();
+                if job.has_failures {
+                    let keys = (1..=page.len as i32).map(|i| keys.remove(&i).map(JsonB)).collect();
+                    gone = store::failed_among(job.id, keys)?;
+                }
+            }
             Ok((ready, claimed, suspect, gone))
         })?;
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
@@ -165,7 +172,9 @@ impl Worker {
     /// Waits for outcomes, and takes all that have come.
     pub(super) fn receive(&mut self) -> Result<()> {
         let is_idle = self.outstanding.is_empty() && self.waiting.is_empty() && self.locked.is_empty();
-        let mut timeout = if self.may_claim() || is_idle {
+        let mut timeout = if let Some(trouble) = &self.trouble {
+            trouble.left().min(CONTROL)
+        } else if self.may_claim() || is_idle || !self.answers.is_empty() {
             Duration::ZERO
         } else if !self.locked.is_empty() {
             AGAIN
@@ -178,9 +187,11 @@ impl Worker {
             }
             return Ok(());
         };
+        let mut until = None;
         loop {
             match client.receive(timeout)? {
                 Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
+                    until.get_or_insert_with(|| Instant::now() + GATHER);
                     self.spent.add(&spent);
                     self.money.spent(&spent);
                     for o in outcomes {
@@ -188,9 +199,14 @@ impl Worker {
                         self.outstanding_bytes -= bytes;
                         if o.verdict != Verdict::Withdrawn {
                             self.has_answered = true;
+                            let label = match o.verdict {
+                                Verdict::Label(i) => self.labels.get(i as usize).cloned(),
+                                _ => None,
+                            };
                             self.answers.push(Answer {
                                 page,
                                 position,
+                                label,
                                 verdict: o.verdict,
                                 attempts: o.attempts,
                                 reused: o.reused,
@@ -213,7 +229,8 @@ impl Worker {
                     self.money.exhausted(least, full, &self.asked.stream);
                 }
                 Received::Message(_) => {}
-                Received::Nothing => return Ok(()),
+                Received::Nothing if timeout.is_zero() || until.is_none() => return Ok(()),
+                Received::Nothing => {}
                 Received::Lost => {
                     // The gateway ended. What it had not answered is claimed again from the table.
                     self.client = None;
@@ -223,14 +240,18 @@ impl Worker {
                     self.outstanding.clear();
                     self.outstanding_bytes = 0;
                     self.waiting.clear();
+                    self.too_late.append(&mut self.suspects.take());
                     self.restart_pass();
                     // Perhaps it died of one of these rows. A new run begins with fewer of them, and not at once.
                     self.dies = !self.has_answered && self.stopping.is_none() && !shared::was_gateway_told();
                     return Ok(());
                 }
             }
-            // More may have come; it is taken along, and then written together.
-            timeout = Duration::ZERO;
+            // What comes soon after is written together with it. Nobody waits for that at the end of a job, or for money.
+            let is_last = self.outstanding.is_empty() || self.money.waits() || self.answers.len() >= WINDOW_ROWS / 4;
+            timeout = until
+                .filter(|_| !is_last && !worker::is_told_to_end())
+                .map_or(Duration::ZERO, |until: Instant| until.saturating_duration_since(Instant::now()));
         }
     }
 

@@ -3,7 +3,9 @@
 
 mod end;
 mod exchange;
+mod labels;
 mod money;
+mod trouble;
 mod write;
 
 use std::collections::{HashMap, VecDeque};
@@ -15,7 +17,9 @@ use pgrx::PgSqlErrorCode as Code;
 use pgrx::prelude::*;
 
 use self::end::{outcome_of, says_nothing};
+use self::labels::Suspects;
 use self::money::Money;
+use self::trouble::{Kind, Trouble};
 use crate::classifier::{self, Asked};
 use crate::client::Client;
 use crate::error::Result;
@@ -25,7 +29,7 @@ use crate::job::plan::{self, Plan};
 use crate::job::settle::Answer;
 use crate::job::store::{self, Failure, Job, Outcome};
 use crate::shared::{self, End};
-use crate::worker::{finder, handle_signals, my_database, my_pid, reload_if_asked, report};
+use crate::worker::{self, finder, handle_signals, my_database, my_pid, reload_if_asked, report};
 use crate::{changes, owner, settings, sql, txn};
 
 /// How often locked rows are tried again, and transactions that failed in passing.
@@ -74,7 +78,11 @@ fn run(id: i64, told: bool) -> End {
     let begun = txn::run(|| begin(id, told)).and_then(|job| job.map_or(Ok(None), |job| txn::run(|| Worker::new(job))));
     let worker = match begun {
         Ok(Some(worker)) => worker,
-        Ok(None) => return End::Finished,
+        Ok(None) => {
+            // A search finds out whether it is to run later.
+            shared::want(my_database(), 0, 0, shared::now());
+            return End::Finished;
+        }
         // The extension, or the database's good order, is gone.
         Err(e) if e.code == Code::ERRCODE_UNDEFINED_OBJECT || e.code == Code::ERRCODE_UNDEFINED_TABLE => {
             return End::Finished;
@@ -104,6 +112,7 @@ fn begin(id: i64, told: bool) -> Result<Option<Job>> {
         return Ok(None);
     }
     job.starts = starts;
+    job.was_unwritable = store::reason(id)?.as_deref() == Some("write_error");
     changes::listen();
     store::begin(&job)?;
     // What is reserved still, a worker left that died; nobody knows how much of it was spent.
@@ -137,6 +146,12 @@ struct Worker {
     next_n: u64,
     /// Outcomes to write.
     answers: Vec<Answer>,
+    /// How many are written at once: after a write that failed for all of them one, and then more and more.
+    most_at_once: usize,
+    /// What is in the way of writing.
+    trouble: Option<Trouble>,
+    /// Rows whose UPDATE raised: perhaps their label's fault.
+    suspects: Suspects,
     /// Outcomes of rows that others hold locked.
     locked: Vec<Answer>,
     /// When they were last tried.
@@ -193,6 +208,9 @@ impl Worker {
             waiting: VecDeque::new(),
             next_n: 0,
             answers: Vec::new(),
+            most_at_once: usize::MAX,
+            trouble: None,
+            suspects: Suspects::default(),
             locked: Vec::new(),
             locked_tried: Instant::now(),
             last: None,
@@ -214,6 +232,7 @@ impl Worker {
 
     /// What is needed before the first row.
     fn ready(job: &Job) -> Result<(Asked, plan::Table, Plan)> {
+        txn::check_writable()?;
         let mut asked = classifier::load(&job.task, &job.options)?.stream(me(), false)?;
         if job.budget != (None, None) {
             asked = asked.with_budget(job.budget.0.is_some())?;
@@ -225,6 +244,9 @@ impl Worker {
 
     fn work(mut self) -> End {
         loop {
+            if worker::is_told_to_end() {
+                self.farewell();
+            }
             reload_if_asked();
             if !settings::enabled() && !self.disabled {
                 self.disabled = true;
@@ -233,7 +255,9 @@ impl Worker {
             if let Err(e) = self.turn() {
                 self.fail(&e);
             }
+            worker::hold_on(self.has_in_hand());
             if self.dies {
+                self.give_up("it ended as if it had been killed");
                 return End::Died;
             }
             if let Some(end) = self.try_end() {
@@ -245,7 +269,10 @@ impl Worker {
     /// One turn: look at what is wanted, claim, hand over, wait, write.
     fn turn(&mut self) -> Result<()> {
         let told = shared::was_poked(my_database(), self.job.id) | changes::heard() | self.look_now;
-        if told || self.looked.elapsed() > CONTROL {
+        let is_due = self.trouble.as_ref().is_some_and(Trouble::is_due);
+        let may_try = is_due || self.trouble.is_none();
+        let troubles = self.troubles();
+        if told || is_due || self.looked.elapsed() > CONTROL {
             // What was heard is not forgotten because the look failed in passing.
             self.look().inspect_err(|_| self.look_now = true)?;
         }
@@ -254,19 +281,28 @@ impl Worker {
             self.client = Some(Client::open(&self.asked.stream)?);
             self.has_answered = false;
         }
-        if self.may_claim() {
-            self.claim()?;
+        // What has come is written also where no more can be claimed.
+        let claimed = if may_try && self.may_claim() { self.claim() } else { Ok(()) };
+        if claimed.is_ok() && self.trouble.is_none() {
+            self.hand_over()?;
         }
-        self.hand_over()?;
         self.receive()?;
         let try_locked = !self.locked.is_empty() && self.locked_tried.elapsed() >= AGAIN;
-        if !self.answers.is_empty()
+        let has_news = !self.answers.is_empty()
             || try_locked
             || self.spent != Spent::default()
             || !self.too_late.is_empty()
-            || self.money.waits()
-        {
-            self.settle(try_locked)?;
+            || self.money.waits();
+        if has_news && may_try {
+            worker::hold_on(self.has_in_hand());
+            if let Err(e) = self.settle(try_locked) {
+                let Some(kind) = Kind::of(e.code) else { return Err(e) };
+                self.hinder(kind, &e);
+            }
+        }
+        claimed?;
+        if is_due && self.troubles() == troubles {
+            self.free()?;
         }
         self.next_pass();
         self.open_anew()?;
@@ -337,6 +373,11 @@ impl Worker {
                 self.reopen = Some(self.asked.clone());
             }
             txn::run(|| store::begin(&job))?;
+            if let Some(trouble) = &mut self.trouble {
+                trouble.next = Instant::now();
+            }
+            // A label that was at fault may be mended. Its rows are asked again.
+            self.suspects = Suspects::default();
             self.job.has_failures = job.has_failures && job.retry_epoch <= job.retried_epoch;
             // There may be rows behind that are to be asked again: not before the end of this pass, since what is open
             // is NULL still.
@@ -349,6 +390,10 @@ impl Worker {
     fn stop(&mut self, outcome: Outcome) {
         if self.stopping.is_none() {
             self.withdraw();
+            // What is at hand is tried once more.
+            if let Some(trouble) = &mut self.trouble {
+                trouble.next = Instant::now();
+            }
         }
         self.stopping = Some(outcome);
     }
@@ -381,6 +426,8 @@ impl Worker {
         let is_idle =
             self.outstanding.is_empty() && self.waiting.is_empty() && self.answers.is_empty() && self.locked.is_empty();
         if self.pass_ended && is_idle && self.stopping.is_none() {
+            // Too few to say that it is their labels' fault.
+            self.too_late.append(&mut self.suspects.take());
             if self.claimed_in_pass == 0 && self.too_late.is_empty() {
                 self.stopping = Some(Outcome::Done);
             } else {

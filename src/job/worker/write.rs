@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use llm_batch_gateway::protocol::{Spent, ToGateway};
 use pgrx::pg_sys;
 
-use super::end::says_nothing;
 use super::money::Decision;
+use super::trouble::Kind;
 use super::{CRASH, Worker, make_plan};
 use crate::budget;
+use crate::client::WINDOW_ROWS;
 use crate::error::Result;
 use crate::failure::failure_point;
 use crate::job::store::{self, Delta, Failure, Outcome};
@@ -27,9 +28,10 @@ impl Worker {
             self.locked_tried = Instant::now();
             batch.append(&mut self.locked);
         }
+        let mut rest = batch.split_off(self.most_at_once.min(batch.len()));
         self.sample(0, 0);
         let job = &self.job;
-        let (plan, labels, asked) = (&mut self.plan, &self.labels, &self.asked);
+        let (plan, asked) = (&mut self.plan, &self.asked);
         let (spent, too_late, known) = (self.spent, &self.too_late, &mut self.table);
         let (rows_per_second, tokens_per_minute) = rates(&self.samples);
         let (batch_ref, money) = (&batch, &self.money);
@@ -38,6 +40,7 @@ impl Worker {
         let result = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
             failure_point!("settle");
+            txn::check_writable()?;
             plan::lock(job, pg_sys::RowExclusiveLock)?;
             let table = plan::table(job)?;
             if table != *known {
@@ -49,7 +52,7 @@ impl Worker {
             for path in ["enable_hashjoin", "enable_mergejoin", "enable_seqscan"] {
                 sql::set_local(path, "off")?;
             }
-            let settled = settle::settle(plan, labels, batch_ref)?;
+            let settled = settle::settle(plan, batch_ref)?;
             let delta = Delta {
                 done: settled.done,
                 superseded: settled.superseded,
@@ -75,15 +78,19 @@ impl Worker {
         let (settled, decision, is_progress, account) = match result {
             Ok(done) => done,
             Err(e) => {
-                // Nothing was written. All of it is tried again, if there is any use in that.
-                if says_nothing(e.code) {
-                    self.answers = batch;
+                // Nothing was written. All of it is tried again, if there is any use in that, another row first.
+                if Kind::of(e.code).is_some() {
+                    rest.append(&mut batch);
+                    self.answers = rest;
                 }
                 return Err(e);
             }
         };
+        self.answers = rest;
+        self.most_at_once = if self.most_at_once > WINDOW_ROWS { usize::MAX } else { self.most_at_once * 2 };
         failure_point!("committed");
         if is_progress {
+            self.job.was_unwritable = false;
             self.job.starts = (self.job.starts - 1).max(0);
             shared::progressed(my_database(), self.job.id);
         }
@@ -97,6 +104,12 @@ impl Worker {
         }
         if !settled.failures.is_empty() || !listed.is_empty() {
             self.job.has_failures = true;
+        }
+        let verdicts = self.suspects.judge(&settled.written, settled.raised);
+        self.too_late.extend(verdicts.rows);
+        if let Some((label, says)) = verdicts.label {
+            let text = format!("rows of label \"{label}\" can't be written: {says}");
+            self.stop(Outcome::Paused("label", Some(text), None));
         }
         self.sample(settled.done + settled.failures.len() as i64, (spent.input_tokens + spent.output_tokens) as i64);
         for (key, attempts) in settled.changed {
@@ -153,7 +166,7 @@ impl Worker {
 }
 
 /// Rows a second and tokens a minute over the samples.
-fn rates(samples: &VecDeque<(Instant, i64, i64)>) -> (f64, f64) {
+pub(super) fn rates(samples: &VecDeque<(Instant, i64, i64)>) -> (f64, f64) {
     let (Some(first), Some(last)) = (samples.front(), samples.back()) else { return (0.0, 0.0) };
     let seconds = (last.0 - first.0).as_secs_f64().max(0.001);
     let rows: i64 = samples.iter().map(|s| s.1).sum();
