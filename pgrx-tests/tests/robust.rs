@@ -655,7 +655,6 @@ fn settings_of_the_owners_role() {
     );
     let version = one(client, "SELECT current_setting('server_version_num')::bigint");
     for (i, (name, value)) in [
-        ("default_transaction_read_only", "on"),
         ("default_transaction_isolation", "serializable"),
         ("default_transaction_isolation", "\"repeatable read\""),
         ("default_transaction_deferrable", "on"),
