@@ -48,6 +48,7 @@ const STATEMENT_TIMEOUT: std::ffi::c_int = 3;
 static IN_TRANSACTION: AtomicBool = AtomicBool::new(false);
 static TOLD_TO_END: AtomicBool = AtomicBool::new(false);
 static HOLDS_ON: AtomicBool = AtomicBool::new(false);
+static WRITES_LAST: AtomicBool = AtomicBool::new(false);
 
 /// SIGTERM ends the process as it does any of Postgres; that it came is remembered for those who look into its death.
 /// Who has something to write first is woken, and a statement of his is cancelled.
@@ -57,6 +58,8 @@ extern "C-unwind" fn terminate(signal: std::ffi::c_int) {
     unsafe {
         if !HOLDS_ON.load(Ordering::Relaxed) {
             die(signal);
+        } else if WRITES_LAST.load(Ordering::Relaxed) {
+            // The postmaster sends it twice, to the process and to its group.
         } else if IN_TRANSACTION.load(Ordering::Relaxed) {
             StatementCancelHandler(signal);
         } else {
@@ -69,6 +72,12 @@ extern "C-unwind" fn terminate(signal: std::ffi::c_int) {
 /// has in a few seconds, and `end_now()`.
 pub fn hold_on(value: bool) {
     HOLDS_ON.store(value, Ordering::Relaxed);
+}
+
+/// This process, which was told to end, writes what it has: another SIGTERM changes nothing.
+pub fn write_last() {
+    HOLDS_ON.store(true, Ordering::Relaxed);
+    WRITES_LAST.store(true, Ordering::Relaxed);
 }
 
 /// Ends the process as a SIGTERM does.

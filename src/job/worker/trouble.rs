@@ -195,7 +195,7 @@ impl Worker {
 
     /// Told to end, while answers were kept: they are written if they can be, now that those are ended too who held locks.
     pub(super) fn farewell(&mut self) {
-        worker::hold_on(false);
+        worker::write_last();
         if self.has_in_hand() {
             self.most_at_once = usize::MAX;
             worker::cancel_after(LAST_WRITE);
