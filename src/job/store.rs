@@ -274,7 +274,8 @@ pub fn interrupted(id: i64, error: Option<&str>) -> Result<()> {
     txn::as_extension_owner(|| {
         sql::run(
             "UPDATE llm_batch.job_state
-                SET starts = CASE WHEN $2 IS NULL THEN 0 ELSE starts END, last_error = coalesce($2, last_error) WHERE job_id = $1",
+                SET starts = CASE WHEN $2 IS NULL THEN 0 ELSE starts END,
+                    reason = CASE WHEN $2 IS NOT NULL AND status = 'running' THEN NULL ELSE reason END, last_error = coalesce($2, last_error) WHERE job_id = $1",
             &[id.into(), error.into()],
         )
         .map(|_| ())
@@ -296,6 +297,7 @@ pub fn begin(job: &Job) -> Result<()> {
         }
         sql::run(
             "UPDATE llm_batch.job_state SET status = 'running', reason = NULL, resume_at = NULL, epoch = $2,
+                    last_error = CASE WHEN reason = 'locked' THEN NULL ELSE last_error END,
                     started_at = coalesce(started_at, now()), updated_at = now()
               WHERE job_id = $1",
             &[job.id.into(), job.epoch.into()],
