@@ -66,9 +66,7 @@ fn pause(job_id: i64) -> std::result::Result<bool, ErrorReport> {
                 "provider_down" | "quota" | "read_only" | "write_error" | "no_worker_slot" | "disabled"
                 | "no_connections",
             ),
-        ) => {
-            Ok(Some("wanted = 'paused'".to_owned()))
-        }
+        ) => Ok(Some("wanted = 'paused'".to_owned())),
         ("paused", _) => Ok(None),
         _ => Err(ended(s)),
     })?;

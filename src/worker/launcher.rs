@@ -189,33 +189,37 @@ fn is_time(said: &mut Option<i64>, now: i64) -> bool {
 }
 
 /// Whether a finder may start beside so many others. Where few background workers are free it waits for a while; where
-/// none is, its start fails and says so.
+/// none is even then, its start fails and says so.
 fn may_search(entry: &Entry, finders: usize, starting: usize, now: i64) -> bool {
-    if finders >= FINDERS {
-        return false;
-    }
-    let free = free_workers().saturating_sub(starting);
-    free == 0 || free > LEFT_FREE || (finders == 0 && entry.at + FINDER_PATIENCE < now)
+    let (free, seen) = workers();
+    let free = free.saturating_sub(starting);
+    // One that has done its work is seen until it has ended.
+    let finders = finders.max(seen);
+    finders < FINDERS && (free > LEFT_FREE || (finders == 0 && entry.at + FINDER_PATIENCE < now))
 }
 
-/// How many of `max_worker_processes` nobody has, as `pg_stat_activity` shows it.
-fn free_workers() -> usize {
-    let is_worker = |i| {
-        // SAFETY: on the main thread; a position of the copy that is made below, so that there is a process.
-        unsafe {
-            #[cfg(feature = "pg15")]
-            let process = pg_sys::pgstat_fetch_stat_local_beentry(i);
-            #[cfg(not(feature = "pg15"))]
-            let process = pg_sys::pgstat_get_local_beentry_by_index(i);
-            !process.is_null() && (*process).backendStatus.st_backendType == pg_sys::BackendType::B_BG_WORKER
+/// How many of `max_worker_processes` nobody has, and how many are finders, as `pg_stat_activity` shows it.
+fn workers() -> (usize, usize) {
+    // SAFETY: on the main thread; a position of the copy that is made below, so that there is a process. The type's name
+    // is copied by Postgres, and ends with a zero byte.
+    let is_finder = |i| unsafe {
+        #[cfg(feature = "pg15")]
+        let process = pg_sys::pgstat_fetch_stat_local_beentry(i);
+        #[cfg(not(feature = "pg15"))]
+        let process = pg_sys::pgstat_get_local_beentry_by_index(i);
+        if process.is_null() || (*process).backendStatus.st_backendType != pg_sys::BackendType::B_BG_WORKER {
+            return None;
         }
+        let kind = pg_sys::GetBackgroundWorkerTypeByPid((*process).backendStatus.st_procpid);
+        Some(!kind.is_null() && std::ffi::CStr::from_ptr(kind) == c"llm_batch finder")
     };
     // SAFETY: on the main thread; makes a copy of what processes say of themselves, outside of any transaction, and
     // forgets it. The setting is read.
     unsafe {
         let count = pg_sys::pgstat_fetch_stat_numbackends();
-        let busy = (1..=count).filter(|i| is_worker(*i)).count();
+        let busy: Vec<bool> = (1..=count).filter_map(is_finder).collect();
         pg_sys::pgstat_clear_backend_activity_snapshot();
-        usize::try_from(pg_sys::max_worker_processes).unwrap_or(0).saturating_sub(busy)
+        let all = usize::try_from(pg_sys::max_worker_processes).unwrap_or(0);
+        (all.saturating_sub(busy.len()), busy.iter().filter(|is_finder| **is_finder).count())
     }
 }
