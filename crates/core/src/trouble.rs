@@ -206,7 +206,7 @@ fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<
         429 if says("perday") || says("per day") || says("rpd") || says("tokens-month") => Trouble::Quota(retry_after),
         429 => Trouble::Rate(retry_after),
         400 | 422 | 500 if system_role() => Trouble::Unsupported(Parameter::SystemRole),
-        408 | 409 | 500..=599 => Trouble::Overload(retry_after),
+        408 | 409 | 421 | 424 | 425 | 499..=599 => Trouble::Overload(retry_after),
         400 | 422 if spend() => Trouble::Spend,
         400 if says("could not finish the message") => Trouble::CutOff,
         400 | 422 if answer_cap() => Trouble::AnswerCap,

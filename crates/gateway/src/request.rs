@@ -1,5 +1,6 @@
 //! One HTTP request: sends a body, reads a bounded answer, names what went wrong.
 
+use std::cell::Cell;
 use std::error::Error;
 use std::io;
 use std::sync::Arc;
@@ -49,20 +50,24 @@ pub struct Answered {
     pub said: Reported,
     /// It broke off after it was sent: it may have been charged or not.
     pub is_unsure: bool,
+    /// A 2xx has begun: the model was asked, and most likely paid for.
+    pub has_begun: bool,
 }
 
 impl Answered {
     /// Of a request that broke off.
     pub fn broke_off(message: String, is_unsure: bool) -> Self {
         let report = Report { trouble: Trouble::Overload(None), message: trouble::one_line(&message) };
-        Self { result: Err(report), said: Reported::default(), is_unsure }
+        Self { result: Err(report), said: Reported::default(), is_unsure, has_begun: false }
     }
 }
 
 /// Sends a request and reads its answer into `answer`.
 pub async fn send(client: &HttpClient, answer: Answer, question: &Question<'_>) -> Answered {
-    let exchange = tokio::time::timeout(question.timeout, exchange(client, answer, question));
-    exchange.await.unwrap_or_else(|_| Answered::broke_off(TIMED_OUT.to_owned(), true))
+    let has_begun = Cell::new(false);
+    let exchange = tokio::time::timeout(question.timeout, exchange(client, answer, question, &has_begun));
+    let answered = exchange.await.unwrap_or_else(|_| Answered::broke_off(TIMED_OUT.to_owned(), true));
+    Answered { has_begun: has_begun.get(), ..answered }
 }
 
 /// The request of a question. What is notified if the answer never begins, for all the interim ones.
@@ -89,7 +94,12 @@ fn request(question: &Question) -> Result<(hyper::Request<Full<Bytes>>, Arc<Noti
     Ok((request, never_begins))
 }
 
-async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'_>) -> Answered {
+async fn exchange(
+    client: &HttpClient,
+    mut answer: Answer,
+    question: &Question<'_>,
+    has_begun: &Cell<bool>,
+) -> Answered {
     let endpoint = question.endpoint;
     let (request, never_begins) = match request(question) {
         Ok(request) => request,
@@ -107,6 +117,7 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
         Err(e) => return Answered::broke_off(causes(&e, e.is_connect()), !e.is_connect()),
     };
     let status = response.status();
+    has_begun.set(status.is_success());
     let said = headers::read(|name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()));
     let encoding = response.headers().get(CONTENT_ENCODING).filter(|v| *v != "identity");
     let encoding = encoding.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
@@ -138,7 +149,7 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
     let may_be_charged = |report: &Report| {
         status.is_success() || matches!(status.as_u16(), 408 | 502 | 504) || report.trouble == Trouble::Filtered
     };
-    Answered { is_unsure: result.as_ref().is_err_and(may_be_charged), result, said }
+    Answered { is_unsure: result.as_ref().is_err_and(may_be_charged), result, said, has_begun: false }
 }
 
 const REDACTED: &str = "[redacted]";

@@ -13,7 +13,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::spawn_local;
 
 use crate::Settings;
-use crate::dispatch::{Launch, PROBE_ANSWER_TOKENS, Probe, State, disabled};
+use crate::dispatch::{Launch, PROBE_READ_TOKENS, Probe, State, disabled};
 use crate::egress::{Answer, Clients, HttpClient};
 use crate::failure_point;
 use crate::kept::Kept;
@@ -267,7 +267,7 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
             }
             Some(Probe::Send(endpoint, body, timeout, left)) => {
                 tries += 1;
-                let (client, answer) = way(&shared, &endpoint, PROBE_ANSWER_TOKENS);
+                let (client, answer) = way(&shared, &endpoint, PROBE_READ_TOKENS);
                 let question = Question { endpoint: &endpoint, body: &body, timeout };
                 let result = tokio::select! {
                     answered = request::send(&client, answer, &question) => answered.result,

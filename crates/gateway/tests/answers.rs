@@ -77,6 +77,32 @@ fn forty(setup: &Setup, say: impl Fn(&Value, &Rows) -> Said + Send + 'static) ->
     (got, bodies)
 }
 
+/// The same of a server that never gives a valid answer: why it is stopped. No row is charged anything.
+fn given_up(setup: &Setup, say: impl Fn(&Value, &Rows) -> Said + Send + 'static) -> (Stop, Vec<Value>) {
+    let (url, bodies) = server(say);
+    let nobody = provider(Config::default());
+    let mut client = setup.client(&nobody, |s| {
+        s.endpoint.base_url = url;
+        s.model.max_concurrent_requests = Some(1);
+    });
+    client.rows(0..40);
+    let (mut stop, mut back) = (None, 0);
+    while back < 40 {
+        match client.hear("the rows back") {
+            Some(FromGateway::Stopped(why)) => stop = Some(why),
+            Some(FromGateway::Outcomes { outcomes, .. }) => {
+                assert!(outcomes.iter().all(|o| o.verdict == Verdict::Withdrawn && o.attempts == 0), "{outcomes:?}");
+                back += outcomes.len();
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    let stop = stop.unwrap();
+    assert_eq!(stop.reason, StopReason::NoAnswers);
+    let bodies = bodies.lock().unwrap().clone();
+    (stop, bodies)
+}
+
 #[test]
 fn answers_of_all_shapes_are_read_from_one_request() {
     type Shape = (&'static str, &'static str, fn(&str, &str) -> String, &'static str);
@@ -148,12 +174,25 @@ fn a_stream_that_nobody_asked_for_is_read_as_one_answer() {
 fn an_answer_that_is_all_reasoning_is_none_and_says_how_to_turn_it_off() {
     let setup = Setup::new(64 << 20);
     for field in ["reasoning_content", "reasoning", "thinking"] {
-        let (got, _) = forty(&setup, move |_, rows| {
+        let (stop, bodies) = given_up(&setup, move |_, rows| {
             let message = json!({"content": "", field: map(rows)});
             (200, json!({"choices": [{"message": message, "finish_reason": "stop"}]}).to_string())
         });
-        for (_, outcome) in got {
-            let Verdict::Skip { class, detail } = outcome.verdict else { panic!("{outcome:?}") };
+        assert!(stop.message.contains("enable_thinking") && stop.message.contains("alter_model"), "{stop:?}");
+        assert!(bodies.len() <= 20, "{}", bodies.len());
+        // Where others are answered, it is the row's detail that says so.
+        let (got, _) = forty(&setup, move |_, rows| {
+            if rows.len() > 1 {
+                let most = rows.iter().skip(1).cloned().collect();
+                return completion(&map(&most));
+            }
+            let message = json!({"content": "", field: map(rows)});
+            (200, json!({"choices": [{"message": message, "finish_reason": "stop"}]}).to_string())
+        });
+        let skipped: Vec<_> = got.iter().filter(|(n, o)| !is_right(*n, &o.verdict)).collect();
+        assert!(!skipped.is_empty());
+        for (_, outcome) in skipped {
+            let Verdict::Skip { class, detail } = &outcome.verdict else { panic!("{outcome:?}") };
             assert_eq!(class, "no_answer");
             assert!(detail.contains("enable_thinking") && detail.contains("alter_model"), "{detail}");
         }
@@ -216,8 +255,8 @@ fn forms_that_are_refused_or_answered_in_prose_are_learnt_and_charge_no_row() {
 #[test]
 fn prose_in_every_form_ends() {
     let setup = Setup::new(64 << 20);
-    let (got, bodies) = forty(&setup, |_, _| completion("I can't tell."));
-    assert!(got.iter().all(|(_, o)| matches!(o.verdict, Verdict::Skip { .. }) && o.attempts == 3), "{got:?}");
-    assert!(bodies.len() <= 60, "{}", bodies.len());
-    assert!(forms(&bodies).starts_with("json_object json_object json_schema json_schema - -"), "{}", forms(&bodies));
+    let (stop, bodies) = given_up(&setup, |_, _| completion("I can't tell."));
+    assert!(stop.message.contains("\"I can't tell.\""), "{stop:?}");
+    assert!(bodies.len() <= 20, "{}", bodies.len());
+    assert!(forms(&bodies).starts_with("json_object json_object json_schema json_schema - "), "{}", forms(&bodies));
 }

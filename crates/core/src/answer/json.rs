@@ -142,6 +142,7 @@ pub(super) fn read(text: &str, begins: &[char], claims: &mut Claims) -> Found {
         stack: Vec::new(),
         too_deep: 0,
         hopeless: [0; 4],
+        line_end: 0,
         found: Found::default(),
         claims,
     };
@@ -159,6 +160,8 @@ struct Reader<'a, 'b, 'c> {
     too_deep: usize,
     /// Up to where looking for the end of a string in single, curly or back quotes is in vain.
     hopeless: [usize; 4],
+    /// The end of the line that was last looked for.
+    line_end: usize,
     found: Found,
     claims: &'b mut Claims<'c>,
 }
@@ -304,8 +307,10 @@ impl<'a> Reader<'a, '_, '_> {
             '`' => ('`', 3),
             _ => ('\'', 0),
         };
-        let rest = self.rest();
-        let line = rest.find('\n').map_or(rest, |end| rest.get(..end).unwrap_or(rest));
+        if self.at > self.line_end || self.line_end == 0 {
+            self.line_end = self.rest().find('\n').map_or(self.text.len(), |end| self.at + end);
+        }
+        let line = self.text.get(self.at..self.line_end).unwrap_or_default();
         let is_end = |(at, c): &(usize, char)| {
             let after = || line.get(at + c.len_utf8()..).unwrap_or_default().trim_start();
             *c == close && (after().is_empty() || after().starts_with([',', ':', '}', ']', ')', '=', '-']))

@@ -43,12 +43,18 @@ pub(super) fn whole(body: &[u8]) -> Result<Value, Unread> {
         if !choice["error"].is_null() {
             return Err(Unread::Said(choice["error"].take()));
         }
-        if choice["finish_reason"].is_string() {
+        if choice["finish_reason"].as_str().is_some_and(|reason| !reason.is_empty()) {
             finish = choice["finish_reason"].take();
         }
         let part = if choice["delta"].is_object() { "delta" } else { "message" };
         for (sum, field) in texts.iter_mut().zip(FIELDS) {
-            sum.push_str(choice.pointer(&format!("/{part}/{field}")).and_then(Value::as_str).unwrap_or_default());
+            match choice.pointer(&format!("/{part}/{field}")) {
+                Some(Value::String(text)) => sum.push_str(text),
+                Some(Value::Array(parts)) => {
+                    parts.iter().filter_map(|p| p["text"].as_str()).for_each(|t| sum.push_str(t))
+                }
+                _ => {}
+            }
         }
         if choice.pointer(&format!("/{part}/reasoning_details/0")).is_some() {
             details = json!([true]);

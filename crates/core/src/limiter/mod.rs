@@ -233,6 +233,12 @@ impl Limiter {
         tokens.into_iter().chain(input).min()
     }
 
+    /// Most tokens one answer may have, if there is a limit for answers.
+    pub fn largest_answer(&self) -> Option<u64> {
+        let [.., output] = self.windows[0].caps;
+        output
+    }
+
     /// Asks to send one request of so many tokens at `now` (ms). `part`: 1, or less for one that was cut to that part
     /// because the refusal of the whole proposed it.
     ///

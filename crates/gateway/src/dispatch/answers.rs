@@ -74,7 +74,10 @@ impl State {
                 }
                 match answered.result {
                     Ok(reply) => self.answered(now, request, &reply, &answered.said, in_flight),
-                    Err(report) => self.troubled(now, request, &report, &answered.said, answered.is_unsure),
+                    Err(report) => {
+                        let charged = (answered.is_unsure, answered.has_begun);
+                        self.troubled(now, request, &report, &answered.said, charged);
+                    }
                 }
             }
         }
@@ -137,17 +140,17 @@ impl State {
         if let Some(purse) = &mut group.purse {
             purse.give_back(worst, usage);
         }
-        let is_slow = now.saturating_sub(sent) > group.stream.model.request_timeout_ms / SLOW;
-        if labels > 0 || (!grows && asked.way == Way::AsEver) {
-            let missing = if grows { 0 } else { size - labels };
-            group.size.observe(size, missing, is_slow);
-        }
         let form = asked.learned.form(&options);
         let is_prose = labels == 0
             && options.structured_output == StructuredOutput::Auto
             && reply.finish == Finish::Complete
             && answer::is_prose(&reply.text)
             && lane.learned.forms.answered_in_prose(form);
+        let is_slow = now.saturating_sub(sent) > group.stream.model.request_timeout_ms / SLOW;
+        if labels > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
+            let missing = if grows { 0 } else { size - labels };
+            group.size.observe(size, missing, is_slow);
+        }
         if labels > 0 {
             lane.learned.forms.works(form);
         }

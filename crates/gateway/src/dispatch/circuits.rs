@@ -141,7 +141,7 @@ impl State {
             breakers.begin_probe(&model);
             let abandoned = Rc::new(Notify::new());
             self.next_id += 1;
-            let most_tokens = probes::PROBE_ANSWER_TOKENS;
+            let most_tokens = probes::PROBE_READ_TOKENS;
             let launch =
                 Launch { id: self.next_id, stream, body, timeout, most_tokens, abandoned: Rc::clone(&abandoned) };
             launches.push(launch);

@@ -42,7 +42,11 @@ impl State {
                     Way::OtherForm => group.size = Size::new(options.max_rows_per_request as usize),
                     Way::FewerRows | Way::OneRow => group.size.at_most(rows),
                 }
-                self.release(lane_key, group_key, is_own_fault);
+                // What is held may be of other streams of the same task.
+                let same = lane.groups.iter().filter(|(_, g)| g.scope == asked.scope).map(|(key, _)| key.clone());
+                for key in same.collect::<Vec<_>>() {
+                    self.release(lane_key, &key, is_own_fault);
+                }
                 return false;
             }
             Said::Cut => standing.patience.cut(now),

@@ -23,7 +23,7 @@ use serde_json::Value;
 use tokio::sync::Notify;
 
 use self::circuits::{Circuits, EndpointKey, Probing};
-pub use self::probes::PROBE_ANSWER_TOKENS;
+pub use self::probes::PROBE_READ_TOKENS;
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
 use crate::group::{Pushed, Row, Waiter};

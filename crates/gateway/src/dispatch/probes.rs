@@ -19,7 +19,9 @@ use crate::protocol::{Activity, Estimate, FromGateway, Item, Stop, StopReason, S
 use crate::request::TIMED_OUT;
 
 /// The cap of a probe's answer, tokens.
-pub const PROBE_ANSWER_TOKENS: u64 = 16;
+const PROBE_ANSWER_TOKENS: u64 = 16;
+/// What of it is read, tokens: some servers do not count what is thought.
+pub const PROBE_READ_TOKENS: u64 = 8_192;
 /// Tokens a probe reserves.
 const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
 

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use llm_batch_core::dialect;
+use llm_batch_core::dialect::{self, Counts};
 use llm_batch_core::limiter::{Refusal, Tokens};
 use llm_batch_core::prompt;
 use serde_json::Value;
@@ -30,6 +30,8 @@ pub(super) struct Draft {
     reserve: Tokens,
     /// The cap of its answer might be larger.
     can_grow: bool,
+    /// What is expected of its answer by itself, without what is thought before it.
+    expected: u64,
 }
 
 impl Draft {
@@ -53,7 +55,19 @@ impl Draft {
             worst: Tokens { input: measured.most_prompt(estimate.input), output: most_answer },
             reserve: group.stream.endpoint.counts.reserve(prompt, reserved.min(most_answer), most_answer),
             can_grow: most_answer < most && most_answer < MOST_SPARE_ANSWER_TOKENS,
+            expected,
         }
+    }
+
+    /// What is thought before an answer makes no request too large for the limit of answers (`most`): that would be so for
+    /// every row.
+    fn within(mut self, most: Option<u64>, counts: Counts) -> Self {
+        let Some(most) = most.map(|most| most.max(self.expected)) else { return self };
+        if counts != Counts::Used && self.worst.output > most {
+            (self.worst.output, self.can_grow) = (most, false);
+        }
+        self.reserve.output = self.reserve.output.min(most);
+        self
     }
 
     pub fn body(&self, learned: Learned, group: &Group, rows: &[Row]) -> Value {
@@ -131,6 +145,7 @@ impl State {
         lane.order();
         let (allowed, allowed_interactive) = (lane.allowed(false), lane.allowed(true));
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX);
+        let largest_answer = lane.limiter.largest_answer();
         let Lane { groups, level, limiter, learned, measured, standings, in_flight, in_flight_rows, .. } = lane;
         for (group_key, group) in groups {
             let interactive = group.stream.interactive;
@@ -157,17 +172,22 @@ impl State {
                 }
                 Next::Empty => continue,
             };
-            let mut draft = Draft::new(learned, *measured, group, &rows, largest);
+            let measured = *measured;
+            let draft_of = |group: &Group, rows: &[Row]| {
+                let counts = group.stream.endpoint.counts;
+                Draft::new(learned, measured, group, rows, largest).within(largest_answer, counts)
+            };
+            let mut draft = draft_of(group, &rows);
             if rows.len() == 1 && (draft.estimate.input + draft.estimate.output) as usize > most {
                 return Look::TooLarge(group_key.clone(), rows);
             }
             if let Some(mut purse) = group.purse.take() {
-                let least = Draft::new(learned, *measured, group, rows.get(..1).unwrap_or_default(), largest).worst;
+                let least = draft_of(group, rows.get(..1).unwrap_or_default()).worst;
                 let is_idle = group.in_flight == 0;
                 let pays = purse.pays(draft.worst, least, is_idle);
                 while pays == Pays::Less && rows.len() > 1 && !purse.covers(draft.worst) {
                     group.put_back(rows.split_off(rows.len() - rows.len().div_ceil(8)));
-                    draft = Draft::new(learned, *measured, group, &rows, largest);
+                    draft = draft_of(group, &rows);
                 }
                 if pays == Pays::Ask {
                     // What was answered so far goes first: the client reckons with it.
@@ -192,7 +212,7 @@ impl State {
                 if n * LEAST_PART >= rows.len().max(LEAST_PART) {
                     let part = n as f64 / rows.len() as f64;
                     let rest = rows.split_off(n);
-                    draft = Draft::new(learned, *measured, group, &rows, largest);
+                    draft = draft_of(group, &rows);
                     group.put_back(rest);
                     tried = limiter.reserve(now, draft.reserve, group.class(), part).or(tried);
                 }

@@ -25,7 +25,15 @@ const MOST_BACKOFF: u64 = 30_000;
 const LONGEST_RATE_WAIT: u64 = 120_000;
 
 impl State {
-    pub(super) fn troubled(&mut self, now: u64, request: InFlight, report: &Report, said: &Reported, is_unsure: bool) {
+    /// Takes a request that was not answered. It may have been charged; and a 2xx may have begun.
+    pub(super) fn troubled(
+        &mut self,
+        now: u64,
+        request: InFlight,
+        report: &Report,
+        said: &Reported,
+        (is_unsure, has_begun): (bool, bool),
+    ) {
         // What may have been charged counts as spent.
         if is_unsure {
             self.unsure(&request);
@@ -100,7 +108,11 @@ impl State {
                 self.notice(now, &lane_key, "cap", &format!("{message}; going on with less"));
                 return;
             }
-            Trouble::TooLarge if lane.takes_less_answer(&message, asked.learned, estimate, worst.output) => {
+            // Where it is the limit of tokens, less of them is asked for already.
+            Trouble::TooLarge
+                if headers::limit_in(&message).is_none()
+                    && lane.takes_less_answer(&message, asked.learned, estimate, worst.output) =>
+            {
                 self.put_back(&lane_key, &group_key, rows);
                 return;
             }
@@ -119,6 +131,11 @@ impl State {
                     self.notice(now, &lane_key, "unsupported", &format!("{message}; going on without it"));
                     return;
                 }
+                if *parameter == Parameter::SystemRole {
+                    // There is none in the request: these are words of a row that is quoted.
+                    self.refused(now, (&lane_key, &group_key), rows, (id, is_accepted, false), &message);
+                    return;
+                }
                 (StopReason::Rejected, false, None)
             }
             Trouble::Filtered | Trouble::Rejected | Trouble::CutOff | Trouble::AnswerCap => {
@@ -133,6 +150,12 @@ impl State {
                 }
                 let said = format!("a request was not answered and is sent again: {message}");
                 self.notice(now, &lane_key, "unanswered", &said);
+                // Paid for like an answer, most likely; and the probes are answered.
+                if has_begun && self.weigh(now, &lane_key, &group_key, asked, Said::Cut) {
+                    self.put_back(&lane_key, &group_key, rows);
+                    self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
+                    return;
+                }
                 if self.fails(now, &lane_key, &group_key, points, &message) {
                     // Whether it is these rows or the provider, a probe will tell.
                     self.put_back(&lane_key, &group_key, rows);
@@ -144,7 +167,7 @@ impl State {
                 for mut row in rows {
                     row.trouble += points;
                     row.not_before = not_before;
-                    self.row_in_trouble(&lane_key, &group_key, row, size, &message);
+                    self.row_in_trouble(now, &lane_key, &group_key, row, size, &message);
                 }
                 return;
             }
@@ -200,11 +223,11 @@ impl State {
 
     /// A row whose request was not answered, while others are: it waits, then its requests get smaller, then it is
     /// given up.
-    fn row_in_trouble(&mut self, lane: &LaneKey, group: &str, mut row: Row, size: usize, message: &str) {
+    fn row_in_trouble(&mut self, now: u64, lane: &LaneKey, group: &str, mut row: Row, size: usize, message: &str) {
         if row.trouble >= MOST_TROUBLE {
             if size == 1 {
                 let verdict = Verdict::Fail { class: "provider_error".into(), detail: message.to_owned() };
-                self.done(lane, group, row, verdict);
+                self.conclude(now, lane, group, row, verdict);
                 return;
             }
             row.most_rows = size.div_ceil(2);
