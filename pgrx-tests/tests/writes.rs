@@ -213,14 +213,14 @@ fn a_label_that_cannot_be_written() {
         assert_eq!((p.failed, p.skipped, failures(client, job).len()), (0, 0, 0), "{p:?}");
         // Those that had failed, and what was under way.
         let asked = bed.provider.stats().rows.len() as i64;
-        assert!(asked - p.done <= 20 && asked < 200, "{asked} rows were asked, {} written", p.done);
+        assert!(asked - p.done <= 60 && asked < 1_000, "{asked} rows were asked, {} written", p.done);
         run(client, allow);
         run(client, &format!("SELECT llm_batch.resume({job})"));
         let p = bed.done(job);
         assert_eq!(p.counts(), (2_000, 2_000, 0, 0, 0, 0));
         assert_eq!(one(client, "SELECT count(*) FROM tickets WHERE topic::text = want"), 2_000);
         let again = bed.provider.stats().rows.values().filter(|r| r.asked > 1).count();
-        assert!(again <= 20, "{again} rows were asked twice");
+        assert!(again <= 60, "{again} rows were asked twice");
     }
 }
 

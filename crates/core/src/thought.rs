@@ -6,7 +6,7 @@
 /// What is kept of the mean with each further answer, once there were some.
 const RECENT: f64 = 0.95;
 /// What is kept of the longest with each further answer.
-const LONGEST: f64 = 0.99;
+const LONGEST: f64 = 0.998;
 /// An answer's cap leaves room for so many times the longest.
 const ROOM: f64 = 2.0;
 /// More than the mean is reserved: an estimate that is too low breaks the limit.

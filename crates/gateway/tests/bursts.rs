@@ -31,6 +31,14 @@ fn session(setup: &Setup, provider: &FakeProvider) -> Client {
     })
 }
 
+/// A session whose task was answered a moment ago: otherwise eight requests go ahead.
+fn proven(setup: &Setup, provider: &FakeProvider, row: u64) -> Client {
+    let mut client = session(setup, provider);
+    client.rows(row..row + 1);
+    client.outcomes(1);
+    client
+}
+
 #[track_caller]
 fn under_way(provider: &FakeProvider, wanted: u64) {
     wait_until("requests are under way", || provider.stats().in_flight >= wanted);
@@ -39,12 +47,12 @@ fn under_way(provider: &FakeProvider, wanted: u64) {
 #[test]
 fn all_of_a_statement_goes_at_once_where_nothing_was_sent_within_a_minute() {
     let (setup, provider) = (rested(), limited(60, RateHeaders::None));
-    let mut client = session(&setup, &provider);
+    let mut client = proven(&setup, &provider, 0);
     provider.hold();
-    client.rows(0..1000);
-    under_way(&provider, 20);
+    client.rows(1..951);
+    under_way(&provider, 19);
     provider.release();
-    client.outcomes(1000);
+    client.outcomes(950);
     assert_eq!(provider.stats().by_status.keys().collect::<Vec<_>>(), [&200]);
 }
 
@@ -52,10 +60,10 @@ fn all_of_a_statement_goes_at_once_where_nothing_was_sent_within_a_minute() {
 fn a_gateway_knows_what_the_one_before_has_sent() {
     let provider = limited(60, RateHeaders::None);
     let setup = rested();
-    let mut client = session(&setup, &provider);
+    let mut client = proven(&setup, &provider, 0);
     provider.hold();
-    client.rows(0..1000);
-    under_way(&provider, 20);
+    client.rows(1..951);
+    under_way(&provider, 19);
     let stock = setup.stock();
     assert_eq!((stock.lanes.len(), stock.known_for >= 70_000), (1, true));
     drop((client, setup));
@@ -75,7 +83,7 @@ fn a_gateway_knows_what_the_one_before_has_sent() {
     let setup = Setup::after(stock.later(70_000));
     let mut client = session(&setup, &provider);
     client.rows(4000..5000);
-    wait_until("all of it is sent", || provider.stats().requests >= before + 20);
+    wait_until("what goes ahead is sent", || provider.stats().requests >= before + 8);
     provider.release();
 }
 

@@ -10,8 +10,9 @@ use super::{Amounts, Caps, Grant, Left, Limits, MINUTE, SHORTEST, Window};
 
 /// What was let through is reckoned a little lower: a part of it was only reserved.
 const CERTAIN: f64 = 0.99;
-/// Our windows are so many times as long as the provider's: a request may be slower on its way than the one before.
-const LONGER: f64 = 1.01;
+/// Our windows are so many times as long as the provider's: a request may be slower on its way than the one before. With
+/// less (1.03) simulated windows of 10 s refuse a request now and then.
+const LONGER: f64 = 1.06;
 /// If more than this part of a burst is refused, its provider's windows are shorter than any that we reckon with.
 const MOST_REFUSED: u64 = 5;
 /// Refusals that say nothing about a burst's size: a tenth of a small one is less than a whole request.
