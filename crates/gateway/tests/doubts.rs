@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 
 use llm_batch_gateway::protocol::*;
-use llm_fake_provider::{Config, FakeProvider, Fault};
+use llm_fake_provider::{Config, FakeProvider, Fault, Latency};
 use support::*;
 
 /// What came of rows, and the stop if there was one.
@@ -189,7 +189,8 @@ fn a_form_that_works_is_found_and_kept() {
 #[test]
 fn eight_requests_go_ahead() {
     let setup = Setup::new(64 << 20);
-    let provider = provider(Config::default());
+    let latency = Latency { base: std::time::Duration::from_millis(100), ..Latency::default() };
+    let provider = provider(Config { latency, ..Config::default() });
     provider.hold();
     let open = |s: &mut Stream| {
         s.model.max_concurrent_requests = Some(64);
