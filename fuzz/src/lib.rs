@@ -32,7 +32,8 @@ pub fn answer(data: &[u8]) {
     let codes = [Codes::Words, Codes::Letters, Codes::Auto];
     for codes in codes {
         let legend = Legend::new(&labels, codes, &|s| s.len());
-        let all = answer::read(&text, &IDS, &legend);
+        let of = |ids: &[u16]| answer::read(&text, ids, &legend).unwrap_or_else(|| vec![Verdict::Missing; ids.len()]);
+        let all = of(&IDS);
         assert_eq!(all.len(), IDS.len());
         for (id, verdict) in IDS.iter().zip(&all) {
             if let Verdict::Label(i) = verdict {
@@ -47,7 +48,7 @@ pub fn answer(data: &[u8]) {
         }
         // The order in which they are asked makes no difference.
         let reversed: Vec<u16> = IDS.iter().rev().copied().collect();
-        assert!(answer::read(&text, &reversed, &legend).iter().rev().eq(&all));
+        assert!(of(&reversed).iter().rev().eq(&all));
     }
 }
 

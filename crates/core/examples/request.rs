@@ -28,7 +28,7 @@ fn reply(line: &str) -> Result<Value, Box<dyn std::error::Error>> {
             Verdict::Label(i) => json!(task.labels[*i].label),
             _ => Value::Null,
         };
-        return Ok(answer::read(text, &ids, &legend).iter().map(label).collect());
+        return Ok(answer::read(text, &ids, &legend).unwrap_or_default().iter().map(label).collect());
     }
     let texts: Vec<String> = serde_json::from_value(said["texts"].clone())?;
     let user: String = ids.iter().zip(&texts).map(|(id, text)| prompt::row(*id, &prompt::quote(text))).collect();

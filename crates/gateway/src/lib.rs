@@ -11,6 +11,7 @@ mod group;
 mod kept;
 mod lane;
 mod notice;
+mod numbers;
 pub mod protocol;
 mod purse;
 mod queue;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, USER_AGENT};
+use hyper_util::client::legacy::connect::{CaptureConnection, capture_connection};
 use llm_batch_core::dialect::Reply;
 use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::trouble::{self, Report, Trouble};
@@ -52,13 +53,24 @@ pub struct Answered {
     pub is_unsure: bool,
     /// A 2xx has begun: the model was asked, and most likely paid for.
     pub has_begun: bool,
+    /// What it came on, if it came whole.
+    connection: Option<CaptureConnection>,
 }
 
 impl Answered {
     /// Of a request that broke off.
     pub fn broke_off(message: String, is_unsure: bool) -> Self {
         let report = Report { trouble: Trouble::Overload(None), message: trouble::one_line(&message) };
-        Self { result: Err(report), said: Reported::default(), is_unsure, has_begun: false }
+        Self { result: Err(report), said: Reported::default(), is_unsure, has_begun: false, connection: None }
+    }
+
+    /// The connection has not the right answer to a request: it is used for no other.
+    pub fn distrust(&self) {
+        if let Some(connection) = &self.connection
+            && let Some(connected) = connection.connection_metadata().as_ref()
+        {
+            connected.poison();
+        }
     }
 }
 
@@ -101,10 +113,11 @@ async fn exchange(
     has_begun: &Cell<bool>,
 ) -> Answered {
     let endpoint = question.endpoint;
-    let (request, never_begins) = match request(question) {
+    let (mut request, never_begins) = match request(question) {
         Ok(request) => request,
         Err(e) => return Answered::broke_off(e, false),
     };
+    let connection = capture_connection(&mut request);
     let response = tokio::select! {
         biased;
         () = never_begins.notified() => {
@@ -149,7 +162,8 @@ async fn exchange(
     let may_be_charged = |report: &Report| {
         status.is_success() || matches!(status.as_u16(), 408 | 502 | 504) || report.trouble == Trouble::Filtered
     };
-    Answered { is_unsure: result.as_ref().is_err_and(may_be_charged), result, said, has_begun: false }
+    let is_unsure = result.as_ref().is_err_and(may_be_charged);
+    Answered { is_unsure, result, said, has_begun: false, connection: Some(connection) }
 }
 
 const REDACTED: &str = "[redacted]";

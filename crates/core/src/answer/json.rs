@@ -456,10 +456,12 @@ fn member<'a>(frame: &mut Frame<'a>, claims: &mut Claims, key: &Leaf, value: Lea
         frame.sum.has_pairs = true;
     } else if number(&key.text).is_some() {
         // A pair of somebody who was not asked.
+        claims.other(&key.text);
         frame.sum.has_pairs = true;
     } else {
         look_at(frame, claims, &value);
         match &*key.text {
+            "i" | "id" if claims.row(&value.text).is_none() => claims.other(&value.text),
             "i" => frame.i = claims.row(&value.text),
             "c" => frame.c = Some(value),
             _ if value.is_quoted && value.text.trim_start().starts_with(['{', '[']) => {
@@ -490,6 +492,7 @@ fn inner(frame: &mut Frame, claims: &mut Claims, key: &Leaf, sum: Summary) {
         }
         frame.sum.has_pairs = true;
     } else if number(&key.text).is_some() {
+        claims.other(&key.text);
         frame.sum.has_pairs = true;
     } else if let Some(label) = claims.legend.resolve(&key.text).filter(|_| !sum.list.is_empty()) {
         for row in sum.list {
@@ -519,7 +522,12 @@ fn element(frame: &mut Frame, claims: &mut Claims, value: &Leaf) {
     }
     // "417billing"
     let Some((id, code)) = value.text.split_at_checked(3).filter(|(_, code)| !code.is_empty()) else { return };
-    let Some(row) = claims.row(id) else { return };
+    let Some(row) = claims.row(id) else {
+        if claims.legend.resolve(code).is_some() {
+            claims.other(id);
+        }
+        return;
+    };
     let separated = || claims.label(code.trim_start().trim_start_matches([':', '=', '-', '>', '|', '\u{2192}']));
     if let Some(label) = claims.legend.resolve(code) {
         claims.claim(row, Reading::Asked, Verdict::Label(label));

@@ -57,7 +57,9 @@ pub(super) fn read(text: &str, covered: &[Range<usize>], claims: &mut Claims) {
                 continue;
             }
         }
-        if let Some((row, way, rest)) = head(line, claims) {
+        let head = head(line);
+        let row = head.and_then(|(id, ..)| claims.index.get(&id).copied());
+        if let Some((row, (_, way, rest))) = row.zip(head) {
             said.extend(block.take().and_then(Block::pair));
             if rest.trim_matches(WRAPPERS).is_empty() {
                 block = is_whole.then_some(Block { row, labels: Vec::new(), lines: 0 });
@@ -66,7 +68,12 @@ pub(super) fn read(text: &str, covered: &[Range<usize>], claims: &mut Claims) {
             } else if is_whole || line.ends_with(['}', ']']) {
                 said.extend(sequence(line, claims));
             }
-        } else if let Some(open) = block.as_mut().filter(|_| is_whole) {
+            continue;
+        }
+        if let Some((id, ..)) = head.filter(|(_, _, rest)| label_of(rest, is_whole, claims).is_some()) {
+            claims.others.insert(id);
+        }
+        if let Some(open) = block.as_mut().filter(|_| is_whole) {
             open.lines += 1;
             let value = line.split_once(':').map_or(line, |(_, value)| value).trim_start_matches(BULLETS);
             open.labels.extend(claims.label(value));
@@ -111,10 +118,9 @@ impl Block {
     }
 }
 
-/// The row with whose number a line begins, how the line is written, and what is behind it.
-fn head<'a>(line: &'a str, claims: &Claims) -> Option<(usize, Way, &'a str)> {
+/// The number with which a line begins, how the line is written, and what is behind it.
+fn head(line: &str) -> Option<(u16, Way, &str)> {
     let (before, id, after) = around_number(without_ordinal(line))?;
-    let row = *claims.index.get(&id)?;
     let bare = before.trim_start_matches(['{', '(']).trim_start();
     let name = bare.trim_start_matches("[x]").trim_start_matches("[ ]").trim_start_matches(BULLETS);
     if !is_name(name.trim_matches(['{', '(', '[', ' '])) {
@@ -128,7 +134,7 @@ fn head<'a>(line: &'a str, claims: &Claims) -> Option<(usize, Way, &'a str)> {
     if sign.is_none() && !has_space && !rest.is_empty() {
         return None;
     }
-    Some((row, (has_bullet, sign.unwrap_or(' ')), rest.trim_start_matches(BETWEEN).trim_start()))
+    Some((id, (has_bullet, sign.unwrap_or(' ')), rest.trim_start_matches(BETWEEN).trim_start()))
 }
 
 /// A line without the "12." or "12)" of an ordered list.
@@ -176,8 +182,8 @@ fn label_of(rest: &str, is_whole: bool, claims: &Claims) -> Option<usize> {
 /// "417: billing, 902: bug": every part is a pair.
 fn sequence(line: &str, claims: &Claims) -> Vec<(usize, usize, Way)> {
     let pair = |part: &str| {
-        let (row, _, rest) = head(part.trim(), claims)?;
-        Some((row, claims.label(rest)?, (false, ',')))
+        let (id, _, rest) = head(part.trim())?;
+        Some((*claims.index.get(&id)?, claims.label(rest)?, (false, ',')))
     };
     let parts = line.trim_matches(['{', '}', '[', ']', ',', ';', '.', ' ']).split([',', ';']);
     parts.map(pair).collect::<Option<Vec<_>>>().filter(|all| all.len() > 1).unwrap_or_default()

@@ -8,7 +8,7 @@
 mod json;
 mod lines;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use crate::codes::Legend;
 use crate::thinking;
@@ -27,11 +27,12 @@ pub enum Verdict {
 }
 
 /// Holds `text` against the ids that were asked; the verdicts are in the order of `ids`. A last line without an end
-/// counts only as far as it could not go on to another label.
-pub fn read(text: &str, ids: &[u16], legend: &Legend) -> Vec<Verdict> {
+/// counts only as far as it could not go on to another label. `None` if most of its numbers were not asked: it answers
+/// another request, and what it says of a number that both have is not said of this row.
+pub fn read(text: &str, ids: &[u16], legend: &Legend) -> Option<Vec<Verdict>> {
     let text = thinking::spoken(text);
     let index = ids.iter().enumerate().map(|(i, id)| (*id, i)).collect();
-    let mut claims = Claims { index, legend, of: vec![Row::default(); ids.len()] };
+    let mut claims = Claims { index, legend, of: vec![Row::default(); ids.len()], others: HashSet::new() };
     // A bracket is more often a part of prose than a brace is.
     let mut found = json::read(&text, &['{'], &mut claims);
     if claims.is_empty() {
@@ -46,8 +47,15 @@ pub fn read(text: &str, ids: &[u16], legend: &Legend) -> Vec<Verdict> {
             json::read(&inner, &['{', '['], &mut claims);
         }
     }
-    claims.of.iter().map(Row::verdict).collect()
+    let verdicts: Vec<Verdict> = claims.of.iter().map(Row::verdict).collect();
+    let named = verdicts.iter().filter(|v| **v != Verdict::Missing).count();
+    let most_others = if named == 0 { 0 } else { named.max(FEW_OTHERS) };
+    (claims.others.len() <= most_others).then_some(verdicts)
 }
+
+/// Beside numbers that were asked, so many others say nothing: models invent some, most of all where they are asked about
+/// one row.
+const FEW_OTHERS: usize = 2;
 
 /// Whether a text is an answer in words, with nothing in it that could be JSON.
 pub fn is_prose(text: &str) -> bool {
@@ -96,6 +104,8 @@ struct Claims<'a> {
     index: HashMap<u16, usize>,
     legend: &'a Legend,
     of: Vec<Row>,
+    /// Numbers that something is said of and that were not asked.
+    others: HashSet<u16>,
 }
 
 impl Claims<'_> {
@@ -113,6 +123,11 @@ impl Claims<'_> {
         if let Some(r) = self.of.get_mut(row) {
             r.is_named = true;
         }
+    }
+
+    /// A number that was not asked, if the text is one.
+    fn other(&mut self, text: &str) {
+        self.others.extend(number(text).filter(|id| !self.index.contains_key(id)));
     }
 
     fn is_empty(&self) -> bool {

@@ -6,6 +6,11 @@ use crate::options::{AnswerShape, Codes};
 use crate::{prompt, task};
 use proptest::prelude::*;
 
+/// Of what answers another request nothing is said.
+fn read(text: &str, ids: &[u16], legend: &Legend) -> Vec<Verdict> {
+    super::read(text, ids, legend).unwrap_or_else(|| vec![Missing; ids.len()])
+}
+
 fn legend() -> Legend {
     let labels = task::labels_from_json(&serde_json::json!(["billing", "bug", "3", "true"])).unwrap();
     Legend::new(&labels, Codes::Words, &str::len)
@@ -48,6 +53,41 @@ fn what_is_complete_in_a_cut_text_is_kept() {
 }
 
 #[test]
+fn an_answer_to_another_request_is_none() {
+    let legend = legend();
+    let is_none = |text: &str, ids: &[u16]| super::read(text, ids, &legend).is_none();
+    // Three of its rows are not ours, one has the number of one of ours.
+    let others: [(u16, &str); 4] = [(417, "billing"), (200, "bug"), (201, "bug"), (202, "3")];
+    let mut texts: Vec<String> = [AnswerShape::Map, AnswerShape::Object, AnswerShape::Compact]
+        .map(|shape| prompt::answer(shape, &others))
+        .into();
+    let lines = |between: &str| others.map(|(id, label)| format!("{id}{between}{label}")).join("\n");
+    texts.extend([": ", " = ", " - "].map(lines));
+    texts.push(lines(": ").replace("20", "- 20").replace("417", "- 417"));
+    texts.push(
+        r#"[{"id":417,"label":"bug"},{"id":200,"label":"bug"},{"id":201,"label":"bug"},{"id":202,"label":"bug"}]"#
+            .into(),
+    );
+    for text in texts {
+        assert!(is_none(&text, &[417]) && is_none(&text, &[417, 902, 118]), "{text}");
+        assert!(!is_none(&text, &[417, 200]) && !is_none(&text, &[417, 200, 201, 202]), "{text}");
+    }
+    // Nothing of it is ours.
+    assert!(is_none(r#"{"200":"bug"}"#, &[417]) && is_none("200: bug", &[417, 902]));
+    assert!(!is_none("I can't say.", &[417]) && !is_none(r#"{"417":"none of them"}"#, &[417]));
+    // What is invented beside right ones, numbers in prose and numbers of other lengths say nothing.
+    check(
+        r#"{"417":"billing","902":"bug","118":"3","200":"bug","201":"bug","202":"bug"}"#,
+        [Label(0), Label(1), Label(2)],
+    );
+    check("417: billing\n200: bug\n201: bug", [Label(0), Missing, Missing]);
+    check(
+        "{\"417\":\"billing\"}\nOrder 200\n201 pieces\n300: see above\n400 - 500: none\n1: bug\n2: bug\n3: bug\n",
+        [Label(0), Missing, Missing],
+    );
+}
+
+#[test]
 fn hostile_texts_are_bounded() {
     let deep = "{\"a\":".repeat(100_000);
     check(&deep, [Missing; 3]);
@@ -81,8 +121,10 @@ proptest! {
             pairs.insert(at.min(pairs.len()), of(*id, "bug"));
         }
         let text = format!("{around}{{{}}}{around}", pairs.join(","));
-        let whole: Vec<Verdict> = codes.iter().map(|c| Label(*c)).collect();
-        prop_assert_eq!(read(&text, &ids, &legend), whole);
+        let others: HashSet<u16> = foreign.iter().map(|(id, _)| *id).filter(|id| (100..1000).contains(id)).collect();
+        let others = others.iter().filter(|id| !ids.contains(id)).count();
+        let whole: Option<Vec<Verdict>> = (others <= ids.len().max(2)).then(|| codes.iter().map(|c| Label(*c)).collect());
+        prop_assert_eq!(super::read(&text, &ids, &legend), whole);
     }
 
     /// What is written in any shape is read back, and a cut at any byte loses rows but never changes one.

@@ -9,7 +9,7 @@ use llm_batch_core::limiter::{Left, Tokens};
 use llm_batch_core::options::StructuredOutput;
 use llm_batch_core::pack;
 use llm_batch_core::patience::Way;
-use llm_batch_core::trouble::Trouble;
+use llm_batch_core::trouble::{Report, Trouble};
 use llm_batch_core::{thinking, thought};
 
 use super::doubts::{Said, shown};
@@ -72,11 +72,11 @@ impl State {
                 if !matches!(&answered.result, Err(report) if matches!(report.trouble, Trouble::Overload(_))) {
                     self.answers(now, &lane_key, &request.group);
                 }
-                match answered.result {
-                    Ok(reply) => self.answered(now, request, &reply, &answered.said, in_flight),
+                match &answered.result {
+                    Ok(reply) => self.answered(now, request, reply, &answered, in_flight),
                     Err(report) => {
                         let charged = (answered.is_unsure, answered.has_begun);
-                        self.troubled(now, request, &report, &answered.said, charged);
+                        self.troubled(now, request, report, &answered.said, charged);
                     }
                 }
             }
@@ -87,12 +87,32 @@ impl State {
         self.tidy(now, &lane_key);
     }
 
-    fn answered(&mut self, now: u64, request: InFlight, reply: &Reply, said: &Reported, in_flight: usize) {
+    /// What an answer says of the rows of a request; `None` if it answers another one.
+    fn read(&mut self, request: &InFlight, reply: &Reply) -> Option<Vec<Read>> {
+        let group = self.lanes.get_mut(&request.lane)?.group(&request.group)?;
+        // What has ended by itself goes no further.
+        let whole = if reply.finish == Finish::Complete { format!("{}\n", reply.text) } else { reply.text.clone() };
+        answer::read(&whole, &request.ids, &group.legend)
+    }
+
+    fn answered(&mut self, now: u64, request: InFlight, reply: &Reply, came: &Answered, in_flight: usize) {
+        let read = self.read(&request, reply);
+        let is_of_another = read.is_none();
+        if is_of_another {
+            came.distrust();
+            let Some(lane) = self.lanes.get_mut(&request.lane) else { return };
+            // Unless the model has yet to show that it can answer at all.
+            if lane.standings.of(now, request.asked.scope).patience.is_proven(now) {
+                let message = "the answer is that to another request: most of its numbers were not asked".to_owned();
+                let report = Report { trouble: Trouble::Overload(None), message };
+                return self.troubled(now, request, &report, &came.said, (true, true));
+            }
+        }
+        let read = read.unwrap_or_else(|| vec![Read::Missing; request.rows.len()]);
         let InFlight {
             lane: lane_key,
             group: group_key,
             rows,
-            ids,
             asked,
             grant,
             estimate,
@@ -110,9 +130,6 @@ impl State {
         // Of a budget, who does not say what it took may have taken the most.
         let usage = reply.usage.unwrap_or(if group.purse.is_some() { worst } else { estimate });
         let options = group.stream.task.options.clone();
-        // What has ended by itself goes no further.
-        let whole = if reply.finish == Finish::Complete { format!("{}\n", reply.text) } else { reply.text.clone() };
-        let read = answer::read(&whole, &ids, &group.legend);
         let spoken = thinking::spoken(&reply.text);
         let is_thought = reply.finish == Finish::Complete
             && spoken.trim().is_empty()
@@ -136,7 +153,7 @@ impl State {
         lane.measured.observe(estimate, mean, usage, thought, is_cut);
         lane.concurrency.answered(sent, now, usage, in_flight);
         let counts = group.stream.endpoint.counts;
-        lane.limiter.settle(grant, counts.settle(reserved, usage), left(said));
+        lane.limiter.settle(grant, counts.settle(reserved, usage), left(&came.said));
         if let Some(purse) = &mut group.purse {
             purse.give_back(worst, usage);
         }
@@ -164,7 +181,7 @@ impl State {
             _ => Said::Valid(size),
         };
         let is_given_up = self.weigh(now, &lane_key, &group_key, asked, weight);
-        let is_no_fault = grows || is_prose || (labels == 0 && asked.way != Way::AsEver);
+        let is_no_fault = grows || is_prose || is_of_another || (labels == 0 && asked.way != Way::AsEver);
         let cap = format!("{} tokens, {thought} of which went into thinking", worst.output);
         let read = rows.into_iter().zip(read).collect();
         let ended = Ended { finish: reply.finish, is_no_fault, is_thought, max_attempts: options.max_attempts, cap };

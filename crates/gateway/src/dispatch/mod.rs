@@ -30,6 +30,7 @@ use crate::group::{Pushed, Row, Waiter};
 use crate::kept::Kept;
 use crate::lane::{Lane, Learned};
 use crate::notice::Notices;
+use crate::numbers::Numbers;
 use crate::protocol::{
     Allowance, Endpoint, FromGateway, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
     StopReason, Stream, Verdict, encode,
@@ -127,6 +128,7 @@ pub struct State {
     /// Probes of endpoints that are under way.
     probing: HashMap<u64, Probing>,
     keys: Keys,
+    numbers: Numbers,
     cache: Cache,
     next_id: u64,
     /// Bytes of text that wait or are under way.
@@ -146,6 +148,7 @@ impl State {
             in_flight: HashMap::new(),
             probing: HashMap::new(),
             keys: Keys::default(),
+            numbers: Numbers::default(),
             cache: Cache::default(),
             next_id: 0,
             bytes: 0,

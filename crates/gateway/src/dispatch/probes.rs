@@ -119,7 +119,7 @@ impl State {
         }
         while let Next::Rows(rows) = group.next(u64::MAX / 2, rows_of(learned, measured, largest) as usize, Way::AsEver)
         {
-            let draft = Draft::new(learned, measured, &group, &rows, largest);
+            let draft = Draft::new(&self.numbers, (learned, measured), &group, &rows, largest);
             sum.rows += rows.len() as u64;
             sum.requests += 1;
             sum.input_tokens += measured.prompt.apply(draft.estimate.input);

@@ -12,6 +12,7 @@ use tokio::sync::Notify;
 use super::{Asked, InFlight, LaneKey, Launch, State, circuits, say};
 use crate::group::{Group, Next, Row};
 use crate::lane::{Lane, Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
+use crate::numbers::Numbers;
 use crate::protocol::FromGateway;
 use crate::purse::Pays;
 
@@ -36,9 +37,15 @@ pub(super) struct Draft {
 
 impl Draft {
     /// `largest`: most tokens of a request, prompt and answer.
-    pub fn new(learned: Learned, measured: Measured, group: &Group, rows: &[Row], largest: u64) -> Self {
+    pub fn new(
+        numbers: &Numbers,
+        (learned, measured): (Learned, Measured),
+        group: &Group,
+        rows: &[Row],
+        largest: u64,
+    ) -> Self {
         let options = &group.stream.task.options;
-        let ids = random_ids(rows.len());
+        let ids = numbers.draw(rows.len());
         let form = learned.form(options);
         let response_format = prompt::response_format(options.answer_shape, form, &group.legend, &ids);
         let estimate = group.tokens(rows, response_format.as_ref());
@@ -172,10 +179,10 @@ impl State {
                 }
                 Next::Empty => continue,
             };
-            let measured = *measured;
+            let (numbers, measured) = (&self.numbers, *measured);
             let draft_of = |group: &Group, rows: &[Row]| {
                 let counts = group.stream.endpoint.counts;
-                Draft::new(learned, measured, group, rows, largest).within(largest_answer, counts)
+                Draft::new(numbers, (learned, measured), group, rows, largest).within(largest_answer, counts)
             };
             let mut draft = draft_of(group, &rows);
             if rows.len() == 1 && (draft.estimate.input + draft.estimate.output) as usize > most {
@@ -260,35 +267,12 @@ impl State {
                 abandoned,
                 rows,
             };
+            self.numbers.used(&request.ids);
             lane.requests_total += 1;
             lane.rows_total += request.rows.len() as u64;
             self.in_flight.insert(self.next_id, request);
             return Look::Sent;
         }
         Look::Nothing
-    }
-}
-
-/// Distinct numbers of three digits, each one token, in random order.
-fn random_ids(n: usize) -> Vec<u16> {
-    let mut ids = fastrand::choose_multiple(100..1000, n);
-    fastrand::shuffle(&mut ids);
-    ids
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn ids_are_distinct_three_digits() {
-        for n in [1, 50, 500] {
-            let mut ids = random_ids(n);
-            assert_eq!(ids.len(), n);
-            ids.sort_unstable();
-            ids.dedup();
-            assert_eq!(ids.len(), n);
-            assert!(ids.iter().all(|i| (100..1000).contains(i)));
-        }
     }
 }
