@@ -173,6 +173,9 @@ pub struct Lane {
     pub in_flight_rows: usize,
     /// Refusals in a row.
     pub refusals: u32,
+    /// Those of requests that were sent after the one before had been refused, and when (ms) that was last.
+    pub refused_in_vain: u32,
+    pub refused_at: u64,
     /// When (ms) a request was last answered with a 2xx.
     pub last_success: Option<u64>,
     pub requests_total: u64,
@@ -217,6 +220,8 @@ impl Lane {
             in_flight: 0,
             in_flight_rows: 0,
             refusals: 0,
+            refused_in_vain: 0,
+            refused_at: 0,
             last_success: None,
             requests_total: 0,
             rows_total: 0,
@@ -284,7 +289,7 @@ impl Lane {
 
     /// A request was answered with a 2xx.
     pub fn answers(&mut self, now: u64) {
-        self.refusals = 0;
+        (self.refusals, self.refused_in_vain) = (0, 0);
         self.last_success = Some(now);
     }
 

@@ -5,9 +5,10 @@ mod support;
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
+use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::*;
-use llm_fake_provider::{Config, FakeProvider};
+use llm_fake_provider::{Config, FakeProvider, Fault};
 use support::*;
 
 /// A message of HTTP with a body of known length: its first line, the rest of its head, its body. `None` at the end.
@@ -113,4 +114,23 @@ fn answers_that_come_twice_give_no_row_a_wrong_label() {
         }
     }
     eprintln!("{} requests", provider.stats().requests);
+}
+
+#[test]
+fn who_says_that_no_wait_is_needed_is_believed_once() {
+    let setup = Setup::new(64 << 20);
+    for head in ["retry-after: 0", "date: Wed, 21 Oct 2015 07:28:30 GMT\r\nretry-after: Wed, 21 Oct 2015 07:28:00 GMT"]
+    {
+        let provider = provider(Config::default());
+        let answer = format!("HTTP/1.1 429 X\r\n{head}\r\ncontent-length: 2\r\n\r\n{{}}");
+        provider.script(vec![Some(Fault::Raw(answer.into_bytes())); 4]);
+        let mut client = setup.client(&provider, |s| s.model.max_concurrent_requests = Some(1));
+        let start = Instant::now();
+        client.rows(0..50);
+        let (outcomes, spent) = client.outcomes(50);
+        assert!(outcomes.iter().all(|(n, v)| is_right(*n, v)), "{outcomes:?}");
+        // Three quarters of half a second, one and two.
+        assert!(start.elapsed() > Duration::from_millis(2_600), "{head}: {:?}", start.elapsed());
+        assert_eq!((spent.requests, client.activity().iter().map(|a| a.throttled).max()), (1, Some(4)));
+    }
 }

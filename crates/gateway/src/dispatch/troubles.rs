@@ -88,7 +88,12 @@ impl State {
             Trouble::Rate(wait) => {
                 // Without a word from the provider, the more refusals in a row the longer.
                 lane.refusals += 1;
-                let wait = wait.unwrap_or_else(|| backoff(lane.refusals));
+                // The first time the provider is believed; after a wait that was in vain, ours is the least.
+                if sent >= lane.refused_at {
+                    (lane.refused_in_vain, lane.refused_at) = (lane.refused_in_vain + 1, now);
+                }
+                let least = if lane.refused_in_vain > 1 { backoff(lane.refused_in_vain) } else { 0 };
+                let wait = wait.map_or_else(|| backoff(lane.refusals), |said| said.max(least));
                 lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
                 self.put_back(&lane_key, &group_key, rows);
                 self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
