@@ -32,7 +32,7 @@ fn message(from: &mut impl BufRead) -> Option<(String, String, Vec<u8>)> {
 }
 
 /// Stands before a provider. Under `/twice` each answer comes twice on its connection: the second at once, or when the
-/// next request has come, before its own.
+/// next request has come, before its own. Under `/mute` answers do not say what they took.
 fn twice(provider: &FakeProvider) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -51,12 +51,20 @@ fn relay(mut client: TcpStream, mut server: TcpStream, at_once: bool) {
     let mut answers = BufReader::new(&mut answers);
     let mut kept: Vec<u8> = Vec::new();
     while let Some((first, head, body)) = message(&mut requests) {
-        let is_twice = first.contains("/twice");
-        let asked = [first.replace("/twice", "").replace("/honest", "").as_bytes(), head.as_bytes(), &body].concat();
+        let (is_twice, is_mute) = (first.contains("/twice"), first.contains("/mute"));
+        let asked = [
+            first.replace("/twice", "").replace("/honest", "").replace("/mute", "").as_bytes(),
+            head.as_bytes(),
+            &body,
+        ]
+        .concat();
         if server.write_all(&asked).is_err() {
             return;
         }
-        let Some((first, head, body)) = message(&mut answers) else { return };
+        let Some((first, head, mut body)) = message(&mut answers) else { return };
+        if is_mute {
+            body = String::from_utf8(body).unwrap().replace("\"usage\"", "\"USAGE\"").into_bytes();
+        }
         let answer = [first.as_bytes(), head.as_bytes(), &body].concat();
         let mut all = std::mem::take(&mut kept);
         all.extend_from_slice(&answer);
@@ -132,5 +140,37 @@ fn who_says_that_no_wait_is_needed_is_believed_once() {
         // Three quarters of half a second, one and two.
         assert!(start.elapsed() > Duration::from_millis(2_600), "{head}: {:?}", start.elapsed());
         assert_eq!((spent.requests, client.activity().iter().map(|a| a.throttled).max()), (1, Some(4)));
+    }
+}
+
+#[test]
+fn what_was_not_measured_teaches_nothing_and_is_unconfirmed() {
+    let setup = Setup::new(64 << 20);
+    let provider = provider(Config::default());
+    let url = format!("{}/mute/v1", twice(&provider));
+    for (model, budget) in [("free", None), ("budget", Some(Prices { input: 1, output: 4 }))] {
+        provider.reset_stats();
+        let mut client = setup.client(&provider, |s| {
+            s.endpoint.base_url.clone_from(&url);
+            s.model.model = model.into();
+            s.budget = budget;
+        });
+        if budget.is_some() {
+            client.say(&ToGateway::Allow(Allowance { cost: 1 << 40, tokens: 1 << 40 }));
+        }
+        client.rows(0..500);
+        let (outcomes, spent) = client.outcomes(500);
+        assert!(outcomes.iter().all(|(n, v)| is_right(*n, v)), "{model}");
+        assert_eq!(spent.requests, 10, "{model}");
+        let seen = client.activity().into_iter().find(|a| a.model == model).unwrap();
+        assert_eq!((seen.token_ratio, seen.answer_ratio, seen.thinking_tokens), (1.0, 1.0, 0), "{model}");
+        let bill = provider.stats();
+        let (sure, unsure) = (spent.input_tokens + spent.output_tokens, spent.unconfirmed_input_tokens);
+        assert_eq!((sure == 0, unsure == 0), (budget.is_some(), budget.is_none()), "{model}: {spent:?}");
+        if budget.is_some() {
+            // As the worst.
+            assert!(unsure >= bill.prompt_tokens, "{spent:?}");
+            assert!(spent.unconfirmed_output_tokens >= bill.completion_tokens, "{spent:?}");
+        }
     }
 }

@@ -128,7 +128,8 @@ impl State {
         lane.standings.of(now, asked.scope).accepts();
         let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
         // Of a budget, who does not say what it took may have taken the most.
-        let usage = reply.usage.unwrap_or(if group.purse.is_some() { worst } else { estimate });
+        let is_unconfirmed = reply.usage.is_none() && group.purse.is_some();
+        let usage = reply.usage.unwrap_or(estimate);
         let options = group.stream.task.options.clone();
         let spoken = thinking::spoken(&reply.text);
         let is_thought = reply.finish == Finish::Complete
@@ -150,12 +151,15 @@ impl State {
             lane.measured.thinking.observe(thought, is_cut && labels == 0);
         }
         let mean = group.mean_answer(size);
-        lane.measured.observe(estimate, mean, usage, thought, is_cut);
+        // What was not measured teaches nothing.
+        if let Some(usage) = reply.usage {
+            lane.measured.observe(estimate, mean, usage, thought, is_cut);
+        }
         lane.concurrency.answered(sent, now, usage, in_flight);
         let counts = group.stream.endpoint.counts;
         lane.limiter.settle(grant, counts.settle(reserved, usage), left(&came.said));
         if let Some(purse) = &mut group.purse {
-            purse.give_back(worst, usage);
+            purse.give_back(worst, reply.usage.unwrap_or(worst));
         }
         let form = asked.learned.form(&options);
         let is_prose = labels == 0
@@ -174,7 +178,11 @@ impl State {
         let key = group.stream.endpoint.api_key.as_ref().map_or("", |k| &k.0);
         let last = if labels == 0 { shown(reply, key, thought, is_thought) } else { String::new() };
         let payers = group.payers(&rows);
-        self.spend(&payers, usage, reply.cached_input, now.saturating_sub(sent));
+        if is_unconfirmed {
+            self.unconfirmed(&payers, worst);
+        }
+        let sure = if is_unconfirmed { Tokens::default() } else { usage };
+        self.spend(&payers, sure, reply.cached_input, now.saturating_sub(sent));
         let weight = match labels {
             0 if grows => Said::Cut,
             0 => Said::Barren,
@@ -256,10 +264,14 @@ impl State {
     /// A request may have been charged or not.
     pub(super) fn unsure(&mut self, request: &InFlight) {
         let group = self.lanes.get_mut(&request.lane).and_then(|l| l.group(&request.group));
-        let payer = group.and_then(|g| g.payers(&request.rows).first().copied());
-        if let Some(c) = payer.and_then(|conn| self.conns.get_mut(&conn)) {
-            c.spent.unconfirmed_input_tokens += request.worst.input;
-            c.spent.unconfirmed_output_tokens += request.worst.output;
+        let payers = group.map(|g| g.payers(&request.rows)).unwrap_or_default();
+        self.unconfirmed(&payers, request.worst);
+    }
+
+    fn unconfirmed(&mut self, payers: &[u64], worst: Tokens) {
+        if let Some(c) = payers.first().and_then(|conn| self.conns.get_mut(conn)) {
+            c.spent.unconfirmed_input_tokens += worst.input;
+            c.spent.unconfirmed_output_tokens += worst.output;
         }
     }
 
