@@ -71,7 +71,13 @@ fn gateway_activity() -> std::result::Result<JsonB, ErrorReport> {
     let mine: Vec<u32> = sql::rows("SELECT oid FROM pg_roles WHERE pg_has_role(oid, 'USAGE')", &[], |r| {
         Ok(r.get::<pg_sys::Oid>(1)?.to_u32())
     })?;
-    let rows: Vec<Activity> =
-        fetch()?.into_iter().filter(|a| all || a.roles.iter().any(|role| mine.contains(role))).collect();
-    Ok(JsonB(serde_json::json!(rows)))
+    // SAFETY: a catalog lookup on the main thread, inside a transaction.
+    let is_superuser = unsafe { pg_sys::superuser() };
+    let rows = fetch()?.into_iter().filter(|a| all || a.roles.iter().any(|role| mine.contains(role))).map(|a| {
+        let last_error = a.last_error.as_ref().map(|e| e.shown(is_superuser || mine.contains(&e.role)));
+        let mut row = serde_json::json!(a);
+        row["last_error"] = serde_json::json!(last_error);
+        row
+    });
+    Ok(JsonB(rows.collect()))
 }

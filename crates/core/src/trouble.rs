@@ -74,6 +74,12 @@ pub fn one_line(text: &str) -> String {
     out
 }
 
+/// What is said of a trouble to those whose rows it did not come from: its message without the provider's words, which may
+/// quote a row. They stand behind a colon.
+pub fn without_words(message: &str) -> &str {
+    message.split_once(": ").map_or(message, |(class, _)| class)
+}
+
 /// The size of a model's context, where a message says it of a request that is too large.
 pub fn context_in(message: &str) -> Option<u64> {
     let words = message.to_lowercase();

@@ -14,7 +14,7 @@ use llm_batch_core::trouble::{self, Parameter};
 use crate::cache::Keys;
 use crate::group::Group;
 use crate::kept::KeptLane;
-use crate::protocol::Stream;
+use crate::protocol::{Stream, Words};
 use crate::standing::Standings;
 
 /// Requests of those who wait that may be under way beyond what is allowed to jobs.
@@ -183,7 +183,7 @@ pub struct Lane {
     pub rows_reused: u64,
     pub throttled: u64,
     pub errors: u64,
-    pub last_error: Option<String>,
+    pub last_error: Option<Words>,
 }
 
 impl Lane {

@@ -9,6 +9,7 @@ use llm_batch_core::breaker;
 use llm_batch_core::dialect::Counts;
 use llm_batch_core::limiter::Limits;
 use llm_batch_core::task::Task;
+use llm_batch_core::trouble;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -318,8 +319,24 @@ pub struct Activity {
     pub throttled: u64,
     /// Requests that went wrong otherwise.
     pub errors: u64,
-    /// What went wrong last, keys redacted.
-    pub last_error: Option<String>,
+    /// What went wrong last.
+    pub last_error: Option<Words>,
+}
+
+/// What went wrong, and whose request it was.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Words {
+    /// The role's oid.
+    pub role: u32,
+    /// In words, keys redacted. The provider's may quote a row.
+    pub message: String,
+}
+
+impl Words {
+    /// For its own role and those who may see everything, or for others.
+    pub fn shown(&self, is_own: bool) -> &str {
+        if is_own { &self.message } else { trouble::without_words(&self.message) }
+    }
 }
 
 /// What rows would take.

@@ -150,7 +150,7 @@ async fn exchange(
     let result = match encoding {
         // Nothing was asked for that needs to be unpacked, and what is small may unpack to anything.
         Some(encoding) if status.is_success() => {
-            let message = format!("the provider's answer is encoded as \"{encoding}\", which was not asked for");
+            let message = format!("the provider's answer is not as it was asked for: encoded as \"{encoding}\"");
             Err(Report { trouble: Trouble::Overload(None), message })
         }
         Some(_) => trouble::outcome(status.as_u16(), b"", said.wait),

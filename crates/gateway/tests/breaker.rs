@@ -135,7 +135,7 @@ fn what_is_open_says_until_when_and_a_new_statement_does_not_wait() {
     round(&mut client, 10);
     let seen = client.only_activity();
     assert!(seen.breaker == State::Open && seen.waiting_ms.is_some_and(|ms| ms <= 30_000), "{seen:?}");
-    assert!(seen.last_error.is_some_and(|e| e.contains("500")) && seen.errors >= 5);
+    assert!(seen.last_error.is_some_and(|e| e.message.contains("500")) && seen.errors >= 5);
     // A statement of another kind, of a model that has never been asked.
     let sent = requests(&provider.stats());
     let mut other = setup.client(&provider, |s| (s.interactive, s.model.model) = (true, "n".into()));

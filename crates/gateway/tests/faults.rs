@@ -162,7 +162,7 @@ fn bytes_that_are_no_answer_are_survived_and_named() {
         let end = fifty(&mut client, &what);
         all_right(&end, &what);
         let seen = client.activity().into_iter().find(|a| a.model == format!("m{i}")).unwrap();
-        let said = seen.last_error.unwrap();
+        let said = seen.last_error.unwrap().message;
         assert!(said.contains(says) && !said.contains(char::is_control), "{what}: {said}");
         assert_eq!((seen.errors, seen.throttled), (1, 0), "{what}");
     }

@@ -106,3 +106,33 @@ fn an_estimate_counts_requests_by_value() {
     }
     assert_eq!(provider.stats().requests, 0);
 }
+
+/// What a provider says may quote a row: other roles that use the model are told the class of it and the status.
+#[test]
+fn what_a_provider_says_of_a_row_is_told_its_role_alone() {
+    for (status, faults) in [(402, 1), (429, 1), (500, 50)] {
+        let (setup, provider) = (Setup::new(64 << 20), provider(Config::default()));
+        let said = "{\"error\": {\"code\": \"insufficient_quota\", \"message\": \"bad input: row #r1:bug# secret\"}}";
+        provider.script(vec![Some(Fault::Status(status, said.to_owned())); faults]);
+        let role = |role: u32| move |s: &mut Stream| s.role = role;
+        let mut mine = setup.client(&provider, role(10));
+        let mut other = setup.client(&provider, role(11));
+        let heard = |client: &mut Client| loop {
+            match client.hear("the stop") {
+                Some(FromGateway::Stopped(stop)) => break stop.message,
+                Some(FromGateway::Outcomes { .. }) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        mine.rows(0..1);
+        assert!(heard(&mut mine).contains("secret"), "{status}");
+        // A stop of the whole model reaches those who wait, one of the endpoint those who come.
+        if status == 500 {
+            other.rows(5..6);
+        }
+        assert_eq!(heard(&mut other), format!("HTTP status {status}"));
+        let seen = setup.connect().only_activity().last_error.unwrap();
+        assert_eq!((seen.role, seen.shown(false)), (10, format!("HTTP status {status}").as_str()));
+        assert!(seen.shown(true).contains("secret"), "{seen:?}");
+    }
+}

@@ -9,7 +9,7 @@ use tokio::sync::Notify;
 
 use super::probes;
 use super::{LaneKey, Launch, State};
-use crate::protocol::{Stop, StopReason, Stream};
+use crate::protocol::{Stop, StopReason, Stream, Words};
 use crate::request::Answered;
 
 /// Account and URL. Models of an account may be at different ones.
@@ -20,13 +20,14 @@ pub type EndpointKey = (String, String);
 pub struct Circuits {
     breakers: Breakers,
     /// What went wrong last.
-    message: String,
+    words: Words,
 }
 
 /// A probe under way.
 pub struct Probing {
     endpoint: EndpointKey,
     model: String,
+    role: u32,
     abandoned: Rc<Notify>,
 }
 
@@ -67,14 +68,14 @@ impl State {
         Some(endpoint(lane, &group.stream))
     }
 
-    /// Why nothing is sent for a group, if a probe has found that out and the next one is not due.
-    pub(super) fn down(&mut self, now: u64, lane: &LaneKey, group: &str) -> Option<Stop> {
+    /// Why nothing is sent for a group, if a probe has found that out and the next one is not due; and whose request it was.
+    pub(super) fn down(&mut self, now: u64, lane: &LaneKey, group: &str) -> Option<(Stop, u32)> {
         if self.circuits.is_empty() {
             return None;
         }
         let key = self.endpoint_of(lane, group)?;
-        let Circuits { breakers, message } = self.circuits.get(&key)?;
-        breakers.is_down(now, &lane.1).then(|| is_down(now, breakers.until(&lane.1), message))
+        let Circuits { breakers, words } = self.circuits.get(&key)?;
+        breakers.is_down(now, &lane.1).then(|| (is_down(now, breakers.until(&lane.1), &words.message), words.role))
     }
 
     /// A request of a group was answered, be it with a refusal.
@@ -100,10 +101,12 @@ impl State {
 
     /// A request of a group was not answered. Whether nothing more may be sent until a probe is answered.
     pub(super) fn fails(&mut self, now: u64, lane: &LaneKey, group: &str, points: u32, message: &str) -> bool {
-        let Some(key) = self.endpoint_of(lane, group) else { return false };
-        let circuits = self.circuits.entry(key).or_default();
+        let Some(stream) = self.lanes.get_mut(lane).and_then(|l| l.group(group)).map(|g| Rc::clone(&g.stream)) else {
+            return false;
+        };
+        let circuits = self.circuits.entry(endpoint(lane, &stream)).or_default();
         circuits.breakers.failed(now, &lane.1, points);
-        message.clone_into(&mut circuits.message);
+        circuits.words = Words { role: stream.role, message: message.to_owned() };
         circuits.breakers.state(&lane.1) != breaker::State::Closed
     }
 
@@ -139,35 +142,36 @@ impl State {
                 }
             };
             breakers.begin_probe(&model);
-            let abandoned = Rc::new(Notify::new());
+            let (abandoned, role) = (Rc::new(Notify::new()), stream.role);
             self.next_id += 1;
             let most_tokens = probes::PROBE_READ_TOKENS;
             let launch =
                 Launch { id: self.next_id, stream, body, timeout, most_tokens, abandoned: Rc::clone(&abandoned) };
             launches.push(launch);
-            self.probing.insert(self.next_id, Probing { endpoint: key.clone(), model, abandoned });
+            self.probing.insert(self.next_id, Probing { endpoint: key.clone(), model, role, abandoned });
         }
     }
 
     pub(super) fn end_probe(&mut self, now: u64, probing: Probing, answered: Option<Answered>) {
-        let Probing { endpoint: key, model, .. } = probing;
+        let Probing { endpoint: key, model, role, .. } = probing;
         let end = match answered.map(|a| a.result) {
             None => ProbeEnd::Lost,
             Some(Err(report)) if let Trouble::Overload(asked) = report.trouble => {
+                let words = Words { role, message: report.message };
                 if let Some(lane) = self.lanes.get_mut(&(key.0.clone(), model.clone())) {
                     lane.errors += 1;
-                    lane.last_error = Some(report.message.clone());
+                    lane.last_error = Some(words.clone());
                 }
                 if let Some(circuits) = self.circuits.get_mut(&key) {
-                    circuits.message = report.message;
+                    circuits.words = words;
                 }
                 ProbeEnd::Failed { asked }
             }
             Some(_) => return self.endpoint_answers(now, &key, &model),
         };
-        let Some(Circuits { breakers, message }) = self.circuits.get_mut(&key) else { return };
+        let Some(Circuits { breakers, words }) = self.circuits.get_mut(&key) else { return };
         let Some(down) = breakers.end_probe(now, &model, end) else { return };
-        let stop = is_down(now, breakers.until(&model), message);
+        let (stop, role) = (is_down(now, breakers.until(&model), &words.message), words.role);
         self.notice(now, &(key.0.clone(), model.clone()), "stopped", &stop.message);
         let mut streams = Vec::new();
         for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.0 == key.0) {
@@ -177,7 +181,7 @@ impl State {
             }
         }
         for (lane, group) in streams {
-            self.stop(&lane, Some(&group), &stop);
+            self.stop(&lane, Some(&group), &stop, Some(role));
         }
     }
 }

@@ -90,7 +90,7 @@ impl State {
         self.notice(now, lane_key, "stopped", &message);
         let stop = Stop { reason: StopReason::NoAnswers, message, retry_after_ms: None };
         for group in groups {
-            self.stop(lane_key, Some(&group), &stop);
+            self.stop(lane_key, Some(&group), &stop, None);
         }
     }
 

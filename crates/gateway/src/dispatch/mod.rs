@@ -19,6 +19,7 @@ use std::time::Duration;
 
 use llm_batch_core::limiter::{Grant, Limits, Tokens};
 use llm_batch_core::patience::Way;
+use llm_batch_core::trouble;
 use serde_json::Value;
 use tokio::sync::Notify;
 
@@ -312,9 +313,13 @@ impl State {
         if was_idle {
             self.tidy(now, &lane);
         }
-        let stop = if self.settings.enabled { self.down(now, &lane, &group) } else { Some(disabled()) };
-        if let Some(stop) = stop {
-            self.stop(&lane, Some(&group), &stop);
+        let stop = if self.settings.enabled {
+            self.down(now, &lane, &group).map(|(stop, role)| (stop, Some(role)))
+        } else {
+            Some((disabled(), None))
+        };
+        if let Some((stop, role)) = stop {
+            self.stop(&lane, Some(&group), &stop, role);
         }
         self.flush();
         Ok(())
@@ -386,8 +391,9 @@ impl State {
         }
     }
 
-    /// Stops the streams of a lane, or of one group of it: their waiting rows go back.
-    fn stop(&mut self, lane_key: &LaneKey, group: Option<&str>, stop: &Stop) {
+    /// Stops the streams of a lane, or of one group of it: their waiting rows go back. If a provider's words are about a
+    /// request of a role, other roles are not told them.
+    fn stop(&mut self, lane_key: &LaneKey, group: Option<&str>, stop: &Stop, role: Option<u32>) {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
         let mut rows = Vec::new();
         for (key, g) in &mut lane.groups {
@@ -398,10 +404,14 @@ impl State {
         self.give_back(rows);
         // The reason goes first: a client that saw only rows come back would send them again.
         for c in self.conns.values_mut() {
-            if c.stream.as_ref().is_some_and(|(l, g, _)| l == lane_key && group.is_none_or(|wanted| wanted == g)) {
-                c.stopped = true;
-                say(c, &FromGateway::Stopped(stop.clone()));
+            let is_it = |l: &LaneKey, g: &str| l == lane_key && group.is_none_or(|wanted| wanted == g);
+            let Some((_, _, stream)) = c.stream.as_ref().filter(|(l, g, _)| is_it(l, g)) else { continue };
+            let mut stop = stop.clone();
+            if role.is_some_and(|role| role != stream.role) {
+                stop.message = trouble::without_words(&stop.message).to_owned();
             }
+            c.stopped = true;
+            say(c, &FromGateway::Stopped(stop));
         }
         self.flush();
     }
@@ -415,7 +425,7 @@ impl State {
         if off {
             let keys: Vec<LaneKey> = self.lanes.keys().cloned().collect();
             for key in keys {
-                self.stop(&key, None, &disabled());
+                self.stop(&key, None, &disabled(), None);
             }
             for request in self.in_flight.values() {
                 request.abandoned.notify_one();

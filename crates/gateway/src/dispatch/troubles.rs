@@ -11,7 +11,7 @@ use super::answers::left;
 use super::doubts::Said;
 use super::{InFlight, LaneKey, State, too_long};
 use crate::group::Row;
-use crate::protocol::{Stop, StopReason, Verdict};
+use crate::protocol::{Stop, StopReason, Verdict, Words};
 use crate::request::TIMED_OUT;
 
 /// A row that has met this many points of trouble not its own is split off, and given up when alone, as long as the
@@ -43,12 +43,13 @@ impl State {
         } = request;
         let message = report.message.clone();
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
+        let role = lane.group(&group_key).map(|g| g.stream.role);
         match report.trouble {
             Trouble::Rate(_) => lane.throttled += 1,
             Trouble::Unsupported(_) | Trouble::TooLarge | Trouble::AnswerCap | Trouble::CutOff => {}
             _ => {
                 lane.errors += 1;
-                lane.last_error = Some(message.clone());
+                lane.last_error = role.map(|role| Words { role, message: message.clone() });
             }
         }
         match report.trouble {
@@ -188,7 +189,7 @@ impl State {
             self.give_back(waiters);
         }
         let stop = Stop { reason, message, retry_after_ms: retry_after };
-        self.stop(&lane_key, (!is_for_all).then_some(group_key.as_str()), &stop);
+        self.stop(&lane_key, (!is_for_all).then_some(group_key.as_str()), &stop, role);
     }
 
     /// Something in these rows is refused: they go into smaller requests, until the row is found. As long as nothing was
