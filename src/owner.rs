@@ -48,6 +48,19 @@ pub fn new(role: pg_sys::Oid) -> Result<(String, bool)> {
     }
 }
 
+/// Whether the current user could still log in: an open session of his goes on where he can't, his jobs don't.
+pub fn check_login() -> Result<()> {
+    let lost = sql::one::<String>(
+        "SELECT CASE WHEN NOT r.rolcanlogin THEN 'it may not log in'
+                     WHEN r.rolvaliduntil OPERATOR(pg_catalog.<) pg_catalog.now() THEN 'it is valid no longer'
+                     WHEN NOT pg_catalog.has_database_privilege(r.oid, pg_catalog.current_database(), 'CONNECT')
+                     THEN 'it may not connect to the database' END
+           FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) $1",
+        &[current_user().into()],
+    )?;
+    lost.map_or(Ok(()), |right| Err(Error::denied(format!("the job's owner lost a right: {right}"))))
+}
+
 #[pg_extern(sql = false)]
 fn set_owner(kind: &str, name: &str, new_owner: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
     if !["model", "classifier"].contains(&kind) {

@@ -233,6 +233,7 @@ impl Worker {
     /// What is needed before the first row.
     fn ready(job: &Job) -> Result<(Asked, plan::Table, Plan)> {
         txn::check_writable()?;
+        owner::check_login()?;
         let mut asked = classifier::load(&job.task, &job.options)?.stream(me(), false)?;
         if job.budget != (None, None) {
             asked = asked.with_budget(job.budget.0.is_some())?;
