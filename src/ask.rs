@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{Allowance, FromGateway, Item, Spent, Stream, ToGateway, Verdict, most_text};
+use llm_batch_gateway::protocol::{Allowance, FromGateway, Item, Outcome, Spent, Stream, ToGateway, Verdict, most_text};
 
 use crate::budget::UNLIMITED;
 use crate::classifier::Asked;
@@ -163,22 +163,9 @@ impl Asker {
     pub fn receive(&mut self, timeout: Duration, sink: &mut dyn FnMut(u64, Verdict)) -> Result<bool> {
         match self.client.receive(timeout)? {
             Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
-                self.lost.answered();
-                self.done.spent.add(&spent);
-                // What was withdrawn is followed by the reason: the stream is stopped.
-                let outcomes: Vec<_> = outcomes.into_iter().filter(|o| o.verdict != Verdict::Withdrawn).collect();
-                self.purse.spend(&spent, outcomes.len() as u64);
+                self.take(outcomes, &spent, sink);
                 if let Some(more) = self.purse.top_up() {
                     self.client.send(&ToGateway::Allow(more))?;
-                }
-                for o in outcomes {
-                    if let Some(Pending { item, since }) = self.pending.remove(&o.n) {
-                        self.bytes -= item.text.len();
-                        self.done.rows += 1;
-                        self.done.waited += since.elapsed();
-                        self.done.reused += u64::from(o.reused);
-                        sink(o.n, o.verdict);
-                    }
                 }
             }
             Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, &self.model)),
@@ -197,6 +184,47 @@ impl Asker {
             }
         }
         Ok(true)
+    }
+
+    fn take(&mut self, outcomes: Vec<Outcome>, spent: &Spent, sink: &mut dyn FnMut(u64, Verdict)) {
+        self.lost.answered();
+        self.done.spent.add(spent);
+        // What was withdrawn is followed by the reason: the stream is stopped.
+        let outcomes: Vec<_> = outcomes.into_iter().filter(|o| o.verdict != Verdict::Withdrawn).collect();
+        self.purse.spend(spent, outcomes.len() as u64);
+        for o in outcomes {
+            if let Some(Pending { item, since }) = self.pending.remove(&o.n) {
+                self.bytes -= item.text.len();
+                self.done.rows += 1;
+                self.done.waited += since.elapsed();
+                self.done.reused += u64::from(o.reused);
+                sink(o.n, o.verdict);
+            }
+        }
+    }
+
+    /// Ends the stream: what was not sent comes back, and the answers to what was are awaited.
+    pub fn recall(mut self, sink: &mut dyn FnMut(u64, Verdict)) -> Result<Done> {
+        let mut under_way = self.pending.len() - self.unsent.len();
+        self.client.send(&ToGateway::Withdraw)?;
+        while under_way > 0 {
+            match self.client.receive(Duration::from_secs(60))? {
+                Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
+                    under_way = under_way.saturating_sub(outcomes.len());
+                    self.take(outcomes, &spent, sink);
+                }
+                Received::Message(_) | Received::Nothing => {}
+                Received::Lost => return Ok(self.done),
+            }
+        }
+        self.purse.release(false);
+        Ok(self.done)
+    }
+
+    /// Whether it is open for what is asked now.
+    pub fn is_for(&self, asked: &Asked) -> bool {
+        let stream = Stream { budget: asked.stream.budget, ..self.stream.clone() };
+        stream == asked.stream
     }
 
     /// Allows more to a stream that has asked for it. A connection that is only kept holds on to nothing meanwhile.

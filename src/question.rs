@@ -30,7 +30,7 @@ pub struct Prepared {
 }
 
 /// How verdicts become answers.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Conclude {
     labels: Vec<String>,
     on_error: OnError,

@@ -70,7 +70,7 @@ pub fn count_single() {
 }
 
 /// When the statement that runs began; a function's or a procedure's is part of whatever called it.
-fn began() -> i64 {
+pub fn began() -> i64 {
     // SAFETY: reads a variable on the main thread.
     unsafe { pg_sys::GetCurrentStatementStartTimestamp() }
 }

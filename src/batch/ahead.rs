@@ -15,7 +15,7 @@ use super::site::{Site, evaluate};
 use crate::ask::Asker;
 use crate::error::{Error, Result};
 use crate::model::current_user;
-use crate::settings;
+use crate::{settings, statement};
 
 /// Most rows that are kept. Those that wait for the slowest answer should not fill the disk.
 const MOST_ROWS: usize = 32_000;
@@ -63,6 +63,9 @@ pub struct Ahead {
     role: pg_sys::Oid,
     /// The budget that the setting gives each statement.
     max_cost: Option<f64>,
+    default_model: String,
+    /// When the statement began that took the last row.
+    began: i64,
     store: *mut pg_sys::Tuplestorestate,
     /// The slot of the row that is returned, and of one that is looked at once more.
     slots: [*mut pg_sys::TupleTableSlot; 2],
@@ -107,6 +110,8 @@ impl Ahead {
                 limit: None,
                 role: current_user(),
                 max_cost: settings::statement_max_cost(),
+                default_model: settings::default_model(),
+                began: statement::began(),
                 store: std::ptr::null_mut(),
                 slots: [slot(), slot()],
                 rows: VecDeque::new(),
@@ -207,7 +212,7 @@ impl Ahead {
         }
     }
 
-    /// Before each row: makes what the first needs, and opens streams anew that are another role's or statement's.
+    /// Before each row: makes what the first needs, and looks at what has changed.
     unsafe fn begin(&mut self) {
         // SAFETY: as of next().
         unsafe {
@@ -228,13 +233,33 @@ impl Ahead {
                 let bound = self.limit.filter(|_| (*self.ps).qual.is_null()).and_then(|n| i64::try_from(n).ok());
                 pg_sys::ExecSetTupleBound(bound.unwrap_or(-1), (*self.ps).lefttree);
             }
-            // Between two fetches from a cursor much may change.
-            let now = (current_user(), settings::statement_max_cost());
-            let is_same = now == (self.role, self.max_cost);
-            (self.role, self.max_cost) = now;
+            self.look_at_changes();
+        }
+    }
+
+    /// Between two FETCHes much may change: streams are opened anew that are another role's or statement's, or of which
+    /// anything is not as it was.
+    unsafe fn look_at_changes(&mut self) {
+        let role_and_budget = (current_user(), settings::statement_max_cost());
+        let mut is_same = role_and_budget == (self.role, self.max_cost);
+        (self.role, self.max_cost) = role_and_budget;
+        let is_new_statement = std::mem::replace(&mut self.began, statement::began()) != self.began;
+        let default_model = settings::default_model();
+        if self.default_model != default_model {
+            is_same = false;
+            self.default_model = default_model;
+            self.keep_to_former_model();
+        }
+        // SAFETY: as of next(). What others have changed is not heard by itself within a transaction.
+        unsafe {
+            if is_new_statement {
+                pg_sys::AcceptInvalidationMessages();
+            }
             for i in 0..self.sites.len() {
-                let Some(site) = self.sites.get_mut(i) else { continue };
-                if is_same {
+                let Some(site) = self.sites.get_mut(i).filter(|s| s.asker.is_some() || !s.waiting.is_empty()) else {
+                    continue;
+                };
+                if is_same && (!is_new_statement || site.is_current()) {
                     site.asker.as_mut().map(Asker::move_on);
                     continue;
                 }
@@ -243,6 +268,30 @@ impl Ahead {
                 for (row, text) in waiting.into_values() {
                     self.ask(i, row, text);
                 }
+            }
+        }
+    }
+
+    /// Each text goes to one model: what was sent to the one that was the default is answered by it.
+    fn keep_to_former_model(&mut self) {
+        let Self { sites, rows, first, .. } = self;
+        for (i, site) in sites.iter_mut().enumerate() {
+            if site.asked.as_ref().is_some_and(|asked| asked.default_model.borrow().is_some()) {
+                let recalled = site.recall(&mut |number, answer| {
+                    if let Some(fate) = rows.get_mut((number - *first) as usize).and_then(|row| row.fates.get_mut(i)) {
+                        *fate = Fate::Answered(Rc::new(answer));
+                    }
+                });
+                if let Err(e) = recalled {
+                    site.failed.get_or_insert(e);
+                }
+            }
+        }
+        for fate in rows.iter().flat_map(|row| &row.fates) {
+            if let Fate::Answered(answer) = fate
+                && answer.asked.default_model.borrow().is_some()
+            {
+                answer.asked.default_model.replace(Some(self.default_model.clone()));
             }
         }
     }

@@ -17,7 +17,8 @@ use crate::question::{Conclude, Question};
 pub struct Asked {
     pub question: Question,
     pub role: pg_sys::Oid,
-    pub default_model: Option<String>,
+    /// Answers that were paid for hold on where the setting has changed since, between two FETCHes.
+    pub default_model: RefCell<Option<String>>,
     pub conclude: Conclude,
 }
 
@@ -62,7 +63,7 @@ pub fn answered(input: &str, question: &Question) -> Option<Result<Option<String
         row.answers.iter().find(is_it).map(|a| (Rc::clone(a), row.is_ahead))
     })?;
     // A function that the row's expressions call may have another role, and a setting of its own.
-    if found.asked.role != current_user() || found.asked.default_model != question.default_model() {
+    if found.asked.role != current_user() || *found.asked.default_model.borrow() != question.default_model() {
         return None;
     }
     if is_ahead && !matches!(found.verdict, Verdict::Label(_)) {

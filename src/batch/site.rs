@@ -1,12 +1,13 @@
 //! One call of a batch scan: what it asks, and the stream that it is asked on.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use pgrx::datum::JsonB;
 use pgrx::prelude::*;
 
-use super::answers::Asked;
+use super::answers::{Answer, Asked};
 use super::calls::{Call, Verb};
 use super::nodes::list;
 use crate::ask::{Asker, Done};
@@ -77,14 +78,14 @@ impl Site {
             // SAFETY: as of Ahead::next().
             let Some(question) = (unsafe { self.question(ps) }) else { return Ok(None) };
             check_usable()?;
-            let Prepared { asked, limit, conclude } = question.prepare()?;
+            let Prepared { asked, limit, conclude } = prepare(&question)?;
             self.model = Some(Model {
                 name: asked.model.clone(),
                 price: asked.price.clone(),
                 rows_per_request: asked.stream.task.options.max_rows_per_request,
             });
             self.asker = Some(Asker::open(asked, limit)?);
-            let (role, default_model) = (current_user(), question.default_model());
+            let (role, default_model) = (current_user(), RefCell::new(question.default_model()));
             self.asked = Some(Rc::new(Asked { question, role, default_model, conclude }));
         }
         Ok(self.asker.as_mut())
@@ -111,6 +112,25 @@ impl Site {
         }
     }
 
+    /// Whether the stream is the one that would be opened now: rights, key, model and task are looked at anew.
+    pub fn is_current(&self) -> bool {
+        let (Some(asker), Some(asked)) = (&self.asker, &self.asked) else { return false };
+        prepare(&asked.question).is_ok_and(|new| asker.is_for(&new.asked) && new.conclude == asked.conclude)
+    }
+
+    /// Gives the stream up once what was sent of it is answered. What was not is withdrawn.
+    pub fn recall(&mut self, answer: &mut dyn FnMut(u64, Answer)) -> Result<()> {
+        let (Some(asker), Some(asked)) = (self.asker.take(), self.asked.take()) else { return Ok(()) };
+        let waiting = &mut self.waiting;
+        let done = asker.recall(&mut |n, verdict| {
+            if let Some((row, input)) = waiting.remove(&n) {
+                answer(row, Answer { asked: Rc::clone(&asked), input, verdict });
+            }
+        })?;
+        self.done.add(&done);
+        Ok(())
+    }
+
     /// Gives the stream up. What was not sent of it is withdrawn.
     pub fn close(&mut self) {
         if let Some(asker) = self.asker.take() {
@@ -133,6 +153,17 @@ impl Site {
     pub fn model(&self) -> Option<&Model> {
         self.model.as_ref()
     }
+}
+
+/// Looks up what is needed to ask as it is now, and not when the cursor was declared.
+fn prepare(question: &Question) -> Result<Prepared> {
+    // SAFETY: in a transaction, on the main thread; an error that does not come back as one aborts the (sub)transaction,
+    // which pops the snapshot.
+    unsafe { pg_sys::PushActiveSnapshot(pg_sys::GetTransactionSnapshot()) };
+    let prepared = question.prepare();
+    // SAFETY: the snapshot pushed above.
+    unsafe { pg_sys::PopActiveSnapshot() };
+    prepared
 }
 
 /// The value of an expression, if it is not NULL; copied, what it takes to do so is freed with the row's memory.
