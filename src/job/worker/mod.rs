@@ -256,6 +256,9 @@ impl Worker {
             if let Err(e) = self.turn() {
                 self.fail(&e);
             }
+            if worker::is_told_to_end() {
+                self.farewell();
+            }
             worker::hold_on(self.has_in_hand());
             if self.dies {
                 self.give_up("it ended as if it had been killed");
@@ -298,7 +301,13 @@ impl Worker {
             worker::hold_on(self.has_in_hand());
             if let Err(e) = self.settle(try_locked) {
                 let Some(kind) = Kind::of(e.code) else { return Err(e) };
-                self.hinder(kind, &e);
+                if !worker::is_told_to_end() {
+                    self.hinder(kind, &e);
+                }
+            }
+            if worker::is_told_to_end() {
+                // Nothing but the farewell may wait for a commit now: no other SIGTERM comes.
+                return Ok(());
             }
         }
         claimed?;
