@@ -4,7 +4,7 @@ use llm_batch_gateway::protocol::Spent;
 use pgrx::PgSqlErrorCode as Code;
 
 use super::trouble::Kind;
-use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, MOST_INTERNAL, Worker};
+use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, MOST_INTERNAL, Worker, me};
 use crate::error::Error;
 use crate::job::settle::{self, Answer};
 use crate::job::store::{self, Delta, Outcome};
@@ -43,9 +43,16 @@ impl Worker {
             self.dies = true;
             return;
         }
+        let job = txn::run(|| store::load(id)).ok().flatten();
+        if job.as_ref().is_some_and(|job| job.owner.is_some_and(|owner| owner != me())) {
+            // What the old owner may not do says nothing about the new one, as whom another process goes on.
+            self.disabled = true;
+            self.withdraw();
+            return;
+        }
         pgrx::log!("llm_batch job {id} stops: {}", e.one_line());
         // A role that was dropped has no rights: that it has none is not what is wrong.
-        let is_gone = txn::run(|| store::load(id)).is_ok_and(|job| job.is_some_and(|job| job.owner.is_none()));
+        let is_gone = job.is_some_and(|job| job.owner.is_none());
         self.stop(if is_gone { Outcome::Paused("owner", Some(owner::GONE.to_owned()), None) } else { outcome_of(e) });
     }
 

@@ -346,7 +346,8 @@ impl Worker {
         let found = txn::run(|| {
             let job = store::load(id)?.filter(|job| job.home == own.home);
             // While all that may be with the gateway is there no page is claimed, perhaps for long.
-            let goes_on = may_go_on && job.as_ref().is_some_and(|job| job.wanted == "running");
+            let goes_on =
+                may_go_on && job.as_ref().is_some_and(|job| job.wanted == "running" && job.owner == Some(me()));
             let ready = if goes_on { Some(Self::ready(own)?) } else { None };
             Ok((job, ready))
         })?;
