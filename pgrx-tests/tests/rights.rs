@@ -568,6 +568,10 @@ fn owners_and_servers_that_go() {
     denied(alice, &format!("SELECT llm_batch.set_owner({job}, 'alice')"), "must be owner of job");
     denied(bob, &format!("SELECT llm_batch.set_owner({job}, 'alice')"), "SET ROLE \"alice\"");
     denied(client, &format!("SELECT llm_batch.set_owner({job}, 'postgres')"), "superuser");
+    // Not to a superuser even if the table is his: bob wrote the expressions.
+    run(client, "ALTER TABLE tickets OWNER TO postgres");
+    denied(client, &format!("SELECT llm_batch.set_owner({job}, 'postgres')"), "not a superuser's");
+    run(client, "ALTER TABLE tickets OWNER TO alice");
     run(client, &format!("SELECT llm_batch.set_owner({job}, 'alice')"));
     bed.provider.release();
     let p = bed.done(job);
