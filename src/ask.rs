@@ -4,7 +4,9 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{Allowance, FromGateway, Item, Outcome, Spent, Stream, ToGateway, Verdict, most_text};
+use llm_batch_gateway::protocol::{
+    Allowance, FromGateway, Item, Outcome, Spent, Stream, ToGateway, Verdict, most_text,
+};
 
 use crate::budget::UNLIMITED;
 use crate::classifier::Asked;
