@@ -16,7 +16,7 @@ fn caught(e: CaughtError) -> Error {
 }
 
 /// What a worker's transaction is, whatever its role, its database or a trigger of the transaction before has set.
-const SETTINGS: [(&CStr, &CStr); 8] = [
+const SETTINGS: &[(&CStr, &CStr)] = &[
     (c"default_transaction_isolation", c"read committed"),
     (c"default_transaction_read_only", c"off"),
     (c"default_transaction_deferrable", c"off"),
@@ -25,6 +25,9 @@ const SETTINGS: [(&CStr, &CStr); 8] = [
     (c"idle_in_transaction_session_timeout", c"0"),
     (c"lock_timeout", c"2s"),
     (c"row_security", c"on"),
+    // It would end the worker, and not the statement.
+    #[cfg(any(feature = "pg17", feature = "pg18"))]
+    (c"transaction_timeout", c"0"),
 ];
 
 /// Runs `f` in a transaction of its own, in a worker. An error, Postgres' or ours, rolls back and is returned.

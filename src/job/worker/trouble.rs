@@ -20,9 +20,10 @@ const MOST_TRIES: u32 = 3;
 const MOST_WAIT: Duration = Duration::from_secs(60);
 /// How often a database that is read-only is looked at.
 const FREEZE: Duration = Duration::from_secs(5);
-/// How long a process that is told to end tries to write what is at hand, milliseconds, and then tries to
-/// enter what it could not write.
-const LAST_WRITE: i32 = 2_000;
+/// How long a process that is told to end tries to write what is at hand, milliseconds: longer than it waits for a lock.
+const LAST_WRITE: i32 = 3_000;
+/// How long it then tries to enter what it could not write.
+const LAST_ENTRY: i32 = 1_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Kind {
@@ -202,7 +203,7 @@ impl Worker {
             worker::cancel_after(LAST_WRITE);
             let why = self.settle(true).err().map_or_else(|| "their rows were locked".to_owned(), |e| e.one_line());
             // A commit may wait for a synchronous standby that is gone.
-            worker::cancel_after(LAST_WRITE);
+            worker::cancel_after(LAST_ENTRY);
             self.give_up(&why);
         }
         worker::end_now();
