@@ -429,6 +429,33 @@ fn an_owner_that_loses_usage_or_login_in_the_middle() {
     assert!(bed.provider.stats().rows.values().all(|r| r.asked <= 2));
 }
 
+/// A session that is open goes on when its role may not log in any more; a job does not.
+#[test]
+fn an_owner_that_may_not_log_in_any_more() {
+    let bed = Bed::new("rights_valid");
+    let client = &mut roles(&bed, 4_000);
+    let job = held_job(&bed, client);
+    for (change, says, back) in [
+        ("ALTER ROLE alice NOLOGIN", "log in", "ALTER ROLE alice LOGIN"),
+        ("ALTER ROLE alice VALID UNTIL '2001-01-01'", "valid", "ALTER ROLE alice VALID UNTIL 'infinity'"),
+        ("REVOKE CONNECT ON DATABASE postgres FROM PUBLIC", "connect", "GRANT CONNECT ON DATABASE postgres TO PUBLIC"),
+    ] {
+        let before = one(client, "SELECT count(*) FROM tickets WHERE topic IS NOT NULL");
+        run(client, change);
+        bed.provider.release();
+        let p = wait_status(client, job, "paused");
+        assert_eq!(p.reason.as_deref(), Some("owner"), "{p:?}");
+        assert!(p.last_error.clone().unwrap_or_default().contains(says), "{p:?}");
+        let more = one(client, "SELECT count(*) FROM tickets WHERE topic IS NOT NULL") - before;
+        assert!(more < 1_200, "{change}: {more} rows after it");
+        bed.provider.hold();
+        run(client, &format!("{back}; SELECT llm_batch.resume({job})"));
+        wait_until("two requests are in flight", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);
+    }
+    bed.provider.release();
+    assert_eq!(bed.done(job).counts(), (4_000, 4_000, 0, 0, 0, 0));
+}
+
 #[test]
 fn an_owner_without_login() {
     let bed = Bed::new("rights_nologin");
