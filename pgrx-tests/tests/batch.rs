@@ -427,6 +427,89 @@ fn rows_that_a_role_may_not_see_stay_here() {
     run(c, "ROLLBACK");
 }
 
+/// Between two FETCHes much may change: nothing that was read ahead or opened before holds on after it.
+#[test]
+fn what_changes_between_two_fetches() {
+    let bed = Bed::new("batch_fetches");
+    let c = &mut bed.connect();
+    questions(c, 200);
+    run(
+        c,
+        "SELECT llm_batch.create_model('n', server => 'fake', model => 'other');
+         CREATE ROLE analyst LOGIN; GRANT SELECT, UPDATE ON t TO analyst; GRANT USAGE ON FOREIGN SERVER fake TO analyst;
+         CREATE TABLE tenants AS SELECT * FROM t; GRANT SELECT ON tenants TO analyst;
+         ALTER TABLE tenants ENABLE ROW LEVEL SECURITY;
+         CREATE POLICY p ON tenants TO analyst USING (current_setting('app.tenant') = (id % 2)::text);
+         CREATE SEQUENCE s",
+    );
+    let analyst = &mut bed.cluster.connect_as("postgres", "analyst");
+    // Another default model: each text goes to one.
+    count_anew(&bed);
+    run(c, "BEGIN; DECLARE x CURSOR FOR SELECT id, llm_classify(body, ARRAY['bug', 'spam']) FROM t");
+    for model in ["m", "n", "n", "m", "n"] {
+        run(c, &format!("SET LOCAL llm_batch.default_model = '{model}'"));
+        for row in c.query("FETCH 40 FROM x", &[]).unwrap() {
+            let want = if row.get::<_, i32>(0) % 4 == 0 { "bug" } else { "spam" };
+            assert_eq!(row.get::<_, &str>(1), want);
+        }
+    }
+    run(c, "COMMIT");
+    let rows = bed.provider.stats().rows;
+    assert!(rows.len() == 200 && rows.values().all(|r| r.asked == 1), "{rows:?}");
+    let models: BTreeSet<String> = bed.provider.bodies().iter().map(|body| body["model"].to_string()).collect();
+    assert_eq!(models.len(), 2, "{models:?}");
+    // A task that is altered.
+    run(analyst, "BEGIN; DECLARE x CURSOR FOR SELECT llm_classify(body || 1, 'topic') FROM t; FETCH 5 FROM x");
+    run(c, "SELECT llm_batch.alter_classifier('topic', instruction => 'As of now.')");
+    count_anew(&bed);
+    run(analyst, "FETCH 100 FROM x");
+    let is_new = |body: &serde_json::Value| body.to_string().contains("As of now.");
+    let bodies = bed.provider.bodies();
+    assert!(bodies.last().is_some_and(is_new), "{bodies:?}");
+    // A right that is revoked.
+    run(c, "REVOKE USAGE ON FOREIGN SERVER fake FROM analyst");
+    count_anew(&bed);
+    let e = error(analyst, "FETCH ALL FROM x");
+    assert_eq!(e.0, "42501", "{e:?}");
+    run(analyst, "ROLLBACK");
+    settle(&bed);
+    let asked = bed.provider.stats().rows.len();
+    assert!(asked <= 1, "{asked} texts were sent after the right was revoked");
+}
+
+#[test]
+fn what_reading_does_is_not_done_for_rows_that_nobody_takes() {
+    let bed = Bed::new("batch_effects");
+    let c = &mut bed.connect();
+    questions(c, 100);
+    run(c, "CREATE SEQUENCE s");
+    let numbered = "(SELECT nextval('s') AS n, body FROM t OFFSET 0) q";
+    let drawn = |c: &mut Client| one(c, "SELECT last_value FROM s");
+    run(
+        c,
+        &format!("BEGIN; DECLARE x CURSOR FOR SELECT llm_classify(body, 'topic') FROM {numbered}; FETCH 3 FROM x; COMMIT"),
+    );
+    assert_eq!(drawn(c), 3);
+    run(c, &format!("SELECT FROM {numbered} WHERE llm_classify(body, 'topic') = 'spam' LIMIT 2"));
+    assert_eq!(drawn(c), 5);
+    // Where a LIMIT takes all that is read, or everything is, requests are shared.
+    for (what, rows) in [("LIMIT 20", 20), ("", 100)] {
+        count_anew(&bed);
+        let before = drawn(c);
+        run(c, &format!("SELECT llm_classify(body || '{what}', 'topic') FROM {numbered} {what}"));
+        assert_eq!(drawn(c) - before, rows);
+        assert!(bed.provider.stats().requests < 12, "{what}");
+    }
+    let other = &mut bed.connect();
+    run(
+        c,
+        "BEGIN; DECLARE x CURSOR FOR SELECT llm_classify(body, 'topic') FROM (SELECT body FROM t FOR UPDATE SKIP LOCKED) q;
+         FETCH 3 FROM x",
+    );
+    assert_eq!(one(other, "SELECT count(*) FROM (SELECT FROM t FOR UPDATE SKIP LOCKED) q"), 97);
+    run(c, "COMMIT");
+}
+
 #[test]
 fn workers_do_not_ask() {
     let bed = Bed::new("batch_parallel");

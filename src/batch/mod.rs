@@ -4,6 +4,7 @@
 mod ahead;
 mod answers;
 mod calls;
+mod effects;
 mod explain;
 mod guards;
 mod jit;

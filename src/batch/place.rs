@@ -5,6 +5,7 @@ use std::ptr::null_mut;
 use pgrx::prelude::*;
 
 use super::calls::{find, has_calls, is_repeatable};
+use super::effects::Effects;
 use super::nodes::{Distinct, any, list, make, mutate, replace, to_list};
 use super::{jit, node};
 use crate::settings;
@@ -45,8 +46,8 @@ pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32) {
         if !settings::enable_batch_scan() {
             return;
         }
-        let mut placer = Placer { placed: 0 };
         let is_cursor = cursor_options as u32 & pg_sys::CURSOR_OPT_FAST_PLAN != 0;
+        let mut placer = Placer { placed: 0, subplans: list((*stmt).subplans) };
         let wanted = if is_cursor { Wanted::Unknown } else { Wanted::All };
         (*stmt).planTree = placer.plan((*stmt).planTree, wanted);
         if placer.placed > 0
@@ -61,6 +62,7 @@ pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32) {
 
 struct Placer {
     placed: usize,
+    subplans: Vec<*mut pg_sys::Plan>,
 }
 
 impl Placer {
@@ -177,6 +179,11 @@ impl Placer {
                 }
             }
             if lifted.is_empty() && !has_calls((*plan).targetlist.cast()) {
+                return plan;
+            }
+            let is_exact = lifted.is_empty() && matches!(wanted, Wanted::Limit { is_sure: true, .. });
+            let conditions = kept.iter().chain(kept_of_join.iter().flatten());
+            if wanted != Wanted::All && !is_exact && Effects(&self.subplans).of_node(plan, conditions.copied()) {
                 return plan;
             }
             // A node that does nothing but compute gives way.
