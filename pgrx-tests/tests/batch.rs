@@ -487,7 +487,9 @@ fn what_reading_does_is_not_done_for_rows_that_nobody_takes() {
     let drawn = |c: &mut Client| one(c, "SELECT last_value FROM s");
     run(
         c,
-        &format!("BEGIN; DECLARE x CURSOR FOR SELECT llm_classify(body, 'topic') FROM {numbered}; FETCH 3 FROM x; COMMIT"),
+        &format!(
+            "BEGIN; DECLARE x CURSOR FOR SELECT llm_classify(body, 'topic') FROM {numbered}; FETCH 3 FROM x; COMMIT"
+        ),
     );
     assert_eq!(drawn(c), 3);
     run(c, &format!("SELECT FROM {numbered} WHERE llm_classify(body, 'topic') = 'spam' LIMIT 2"));
