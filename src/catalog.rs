@@ -297,3 +297,26 @@ pub fn check_labels<'a>(target: &Target, labels: impl Iterator<Item = &'a str>) 
     }
     Ok(())
 }
+
+/// Refuses a superuser's job on a table that another role owns, or one of its partitions: what the owner has put on it
+/// (triggers, defaults, policies, domains) would run as the superuser.
+pub fn check_owners(relation: pg_sys::Oid, role: pg_sys::Oid, name: &str) -> Result<()> {
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    if !unsafe { pg_sys::superuser_arg(role) } {
+        return Ok(());
+    }
+    let other = sql::one::<String>(
+        "SELECT pg_catalog.format('\"%s\" of role \"%s\"', c.relname, r.rolname)
+           FROM pg_catalog.pg_class c JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) c.relowner
+          WHERE NOT r.rolsuper AND (c.oid OPERATOR(pg_catalog.=) $1
+                OR c.oid OPERATOR(pg_catalog.=) ANY (SELECT p.relid::pg_catalog.oid FROM pg_catalog.pg_partition_tree($1) p))
+          LIMIT 1",
+        &[relation.into()],
+    )?;
+    match other {
+        None => Ok(()),
+        Some(other) => Err(Error::denied(format!("a superuser's job can't fill {name}"))
+            .detail(format!("It would write table {other}, whose triggers would run as a superuser."))
+            .hint("Let one role own the table and all of its partitions, and start the job as that role.")),
+    }
+}

@@ -456,6 +456,49 @@ fn an_owner_that_may_not_log_in_any_more() {
     assert_eq!(bed.done(job).counts(), (4_000, 4_000, 0, 0, 0, 0));
 }
 
+/// What another role has put on a table never runs as a superuser, be it that it comes to own the table in the middle of a
+/// job, or that a partition is its own.
+#[test]
+fn a_superuser_fills_no_table_of_another_role() {
+    let bed = Bed::new("rights_superuser");
+    let client = &mut roles(&bed, 4_000);
+    run(
+        client,
+        "ALTER TABLE tickets OWNER TO postgres; GRANT CREATE ON SCHEMA public TO bob;
+         CREATE TABLE ran (who text); GRANT INSERT ON ran TO PUBLIC;
+         SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)",
+    );
+    warm(client, "tickets");
+    bed.provider.hold();
+    let job = backfill_with(client, "tickets", "options => '{\"max_rows_per_request\": 5}'");
+    wait_until("two requests are in flight", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);
+    run(client, "ALTER TABLE tickets OWNER TO bob");
+    let bob = &mut bed.cluster.connect_as("postgres", "bob");
+    run(
+        bob,
+        "CREATE FUNCTION spy() RETURNS trigger LANGUAGE plpgsql AS
+            'BEGIN INSERT INTO public.ran VALUES (current_user); RETURN NEW; END';
+         CREATE TRIGGER spy BEFORE UPDATE ON tickets FOR EACH ROW EXECUTE FUNCTION spy()",
+    );
+    bed.provider.release();
+    let p = wait_status(client, job, "paused");
+    assert_eq!(p.reason.as_deref(), Some("owner"), "{p:?}");
+    assert!(p.last_error.clone().unwrap_or_default().contains("superuser"), "{p:?}");
+    assert_eq!(text(client, "SELECT coalesce(string_agg(DISTINCT who, ' '), '') FROM ran"), "");
+
+    run(
+        client,
+        "CREATE TABLE parts (id bigint PRIMARY KEY, body text, topic text) PARTITION BY RANGE (id);
+         CREATE TABLE parts_1 PARTITION OF parts FOR VALUES FROM (1) TO (1000);
+         INSERT INTO parts SELECT n, 'x' FROM generate_series(1, 9) n;
+         ALTER TABLE parts_1 OWNER TO bob",
+    );
+    denied(client, &BACKFILL.replace("'tickets'", "'parts'"), "\"parts_1\" of role \"bob\"");
+    run(client, "ALTER TABLE parts OWNER TO bob");
+    let job = one(client, &BACKFILL.replace("'tickets'", "'parts'"));
+    assert_eq!(text(client, &format!("SELECT owner_name FROM llm_batch.job WHERE id = {job}")), "bob");
+}
+
 #[test]
 fn an_owner_without_login() {
     let bed = Bed::new("rights_nologin");

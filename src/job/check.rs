@@ -62,16 +62,17 @@ impl<'a> Given<'a> {
         let owner = owner_of(&target)?;
         let asked = classifier::load(self.task, &self.options)?.stream(owner, false)?;
         check_rights(&target, owner, is_to_write)?;
-        catalog::check_expression(&target, self.input, Use::Input)?;
-        if let Some(filter) = self.filter {
-            catalog::check_expression(&target, filter, Use::Filter)?;
-        }
-        if let Some(isolation) = &self.isolation {
-            catalog::check_expression(&target, isolation, Use::Isolation)?;
-        }
+        catalog::check_owners(target.relation, owner, &target.name)?;
         // A domain's CHECK and a table's expressions may call functions of whoever owns them: never with more rights
-        // than the job will have.
+        // than the job will have. To parse an expression is enough, since its literals are read then.
         txn::as_role(owner, || {
+            catalog::check_expression(&target, self.input, Use::Input)?;
+            if let Some(filter) = self.filter {
+                catalog::check_expression(&target, filter, Use::Filter)?;
+            }
+            if let Some(isolation) = &self.isolation {
+                catalog::check_expression(&target, isolation, Use::Isolation)?;
+            }
             catalog::check_labels(&target, asked.stream.task.labels.iter().map(|l| l.label.as_str()))?;
             sql::rows(
                 &format!(

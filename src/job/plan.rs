@@ -8,8 +8,9 @@ use pgrx::pg_sys;
 use crate::error::{Error, Result};
 use crate::isolation::digest_sql;
 use crate::job::store::Job;
-use crate::sql;
+use crate::model::current_user;
 use crate::sql::name;
+use crate::{catalog, sql};
 
 /// The statements of a job for the table as it is named now.
 #[derive(Debug, Clone)]
@@ -122,6 +123,7 @@ pub fn table(job: &Job) -> Result<Table> {
     let Some(table) = found else {
         return Err(Error::new(pgrx::PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE, "the table of the job was dropped"));
     };
+    catalog::check_owners(job.relation, current_user(), &table.full)?;
     let columns = job.key_names.iter().zip(&job.key_attnums).map(|(name, attnum)| (name, *attnum, None)).chain([(
         &job.target,
         job.target_attnum,
