@@ -404,7 +404,14 @@ fn a_dump_whose_owners_are_not_there() {
     assert!(e.0 == "28000" && e.1 == "the job's owner was dropped" && e.3.contains("set_owner"), "{e:?}");
     // The role is made after all; or another one takes its place.
     run(there, "CREATE ROLE app LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO app; ALTER TABLE a OWNER TO app");
-    run(there, &format!("SELECT llm_batch.set_owner({}, 'postgres')", jobs.paused));
+    let give = |role: &str| format!("SELECT llm_batch.set_owner({}, '{role}')", jobs.paused);
+    let e = error(there, &give("postgres"));
+    assert!(e.0 == "42501" && e.1.contains("superuser"), "{e:?}");
+    run(
+        there,
+        "CREATE ROLE heir LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO heir; GRANT USAGE ON SCHEMA app TO heir; ALTER TABLE app.\"B b\" OWNER TO heir",
+    );
+    run(there, &give("heir"));
     jobs.go_on(there);
 }
 

@@ -163,11 +163,11 @@ fn set_job_owner(job_id: i64, new_owner: pg_sys::Oid) -> std::result::Result<(),
             .hint("Give the job to the table's owner.")
             .into());
     }
-    // What an owner was who is gone, such as after a restore without its roles, nobody knows.
+    // What an owner was who is gone, such as after a restore without its roles, nobody knows: no superuser, then.
     // SAFETY: as above.
     let is_raised = |old| status.owner != Some(new_owner) && !unsafe { pg_sys::superuser_arg(old) };
     // SAFETY: as above.
-    if unsafe { pg_sys::superuser_arg(new_owner) } && status.owner.is_some_and(is_raised) {
+    if unsafe { pg_sys::superuser_arg(new_owner) } && status.owner.is_none_or(is_raised) {
         return Err(Error::denied(format!("superuser \"{role}\" can't be given a job that is not a superuser's"))
             .detail("The job's expressions, which its owner wrote, would be evaluated with a superuser's rights.")
             .hint(format!("Cancel it with llm_batch.cancel({job_id}) and call llm_batch.backfill() anew."))
