@@ -30,12 +30,6 @@ fn waits_for(job_id: i64) -> Option<&'static str> {
     }
 }
 
-/// For `llm_batch.progress` of version 0.0.1, which is read until the extension is updated.
-#[pg_extern(sql = false)]
-fn waits_for_slot(job_id: i64) -> bool {
-    waits_for(job_id) == Some("no_worker_slot")
-}
-
 /// What tells this database, and the extension in it, from any other that a dump or a template may come from or go to.
 #[pg_extern(sql = false)]
 fn home() -> String {
