@@ -236,8 +236,11 @@ mod tests {
         Clients::with(tls().unwrap(), lookup, usize::MAX)
     }
 
-    /// A server that closes each connection with a 500, and counts them; its port.
-    fn server() -> (u16, Arc<Mutex<u32>>) {
+    /// Of a server that closes each connection.
+    const CLOSING: &str = "content-length: 0\r\nconnection: close\r\n";
+
+    /// A server that answers with a 500 of this head, and counts connections; its port.
+    fn server(head: &'static str) -> (u16, Arc<Mutex<u32>>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let count = Arc::new(Mutex::new(0));
@@ -246,8 +249,14 @@ mod tests {
             for stream in listener.incoming() {
                 *counter.lock().unwrap() += 1;
                 let mut stream = stream.unwrap();
-                let _ = stream.read(&mut [0; 65536]);
-                let _ = stream.write_all(b"HTTP/1.1 500 no\r\ncontent-length: 0\r\nconnection: close\r\n\r\n");
+                std::thread::spawn(move || {
+                    while stream.read(&mut [0; 65536]).is_ok_and(|n| n > 0) {
+                        let _ = stream.write_all(format!("HTTP/1.1 500 no\r\n{head}\r\n").as_bytes());
+                        if head == CLOSING {
+                            return;
+                        }
+                    }
+                });
             }
         });
         (port, count)
@@ -268,7 +277,7 @@ mod tests {
 
     #[test]
     fn a_name_that_means_this_machine_is_refused_to_those_who_are_not_trusted() {
-        let (port, count) = server();
+        let (port, count) = server(CLOSING);
         let mut inside = clients(&[&["127.0.0.1"]]);
         let refused = ask(&mut inside, "inside.example", port, false);
         assert!(message(&refused).contains("\"inside.example\" is 127.0.0.1"), "{refused:?}");
@@ -285,7 +294,7 @@ mod tests {
 
     #[test]
     fn reserved_addresses_are_left_out() {
-        let (port, count) = server();
+        let (port, count) = server(CLOSING);
         for address in ["169.254.169.254", "fe80::1", "::", "0.0.0.0", "::ffff:127.0.0.1", "64:ff9b::a9fe:a9fe"] {
             for host in ["metadata.example", "localhost"] {
                 let answered = ask(&mut clients(&[&[address]]), host, port, false);
@@ -306,7 +315,7 @@ mod tests {
 
     #[test]
     fn a_name_is_looked_at_each_time_it_is_resolved() {
-        let (port, count) = server();
+        let (port, count) = server(CLOSING);
         // What was fine the first time (this machine, by its name) is something else the next time.
         let mut rebound = clients(&[&["127.0.0.1"], &["169.254.169.254"]]);
         assert!(message(&ask(&mut rebound, "localhost", port, false)).contains("500"));
@@ -316,21 +325,7 @@ mod tests {
 
     #[test]
     fn servers_and_keys_share_no_connection() {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let port = listener.local_addr().unwrap().port();
-        let count = Arc::new(Mutex::new(0));
-        let counter = Arc::clone(&count);
-        std::thread::spawn(move || {
-            for stream in listener.incoming() {
-                *counter.lock().unwrap() += 1;
-                let mut stream = stream.unwrap();
-                std::thread::spawn(move || {
-                    while stream.read(&mut [0; 65536]).is_ok_and(|n| n > 0) {
-                        let _ = stream.write_all(b"HTTP/1.1 500 no\r\ncontent-length: 0\r\n\r\n");
-                    }
-                });
-            }
-        });
+        let (port, count) = server("content-length: 0\r\n");
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let mut clients = clients(&[&["127.0.0.1"]]);
         let mut endpoint = stream().endpoint;
