@@ -163,7 +163,8 @@ impl Launcher {
             return true;
         }
         shared::no_slot(entry.database, entry.job, now + NO_SLOT);
-        if is_time(&mut self.said_no_slot, now) {
+        // At the first time it may be that the place of a process that has just ended is not free yet.
+        if entry.no_slot && is_time(&mut self.said_no_slot, now) {
             ereport!(
                 WARNING,
                 PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
