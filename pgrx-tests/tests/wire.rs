@@ -56,14 +56,21 @@ fn a_real_model_is_asked() {
     assert!(p.done > 0 && p.requests >= 2, "4 rows do not fit one request of 3");
     assert!(p.input_tokens > 100 && p.output_tokens > 10, "the model's own counts");
 
-    // The other forms: whatever it answers, the statement ends and each row has its state.
+    // The other forms: whatever it answers, each row has its state, or the statement says that no answer is valid.
     for shape in ["map", "object", "compact"] {
         let sql = format!(
             r#"SELECT count(*) FROM llm_classify_batch($$ VALUES (1, 'I love it.'), (2, 'Bad') $$, 'mood',
                  '{{"answer_shape": "{shape}", "structured_output": "auto", "max_attempts": 1}}')
                 WHERE status IN ('ok', 'skipped', 'failed')"#
         );
-        assert_eq!(one(&mut c, &sql), 2, "{shape}");
+        match c.query_one(&sql, &[]) {
+            Ok(row) => assert_eq!(row.get::<_, i64>(0), 2, "{shape}"),
+            Err(e) => {
+                let e = e.as_db_error().unwrap_or_else(|| panic!("{shape}: {e:?}"));
+                println!("{shape}: {e}: {:?}", e.detail());
+                assert_eq!(e.message(), r#"model "m" gives no valid answer to this task"#, "{shape}");
+            }
+        }
     }
 }
 
