@@ -239,6 +239,12 @@ impl Limiter {
         output
     }
 
+    /// Until when (ms) nothing of this class goes, however small it is, if that is later than `now` (ms).
+    pub fn closed_until(&self, now: u64, class: Class) -> Option<u64> {
+        let paced = if class == Class::Bulk { self.paced[class as usize] } else { 0 };
+        Some(self.blocked_until.max(paced)).filter(|at| *at > now)
+    }
+
     /// Asks to send one request of so many tokens at `now` (ms). `part`: 1, or less for one that was cut to that part
     /// because the refusal of the whole proposed it.
     ///

@@ -6,6 +6,8 @@ use super::{Amounts, Caps, KINDS};
 
 /// Width of a slot, ms; what is counted in a slot counts until the whole slot has left the window.
 const WIDTH: u64 = 6;
+/// What is only supposed to have been sent lies in one of so many slots.
+const SUPPOSED: usize = 10;
 
 /// A rolling window with a cap for each kind of amount.
 #[derive(Debug)]
@@ -52,11 +54,13 @@ impl Window {
         }
         let slots = self.length / WIDTH;
         let first = Self::slot(until).saturating_sub(slots);
-        for i in 0..slots {
-            if self.leaves_at(first + i) > now {
+        // Few of them: the log is walked for each request.
+        for from in (0..slots).step_by(SUPPOSED) {
+            let to = (from + SUPPOSED as u64).min(slots);
+            if self.leaves_at(first + to - 1) > now {
                 // Cumulative shares, so that rounding loses nothing.
-                let share = |cap: Option<u64>| cap.map_or(0, |all| all * (i + 1) / slots - all * i / slots);
-                self.add(first + i, self.caps.map(share));
+                let share = |cap: Option<u64>| cap.map_or(0, |all| all * to / slots - all * from / slots);
+                self.add(first + to - 1, self.caps.map(share));
             }
         }
         (self.supposed, self.first) = (self.sum, first + slots);

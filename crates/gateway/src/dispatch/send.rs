@@ -162,6 +162,13 @@ impl State {
             if !self.circuits.is_empty() && !circuits::is_closed(&self.circuits, key, &group.stream) {
                 continue;
             }
+            // No pack is made of rows that can't go yet.
+            if group.queued() > 0
+                && let Some(at) = limiter.closed_until(now, group.class())
+            {
+                later(at);
+                return Look::Nothing;
+            }
             let standing = standings.of(now, group.scope);
             if !standing.patience.may_send(now) {
                 continue;
