@@ -111,48 +111,51 @@ pub fn lockers(job: &Job) -> Result<String> {
 
 /// The table, if it and all columns are still what they were when the job was made; else what is wrong.
 pub fn table(job: &Job) -> Result<Table> {
+    let target = (&job.target, job.target_attnum, Some(job.target_type));
+    let keys = job.key_names.iter().zip(&job.key_attnums).map(|(name, attnum)| (name, *attnum, None));
+    let columns: Vec<_> = keys.chain([target]).collect();
+    // One statement: it runs with each transaction that writes.
     let found = sql::row(
         "SELECT pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)),
                 pg_catalog.quote_ident(c.relname), c.relkind OPERATOR(pg_catalog.=) 'p',
-                c.relhastriggers OR c.relkind OPERATOR(pg_catalog.=) 'p'
+                c.relhastriggers OR c.relkind OPERATOR(pg_catalog.=) 'p',
+                (SELECT u.name
+                   FROM ROWS FROM (pg_catalog.unnest($2::pg_catalog.text[]), pg_catalog.unnest($3::pg_catalog.int2[]), pg_catalog.unnest($4::pg_catalog.oid[])) u (name, num, type)
+                  WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
+                                     WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) u.num
+                                       AND a.attname OPERATOR(pg_catalog.=) u.name::pg_catalog.name AND NOT a.attisdropped
+                                       AND (u.type IS NULL OR a.atttypid OPERATOR(pg_catalog.=) u.type))
+                  LIMIT 1),
+                EXISTS (SELECT FROM pg_catalog.pg_index i
+                         WHERE i.indrelid OPERATOR(pg_catalog.=) $1 AND i.indisunique AND i.indisvalid AND i.indimmediate
+                           AND i.indpred IS NULL AND i.indexprs IS NULL
+                           AND pg_catalog.array_to_string((i.indkey::pg_catalog.int2[])[0:i.indnkeyatts OPERATOR(pg_catalog.-) 1], ' ')
+                               OPERATOR(pg_catalog.=) pg_catalog.array_to_string($5::pg_catalog.int2[], ' '))
            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
           WHERE c.oid OPERATOR(pg_catalog.=) $1",
-        &[job.relation.into()],
-        |r| Ok(Table { full: r.get(1)?, bare: r.get(2)?, is_partitioned: r.get(3)?, has_triggers: r.get(4)? }),
+        &[
+            job.relation.into(),
+            columns.iter().map(|c| c.0.clone()).collect::<Vec<String>>().into(),
+            columns.iter().map(|c| c.1).collect::<Vec<i16>>().into(),
+            columns.iter().map(|c| c.2).collect::<Vec<Option<pg_sys::Oid>>>().into(),
+            job.key_attnums.clone().into(),
+        ],
+        |r| {
+            let table = Table { full: r.get(1)?, bare: r.get(2)?, is_partitioned: r.get(3)?, has_triggers: r.get(4)? };
+            Ok((table, r.maybe::<String>(5)?, r.get::<bool>(6)?))
+        },
     )?;
-    let Some(table) = found else {
+    let Some((table, other_column, has_key)) = found else {
         return Err(Error::new(pgrx::PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE, "the table of the job was dropped"));
     };
     catalog::check_owners(job.relation, current_user(), &table.full)?;
-    let columns = job.key_names.iter().zip(&job.key_attnums).map(|(name, attnum)| (name, *attnum, None)).chain([(
-        &job.target,
-        job.target_attnum,
-        Some(job.target_type),
-    )]);
-    for (column, attnum, type_oid) in columns {
-        let same = sql::one::<bool>(
-            "SELECT a.attname OPERATOR(pg_catalog.=) $3::pg_catalog.name AND NOT a.attisdropped
-                    AND ($4 IS NULL OR a.atttypid OPERATOR(pg_catalog.=) $4)
-               FROM pg_catalog.pg_attribute a
-              WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) $2",
-            &[job.relation.into(), attnum.into(), column.as_str().into(), type_oid.into()],
-        )?;
-        if same != Some(true) {
-            return Err(Error::new(
-                pgrx::PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
-                format!("column \"{column}\" of {} was dropped, renamed or replaced while the job ran", table.full),
-            ));
-        }
+    if let Some(column) = other_column {
+        return Err(Error::new(
+            pgrx::PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
+            format!("column \"{column}\" of {} was dropped, renamed or replaced while the job ran", table.full),
+        ));
     }
-    let is_key = sql::one::<bool>(
-        "SELECT true FROM pg_catalog.pg_index i
-          WHERE i.indrelid OPERATOR(pg_catalog.=) $1 AND i.indisunique AND i.indisvalid AND i.indimmediate
-            AND i.indpred IS NULL AND i.indexprs IS NULL
-            AND pg_catalog.array_to_string((i.indkey::pg_catalog.int2[])[0:i.indnkeyatts OPERATOR(pg_catalog.-) 1], ' ')
-                OPERATOR(pg_catalog.=) pg_catalog.array_to_string($2, ' ') LIMIT 1",
-        &[job.relation.into(), job.key_attnums.clone().into()],
-    )?;
-    if is_key != Some(true) {
+    if !has_key {
         return Err(Error::new(
             pgrx::PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
             format!("the key of {} was dropped while the job ran", table.full),
