@@ -27,6 +27,9 @@ pub const WINDOW_ROWS: usize = 2_000;
 /// Gateways that may be lost in vain until a statement fails.
 const MOST_LOST: u32 = 5;
 
+/// Bytes read at once.
+const MOST_AT_ONCE: u64 = 256 * 1024;
+
 /// A connection to the gateway.
 pub struct Client {
     stream: UnixStream,
@@ -231,19 +234,12 @@ impl Client {
         decode(&mut self.incoming).map_err(|e| Error::new(PgSqlErrorCode::ERRCODE_PROTOCOL_VIOLATION, e))
     }
 
+    /// Takes what has come, a part of it at a time.
     fn read(&mut self) -> bool {
-        let mut buffer = [0; 64 * 1024];
-        loop {
-            match self.stream.read(&mut buffer) {
-                Ok(0) => return false,
-                Ok(n) => self.incoming.extend_from_slice(buffer.get(..n).unwrap_or_default()),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return true,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return false,
-            }
-            if self.incoming.len() > 4 * buffer.len() {
-                return true;
-            }
+        match (&self.stream).take(MOST_AT_ONCE).read_to_end(&mut self.incoming) {
+            // Fewer bytes mean that the other end has closed.
+            Ok(n) => n as u64 == MOST_AT_ONCE,
+            Err(e) => e.kind() == ErrorKind::WouldBlock,
         }
     }
 }

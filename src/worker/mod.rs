@@ -157,7 +157,8 @@ pub fn wait(socket: Option<Socket>, timeout: Option<Duration>) {
     let mut ms = -1;
     if let Some(t) = timeout {
         events |= pg_sys::WL_TIMEOUT;
-        ms = t.as_millis().min(60_000) as i64;
+        // Rounded up: a wait of no milliseconds would be repeated until the time is up.
+        ms = t.as_micros().div_ceil(1000).min(60_000) as i64;
     }
     // SAFETY: on the main thread; the latch is the process' own, the descriptor is open.
     unsafe {
