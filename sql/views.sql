@@ -144,7 +144,7 @@ BEGIN
             RAISE NOTICE 'job % is paused (%), and goes on by itself', wait.job_id, job.reason;
         END IF;
         PERFORM pg_catalog.pg_sleep(pauses);
-        pauses := LEAST(pauses OPERATOR(pg_catalog.*) 1.5::pg_catalog.float8, 0.5::pg_catalog.float8);
+        pauses := LEAST(pauses OPERATOR(pg_catalog.*) 1.5::pg_catalog.float8, 1.0::pg_catalog.float8);
     END LOOP;
 END
 $$;

@@ -22,8 +22,13 @@ pub const FIRST_PAGE: i64 = 200;
 const LARGEST_PAGE: i64 = 500;
 /// Bytes of text handed over and not yet answered, above which no more is handed over.
 const WINDOW_BYTES: usize = 4 << 20;
-/// How long answers wait for others, with which they are written: a transaction costs as much as fifty rows.
+/// How long answers wait for others, with which they are written, and how long they wait while they are few: a transaction
+/// costs as much as fifty rows. Few are at most so many, and at most this part of the rows with the gateway: if the server
+/// is killed, they are asked again.
 const GATHER: Duration = Duration::from_millis(50);
+const GATHER_FEW: Duration = Duration::from_millis(500);
+const FEW: usize = 64;
+const FEW_OF: usize = 8;
 /// Bytes of text in one message.
 const MESSAGE_BYTES: usize = 1 << 20;
 /// Rows that others hold locked, above which no more are claimed.
@@ -187,11 +192,11 @@ impl Worker {
             }
             return Ok(());
         };
-        let mut until = None;
+        let mut since = None;
         loop {
             match client.receive(timeout)? {
                 Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
-                    until.get_or_insert_with(|| Instant::now() + GATHER);
+                    since.get_or_insert_with(Instant::now);
                     self.spent.add(&spent);
                     self.money.spent(&spent);
                     for o in outcomes {
@@ -214,6 +219,8 @@ impl Worker {
                             });
                         }
                     }
+                    // A SIGTERM in the meantime must not end the process with them.
+                    worker::hold_on(!self.answers.is_empty() || !self.locked.is_empty());
                 }
                 Received::Message(FromGateway::Stopped(stop)) => {
                     self.waiting.clear();
@@ -229,7 +236,7 @@ impl Worker {
                     self.money.exhausted(least, full, &self.asked.stream);
                 }
                 Received::Message(_) => {}
-                Received::Nothing if timeout.is_zero() || until.is_none() => return Ok(()),
+                Received::Nothing if timeout.is_zero() || since.is_none() => return Ok(()),
                 Received::Nothing => {}
                 Received::Lost => {
                     // The gateway ended. What it had not answered is claimed again from the table.
@@ -249,9 +256,11 @@ impl Worker {
             }
             // What comes soon after is written together with it. Nobody waits for that at the end of a job, or for money.
             let is_last = self.outstanding.is_empty() || self.money.waits() || self.answers.len() >= WINDOW_ROWS / 4;
-            timeout = until
+            let few = FEW.min(self.outstanding.len() / FEW_OF);
+            let gather = if self.answers.len() < few { GATHER_FEW } else { GATHER };
+            timeout = since
                 .filter(|_| !is_last && !worker::is_told_to_end())
-                .map_or(Duration::ZERO, |until: Instant| until.saturating_duration_since(Instant::now()));
+                .map_or(Duration::ZERO, |since: Instant| gather.saturating_sub(since.elapsed()));
         }
     }
 
