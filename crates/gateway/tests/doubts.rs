@@ -302,11 +302,19 @@ fn a_request_that_is_wrong_is_told_from_its_rows_by_three() {
     let mut client = setup.client(&provider, |_| {});
     client.rows(0..50);
     all_right(&client.answers(50).0);
-    provider.configure(|c| c.faults = vec![(wrong.clone(), 1.0)]);
-    client.rows(100..104);
-    let (got, stop) = end(&mut client, 4, "rows that are refused");
-    assert!(stop.is_none(), "{stop:?}");
-    assert!(got.values().all(|o| matches!(&o.verdict, Verdict::Fail { class, .. } if class == "rejected")), "{got:?}");
+    let filter = Fault::Status(400, r#"{"error": {"code": "content_filter", "message": "violence is high"}}"#.into());
+    for (first, fault, says) in [(100, wrong, "temperature is odd"), (200, filter, "violence is high")] {
+        provider.configure(|c| c.faults = vec![(fault, 1.0)]);
+        client.rows(first..first + 4);
+        let (got, stop) = end(&mut client, 4, "rows that are refused");
+        assert!(stop.is_none(), "{stop:?}");
+        for o in got.values() {
+            assert!(
+                matches!(&o.verdict, Verdict::Fail { class, detail } if class == "rejected" && detail.contains(says)),
+                "{o:?}"
+            );
+        }
+    }
 }
 
 /// What waits for a client that does not read is bounded.

@@ -139,14 +139,13 @@ impl State {
                 }
                 if *parameter == Parameter::SystemRole {
                     // There is none in the request: these are words of a row that is quoted.
-                    self.refused(now, (&lane_key, &group_key), rows, (id, is_accepted, false), &message);
+                    self.refused(now, (&lane_key, &group_key), rows, (id, is_accepted), &message);
                     return;
                 }
                 (StopReason::Rejected, false, None)
             }
             Trouble::Filtered | Trouble::Rejected | Trouble::CutOff | Trouble::AnswerCap => {
-                let is_filter = report.trouble == Trouble::Filtered;
-                self.refused(now, (&lane_key, &group_key), rows, (id, is_accepted, is_filter), &message);
+                self.refused(now, (&lane_key, &group_key), rows, (id, is_accepted), &message);
                 return;
             }
             Trouble::Overload(wait) => {
@@ -199,13 +198,12 @@ impl State {
         now: u64,
         (lane, group): (&LaneKey, &str),
         mut rows: Vec<Row>,
-        (request, is_accepted, is_filter): (u64, bool, bool),
+        (request, is_accepted): (u64, bool),
         message: &str,
     ) {
         let size = rows.len();
         if size == 1 {
-            let (class, detail) = (if is_filter { "refused" } else { "rejected" }.to_owned(), message.to_owned());
-            let verdict = if is_filter { Verdict::Skip { class, detail } } else { Verdict::Fail { class, detail } };
+            let verdict = Verdict::Fail { class: "rejected".to_owned(), detail: message.to_owned() };
             for mut row in rows {
                 row.attempts += 1;
                 self.conclude(now, lane, group, row, verdict.clone());
