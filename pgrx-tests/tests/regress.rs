@@ -29,3 +29,31 @@ fn scripts_print_what_is_expected() {
         assert_eq!(got.lines().count(), want.lines().count(), "{name}: another number of lines");
     }
 }
+
+/// What `surface.out` lists is in the reference: functions, views with their columns, settings.
+#[test]
+fn the_reference_names_everything() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+    let reference = std::fs::read_to_string(root.join("docs/reference.md")).unwrap();
+    let surface = std::fs::read_to_string(root.join("tests/expected/surface.out")).unwrap();
+    let (mut part, mut missing, mut count) = ("", Vec::new(), 0);
+    for line in surface.lines() {
+        let (first, rest) = line.split_once('|').unwrap_or((line, ""));
+        let names = match part {
+            "-- functions" => vec![format!("{}(", first.split('(').next().unwrap_or_default())],
+            "-- settings" => vec![format!("`{first}`")],
+            "-- columns of the views" => std::iter::once(format!("`llm_batch.{first}`"))
+                .chain(rest.split(", ").map(|column| format!("`{}`", column.split(' ').next().unwrap_or_default())))
+                .collect(),
+            _ => Vec::new(),
+        };
+        if line.starts_with("-- ") {
+            part = line;
+            continue;
+        }
+        count += names.len();
+        missing.extend(names.into_iter().filter(|name| !reference.contains(name)));
+    }
+    assert!(count > 100, "only {count} names in surface.out");
+    assert!(missing.is_empty(), "not in docs/reference.md: {missing:?}");
+}
