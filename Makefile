@@ -30,7 +30,7 @@ install: ## build for release and install into the Postgres of PG_CONFIG
 soak: ## a million rows under random kills and faults for a quarter of an hour (SOAK_ROWS, SOAK_SECONDS, SOAK_SEED)
 	@scripts/soak
 
-bench: ## run the benchmarks, some 12 minutes; results go to bench/results/
+bench: ## run the benchmarks, some 20 minutes; results go to bench/results/
 	@bench/run $(BENCH)
 
 clean: demo-stop ## remove what was built; downloads stay
