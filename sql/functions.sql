@@ -4,7 +4,7 @@ CREATE FUNCTION llm_batch.provider_validator(options text[], catalog oid) RETURN
 COMMENT ON FUNCTION llm_batch.provider_validator(text[], oid) IS 'checks the options of servers and user mappings of the wrapper llm_provider';
 
 CREATE FOREIGN DATA WRAPPER llm_provider NO HANDLER VALIDATOR llm_batch.provider_validator;
-COMMENT ON FOREIGN DATA WRAPPER llm_provider IS 'providers of language models: a server is an endpoint, a user mapping its key';
+COMMENT ON FOREIGN DATA WRAPPER llm_provider IS 'providers of language models: a server is an endpoint, a user mapping holds its key';
 
 -- Models
 
@@ -18,7 +18,7 @@ CREATE FUNCTION llm_batch.create_model(
 ) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'create_model_wrapper';
-COMMENT ON FUNCTION llm_batch.create_model IS 'makes a model of a server known, with its limits and its price in dollars per million tokens';
+COMMENT ON FUNCTION llm_batch.create_model IS 'creates a model on a server, with its limits and its prices in dollars per million tokens';
 
 CREATE FUNCTION llm_batch.alter_model(
     name text, server name DEFAULT NULL, model text DEFAULT NULL,
@@ -31,12 +31,12 @@ CREATE FUNCTION llm_batch.alter_model(
 ) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'alter_model_wrapper';
-COMMENT ON FUNCTION llm_batch.alter_model IS 'changes what is given of a model; "reset" names settings to set back to their default';
+COMMENT ON FUNCTION llm_batch.alter_model IS 'changes the given settings of a model; "reset" names settings to restore to their defaults';
 
 CREATE FUNCTION llm_batch.drop_model(name text) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'drop_model_wrapper';
-COMMENT ON FUNCTION llm_batch.drop_model IS 'forgets a model that no classifier uses';
+COMMENT ON FUNCTION llm_batch.drop_model IS 'drops a model that no classifier uses';
 
 -- Classifiers
 
@@ -46,7 +46,7 @@ CREATE FUNCTION llm_batch.create_classifier(
 ) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'create_classifier_wrapper';
-COMMENT ON FUNCTION llm_batch.create_classifier IS 'makes a classifier: labels with their descriptions, an instruction, a model';
+COMMENT ON FUNCTION llm_batch.create_classifier IS 'creates a classifier: labels with descriptions, an instruction, a model';
 
 CREATE FUNCTION llm_batch.alter_classifier(
     name text, labels jsonb DEFAULT NULL, model text DEFAULT NULL, instruction text DEFAULT NULL,
@@ -54,60 +54,60 @@ CREATE FUNCTION llm_batch.alter_classifier(
 ) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'alter_classifier_wrapper';
-COMMENT ON FUNCTION llm_batch.alter_classifier IS 'changes what is given of a classifier';
+COMMENT ON FUNCTION llm_batch.alter_classifier IS 'changes the given settings of a classifier';
 
 CREATE FUNCTION llm_batch.drop_classifier(name text) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'drop_classifier_wrapper';
-COMMENT ON FUNCTION llm_batch.drop_classifier IS 'forgets a classifier that no unfinished job uses';
+COMMENT ON FUNCTION llm_batch.drop_classifier IS 'drops a classifier that no unfinished job uses';
 
 -- Owners
 
 CREATE FUNCTION llm_batch.set_owner(kind text, name text, new_owner regrole) RETURNS void
     LANGUAGE c STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'set_owner_wrapper';
-COMMENT ON FUNCTION llm_batch.set_owner(text, text, regrole) IS 'gives a model or a classifier another owner; kind is model or classifier';
+COMMENT ON FUNCTION llm_batch.set_owner(text, text, regrole) IS 'changes the owner of a model or a classifier; kind is model or classifier';
 
 CREATE FUNCTION llm_batch.set_owner(job_id bigint, new_owner regrole) RETURNS void
     LANGUAGE c STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'set_job_owner_wrapper';
-COMMENT ON FUNCTION llm_batch.set_owner(bigint, regrole) IS 'gives a job another owner, with whose rights it goes on';
+COMMENT ON FUNCTION llm_batch.set_owner(bigint, regrole) IS 'changes the owner of a job, with whose rights it runs';
 
--- The verbs. These two go where CREATE EXTENSION puts them.
+-- Functions that ask. They are in the schema that CREATE EXTENSION is given.
 
 CREATE FUNCTION @extschema@.llm_classify(input text, task text) RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000 SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'llm_classify_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_classify(text, text) IS 'the label that a classifier gives a text; NULL, with a warning, if the model gives none';
+COMMENT ON FUNCTION @extschema@.llm_classify(text, text) IS 'returns the label that a classifier gives a text; NULL, with a warning, if the model gives none';
 
 CREATE FUNCTION @extschema@.llm_classify(input text, labels text[], options jsonb DEFAULT '{}') RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000 SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'llm_classify_labels_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_classify(text, text[], jsonb) IS 'which of the labels fits a text, by the model llm_batch.default_model';
+COMMENT ON FUNCTION @extschema@.llm_classify(text, text[], jsonb) IS 'returns the label that the model llm_batch.default_model gives a text';
 
 -- No search_path: these run the caller's query.
 CREATE FUNCTION @extschema@.llm_classify_batch(query text, task text, options jsonb DEFAULT '{}')
     RETURNS TABLE (id text, label text, status text, detail text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000
     AS 'MODULE_PATHNAME', 'llm_classify_batch_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text, jsonb) IS 'labels for the rows of a query with the columns id and input, and a third that keeps rows apart which differ in it, or none; status is ok, skipped or failed';
+COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text, jsonb) IS 'returns labels for the rows of a query with columns id and input, and optionally a third: rows with different values of it never share a request; status is ok, skipped or failed';
 
 CREATE FUNCTION @extschema@.llm_classify_batch(query text, labels text[], options jsonb DEFAULT '{}')
     RETURNS TABLE (id text, label text, status text, detail text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000
     AS 'MODULE_PATHNAME', 'llm_classify_batch_labels_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text[], jsonb) IS 'the same with labels in place of a classifier, by the model llm_batch.default_model';
+COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text[], jsonb) IS 'returns labels for the rows of a query, as above, with labels instead of a classifier, by the model llm_batch.default_model';
 
 CREATE FUNCTION @extschema@.llm_classify_array(ids anyarray, inputs text[], task text, options jsonb DEFAULT '{}')
     RETURNS TABLE (id anyelement, label text, status text, detail text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000 SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'llm_classify_array_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_classify_array(anyarray, text[], text, jsonb) IS 'labels for inputs, each with its id, in their order; status is ok, skipped or failed';
+COMMENT ON FUNCTION @extschema@.llm_classify_array(anyarray, text[], text, jsonb) IS 'returns labels for an array of inputs, each with its id, in the same order; status is ok, skipped or failed';
 
 CREATE FUNCTION @extschema@.llm_filter(input text, question text, options jsonb DEFAULT '{}') RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000 SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'llm_filter_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_filter(text, text, jsonb) IS 'whether the answer to a question about a text is yes, by the option "model" or llm_batch.default_model; NULL, with a warning, if the model gives no answer';
+COMMENT ON FUNCTION @extschema@.llm_filter(text, text, jsonb) IS 'returns whether a model answers a question about a text with yes; the model is the option "model" or llm_batch.default_model; NULL, with a warning, if it gives no answer';
 
 -- Jobs
 
@@ -118,7 +118,7 @@ CREATE FUNCTION llm_batch.backfill(
 ) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'backfill_wrapper';
-COMMENT ON FUNCTION llm_batch.backfill IS 'starts a job, at commit, that fills a column where it is NULL; returns the job''s id';
+COMMENT ON FUNCTION llm_batch.backfill IS 'creates a job that fills a column where it is NULL, and returns its id; the job starts at commit';
 
 CREATE FUNCTION llm_batch.estimate(
     relation regclass, input text, target name, task text, filter text DEFAULT NULL, options jsonb DEFAULT '{}',
@@ -129,48 +129,48 @@ CREATE FUNCTION llm_batch.estimate(
 )
     LANGUAGE c VOLATILE PARALLEL UNSAFE ROWS 1
     AS 'MODULE_PATHNAME', 'estimate_wrapper';
-COMMENT ON FUNCTION llm_batch.estimate IS 'what llm_batch.backfill() would take, from a sample of the rows; sends nothing';
+COMMENT ON FUNCTION llm_batch.estimate IS 'estimates requests, tokens, cost and duration of llm_batch.backfill() from a sample of the rows; sends nothing';
 
 CREATE FUNCTION llm_batch.alter_job(job_id bigint, max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL) RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'alter_job_wrapper';
-COMMENT ON FUNCTION llm_batch.alter_job IS 'changes the budget of a job, in dollars and in tokens; NULL leaves as it is';
+COMMENT ON FUNCTION llm_batch.alter_job IS 'changes the budget of a job, in dollars and in tokens; NULL keeps a value';
 
 CREATE FUNCTION llm_batch.pause(job_id bigint) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'pause_wrapper';
-COMMENT ON FUNCTION llm_batch.pause IS 'pauses a job: what was sent is still awaited and written; false if it was paused already';
+COMMENT ON FUNCTION llm_batch.pause IS 'pauses a job; answers to requests under way are still written; false if it was paused already';
 
 CREATE FUNCTION llm_batch.resume(job_id bigint) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'resume_wrapper';
-COMMENT ON FUNCTION llm_batch.resume IS 'lets a paused job go on; false if it was running already';
+COMMENT ON FUNCTION llm_batch.resume IS 'resumes a paused job; false if it was running already';
 
 CREATE FUNCTION llm_batch.cancel(job_id bigint) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'cancel_wrapper';
-COMMENT ON FUNCTION llm_batch.cancel IS 'ends a job for good; what is in the table stays; false if it had ended already';
+COMMENT ON FUNCTION llm_batch.cancel IS 'cancels a job; values already written stay; false if it had ended already';
 
 CREATE FUNCTION llm_batch.retry_failed(job_id bigint) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'retry_failed_wrapper';
-COMMENT ON FUNCTION llm_batch.retry_failed IS 'lets a job ask again for the rows that it listed as skipped or failed';
+COMMENT ON FUNCTION llm_batch.retry_failed IS 'makes a job ask again for the rows that it listed as skipped or failed';
 
 CREATE FUNCTION llm_batch.forget(job_id bigint) RETURNS void
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'forget_wrapper';
-COMMENT ON FUNCTION llm_batch.forget IS 'takes a job that has ended out of llm_batch.progress, with its failures';
+COMMENT ON FUNCTION llm_batch.forget IS 'removes a job that has ended from llm_batch.progress, with its failures';
 
--- What only the server's memory knows. Not for users.
+-- Reads shared memory. Used by views.
 CREATE FUNCTION llm_batch.waits_for(job_id bigint) RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'waits_for_wrapper';
-COMMENT ON FUNCTION llm_batch.waits_for IS 'why a job that is to run does not: no_worker_slot, disabled, no_connections; for llm_batch.progress';
+COMMENT ON FUNCTION llm_batch.waits_for IS 'returns why a job cannot start: no_worker_slot, disabled or no_connections; used by llm_batch.progress';
 
 CREATE FUNCTION llm_batch.home() RETURNS text
     LANGUAGE c STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'home_wrapper';
-COMMENT ON FUNCTION llm_batch.home() IS 'where a job is made: this cluster, this database, this CREATE EXTENSION';
+COMMENT ON FUNCTION llm_batch.home() IS 'returns an identifier of this cluster, database and extension; OIDs are valid only there';
 
 -- What a number and a name stand for: see tables.sql. NULL is what does not exist.
 
@@ -179,7 +179,7 @@ CREATE FUNCTION llm_batch.owner_now(number oid, called name, home text) RETURNS 
     RETURN (SELECT r.oid FROM pg_catalog.pg_roles r
              WHERE r.oid OPERATOR(pg_catalog.=) CASE WHEN owner_now.home OPERATOR(pg_catalog.=) llm_batch.home() THEN owner_now.number
                    ELSE (SELECT x.oid FROM pg_catalog.pg_roles x WHERE x.rolname OPERATOR(pg_catalog.=) owner_now.called) END);
-COMMENT ON FUNCTION llm_batch.owner_now IS 'the role that owns a row: by number where the row is at home, else by name';
+COMMENT ON FUNCTION llm_batch.owner_now IS 'returns the role that owns a row: by OID if "home" is this database, else by name';
 
 CREATE FUNCTION llm_batch.server_now(number oid, called name, home text) RETURNS oid
     LANGUAGE sql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
@@ -187,7 +187,7 @@ CREATE FUNCTION llm_batch.server_now(number oid, called name, home text) RETURNS
              WHERE s.oid OPERATOR(pg_catalog.=) CASE WHEN server_now.home OPERATOR(pg_catalog.=) llm_batch.home() THEN server_now.number
                    WHEN server_now.number OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
                    THEN (SELECT x.oid FROM pg_catalog.pg_foreign_server x WHERE x.srvname OPERATOR(pg_catalog.=) server_now.called) END);
-COMMENT ON FUNCTION llm_batch.server_now IS 'the foreign server of a model: by number where the model is at home, else by name';
+COMMENT ON FUNCTION llm_batch.server_now IS 'returns the foreign server of a model: by OID if "home" is this database, else by name';
 
 CREATE FUNCTION llm_batch.relation_now(number oid, called text, home text) RETURNS oid
     LANGUAGE sql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
@@ -197,14 +197,14 @@ CREATE FUNCTION llm_batch.relation_now(number oid, called text, home text) RETUR
                    THEN (SELECT x.oid FROM pg_catalog.pg_class x JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) x.relnamespace
                           WHERE n.nspname OPERATOR(pg_catalog.=) (pg_catalog.parse_ident(relation_now.called))[1]::pg_catalog.name
                             AND x.relname OPERATOR(pg_catalog.=) (pg_catalog.parse_ident(relation_now.called))[2]::pg_catalog.name) END);
-COMMENT ON FUNCTION llm_batch.relation_now IS 'the table of a job: by number where the job is at home, else by name';
+COMMENT ON FUNCTION llm_batch.relation_now IS 'returns the table of a job: by OID if "home" is this database, else by name';
 
 CREATE FUNCTION llm_batch.gateway_activity() RETURNS jsonb
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'gateway_activity_wrapper';
-COMMENT ON FUNCTION llm_batch.gateway_activity IS 'the gateway''s state; for llm_batch.activity';
+COMMENT ON FUNCTION llm_batch.gateway_activity IS 'returns the state of the gateway; used by llm_batch.activity';
 
 CREATE FUNCTION llm_batch.refuse_transaction_block(what text) RETURNS void
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'refuse_transaction_block_wrapper';
-COMMENT ON FUNCTION llm_batch.refuse_transaction_block(text) IS 'raises inside a transaction block; for llm_batch.wait()';
+COMMENT ON FUNCTION llm_batch.refuse_transaction_block(text) IS 'raises an error inside a transaction block; used by llm_batch.wait()';

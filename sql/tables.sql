@@ -38,24 +38,24 @@ CREATE TABLE llm_batch.model (
     max_request_tokens      integer NOT NULL,
     parameters              jsonb NOT NULL
 );
-COMMENT ON TABLE llm_batch.model IS 'models that can be asked; kept by llm_batch.create_model(), alter_model(), drop_model()';
-COMMENT ON COLUMN llm_batch.model.owner IS 'role that may alter and drop it, where the row is at home';
-COMMENT ON COLUMN llm_batch.model.owner_name IS 'name of the owner, of late; it holds where the row is not at home';
-COMMENT ON COLUMN llm_batch.model.server IS 'foreign server of the wrapper llm_provider, where the row is at home';
-COMMENT ON COLUMN llm_batch.model.server_name IS 'name of the server, of late; it holds where the row is not at home';
-COMMENT ON COLUMN llm_batch.model.home IS 'cluster, database and CREATE EXTENSION in which the numbers of owner and server hold';
+COMMENT ON TABLE llm_batch.model IS 'language models; managed by llm_batch.create_model(), alter_model() and drop_model()';
+COMMENT ON COLUMN llm_batch.model.owner IS 'OID of the role that owns the model; valid where "home" is this database';
+COMMENT ON COLUMN llm_batch.model.owner_name IS 'last known name of the owner; identifies it in another database, as after a restore';
+COMMENT ON COLUMN llm_batch.model.server IS 'OID of the foreign server; valid where "home" is this database';
+COMMENT ON COLUMN llm_batch.model.server_name IS 'last known name of the foreign server; identifies it in another database, as after a restore';
+COMMENT ON COLUMN llm_batch.model.home IS 'cluster, database and extension in which the OIDs of owner and server are valid';
 COMMENT ON COLUMN llm_batch.model.model IS 'the provider''s name of the model';
-COMMENT ON COLUMN llm_batch.model.tokens_per_minute IS 'limit of tokens a minute, prompts and answers together; NULL is no limit';
-COMMENT ON COLUMN llm_batch.model.requests_per_minute IS 'limit of requests a minute; NULL is no limit';
-COMMENT ON COLUMN llm_batch.model.input_tokens_per_minute IS 'limit of prompt tokens a minute; NULL is no limit';
-COMMENT ON COLUMN llm_batch.model.output_tokens_per_minute IS 'limit of answer tokens a minute; NULL is no limit';
+COMMENT ON COLUMN llm_batch.model.tokens_per_minute IS 'limit of tokens per minute, prompts and answers together; NULL means no limit';
+COMMENT ON COLUMN llm_batch.model.requests_per_minute IS 'limit of requests per minute; NULL means no limit';
+COMMENT ON COLUMN llm_batch.model.input_tokens_per_minute IS 'limit of prompt tokens per minute; NULL means no limit';
+COMMENT ON COLUMN llm_batch.model.output_tokens_per_minute IS 'limit of answer tokens per minute; NULL means no limit';
 COMMENT ON COLUMN llm_batch.model.input_price IS 'dollars per million prompt tokens';
 COMMENT ON COLUMN llm_batch.model.output_price IS 'dollars per million answer tokens';
-COMMENT ON COLUMN llm_batch.model.cached_input_price IS 'dollars per million prompt tokens that the provider had cached; NULL is as input_price';
-COMMENT ON COLUMN llm_batch.model.max_concurrent_requests IS 'most requests at the same time; NULL is as many as prove useful';
-COMMENT ON COLUMN llm_batch.model.request_timeout IS 'how long one request may take';
-COMMENT ON COLUMN llm_batch.model.max_request_tokens IS 'most tokens of one request, prompt and answer together';
-COMMENT ON COLUMN llm_batch.model.parameters IS 'further parameters of each request, such as {"temperature": 0}';
+COMMENT ON COLUMN llm_batch.model.cached_input_price IS 'dollars per million prompt tokens that the provider had cached; NULL means input_price';
+COMMENT ON COLUMN llm_batch.model.max_concurrent_requests IS 'maximum number of concurrent requests; NULL means that the gateway finds out by trying';
+COMMENT ON COLUMN llm_batch.model.request_timeout IS 'maximum duration of a request';
+COMMENT ON COLUMN llm_batch.model.max_request_tokens IS 'maximum number of tokens of a request, prompt and answer together';
+COMMENT ON COLUMN llm_batch.model.parameters IS 'additional parameters of each request, such as {"temperature": 0}';
 
 CREATE TABLE llm_batch.classifier (
     name        text PRIMARY KEY,
@@ -68,7 +68,7 @@ CREATE TABLE llm_batch.classifier (
     examples    jsonb NOT NULL,
     options     jsonb NOT NULL
 );
-COMMENT ON TABLE llm_batch.classifier IS 'what to ask; kept by llm_batch.create_classifier(), alter_classifier(), drop_classifier()';
+COMMENT ON TABLE llm_batch.classifier IS 'classification tasks; managed by llm_batch.create_classifier(), alter_classifier() and drop_classifier()';
 COMMENT ON COLUMN llm_batch.classifier.labels IS 'array of {"label", "description"}';
 COMMENT ON COLUMN llm_batch.classifier.examples IS 'array of {"input", "label"}';
 
@@ -138,7 +138,7 @@ CREATE TABLE llm_batch.job_state (
     started_at        timestamptz,
     updated_at        timestamptz NOT NULL DEFAULT now()
 ) WITH (fillfactor = 50);
-COMMENT ON TABLE llm_batch.job_state IS 'counters and state of jobs, written by their workers; see llm_batch.progress';
+COMMENT ON TABLE llm_batch.job_state IS 'state and counters of jobs, written by their workers; see llm_batch.progress';
 
 CREATE TABLE llm_batch.row_failure (
     job_id   bigint NOT NULL REFERENCES llm_batch.job (id) ON DELETE CASCADE,

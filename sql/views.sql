@@ -50,20 +50,20 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
      WHERE pg_catalog.pg_has_role(o.owner, 'USAGE') OR pg_catalog.pg_has_role(t.relowner, 'USAGE')
         OR pg_catalog.pg_has_role('pg_monitor', 'USAGE')
   ) p;
-COMMENT ON VIEW llm_batch.progress IS 'jobs: one''s own, those on one''s own tables, or all for pg_monitor';
-COMMENT ON COLUMN llm_batch.progress.owner IS 'with whose rights it runs';
-COMMENT ON COLUMN llm_batch.progress.relation IS 'the table as it is called now';
-COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed, cancelled';
-COMMENT ON COLUMN llm_batch.progress.reason IS 'why it is paused: user, budget, auth, spend, no_answers, owner, label, restored, table wait for resume(); provider_down, quota, read_only, write_error, no_worker_slot, disabled, no_connections go on by themselves; or, while it runs, what it waits for: locked';
-COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and those that came since; NULL until they are counted';
-COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that others filled, changed or deleted meanwhile';
-COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows among rows_done whose answer was paid for with another row of the same text';
-COMMENT ON COLUMN llm_batch.progress.cached_input_tokens IS 'tokens among input_tokens that the provider had cached';
-COMMENT ON COLUMN llm_batch.progress.cost IS 'dollars, by the model''s prices and the tokens the provider reported';
-COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'dollars that requests may have cost whose answers were lost, at the most';
-COMMENT ON COLUMN llm_batch.progress.max_cost IS 'dollars that the job may cost at the most, cost_unconfirmed included';
-COMMENT ON COLUMN llm_batch.progress.max_tokens IS 'tokens that the job may take at the most';
-COMMENT ON COLUMN llm_batch.progress.projected_cost IS 'dollars, if the rest costs as much a row as what is done';
+COMMENT ON VIEW llm_batch.progress IS 'jobs that the current user owns or whose tables it owns; all jobs for pg_monitor';
+COMMENT ON COLUMN llm_batch.progress.owner IS 'role with whose rights the job runs';
+COMMENT ON COLUMN llm_batch.progress.relation IS 'current name of the table';
+COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed or cancelled';
+COMMENT ON COLUMN llm_batch.progress.reason IS 'why the job is paused. Until resume(): user, budget, auth, spend, no_answers, owner, label, restored, table. Until the cause is gone: provider_down, quota, read_only, write_error, no_worker_slot, disabled, no_connections. While running: locked, if it waits for a lock on the table';
+COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and rows added since; NULL until they are counted';
+COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that were filled, changed or deleted by others while the job ran';
+COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows in rows_done that got the answer of another row with the same text';
+COMMENT ON COLUMN llm_batch.progress.cached_input_tokens IS 'tokens in input_tokens that the provider had cached';
+COMMENT ON COLUMN llm_batch.progress.cost IS 'dollars, by the model''s prices and the tokens that the provider reported';
+COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'maximum cost in dollars of requests whose usage is unknown because they broke off';
+COMMENT ON COLUMN llm_batch.progress.max_cost IS 'budget in dollars; cost and cost_unconfirmed count against it';
+COMMENT ON COLUMN llm_batch.progress.max_tokens IS 'budget in tokens';
+COMMENT ON COLUMN llm_batch.progress.projected_cost IS 'expected total cost in dollars, if the remaining rows cost as much as the rows so far';
 
 CREATE VIEW llm_batch.failure WITH (security_barrier = true) AS
 SELECT f.job_id, f.key, f.state, f.class, f.attempts, f.detail, f.at
@@ -73,9 +73,9 @@ SELECT f.job_id, f.key, f.state, f.class, f.attempts, f.detail, f.at
     OR pg_catalog.pg_has_role(llm_batch.owner_now(j.owner, j.owner_name, j.home), 'USAGE')
     OR pg_catalog.pg_has_role((SELECT t.relowner FROM pg_catalog.pg_class t
                                 WHERE t.oid OPERATOR(pg_catalog.=) llm_batch.relation_now(j.relation, j.relation_name, j.home)), 'USAGE');
-COMMENT ON VIEW llm_batch.failure IS 'rows that jobs could not fill; rows whose input is NULL or empty are counted as skipped, not listed';
-COMMENT ON COLUMN llm_batch.failure.key IS 'the row''s key: column names and values';
-COMMENT ON COLUMN llm_batch.failure.state IS 'skipped: the model would not answer; failed: it went wrong';
+COMMENT ON VIEW llm_batch.failure IS 'rows that jobs could not fill; rows whose input is NULL or empty are counted as skipped and not listed';
+COMMENT ON COLUMN llm_batch.failure.key IS 'key of the row: column names and values';
+COMMENT ON COLUMN llm_batch.failure.state IS 'skipped: the model did not answer, or the text is too long; failed: something went wrong';
 
 CREATE VIEW llm_batch.activity WITH (security_barrier = true) AS
 SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.requests_allowed, a.rows_allowed,
@@ -93,19 +93,19 @@ SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.r
        requests_in_window bigint, requests_limit bigint, used double precision, share double precision,
        reported_left bigint, token_ratio numeric, answer_ratio numeric, thinking_tokens bigint, latency_ms bigint, rows_reused bigint,
        waiting_ms bigint, requests_total bigint, rows_total bigint, throttled bigint, errors bigint, last_error text, breaker text);
-COMMENT ON VIEW llm_batch.activity IS 'the limiter and the queue of each account and model, live: those one has streams of, or all for pg_monitor';
-COMMENT ON COLUMN llm_batch.activity.requests_allowed IS 'most requests under way at the same time, as it has proved useful so far';
-COMMENT ON COLUMN llm_batch.activity.rows_allowed IS 'most rows in a request at present, where incomplete or slow answers made it less than the task allows';
-COMMENT ON COLUMN llm_batch.activity.used IS 'part of the tightest limit that is used up at present, 0 to 1';
-COMMENT ON COLUMN llm_batch.activity.share IS 'part of the limit that is left to this server, 0 to 1: less than 1 after refusals that nothing else explains';
-COMMENT ON COLUMN llm_batch.activity.reported_left IS 'tokens left in the provider''s window, by its own word and what was sent since';
-COMMENT ON COLUMN llm_batch.activity.breaker IS 'closed: requests are sent; open: nothing is, because the provider does not answer; half_open: a probe finds out whether it does again';
-COMMENT ON COLUMN llm_batch.activity.waiting_until IS 'nothing is sent before: the provider said so, or is probed then after it has not answered';
-COMMENT ON COLUMN llm_batch.activity.latency IS 'time from a request to its answer, of late';
-COMMENT ON COLUMN llm_batch.activity.thinking_tokens IS 'tokens that the model spends on thinking before it answers, a request, of late';
-COMMENT ON COLUMN llm_batch.activity.token_ratio IS 'tokens of prompts as the provider counts them, for each that is counted here';
-COMMENT ON COLUMN llm_batch.activity.answer_ratio IS 'tokens of answers for each that was expected';
-COMMENT ON COLUMN llm_batch.activity.rows_reused IS 'rows that got the answer of another row of the same text, since the gateway started';
+COMMENT ON VIEW llm_batch.activity IS 'current limiter and queue of each account and model that the current user is asking; all for pg_monitor';
+COMMENT ON COLUMN llm_batch.activity.requests_allowed IS 'maximum number of concurrent requests, as found out by trying';
+COMMENT ON COLUMN llm_batch.activity.rows_allowed IS 'current maximum number of rows in a request; less than the task allows after incomplete or slow answers';
+COMMENT ON COLUMN llm_batch.activity.used IS 'fraction of the tightest limit that is currently used, 0 to 1';
+COMMENT ON COLUMN llm_batch.activity.share IS 'fraction of the limit that this server takes for its own, 0 to 1; less than 1 after refusals that nothing else explains';
+COMMENT ON COLUMN llm_batch.activity.reported_left IS 'tokens left in the provider''s window, as it reported, less what was sent since';
+COMMENT ON COLUMN llm_batch.activity.breaker IS 'closed: requests are sent; open: none are sent, because the provider does not answer; half_open: a probe is under way';
+COMMENT ON COLUMN llm_batch.activity.waiting_until IS 'no request is sent before this time: the provider asked to wait, or its next probe is due then';
+COMMENT ON COLUMN llm_batch.activity.latency IS 'recent time from a request to its answer';
+COMMENT ON COLUMN llm_batch.activity.thinking_tokens IS 'recent tokens per request that the model spends on thinking';
+COMMENT ON COLUMN llm_batch.activity.token_ratio IS 'prompt tokens as the provider counts them, divided by those counted here';
+COMMENT ON COLUMN llm_batch.activity.answer_ratio IS 'answer tokens divided by those expected';
+COMMENT ON COLUMN llm_batch.activity.rows_reused IS 'rows that got the answer of another row with the same text, since the gateway started';
 
 -- Each look is a transaction of its own, so it sees what the worker has committed and holds no old snapshot.
 CREATE PROCEDURE llm_batch.wait(job_id bigint, timeout interval DEFAULT NULL)
@@ -134,21 +134,21 @@ BEGIN
                 HINT = CASE WHEN job.reason OPERATOR(pg_catalog.=) 'budget'
                             THEN pg_catalog.concat('Raise it with llm_batch.alter_job(', wait.job_id, ', …), then call llm_batch.resume(', wait.job_id, ').')
                             WHEN job.status OPERATOR(pg_catalog.=) 'paused'
-                            THEN pg_catalog.concat('Mend the cause, then call llm_batch.resume(', wait.job_id, ').')
-                            ELSE 'A new llm_batch.backfill() goes on with the rows that are still NULL.' END;
+                            THEN pg_catalog.concat('Fix the cause, then call llm_batch.resume(', wait.job_id, ').')
+                            ELSE 'Call llm_batch.backfill() again for the rows that are still NULL.' END;
         ELSIF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) deadline THEN
             RAISE EXCEPTION 'job % is not done after %', wait.job_id, wait.timeout USING ERRCODE = 'query_canceled',
                 DETAIL = pg_catalog.concat(job.rows_left, ' rows are left.');
         ELSIF job.reason OPERATOR(pg_catalog.=) ANY (ARRAY['no_worker_slot', 'disabled', 'no_connections']) AND job.reason OPERATOR(pg_catalog.<>) said THEN
             said := job.reason;
-            RAISE NOTICE 'job % is paused (%), and goes on by itself', wait.job_id, job.reason;
+            RAISE NOTICE 'job % is paused (%) and will go on by itself', wait.job_id, job.reason;
         END IF;
         PERFORM pg_catalog.pg_sleep(pauses);
         pauses := LEAST(pauses OPERATOR(pg_catalog.*) 1.5::pg_catalog.float8, 1.0::pg_catalog.float8);
     END LOOP;
 END
 $$;
-COMMENT ON PROCEDURE llm_batch.wait IS 'returns when a job is done; raises if it fails, is cancelled or paused; not inside a transaction block';
+COMMENT ON PROCEDURE llm_batch.wait IS 'waits until a job is done; raises an error if it fails, is cancelled or is paused; not allowed inside a transaction block';
 
 -- Functions of the schema are for everyone: each checks what its caller may do. Tables are written by none but the
 -- extension's own code.

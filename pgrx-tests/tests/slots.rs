@@ -68,7 +68,7 @@ fn why_a_job_does_not_run() {
         let said = String::from_utf8_lossy(&output.stderr);
         assert!(output.status.success(), "{said}");
         assert_eq!(
-            said.matches(&format!("job {job} is paused (disabled), and goes on by itself")).count(),
+            said.matches(&format!("job {job} is paused (disabled) and will go on by itself")).count(),
             1,
             "{said}"
         );
