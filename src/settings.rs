@@ -25,32 +25,32 @@ static STATEMENT_MAX_COST: GucSetting<f64> = GucSetting::<f64>::new(-1.0);
 pub fn init() {
     GucRegistry::define_bool_guc(
         c"llm_batch.enabled",
-        c"Lets requests be sent to language models.",
-        c"Off stops all of them at once; jobs go on when it is on again.",
+        c"Enables requests to language models.",
+        c"Turning it off stops all requests at once. Jobs continue when it is turned on again.",
         &ENABLED,
         GucContext::Sighup,
         GucFlags::default(),
     );
     GucRegistry::define_string_guc(
         c"llm_batch.databases",
-        c"Databases in which jobs are looked for at the start of the server.",
-        c"Names with commas between them; empty means all.",
+        c"Lists the databases that are searched for jobs when the server starts.",
+        c"Names are separated by commas. An empty value means all databases.",
         &DATABASES,
         GucContext::Sighup,
         GucFlags::default(),
     );
     GucRegistry::define_string_guc(
         c"llm_batch.allowed_hosts",
-        c"Hosts that servers not owned by a superuser may reach.",
-        c"host or host:port, with commas between them, each as in base_url; empty means none.",
+        c"Lists the hosts that foreign servers not owned by a superuser may reach.",
+        c"Entries are host or host:port, separated by commas. An empty value means none.",
         &ALLOWED_HOSTS,
         GucContext::Sighup,
         GucFlags::default(),
     );
     GucRegistry::define_int_guc(
         c"llm_batch.max_job_workers",
-        c"Most jobs that run at the same time.",
-        c"Each takes one of max_worker_processes.",
+        c"Sets the maximum number of jobs that run at the same time.",
+        c"Each running job takes one of max_worker_processes.",
         &MAX_JOB_WORKERS,
         0,
         64,
@@ -59,8 +59,8 @@ pub fn init() {
     );
     GucRegistry::define_int_guc(
         c"llm_batch.gateway_memory",
-        c"Memory for texts that wait to be sent.",
-        c"When it is used up, sessions and jobs wait.",
+        c"Sets the memory for texts that wait to be sent.",
+        c"Sessions and jobs wait while it is used up.",
         &GATEWAY_MEMORY,
         1024,
         1024 * 1024,
@@ -69,8 +69,8 @@ pub fn init() {
     );
     GucRegistry::define_int_guc(
         c"llm_batch.gateway_cache",
-        c"Memory for answers that are kept for later rows of the same text.",
-        c"0 keeps none; what is under way is shared all the same.",
+        c"Sets the memory for answers that are kept for later rows with the same text.",
+        c"0 keeps none. Rows still share a request that is under way for the same text.",
         &GATEWAY_CACHE,
         0,
         1024 * 1024,
@@ -79,8 +79,8 @@ pub fn init() {
     );
     GucRegistry::define_int_guc(
         c"llm_batch.keep_finished_jobs",
-        c"How long jobs that have ended stay in llm_batch.progress.",
-        c"-1 keeps them for ever. Their accounts are in the server's log.",
+        c"Sets how long jobs that have ended stay in llm_batch.progress.",
+        c"-1 keeps them for ever. The server log has a summary of each.",
         &KEEP_FINISHED_JOBS,
         -1,
         i32::MAX,
@@ -89,8 +89,8 @@ pub fn init() {
     );
     GucRegistry::define_string_guc(
         c"llm_batch.default_model",
-        c"Model of llm_classify() with labels, and of classifiers that name none.",
-        c"A name given to llm_batch.create_model().",
+        c"Sets the model of llm_classify() with labels, of llm_filter(), and of new classifiers.",
+        c"It applies where no model is named. It is a name given to llm_batch.create_model().",
         &DEFAULT_MODEL,
         GucContext::Userset,
         GucFlags::default(),
@@ -98,15 +98,15 @@ pub fn init() {
     GucRegistry::define_bool_guc(
         c"llm_batch.enable_batch_scan",
         c"Enables the planner's use of batch scans.",
-        c"They send the rows of llm_classify() and llm_filter() many in a request; without them each takes its own.",
+        c"With a batch scan, rows of llm_classify() and llm_filter() share requests. Without it each row takes its own.",
         &ENABLE_BATCH_SCAN,
         GucContext::Userset,
         GucFlags::EXPLAIN,
     );
     GucRegistry::define_float_guc(
         c"llm_batch.statement_max_cost",
-        c"Dollars that the llm_*() calls of a statement may cost together.",
-        c"-1 is no limit. Jobs have budgets of their own.",
+        c"Sets the maximum cost in dollars of all llm_*() calls of a statement.",
+        c"-1 means no limit. Jobs have budgets of their own.",
         &STATEMENT_MAX_COST,
         -1.0,
         1e6,
@@ -115,7 +115,7 @@ pub fn init() {
     );
     GucRegistry::define_string_guc(
         c"llm_batch.library_version",
-        c"Version of the library that the server runs.",
+        c"Shows the version of the library that the server runs.",
         c"The version of the extension in pg_extension must be the same.",
         &LIBRARY_VERSION,
         GucContext::Internal,
