@@ -27,7 +27,7 @@ impl Price {
         }
         Err(Error::state(format!("model \"{model}\" has no prices"))
             .detail("A budget in dollars needs both input_price and output_price.")
-            .hint("Set them with llm_batch.alter_model(), or limit the tokens with max_tokens."))
+            .hint("Set the prices with llm_batch.alter_model(), or use a budget in tokens: max_tokens."))
     }
 
     /// What was paid, with cached tokens at their own price; no cost where the prices are not known.

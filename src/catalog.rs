@@ -98,7 +98,7 @@ pub fn target(relation: pg_sys::Oid, column: &str) -> Result<Target> {
     let unfit = if !generated.is_empty() || !identity.is_empty() {
         "is generated"
     } else if not_null || domain_not_null {
-        "is NOT NULL, and what is to be filled is told by NULL"
+        "is NOT NULL, but a job fills rows whose target is NULL"
     } else {
         ""
     };
@@ -199,7 +199,7 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
         let is_one =
             unsafe { is_one_expression(pg_sys::raw_parser(alone.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT)) };
         if !is_one {
-            return Err(not_one("It has clauses of its own, or is more than one expression."));
+            return Err(not_one("It contains other clauses, or more than one expression."));
         }
     }
     // SAFETY: parser and analysis run on the main thread inside a transaction; they raise on errors, and what they
@@ -215,14 +215,14 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
         let analyzed =
             pg_sys::parse_analyze_fixedparams(raw, query.as_ptr(), std::ptr::null(), 0, std::ptr::null_mut());
         let wrong = if (*analyzed).hasAggs || (*analyzed).hasWindowFuncs {
-            "It has an aggregate or window function."
+            "It contains an aggregate or window function."
         } else if (*analyzed).hasTargetSRFs {
-            "It has a set-returning function."
+            "It contains a set-returning function."
         } else if pg_sys::contain_volatile_functions(analyzed.cast()) {
             match usage {
-                Use::Isolation => "It has a volatile function: a row's value must be the same each time.",
+                Use::Isolation => "It contains a volatile function, but the value of a row must be the same each time.",
                 _ => {
-                    "It has a volatile function: when the answer comes, the input is computed again to see whether it has changed."
+                    "It contains a volatile function, but the input is computed again when the answer arrives, to see whether it has changed."
                 }
             }
         } else {
@@ -231,7 +231,7 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
         if !wrong.is_empty() {
             return Err(Error::new(
                 PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
-                format!("{what} can't be evaluated by a job"),
+                format!("{what} cannot be evaluated by a job"),
             )
             .detail(wrong));
         }
@@ -315,8 +315,8 @@ pub fn check_owners(relation: pg_sys::Oid, role: pg_sys::Oid, name: &str) -> Res
     )?;
     match other {
         None => Ok(()),
-        Some(other) => Err(Error::denied(format!("a superuser's job can't fill {name}"))
-            .detail(format!("It would write table {other}, whose triggers would run as a superuser."))
+        Some(other) => Err(Error::denied(format!("a superuser's job cannot fill {name}"))
+            .detail(format!("It would write table {other}, whose triggers would run with the rights of a superuser."))
             .hint("Let one role own the table and all of its partitions, and start the job as that role.")),
     }
 }

@@ -25,8 +25,8 @@ fn read_options<'a>(layers: impl IntoIterator<Item = &'a Value> + Clone) -> Resu
     let has = |key: &&str| layers.clone().into_iter().any(|l| l.get(key).is_some());
     if has(&isolation::OPTION) {
         return Err(Error::invalid("unrecognized option \"isolation\"").hint(
-            "It is an option of llm_batch.backfill() and llm_batch.estimate(), and the third column of the query of \
-             llm_classify_batch().",
+            "It is an option of llm_batch.backfill() and llm_batch.estimate(). For llm_classify_batch() it is the third \
+             column of the query.",
         ));
     }
     if let Some(key) = ["max_cost", "max_tokens"].iter().find(|key| has(key)) {
@@ -85,7 +85,8 @@ pub const YES: &str = "yes";
 pub fn from_question(question: &str, mut options: Value) -> Result<Known> {
     let question = question.trim();
     if question.is_empty() {
-        return Err(Error::invalid("the question is empty").hint("Ask what is to be answered with yes or no."));
+        return Err(Error::invalid("the question must not be empty")
+            .hint("Ask a question that can be answered with yes or no."));
     }
     let named = match options.as_object_mut().and_then(|map| map.remove("model")) {
         None | Some(Value::Null) => None,

@@ -135,7 +135,7 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
                     PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
                     format!("the query must return two columns, id and input, or three, not {}", rows.columns()?),
                 )
-                .hint("Write it as 'SELECT id, body FROM …'; a third column keeps rows apart that differ in it."));
+                .hint("Write it as 'SELECT id, body FROM …'. Rows with different values of a third column never share a request."));
             }
             if rows.is_empty() {
                 return Ok(Vec::new());
@@ -160,10 +160,10 @@ fn classify_array(
     if ids.len() != inputs.len() {
         return Err(Error::new(
             PgSqlErrorCode::ERRCODE_ARRAY_ELEMENT_ERROR,
-            "\"ids\" and \"inputs\" must have as many elements as each other",
+            "\"ids\" and \"inputs\" must have the same number of elements",
         )
         .detail(format!("\"ids\" has {}, \"inputs\" has {}.", ids.len(), inputs.len()))
-        .hint("Make both of the same rows, as in SELECT array_agg(id), array_agg(body) FROM …"));
+        .hint("Build both from the same rows, as in SELECT array_agg(id), array_agg(body) FROM …"));
     }
     let asked = known.stream(current_user(), true)?;
     let mut inputs = inputs.into_iter();

@@ -63,8 +63,8 @@ impl LostInVain {
             return Ok(());
         }
         Err(Error::new(PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE, "lost the connection to the llm_batch gateway")
-            .detail(format!("The gateway ended {MOST_LOST} times, one after the other, before it had answered."))
-            .hint("The server's log says why the process \"llm_batch gateway\" ended."))
+            .detail(format!("The gateway ended {MOST_LOST} times in a row before it answered."))
+            .hint("See the server log for why the process \"llm_batch gateway\" ended."))
     }
 }
 
@@ -74,7 +74,7 @@ pub fn check_loaded() -> Result<()> {
         return Ok(());
     }
     Err(Error::state("pg_llm_batch is not loaded")
-        .detail("It needs background processes, which are started with the server.")
+        .detail("It needs background processes, which start with the server.")
         .hint("Add pg_llm_batch to shared_preload_libraries in postgresql.conf and restart the server."))
 }
 
@@ -89,8 +89,8 @@ pub fn check_came_up(process: Process) -> Result<()> {
                 PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
                 format!("the llm_batch {name} is not running"),
             )
-            .detail("It has not come up since the server started: no background worker was free for it.")
-            .hint("Raise max_worker_processes and restart the server: each running job needs one, and pg_llm_batch three more."));
+            .detail("It could not start: no background worker was free.")
+            .hint("Raise max_worker_processes and restart the server. Each running job needs one, and pg_llm_batch three more."));
         }
         wait(None, Some(Duration::from_millis(50)));
     }
@@ -109,10 +109,10 @@ pub fn check_here() -> Result<()> {
     if in_recovery() {
         return Err(Error::new(
             PgSqlErrorCode::ERRCODE_READ_ONLY_SQL_TRANSACTION,
-            "pg_llm_batch can't be used during recovery",
+            "pg_llm_batch cannot be used during recovery",
         )
-        .detail("This server is a standby: no process of pg_llm_batch runs here.")
-        .hint("Call it on the primary, or promote this server."));
+        .detail("This server is a standby, where no process of pg_llm_batch runs.")
+        .hint("Call the function on the primary, or promote this server."));
     }
     version::check()
 }
@@ -166,7 +166,7 @@ impl Client {
                         "could not connect to the llm_batch gateway",
                     )
                     .detail(e.to_string())
-                    .hint("The server's log says why the process \"llm_batch gateway\" is not running."));
+                    .hint("See the server log for why the process \"llm_batch gateway\" is not running."));
                 }
                 Err(_) => wait(None, Some(Duration::from_millis(50))),
             }

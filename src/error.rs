@@ -56,23 +56,23 @@ impl Error {
         let (code, message, hint) = match stop.reason {
             StopReason::Auth => (
                 C::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
-                format!("the provider of model \"{model}\" refuses the key"),
-                "Set the right one with ALTER USER MAPPING … OPTIONS (SET api_key '…').",
+                format!("the provider of model \"{model}\" rejected the API key"),
+                "Correct it with ALTER USER MAPPING … OPTIONS (SET api_key '…'), or in the file of api_key_file.",
             ),
             StopReason::Spend => (
                 C::ERRCODE_INSUFFICIENT_RESOURCES,
-                format!("the account of model \"{model}\" has no money left"),
-                "Add money or raise the limit at the provider.",
+                format!("the account of model \"{model}\" is out of credit"),
+                "Add credit or raise the spending limit at the provider.",
             ),
             StopReason::Quota => (
                 C::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
-                format!("the quota of model \"{model}\" is used up"),
-                "Wait until the provider renews it, or raise it there.",
+                format!("the quota of model \"{model}\" is exhausted"),
+                "Wait until the provider renews the quota, or raise it at the provider.",
             ),
             StopReason::ProviderDown => (
                 C::ERRCODE_CONNECTION_FAILURE,
                 format!("the provider of model \"{model}\" does not answer"),
-                "Check base_url of the server, and that the endpoint can be reached from the database server.",
+                "Check the option base_url of the foreign server, and that the endpoint is reachable from the database server.",
             ),
             StopReason::NotFound => (
                 C::ERRCODE_UNDEFINED_OBJECT,
@@ -81,7 +81,7 @@ impl Error {
             ),
             StopReason::Rejected => (
                 C::ERRCODE_FDW_INVALID_ATTRIBUTE_VALUE,
-                format!("the provider of model \"{model}\" refuses the request"),
+                format!("the provider of model \"{model}\" rejected the request"),
                 "Check the parameters of the model and the options of the task, such as structured_output.",
             ),
             StopReason::NoAnswers => (
@@ -92,7 +92,7 @@ impl Error {
             ),
             StopReason::Disabled => (
                 C::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-                "pg_llm_batch is switched off".to_owned(),
+                "pg_llm_batch is disabled".to_owned(),
                 "Set llm_batch.enabled = on and reload the configuration.",
             ),
         };
@@ -131,7 +131,7 @@ impl From<llm_batch_core::Error> for Error {
 
 impl From<pgrx::spi::Error> for Error {
     fn from(e: pgrx::spi::Error) -> Self {
-        Error::new(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, format!("a statement of pg_llm_batch failed: {e}"))
+        Error::new(PgSqlErrorCode::ERRCODE_INTERNAL_ERROR, format!("an internal statement of pg_llm_batch failed: {e}"))
     }
 }
 

@@ -88,15 +88,15 @@ fn unknown(name: &str) -> Error {
 /// Another server of that name may be another's: it is never taken for the one that is gone.
 fn without_server(model: &str, server: &str) -> Error {
     Error::unknown(format!("server \"{server}\" of model \"{model}\" does not exist"))
-        .detail("It was dropped, or is not here. A new server of that name is another one.")
-        .hint("The model's owner can give it a server: SELECT llm_batch.alter_model(…, server => …).")
+        .detail("The server was dropped, or was not restored. A new server with the same name does not replace it.")
+        .hint("The owner of the model can set another server with llm_batch.alter_model(…, server => …).")
 }
 
 /// The name of the model to use where none is named.
 pub fn default() -> Result<String> {
     let name = crate::settings::default_model();
     if name.is_empty() {
-        return Err(Error::invalid("no model is named").hint("Name one, or set llm_batch.default_model."));
+        return Err(Error::invalid("no model is specified").hint("Specify a model, or set llm_batch.default_model."));
     }
     Ok(name)
 }
@@ -136,7 +136,7 @@ impl Given {
             }
         }
         if self.model.as_ref().is_some_and(|m| m.trim().is_empty()) {
-            return Err(Error::invalid("\"model\" must not be empty").hint("It is the provider's name of the model."));
+            return Err(Error::invalid("\"model\" must not be empty").hint("Specify the provider's name of the model."));
         }
         if let Some(timeout) = self.request_timeout {
             let ms = sql::one::<i64>(
@@ -154,7 +154,7 @@ impl Given {
                 );
             };
             if let Some(key) = map.keys().find(|k| RESERVED_PARAMETERS.contains(&k.as_str())) {
-                return Err(Error::invalid(format!("parameter \"{key}\" can't be set"))
+                return Err(Error::invalid(format!("parameter \"{key}\" cannot be set"))
                     .detail("pg_llm_batch sets it for each request."));
             }
         }
@@ -360,8 +360,8 @@ fn alter_model(
     let mut resets = Vec::new();
     for wanted in reset.unwrap_or_default().into_iter().flatten() {
         if !RESETTABLE.contains(&wanted.as_str()) {
-            return Err(Error::invalid(format!("\"{wanted}\" can't be reset"))
-                .hint(format!("What can be reset: {}.", RESETTABLE.join(", ")))
+            return Err(Error::invalid(format!("\"{wanted}\" cannot be reset"))
+                .hint(format!("Settings that can be reset: {}.", RESETTABLE.join(", ")))
                 .into());
         }
         let default = match wanted.as_str() {

@@ -9,7 +9,7 @@ use crate::model::{check_owner, current_user};
 use crate::{sql, txn};
 
 /// What is said of a row or a job whose owner does not exist any more.
-pub const GONE: &str = "the job's owner was dropped";
+pub const GONE: &str = "the owner of the job was dropped";
 
 /// Whether the caller has the rights of an owner; of what nobody owns any more, superusers have them.
 pub fn is_mine(owner: Option<pg_sys::Oid>) -> bool {
@@ -28,8 +28,8 @@ pub fn denied(owner: Option<pg_sys::Oid>, what: &str) -> Error {
     if owner.is_some() {
         return e;
     }
-    e.detail("Its owner was dropped, or is not a role here.")
-        .hint("A superuser can give it another one with llm_batch.set_owner().")
+    e.detail("Its owner was dropped, or was not restored.")
+        .hint("A superuser can set another owner with llm_batch.set_owner().")
 }
 
 /// A role that the caller may make an owner: its name, and whether it can log in.
@@ -51,23 +51,21 @@ pub fn new(role: pg_sys::Oid) -> Result<(String, bool)> {
 /// Whether the current user could still log in: an open session of his goes on where he can't, his jobs don't.
 pub fn check_login() -> Result<()> {
     let lost = sql::one::<String>(
-        "SELECT CASE WHEN NOT r.rolcanlogin THEN 'it may not log in'
-                     WHEN r.rolvaliduntil OPERATOR(pg_catalog.<) pg_catalog.now() THEN 'it is valid no longer'
+        "SELECT CASE WHEN NOT r.rolcanlogin THEN 'it is not permitted to log in'
+                     WHEN r.rolvaliduntil OPERATOR(pg_catalog.<) pg_catalog.now() THEN 'its VALID UNTIL has passed'
                      WHEN NOT pg_catalog.has_database_privilege(r.oid, pg_catalog.current_database(), 'CONNECT')
-                     THEN 'it may not connect to the database' END
+                     THEN 'it is not permitted to connect to the database' END
            FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) $1",
         &[current_user().into()],
     )?;
-    lost.map_or(Ok(()), |right| Err(Error::denied(format!("the job's owner lost a right: {right}"))))
+    lost.map_or(Ok(()), |right| Err(Error::denied(format!("the owner of the job lost a right: {right}"))))
 }
 
 #[pg_extern(sql = false)]
 fn set_owner(kind: &str, name: &str, new_owner: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
     if !["model", "classifier"].contains(&kind) {
         return Err(Error::invalid(format!("unrecognized kind \"{kind}\""))
-            .hint(
-                "It is model or classifier. A job is named by its number alone, as in llm_batch.set_owner(1, 'alice').",
-            )
+            .hint("Valid kinds are model and classifier. For a job, call llm_batch.set_owner(job_id, new_owner).")
             .into());
     }
     check_owner(kind, kind, name)?;

@@ -59,14 +59,14 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
                 seen_url = true;
                 url::parse(value).map_err(url_error)?;
                 if !llm_batch_gateway::is_readable(value) {
-                    return Err(bad_value("invalid base_url: its host is no valid name".to_owned())
-                        .hint("Write it as https://host/path; \"xn--\" begins an international name.")
+                    return Err(bad_value("invalid base_url: the host is not a valid name".to_owned())
+                        .hint("Write it as https://host/path. The prefix \"xn--\" is for internationalized names.")
                         .into());
                 }
             }
             "counts" => drop(counts(value)?),
             "api_key" if !is_header(value) || value.len() as u64 > MOST_KEY => {
-                return Err(bad_value("option \"api_key\" is not a key".to_owned()).into());
+                return Err(bad_value("option \"api_key\" is not a valid key".to_owned()).into());
             }
             _ => {}
         }
@@ -143,8 +143,10 @@ pub fn endpoint(oid: pg_sys::Oid, role: pg_sys::Oid) -> Result<Endpoint> {
             .hint("Name a server of the foreign data wrapper llm_provider."));
     }
     if !usage {
-        return Err(Error::denied(format!("permission denied for foreign server {server}"))
-            .hint(format!("Its owner can GRANT USAGE ON FOREIGN SERVER {}.", sql::name(server))));
+        return Err(Error::denied(format!("permission denied for foreign server {server}")).hint(format!(
+            "The owner of the server can grant it: GRANT USAGE ON FOREIGN SERVER {} TO …",
+            sql::name(server)
+        )));
     }
     let option = |name: &str| {
         options.iter().flatten().find_map(|o| o.split_once('=').filter(|(n, _)| *n == name).map(|(_, v)| v.to_owned()))
@@ -160,8 +162,8 @@ pub fn endpoint(oid: pg_sys::Oid, role: pg_sys::Oid) -> Result<Endpoint> {
         Some(key) => Some(key),
         None => match option("api_key_file") {
             Some(_) if !trusted => {
-                return Err(Error::denied(format!("server \"{server}\" may not read a key from a file"))
-                    .detail("Only the servers of superusers may.")
+                return Err(Error::denied(format!("server \"{server}\" is not allowed to read a key from a file"))
+                    .detail("Only servers that a superuser owns can use api_key_file.")
                     .hint("Set the key with CREATE USER MAPPING … OPTIONS (api_key '…')."));
             }
             Some(path) => Some(key_from_file(server, &path)?),
@@ -181,13 +183,15 @@ fn check_host(server: &str, target: &url::Target) -> Result<()> {
     };
     if target.address().is_some_and(url::is_reserved) {
         return Err(denied(
-            "Servers that a superuser does not own reach no link-local, multicast or metadata address.",
+            "Servers that a superuser does not own cannot reach link-local, multicast or metadata addresses.",
         )
-        .hint("If it must be reached, a superuser can own the server."));
+        .hint("A server that a superuser owns can reach it."));
     }
     if !target.is_listed(&settings::allowed_hosts()) {
-        return Err(denied("Servers that a superuser does not own reach only the hosts in llm_batch.allowed_hosts.")
-            .hint("A superuser can add the host there."));
+        return Err(denied(
+            "Servers that a superuser does not own can reach only the hosts in llm_batch.allowed_hosts.",
+        )
+        .hint("A superuser can add the host to llm_batch.allowed_hosts."));
     }
     Ok(())
 }
@@ -195,7 +199,7 @@ fn check_host(server: &str, target: &url::Target) -> Result<()> {
 /// Read anew for each use: a key that was changed holds from the next request on.
 fn key_from_file(server: &str, path: &str) -> Result<String> {
     let fail = |why: String| {
-        Error::new(PgSqlErrorCode::ERRCODE_UNDEFINED_FILE, format!("could not read the key of server \"{server}\""))
+        Error::new(PgSqlErrorCode::ERRCODE_UNDEFINED_FILE, format!("could not read the API key of server \"{server}\""))
             .detail(format!("File \"{path}\": {why}."))
             .hint("api_key_file must name a file of one line that the server's operating system user can read.")
     };
@@ -213,7 +217,7 @@ fn key_from_file(server: &str, path: &str) -> Result<String> {
     let text = String::from_utf8(bytes).unwrap_or_default();
     let key = text.trim();
     if key.is_empty() || !is_header(key) {
-        return Err(fail("it does not hold a key".into()));
+        return Err(fail("it does not contain a valid key".into()));
     }
     Ok(key.to_owned())
 }

@@ -87,7 +87,7 @@ impl Conclude {
         match self.on_error {
             OnError::Error => Err(Error::new(PgSqlErrorCode::ERRCODE_DATA_EXCEPTION, message)
                 .detail(detail)
-                .hint("With the option on_error = \"null\" such a text gives NULL.")),
+                .hint("Set the option on_error to \"null\" to get NULL for such a text.")),
             OnError::Null => {
                 ereport!(WARNING, PgSqlErrorCode::ERRCODE_WARNING, message, detail);
                 Ok(None)

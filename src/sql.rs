@@ -91,7 +91,7 @@ pub fn one_mut<T: FromDatum + IntoDatum>(query: &str, args: &[DatumWithOid<'_>])
 /// Sets a parameter until the end of the transaction.
 pub fn set_local(name: &str, value: &str) -> Result<()> {
     let c_string = |text: &str| {
-        std::ffi::CString::new(text).map_err(|_| Error::invalid("the value of a parameter can't have a zero byte"))
+        std::ffi::CString::new(text).map_err(|_| Error::invalid("the value of a parameter cannot contain a zero byte"))
     };
     let (name, value) = (c_string(name)?, c_string(value)?);
     // SAFETY: on the main thread inside a transaction; both strings are copied.

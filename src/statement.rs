@@ -60,10 +60,10 @@ pub fn count_single() {
             "rows of this statement are sent to the model one by one",
             "pg_llm_batch",
         )
-        .set_detail("Each takes a request of its own.")
+        .set_detail("Each row takes a request of its own.")
         .set_hint(
-            "EXPLAIN shows a node \"LLM Batch\" where rows share requests. llm_classify_batch() and \
-             llm_batch.backfill() always share them.",
+            "Rows share requests where EXPLAIN shows a node \"LLM Batch\", and always in llm_classify_batch() and \
+             llm_batch.backfill().",
         )
         .report(PgLogLevel::NOTICE);
     }
@@ -225,9 +225,9 @@ impl Purse {
         }
         let of = if limit.tokens == UNLIMITED { String::new() } else { format!(" of {}", limit.tokens) };
         spent.push(format!("{}{of} tokens", gone.tokens));
-        Error::new(PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED, "the budget of the statement is used up")
+        Error::new(PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED, "the budget of the statement is exhausted")
             .detail(format!(
-                "{} are spent and {} rows answered; {}.",
+                "Spent so far: {}, for {} answered rows; {}.",
                 spent.join(" and "),
                 rows,
                 budget::next_request(least)

@@ -35,8 +35,10 @@ pub fn differs(version: &str) -> Error {
     let hint = if numbers(version) < numbers(LIBRARY) {
         "Run ALTER EXTENSION pg_llm_batch UPDATE in this database."
     } else {
-        "The server still runs the library of before the upgrade: restart it."
+        "The server still runs the old library. Restart it to finish the upgrade."
     };
-    Error::state(format!("extension \"pg_llm_batch\" has version {version}, and the server's library {LIBRARY}"))
-        .hint(hint)
+    Error::state(format!(
+        "extension \"pg_llm_batch\" has version {version}, but the server runs library version {LIBRARY}"
+    ))
+    .hint(hint)
 }

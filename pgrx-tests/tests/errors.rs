@@ -61,7 +61,7 @@ fn a_provider_that_refuses() {
         "SELECT llm_classify_batch('SELECT id, body FROM tickets', 'topic')".to_owned(),
     ];
     for sql in &verbs {
-        refused(client, sql, "28000", &["model \"m\"", "refuses the key", "401", "ALTER USER MAPPING"]);
+        refused(client, sql, "28000", &["model \"m\"", "rejected the API key", "401", "ALTER USER MAPPING"]);
     }
     bed.provider.configure(|c| {
         c.api_key = None;
@@ -76,13 +76,13 @@ fn a_provider_that_refuses() {
     let location = format!("{}/chat/completions", elsewhere.base_url());
     bed.provider.configure(|c| c.faults = vec![(Fault::Redirect(location), 1.0)]);
     for sql in &verbs {
-        refused(client, sql, "HV024", &["refuses the request", "302", "redirect", "base_url"]);
+        refused(client, sql, "HV024", &["rejected the request", "302", "redirect", "base_url"]);
     }
     assert_eq!(elsewhere.stats().requests, 0, "a redirect was followed");
 
     bed.provider.configure(|c| c.faults = vec![(Fault::SpendLimit429, 1.0)]);
     for sql in &verbs {
-        refused(client, sql, "53000", &["no money left", "quota"]);
+        refused(client, sql, "53000", &["out of credit", "quota"]);
     }
 
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -669,7 +669,7 @@ fn a_key_that_is_revoked_in_the_middle() {
     let p = common::wait_status(client, job, "paused");
     assert_eq!(p.reason.as_deref(), Some("auth"), "{p:?}");
     let last = p.last_error.unwrap();
-    assert!(last.contains("refuses the key") && last.contains("401"), "{last}");
+    assert!(last.contains("rejected the API key") && last.contains("401"), "{last}");
     // What was sent before was answered and is written.
     wait_until("what was in flight is written", PATIENCE, || progress(client, job).done, |n| *n == 10);
     refused(client, &format!("CALL llm_batch.wait({job})"), "55000", &["paused (auth)", "401", "resume"]);
@@ -695,7 +695,7 @@ fn money_that_is_gone_in_the_middle() {
     let p = common::wait_status(client, job, "paused");
     assert_eq!(p.reason.as_deref(), Some("spend"), "{p:?}");
     let last = p.last_error.unwrap();
-    assert!(last.contains("no money left") && last.contains("quota"), "{last}");
+    assert!(last.contains("out of credit") && last.contains("quota"), "{last}");
     refused(client, &format!("CALL llm_batch.wait({job})"), "55000", &["paused (spend)", "resume"]);
     bed.provider.configure(|c| c.faults.clear());
     run(client, &format!("SELECT llm_batch.resume({job})"));

@@ -202,13 +202,13 @@ fn a_server_goes_on_while_its_library_is_replaced() {
     let client = &mut bed.connect();
     assert_eq!(library(client), last);
     let e = error(client, "SELECT llm_classify('#r900001:bug#', 'topic')");
-    let said = format!("has version {VERSION}, and the server's library {last}");
+    let said = format!("has version {VERSION}, but the server runs library version {last}");
     assert!(e.0 == "55000" && e.1.contains(&said) && e.3.contains("Run ALTER EXTENSION pg_llm_batch UPDATE"), "{e:?}");
     wait_until(
         "the log says so",
         PATIENCE,
         || bed.cluster.log(),
-        |log| log.contains("jobs of database \"postgres\" wait"),
+        |log| log.contains("jobs in database \"postgres\" wait"),
     );
     let (found, update) = (one(client, &done), "ALTER EXTENSION pg_llm_batch UPDATE");
     assert!(pids(client, "llm_batch job").is_empty());

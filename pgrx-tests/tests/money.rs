@@ -82,7 +82,7 @@ fn within(client: &mut Client, job: i64) {
 #[track_caller]
 fn paused_by_budget(client: &mut Client, job: i64) -> common::Progress {
     let p = wait_until(
-        "the budget is used up",
+        "the budget is exhausted",
         PATIENCE,
         || {
             within(client, job);
@@ -291,7 +291,7 @@ fn used_up(client: &mut Client, sql: &str) -> String {
     let (code, message, detail, hint) = error(client, sql);
     assert_eq!(code, "53400", "{sql}: {message} {detail}");
     assert!(message.contains("budget of the statement"), "{message}");
-    assert!(detail.contains("rows answered") && hint.contains("llm_batch.backfill()"), "{detail} {hint}");
+    assert!(detail.contains("answered rows") && hint.contains("llm_batch.backfill()"), "{detail} {hint}");
     detail
 }
 

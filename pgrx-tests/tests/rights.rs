@@ -437,7 +437,7 @@ fn an_owner_that_may_not_log_in_any_more() {
     let job = held_job(&bed, client);
     for (change, says, back) in [
         ("ALTER ROLE alice NOLOGIN", "log in", "ALTER ROLE alice LOGIN"),
-        ("ALTER ROLE alice VALID UNTIL '2001-01-01'", "valid", "ALTER ROLE alice VALID UNTIL 'infinity'"),
+        ("ALTER ROLE alice VALID UNTIL '2001-01-01'", "VALID UNTIL", "ALTER ROLE alice VALID UNTIL 'infinity'"),
         ("REVOKE CONNECT ON DATABASE postgres FROM PUBLIC", "connect", "GRANT CONNECT ON DATABASE postgres TO PUBLIC"),
     ] {
         let before = one(client, "SELECT count(*) FROM tickets WHERE topic IS NOT NULL");
@@ -572,8 +572,8 @@ fn allowed_hosts_and_key_files() {
     // The superuser himself is no way around it.
     denied(client, create, "llm_batch.allowed_hosts");
     set(&bed, "llm_batch.allowed_hosts", "api.openai.com, 127.0.0.1");
-    denied(alice, create, "may not read a key from a file");
-    denied(client, create, "may not read a key from a file");
+    denied(alice, create, "is not allowed to read a key from a file");
+    denied(client, create, "is not allowed to read a key from a file");
     run(
         alice,
         "ALTER SERVER hers OPTIONS (DROP api_key_file); CREATE USER MAPPING FOR alice SERVER hers OPTIONS (api_key 'sk-from-a-file')",
@@ -640,7 +640,7 @@ fn owners_and_servers_that_go() {
     denied(client, &format!("SELECT llm_batch.set_owner({job}, 'postgres')"), "superuser");
     // Not to a superuser even if the table is his: bob wrote the expressions.
     run(client, "ALTER TABLE tickets OWNER TO postgres");
-    denied(client, &format!("SELECT llm_batch.set_owner({job}, 'postgres')"), "not a superuser's");
+    denied(client, &format!("SELECT llm_batch.set_owner({job}, 'postgres')"), "no superuser owned");
     run(client, "ALTER TABLE tickets OWNER TO alice");
     run(client, &format!("SELECT llm_batch.set_owner({job}, 'alice')"));
     bed.provider.release();
@@ -658,7 +658,10 @@ fn owners_and_servers_that_go() {
     run(client, "DROP OWNED BY bob; DROP ROLE bob");
     bed.provider.release();
     let p = wait_status(client, job, "paused");
-    assert_eq!((p.reason.as_deref(), p.last_error.as_deref()), (Some("owner"), Some("the job's owner was dropped")));
+    assert_eq!(
+        (p.reason.as_deref(), p.last_error.as_deref()),
+        (Some("owner"), Some("the owner of the job was dropped"))
+    );
     assert_eq!(text(client, &format!("SELECT owner FROM llm_batch.progress WHERE job_id = {job}")), "bob");
     let e = error(client, &format!("SELECT llm_batch.resume({job})"));
     assert!(e.0 == "28000" && e.1.contains("dropped") && e.3.contains("set_owner"), "{e:?}");

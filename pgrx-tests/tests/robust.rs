@@ -721,7 +721,7 @@ fn switched_off_and_on() {
     wait_until("requests are dropped", Duration::from_secs(5), || bed.provider.stats().in_flight, |n| *n == 0);
     let (code, message, _, hint) = statement.join().unwrap();
     assert_eq!(code, "55000", "{message}");
-    assert!(message.contains("switched off") && hint.contains("llm_batch.enabled"), "{message} {hint}");
+    assert!(message.contains("disabled") && hint.contains("llm_batch.enabled"), "{message} {hint}");
     let requests = bed.provider.stats().requests;
     let (code, message, ..) = error(client, "SELECT llm_classify('#r900001:bug#', 'topic')");
     assert_eq!(code, "55000", "{message}");

@@ -119,14 +119,14 @@ fn questions() {
     assert_eq!(text(c, &filter(&named)), "100002 100005 100008 100011");
     let body = bed.provider.bodies().last().unwrap().to_string();
     assert!(body.contains(question), "{body}");
-    refused(&bed, &filter("llm_filter(body, 'Is it?')"), "22023", &["no model is named", "default_model"]);
+    refused(&bed, &filter("llm_filter(body, 'Is it?')"), "22023", &["no model is specified", "default_model"]);
     run(c, "SET llm_batch.default_model = 'm'");
     assert_eq!(text(c, &filter("NOT llm_filter(body, 'Is it?') AND id < 100005")), "100001 100003 100004");
     for null in ["NULL, 'Is it?'", "'', 'Is it?'", "'x', NULL"] {
         assert_eq!(text(c, &format!("SELECT llm_filter({null}) IS NULL")), "t", "{null}");
     }
     let call = |args: &str| format!("SELECT llm_filter('#r900001:yes#', {args})");
-    refused(&bed, &call("' '"), "22023", &["question is empty"]);
+    refused(&bed, &call("' '"), "22023", &["question must not be empty"]);
     refused(&bed, &call("'Is it?', '{\"model\": 5}'"), "22023", &["\"model\": 5"]);
     refused(&bed, &call("'Is it?', '{\"model\": \"nothing\"}'"), "42704", &["model \"nothing\""]);
     refused(&bed, &call("'Is it?', '{\"mode\": \"m\"}'"), "22023", &["\"mode\"", "max_attempts"]);

@@ -198,7 +198,7 @@ fn more_jobs_than_are_kept_in_mind() {
         ),
     );
     let job = backfill(other, "tickets");
-    let said = || bed.cluster.log().matches("more to do than it keeps in mind").count();
+    let said = || bed.cluster.log().matches("more jobs than it can track").count();
     wait_until("it is logged", SOON, said, |n| *n == 1);
     waits(client, JOBS, "no_worker_slot");
     waits(other, job, "no_worker_slot");

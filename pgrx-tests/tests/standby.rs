@@ -191,7 +191,7 @@ fn a_base_backup_of_a_running_server() {
     let there = &mut copy.connect("postgres");
     wait_until("the gateway is up", PATIENCE, || one(there, OURS), |n| *n >= 2);
     assert_eq!(ROWS - left(there, "tickets"), written);
-    assert_eq!(error(there, "SELECT llm_classify('#r900001:bug#', 'topic')").1, "pg_llm_batch is switched off");
+    assert_eq!(error(there, "SELECT llm_classify('#r900001:bug#', 'topic')").1, "pg_llm_batch is disabled");
     run(there, "SELECT llm_batch.cancel(job_id) FROM llm_batch.progress WHERE status IN ('running', 'paused')");
     run(there, "ALTER SYSTEM RESET llm_batch.enabled");
     copy.set("llm_batch.enabled", "on");

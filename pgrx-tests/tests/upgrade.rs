@@ -105,7 +105,7 @@ fn old_bed(name: &str) -> (Bed, Client) {
 
 /// How often the log was told that the versions differ.
 fn told(bed: &Bed) -> usize {
-    bed.cluster.log().matches("jobs of database \"postgres\" wait").count()
+    bed.cluster.log().matches("jobs in database \"postgres\" wait").count()
 }
 
 #[track_caller]
@@ -204,9 +204,9 @@ fn a_library_that_is_too_old() {
     let version = text(client, "SELECT extversion FROM pg_extension WHERE extname = 'pg_llm_batch'");
     assert_eq!(text(client, "SHOW llm_batch.library_version"), version);
     run(client, "UPDATE pg_extension SET extversion = '99.0' WHERE extname = 'pg_llm_batch'");
-    refused(client, "llm_classify('#r900001:bug#', 'topic')", "restart it");
-    refused(client, &format!("llm_batch.pause({job})"), "restart it");
-    refused(client, "llm_batch.alter_model('m', requests_per_minute => 5)", "restart it");
+    refused(client, "llm_classify('#r900001:bug#', 'topic')", "Restart it");
+    refused(client, &format!("llm_batch.pause({job})"), "Restart it");
+    refused(client, "llm_batch.alter_model('m', requests_per_minute => 5)", "Restart it");
     let before = progress(client, job);
     // The worker ends by itself, and notes nothing.
     let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'llm_batch job'";

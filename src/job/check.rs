@@ -112,13 +112,13 @@ pub fn check_login(owner: pg_sys::Oid) -> Result<()> {
         Some((_, true)) => Ok(()),
         Some((name, false)) => Err(Error::new(
             PgSqlErrorCode::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
-            format!("role \"{name}\" can't own a job because it can't log in"),
+            format!("role \"{name}\" cannot own a job because it is not permitted to log in"),
         )
         .hint(format!(
-            "A job's worker connects as its owner: ALTER ROLE {} LOGIN, or start it as another role.",
+            "The worker of a job connects as the owner of the job. Use ALTER ROLE {} LOGIN, or start the job as another role.",
             sql::name(&name)
         ))),
-        None => Err(Error::unknown("the job's owner does not exist")),
+        None => Err(Error::unknown("the owner of the job does not exist")),
     }
 }
 
@@ -130,8 +130,9 @@ fn check_rights(target: &Target, owner: pg_sys::Oid, is_to_write: bool) -> Resul
             &[owner.into(), target.relation.into(), column.as_str().into(), right.into()],
         )?;
         if may != Some(true) {
-            return Err(Error::denied(format!("permission denied for column \"{column}\" of {}", target.name))
-                .hint("The job's owner needs SELECT on the key, the target and the input, and UPDATE on the target."));
+            return Err(Error::denied(format!("permission denied for column \"{column}\" of {}", target.name)).hint(
+                "The owner of the job needs SELECT on the key, the target and the input, and UPDATE on the target.",
+            ));
         }
     }
     Ok(())

@@ -53,7 +53,7 @@ fn here(owner: pg_sys::Oid, relation: pg_sys::Oid) -> String {
 
 fn ended(status: &store::Status) -> Error {
     Error::state(format!("job {} is {}", status.id, status.status))
-        .hint("A new llm_batch.backfill() goes on with the rows that are still NULL.")
+        .hint("Call llm_batch.backfill() again for the rows that are still NULL.")
 }
 
 #[pg_extern(sql = false)]
@@ -158,8 +158,10 @@ fn set_job_owner(job_id: i64, new_owner: pg_sys::Oid) -> std::result::Result<(),
     check_login(new_owner)?;
     // SAFETY: a catalog lookup on the main thread inside a transaction.
     if unsafe { pg_sys::superuser_arg(new_owner) } && !status.is_of_table(new_owner) {
-        return Err(Error::denied(format!("superuser \"{role}\" can't own a job on another role's table"))
-            .detail("What the table's triggers and the job's expressions do would be done with a superuser's rights.")
+        return Err(Error::denied(format!("superuser \"{role}\" cannot own a job on another role's table"))
+            .detail(
+                "The triggers of the table and the expressions of the job would run with the rights of a superuser.",
+            )
             .hint("Give the job to the table's owner.")
             .into());
     }
@@ -168,9 +170,9 @@ fn set_job_owner(job_id: i64, new_owner: pg_sys::Oid) -> std::result::Result<(),
     let is_raised = |old| status.owner != Some(new_owner) && !unsafe { pg_sys::superuser_arg(old) };
     // SAFETY: as above.
     if unsafe { pg_sys::superuser_arg(new_owner) } && status.owner.is_none_or(is_raised) {
-        return Err(Error::denied(format!("superuser \"{role}\" can't be given a job that is not a superuser's"))
-            .detail("The job's expressions, which its owner wrote, would be evaluated with a superuser's rights.")
-            .hint(format!("Cancel it with llm_batch.cancel({job_id}) and call llm_batch.backfill() anew."))
+        return Err(Error::denied(format!("superuser \"{role}\" cannot take over a job that no superuser owned"))
+            .detail("The expressions of the job, which its owner wrote, would run with the rights of a superuser.")
+            .hint(format!("Cancel the job with llm_batch.cancel({job_id}), then call llm_batch.backfill()."))
             .into());
     }
     txn::as_extension_owner(|| {
@@ -189,7 +191,7 @@ fn forget(job_id: i64) -> std::result::Result<(), ErrorReport> {
     let status = store::status(job_id)?.by_owner_or_tables()?;
     if matches!(status.status.as_str(), "running" | "paused") {
         return Err(Error::state(format!("job {job_id} is {}", status.status))
-            .hint(format!("Wait until it has ended, or end it with llm_batch.cancel({job_id})."))
+            .hint(format!("Wait until the job ends, or cancel it with llm_batch.cancel({job_id})."))
             .into());
     }
     store::forget(job_id, "")?;
@@ -204,7 +206,7 @@ fn refuse_transaction_block(what: &str) -> std::result::Result<(), ErrorReport> 
             PgSqlErrorCode::ERRCODE_ACTIVE_SQL_TRANSACTION,
             format!("{what} cannot run inside a transaction block"),
         )
-        .hint("Commit first: a job starts when the transaction that made it commits.")
+        .hint("Commit first: a job starts when the transaction that created it commits.")
         .into());
     }
     Ok(())

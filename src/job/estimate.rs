@@ -129,7 +129,7 @@ fn balanced(texts: Vec<Sampled>, wanted: i64, mean: f64) -> Vec<Sampled> {
 
 fn estimate_of(given: &Given, most_rows: i32) -> Result<(Population, Estimate, Asked)> {
     if !(1..=MOST_ROWS).contains(&most_rows) {
-        return Err(Error::invalid("\"sample_rows\" must be from 1 to 4000"));
+        return Err(Error::invalid("\"sample_rows\" must be between 1 and 4000"));
     }
     let (target, owner, asked) = given.check(false)?;
     let stream = &asked.stream;

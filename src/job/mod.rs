@@ -34,10 +34,10 @@ impl Budget {
     fn new(max_cost: Option<AnyNumeric>, max_tokens: Option<i64>) -> Result<Self> {
         let refuse = |name, hint| Err(Error::invalid(format!("\"{name}\" must be greater than zero")).hint(hint));
         if max_cost.as_ref().is_some_and(|n| n.is_nan() || *n <= AnyNumeric::from(0)) {
-            return refuse("max_cost", "It is in dollars; NULL is no limit.");
+            return refuse("max_cost", "The budget is in dollars. NULL means no limit.");
         }
         if max_tokens.is_some_and(|n| n <= 0) {
-            return refuse("max_tokens", "NULL is no limit.");
+            return refuse("max_tokens", "NULL means no limit.");
         }
         Ok(Self { max_cost, max_tokens })
     }
@@ -65,9 +65,9 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
     if unsafe { pg_sys::XactIsoLevel } >= pg_sys::XACT_REPEATABLE_READ as i32 {
         return Err(Error::new(
             PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
-            "backfill() can't be called in a REPEATABLE READ or SERIALIZABLE transaction",
+            "backfill() cannot be called in a REPEATABLE READ or SERIALIZABLE transaction",
         )
-        .hint("Call it at READ COMMITTED."));
+        .hint("Call it in a READ COMMITTED transaction."));
     }
     let (target, owner, Asked { stream, model, price }) = given.check(true)?;
     if budget.max_cost.is_some() {
@@ -121,9 +121,11 @@ fn check_alone(target: &Target, except: i64) -> Result<()> {
     if let Some(other) = other {
         return Err(Error::new(
             PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
-            format!("job {other} fills column \"{}\" of {} already", target.column, target.name),
+            format!("job {other} already fills column \"{}\" of {}", target.column, target.name),
         )
-        .hint(format!("Wait for it with CALL llm_batch.wait({other}), or end it with llm_batch.cancel({other}).")));
+        .hint(format!(
+            "Wait for the job with CALL llm_batch.wait({other}), or cancel it with llm_batch.cancel({other})."
+        )));
     }
     Ok(())
 }

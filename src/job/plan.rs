@@ -105,7 +105,7 @@ pub fn lockers(job: &Job) -> Result<String> {
         &[job.relation.into(), pg_sys::Oid::from(crate::worker::my_database()).into()],
     )?;
     Ok(found.unwrap_or_else(|| {
-        "it is not on the table, but on something a trigger, a constraint or the input needs".to_owned()
+        "the lock is not on the table, but on something that a trigger, a constraint or the input needs".to_owned()
     }))
 }
 

@@ -46,14 +46,17 @@ impl Status {
     pub fn check_complete(&self) -> Result<(pg_sys::Oid, pg_sys::Oid)> {
         let Some(owner) = self.owner else {
             return Err(Error::new(PgSqlErrorCode::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION, owner::GONE)
-                .hint(format!("Give it another one with llm_batch.set_owner({}, …).", self.id)));
+                .hint(format!("Set another owner with llm_batch.set_owner({}, …).", self.id)));
         };
         let Some(relation) = self.relation else {
             return Err(Error::new(
                 PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
                 format!("table {} of job {} does not exist", self.table, self.id),
             )
-            .hint(format!("Restore it under this name, or end the job with llm_batch.cancel({}).", self.id)));
+            .hint(format!(
+                "Restore the table under this name, or cancel the job with llm_batch.cancel({}).",
+                self.id
+            )));
         };
         Ok((owner, relation))
     }

@@ -45,13 +45,13 @@ pub extern "C-unwind" fn llm_batch_finder_main(_arg: pg_sys::Datum) {
     let found = txn::run(search);
     // Later and apart: what holds this up holds up no job.
     if let Err(e) = txn::run(store::tidy_up) {
-        pgrx::log!("llm_batch could not tidy up: {}", e.one_line());
+        pgrx::log!("llm_batch could not remove old jobs: {}", e.one_line());
     }
     let end = match found {
         Ok(Some(at)) => End::Again(at),
         Ok(None) => End::Finished,
         Err(e) => {
-            pgrx::log!("llm_batch could not look for jobs: {}", e.one_line());
+            pgrx::log!("llm_batch could not search for jobs: {}", e.one_line());
             End::Died
         }
     };
@@ -66,7 +66,9 @@ fn search() -> Result<Option<i64>> {
         if shared::first_told(super::my_database()) {
             let e = version::differs(&version);
             let database = sql::one::<String>("SELECT current_database()::text", &[])?.unwrap_or_default();
-            let text = format!("jobs of database \"{database}\" wait until the extension and the library agree");
+            let text = format!(
+                "jobs in database \"{database}\" wait until the extension and the library have the same version"
+            );
             ereport!(WARNING, e.code, text, format!("{}. {}", e.message, e.hint.unwrap_or_default()));
         }
         return Ok(Some(shared::now() + AGAIN));
@@ -75,10 +77,10 @@ fn search() -> Result<Option<i64>> {
         "SELECT j.id, j.owner,
                 s.epoch = j.epoch AND s.status = 'paused' AS waits,
                 (extract(epoch FROM s.resume_at - clock_timestamp()) * 1000000)::bigint AS microseconds,
-                CASE WHEN r.oid IS NULL THEN 'the job''s owner was dropped'
-                     WHEN NOT r.rolcanlogin THEN 'the job''s owner lost a right: it may not log in'
+                CASE WHEN r.oid IS NULL THEN 'the owner of the job was dropped'
+                     WHEN NOT r.rolcanlogin THEN 'the owner of the job lost a right: it is not permitted to log in'
                      WHEN NOT has_database_privilege(j.owner, current_database(), 'CONNECT')
-                     THEN 'the job''s owner lost a right: it may not connect to the database'
+                     THEN 'the owner of the job lost a right: it is not permitted to connect to the database'
                 END, j.epoch,
                 (extract(epoch FROM clock_timestamp() - s.updated_at) * 1000000)::bigint AS age,
                 CASE WHEN s.epoch = j.epoch THEN s.starts ELSE 0 END AS starts

@@ -88,7 +88,7 @@ pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
             "llm_batch_gateway_main",
         )
         .set_detail(format!("{SOCKET}: {e}."))
-        .set_hint("It is tried again every second.")
+        .set_hint("The gateway tries again every second.")
         .report(PgLogLevel::FATAL);
         unreachable!("FATAL ends the process")
     });

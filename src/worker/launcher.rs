@@ -91,9 +91,7 @@ impl Launcher {
             self.all_queued = Some(now);
         }
         if missed && is_time(&mut self.said_missed, now) {
-            pgrx::log!(
-                "llm_batch has more to do than it keeps in mind at a time; databases are searched again as jobs end"
-            );
+            pgrx::log!("llm_batch has more jobs than it can track at a time; databases are searched again as jobs end");
         }
     }
 
@@ -169,7 +167,7 @@ impl Launcher {
                 WARNING,
                 PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED,
                 "no background worker is free for llm_batch; jobs wait",
-                "Raise max_worker_processes: each running job needs one, and pg_llm_batch three more."
+                "Raise max_worker_processes. Each running job needs one, and pg_llm_batch three more."
             );
         }
         false

@@ -226,8 +226,8 @@ fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<
     };
     let said = if message.is_empty() { body.trim() } else { &message };
     let message = match (status, said.is_empty()) {
-        (None, true) => "the provider's answer carries an error".to_owned(),
-        (None, false) => format!("the provider's answer carries an error: {said}"),
+        (None, true) => "the provider's answer contains an error".to_owned(),
+        (None, false) => format!("the provider's answer contains an error: {said}"),
         (Some(status), true) => format!("HTTP status {status}"),
         (Some(status), false) => format!("HTTP status {status}: {said}"),
     };
@@ -251,7 +251,7 @@ mod tests {
             one_line(&report(500, r#"{"error":"a\n b\u0000c\u001b[2Jd"}"#).message),
             "HTTP status 500: a b c [2Jd"
         );
-        assert_eq!(one_line(&report(200, r#"{"error":{}}"#).message), "the provider's answer carries an error");
+        assert_eq!(one_line(&report(200, r#"{"error":{}}"#).message), "the provider's answer contains an error");
         assert!(one_line(&"ä".repeat(1000)).chars().count() == MOST_MESSAGE + 1);
     }
 

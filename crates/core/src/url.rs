@@ -113,12 +113,12 @@ pub fn parse(base_url: &str) -> Result<Target, Error> {
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let plain = |c: char| c.is_ascii_alphanumeric() || "-._~".contains(c);
     if !path.chars().all(|c| plain(c) || "/:%@+,=".contains(c)) {
-        return Err(bad("the path has a character that is not allowed there"));
+        return Err(bad("the path contains a character that is not allowed"));
     }
     let (host, port) = match authority.strip_prefix('[') {
         Some(v6) => {
             let (host, after) = v6.split_once(']').ok_or_else(|| bad("a bracket is not closed"))?;
-            let host = host.parse::<Ipv6Addr>().map_err(|_| bad("what is in brackets is no IPv6 address"))?;
+            let host = host.parse::<Ipv6Addr>().map_err(|_| bad("the brackets do not contain an IPv6 address"))?;
             (host.to_string(), after.strip_prefix(':').or((after.is_empty()).then_some("")))
         }
         None => {

@@ -141,7 +141,7 @@ impl Answer {
         }
         // A small answer never has to go without.
         if length > SMALL_ANSWER && all > self.memory {
-            return Err("the answers that are being read take all of llm_batch.gateway_memory".to_owned());
+            return Err("answers that are being read use all of llm_batch.gateway_memory".to_owned());
         }
         self.all.set(all);
         self.bytes.extend_from_slice(part);

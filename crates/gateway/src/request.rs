@@ -121,7 +121,7 @@ async fn exchange(
     let response = tokio::select! {
         biased;
         () = never_begins.notified() => {
-            return Answered::broke_off("the provider sends interim answers without end".to_owned(), true);
+            return Answered::broke_off("the provider sends too many interim responses".to_owned(), true);
         }
         response = client.request(request) => response,
     };
@@ -150,7 +150,7 @@ async fn exchange(
     let result = match encoding {
         // Nothing was asked for that needs to be unpacked, and what is small may unpack to anything.
         Some(encoding) if status.is_success() => {
-            let message = format!("the provider's answer is not as it was asked for: encoded as \"{encoding}\"");
+            let message = format!("the provider's answer has an encoding that was not requested: \"{encoding}\"");
             Err(Report { trouble: Trouble::Overload(None), message })
         }
         Some(_) => trouble::outcome(status.as_u16(), b"", said.wait),

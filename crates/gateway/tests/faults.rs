@@ -146,7 +146,7 @@ fn bytes_that_are_no_answer_are_survived_and_named() {
         (Fault::Raw(bomb), "encoded as \"gzip\""),
         (raw("HTTP/1.1 503 X\r\ncontent-encoding: br\r\n\r\n\u{1b}[2J".into()), "HTTP status 503"),
         (raw("HTTP/1.1 500 X\r\n\r\n{\"error\":{\"message\":\"a\\u0000\\u001b[2J\\nb\"}}".into()), "500: a [2J b"),
-        (raw("HTTP/1.1 100 Continue\r\n\r\n".repeat(100_000)), "interim answers without end"),
+        (raw("HTTP/1.1 100 Continue\r\n\r\n".repeat(100_000)), "too many interim responses"),
         (raw(format!("{}{ok}content-length: 2\r\n\r\n{{}}", "HTTP/1.1 102 Processing\r\n\r\n".repeat(40))), "interim"),
         (Fault::Endless, "larger than "),
         (Fault::Drip, "timed out"),

@@ -37,7 +37,7 @@ impl Worker {
             }
             // It says nothing about the job: another worker tries it, after a while.
             let text = e.one_line();
-            pgrx::log!("llm_batch job {id} can't go on: {text}");
+            pgrx::log!("llm_batch job {id} cannot continue: {text}");
             // As with the rest: if that can't be written, it is in the log.
             let _ = txn::run(|| store::interrupted(id, Some(&text)));
             self.dies = true;
@@ -103,7 +103,7 @@ impl Worker {
             }
             Err(e) if e.code == Code::ERRCODE_UNDEFINED_TABLE || e.code == Code::ERRCODE_UNDEFINED_OBJECT => {}
             Err(e) => {
-                pgrx::log!("llm_batch job {id} could not note its end: {}", e.one_line());
+                pgrx::log!("llm_batch job {id} could not record its end: {}", e.one_line());
                 return Some(End::Died);
             }
         }

@@ -140,7 +140,7 @@ impl Worker {
                 is_skip: false,
                 class: CRASH.to_owned(),
                 attempts: 0,
-                detail: "processes of llm_batch died each time at this row; the server's log may say why".to_owned(),
+                detail: "processes of llm_batch died each time this row was under way; see the server log".to_owned(),
             });
             return Ok(());
         }

@@ -108,7 +108,10 @@ fn begin(id: i64, told: bool) -> Result<Option<Job>> {
     let (starts, error) = store::count_start(id, told)?;
     if starts > MOST_STARTS && i64::from(starts - MOST_STARTS) > store::crashes(id)?.min(MORE_STARTS) {
         let error = error.map_or(String::new(), |e| format!("; the last error was: {e}"));
-        end(Outcome::Failed(format!("the job's worker died {} times without a row being done{error}", starts - 1)))?;
+        end(Outcome::Failed(format!(
+            "the worker of the job died {} times without finishing a row{error}",
+            starts - 1
+        )))?;
         return Ok(None);
     }
     job.starts = starts;

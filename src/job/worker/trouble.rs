@@ -138,7 +138,7 @@ impl Worker {
                 store::write(job.id, asked, &delta, [])?;
             }
             let text = if trouble.kind == Kind::Locked {
-                format!("waits since {} for a lock on the table: {}", trouble.since, plan::lockers(job)?)
+                format!("waiting for a lock on the table since {}: {}", trouble.since, plan::lockers(job)?)
             } else {
                 format!("{}, since {}", e.one_line(), trouble.since)
             };
@@ -151,10 +151,10 @@ impl Worker {
             Ok(text) => {
                 self.spent = Spent::default();
                 if trouble.failures == 1 || (is_pause && trouble.failures == MOST_TRIES) {
-                    pgrx::log!("llm_batch job {} can't write answers: {text}", job.id);
+                    pgrx::log!("llm_batch job {} cannot write answers: {text}", job.id);
                 }
             }
-            Err(e) => pgrx::log!("llm_batch job {} can't write: {}", job.id, e.one_line()),
+            Err(e) => pgrx::log!("llm_batch job {} cannot write: {}", job.id, e.one_line()),
         }
     }
 

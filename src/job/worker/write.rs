@@ -108,7 +108,7 @@ impl Worker {
         let verdicts = self.suspects.judge(&settled.written, settled.raised);
         self.too_late.extend(verdicts.rows);
         if let Some((label, says)) = verdicts.label {
-            let text = format!("rows of label \"{label}\" can't be written: {says}");
+            let text = format!("rows with label \"{label}\" cannot be written: {says}");
             self.stop(Outcome::Paused("label", Some(text), None));
         }
         self.sample(settled.done + settled.failures.len() as i64, (spent.input_tokens + spent.output_tokens) as i64);
@@ -132,7 +132,7 @@ impl Worker {
                 }
             }
             Decision::UsedUp(least) => {
-                let text = format!("the budget is used up: {spent} are spent; {}", budget::next_request(least));
+                let text = format!("the budget is exhausted: spent {spent}; {}", budget::next_request(least));
                 self.stop(Outcome::Paused("budget", Some(text), None));
             }
         }
@@ -151,7 +151,7 @@ impl Worker {
                 is_skip: false,
                 class: "input_changed".to_owned(),
                 attempts: *times,
-                detail: "the input changed each time before the answer came".to_owned(),
+                detail: "the input changed each time before the answer arrived".to_owned(),
             });
         }
     }

@@ -103,7 +103,8 @@ impl State {
             let Some(lane) = self.lanes.get_mut(&request.lane) else { return };
             // Unless the model has yet to show that it can answer at all.
             if lane.standings.of(now, request.asked.scope).patience.is_proven(now) {
-                let message = "the answer is that to another request: most of its numbers were not asked".to_owned();
+                let message = "the answer belongs to another request: most of its row numbers were not in this request"
+                    .to_owned();
                 let report = Report { trouble: Trouble::Overload(None), message };
                 return self.troubled(now, request, &report, &came.said, (true, true));
             }
@@ -195,7 +196,7 @@ impl State {
         let ended = Ended { finish: reply.finish, is_no_fault, is_thought, max_attempts: options.max_attempts, cap };
         self.verdicts(now, (&lane_key, &group_key), read, &ended);
         if is_prose {
-            self.notice(now, &lane_key, "prose", "the model answers in prose although JSON was asked for");
+            self.notice(now, &lane_key, "prose", "the model answers in prose although JSON was requested");
         }
         if is_given_up {
             self.give_up(now, &lane_key, asked.scope, &last);
@@ -232,7 +233,7 @@ impl State {
                 (Read::Missing, _) if last && is_thought => Some(given_up("no_answer", ONLY_THOUGHT)),
                 (Read::Missing, _) if last => Some(given_up("no_answer", "the model gave no answer for this row")),
                 (Read::UnknownCode, _) if last => {
-                    Some(failed("unknown_code", "the model answered with something that is not among the labels"))
+                    Some(failed("unknown_code", "the model answered with something that is not a label"))
                 }
                 (Read::Contradicted, _) if last => {
                     Some(failed("contradicted", "the model gave two different answers for this row"))

@@ -86,7 +86,7 @@ impl State {
         lane.standings.of(now, scope).begin_anew();
         let groups: Vec<String> =
             lane.groups.iter().filter(|(_, g)| g.scope == scope).map(|(key, _)| key.clone()).collect();
-        let message = format!("no answer has a valid row, however the model is asked; the last answer is {last}");
+        let message = format!("no answer has a valid row, whichever way the model is asked; the last answer is {last}");
         self.notice(now, lane_key, "stopped", &message);
         let stop = Stop { reason: StopReason::NoAnswers, message, retry_after_ms: None };
         for group in groups {

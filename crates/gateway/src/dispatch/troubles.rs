@@ -111,7 +111,7 @@ impl State {
             Trouble::AnswerCap if worst.output > 1 => {
                 lane.learned.answer_cap(thought::cap_in(&message, worst.output).max(1));
                 self.put_back(&lane_key, &group_key, rows);
-                self.notice(now, &lane_key, "cap", &format!("{message}; going on with less"));
+                self.notice(now, &lane_key, "cap", &format!("{message}; continuing with a smaller cap"));
                 return;
             }
             // Where it is the limit of tokens, less of them is asked for already.
@@ -134,7 +134,7 @@ impl State {
                     || (is_form && self.form_is_refused(now, &lane_key, &group_key, asked))
                 {
                     self.put_back(&lane_key, &group_key, rows);
-                    self.notice(now, &lane_key, "unsupported", &format!("{message}; going on without it"));
+                    self.notice(now, &lane_key, "unsupported", &format!("{message}; continuing without it"));
                     return;
                 }
                 if *parameter == Parameter::SystemRole {
@@ -153,7 +153,7 @@ impl State {
                 if let Some(wait) = wait {
                     lane.limiter.penalize(now + wait.min(&MOST_BACKOFF));
                 }
-                let said = format!("a request was not answered and is sent again: {message}");
+                let said = format!("a request failed and is sent again: {message}");
                 self.notice(now, &lane_key, "unanswered", &said);
                 // Paid for like an answer, most likely; and the probes are answered.
                 if has_begun && self.weigh(now, &lane_key, &group_key, asked, Said::Cut) {
