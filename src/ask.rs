@@ -44,7 +44,7 @@ pub struct Asker {
     pending: BTreeMap<u64, Pending>,
     /// Those of them that were not handed over yet.
     unsent: Vec<Item>,
-    /// Of the text of all that are pending.
+    /// Bytes of the text of all pending rows.
     bytes: usize,
     next: u64,
     lost: LostInVain,

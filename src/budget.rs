@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 pub struct Price {
     pub input: Option<String>,
     pub output: Option<String>,
-    /// Of tokens of prompts that the provider had cached.
+    /// For tokens of prompts that the provider had cached.
     pub cached_input: Option<String>,
     /// If both prices are known: picodollars a token, rounded up, with the dearer one for tokens of prompts.
     pub rates: Option<Prices>,

@@ -2,7 +2,7 @@
 
 pub use llm_batch_gateway::failure_point;
 
-/// Does what a test wants at this point. A SIGTERM is heeded here, and not at the next check for interrupts.
+/// Does what a test wants at this point. A SIGTERM takes effect here, and not at the next check for interrupts.
 #[cfg(feature = "failure_points")]
 pub fn pass(name: &str, text: &str) {
     if let Some(action) = llm_batch_gateway::failure::pass(name, text) {

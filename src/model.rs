@@ -283,7 +283,7 @@ pub fn exists(kind: &str, name: &str, alter: &str) -> Error {
         .hint(format!("Change it with llm_batch.{alter}()."))
 }
 
-/// The owner of a model or classifier may change it, and whoever has the owner's rights.
+/// Refuses a caller without the rights of the owner of a model or classifier.
 pub fn check_owner(table: &str, kind: &str, name: &str) -> Result<()> {
     client::check_here()?;
     let owner = sql::row(

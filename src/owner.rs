@@ -8,10 +8,10 @@ use crate::error::{Error, Result};
 use crate::model::{check_owner, current_user};
 use crate::{sql, txn};
 
-/// What is said of a row or a job whose owner does not exist any more.
+/// The error for a job whose owner does not exist any more.
 pub const GONE: &str = "the owner of the job was dropped";
 
-/// Whether the caller has the rights of an owner; of what nobody owns any more, superusers have them.
+/// Whether the caller has the rights of an owner. If the owner was dropped, superusers have them.
 pub fn is_mine(owner: Option<pg_sys::Oid>) -> bool {
     // SAFETY: catalog lookups on the main thread inside a transaction.
     unsafe {
@@ -22,7 +22,7 @@ pub fn is_mine(owner: Option<pg_sys::Oid>) -> bool {
     }
 }
 
-/// What whoever has not the rights of an owner is told.
+/// The error for a caller without the rights of an owner.
 pub fn denied(owner: Option<pg_sys::Oid>, what: &str) -> Error {
     let e = Error::denied(format!("must be owner of {what}"));
     if owner.is_some() {
@@ -48,7 +48,7 @@ pub fn new(role: pg_sys::Oid) -> Result<(String, bool)> {
     }
 }
 
-/// Whether the current user could still log in: an open session of his goes on where he can't, his jobs don't.
+/// Whether the current user could still log in. If not, an open session continues, but a job does not.
 pub fn check_login() -> Result<()> {
     let lost = sql::one::<String>(
         "SELECT CASE WHEN NOT r.rolcanlogin THEN 'it is not permitted to log in'

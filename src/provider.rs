@@ -171,7 +171,7 @@ pub fn endpoint(oid: pg_sys::Oid, role: pg_sys::Oid) -> Result<Endpoint> {
         },
     };
     let counts = option("counts").map_or(Ok(Counts::default()), |value| counts(&value))?;
-    // Who shares an account shares its limits and its troubles: nobody puts himself among those of others.
+    // Servers with one account share its limits and its troubles: no role can join the account of another one.
     let account = option("account").map(|a| if trusted { a } else { format!("{a} (of role {})", owner.to_u32()) });
     Ok(Endpoint { base_url, is_trusted: trusted, account, api_key: key.map(Secret), counts })
 }
@@ -203,7 +203,7 @@ fn key_from_file(server: &str, path: &str) -> Result<String> {
             .detail(format!("File \"{path}\": {why}."))
             .hint("api_key_file must name a file of one line that the server's operating system user can read.")
     };
-    // Of a pipe or a device opening may wait for ever, and reading too: neither waits here, and both are turned down.
+    // Opening or reading a pipe or a device may wait for ever: neither waits here, and both are refused.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|e| fail(e.to_string()))?;
     let about = file.metadata().map_err(|e| fail(e.to_string()))?;
     if !about.is_file() {

@@ -15,7 +15,7 @@ use pgrx::{PGRXSharedMemory, PgLwLock, pg_shmem_init};
 /// Most jobs and finders that are wanted or running at the same time. More jobs than that wait in their tables until a
 /// search finds room for them. Tests have fewer.
 const ENTRIES: usize = if cfg!(feature = "failure_points") { 64 } else { 256 };
-/// Of these, as many are left to finders that are to run soon: not to jobs, nor to finders that wait.
+/// As many of these are reserved for finders that are to run soon: jobs and finders that wait do not get them.
 const FOR_FINDERS: usize = 16;
 
 /// The launcher comes up so soon after the server (microseconds), or never.

@@ -27,7 +27,7 @@ struct Totals {
 }
 
 const NOTHING: Allowance = Allowance { cost: 0, tokens: 0 };
-/// So many rows of a statement may go one by one until it is said.
+/// A statement with more rows than this that go one by one raises a NOTICE.
 const FEW: u64 = 10;
 
 impl Totals {
@@ -144,7 +144,7 @@ impl Purse {
         (self.began, self.limit) == (other.began, other.limit)
     }
 
-    /// Of a statement that is over nothing is kept any more.
+    /// Changes the totals, unless the statement is over.
     fn change(&self, f: impl FnOnce(&mut Totals)) {
         let mut totals = TOTALS.get();
         if totals.began == self.began {
@@ -169,7 +169,7 @@ impl Purse {
         allowance
     }
 
-    /// Of what is left a part only: a statement may have several streams.
+    /// At most a quarter of what is left: a statement may have several streams.
     fn share(&self, chunk: Allowance) -> Allowance {
         let free = self.funds().free;
         Allowance { cost: chunk.cost.min(free.cost / 4), tokens: chunk.tokens.min(free.tokens / 4) }
@@ -240,7 +240,7 @@ impl Purse {
 }
 
 impl Drop for Purse {
-    /// Of a call that ended in an error, requests may be under way.
+    /// After an error in a call, requests may still be under way.
     fn drop(&mut self) {
         self.release(true);
     }

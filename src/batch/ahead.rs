@@ -45,7 +45,7 @@ impl Fate {
 /// A row that was read and not returned.
 struct Row {
     fates: Vec<Fate>,
-    /// Of the texts that were asked about.
+    /// Bytes of the texts that were asked about.
     bytes: usize,
 }
 

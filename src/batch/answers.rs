@@ -41,7 +41,7 @@ thread_local! {
     static CURRENT: RefCell<Row> = const { RefCell::new(Row { answers: Vec::new(), is_ahead: false }) };
 }
 
-/// While it lives, calls find these answers; then those of before.
+/// While it lives, calls find these answers; afterwards the previous ones.
 pub struct Shown(Row);
 
 impl Shown {

@@ -14,7 +14,7 @@ const UNNOTICED: [u32; 5] = [1598, 3432, 2649, 274, 2626];
 pub struct Effects<'a>(pub &'a [*mut pg_sys::Plan]);
 
 impl Effects<'_> {
-    /// Of a node's rows, before its target list is computed; `conditions` are those that it has to check.
+    /// Side effects of a node's rows, before its target list is computed; `conditions` are those that it has to check.
     ///
     /// # Safety
     /// All are parts of one finished plan.

@@ -50,12 +50,12 @@ pub unsafe fn decide(stmt: *mut pg_sys::PlannedStmt) {
 struct Costs {
     tables: Vec<*mut pg_sys::RangeTblEntry>,
     subplans: Vec<*mut pg_sys::Plan>,
-    /// Of subplans that were looked at, by number, which part it is.
+    /// The part of subplans that were looked at, by number.
     shares: HashMap<i32, f64>,
 }
 
 impl Costs {
-    /// Of the cost of a plan. The planner counts expressions for each row: those of the target list for the rows that a
+    /// The part of a plan's cost. The planner counts expressions for each row: those of the target list for the rows that a
     /// node gives, a filter for those that come to it. How many these are can't be seen in nodes other than a table's scan:
     /// all that such a node costs besides is then taken for its filter.
     unsafe fn of_plan(&mut self, plan: *mut pg_sys::Plan) -> f64 {
@@ -124,7 +124,7 @@ impl Costs {
         }
     }
 
-    /// Of the cost of what a node is a reference to, a column that one below computes.
+    /// The part of the cost of a referenced column, which a node below computes.
     unsafe fn of_column(&mut self, child: *mut pg_sys::Plan, node: *mut pg_sys::Node) -> f64 {
         // SAFETY: the tag says what a node is; columns are counted from 1.
         unsafe {
@@ -157,7 +157,7 @@ impl Costs {
         }
     }
 
-    /// Of the cost of expressions for a row.
+    /// The part of the cost of expressions for a row.
     unsafe fn of_row(&mut self, expressions: *mut pg_sys::Node) -> f64 {
         let mut cost = 0.0;
         // SAFETY: planned expressions; the tag says what a node is.

@@ -23,7 +23,7 @@ pub enum Wanted {
 }
 
 impl Wanted {
-    /// Of a node below one that takes other numbers of rows than it gives.
+    /// The rows wanted from a node below one that reads another number of rows than it returns.
     fn below(self) -> Self {
         if self == Self::All { Self::All } else { Self::Unknown }
     }

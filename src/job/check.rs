@@ -63,7 +63,7 @@ impl<'a> Given<'a> {
         let asked = classifier::load(self.task, &self.options)?.stream(owner, false)?;
         check_rights(&target, owner, is_to_write)?;
         catalog::check_owners(target.relation, owner, &target.name)?;
-        // A domain's CHECK and a table's expressions may call functions of whoever owns them: never with more rights
+        // A domain's CHECK and a table's expressions may call functions of their owners: never with more rights
         // than the job will have. To parse an expression is enough, since its literals are read then.
         txn::as_role(owner, || {
             catalog::check_expression(&target, self.input, Use::Input)?;
@@ -91,8 +91,8 @@ impl<'a> Given<'a> {
     }
 }
 
-/// A job runs as whoever starts it; a superuser's job on another role's table runs as that table's owner, since what
-/// its triggers and expressions do must not be done as a superuser.
+/// A job runs as its caller. A superuser's job on another role's table runs as that table's owner, since triggers and
+/// expressions of others must not run as a superuser.
 fn owner_of(target: &Target) -> Result<pg_sys::Oid> {
     // SAFETY: a catalog lookup on the main thread inside a transaction.
     let is_superuser = unsafe { pg_sys::superuser_arg(current_user()) };

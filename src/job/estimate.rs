@@ -19,7 +19,7 @@ use crate::{client, shared, sql, txn};
 
 /// Most rows of a sample, less than may be without an outcome.
 const MOST_ROWS: i32 = 4_000;
-/// Rows of a sample if nobody says.
+/// Rows of a sample by default.
 const DEFAULT_ROWS: i32 = 1_000;
 /// Most bytes of their text, about: a frame holds them even if every byte is escaped.
 const MOST_BYTES: f64 = 2_097_152.0;
@@ -65,7 +65,7 @@ fn look(
     )?;
     let (count, sent, bytes) = counted.unwrap_or_default();
     let mean = bytes / sent.max(1) as f64;
-    // Of less than a request, each row would have to pay for the instructions.
+    // With fewer rows than a request holds, each row would pay more for the instructions.
     let most = most.max(pack).min((MOST_BYTES / mean.max(1.0)) as i64).max(1);
     // A part of a request in the sample would count as a whole one for each time the sample fits into the table.
     let wanted = if sent > most && most > pack { most - most % pack } else { most.min(sent) };
@@ -104,7 +104,7 @@ fn look(
     Ok(Population { rows: count, sent, sample: balanced(texts, wanted, mean) })
 }
 
-/// Of rows with the same text one stands for all.
+/// One of the rows with the same text stands for all.
 fn aggregate(is_reused: bool, expression: &str) -> String {
     if is_reused { format!("pg_catalog.min({expression})") } else { expression.to_owned() }
 }

@@ -60,7 +60,7 @@ fn backfill(
 }
 
 fn start(given: Given, budget: Budget) -> Result<i64> {
-    // A snapshot of before the lock of check_alone() would not show the job it waited for.
+    // A snapshot from before the lock of check_alone() would not show the job that the lock waited for.
     // SAFETY: read on the main thread.
     if unsafe { pg_sys::XactIsoLevel } >= pg_sys::XACT_REPEATABLE_READ as i32 {
         return Err(Error::new(
@@ -86,7 +86,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
     Ok(id)
 }
 
-/// The caller's search_path, without what is his session's alone.
+/// The caller's search_path, without temporary schemas, which are the session's alone.
 fn search_path() -> Result<String> {
     let path = sql::one::<String>(
         "SELECT pg_catalog.string_agg(pg_catalog.quote_ident(s.name), ', ' ORDER BY s.n)
@@ -169,7 +169,7 @@ fn wake_at_commit(job: i64, owner: Option<pg_sys::Oid>) {
     let database = crate::worker::my_database();
     register_xact_callback(PgXactCallbackEvent::Commit, move || match owner {
         Some(owner) => shared::want(database, job, owner.to_u32(), shared::now()),
-        // Nobody can start it; one that runs still is told.
+        // Nobody can start it; a worker that still runs is told.
         None => shared::poke(database, job),
     });
     // A prepared transaction is committed by another session, which knows nothing of this: a search finds the job.

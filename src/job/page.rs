@@ -48,7 +48,7 @@ impl Drop for KeptArray {
 #[derive(Debug)]
 pub struct Page {
     keys: Vec<KeptArray>,
-    /// Of each row: the hash of its input.
+    /// The hash of each row's input.
     pub hashes: Vec<i64>,
     /// Number of rows.
     pub len: usize,
@@ -68,9 +68,9 @@ impl Page {
 /// A page with what is needed of it only once.
 pub struct Claimed {
     pub page: Page,
-    /// Of each row: its text.
+    /// The text of each row.
     pub texts: Vec<String>,
-    /// Of each row: what keeps it apart from others.
+    /// The hash of each row's `isolation`.
     pub isolations: Vec<Option<String>>,
 }
 

@@ -51,9 +51,9 @@ pub struct Table {
     pub has_triggers: bool,
 }
 
-/// Locks the table, and then takes a snapshot: whoever changes it has committed before it is looked at, or waits until
-/// we are done. A lock that is taken later and step by step can stand in a circle with that of a REINDEX, and can come
-/// after a column was replaced.
+/// Locks the table, and then takes a snapshot: a transaction that changes it has committed before we look, or waits until
+/// we are done. A lock that is taken later and step by step can deadlock with a REINDEX, and can come after a column was
+/// replaced.
 pub fn lock(job: &Job, mode: u32) -> Result<()> {
     // SAFETY: inside a transaction at READ COMMITTED, on the main thread; locks end with it. A lock on a table that is
     // gone does no harm. The snapshot is exchanged for a later one, with no statement running.

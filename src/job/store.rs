@@ -567,6 +567,6 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<boo
             pgrx::log!("llm_batch job {id} is {status}: {}", account(id)?);
         }
     }
-    // Of a job whose row is gone nothing is left to enter.
+    // If the job's row is gone, there is nothing to enter.
     Ok(entered == 1 || !matches!(outcome, Outcome::Done))
 }

@@ -119,8 +119,8 @@ unsafe extern "C-unwind" {
     fn getpeereid(socket: libc::c_int, uid: *mut libc::uid_t, gid: *mut libc::gid_t) -> libc::c_int;
 }
 
-/// Connects to the gateway, without waiting: with many clients before us it fails, to be tried again. Whoever listens
-/// there and is not of our own user gets nothing of us.
+/// Connects to the gateway, without waiting: with many clients before us it fails, to be tried again. A listener that
+/// runs as another operating system user is sent nothing.
 pub fn connect() -> std::io::Result<UnixStream> {
     let result = |returned: libc::c_int| if returned < 0 { Err(std::io::Error::last_os_error()) } else { Ok(returned) };
     // SAFETY: plain system calls on a descriptor that is ours alone; the address is zeroed, holds the path and a zero

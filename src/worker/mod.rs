@@ -50,8 +50,8 @@ static TOLD_TO_END: AtomicBool = AtomicBool::new(false);
 static HOLDS_ON: AtomicBool = AtomicBool::new(false);
 static WRITES_LAST: AtomicBool = AtomicBool::new(false);
 
-/// SIGTERM ends the process as it does any of Postgres; that it came is remembered for those who look into its death.
-/// Who has something to write first is woken, and a statement of his is cancelled.
+/// SIGTERM ends the process as it does any of Postgres. It is remembered, so that the end does not count as a death. A
+/// process that has something to write first is woken, and its statement is cancelled.
 extern "C-unwind" fn terminate(signal: std::ffi::c_int) {
     TOLD_TO_END.store(true, Ordering::Relaxed);
     // SAFETY: the handlers that Postgres itself installs; they set flags and the latch.

@@ -40,7 +40,7 @@ impl Forms {
     /// JSON mode goes first for a map, since a strict schema can't say "any key" and one that names every number costs
     /// some 14 tokens a row; a schema goes first for the other shapes.
     ///
-    /// Whoever gives up a form for a reason of its own (answers without a valid row, again and again) calls
+    /// A caller that gives up a form for a reason of its own (answers without a valid row, again and again) calls
     /// [`Forms::give_up`] with the form that was used, and looks here for what is left. If nothing is,
     /// [`Forms::next`] stays with the last form. `Forms::default()` begins anew.
     pub fn left(self, shape: AnswerShape, wanted: StructuredOutput) -> impl Iterator<Item = Form> {

@@ -25,7 +25,7 @@ const WITH_ONE_ROW: u32 = 3;
 /// How rows are asked about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Way {
-    /// As the task has it.
+    /// As the task says.
     #[default]
     AsEver,
     /// In a form of `response_format` that was not tried before.
@@ -50,7 +50,7 @@ impl Way {
 /// What follows from an answer without a valid row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
-    /// More of the same.
+    /// Continue in the same way.
     GoOn,
     /// The form is given up; another one is tried.
     OtherForm,
@@ -58,7 +58,7 @@ pub enum Next {
     GiveUp,
 }
 
-/// What a task and a model have come to together.
+/// What is known of a task with a model.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Patience {
     /// When (ms) there last was a valid row.
@@ -177,7 +177,7 @@ impl Patience {
         self.in_bounds(now, next)
     }
 
-    /// It was given up: whoever asks again begins anew.
+    /// It was given up: the next stream begins anew.
     pub fn begin_anew(&mut self) {
         *self = Self { in_flight: self.in_flight, turn: self.turn + 1, ..Self::default() };
     }

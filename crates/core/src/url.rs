@@ -58,7 +58,7 @@ pub fn is_loopback(ip: IpAddr) -> bool {
 }
 
 /// Whether an address is one that no language model has: of this host or link alone, of many hosts, or of a cloud's
-/// metadata service, which hands out keys to whoever asks. Private addresses are not among them.
+/// metadata service, which hands out keys to any client. Private addresses are not among them.
 pub fn is_reserved(ip: IpAddr) -> bool {
     const METADATA_V4: [[u8; 4]; 3] = [[100, 100, 100, 200], [168, 63, 129, 16], [192, 0, 0, 192]];
     const METADATA_V6: [[u16; 8]; 2] = [[0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254], [0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254]];

@@ -172,7 +172,7 @@ impl Lookup for System {
 }
 
 /// Finds the addresses of a name, and leaves out those that an endpoint that is not trusted may not reach. Addresses in
-/// URLs do not come here: whoever makes the endpoint looks at them.
+/// URLs do not come here: they are checked where the endpoint is made.
 #[derive(Clone)]
 pub struct Resolver {
     lookup: Arc<dyn Lookup>,
@@ -284,7 +284,7 @@ mod tests {
         // Nothing was sent, so nothing was paid.
         assert!(!refused.is_unsure);
         assert_eq!(*count.lock().unwrap(), 0);
-        // The name of this machine is another matter: it says what it is. And whoever is trusted may go there.
+        // The name of this machine is allowed: it says what it is. A trusted endpoint may go there by any name.
         for (host, is_trusted) in [("localhost", false), ("inside.example", true)] {
             let answered = ask(&mut inside, host, port, is_trusted);
             assert!(message(&answered).contains("500"), "{host}: {answered:?}");

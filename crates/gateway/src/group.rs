@@ -18,7 +18,7 @@ use crate::purse::Purse;
 use crate::queue::{Queue, Ready};
 use crate::tokens;
 
-/// A row that waits or is under way. Who waits for it is with its group.
+/// A row that waits or is under way. Its waiters are in its group.
 #[derive(Debug)]
 pub struct Row {
     pub key: TextKey,
@@ -99,7 +99,7 @@ pub struct Group {
     retry: VecDeque<Row>,
     /// Rows that would have been given up with these verdicts, if it were known that the model can answer the task at all.
     pub held: Vec<(Row, Verdict)>,
-    /// Who waits for which row, queued or under way; the first pays.
+    /// The waiters of each row, queued or under way; the first pays.
     waiters: HashMap<TextKey, Vec<Waiter>>,
     /// Requests under way.
     pub in_flight: usize,
@@ -232,7 +232,7 @@ impl Group {
         self.fresh.len() + self.retry.len()
     }
 
-    /// Who waits for a row, the one who pays first.
+    /// The waiters of a row, the one that pays first.
     pub fn waiters(&self, row: &Row) -> &[Waiter] {
         self.waiters.get(&row.key).map_or(&[], Vec::as_slice)
     }
@@ -247,7 +247,7 @@ impl Group {
         self.waiters.remove(&row.key).unwrap_or_default()
     }
 
-    /// Lets go of those who wait for a row and whom `leaves` names.
+    /// Removes the waiters of a row that `leaves` names.
     pub fn let_go(&mut self, key: TextKey, leaves: &dyn Fn(u64) -> bool) -> Vec<Waiter> {
         let Some(waiters) = self.waiters.get_mut(&key) else { return Vec::new() };
         let (gone, stay): (Vec<Waiter>, Vec<Waiter>) = waiters.iter().partition(|w| leaves(w.conn));

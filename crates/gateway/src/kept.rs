@@ -1,5 +1,5 @@
 //! What outlives the gateway: what its lanes have sent within the last minute, and what they have learnt of limits. The
-//! network thread notes it after each request; whoever ends the process puts it where the next one finds it.
+//! network thread notes it after each request; the main thread puts it into shared memory as the process ends.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

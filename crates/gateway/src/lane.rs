@@ -17,7 +17,7 @@ use crate::kept::KeptLane;
 use crate::protocol::{Stream, Words};
 use crate::standing::Standings;
 
-/// Requests of those who wait that may be under way beyond what is allowed to jobs.
+/// Requests of sessions that may be under way beyond what is allowed to jobs.
 const INTERACTIVE_EXTRA: usize = 2;
 /// Tokens of answer beyond what is expected, at first.
 const SPARE_ANSWER_TOKENS: u64 = 16;
@@ -161,7 +161,7 @@ pub struct Lane {
     configured: Limits,
     pub reported: Limits,
     pub groups: Vec<(String, Group)>,
-    /// How much the group had been served that went last, among jobs and among those who wait.
+    /// How much the group that went last had been served, among jobs and among sessions.
     pub level: [f64; 2],
     pub learned: Learned,
     pub measured: Measured,
@@ -321,7 +321,7 @@ impl Lane {
         &mut self.groups[i].1
     }
 
-    /// The order in which groups are served: whoever waits first, then by what they have had.
+    /// The order in which groups are served: sessions first, then by how much they were served.
     pub fn order(&mut self) {
         self.groups.sort_by(|(_, a), (_, b)| {
             b.stream.interactive.cmp(&a.stream.interactive).then(a.served.total_cmp(&b.served))

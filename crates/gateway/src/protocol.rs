@@ -45,8 +45,8 @@ impl fmt::Debug for Secret {
 pub struct Endpoint {
     /// Such as `https://api.openai.com/v1`; `/chat/completions` is added.
     pub base_url: String,
-    /// Whoever named it may send requests to any address; otherwise names of this machine and of metadata services lead
-    /// nowhere.
+    /// Whether a superuser owns the server, so that requests may go to any address. Otherwise names of this machine and of
+    /// metadata services lead nowhere.
     pub is_trusted: bool,
     /// Whose limits these are; by default the URL and the key.
     pub account: Option<String>,

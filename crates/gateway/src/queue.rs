@@ -147,8 +147,8 @@ impl Queue {
         rows
     }
 
-    /// Rows of a compartment went out now (ms). What is left of it waits for company anew; whoever's turn it was comes
-    /// last, and so does the compartment among his.
+    /// Rows of a compartment went out now (ms). The rows that are left wait for company anew. Moves the client that was just
+    /// served, and the compartment among its own, to the back.
     pub fn sent(&mut self, now: u64, key: TextKey) {
         let Some(compartment) = self.compartments.get_mut(&key) else { return };
         compartment.waiting_since = now;

@@ -58,7 +58,7 @@ pub struct Answered {
 }
 
 impl Answered {
-    /// Of a request that broke off.
+    /// The result of a request that broke off.
     pub fn broke_off(message: String, is_unsure: bool) -> Self {
         let report = Report { trouble: Trouble::Overload(None), message: trouble::one_line(&message) };
         Self { result: Err(report), said: Reported::default(), is_unsure, has_begun: false, connection: None }
@@ -157,8 +157,8 @@ async fn exchange(
         None => trouble::outcome(status.as_u16(), &answer.bytes, said.wait),
     };
     let result = result.map_err(|report| Report { message: presentable(&report.message, key), ..report });
-    // Whoever answers 200 with what is no answer may have charged for it; so may have one whose proxy gave up waiting,
-    // or whose filter read it all.
+    // A provider may have charged for a 200 without a usable answer. So it may if its proxy gave up waiting, or its filter
+    // read everything.
     let may_be_charged = |report: &Report| {
         status.is_success() || matches!(status.as_u16(), 408 | 502 | 504) || report.trouble == Trouble::Filtered
     };

@@ -41,7 +41,7 @@ impl Frames {
             self.too_slow.notify_one();
             return;
         }
-        // Of a client that has gone the reading side takes notice.
+        // The reader task notices a disconnected client.
         if self.queue.send(frame).is_ok() {
             self.unread.set(unread);
         }

@@ -1,4 +1,4 @@
-//! What a task and a model have come to together, as long as the gateway runs: it outlives the streams that ask.
+//! What is known of a task with a model, as long as the gateway runs: it outlives the streams that ask.
 
 use std::collections::HashMap;
 
@@ -58,7 +58,7 @@ impl Standing {
         self.refused.clear();
     }
 
-    /// Whoever asks after a stop begins anew.
+    /// The next stream after a stop begins anew.
     pub fn begin_anew(&mut self) {
         self.patience.begin_anew();
         self.tried.clear();

@@ -1,4 +1,4 @@
-//! How much somebody who waits may send at once to a limit that was idle.
+//! How much a session may send at once to a limit that was idle.
 //!
 //! A provider may keep its limit over shorter windows than a minute, and few say over which. A burst therefore keeps what
 //! holds in all windows of at least a certain length, which begins with 6 s. Beyond that a burst goes by a ninth: if the

@@ -8,8 +8,8 @@
 //! windows than they say, and requests are spread instead of sent in one burst. Within the short window requests are
 //! paced: each is followed by the time its tokens take to come back.
 //!
-//! Somebody who waits and comes to an idle limit is not paced until what the windows allow is used up. How much that is
-//! at once, `burst` finds out.
+//! A session that comes to an idle limit is not paced until what the windows allow is used up. `burst` finds out how much
+//! that is at once.
 
 mod burst;
 mod kept;
@@ -147,11 +147,11 @@ const MOST_SPARE: u64 = 50;
 const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.
 const TRIMMED: f64 = 0.9;
-/// Of what the provider says is left, this part of a request is to stay.
+/// This part of a request is to stay of what the provider says is left.
 const AIM: f64 = 0.3;
 /// The longest pause (ms) for what others may use; what is left is looked at then.
 const MOST_GAP: f64 = 6_000.0;
-/// How long (ms) what the provider says is left is heeded after it has turned out to be less than we thought.
+/// How long (ms) the limiter follows what the provider says is left, after that was less than our count.
 const CROWDED_FOR: u64 = 60_000;
 
 /// The limiter of one account and model.
@@ -160,7 +160,7 @@ pub struct Limiter {
     limits: Limits,
     /// The shorter one first; the same length twice for small limits.
     windows: [Window; 2],
-    /// How much those who wait may send at once.
+    /// How much sessions may send at once.
     burst: Burst,
     /// When (ms) the next request may go, by class: interactive, bulk.
     paced: [u64; 2],
@@ -169,7 +169,7 @@ pub struct Limiter {
     /// When (ms) a request was last cut to fit.
     cut_at: Option<u64>,
     reported: [Option<Reported>; KINDS],
-    /// Until when (ms) what is reported is heeded.
+    /// Until when (ms) the limiter follows what is reported.
     crowded_until: u64,
     share: Share,
     blocked_until: u64,
@@ -424,7 +424,7 @@ impl Limiter {
     pub fn refused(&mut self, now: u64, grant: Grant, left: Left) {
         let left = self.limited(left);
         self.replace(&grant, [0; KINDS]);
-        // A little less after one although what was said to be left is heeded.
+        // A little less after a refusal although the limiter follows what is reported.
         if self.burst.refused(&grant) {
             // It has found out how much may be sent at once.
         } else if left == Left::default() {

@@ -8,7 +8,7 @@
 const MEMORY: f64 = 5_000.0;
 /// Answers nearer to each other than this (ms) measure only noise.
 const APART: u64 = 100;
-/// What was said longer ago (ms) says nothing of now.
+/// What was said longer ago (ms) does not count.
 const STALE: u64 = 60_000;
 /// Of what comes back usually, this part is always reckoned with.
 const PROBE: f64 = 10.0;

@@ -1,10 +1,11 @@
 //! The part of a limit that is ours, learnt from refusals that our own count does not explain and that say nothing of
 //! what is left: somebody else uses the account, or the provider counts in another way.
 
-/// Of the share, what a refusal leaves: one that nothing explains, and one although what was said to be left was heeded.
+/// The part of the share that a refusal leaves: one that nothing explains, and one although the limiter followed what was
+/// reported.
 pub(super) const CUT: f64 = 0.5;
 pub(super) const TRIM: f64 = 0.85;
-/// Refusals within this time (ms) of one that was heeded are of the same cause.
+/// Refusals within this time (ms) of one that cut the share have the same cause.
 const ONCE: u64 = 1_000;
 /// How the share grows, a second: where no refusal is expected, and near where the last one came.
 const GROWTH: (f64, f64) = (0.005, 0.0002);
@@ -19,9 +20,9 @@ pub(super) struct Share {
     value: f64,
     /// The share at which the last refusal came.
     refused_at: f64,
-    /// When (ms) it was last reckoned.
+    /// When (ms) it was last computed.
     at: u64,
-    /// When (ms) a refusal was last heeded.
+    /// When (ms) a refusal last cut the share.
     cut_at: Option<u64>,
 }
 

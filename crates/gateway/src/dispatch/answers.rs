@@ -60,8 +60,8 @@ impl State {
         }
         let (lane_key, group_key) = (request.lane.clone(), request.group.clone());
         match answered {
-            // Whoever asked has gone, or all is to stop; what it took is not known and stays reserved. Somebody else may
-            // have come for its rows since.
+            // The client disconnected or the gateway is stopping. Usage is unknown, so the reservation is kept. Another
+            // client may have asked for the rows since.
             None => {
                 self.unsure(&request);
                 self.put_back(&lane_key, &request.group, request.rows);
@@ -128,7 +128,7 @@ impl State {
         lane.answers(now);
         lane.standings.of(now, asked.scope).accepts();
         let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
-        // Of a budget, who does not say what it took may have taken the most.
+        // With a budget, an answer without usage counts as its worst case.
         let is_unconfirmed = reply.usage.is_none() && group.purse.is_some();
         let usage = reply.usage.unwrap_or(estimate);
         let options = group.stream.task.options.clone();

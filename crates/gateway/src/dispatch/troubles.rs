@@ -54,7 +54,7 @@ impl State {
         }
         match report.trouble {
             Trouble::Rate(_) => lane.limiter.refused(now, grant, left(said)),
-            // Of requests that broke off it is not known what they took, so what was reserved stays.
+            // The usage of requests that broke off is unknown, so the reservation is kept.
             Trouble::Overload(_) => drop(grant),
             _ => lane.limiter.settle(grant, Tokens::default(), left(said)),
         }
