@@ -1,4 +1,4 @@
-//! What only the server's memory and the gateway know, for the views.
+//! The parts of the views that come from shared memory and the gateway.
 
 use std::time::{Duration, Instant};
 

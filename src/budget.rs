@@ -1,5 +1,5 @@
-//! Prices and budgets: how much of one the gateway is allowed at a time. It spends nothing that was not granted to it, and what was
-//! granted counts as spent until it says what became of it.
+//! Prices and budgets: how much of a budget the gateway is granted at a time. It spends nothing that was not granted. A
+//! grant counts as spent until the gateway reports its use.
 
 use llm_batch_gateway::protocol::{Allowance, Prices, Spent, Stream};
 

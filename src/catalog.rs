@@ -1,5 +1,4 @@
-//! What the catalogs say about a table that a job is to fill: its key, its target, and whether an expression is one
-//! that a job may evaluate.
+//! Catalog lookups for a table that a job fills: its key, its target, and whether a job may evaluate an expression.
 
 use std::ffi::CString;
 

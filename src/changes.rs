@@ -1,8 +1,8 @@
-//! How a job's worker hears that others have changed what it asks, whom, or how.
+//! How a job's worker notices changes of its server, user mapping, model or classifier.
 //!
-//! Postgres tells every process of a committed change of foreign servers and user mappings. Models and classifiers are
-//! rows, of which it tells nobody; who changes them has it tell that their table has changed. A process hears of all
-//! that at the start of its next transaction.
+//! Postgres invalidates every process's caches after a committed change of foreign servers and user mappings. Models and
+//! classifiers are rows, for which it does not: a function that changes them invalidates their table. A process notices
+//! all that at the start of its next transaction.
 
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};

@@ -1,4 +1,4 @@
-//! The one error type of this crate: what a user is told, as Postgres tells it.
+//! The error type of this crate: SQLSTATE, message, detail and hint.
 
 use llm_batch_gateway::protocol::{Stop, StopReason};
 use pgrx::PgSqlErrorCode;

@@ -1,5 +1,5 @@
-//! What keeps rows apart: the value of an expression of a job, or of a query's third column. The gateway is told its
-//! SHA-256, so that it may be as long as it likes and says nothing; NULL is a value of its own.
+//! The option `isolation`: an expression of a job, or the third column of a query. The gateway receives the SHA-256 of the
+//! value, so the value may have any length and stays unknown to it. NULL is a value of its own.
 
 use pgrx::prelude::*;
 use pgrx::{IntoDatum, direct_function_call};

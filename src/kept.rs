@@ -1,4 +1,4 @@
-//! What a gateway knew of limits when it ended, in shared memory, for the next one. After a crash of the server shared
+//! The limits that a gateway knew when it ended, in shared memory, for the next one. After a crash of the server shared
 //! memory is new, and nothing is known.
 
 use llm_batch_gateway::{KeptLane, MOST_LANES, Stock};

@@ -1,4 +1,4 @@
-//! Models: what may be asked how much.
+//! Models: their settings, limits and prices.
 
 use std::ffi::CStr;
 

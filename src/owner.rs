@@ -1,5 +1,5 @@
-//! Owners of models and classifiers, and what holds for those of jobs too: who has an owner's rights, and who may become
-//! one. The rules are those of `ALTER … OWNER TO`.
+//! Owners of models, classifiers and jobs: who has the rights of an owner, and who may become one. The rules are those of
+//! `ALTER … OWNER TO`.
 
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;

@@ -1,4 +1,4 @@
-//! What the scalar functions ask of a text: the same for every row of a call.
+//! The arguments of a scalar function beside its text: the same for every row of a call.
 
 use llm_batch_core::options::OnError;
 use llm_batch_gateway::protocol::{Allowance, Verdict};

@@ -1,5 +1,5 @@
 //! The budget of a statement: what all its llm_*() calls may spend together. A scalar function is called row by row, so
-//! what was spent is kept from call to call, until another statement begins.
+//! the sum is kept from call to call, until another statement begins.
 
 use std::cell::Cell;
 

@@ -21,7 +21,7 @@ use crate::{settings, statement};
 const MOST_ROWS: usize = 32_000;
 /// Rows handed over at a time, if there are so many: the gateway sends the first that it gets at once.
 const FRAME: usize = 200;
-/// After so many rows it is seen to that the gateway has more, also if none has to be waited for.
+/// Refill the gateway after this many rows, even if no row is being waited for.
 const REFILL: u64 = 100;
 /// Rows read at first where it is not known how many are wanted.
 const FIRST: u64 = 10;

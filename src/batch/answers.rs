@@ -1,5 +1,5 @@
-//! What the calls of the row at hand find instead of asking. It is there while a batch scan evaluates that row's
-//! expressions; a call that is not among it asks for itself, so that a row which was not foreseen is slow, never wrong.
+//! The answers of the current row, which its calls find instead of sending a request. They exist while a batch scan
+//! evaluates the row's expressions. A call that finds none sends its own request: it is slow, and never wrong.
 
 use std::cell::RefCell;
 use std::rc::Rc;

@@ -1,4 +1,4 @@
-//! What EXPLAIN says of the node. Nothing is sent for it.
+//! The node's output in EXPLAIN. Nothing is sent for it.
 
 use std::ffi::{CStr, CString};
 

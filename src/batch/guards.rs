@@ -1,5 +1,5 @@
-//! Guards: what has to hold for an evaluation to come to a call. They are a tree, since a call has all the guards of what
-//! it stands in, and each is evaluated once for a row, however many calls are behind it.
+//! Guards: the conditions under which an evaluation reaches a call. They are a tree, since a call has all the guards of the
+//! expressions around it. Each is evaluated once for a row, however many calls are behind it.
 
 use std::ptr::null_mut;
 

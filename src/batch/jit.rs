@@ -1,5 +1,5 @@
-//! Whether a plan is compiled (JIT). Postgres decides it by the plan's cost, of which our functions are the most: they
-//! wait, and nothing of that is faster if it is compiled.
+//! Whether a plan is compiled (JIT). Postgres decides by the plan's cost, most of which comes from our functions. They
+//! wait for the network, which compilation does not make faster.
 
 use std::collections::HashMap;
 use std::ptr::null_mut;

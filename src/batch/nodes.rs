@@ -1,4 +1,4 @@
-//! Small helps with the trees of Postgres.
+//! Helpers for Postgres' node trees.
 
 use std::collections::HashMap;
 use std::ffi::c_void;

@@ -1,4 +1,4 @@
-//! What `backfill()` and `estimate()` are given alike, and what of it is checked before anything is sent.
+//! The common arguments of `backfill()` and `estimate()`, and their checks before anything is sent.
 
 use std::ffi::CStr;
 

@@ -1,4 +1,4 @@
-//! What a job's owner may do with it later.
+//! Functions that control a job: pause, resume, cancel, retry, budget, owner, forget.
 
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;

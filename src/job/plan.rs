@@ -1,5 +1,5 @@
-//! The statements of a job, as text. What a user wrote (input, filter) stands in them as it is and runs with the
-//! owner's rights under the search_path of `backfill()`'s caller; everything of ours is qualified.
+//! The statements of a job, as text. Expressions of users (input, filter) are part of them as written, and run with the
+//! owner's rights under the search_path of `backfill()`'s caller. Everything of ours is qualified.
 //!
 //! Keys come as arrays `$1 … $k`, one a column; a row is a position in them.
 

@@ -1,4 +1,4 @@
-//! How many requests may be under way at the same time, found out by trying.
+//! How many requests may be under way at the same time, found by trying.
 //!
 //! It doubles with every round of answers until something speaks against it, then grows by one a round; it is halved
 //! when the provider refuses or breaks, and shrinks when answers take much longer than the fastest did: then requests

@@ -26,5 +26,5 @@ pub mod url;
 
 pub use error::Error;
 
-/// Counts the tokens of a text. The vocabulary (some ten megabytes of tables) is loaded by the gateway alone.
+/// Counts the tokens of a text. The vocabulary (some tens of megabytes of tables) is loaded by the gateway alone.
 pub type CountTokens<'a> = &'a dyn Fn(&str) -> usize;

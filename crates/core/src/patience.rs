@@ -1,8 +1,8 @@
-//! When a model counts as one that can't answer a task: no answer of it has a valid row, however it is asked.
+//! When a model counts as unable to answer a task: none of its answers has a valid row, whichever way it is asked.
 //!
-//! As long as a task and a model have had no valid row together within the hour, little is risked on them: a few requests
-//! go ahead, then one at a time, and no more than a known number is paid for. Where they have had valid rows, it takes a
-//! longer stretch of answers without any.
+//! As long as a task and a model have had no valid row together within the hour, little is risked: a few requests go
+//! ahead, then one at a time, and no more than a known number is paid for. Where they have had valid rows, it takes more
+//! answers without any.
 
 /// Requests that go ahead as long as nothing is known.
 const AHEAD: u32 = 8;

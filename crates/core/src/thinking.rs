@@ -1,4 +1,4 @@
-//! What a model thinks aloud, and what it says.
+//! Separates what a model thinks aloud from its answer.
 //!
 //! Models that think put it between marks, if their server does not take it out. It is no answer: it may name every
 //! row with every label. Templates open the thought in the prompt, so that only its end is in the answer.

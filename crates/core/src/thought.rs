@@ -1,7 +1,7 @@
 //! Tokens that a model spends before it answers.
 //!
-//! They count against the cap of an answer and are paid for like an answer, and nobody can tell before how many there will
-//! be: for one prompt between 245 and 13,469 were measured.
+//! They count against the cap of an answer and cost as much as an answer. Their number is unknown beforehand: for one prompt
+//! between 245 and 13,469 were measured.
 
 /// What is kept of the mean with each further answer, once there were some.
 const RECENT: f64 = 0.95;

@@ -1,4 +1,4 @@
-//! What outlives the gateway: what its lanes have sent within the last minute, and what they have learnt of limits. The
+//! The state that outlives the gateway: what its lanes sent within the last minute, and what they learnt of limits. The
 //! network thread notes it after each request; the main thread puts it into shared memory as the process ends.
 
 use std::hash::{DefaultHasher, Hash, Hasher};

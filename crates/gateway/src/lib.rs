@@ -1,5 +1,5 @@
 //! The network part of pg_llm_batch: takes rows from sessions and jobs over a Unix socket, packs them into requests,
-//! keeps within the limits, checks the answers. It knows nothing of Postgres and can run in a test of its own.
+//! keeps within the limits, checks the answers. It does not know Postgres and can run in a test of its own.
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! What the gateway writes to the server's log: one line a minute for a class of trouble, not one a row.
+//! The gateway's lines in the server log: one a minute for a class of trouble, not one a row.
 
 use std::collections::HashMap;
 

@@ -1,4 +1,4 @@
-//! The numbers under which rows are asked: three digits each, which is one token.
+//! The numbers of rows in a request: three digits each, which is one token.
 
 /// Those that were not used for the longest time, among which the next ones are drawn.
 const REST: usize = 450;

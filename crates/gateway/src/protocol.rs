@@ -1,4 +1,4 @@
-//! What clients (sessions and job workers) and the gateway say to each other over the Unix socket.
+//! The messages between clients (sessions and job workers) and the gateway, over the Unix socket.
 //!
 //! A frame is a length (4 bytes, little endian) and so many bytes of JSON. A connection carries one stream: `Open`
 //! says what to ask, `Items` brings rows, `Outcomes` answers them in any order.

@@ -1,5 +1,5 @@
-//! What a stream with a budget may still spend. What a request may take at the worst is taken out before it is sent;
-//! what it did not take comes back with its answer.
+//! What a stream with a budget may still spend. The worst case of a request is taken out before it is sent; the unused
+//! part comes back with its answer.
 
 use llm_batch_core::limiter::Tokens;
 

@@ -1,4 +1,4 @@
-//! Rows out, outcomes in: claiming pages, handing them to the gateway, taking what comes back.
+//! Rows out, outcomes in: claims pages, hands them to the gateway, takes what comes back.
 
 use std::rc::Rc;
 use std::time::{Duration, Instant};

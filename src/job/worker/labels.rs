@@ -1,5 +1,5 @@
-//! Whose fault it is that the UPDATE of a row raised: the row's, which is listed, or its label's, which ends the run
-//! before all rows of that label are paid for.
+//! Finds out why the UPDATE of a row raised: because of the row, which is then listed, or because of its label, which ends
+//! the run before all rows of that label are paid for.
 
 use std::collections::{BTreeSet, HashMap};
 

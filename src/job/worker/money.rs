@@ -1,5 +1,5 @@
-//! What a job with a budget may spend. The gateway is allowed a chunk at a time; each is entered as reserved, and that
-//! is committed, before the gateway hears of it.
+//! What a job with a budget may spend. The gateway is granted a chunk at a time. Each chunk is entered as reserved and
+//! committed before the gateway receives it.
 
 use llm_batch_gateway::protocol::{Allowance, Spent, Stream};
 

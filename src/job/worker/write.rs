@@ -1,4 +1,4 @@
-//! What has arrived, into the table and the counters.
+//! Writes answers that have arrived into the table and the counters.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! Reading an answer: which row got which label. The text is foreign; anything may be in it.
+//! Reading an answer: which row got which label. The text is untrusted; anything may be in it.
 //!
 //! Every answer carries the id of its row, so a model that drops, repeats or invents one can't shift the others.
 //! Servers and models answer in many shapes. Each reading of the text makes claims: this number has this label. Stricter

@@ -1,4 +1,4 @@
-//! An answer that comes as a stream of events although nobody asked for one: read as if it had come whole.
+//! An answer that comes as a stream of events although none was requested: read as if it had come whole.
 
 use serde_json::{Value, json};
 

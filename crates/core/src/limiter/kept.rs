@@ -1,4 +1,4 @@
-//! What outlives the limiter's process: what was sent in the last minute, and what was learnt.
+//! The state that outlives the limiter's process: what was sent in the last minute, and what was learnt.
 
 use super::burst::Known;
 use super::{Amounts, KINDS, Limiter, Limits, Window};

@@ -1,5 +1,5 @@
-//! The part of a limit that is ours, learnt from refusals that our own count does not explain and that say nothing of
-//! what is left: somebody else uses the account, or the provider counts in another way.
+//! The part of a limit that is this server's, learnt from refusals that our own count does not explain and that do not say
+//! what is left: another client uses the account, or the provider counts in another way.
 
 /// The part of the share that a refusal leaves: one that nothing explains, and one although the limiter followed what was
 /// reported.

@@ -1,4 +1,4 @@
-//! What comes back with a 2xx: labels, and rows to ask again.
+//! Answers with a 2xx: labels, and rows to ask again.
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,4 @@
-//! Endpoints that do not answer are left alone, and probed.
+//! Circuit breakers: endpoints and models that do not answer get no requests but probes.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;

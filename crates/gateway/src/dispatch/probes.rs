@@ -1,4 +1,4 @@
-//! What is asked about the state: whether a model answers at all, what rows would take, and what is going on.
+//! Questions about the state: whether a model answers at all, what rows would take, and the current activity.
 
 use std::collections::HashMap;
 use std::rc::Rc;

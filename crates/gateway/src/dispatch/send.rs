@@ -1,4 +1,4 @@
-//! What goes out: packs within the limits.
+//! Sending: takes packs from the queues within the limits.
 
 use std::rc::Rc;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What comes back otherwise, by its class of trouble.
+//! Everything else that comes back, by its class of trouble.
 
 use std::collections::HashSet;
 
