@@ -1,4 +1,4 @@
-//! What may be the model's fault and not the rows': nothing is held against rows until a model has answered their task.
+//! Troubles that may be the model's fault: no row is charged until the model has answered the row's task.
 
 use llm_batch_core::dialect::{Finish, Reply};
 use llm_batch_core::pack::Size;
