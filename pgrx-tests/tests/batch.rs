@@ -259,7 +259,7 @@ fn row_by_row_where_there_is_no_node() {
     ] {
         let (n, told, said) = said(&sql);
         assert_eq!((n, told), (requests, notices), "{sql}: {said}");
-        assert!(notices == 0 || said.contains("HINT:  EXPLAIN shows a node \"LLM Batch\""), "{said}");
+        assert!(notices == 0 || said.contains("where EXPLAIN shows a node \"LLM Batch\""), "{said}");
     }
     // Nothing is placed where nothing is called.
     let plan = explain(c, "COSTS off", "SELECT upper(body), id FROM t WHERE id > 3 ORDER BY 1");

@@ -143,7 +143,7 @@ fn bytes_that_are_no_answer_are_survived_and_named() {
         (raw(format!("HTTP/1.1 500 X\r\n\r\n{deep}")), "HTTP status 500: {\"choices\":[[["),
         (raw(format!("{ok}content-length: 3\r\n\r\n{{}}extra")), "not JSON"),
         (raw("HTTP/1.1 204 No Content\r\n\r\n".into()), "not JSON"),
-        (Fault::Raw(bomb), "encoded as \"gzip\""),
+        (Fault::Raw(bomb), "not requested: \"gzip\""),
         (raw("HTTP/1.1 503 X\r\ncontent-encoding: br\r\n\r\n\u{1b}[2J".into()), "HTTP status 503"),
         (raw("HTTP/1.1 500 X\r\n\r\n{\"error\":{\"message\":\"a\\u0000\\u001b[2J\\nb\"}}".into()), "500: a [2J b"),
         (raw("HTTP/1.1 100 Continue\r\n\r\n".repeat(100_000)), "too many interim responses"),
