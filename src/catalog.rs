@@ -214,14 +214,14 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
         let analyzed =
             pg_sys::parse_analyze_fixedparams(raw, query.as_ptr(), std::ptr::null(), 0, std::ptr::null_mut());
         let wrong = if (*analyzed).hasAggs || (*analyzed).hasWindowFuncs {
-            "It contains an aggregate or window function."
+            "It has an aggregate or window function."
         } else if (*analyzed).hasTargetSRFs {
-            "It contains a set-returning function."
+            "It has a set-returning function."
         } else if pg_sys::contain_volatile_functions(analyzed.cast()) {
             match usage {
-                Use::Isolation => "It contains a volatile function, but the value of a row must be the same each time.",
+                Use::Isolation => "It has a volatile function: a row's value must be the same each time.",
                 _ => {
-                    "It contains a volatile function, but the input is computed again when the answer arrives, to see whether it has changed."
+                    "It has a volatile function: when the answer comes, the input is computed again to see whether it has changed."
                 }
             }
         } else {
@@ -230,7 +230,7 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
         if !wrong.is_empty() {
             return Err(Error::new(
                 PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
-                format!("{what} cannot be evaluated by a job"),
+                format!("{what} can't be evaluated by a job"),
             )
             .detail(wrong));
         }

@@ -1,4 +1,4 @@
-//! How a job's worker notices changes of its server, user mapping, model or classifier.
+//! How a job's worker hears that others have changed what it asks, whom, or how.
 //!
 //! Postgres invalidates every process's caches after a committed change of foreign servers and user mappings. Models and
 //! classifiers are rows, for which it does not: a function that changes them invalidates their table. A process notices

@@ -63,8 +63,8 @@ impl LostInVain {
             return Ok(());
         }
         Err(Error::new(PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE, "lost the connection to the llm_batch gateway")
-            .detail(format!("The gateway ended {MOST_LOST} times in a row before it answered."))
-            .hint("See the server log for why the process \"llm_batch gateway\" ended."))
+            .detail(format!("The gateway ended {MOST_LOST} times, one after the other, before it had answered."))
+            .hint("The server's log says why the process \"llm_batch gateway\" ended."))
     }
 }
 

@@ -9,7 +9,7 @@ use crate::model::{check_owner, current_user};
 use crate::{sql, txn};
 
 /// The error for a job whose owner does not exist any more.
-pub const GONE: &str = "the owner of the job was dropped";
+pub const GONE: &str = "the job's owner was dropped";
 
 /// Whether the caller has the rights of an owner. If the owner was dropped, superusers have them.
 pub fn is_mine(owner: Option<pg_sys::Oid>) -> bool {
@@ -51,14 +51,14 @@ pub fn new(role: pg_sys::Oid) -> Result<(String, bool)> {
 /// Whether the current user could still log in. If not, an open session continues, but a job does not.
 pub fn check_login() -> Result<()> {
     let lost = sql::one::<String>(
-        "SELECT CASE WHEN NOT r.rolcanlogin THEN 'it is not permitted to log in'
+        "SELECT CASE WHEN NOT r.rolcanlogin THEN 'it may not log in'
                      WHEN r.rolvaliduntil OPERATOR(pg_catalog.<) pg_catalog.now() THEN 'its VALID UNTIL has passed'
                      WHEN NOT pg_catalog.has_database_privilege(r.oid, pg_catalog.current_database(), 'CONNECT')
-                     THEN 'it is not permitted to connect to the database' END
+                     THEN 'it may not connect to the database' END
            FROM pg_catalog.pg_roles r WHERE r.oid OPERATOR(pg_catalog.=) $1",
         &[current_user().into()],
     )?;
-    lost.map_or(Ok(()), |right| Err(Error::denied(format!("the owner of the job lost a right: {right}"))))
+    lost.map_or(Ok(()), |right| Err(Error::denied(format!("the job's owner lost a right: {right}"))))
 }
 
 #[pg_extern(sql = false)]

@@ -89,8 +89,8 @@ pub fn init() {
     );
     GucRegistry::define_string_guc(
         c"llm_batch.default_model",
-        c"Sets the model of llm_classify() with labels, of llm_filter(), and of new classifiers.",
-        c"It applies where no model is named. It is a name given to llm_batch.create_model().",
+        c"Model of llm_classify() with labels, and of classifiers that name none.",
+        c"A name given to llm_batch.create_model().",
         &DEFAULT_MODEL,
         GucContext::Userset,
         GucFlags::default(),

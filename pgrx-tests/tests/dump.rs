@@ -354,7 +354,7 @@ fn numbers_mean_nothing_elsewhere() {
         assert_eq!(p(there, job), state);
     }
     let e = error(there, &format!("SELECT llm_batch.resume({})", jobs.paused));
-    assert!(e.0 == "42P01" && e.1.contains("app.\"B b\"") && e.3.contains("Restore the table"), "{e:?}");
+    assert!(e.0 == "42P01" && e.1.contains("app.\"B b\"") && e.3.contains("Restore it"), "{e:?}");
     jobs.bed.provider.release();
     run(there, &format!("SELECT llm_batch.resume({})", jobs.running));
     assert_eq!(wait_status(there, jobs.running, "done").counts(), (ROWS, ROWS, 0, 0, 0, 0));
@@ -401,7 +401,7 @@ fn a_dump_whose_owners_are_not_there() {
     assert_eq!(one(there, "SELECT count(*) FROM llm_batch.progress"), 4);
     assert_eq!(one(there, "SELECT count(*) FROM llm_batch.row_failure"), 2);
     let e = error(there, &format!("SELECT llm_batch.resume({})", jobs.paused));
-    assert!(e.0 == "28000" && e.1 == "the owner of the job was dropped" && e.3.contains("set_owner"), "{e:?}");
+    assert!(e.0 == "28000" && e.1 == "the job's owner was dropped" && e.3.contains("set_owner"), "{e:?}");
     // The role is made after all; or another one takes its place.
     run(there, "CREATE ROLE app LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO app; ALTER TABLE a OWNER TO app");
     let give = |role: &str| format!("SELECT llm_batch.set_owner({}, '{role}')", jobs.paused);

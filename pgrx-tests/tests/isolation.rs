@@ -138,7 +138,7 @@ fn what_is_no_expression_over_the_row_is_refused() {
             assert!(code.contains(&found.as_str()) && all.contains(says), "{expression}: {found} {all}");
         };
         for expression in ["random()", "noisy(tenant)", "tenant || clock_timestamp()", "(SELECT noisy(tenant))"] {
-            says(c, expression, &["0A000"], "isolation cannot be evaluated by a job It contains a volatile function");
+            says(c, expression, &["0A000"], "isolation can't be evaluated by a job It has a volatile function");
         }
         says(c, "max(tenant)", &["0A000"], "aggregate");
         says(c, "count(*) OVER ()", &["0A000"], "window");

@@ -658,10 +658,7 @@ fn owners_and_servers_that_go() {
     run(client, "DROP OWNED BY bob; DROP ROLE bob");
     bed.provider.release();
     let p = wait_status(client, job, "paused");
-    assert_eq!(
-        (p.reason.as_deref(), p.last_error.as_deref()),
-        (Some("owner"), Some("the owner of the job was dropped"))
-    );
+    assert_eq!((p.reason.as_deref(), p.last_error.as_deref()), (Some("owner"), Some("the job's owner was dropped")));
     assert_eq!(text(client, &format!("SELECT owner FROM llm_batch.progress WHERE job_id = {job}")), "bob");
     let e = error(client, &format!("SELECT llm_batch.resume({job})"));
     assert!(e.0 == "28000" && e.1.contains("dropped") && e.3.contains("set_owner"), "{e:?}");

@@ -1,4 +1,4 @@
-//! Whether reading a plan's rows has side effects: then no row is read that the query may not take.
+//! Whether reading a plan's rows may do something: then no row is read that may not be taken.
 
 use pgrx::prelude::*;
 

@@ -169,7 +169,7 @@ fn wake_at_commit(job: i64, owner: Option<pg_sys::Oid>) {
     let database = crate::worker::my_database();
     register_xact_callback(PgXactCallbackEvent::Commit, move || match owner {
         Some(owner) => shared::want(database, job, owner.to_u32(), shared::now()),
-        // Nobody can start it; a worker that still runs is told.
+        // Nobody can start it; one that runs still is told.
         None => shared::poke(database, job),
     });
     // A prepared transaction is committed by another session, which knows nothing of this: a search finds the job.

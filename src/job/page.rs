@@ -68,9 +68,9 @@ impl Page {
 /// A page with what is needed of it only once.
 pub struct Claimed {
     pub page: Page,
-    /// The text of each row.
+    /// Of each row: its text.
     pub texts: Vec<String>,
-    /// The hash of each row's `isolation`.
+    /// Of each row: what keeps it apart from others.
     pub isolations: Vec<Option<String>>,
 }
 

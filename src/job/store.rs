@@ -53,10 +53,7 @@ impl Status {
                 PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
                 format!("table {} of job {} does not exist", self.table, self.id),
             )
-            .hint(format!(
-                "Restore the table under this name, or cancel the job with llm_batch.cancel({}).",
-                self.id
-            )));
+            .hint(format!("Restore it under this name, or end the job with llm_batch.cancel({}).", self.id)));
         };
         Ok((owner, relation))
     }

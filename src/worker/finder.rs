@@ -77,10 +77,10 @@ fn search() -> Result<Option<i64>> {
         "SELECT j.id, j.owner,
                 s.epoch = j.epoch AND s.status = 'paused' AS waits,
                 (extract(epoch FROM s.resume_at - clock_timestamp()) * 1000000)::bigint AS microseconds,
-                CASE WHEN r.oid IS NULL THEN 'the owner of the job was dropped'
-                     WHEN NOT r.rolcanlogin THEN 'the owner of the job lost a right: it is not permitted to log in'
+                CASE WHEN r.oid IS NULL THEN 'the job''s owner was dropped'
+                     WHEN NOT r.rolcanlogin THEN 'the job''s owner lost a right: it may not log in'
                      WHEN NOT has_database_privilege(j.owner, current_database(), 'CONNECT')
-                     THEN 'the owner of the job lost a right: it is not permitted to connect to the database'
+                     THEN 'the job''s owner lost a right: it may not connect to the database'
                 END, j.epoch,
                 (extract(epoch FROM clock_timestamp() - s.updated_at) * 1000000)::bigint AS age,
                 CASE WHEN s.epoch = j.epoch THEN s.starts ELSE 0 END AS starts

@@ -1,5 +1,5 @@
-//! What prevents writing: a lock on the table, a read-only database, an error of every write (a full disk). Meanwhile no
-//! page is claimed, and answers at hand are kept.
+//! What keeps answers from being written. Nothing more is claimed meanwhile, and what is at hand is kept: a lock on the
+//! table, a database that is read-only, an error that every write meets (a full disk).
 
 use std::time::{Duration, Instant};
 

@@ -147,7 +147,7 @@ const MOST_SPARE: u64 = 50;
 const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.
 const TRIMMED: f64 = 0.9;
-/// This part of a request is to stay of what the provider says is left.
+/// Of what the provider says is left, this part of a request is to stay.
 const AIM: f64 = 0.3;
 /// The longest pause (ms) for what others may use; what is left is looked at then.
 const MOST_GAP: f64 = 6_000.0;

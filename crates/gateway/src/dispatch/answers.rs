@@ -128,7 +128,7 @@ impl State {
         lane.answers(now);
         lane.standings.of(now, asked.scope).accepts();
         let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
-        // With a budget, an answer without usage counts as its worst case.
+        // Of a budget, who does not say what it took may have taken the most.
         let is_unconfirmed = reply.usage.is_none() && group.purse.is_some();
         let usage = reply.usage.unwrap_or(estimate);
         let options = group.stream.task.options.clone();
