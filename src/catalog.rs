@@ -238,6 +238,45 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
     Ok(())
 }
 
+/// The relations that stand in a query and its subqueries.
+///
+/// # Safety
+/// `query` must be a query.
+unsafe fn relations(query: *mut pg_sys::Query) -> Vec<pg_sys::Oid> {
+    let (mut oids, mut items, mut has_policies) = (std::ptr::null_mut(), std::ptr::null_mut(), false);
+    // SAFETY: as the caller says; what comes back is a list of OIDs, or NIL.
+    unsafe {
+        pg_sys::extract_query_dependencies(query.cast(), &mut oids, &mut items, &mut has_policies);
+        pgrx::PgList::<pg_sys::Oid>::from_pg(oids).iter_oid().collect()
+    }
+}
+
+/// All relations that decide which rows a statement reads: its own, and those of views and of policies.
+pub fn read_by(statement: &str, types: &[pg_sys::Oid]) -> Result<Vec<pg_sys::Oid>> {
+    let text = CString::new(statement).map_err(|_| Error::invalid("a statement can't have a zero byte"))?;
+    let mut all = Vec::new();
+    // SAFETY: parser, analysis and rewriter run on the main thread inside a transaction with a snapshot; they raise on
+    // errors, and what they return lives in the current memory context.
+    unsafe {
+        let statements = pg_sys::raw_parser(text.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
+        let raw = sql::list_nth(statements, 0).cast::<pg_sys::RawStmt>();
+        let query = pg_sys::parse_analyze_fixedparams(
+            raw,
+            text.as_ptr(),
+            types.as_ptr(),
+            types.len() as i32,
+            std::ptr::null_mut(),
+        );
+        let rewritten = pgrx::PgList::<pg_sys::Query>::from_pg(pg_sys::QueryRewrite(query));
+        for query in rewritten.iter_ptr() {
+            all.extend(relations(query));
+        }
+    }
+    all.sort_unstable_by_key(|oid| oid.to_u32());
+    all.dedup();
+    Ok(all)
+}
+
 /// Whether a raw parse tree is a bare `SELECT expression`.
 ///
 /// # Safety

@@ -1,9 +1,10 @@
-//! How a job's worker hears that others have changed what it asks, whom, or how.
+//! How a job's worker hears that others have changed what it asks, whom, or how, or what its owner may see.
 //!
 //! Postgres invalidates every process's caches after a committed change of foreign servers and user mappings. Models and
 //! classifiers are rows, for which it does not: a function that changes them invalidates their table. A process notices
 //! all that at the start of its next transaction.
 
+use std::cell::RefCell;
 use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
@@ -13,6 +14,17 @@ use pgrx::prelude::*;
 static HEARD: AtomicBool = AtomicBool::new(false);
 static TABLES: [AtomicU32; 2] = [AtomicU32::new(0), AtomicU32::new(0)];
 const NAMES: [&CStr; 2] = [c"model", c"classifier"];
+/// Something was told that may have changed which rows can be seen.
+static RIGHTS: AtomicBool = AtomicBool::new(false);
+/// How often roles were changed, or who is a member of them.
+static ROLES: AtomicU32 = AtomicU32::new(0);
+const OF_ROLES: [i32; 2] =
+    [pg_sys::SysCacheIdentifier::AUTHOID as i32, pg_sys::SysCacheIdentifier::AUTHMEMROLEMEM as i32];
+
+thread_local! {
+    /// The tables that the rows are read from.
+    static WATCHED: RefCell<Vec<pg_sys::Oid>> = const { RefCell::new(Vec::new()) };
+}
 
 /// From now on changes are heard. In a transaction, once in a process.
 pub fn listen() {
@@ -24,6 +36,10 @@ pub fn listen() {
         for cache in [pg_sys::SysCacheIdentifier::FOREIGNSERVEROID, pg_sys::SysCacheIdentifier::USERMAPPINGOID] {
             pg_sys::CacheRegisterSyscacheCallback(cache as i32, Some(on_catalog), pg_sys::Datum::from(0));
         }
+        // A policy may call functions.
+        for cache in OF_ROLES.into_iter().chain([pg_sys::SysCacheIdentifier::PROCOID as i32]) {
+            pg_sys::CacheRegisterSyscacheCallback(cache, Some(on_rights), pg_sys::Datum::from(0));
+        }
         pg_sys::CacheRegisterRelcacheCallback(Some(on_table), pg_sys::Datum::from(0));
     }
 }
@@ -31,6 +47,21 @@ pub fn listen() {
 /// Whether anything was heard since this was last asked.
 pub fn heard() -> bool {
     HEARD.swap(false, Relaxed)
+}
+
+/// From now on changes of these tables are heard as such of rights.
+pub fn watch(tables: &[pg_sys::Oid]) {
+    WATCHED.set(tables.to_vec());
+}
+
+/// Whether rights may have changed since this was last asked.
+pub fn heard_of_rights() -> bool {
+    RIGHTS.swap(false, Relaxed)
+}
+
+/// Another number each time that roles were changed. Postgres plans nothing anew for that, though policies depend on it.
+pub fn of_roles() -> u32 {
+    ROLES.load(Relaxed)
 }
 
 /// The commit of this transaction tells that models or classifiers have changed.
@@ -55,9 +86,20 @@ unsafe extern "C-unwind" fn on_catalog(_arg: pg_sys::Datum, _cache: i32, _hash: 
 }
 
 #[pg_guard]
+unsafe extern "C-unwind" fn on_rights(_arg: pg_sys::Datum, cache: i32, _hash: u32) {
+    RIGHTS.store(true, Relaxed);
+    if OF_ROLES.contains(&cache) {
+        ROLES.fetch_add(1, Relaxed);
+    }
+}
+
+#[pg_guard]
 unsafe extern "C-unwind" fn on_table(_arg: pg_sys::Datum, table: pg_sys::Oid) {
     // 0: of all tables, since too much was told at once.
     if table == pg_sys::InvalidOid || TABLES.iter().any(|t| t.load(Relaxed) == table.to_u32()) {
         HEARD.store(true, Relaxed);
+    }
+    if table == pg_sys::InvalidOid || WATCHED.with_borrow(|watched| watched.contains(&table)) {
+        RIGHTS.store(true, Relaxed);
     }
 }

@@ -10,19 +10,26 @@ use pgrx::prelude::*;
 use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiHeapTupleData, SpiTupleTable};
 use pgrx::{FromDatum, IntoDatum};
 
+use crate::changes;
 use crate::error::{Error, Result};
 
 /// Plans by the text of their statement and the types of its arguments: a key's type may change while a job runs.
-type Plans = HashMap<(String, Vec<pg_sys::Oid>), Rc<OwnedPreparedStatement>>;
+#[derive(Default)]
+struct Plans {
+    known: HashMap<(String, Vec<pg_sys::Oid>), Rc<OwnedPreparedStatement>>,
+    /// Of which state of the roles they are.
+    roles: u32,
+}
 
 thread_local! {
     static PLANS: RefCell<Option<Plans>> = const { RefCell::new(None) };
 }
 
 /// From now on plans are kept until the process ends: for a job's worker, which runs the same few statements for every
-/// request. Postgres plans anew what a change of tables, roles or the search_path makes invalid.
+/// request. Postgres plans anew what a change of tables or the search_path makes invalid, but not where a policy holds for
+/// the user no longer, or anew, because roles were changed.
 pub fn keep_plans() {
-    PLANS.set(Some(Plans::new()));
+    PLANS.set(Some(Plans { roles: changes::of_roles(), ..Plans::default() }));
 }
 
 /// The plan of a statement, if plans are kept.
@@ -30,14 +37,17 @@ fn plan(client: &SpiClient<'_>, query: &str, args: &[DatumWithOid<'_>]) -> Resul
     if PLANS.with_borrow(Option::is_none) {
         return Ok(None);
     }
+    if PLANS.with_borrow(|plans| plans.as_ref().is_some_and(|p| p.roles != changes::of_roles())) {
+        keep_plans();
+    }
     let key = (query.to_owned(), args.iter().map(DatumWithOid::oid).collect::<Vec<_>>());
-    let known = PLANS.with_borrow(|plans| plans.as_ref().and_then(|p| p.get(&key).cloned()));
+    let known = PLANS.with_borrow(|plans| plans.as_ref().and_then(|p| p.known.get(&key).cloned()));
     if known.is_some() {
         return Ok(known);
     }
     let types: Vec<PgOid> = key.1.iter().map(|oid| PgOid::from(*oid)).collect();
     let plan = Rc::new(client.prepare_mut(query, &types)?.keep());
-    PLANS.with_borrow_mut(|plans| plans.as_mut().map(|p| p.insert(key, Rc::clone(&plan))));
+    PLANS.with_borrow_mut(|plans| plans.as_mut().map(|p| p.known.insert(key, Rc::clone(&plan))));
     Ok(Some(plan))
 }
 

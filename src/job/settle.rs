@@ -98,6 +98,13 @@ fn look(plan: &Plan, page: &Page, positions: Vec<i32>) -> Result<BTreeMap<i32, L
     Ok(rows.into_iter().collect())
 }
 
+/// Whether all of these rows can still be seen, with the text that was claimed.
+pub fn is_as_sent(plan: &Plan, page: &Page, positions: &[i32]) -> Result<bool> {
+    let seen = look(plan, page, positions.to_vec())?;
+    let hash = |position: i32| page.hashes.get(position as usize - 1).copied();
+    Ok(positions.iter().all(|p| seen.get(p).is_some_and(|(_, found)| *found == hash(*p))))
+}
+
 /// A row that is to be listed.
 struct Listed {
     position: i32,

@@ -7,7 +7,8 @@ use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, T
 use pgrx::datum::JsonB;
 use pgrx::pg_sys;
 
-use super::{AGAIN, CONTROL, CRASH, LATER, MOST_STARTS, Worker};
+use super::rights::Rights;
+use super::{AGAIN, CONTROL, CRASH, HEAR, LATER, MOST_STARTS, Worker};
 use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
@@ -75,12 +76,14 @@ impl Worker {
         let size = self.page_size.min(self.window() as i64);
         let counted = self.job.is_counted;
         let is_last_start = self.job.starts >= MOST_STARTS;
-        let (ready, claimed, suspect, gone) = txn::run(|| {
+        let is_first = self.rights.is_none();
+        let (ready, rights, claimed, suspect, gone) = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
             failure_point!("claim");
             statements::lock(&job, pg_sys::AccessShareLock)?;
             // Rights, key, model and task may have changed: what holds now holds for the next request.
             let ready = Self::ready(&job)?;
+            let rights = if is_first { Some(Rights::of(&ready.2)?) } else { None };
             sql::set_local("search_path", &plan.search_path)?;
             let count =
                 if counted { None } else { sql::row(&plan.count, &[], |r| Ok((r.get::<i64>(1)?, r.get::<i64>(2)?)))? };
@@ -110,8 +113,11 @@ impl Worker {
                     gone = store::failed_among(job.id, keys)?;
                 }
             }
-            Ok((ready, claimed, suspect, gone))
+            Ok((ready, rights, claimed, suspect, gone))
         })?;
+        if rights.is_some() {
+            self.rights = rights;
+        }
         report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
         self.job.is_counted = true;
         let (asked, table, plan) = ready;
@@ -177,14 +183,15 @@ impl Worker {
     /// Waits for outcomes, and takes all that have come.
     pub(super) fn receive(&mut self) -> Result<()> {
         let is_idle = self.outstanding.is_empty() && self.waiting.is_empty() && self.locked.is_empty();
+        let most = if self.outstanding.is_empty() { CONTROL } else { HEAR };
         let mut timeout = if let Some(trouble) = &self.trouble {
-            trouble.left().min(CONTROL)
+            trouble.left().min(most)
         } else if self.may_claim() || is_idle || !self.answers.is_empty() {
             Duration::ZERO
         } else if !self.locked.is_empty() {
             AGAIN
         } else {
-            CONTROL
+            most
         };
         let Some(client) = &mut self.client else {
             if !timeout.is_zero() {

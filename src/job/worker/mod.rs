@@ -5,6 +5,7 @@ mod end;
 mod exchange;
 mod labels;
 mod money;
+mod rights;
 mod trouble;
 mod write;
 
@@ -19,6 +20,7 @@ use pgrx::prelude::*;
 use self::end::{outcome_of, says_nothing};
 use self::labels::Suspects;
 use self::money::Money;
+use self::rights::Rights;
 use self::trouble::{Kind, Trouble};
 use crate::classifier::{self, Asked};
 use crate::client::Client;
@@ -38,6 +40,8 @@ const AGAIN: Duration = Duration::from_secs(1);
 const LAST_TRIES: Duration = Duration::from_secs(10);
 /// How often its row is looked at without being told to.
 const CONTROL: Duration = Duration::from_secs(10);
+/// How often it is heard whether something has changed, while rows are with the gateway.
+const HEAR: Duration = Duration::from_secs(1);
 /// Transactions that fail in passing one after the other, until the worker is given up.
 const MOST_FAILURES: u32 = 60;
 /// The same for errors of unknown kind.
@@ -133,6 +137,8 @@ struct Worker {
     labels: Vec<String>,
     table: plan::Table,
     plan: Plan,
+    /// From the first page on.
+    rights: Option<Rights>,
     client: Option<Client>,
     /// The gateway has answered a row of this connection.
     has_answered: bool,
@@ -203,6 +209,7 @@ impl Worker {
             asked,
             table,
             plan,
+            rights: None,
             client: None,
             has_answered: false,
             dies: false,
@@ -279,6 +286,9 @@ impl Worker {
         let is_due = self.trouble.as_ref().is_some_and(Trouble::is_due);
         let may_try = is_due || self.trouble.is_none();
         let troubles = self.troubles();
+        if changes::heard_of_rights() {
+            self.look_at_rights()?;
+        }
         if told || is_due || self.looked.elapsed() > CONTROL {
             // What was heard is not forgotten because the look failed in passing.
             self.look().inspect_err(|_| self.look_now = true)?;
@@ -312,6 +322,9 @@ impl Worker {
                 // Nothing but the farewell may wait for a commit now: no other SIGTERM comes.
                 return Ok(());
             }
+        } else if !self.outstanding.is_empty() {
+            // What others have changed is heard at the start of a transaction.
+            txn::run(|| Ok(()))?;
         }
         claimed?;
         if is_due && self.troubles() == troubles {
