@@ -1,6 +1,6 @@
 //! Catalog lookups for a table that a job fills: its key, its target, and whether a job may evaluate an expression.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
 use pgrx::prelude::*;
 
@@ -213,29 +213,58 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
         let raw = crate::sql::list_nth(statements, 0).cast::<pg_sys::RawStmt>();
         let analyzed =
             pg_sys::parse_analyze_fixedparams(raw, query.as_ptr(), std::ptr::null(), 0, std::ptr::null_mut());
+        let volatile = match usage {
+            Use::Isolation => "a row's value must be the same each time.",
+            _ => "when the answer comes, the input is computed again to see whether it has changed.",
+        };
         let wrong = if (*analyzed).hasAggs || (*analyzed).hasWindowFuncs {
-            "It has an aggregate or window function."
+            "It has an aggregate or window function.".to_owned()
         } else if (*analyzed).hasTargetSRFs {
-            "It has a set-returning function."
+            "It has a set-returning function.".to_owned()
         } else if pg_sys::contain_volatile_functions(analyzed.cast()) {
-            match usage {
-                Use::Isolation => "It has a volatile function: a row's value must be the same each time.",
-                _ => {
-                    "It has a volatile function: when the answer comes, the input is computed again to see whether it has changed."
+            format!("It has a volatile function: {volatile}")
+        } else if let Some(view) = volatile_view(analyzed) {
+            format!("It reads the view {view}, which has a volatile function: {volatile}")
+        } else {
+            return Ok(());
+        };
+        Err(Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, format!("{what} can't be evaluated by a job"))
+            .detail(wrong)
+            .hint("Write it with the columns of the row, and with functions that are stable or immutable."))
+    }
+}
+
+/// A view that a query reads, itself or through other views, and that has a volatile function.
+///
+/// # Safety
+/// `query` must come from parse analysis, in this transaction.
+unsafe fn volatile_view(query: *mut pg_sys::Query) -> Option<String> {
+    // SAFETY: what a query reads was locked by its analysis, and what a view reads is locked here; a view that is open
+    // has a query, which is copied as it may go when the view is closed.
+    unsafe {
+        let mut todo = relations(query);
+        let mut next = 0;
+        while let Some(oid) = todo.get(next).copied() {
+            next += 1;
+            if pg_sys::get_rel_relkind(oid) as u8 != pg_sys::RELKIND_VIEW {
+                continue;
+            }
+            let view = pg_sys::relation_open(oid, pg_sys::AccessShareLock as pg_sys::LOCKMODE);
+            let query = pg_sys::copyObjectImpl(pg_sys::get_view_query(view).cast()).cast::<pg_sys::Query>();
+            pg_sys::relation_close(view, pg_sys::NoLock as pg_sys::LOCKMODE);
+            if pg_sys::contain_volatile_functions(query.cast()) {
+                let name = pg_sys::get_rel_name(oid);
+                let name = if name.is_null() { c"" } else { CStr::from_ptr(name) };
+                return Some(format!("\"{}\"", name.to_string_lossy()));
+            }
+            for more in relations(query) {
+                if !todo.contains(&more) {
+                    todo.push(more);
                 }
             }
-        } else {
-            ""
-        };
-        if !wrong.is_empty() {
-            return Err(Error::new(
-                PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,
-                format!("{what} can't be evaluated by a job"),
-            )
-            .detail(wrong));
         }
     }
-    Ok(())
+    None
 }
 
 /// The relations that stand in a query and its subqueries.

@@ -10,6 +10,7 @@ use pgrx::prelude::*;
 use pgrx::{AnyArray, FromDatum, name};
 
 use crate::ask::{Asking, ask};
+use crate::asking;
 use crate::batch;
 use crate::classifier::{self, Asked};
 use crate::client::check_usable;
@@ -21,6 +22,7 @@ use crate::statement;
 
 /// A label, or NULL with a warning. Where a plan node has read ahead, the answer is there.
 fn classify_one(input: &str, question: Question) -> Result<Option<String>> {
+    asking::check()?;
     if let Some(label) = batch::answered(input, &question) {
         return label;
     }
@@ -243,6 +245,7 @@ fn llm_classify_batch(
     >,
     ErrorReport,
 > {
+    asking::check()?;
     check_usable()?;
     let limit = statement::limit(&mut options.0)?;
     Ok(TableIterator::new(classify_query(query, classifier::load(task, &options.0)?, limit)?))
@@ -262,6 +265,7 @@ fn llm_classify_batch_labels(
     >,
     ErrorReport,
 > {
+    asking::check()?;
     check_usable()?;
     let limit = statement::limit(&mut options.0)?;
     Ok(TableIterator::new(classify_query(query, classifier::from_labels(labels, &options.0)?, limit)?))
@@ -287,6 +291,7 @@ fn llm_classify_array(
     >,
     ErrorReport,
 > {
+    asking::check()?;
     check_usable()?;
     let limit = statement::limit(&mut options.0)?;
     Ok(TableIterator::new(classify_array(ids, inputs, classifier::load(task, &options.0)?, limit)?))

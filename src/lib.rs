@@ -9,6 +9,7 @@ use pgrx::prelude::*;
 
 mod activity;
 mod ask;
+mod asking;
 mod batch;
 mod budget;
 mod catalog;

@@ -7,7 +7,7 @@ use std::net::TcpListener;
 
 use common::{
     Bed, PATIENCE, all_right_once, backfill, backfill_with, error, failures, held_job, model, one, progress, run, text,
-    tickets, warm,
+    tickets, wait_status, warm,
 };
 use llm_fake_provider::{Config, FakeProvider, Fault};
 use pg_llm_batch_e2e::{Cluster, wait_until};
@@ -185,6 +185,24 @@ fn expressions_that_cannot_be_evaluated() {
         refused(client, &input(e), "0A000", &["input", "volatile"]);
     }
     refused(client, &filter("random() < 0.5"), "0A000", &["filter", "volatile"]);
+    // What a view hides is seen as well.
+    run(
+        client,
+        "CREATE VIEW asks AS SELECT id, llm_classify(body, 'topic') AS said FROM tickets;
+         CREATE VIEW chance AS SELECT random() AS n;
+         CREATE VIEW nested AS SELECT (SELECT max(n) FROM chance) AS n;
+         CREATE VIEW plain AS SELECT t.id, t.body FROM tickets t;",
+    );
+    for (e, view) in [
+        ("(SELECT a.said FROM asks a WHERE a.id = tickets.id)", "\"asks\""),
+        ("body || (SELECT n FROM nested)", "\"chance\""),
+        ("(WITH c AS (SELECT n FROM nested) SELECT max(c.n)::text FROM c)", "\"chance\""),
+    ] {
+        refused(client, &input(e), "0A000", &["input", "volatile", view]);
+        refused(client, &input(e).replace("backfill(", "estimate("), "0A000", &["input", "volatile", view]);
+    }
+    refused(client, &filter("EXISTS (SELECT FROM nested WHERE n < 0.5)"), "0A000", &["filter", "\"chance\""]);
+    refused(client, &call("options => '{\"isolation\": \"(SELECT n FROM nested)\"}'"), "0A000", &["\"chance\""]);
     refused(client, &input("max(body)"), "0A000", &["aggregate"]);
     refused(client, &input("body || count(*) OVER ()"), "0A000", &["window"]);
     refused(client, &input("unnest(ARRAY[body, body])"), "0A000", &["set-returning"]);
@@ -247,11 +265,72 @@ fn expressions_that_cannot_be_evaluated() {
     nothing_happened(&bed);
     // What is allowed, and looks odd.
     run(client, "ALTER TABLE tickets ADD \"odd \"\"name\" text");
-    for e in ["body -- comment", "(SELECT t.body)", "\"odd \"\"name\" || body", "CASE WHEN id > 1 THEN body END"] {
+    for e in [
+        "(SELECT p.body FROM plain p WHERE p.id = tickets.id)",
+        "body -- comment",
+        "(SELECT t.body)",
+        "\"odd \"\"name\" || body",
+        "CASE WHEN id > 1 THEN body END",
+    ] {
         let e = e.replace("t.body", "tickets.body");
         run(client, &format!("BEGIN; {}; ROLLBACK", input(&e)));
     }
     nothing_happened(&bed);
+}
+
+/// What a function's body does can't be seen before it runs.
+#[test]
+fn functions_that_ask_while_a_job_reads() {
+    let bed = Bed::new("errors_asking");
+    let client = &mut bed.connect();
+    tickets(client, "tickets", 1..=20);
+    run(client, "CREATE TABLE other AS SELECT 'x' AS body");
+    let sneaky = |e: &str, kind: &str| {
+        format!(
+            "CREATE OR REPLACE FUNCTION sneaky(text) RETURNS text LANGUAGE plpgsql {kind} AS $$ BEGIN RETURN {e}; END $$"
+        )
+    };
+    let says = "while a job reads or writes rows";
+    for e in [
+        "llm_classify($1, 'topic')",
+        "llm_classify('', 'topic')",
+        "llm_classify($1, ARRAY['a', 'b'])",
+        "llm_filter($1, 'Is it?')",
+        "(SELECT label FROM llm_classify_batch('SELECT 1, ''x''', 'topic'))",
+        "(SELECT label FROM llm_classify_batch('SELECT 1, ''x''', ARRAY['a', 'b']))",
+        "(SELECT label FROM llm_classify_array(ARRAY[1], ARRAY[$1], 'topic'))",
+        "(SELECT string_agg(llm_classify(o.body, 'topic'), '') FROM other o)",
+        "(SELECT rows FROM llm_batch.estimate('tickets', 'body', 'topic', 'topic'))",
+        "llm_batch.backfill('tickets', 'body', 'topic', 'topic')",
+    ] {
+        run(client, &sneaky(e, "STABLE"));
+        let estimate = call("input => 'sneaky(body)'").replace("backfill(", "estimate(");
+        refused(client, &estimate, "0A000", &[says]);
+        // Postgres computes at once what is the same for all rows.
+        run(client, &sneaky(e, "IMMUTABLE"));
+        refused(client, &call("input => 'body || sneaky(''x'')'"), "0A000", &[says]);
+    }
+    nothing_happened(&bed);
+    run(client, &sneaky("llm_classify($1, 'topic')", "STABLE PARALLEL SAFE"));
+    for more in ["filter => 'sneaky(body) IS NULL'", "options => '{\"isolation\": \"sneaky(body)\"}'"] {
+        let job = backfill_with(client, "tickets", more);
+        let p = wait_status(client, job, "failed");
+        assert!(p.last_error.clone().unwrap_or_default().contains(says), "{p:?}");
+    }
+    // A trigger's neither: each row would be locked for as long as a model takes.
+    run(
+        client,
+        "CREATE FUNCTION asks() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN NEW.body := sneaky(NEW.body); RETURN NEW; END $$;
+         CREATE TRIGGER asks BEFORE UPDATE ON tickets FOR EACH ROW EXECUTE FUNCTION asks()",
+    );
+    let job = backfill(client, "tickets");
+    let p = wait_status(client, job, "paused");
+    assert_eq!(p.reason.as_deref(), Some("label"), "{p:?}");
+    assert!(p.last_error.unwrap_or_default().contains("0A000"));
+    // The job alone has asked, and sessions may still.
+    assert!(bed.provider.stats().rows.values().all(|r| r.asked == 1));
+    assert_eq!(text(client, "SELECT sneaky('#r000500:spam#')"), "spam");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use super::answers::{Answer, Asked};
 use super::calls::{Call, Verb};
 use super::nodes::list;
 use crate::ask::{Asker, Done};
+use crate::asking;
 use crate::budget::Price;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
@@ -77,6 +78,7 @@ impl Site {
         if self.asker.is_none() {
             // SAFETY: as of Ahead::next().
             let Some(question) = (unsafe { self.question(ps) }) else { return Ok(None) };
+            asking::check()?;
             check_usable()?;
             let Prepared { asked, limit, conclude } = prepare(&question)?;
             self.model = Some(Model {

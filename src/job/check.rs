@@ -11,7 +11,7 @@ use crate::classifier::{self, Asked};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::model::{current_user, from_name, required};
-use crate::{isolation, sql, txn};
+use crate::{asking, isolation, sql, txn};
 
 /// What to fill, from what, with what.
 pub struct Given<'a> {
@@ -57,6 +57,7 @@ impl<'a> Given<'a> {
 
     /// The table, the role to run as, and the stream, if all is well.
     pub fn check(&self, is_to_write: bool) -> Result<(Target, pg_sys::Oid, Asked)> {
+        asking::check()?;
         check_usable()?;
         let target = catalog::target(self.relation, &self.column)?;
         let owner = owner_of(&target)?;
@@ -65,7 +66,7 @@ impl<'a> Given<'a> {
         catalog::check_owners(target.relation, owner, &target.name)?;
         // A domain's CHECK and a table's expressions may call functions of their owners: never with more rights
         // than the job will have. To parse an expression is enough, since its literals are read then.
-        txn::as_role(owner, || {
+        let look = || {
             catalog::check_expression(&target, self.input, Use::Input)?;
             if let Some(filter) = self.filter {
                 catalog::check_expression(&target, filter, Use::Filter)?;
@@ -86,7 +87,8 @@ impl<'a> Given<'a> {
                 &[],
                 |_| Ok(()),
             )
-        })?;
+        };
+        asking::refused(|| txn::as_role(owner, look))?;
         Ok((target, owner, asked))
     }
 }

@@ -15,7 +15,7 @@ use super::plan::Rows;
 use crate::budget::Price;
 use crate::classifier::Asked;
 use crate::error::{Error, Result};
-use crate::{client, shared, sql, txn};
+use crate::{asking, client, shared, sql, txn};
 
 /// Most rows of a sample, less than may be without an outcome.
 const MOST_ROWS: i32 = 4_000;
@@ -140,7 +140,9 @@ fn estimate_of(given: &Given, most_rows: i32) -> Result<(Population, Estimate, A
     let most_text = most_text(stream.model.max_request_tokens);
     let stretch = isolation.map(|_| target.key_names.as_slice());
     let population =
-        txn::as_role(owner, || look(&rows, stretch, options.reuse, most_text, pack, i64::from(most_rows)))?;
+        asking::refused(|| {
+            txn::as_role(owner, || look(&rows, stretch, options.reuse, most_text, pack, i64::from(most_rows)))
+        })?;
     let item = |((text, isolation), n): (&Sampled, u64)| Item { n, text: text.clone(), isolation: isolation.clone() };
     let items = population.sample.iter().zip(0..).map(item).collect();
     let estimate = client::ask(stream, &ToGateway::Estimate(items), |message| match message {

@@ -32,7 +32,7 @@ use crate::job::settle::Answer;
 use crate::job::store::{self, Failure, Job, Outcome};
 use crate::shared::{self, End};
 use crate::worker::{self, finder, handle_signals, my_database, my_pid, reload_if_asked, report};
-use crate::{changes, owner, settings, sql, txn};
+use crate::{asking, changes, owner, settings, sql, txn};
 
 /// How often locked rows are tried again, and transactions that failed in passing.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -60,6 +60,7 @@ const LATER: i64 = 15_000_000;
 pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
     handle_signals();
     sql::keep_plans();
+    asking::refuse();
     let Some((database, id, owner)) = finder::orders() else { return };
     let Some(entry) = shared::comes_up(database, id, my_pid()) else { return };
     // SAFETY: at the start of a background worker. Connecting fails, and ends the process, if the owner can't log in;

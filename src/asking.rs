@@ -1,0 +1,47 @@
+//! Where no function of ours asks a model: while a job, or what prepares it, reads or writes rows. It would wait for the
+//! network inside a transaction, and pay for each look at a row. What can be seen beforehand is refused then; a
+//! function's body can't.
+
+use std::cell::Cell;
+
+use pgrx::prelude::*;
+
+use crate::error::{Error, Result};
+
+thread_local! {
+    static IS_REFUSED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// From now on nobody asks in this process: it is a job's.
+pub fn refuse() {
+    IS_REFUSED.set(true);
+}
+
+/// Nobody asks while `f` runs.
+pub fn refused<T>(f: impl FnOnce() -> T) -> T {
+    struct Before(bool);
+    impl Drop for Before {
+        fn drop(&mut self) {
+            IS_REFUSED.set(self.0);
+        }
+    }
+    let _before = Before(IS_REFUSED.replace(true));
+    f()
+}
+
+/// What every function that asks looks at first.
+pub fn check() -> Result<()> {
+    let refuse = |message: &str| Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, message);
+    if IS_REFUSED.get() {
+        return Err(refuse("a model can't be asked while a job reads or writes rows")
+            .detail("A function that the input, the filter, a trigger or a policy calls would ask it.")
+            .hint("Fill a column of its own with what the model says, by another job, and read that column."));
+    }
+    // SAFETY: read on the main thread.
+    if unsafe { pg_sys::ParallelWorkerNumber } >= 0 {
+        // What its leader is doing is not known here.
+        return Err(refuse("a model can't be asked by a parallel worker")
+            .hint("Declare the function that asks it PARALLEL RESTRICTED."));
+    }
+    Ok(())
+}
