@@ -225,6 +225,8 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
             format!("It has a volatile function: {volatile}")
         } else if let Some(view) = volatile_view(analyzed) {
             format!("It reads the view {view}, which has a volatile function: {volatile}")
+        } else if reads_system_column(analyzed) {
+            "It reads a system column, such as ctid: what that holds changes without the row.".to_owned()
         } else {
             return Ok(());
         };
@@ -304,6 +306,32 @@ pub fn read_by(statement: &str, types: &[pg_sys::Oid]) -> Result<Vec<pg_sys::Oid
     all.sort_unstable_by_key(|oid| oid.to_u32());
     all.dedup();
     Ok(all)
+}
+
+/// Whether a query reads a system column of the table that stands first in it.
+///
+/// # Safety
+/// `query` must come from parse analysis.
+unsafe fn reads_system_column(query: *mut pg_sys::Query) -> bool {
+    // SAFETY: the lists of a query hold what their names say; the analysis has noted the columns that are read of each
+    // relation, wherever that is done, counted from the lowest system column.
+    unsafe {
+        let Some(entry) = pgrx::PgList::<pg_sys::RangeTblEntry>::from_pg((*query).rtable).get_ptr(0) else {
+            return false;
+        };
+        #[cfg(feature = "pg15")]
+        let columns = (*entry).selectedCols;
+        #[cfg(not(feature = "pg15"))]
+        let columns = {
+            let infos = pgrx::PgList::<pg_sys::RTEPermissionInfo>::from_pg((*query).rteperminfos);
+            match infos.get_ptr(((*entry).perminfoindex as usize).wrapping_sub(1)) {
+                Some(info) => (*info).selectedCols,
+                None => return false,
+            }
+        };
+        let lowest = pg_sys::bms_next_member(columns, -1);
+        lowest >= 0 && lowest + pg_sys::FirstLowInvalidHeapAttributeNumber < 0
+    }
 }
 
 /// Whether a raw parse tree is a bare `SELECT expression`.

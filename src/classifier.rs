@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::budget::Price;
 use crate::client::check_here;
 use crate::error::{Error, Result};
+use crate::json::Json;
 use crate::model::{self, check_owner, current_user, exists, new_name, required};
 use crate::{changes, isolation, sql, txn};
 
@@ -166,11 +167,11 @@ fn check_model(name: &str) -> Result<()> {
 #[pg_extern(sql = false)]
 fn create_classifier(
     name: Option<&str>,
-    labels: Option<JsonB>,
+    labels: Option<Json>,
     model: Option<&str>,
     instruction: Option<&str>,
-    examples: Option<JsonB>,
-    options: Option<JsonB>,
+    examples: Option<Json>,
+    options: Option<Json>,
 ) -> std::result::Result<(), ErrorReport> {
     check_here()?;
     let name = new_name(name)?;
@@ -178,7 +179,7 @@ fn create_classifier(
         Some(model) => model.to_owned(),
         None => model::default()?,
     };
-    let json = |v: Option<JsonB>| v.map_or(Value::Null, |v| v.0);
+    let json = |v: Option<Json>| v.map_or(Value::Null, |v| v.0);
     let options = json(options);
     let options = if options.is_null() { json!({}) } else { options };
     let checked = check(&required(labels, "labels")?.0, &json(examples), &options)?;
@@ -208,11 +209,11 @@ fn create_classifier(
 #[pg_extern(sql = false)]
 fn alter_classifier(
     name: Option<&str>,
-    labels: Option<JsonB>,
+    labels: Option<Json>,
     model: Option<&str>,
     instruction: Option<&str>,
-    examples: Option<JsonB>,
-    options: Option<JsonB>,
+    examples: Option<Json>,
+    options: Option<Json>,
 ) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
     check_owner("classifier", "classifier", name)?;
@@ -225,7 +226,7 @@ fn alter_classifier(
         |row| Ok((row.get::<JsonB>(1)?.0, row.get::<JsonB>(2)?.0, row.get::<JsonB>(3)?.0)),
     )?;
     let (old_labels, old_examples, old_options) = now.unwrap_or_default();
-    let new = |given: Option<JsonB>, old: Value| given.map_or(old, |g| g.0);
+    let new = |given: Option<Json>, old: Value| given.map_or(old, |g| g.0);
     // Examples may name labels, so all of it is checked together.
     let checked = check(&new(labels, old_labels), &new(examples, old_examples), &new(options, old_options))?;
     let args: Vec<DatumWithOid> = vec![

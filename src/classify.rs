@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 
 use llm_batch_gateway::protocol::{Allowance, Verdict};
-use pgrx::datum::{AnyElement, JsonB};
+use pgrx::datum::AnyElement;
 use pgrx::iter::TableIterator;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -16,14 +16,17 @@ use crate::classifier::{self, Asked};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::isolation;
+use crate::json::Json;
 use crate::model::current_user;
 use crate::question::{Prepared, Question};
 use crate::statement;
+use crate::text::{self, Text};
 
 /// A label, or NULL with a warning. Where a plan node has read ahead, the answer is there.
-fn classify_one(input: &str, question: Question) -> Result<Option<String>> {
+fn classify_one(input: Text, question: Question) -> Result<Option<String>> {
     asking::check()?;
-    if let Some(label) = batch::answered(input, &question) {
+    let input = input.checked()?;
+    if let Some(label) = batch::answered(&input, &question) {
         return label;
     }
     check_usable()?;
@@ -32,30 +35,30 @@ fn classify_one(input: &str, question: Question) -> Result<Option<String>> {
     }
     let Prepared { asked, limit, conclude } = question.prepare()?;
     statement::count_single();
-    let mut source = vec![(input.to_owned(), None)];
+    let mut source = vec![(input, None)];
     let mut got = None;
     ask(asked, limit, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
     got.map_or(Ok(None), |verdict| conclude.label(&verdict))
 }
 
 #[pg_extern(sql = false)]
-fn llm_classify(input: &str, task: &str) -> std::result::Result<Option<String>, ErrorReport> {
-    Ok(classify_one(input, Question::Task(task.to_owned()))?)
+fn llm_classify(input: Text, task: Text) -> std::result::Result<Option<String>, ErrorReport> {
+    Ok(classify_one(input, Question::Task(task.checked()?))?)
 }
 
 #[pg_extern(sql = false)]
 fn llm_classify_labels(
-    input: &str,
-    labels: Vec<Option<String>>,
-    options: JsonB,
+    input: Text,
+    labels: Vec<Option<Text>>,
+    options: Json,
 ) -> std::result::Result<Option<String>, ErrorReport> {
-    Ok(classify_one(input, Question::Labels(labels, options.0))?)
+    Ok(classify_one(input, Question::Labels(text::all(labels)?, options.0))?)
 }
 
 /// NULL where the model gives no answer.
 #[pg_extern(sql = false)]
-fn llm_filter(input: &str, question: &str, options: JsonB) -> std::result::Result<Option<bool>, ErrorReport> {
-    let answer = classify_one(input, Question::YesNo(question.to_owned(), options.0))?;
+fn llm_filter(input: Text, question: Text, options: Json) -> std::result::Result<Option<bool>, ErrorReport> {
+    let answer = classify_one(input, Question::YesNo(question.checked()?, options.0))?;
     Ok(answer.map(|label| label == classifier::YES))
 }
 
@@ -67,7 +70,7 @@ struct Answer {
 }
 
 /// Rows without their ids: their text, and what keeps them apart.
-type Page = Vec<(Option<String>, Option<String>)>;
+type Page = Vec<(Option<Text>, Option<String>)>;
 
 /// What becomes of rows as `page` yields them (at most so many at a call), in their order; an empty page is the end.
 fn classify_rows(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> Result<Page>) -> Result<Vec<Answer>> {
@@ -86,12 +89,16 @@ fn classify_rows(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> 
             for (text, isolation) in rows {
                 let mut answers = answers.borrow_mut();
                 let mut answer = Answer::default();
-                match text.filter(|t| !t.is_empty()) {
-                    Some(text) => {
+                match text.map(Text::checked).transpose() {
+                    Err(e) => {
+                        answer.status = "failed";
+                        answer.detail = Some(format!("{}: {}", text::INVALID, text::detail(&e)));
+                    }
+                    Ok(Some(text)) if !text.is_empty() => {
                         places.borrow_mut().push(answers.len());
                         texts.push((text, isolation));
                     }
-                    None => {
+                    Ok(_) => {
                         answer.status = "skipped";
                         answer.detail = Some("empty: the input is NULL or empty".to_owned());
                     }
@@ -142,7 +149,7 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
             if rows.is_empty() {
                 return Ok(Vec::new());
             }
-            let rows = output(rows)?.into_iter().map(|[id, text, isolation]| {
+            let rows = output(rows)?.into_iter().map(|(id, text, isolation)| {
                 ids.push(id);
                 (text, isolation)
             });
@@ -154,7 +161,7 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
 
 fn classify_array(
     ids: AnyArray,
-    inputs: Vec<Option<String>>,
+    inputs: Vec<Option<Text>>,
     known: classifier::Known,
     limit: Allowance,
 ) -> Result<Vec<Row<AnyElement>>> {
@@ -188,7 +195,7 @@ fn elements(array: AnyArray) -> Vec<Option<AnyElement>> {
 }
 
 /// A row of a query: id, input, and what keeps it apart, if there is a third column.
-type Output = [Option<String>; 3];
+type Output = (Option<String>, Option<Text>, Option<String>);
 
 /// Every row as text, by its types' output functions. Takes the table that holds them, because it reads what SPI left
 /// last.
@@ -210,7 +217,7 @@ fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Output>> {
                 owned
             })
         };
-        let text = |tuple, column| value(tuple, column).map(|v| v.to_string_lossy().into_owned());
+        let text = |tuple, column| value(tuple, column).map(|v| Text::new(v.into_bytes()));
         for i in 0..(*table).numvals as usize {
             let tuple = *(*table).vals.add(i);
             let isolation = if has_isolation {
@@ -218,7 +225,7 @@ fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Output>> {
             } else {
                 None
             };
-            out.push([text(tuple, 1), text(tuple, 2), isolation]);
+            out.push((text(tuple, 1).map(|id| id.lossy()), text(tuple, 2), isolation));
         }
         pg_sys::SPI_freetuptable(table);
     }
@@ -235,9 +242,9 @@ fn as_rows<Id>(ids: Vec<Option<Id>>, answers: Vec<Answer>) -> Vec<Row<Id>> {
 #[allow(clippy::type_complexity)]
 #[pg_extern(sql = false)]
 fn llm_classify_batch(
-    query: &str,
-    task: &str,
-    mut options: JsonB,
+    query: Text,
+    task: Text,
+    mut options: Json,
 ) -> std::result::Result<
     TableIterator<
         'static,
@@ -248,16 +255,17 @@ fn llm_classify_batch(
     asking::check()?;
     check_usable()?;
     let limit = statement::limit(&mut options.0)?;
-    Ok(TableIterator::new(classify_query(query, classifier::load(task, &options.0)?, limit)?))
+    let known = classifier::load(&task.checked()?, &options.0)?;
+    Ok(TableIterator::new(classify_query(&query.checked()?, known, limit)?))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
 #[allow(clippy::type_complexity)]
 #[pg_extern(sql = false)]
 fn llm_classify_batch_labels(
-    query: &str,
-    labels: Vec<Option<String>>,
-    mut options: JsonB,
+    query: Text,
+    labels: Vec<Option<Text>>,
+    mut options: Json,
 ) -> std::result::Result<
     TableIterator<
         'static,
@@ -268,7 +276,8 @@ fn llm_classify_batch_labels(
     asking::check()?;
     check_usable()?;
     let limit = statement::limit(&mut options.0)?;
-    Ok(TableIterator::new(classify_query(query, classifier::from_labels(labels, &options.0)?, limit)?))
+    let known = classifier::from_labels(text::all(labels)?, &options.0)?;
+    Ok(TableIterator::new(classify_query(&query.checked()?, known, limit)?))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -276,9 +285,9 @@ fn llm_classify_batch_labels(
 #[pg_extern(sql = false)]
 fn llm_classify_array(
     ids: AnyArray,
-    inputs: Vec<Option<String>>,
-    task: &str,
-    mut options: JsonB,
+    inputs: Vec<Option<Text>>,
+    task: Text,
+    mut options: Json,
 ) -> std::result::Result<
     TableIterator<
         'static,
@@ -294,5 +303,5 @@ fn llm_classify_array(
     asking::check()?;
     check_usable()?;
     let limit = statement::limit(&mut options.0)?;
-    Ok(TableIterator::new(classify_array(ids, inputs, classifier::load(task, &options.0)?, limit)?))
+    Ok(TableIterator::new(classify_array(ids, inputs, classifier::load(&task.checked()?, &options.0)?, limit)?))
 }

@@ -11,6 +11,7 @@ use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
 use crate::shared::{self, Process};
+use crate::text::Text;
 use crate::version;
 use crate::worker::gateway::connect;
 use crate::worker::{Socket, is_told_to_end, wait};
@@ -183,6 +184,11 @@ impl Client {
     /// Queues a message and writes as much as goes at once; `receive` writes the rest.
     pub fn send(&mut self, message: &ToGateway) -> Result<()> {
         let frame = encode(message).map_err(|e| Error::new(PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED, e))?;
+        // The gateway hangs up on what is no text. Its length comes first.
+        let body = frame.get(4..).unwrap_or_default();
+        if std::str::from_utf8(body).is_err() {
+            Text::new(body.to_vec()).checked()?;
+        }
         self.outgoing.extend_from_slice(&frame);
         // A lost connection is noticed by receive().
         self.write();

@@ -26,10 +26,11 @@ pub fn take(options: &mut Value) -> Result<Option<String>> {
 /// The SQL of what the gateway is told of a row; NULL if the job has no such option.
 pub fn digest_sql(expression: Option<&str>) -> String {
     let Some(expression) = expression else { return "NULL::pg_catalog.text".to_owned() };
-    // The line end closes a comment at the end of the expression.
+    // The line end closes a comment at the end of the expression. The bytes as they are, be they a text or not: read as
+    // a bytea, nothing but a backslash means anything else.
     format!(
-        "COALESCE(pg_catalog.encode(pg_catalog.sha256(pg_catalog.convert_to((({expression}\n))::pg_catalog.text, \
-         pg_catalog.getdatabaseencoding())), 'hex'), '{NULL}')"
+        r"COALESCE(pg_catalog.encode(pg_catalog.sha256(pg_catalog.replace((({expression}
+))::pg_catalog.text, E'\\', E'\\\\')::pg_catalog.bytea), 'hex'), '{NULL}')"
     )
 }
 

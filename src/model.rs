@@ -11,6 +11,7 @@ use serde_json::Value;
 
 use crate::budget::Price;
 use crate::error::{Error, Result};
+use crate::json::Json;
 use crate::{changes, client, owner, provider, sql, txn};
 
 /// Default of `request_timeout`: long, because a request that is given up may have been paid.
@@ -108,7 +109,7 @@ struct Given {
     numbers: [(&'static str, Option<i32>); 6],
     prices: [(&'static str, Option<AnyNumeric>); 3],
     request_timeout: Option<Interval>,
-    parameters: Option<JsonB>,
+    parameters: Option<Json>,
 }
 
 impl Given {
@@ -147,7 +148,7 @@ impl Given {
                 return Err(Error::invalid("\"request_timeout\" must be between 1 millisecond and 1 day"));
             }
         }
-        if let Some(JsonB(parameters)) = &self.parameters {
+        if let Some(Json(parameters)) = &self.parameters {
             let Value::Object(map) = parameters else {
                 return Err(
                     Error::invalid("\"parameters\" must be a JSON object").hint("Write it as '{\"temperature\": 0}'.")
@@ -231,7 +232,7 @@ fn create_model(
     max_concurrent_requests: Option<i32>,
     request_timeout: Option<Interval>,
     max_request_tokens: Option<i32>,
-    parameters: Option<JsonB>,
+    parameters: Option<Json>,
 ) -> std::result::Result<(), ErrorReport> {
     let name = new_name(name)?;
     client::check_usable()?;
@@ -332,7 +333,7 @@ fn alter_model(
     max_concurrent_requests: Option<i32>,
     request_timeout: Option<Interval>,
     max_request_tokens: Option<i32>,
-    parameters: Option<JsonB>,
+    parameters: Option<Json>,
     reset: Option<Vec<Option<String>>>,
 ) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;

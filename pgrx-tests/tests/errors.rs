@@ -203,6 +203,10 @@ fn expressions_that_cannot_be_evaluated() {
     }
     refused(client, &filter("EXISTS (SELECT FROM nested WHERE n < 0.5)"), "0A000", &["filter", "\"chance\""]);
     refused(client, &call("options => '{\"isolation\": \"(SELECT n FROM nested)\"}'"), "0A000", &["\"chance\""]);
+    for e in ["ctid", "tableoid", "xmin", "tickets.xmax", "(SELECT tickets.cmin::text)", "body || cmax"] {
+        refused(client, &input(e), "0A000", &["input", "system column"]);
+    }
+    refused(client, &filter("ctid > '(0,1)'"), "0A000", &["filter", "system column"]);
     refused(client, &input("max(body)"), "0A000", &["aggregate"]);
     refused(client, &input("body || count(*) OVER ()"), "0A000", &["window"]);
     refused(client, &input("unnest(ARRAY[body, body])"), "0A000", &["set-returning"]);
@@ -458,6 +462,7 @@ fn names_and_options() {
     refused(client, &create("server => 'nothing', model => 'x'"), "22023", &["nothing", "llm_provider"]);
     refused(client, &create("server => 'fake', model => ' '"), "22023", &["model"]);
     refused(client, &create("server => NULL, model => 'x'"), "22004", &[]);
+    let deep = format!("'{{\"x\": {}{}}}'", "[".repeat(500), "]".repeat(500));
     for (name, value) in [
         ("tokens_per_minute", "0"),
         ("requests_per_minute", "-1"),
@@ -474,6 +479,8 @@ fn names_and_options() {
         ("parameters", "'{\"messages\": []}'"),
         ("parameters", "'{\"model\": \"x\"}'"),
         ("parameters", "'{\"stream\": true}'"),
+        ("parameters", "'{\"temperature\": 1e400}'"),
+        ("parameters", &deep),
     ] {
         let sql = create(&format!("server => 'fake', model => 'x', {name} => {value}"));
         let (code, message, ..) = error(client, &sql);
@@ -547,6 +554,7 @@ fn names_and_options() {
     let (code, ..) = error(client, "SELECT llm_batch.alter_classifier('x', labels => '[\"c\", \"d\"]')");
     assert_eq!(code, "22023");
 
+    let deep = format!("{{\"priority\": {}{}}}", "[".repeat(500), "]".repeat(500));
     for bad in [
         "{\"max_rows\": 5}",
         "{\"max_rows_per_request\": 0}",
@@ -558,6 +566,12 @@ fn names_and_options() {
         "{\"codes\": \"emoji\"}",
         "{\"answer_shape\": 1}",
         "{\"too_long\": \"cry\"}",
+        "{\"max_attempts\": 1e400}",
+        "{\"max_attempts\": -1e400}",
+        "{\"max_attempts\": 1e308}",
+        "{\"priority\": 0.1}",
+        "{\"priority\": \"NaN\"}",
+        &deep,
         "[]",
         "1",
     ] {
@@ -569,6 +583,18 @@ fn names_and_options() {
         ] {
             refused(client, &sql, "22023", &["option"]);
         }
+    }
+    for bad in ["1e400", "-1", "0", "\"NaN\"", "-1e308", "[1]"] {
+        for key in ["max_cost", "max_tokens"] {
+            let sql = format!("SELECT llm_classify_batch('SELECT 1, 2', 'topic', '{{\"{key}\": {bad}}}')");
+            let (code, message, _, hint) = error(client, &sql);
+            assert!(code == "22023" && !hint.is_empty(), "{sql}: {code} {message} {hint}");
+        }
+    }
+    refused(client, "SELECT llm_classify('x', array_fill('a'::text, ARRAY[100000]))", "22023", &[]);
+    for bad in ["[1e400, \"a\"]", "{\"a\": 1e400, \"b\": \"\"}", "[{\"label\": \"a\", \"description\": 1e400}, \"b\"]"]
+    {
+        refused(client, &classifier(bad, "").replace("'x'", "'y'"), "22023", &[]);
     }
     refused(
         client,

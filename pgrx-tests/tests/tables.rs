@@ -442,6 +442,10 @@ fn texts_of_all_kinds() {
 fn encodings_other_than_utf8() {
     let bed = Bed::new("latin1");
     run(&mut bed.connect(), "CREATE DATABASE latin1 ENCODING LATIN1 LOCALE 'C' TEMPLATE template0");
+    // In SQL_ASCII nobody knows what the bytes stand for.
+    run(&mut bed.connect(), "CREATE DATABASE bytes ENCODING SQL_ASCII LOCALE 'C' TEMPLATE template0");
+    let (code, ..) = error(&mut bed.cluster.connect("bytes"), "CREATE EXTENSION pg_llm_batch");
+    assert_eq!(code, "0A000");
     let mut c = bed.cluster.connect("latin1");
     // Refused as such, or all of it works.
     if let Err(e) = c.batch_execute("CREATE EXTENSION pg_llm_batch") {
@@ -465,6 +469,91 @@ fn encodings_other_than_utf8() {
     assert_eq!(one(&mut c, right), 100);
     let label = text(&mut c, "SELECT llm_classify('ä #r000500:klein#', 'size')");
     assert_eq!(label, "klein");
+}
+
+/// Bytes that are not text, as a broken disk or a foolish cast leaves them. Each row is told as such, and the others go on.
+#[test]
+fn damaged_texts() {
+    let bed = Bed::new("damaged");
+    let mut c = bed.connect();
+    run(&mut c, "CREATE CAST (bytea AS text) WITHOUT FUNCTION; SET llm_batch.default_model = 'm'");
+    tickets(&mut c, "t", 1..=200);
+    // In the middle, a character that is cut off at the end, a surrogate, and the end of a text that is too long to be
+    // sent as a whole.
+    run(
+        &mut c,
+        "UPDATE t SET body = concat(body, '\\xfffe'::bytea::text, 'x') WHERE id = 7;
+         UPDATE t SET body = concat(body, '\\xe6'::bytea::text) WHERE id = 77;
+         UPDATE t SET body = concat(body, '\\xeda080'::bytea::text) WHERE id = 150;
+         UPDATE t SET body = concat(body, repeat(' word', 40000), '\\xff'::bytea::text) WHERE id = 190",
+    );
+    const DAMAGED: [i64; 4] = [7, 77, 150, 190];
+    run(
+        &mut c,
+        "ALTER TABLE t ADD tenant text; UPDATE t SET tenant = 'a'; UPDATE t SET tenant = '\\xff'::bytea::text WHERE id = 1",
+    );
+    let one_of = "WHERE id IN (7, 77, 150, 190)";
+    for more in ["", ", \"isolation\": \"tenant\"", ", \"max_rows_per_request\": 1"] {
+        let options = format!("{{\"too_long\": \"truncate\"{more}}}");
+        run(&mut c, "UPDATE t SET topic = NULL");
+        let estimate =
+            format!("SELECT rows FROM llm_batch.estimate('t', 'body', 'topic', 'topic', options => '{options}')");
+        assert_eq!(one(&mut c, &estimate), 200);
+        let job = common::backfill_with(&mut c, "t", &format!("options => '{options}'"));
+        let p = wait_status(&mut c, job, "done");
+        assert_eq!(p.counts(), (200, 196, 0, 4, 0, 0), "{options}: {p:?}");
+        let listed = common::failures(&mut c, job);
+        let mut found: Vec<_> = listed.iter().map(|f| (f.0["id"].as_i64(), f.1.as_str(), f.2.as_str())).collect();
+        found.sort_unstable();
+        assert_eq!(found, DAMAGED.map(|id| (Some(id), "failed", "invalid_text")), "{options}");
+        assert!(listed.iter().all(|f| f.4.contains("22021") && f.4.contains("UTF8")), "{listed:?}");
+        assert_eq!(wrong(&mut c, "t"), 0, "{options}");
+    }
+    // Mended, they are filled.
+    run(&mut c, &format!("UPDATE t SET body = concat('#r000007:', want, '#') {one_of}"));
+    let job = one(&mut c, "SELECT max(job_id) FROM llm_batch.progress");
+    run(&mut c, &format!("SELECT llm_batch.retry_failed({job})"));
+    assert_eq!(wait_status(&mut c, job, "done").done, 200);
+    run(&mut c, &format!("UPDATE t SET body = concat(body, '\\xff'::bytea::text) {one_of}"));
+    for verb in [
+        "llm_classify(body, 'topic')",
+        "llm_classify(body, ARRAY['spam', 'bug'])",
+        "llm_filter(body, 'Is it spam?')",
+        "llm_classify('x', concat('topic', tenant))",
+        "llm_classify('x', ARRAY['a', tenant])",
+        "llm_filter('x', tenant)",
+    ] {
+        let damaged = if verb.contains("tenant") { "id = 1" } else { "id = 77" };
+        for around in ["", "SET llm_batch.enable_batch_scan = off;"] {
+            let (code, message, ..) = error(&mut c, &format!("{around} SELECT {verb} FROM t WHERE {damaged}"));
+            assert_eq!(code, "22021", "{verb}: {message}");
+        }
+        run(&mut c, "RESET ALL; SET llm_batch.default_model = 'm'");
+        if !verb.contains("tenant") {
+            run(&mut c, &format!("SELECT {verb} FROM t WHERE id BETWEEN 10 AND 20"));
+        }
+    }
+    for rows in [
+        "llm_classify_batch('SELECT id, body FROM t WHERE id BETWEEN 70 AND 80 ORDER BY id', 'topic')",
+        "llm_classify_array((SELECT array_agg(id ORDER BY id) FROM t WHERE id BETWEEN 70 AND 80), (SELECT array_agg(body ORDER BY id) FROM t WHERE id BETWEEN 70 AND 80), 'topic')",
+    ] {
+        let got = text(
+            &mut c,
+            &format!(
+                "SELECT string_agg(concat_ws(' ', id, status, detail), ';' ORDER BY id) FILTER (WHERE status <> 'ok') FROM {rows}"
+            ),
+        );
+        assert!(got.starts_with("77 failed invalid_text: 22021"), "{rows}: {got}");
+        assert!(!got.contains(';'), "{rows}: {got}");
+    }
+    // A key that is damaged names its row as well as it can.
+    run(
+        &mut c,
+        "CREATE TABLE k (id text PRIMARY KEY, body text, topic text); INSERT INTO k VALUES ('\\xff'::bytea::text, '\\xff'::bytea::text), ('b', '#r000500:spam#')",
+    );
+    let job = common::backfill(&mut c, "k");
+    assert_eq!(wait_status(&mut c, job, "done").counts(), (2, 1, 0, 1, 0, 0));
+    assert!(!bed.cluster.log().contains("gateway ended"), "{}", bed.cluster.log());
 }
 
 #[test]

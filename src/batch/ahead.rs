@@ -11,7 +11,7 @@ use super::answers::{Answer, Shown};
 use super::calls::Found;
 use super::guards::Guards;
 use super::place::Wanted;
-use super::site::{Site, evaluate};
+use super::site::{Site, evaluate, string};
 use crate::ask::Asker;
 use crate::error::{Error, Result};
 use crate::model::current_user;
@@ -419,11 +419,8 @@ impl Ahead {
             self.guards.forget();
             for i in 0..self.sites.len() {
                 let Some(site) = self.sites.get(i).filter(|s| s.call.level == level) else { continue };
-                let text = if self.guards.hold(site.call.guard, econtext) {
-                    evaluate::<String>(site.input, econtext)
-                } else {
-                    None
-                };
+                let text =
+                    if self.guards.hold(site.call.guard, econtext) { string(site.input, econtext) } else { None };
                 match text.filter(|t| !t.is_empty()) {
                     Some(text) => self.ask(i, number, text),
                     None => self.set(number, i, Fate::NotAsked),

@@ -4,7 +4,6 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
-use pgrx::datum::JsonB;
 use pgrx::prelude::*;
 
 use super::answers::{Answer, Asked};
@@ -15,8 +14,10 @@ use crate::asking;
 use crate::budget::Price;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
+use crate::json::Json;
 use crate::model::current_user;
 use crate::question::{Prepared, Question};
+use crate::text::{self, Text};
 
 /// A call, and the stream of its rows.
 pub struct Site {
@@ -103,12 +104,13 @@ impl Site {
             let econtext = (*ps).ps_ExprContext;
             let arg = |i: usize| self.others.get(i).copied();
             match self.call.verb {
-                Verb::Task => Some(Question::Task(evaluate(arg(0)?, econtext)?)),
+                Verb::Task => Some(Question::Task(string(arg(0)?, econtext)?)),
                 Verb::Labels => {
-                    Some(Question::Labels(evaluate(arg(0)?, econtext)?, evaluate::<JsonB>(arg(1)?, econtext)?.0))
+                    let labels = text::all(evaluate::<Vec<Option<Text>>>(arg(0)?, econtext)?).ok()?;
+                    Some(Question::Labels(labels, evaluate::<Json>(arg(1)?, econtext)?.0))
                 }
                 Verb::Filter => {
-                    Some(Question::YesNo(evaluate(arg(0)?, econtext)?, evaluate::<JsonB>(arg(1)?, econtext)?.0))
+                    Some(Question::YesNo(string(arg(0)?, econtext)?, evaluate::<Json>(arg(1)?, econtext)?.0))
                 }
             }
         }
@@ -166,6 +168,15 @@ fn prepare(question: &Question) -> Result<Prepared> {
     // SAFETY: the snapshot pushed above.
     unsafe { pg_sys::PopActiveSnapshot() };
     prepared
+}
+
+/// The string of an expression; none if it is NULL or damaged, which the call itself says when its row's turn comes.
+///
+/// # Safety
+/// As of `evaluate()`; it is of type text.
+pub unsafe fn string(state: *mut pg_sys::ExprState, econtext: *mut pg_sys::ExprContext) -> Option<String> {
+    // SAFETY: as the caller says.
+    unsafe { evaluate::<Text>(state, econtext) }?.checked().ok()
 }
 
 /// The value of an expression, if it is not NULL; copied, what it takes to do so is freed with the row's memory.

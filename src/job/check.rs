@@ -2,7 +2,6 @@
 
 use std::ffi::CStr;
 
-use pgrx::datum::JsonB;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
@@ -10,6 +9,7 @@ use crate::catalog::{self, Target, Use};
 use crate::classifier::{self, Asked};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
+use crate::json::Json;
 use crate::model::{current_user, from_name, required};
 use crate::{asking, isolation, sql, txn};
 
@@ -32,7 +32,7 @@ impl<'a> Given<'a> {
         column: Option<&CStr>,
         task: Option<&'a str>,
         filter: Option<&'a str>,
-        options: Option<JsonB>,
+        options: Option<Json>,
     ) -> Result<Self> {
         let mut options = options.map(|o| o.0).filter(|o| !o.is_null()).unwrap_or_else(|| json!({}));
         Ok(Self {

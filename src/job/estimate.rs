@@ -11,10 +11,12 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
 use super::check::Given;
-use super::plan::Rows;
+use super::plan::{Rows, cut};
 use crate::budget::Price;
 use crate::classifier::Asked;
 use crate::error::{Error, Result};
+use crate::json::Json;
+use crate::text::Text;
 use crate::{asking, client, shared, sql, txn};
 
 /// Most rows of a sample, less than may be without an outcome.
@@ -49,7 +51,7 @@ fn look(
 ) -> Result<Population> {
     let is_reused = is_reused && stretch.is_none();
     let Rows { from, todo, has_text, .. } = rows;
-    let text = format!("pg_catalog.left({}, {most_text})", rows.input);
+    let text = cut(&rows.input, most_text);
     let isolation = &rows.isolation;
     let group = if is_reused { format!("GROUP BY {}", rows.hash(0)) } else { String::new() };
     let counted = sql::row(
@@ -78,7 +80,7 @@ fn look(
                 (sent - wanted).max(0),
             ),
             &[],
-            |r| Ok((r.get::<String>(1)?, r.maybe::<String>(2)?)),
+            |r| Ok((r.get::<Text>(1)?.lossy(), r.maybe::<String>(2)?)),
         )?;
         return Ok(Population { rows: count, sent, sample });
     }
@@ -99,7 +101,7 @@ fn look(
             aggregate(is_reused, &text)
         ),
         &[],
-        |r| Ok((r.get::<String>(1)?, None)),
+        |r| Ok((r.get::<Text>(1)?.lossy(), None)),
     )?;
     Ok(Population { rows: count, sent, sample: balanced(texts, wanted, mean) })
 }
@@ -139,10 +141,9 @@ fn estimate_of(given: &Given, most_rows: i32) -> Result<(Population, Estimate, A
     let pack = i64::from(options.max_rows_per_request.max(1));
     let most_text = most_text(stream.model.max_request_tokens);
     let stretch = isolation.map(|_| target.key_names.as_slice());
-    let population =
-        asking::refused(|| {
-            txn::as_role(owner, || look(&rows, stretch, options.reuse, most_text, pack, i64::from(most_rows)))
-        })?;
+    let population = asking::refused(|| {
+        txn::as_role(owner, || look(&rows, stretch, options.reuse, most_text, pack, i64::from(most_rows)))
+    })?;
     let item = |((text, isolation), n): (&Sampled, u64)| Item { n, text: text.clone(), isolation: isolation.clone() };
     let items = population.sample.iter().zip(0..).map(item).collect();
     let estimate = client::ask(stream, &ToGateway::Estimate(items), |message| match message {
@@ -183,7 +184,7 @@ fn estimate(
     target: Option<&CStr>,
     task: Option<&str>,
     filter: Option<&str>,
-    options: Option<JsonB>,
+    options: Option<Json>,
     sample_rows: Option<i32>,
 ) -> std::result::Result<
     TableIterator<

@@ -21,6 +21,7 @@ use self::check::Given;
 use crate::catalog::Target;
 use crate::classifier::Asked;
 use crate::error::{Error, Result};
+use crate::json::Json;
 use crate::model::required;
 use crate::{client, shared, sql, txn};
 
@@ -53,7 +54,7 @@ fn backfill(
     filter: Option<&str>,
     max_cost: Option<AnyNumeric>,
     max_tokens: Option<i64>,
-    options: Option<JsonB>,
+    options: Option<Json>,
 ) -> std::result::Result<i64, ErrorReport> {
     let given = Given::new(relation, input, target, task, filter, options)?;
     Ok(start(given, Budget::new(max_cost, max_tokens)?)?)

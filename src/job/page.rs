@@ -4,11 +4,13 @@
 use std::collections::BTreeMap;
 use std::ffi::CStr;
 
-use pgrx::datum::{DatumWithOid, JsonB};
+use pgrx::FromDatum;
+use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
 use serde_json::Value;
 
 use crate::error::Result;
+use crate::text::Text;
 use crate::{sql, txn};
 
 /// An array value that outlives the transaction it was read in.
@@ -69,7 +71,7 @@ impl Page {
 pub struct Claimed {
     pub page: Page,
     /// Of each row: its text.
-    pub texts: Vec<String>,
+    pub texts: Vec<Result<String>>,
     /// Of each row: what keeps it apart from others.
     pub isolations: Vec<Option<String>>,
 }
@@ -90,8 +92,10 @@ pub fn describe(query: &str, page: &Page, positions: Vec<i32>) -> Result<BTreeMa
     let mut args = page.args();
     args.push(positions.into());
     let keys =
-        txn::with_settings(&PLAIN, || sql::rows(query, &args, |r| Ok((r.get::<i32>(1)?, r.get::<JsonB>(2)?.0))))?;
-    Ok(keys.into_iter().collect())
+        txn::with_settings(&PLAIN, || sql::rows(query, &args, |r| Ok((r.get::<i32>(1)?, r.get::<Text>(2)?.lossy()))))?;
+    // A number may be larger than can be read.
+    let read = |key: String| serde_json::from_str(&key).unwrap_or(Value::String(key));
+    Ok(keys.into_iter().map(|(position, key)| (position, read(key))).collect())
 }
 
 /// Runs a claim: a statement whose single row holds an array for each column of the key, then the texts, their hashes
@@ -110,13 +114,16 @@ pub fn claim(query: &str, args: &[DatumWithOid<'_>], key_columns: usize) -> Resu
             // SAFETY: array_agg returns an array, of the type that the column says.
             keys.push(unsafe { KeptArray::copy(value, type_oid) });
         }
-        let texts = table.get::<Vec<Option<String>>>(key_columns + 1)?.unwrap_or_default();
+        let texts = table.get_datum_by_ordinal(key_columns + 1)?;
+        // SAFETY: array_agg returns an array, here of texts.
+        let texts =
+            texts.and_then(|texts| unsafe { Vec::<Option<Text>>::from_datum(texts, false) }).unwrap_or_default();
         let hashes = table.get::<Vec<Option<i64>>>(key_columns + 2)?.unwrap_or_default();
         let isolations = table.get::<Vec<Option<String>>>(key_columns + 3)?.unwrap_or_default();
         let hashes: Vec<i64> = hashes.into_iter().map(Option::unwrap_or_default).collect();
         Ok(Some(Claimed {
             page: Page { keys, len: hashes.len(), hashes },
-            texts: texts.into_iter().map(Option::unwrap_or_default).collect(),
+            texts: texts.into_iter().map(|text| text.map_or(Ok(String::new()), Text::checked)).collect(),
             isolations,
         }))
     })

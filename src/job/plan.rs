@@ -35,7 +35,7 @@ pub struct Plan {
     pub may_update: String,
     /// Which of the rows `$k+1` are NULL still: position. A trigger may have emptied the column again.
     pub still_null: Option<String>,
-    /// The keys of rows `$k+1` as JSON: position, key.
+    /// The keys of rows `$k+1` as the text of JSON: position, key.
     pub describe: String,
 }
 
@@ -164,6 +164,15 @@ pub fn table(job: &Job) -> Result<Table> {
     Ok(table)
 }
 
+/// A text without what is far beyond its first `most` characters. Of a damaged one left() would raise, where it comes to
+/// the end.
+pub fn cut(text: &str, most: usize) -> String {
+    format!(
+        "CASE WHEN pg_catalog.octet_length({text}) OPERATOR(pg_catalog.<=) {} THEN {text} ELSE pg_catalog.left({text}, {most}) END",
+        most.saturating_mul(4).min(i32::MAX as usize)
+    )
+}
+
 /// What all statements over a table's rows have in common.
 pub struct Rows {
     /// The table, as it stands in a FROM clause.
@@ -230,12 +239,13 @@ impl Plan {
             keys.iter().enumerate().map(|(i, q)| format!("{q} AS \"llm_batch k{}\"", i + 1)).collect();
         let claim = |after: &str, limit: usize| {
             format!(
-                "SELECT {aggregates}, pg_catalog.array_agg(q.\"llm_batch t\"), pg_catalog.array_agg(q.\"llm_batch h\"),
+                "SELECT {aggregates}, pg_catalog.array_agg({text}), pg_catalog.array_agg(q.\"llm_batch h\"),
                         pg_catalog.array_agg(q.\"llm_batch s\")
-                   FROM (SELECT {as_k}, pg_catalog.left({input}, {most_text}) AS \"llm_batch t\", {hash} AS \"llm_batch h\", {isolation} AS \"llm_batch s\"
+                   FROM (SELECT {as_k}, {input} AS \"llm_batch t\", {hash} AS \"llm_batch h\", {isolation} AS \"llm_batch s\"
                            FROM {from} WHERE {todo} AND {has_text}{after} ORDER BY {order} LIMIT ${limit}) q
                  HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 0",
                 aggregates = aggregates.join(", "),
+                text = cut("q.\"llm_batch t\"", most_text),
                 as_k = as_k.join(", "),
                 order = keys.join(", "),
             )
@@ -311,7 +321,7 @@ impl Plan {
                 )
             }),
             describe: format!(
-                "SELECT {u}, pg_catalog.jsonb_build_object({}) FROM {positions}",
+                "SELECT {u}, pg_catalog.jsonb_build_object({})::pg_catalog.text FROM {positions}",
                 described.join(", ")
             ),
         }

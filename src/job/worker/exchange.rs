@@ -1,11 +1,13 @@
 //! Rows out, outcomes in: claims pages, hands them to the gateway, takes what comes back.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
 use pgrx::datum::JsonB;
 use pgrx::pg_sys;
+use serde_json::Value;
 
 use super::rights::Rights;
 use super::{AGAIN, CONTROL, CRASH, HEAR, LATER, MOST_STARTS, Worker};
@@ -16,7 +18,7 @@ use crate::job::settle::Answer;
 use crate::job::store::{self, Failure, Outcome};
 use crate::job::{page, plan as statements};
 use crate::worker::{self, report};
-use crate::{shared, sql, txn};
+use crate::{shared, sql, text, txn};
 
 /// Rows claimed at first, and at most, at a time: as many as stay below `WINDOW_BYTES`.
 pub const FIRST_PAGE: i64 = 200;
@@ -34,6 +36,30 @@ const FEW_OF: usize = 8;
 const MESSAGE_BYTES: usize = 1 << 20;
 /// Rows that others hold locked, above which no more are claimed.
 const MOST_LOCKED: usize = 1_000;
+
+/// Rows of a page that are not to be asked about.
+#[derive(Default)]
+struct Found {
+    /// The key of the row that every run before may have died of.
+    suspect: Option<Value>,
+    /// The positions of those that have failed before.
+    gone: Vec<i64>,
+    damaged: BTreeMap<i32, Failure>,
+}
+
+impl page::Claimed {
+    /// The rows whose text is none, by position; without their keys.
+    fn damaged(&self) -> BTreeMap<i32, Failure> {
+        let failure = |e| Failure {
+            key: Value::Null,
+            is_skip: false,
+            class: text::INVALID.to_owned(),
+            attempts: 0,
+            detail: text::detail(e),
+        };
+        self.texts.iter().zip(1..).filter_map(|(t, at)| Some((at, failure(t.as_ref().err()?)))).collect()
+    }
+}
 
 impl Worker {
     /// Whether the next page may be claimed now. A pass begins only when nothing of the one before is open: what is
@@ -77,7 +103,7 @@ impl Worker {
         let counted = self.job.is_counted;
         let is_last_start = self.job.starts >= MOST_STARTS;
         let is_first = self.rights.is_none();
-        let (ready, rights, claimed, suspect, gone) = txn::run(|| {
+        let (ready, rights, claimed, found) = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
             failure_point!("claim");
             statements::lock(&job, pg_sys::AccessShareLock)?;
@@ -104,17 +130,25 @@ impl Worker {
                     page::claim(&plan.claim_next, &args, job.key_names.len())?
                 }
             };
-            let (mut suspect, mut gone) = (None, Vec::new());
-            if let Some(page::Claimed { page, .. }) = claimed.as_ref().filter(|_| is_last_start || job.has_failures) {
-                let mut keys = page::describe(&plan.describe, page, (1..=page.len as i32).collect())?;
-                suspect = keys.get(&1).filter(|_| is_last_start).cloned();
-                if job.has_failures {
-                    let keys = (1..=page.len as i32).map(|i| keys.remove(&i).map(JsonB)).collect();
-                    gone = store::failed_among(job.id, keys)?;
+            let mut found = Found::default();
+            if let Some(claimed) = &claimed {
+                found.damaged = claimed.damaged();
+                if is_last_start || job.has_failures || !found.damaged.is_empty() {
+                    let page = &claimed.page;
+                    let mut keys = page::describe(&plan.describe, page, (1..=page.len as i32).collect())?;
+                    found.suspect = keys.get(&1).filter(|_| is_last_start).cloned();
+                    for (position, failure) in &mut found.damaged {
+                        failure.key = keys.get(position).cloned().unwrap_or_default();
+                    }
+                    if job.has_failures {
+                        let keys = (1..=page.len as i32).map(|i| keys.remove(&i).map(JsonB)).collect();
+                        found.gone = store::failed_among(job.id, keys)?;
+                    }
                 }
             }
-            Ok((ready, rights, claimed, suspect, gone))
+            Ok((ready, rights, claimed, found))
         })?;
+        let Found { suspect, gone, mut damaged } = found;
         if rights.is_some() {
             self.rights = rights;
         }
@@ -133,7 +167,7 @@ impl Worker {
         };
         let page = Rc::new(page);
         self.pass_ended = page.len < size as usize;
-        let bytes: usize = texts.iter().map(String::len).sum();
+        let bytes: usize = texts.iter().flatten().map(String::len).sum();
         let rows = ((WINDOW_BYTES * page.len / bytes.max(1)) as i64).clamp(1, LARGEST_PAGE);
         self.page_size = whole_packs(rows, &self.asked.stream);
         self.last = Some((Rc::clone(&page), page.len as i32));
@@ -151,9 +185,13 @@ impl Worker {
             return Ok(());
         }
         for (i, (text, isolation)) in texts.into_iter().zip(isolations).enumerate() {
-            if !gone.contains(&(i as i64 + 1)) {
-                self.claimed_in_pass += 1;
-                self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text, isolation));
+            if gone.contains(&(i as i64 + 1)) {
+                continue;
+            }
+            self.claimed_in_pass += 1;
+            match text {
+                Ok(text) => self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text, isolation)),
+                Err(_) => self.too_late.extend(damaged.remove(&(i as i32 + 1))),
             }
         }
         Ok(())
