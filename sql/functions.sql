@@ -167,6 +167,11 @@ CREATE FUNCTION llm_batch.waits_for(job_id bigint) RETURNS text
     AS 'MODULE_PATHNAME', 'waits_for_wrapper';
 COMMENT ON FUNCTION llm_batch.waits_for IS 'returns why a job cannot start: no_worker_slot, disabled or no_connections; used by llm_batch.progress';
 
+CREATE FUNCTION llm_batch.goes_on(reason text) RETURNS boolean
+    LANGUAGE sql IMMUTABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
+    RETURN COALESCE(reason, '') IN ('provider_down', 'quota', 'read_only', 'write_error', 'no_worker_slot', 'disabled', 'no_connections');
+COMMENT ON FUNCTION llm_batch.goes_on IS 'whether a job that is paused for a reason goes on by itself';
+
 CREATE FUNCTION llm_batch.home() RETURNS text
     LANGUAGE c STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'home_wrapper';

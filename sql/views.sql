@@ -126,7 +126,7 @@ BEGIN
                 HINT = 'The view llm_batch.progress lists your jobs.';
         ELSIF job.status OPERATOR(pg_catalog.=) 'done' THEN
             RETURN;
-        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND COALESCE(job.reason, '') OPERATOR(pg_catalog.<>) ALL (ARRAY['provider_down', 'quota', 'read_only', 'write_error', 'no_worker_slot', 'disabled', 'no_connections']) THEN
+        ELSIF job.status OPERATOR(pg_catalog.<>) 'running' AND NOT llm_batch.goes_on(job.reason) THEN
             RAISE EXCEPTION 'job % is %', wait.job_id,
                 pg_catalog.concat(job.status, (' (' OPERATOR(pg_catalog.||) job.reason) OPERATOR(pg_catalog.||) ')')
                 USING ERRCODE = 'object_not_in_prerequisite_state',
@@ -139,7 +139,7 @@ BEGIN
         ELSIF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) deadline THEN
             RAISE EXCEPTION 'job % is not done after %', wait.job_id, wait.timeout USING ERRCODE = 'query_canceled',
                 DETAIL = pg_catalog.concat(job.rows_left, ' rows are left.');
-        ELSIF job.reason OPERATOR(pg_catalog.=) ANY (ARRAY['no_worker_slot', 'disabled', 'no_connections']) AND job.reason OPERATOR(pg_catalog.<>) said THEN
+        ELSIF job.status OPERATOR(pg_catalog.=) 'paused' AND job.reason OPERATOR(pg_catalog.<>) said THEN
             said := job.reason;
             RAISE NOTICE 'job % is paused (%) and will go on by itself', wait.job_id, job.reason;
         END IF;

@@ -602,6 +602,46 @@ fn a_superuser_fills_no_table_of_another_role() {
     assert_eq!(text(client, &format!("SELECT owner_name FROM llm_batch.job WHERE id = {job}")), "bob");
 }
 
+/// Its job is paused and cancelled, and has a budget: nobody is started for that who can't come up, again and again.
+#[test]
+fn a_job_whose_owner_cannot_log_in_is_left_alone() {
+    let bed = Bed::new("rights_left_alone");
+    let client = &mut roles(&bed, 100);
+    tickets(client, "his", 1_001..=1_005);
+    run(client, "ALTER TABLE his OWNER TO bob");
+    let starts = || bed.cluster.log().matches("role \"alice\" is not permitted to log in").count();
+    // Later than anything that is to start now.
+    let job_of_bob = || {
+        run(&mut bed.connect(), "UPDATE his SET topic = NULL");
+        let job = one(&mut bed.cluster.connect_as("postgres", "bob"), &BACKFILL.replace("'tickets'", "'his'"));
+        bed.done(job);
+        job
+    };
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'llm_batch job'";
+    let job = held_job(&bed, client);
+    common::pause_held(&bed, client, job);
+    wait_until("its worker has gone", PATIENCE, || one(client, workers), |n| *n == 0);
+    run(client, "ALTER ROLE alice NOLOGIN");
+    run(client, &format!("SELECT llm_batch.alter_job({job}, max_tokens => 1000000)"));
+    let old = job_of_bob();
+    assert_eq!(starts(), 0);
+    // Resumed, and paused before anyone looks: one start is in vain.
+    run(client, &format!("BEGIN; SELECT llm_batch.resume({job}); SELECT llm_batch.pause({job}); COMMIT"));
+    wait_until("one was started", PATIENCE, starts, |n| *n == 1);
+    run(
+        client,
+        &format!("UPDATE llm_batch.job_state SET updated_at = now() - interval '91 days' WHERE job_id = {old}"),
+    );
+    let is_there = format!("SELECT count(*) FROM llm_batch.progress WHERE job_id = {old}");
+    wait_until("a search has looked into it", PATIENCE, || one(client, &is_there), |n| *n == 0);
+    bed.provider.configure(|c| c.latency.base = Duration::from_secs(3));
+    job_of_bob();
+    assert_eq!(starts(), 1);
+    assert_eq!(text(client, &format!("SELECT llm_batch.cancel({job})")), "t");
+    job_of_bob();
+    assert_eq!((starts(), progress(client, job).status.as_str()), (1, "cancelled"));
+}
+
 #[test]
 fn an_owner_without_login() {
     let bed = Bed::new("rights_nologin");

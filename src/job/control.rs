@@ -12,9 +12,11 @@ use crate::error::{Error, Result};
 use crate::model::{self, required};
 use crate::{catalog, classifier, owner, sql, txn};
 
-/// What its owner wants of a job is changed by `change`, which returns whether it changed anything.
+/// What its owner wants of a job is changed by `change`, which returns whether it changed anything. `starts`: it may have to
+/// be started for that; else a worker that runs is told.
 fn control(
     job_id: i64,
+    starts: bool,
     who: impl FnOnce(store::Status) -> Result<store::Status>,
     change: impl FnOnce(&store::Status) -> Result<Option<String>>,
 ) -> Result<bool> {
@@ -24,7 +26,7 @@ fn control(
     txn::as_extension_owner(|| {
         sql::run(&format!("UPDATE llm_batch.job SET {assignment} WHERE id = $1"), &[job_id.into()])
     })?;
-    wake_at_commit(job_id, status.owner);
+    wake_at_commit(job_id, status.owner.filter(|_| starts));
     Ok(true)
 }
 
@@ -58,16 +60,9 @@ fn ended(status: &store::Status) -> Error {
 
 #[pg_extern(sql = false)]
 fn pause(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, Status::by_owner_or_tables, |s| match (s.status.as_str(), s.reason.as_deref()) {
-        ("running", _)
-        | (
-            "paused",
-            Some(
-                "provider_down" | "quota" | "read_only" | "write_error" | "no_worker_slot" | "disabled"
-                | "no_connections",
-            ),
-        ) => Ok(Some("wanted = 'paused'".to_owned())),
-        ("paused", _) => Ok(None),
+    let changed = control(job_id, false, Status::by_owner_or_tables, |s| match s.status.as_str() {
+        "running" => Ok(Some("wanted = 'paused'".to_owned())),
+        "paused" => Ok(s.has_hope.then(|| "wanted = 'paused'".to_owned())),
         _ => Err(ended(s)),
     })?;
     Ok(changed)
@@ -75,7 +70,7 @@ fn pause(job_id: i64) -> std::result::Result<bool, ErrorReport> {
 
 #[pg_extern(sql = false)]
 fn resume(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, Status::by_owner, |s| match s.status.as_str() {
+    let changed = control(job_id, true, Status::by_owner, |s| match s.status.as_str() {
         "paused" => {
             let (owner, relation) = s.check_complete()?;
             Ok(Some(format!("wanted = 'running', epoch = epoch + 1, {}", here(owner, relation))))
@@ -88,7 +83,7 @@ fn resume(job_id: i64) -> std::result::Result<bool, ErrorReport> {
 
 #[pg_extern(sql = false)]
 fn cancel(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, Status::by_owner_or_tables, |s| match s.status.as_str() {
+    let changed = control(job_id, false, Status::by_owner_or_tables, |s| match s.status.as_str() {
         "running" | "paused" => {
             pgrx::log!("llm_batch job {job_id} is cancelled: {}", store::account(job_id)?);
             Ok(Some("wanted = 'cancelled'".to_owned()))
@@ -122,13 +117,13 @@ fn alter_job(
         )
     })?;
     // A worker that runs looks at it at once.
-    wake_at_commit(job_id, status.owner);
+    wake_at_commit(job_id, None);
     Ok(())
 }
 
 #[pg_extern(sql = false)]
 fn retry_failed(job_id: i64) -> std::result::Result<bool, ErrorReport> {
-    let changed = control(job_id, Status::by_owner, |s| {
+    let changed = control(job_id, true, Status::by_owner, |s| {
         if s.status == "cancelled" || s.status == "failed" {
             return Err(ended(s));
         }

@@ -165,12 +165,12 @@ fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> 
     required(id, "id")
 }
 
-/// Wakes a job when the transaction commits. After a commit nothing may raise: this writes to shared memory alone.
+/// Wakes a job when the transaction commits; without an owner only a worker that runs is told. After a commit nothing may
+/// raise: this writes to shared memory alone.
 fn wake_at_commit(job: i64, owner: Option<pg_sys::Oid>) {
     let database = crate::worker::my_database();
     register_xact_callback(PgXactCallbackEvent::Commit, move || match owner {
         Some(owner) => shared::want(database, job, owner.to_u32(), shared::now()),
-        // Nobody can start it; one that runs still is told.
         None => shared::poke(database, job),
     });
     // A prepared transaction is committed by another session, which knows nothing of this: a search finds the job.

@@ -23,7 +23,8 @@ pub struct Status {
     pub target: String,
     pub task: String,
     pub status: String,
-    pub reason: Option<String>,
+    /// It is paused, and yet goes on by itself, or has a worker that keeps answers.
+    pub has_hope: bool,
 }
 
 impl Status {
@@ -63,7 +64,8 @@ impl Status {
 pub fn status(id: i64) -> Result<Status> {
     let found = txn::as_extension_owner(|| {
         sql::row(
-            "SELECT n.owner, t.oid, t.relowner, p.relation, p.target::text, p.task, p.status, p.reason
+            "SELECT n.owner, t.oid, t.relowner, p.relation, p.target::text, p.task, p.status,
+                    llm_batch.goes_on(p.reason) OR coalesce(p.reason = 'owner', false)
                FROM llm_batch.progress p JOIN llm_batch.job j ON j.id = p.job_id
               CROSS JOIN LATERAL (SELECT llm_batch.owner_now(j.owner, j.owner_name, j.home),
                                          llm_batch.relation_now(j.relation, j.relation_name, j.home)) n (owner, relation)
@@ -79,7 +81,7 @@ pub fn status(id: i64) -> Result<Status> {
                     target: r.get(5)?,
                     task: r.get(6)?,
                     status: r.get(7)?,
-                    reason: r.maybe(8)?,
+                    has_hope: r.get(8)?,
                 })
             },
         )

@@ -77,17 +77,19 @@ fn search() -> Result<Option<i64>> {
         "SELECT j.id, j.owner,
                 s.epoch = j.epoch AND s.status = 'paused' AS waits,
                 (extract(epoch FROM s.resume_at - clock_timestamp()) * 1000000)::bigint AS microseconds,
+                o.shut_out, j.epoch,
+                (extract(epoch FROM clock_timestamp() - s.updated_at) * 1000000)::bigint AS age,
+                CASE WHEN s.epoch = j.epoch THEN s.starts ELSE 0 END AS starts, d.is_due
+           FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
+           LEFT JOIN pg_roles r ON r.oid = j.owner
+          CROSS JOIN LATERAL (SELECT j.wanted = 'running'
+                AND (s.epoch < j.epoch OR s.status = 'running' OR (s.status = 'paused' AND s.resume_at IS NOT NULL))) d (is_due)
+          CROSS JOIN LATERAL (SELECT
                 CASE WHEN r.oid IS NULL THEN 'the job''s owner was dropped'
                      WHEN NOT r.rolcanlogin THEN 'the job''s owner lost a right: it may not log in'
                      WHEN NOT has_database_privilege(j.owner, current_database(), 'CONNECT')
-                     THEN 'the job''s owner lost a right: it may not connect to the database'
-                END, j.epoch,
-                (extract(epoch FROM clock_timestamp() - s.updated_at) * 1000000)::bigint AS age,
-                CASE WHEN s.epoch = j.epoch THEN s.starts ELSE 0 END AS starts
-           FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
-           LEFT JOIN pg_roles r ON r.oid = j.owner
-          WHERE j.wanted = 'running' AND j.home = llm_batch.home()
-            AND (s.epoch < j.epoch OR s.status = 'running' OR (s.status = 'paused' AND s.resume_at IS NOT NULL))
+                     THEN 'the job''s owner lost a right: it may not connect to the database' END) o (shut_out)
+          WHERE j.home = llm_batch.home() AND (d.is_due OR o.shut_out IS NOT NULL)
           ORDER BY j.id",
         &[],
         |row| {
@@ -96,7 +98,7 @@ fn search() -> Result<Option<i64>> {
             let died = u32::try_from(row.get::<i32>(8)? - 1).unwrap_or(0);
             let left_alone = shared::pause(died) - row.get::<i64>(7)?;
             let wait = if row.get::<bool>(3)? { row.maybe::<i64>(4)?.unwrap_or(0) } else { left_alone };
-            Ok((job, wait.max(0), row.maybe::<String>(5)?, row.get::<i32>(6)?))
+            Ok((job, wait.max(0), row.maybe::<String>(5)?, row.get::<i32>(6)?, row.get::<bool>(9)?))
         },
     )?;
     failure_point!("find");
@@ -105,9 +107,12 @@ fn search() -> Result<Option<i64>> {
     let prepared =
         sql::one::<bool>("SELECT true FROM pg_prepared_xacts WHERE database = current_database() LIMIT 1", &[])?;
     let mut next = prepared.map(|_| now + AGAIN);
-    for ((id, owner), wait, shut_out, epoch) in jobs {
+    for ((id, owner), wait, shut_out, epoch, is_due) in jobs {
         if let Some(why) = shut_out {
-            store::end(id, epoch, &Outcome::Paused("owner", Some(why), None), true)?;
+            if is_due {
+                store::end(id, epoch, &Outcome::Paused("owner", Some(why), None), true)?;
+            }
+            // Also what waits for a worker to see that it is not to run: none can come up.
             shared::unwant(super::my_database(), id);
             continue;
         }
