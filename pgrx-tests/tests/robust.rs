@@ -224,6 +224,35 @@ fn a_trigger_that_waits_for_a_lock() {
     assert_eq!(bed.done(job).counts(), (50, 50, 0, 0, 0, 0));
     assert_eq!(asked(&bed), (50, 0, 0));
     assert_eq!(wrong(client, "tickets"), 0);
+
+    // All rows of a page wait, and are written together with those of another page: these are written.
+    run(client, "DROP TABLE tickets");
+    tickets(client, "tickets", 1..=400);
+    run(
+        client,
+        "CREATE TRIGGER ask_shop BEFORE UPDATE ON tickets FOR EACH ROW WHEN (NEW.id > 200) EXECUTE FUNCTION ask_shop()",
+    );
+    bed.provider.reset_stats();
+    warm(client, "tickets");
+    bed.provider.hold();
+    let job = backfill(client, "tickets");
+    let queued = "SELECT sum(queued)::bigint FROM llm_batch.activity";
+    wait_until(
+        "all are claimed",
+        PATIENCE,
+        || one(client, queued) + bed.provider.stats().rows_in_flight as i64,
+        |n| *n == 400,
+    );
+    run(other, "BEGIN; SELECT FROM shop FOR UPDATE");
+    run(client, "BEGIN; LOCK TABLE tickets IN SHARE MODE");
+    bed.provider.release();
+    wait_until("all are answered", PATIENCE, || bed.provider.stats(), |s| s.rows.len() == 400 && s.in_flight == 0);
+    run(client, "COMMIT");
+    wait_until("those are written", Duration::from_secs(60), || progress(client, job).done, |n| *n == 200);
+    run(other, "COMMIT");
+    assert_eq!(bed.done(job).counts(), (400, 400, 0, 0, 0, 0));
+    assert_eq!(asked(&bed), (400, 0, 0));
+    assert_eq!(wrong(client, "tickets"), 0);
 }
 
 #[test]

@@ -177,6 +177,86 @@ fn a_write_that_fails_for_everybody() {
     assert!(bed.provider.stats().rows.values().all(|r| r.asked == 2));
 }
 
+/// What should pass, and is raised by some rows alone each time: they are tried again, listed in the end, and hold up
+/// nothing. A disk that is full for all, or for many, lists none.
+#[test]
+fn a_write_that_fails_for_a_few() {
+    let bed = Bed::new("writes_few");
+    let client = &mut bed.connect();
+    run(
+        client,
+        "CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN RAISE EXCEPTION 'not now' USING ERRCODE = TG_ARGV[0]; END $$",
+    );
+    let refuse = |client: &mut Client, name: &str, when: &str, code: &str| {
+        run(
+            client,
+            &format!(
+                "CREATE TRIGGER {name} BEFORE UPDATE ON tickets FOR EACH ROW WHEN ({when}) EXECUTE FUNCTION refuse('{code}')"
+            ),
+        );
+    };
+    tickets(client, "tickets", 1..=600);
+    for (id, code) in [(7, "40001"), (8, "57014"), (333, "53100")] {
+        refuse(client, &format!("refuse_{code}"), &format!("OLD.id = {id}"), code);
+    }
+    let job = backfill(client, "tickets");
+    let p = wait_until("the others are written", PATIENCE, || progress(client, job), |p| p.done == 597);
+    assert_eq!(p.failed, 0, "{p:?}");
+    // Ten minutes have passed.
+    bed.cluster.fail_at("patience", "over", 3);
+    assert_eq!(bed.done(job).counts(), (600, 597, 0, 3, 0, 0));
+    let mut listed: Vec<_> =
+        failures(client, job).into_iter().map(|f| format!("{} {} {}", f.0["id"], f.2, f.4)).collect();
+    listed.sort();
+    assert_eq!(
+        listed,
+        ["333 write_error 53100: not now", "7 write_error 40001: not now", "8 write_error 57014: not now"]
+    );
+    assert!(bed.provider.stats().rows.values().all(|r| r.asked == 1));
+
+    // The disk is full in the middle, or when a few are left: nothing is listed, however long it takes.
+    for (ids, when) in [(2_001..=2_600, "OLD.id > 2100"), (3_001..=3_003, "true")] {
+        run(client, "DROP TABLE tickets");
+        let rows = ids.end() - ids.start() + 1;
+        tickets(client, "tickets", ids);
+        refuse(client, "full_disk", when, "53100");
+        bed.provider.reset_stats();
+        let job = backfill(client, "tickets");
+        bed.cluster.fail_at("patience", "over", 1_000);
+        wait_reason(client, job, "paused", "write_error");
+        asks_no_more(&bed, client, job);
+        run(client, "DROP TRIGGER full_disk ON tickets");
+        let p = bed.done(job);
+        all_right_once(&bed, client, &p, rows);
+    }
+
+    // Something in the input takes too much for a while: what was answered is kept.
+    run(
+        client,
+        "DROP TABLE tickets; CREATE TABLE broken (a int);
+         CREATE FUNCTION said(t text) RETURNS text LANGUAGE plpgsql STABLE AS $$
+         BEGIN
+             IF EXISTS (SELECT FROM broken) THEN RAISE EXCEPTION 'too much' USING ERRCODE = '54000'; END IF;
+             RETURN t;
+         END $$",
+    );
+    tickets(client, "tickets", 1..=40);
+    bed.provider.reset_stats();
+    common::warm(client, "tickets");
+    bed.provider.hold();
+    let job =
+        one(client, "SELECT llm_batch.backfill('tickets', input => 'said(body)', target => 'topic', task => 'topic')");
+    wait_until("all is asked", PATIENCE, || bed.provider.stats().rows_in_flight, |n| *n == 40);
+    run(client, "INSERT INTO broken VALUES (1)");
+    bed.provider.release();
+    let p = wait_until("it waits", PATIENCE, || progress(client, job), |p| p.status != "running");
+    assert_eq!((p.status.as_str(), p.reason.as_deref()), ("paused", Some("write_error")), "{p:?}");
+    run(client, "DELETE FROM broken");
+    let p = bed.done(job);
+    all_right_once(&bed, client, &p, 40);
+}
+
 /// A label that the column takes no more: three rows, and not the rest of the table.
 #[test]
 fn a_label_that_cannot_be_written() {

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::job::page::{self, Page};
 use crate::job::plan::Plan;
 use crate::job::store::Failure;
-use crate::{sql, txn};
+use crate::{sql, txn, worker};
 
 /// An answer to write: which row, what became of it.
 #[derive(Debug, Clone)]
@@ -29,12 +29,18 @@ pub struct Answer {
     pub reused: bool,
     /// Since when its row has been found locked.
     pub locked_since: Option<Instant>,
+    /// Since when writing it has raised an error that should pass, while other rows could be written.
+    pub refused_since: Option<Instant>,
 }
 
-/// How long a row that others hold locked is waited for.
-const LOCK_PATIENCE: Duration = Duration::from_secs(600);
-/// Waits for locks in vain in one settlement, each but the first of 100 ms, until the rest is left for the next one.
-const MOST_TIMEOUTS: u32 = 20;
+/// How long a row is tried again that others hold locked, or whose write raises what should pass.
+const PATIENCE: Duration = Duration::from_secs(600);
+/// Errors that should pass in one settlement (waits for locks but the first are of 100 ms), until the rest is left for the
+/// next one.
+const MOST_TRIES: u32 = 20;
+/// So many rows at the most are at fault themselves if they meet a lack of disk or memory: more than these, and the server
+/// has none.
+pub const FEW: usize = 3;
 
 /// What became of the answers.
 #[derive(Debug, Default)]
@@ -47,13 +53,13 @@ pub struct Settled {
     /// Labels that were written, and rows that the UPDATE of a label raised for: the label's fault, or the row's.
     pub written: BTreeSet<String>,
     pub raised: Vec<(String, Failure)>,
-    /// The row is locked by another transaction: to be tried again.
+    /// The row is locked by another transaction, or can't be written for another reason that should pass: to be tried again.
     pub locked: Vec<Answer>,
     /// The input has changed since it was sent: the answer is for a text that is no more.
     pub changed: Vec<(Value, u32)>,
 }
 
-/// Errors that say nothing about a row: the transaction is tried again as a whole.
+/// Errors that should pass, and at first say nothing about a row.
 pub fn is_passing(code: Code) -> bool {
     matches!(
         code,
@@ -69,19 +75,80 @@ pub fn is_passing(code: Code) -> bool {
     )
 }
 
+/// What should pass has kept rows of a settlement from being written.
+#[derive(Default)]
+struct Hindered {
+    tries: u32,
+    error: Option<Error>,
+    /// Rows that were tried alone, and what their write raised.
+    refused: Vec<(Answer, Error)>,
+}
+
+impl Hindered {
+    /// Whether it may be what every row meets: then nothing is done, and all rows are kept. Where others were written it is
+    /// not.
+    fn is_for_all(&self, done: i64, others: Others) -> bool {
+        let may_be = |(answer, e): &(Answer, Error)| match is_scarce(e.code) {
+            true => answer.refused_since.is_none() || !self.are_few(others),
+            false => answer.refused_since.is_none() && others != Others::None,
+        };
+        done == 0 && (self.tries > MOST_TRIES || self.refused.iter().any(may_be))
+    }
+
+    fn are_few(&self, others: Others) -> bool {
+        self.refused.len() <= FEW && others != Others::Refused
+    }
+}
+
+/// What is to be written besides the answers at hand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Others {
+    /// Nothing, now or later.
+    None,
+    /// Rows that can tell whose fault an error is.
+    Some,
+    /// Among them some that were refused before.
+    Refused,
+}
+
+/// The server lacks what every row needs, or a row's trigger says so.
+fn is_scarce(code: Code) -> bool {
+    matches!(code, Code::ERRCODE_DISK_FULL | Code::ERRCODE_OUT_OF_MEMORY)
+}
+
+/// Somebody holds a lock.
+fn is_lock(code: Code) -> bool {
+    matches!(code, Code::ERRCODE_LOCK_NOT_AVAILABLE | Code::ERRCODE_T_R_DEADLOCK_DETECTED)
+}
+
 /// Writes answers, inside a transaction of the caller's that will commit.
-pub fn settle(plan: &Plan, answers: &[Answer]) -> Result<Settled> {
+pub fn settle(plan: &Plan, answers: &[Answer], others: Others) -> Result<Settled> {
     let mut settled = Settled::default();
     let mut by_page: HashMap<*const Page, Vec<&Answer>> = HashMap::new();
     for a in answers {
         by_page.entry(Rc::as_ptr(&a.page)).or_default().push(a);
     }
-    let mut timeouts = 0;
+    let mut hindered = Hindered::default();
     for answers in by_page.into_values() {
-        settle_page(plan, &answers, &mut timeouts, &mut settled)?;
+        settle_page(plan, &answers, &mut hindered, &mut settled)?;
     }
-    if timeouts > 0 {
+    if hindered.is_for_all(settled.done, others)
+        && let Some(e) = hindered.error.take()
+    {
+        return Err(e);
+    }
+    if hindered.tries > 0 {
         sql::set_local("lock_timeout", "2s")?;
+    }
+    let are_few = hindered.are_few(others);
+    for (mut answer, e) in hindered.refused {
+        if is_over(answer.refused_since) && (are_few || !is_scarce(e.code)) {
+            let listed = Listed::new(&answer, "write_error", sqlstate_and_text(&e));
+            name_rows(plan, &answer.page, vec![listed], Vec::new(), &mut settled)?;
+        } else {
+            answer.refused_since.get_or_insert_with(Instant::now);
+            settled.locked.push(answer);
+        }
     }
     Ok(settled)
 }
@@ -123,7 +190,7 @@ impl Listed {
     }
 }
 
-fn settle_page(plan: &Plan, answers: &[&Answer], timeouts: &mut u32, settled: &mut Settled) -> Result<()> {
+fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settled: &mut Settled) -> Result<()> {
     let Some(page) = answers.first().map(|a| Rc::clone(&a.page)) else { return Ok(()) };
     let by_position: BTreeMap<i32, &Answer> = answers.iter().map(|a| (a.position, *a)).collect();
     let hash = |position: i32| page.hashes.get(position as usize - 1).copied();
@@ -131,7 +198,7 @@ fn settle_page(plan: &Plan, answers: &[&Answer], timeouts: &mut u32, settled: &m
         .values()
         .map(|a| Todo { position: a.position, label: a.label.clone(), hash: hash(a.position).unwrap_or_default() })
         .collect();
-    let mut tried = write(plan, &page, &todo, timeouts)?;
+    let mut tried = write(plan, &page, &todo, hindered)?;
     still_null(plan, &page, &mut tried)?;
 
     let mut missing = Vec::new();
@@ -141,6 +208,8 @@ fn settle_page(plan: &Plan, answers: &[&Answer], timeouts: &mut u32, settled: &m
         if let Some(detail) = tried.raised.remove(position) {
             let raised = answer.label.clone();
             listed.push(Listed { raised, ..Listed::new(answer, "write_error", detail) });
+        } else if let Some(e) = tried.refused.remove(position) {
+            hindered.refused.push(((*answer).clone(), e));
         } else if tried.blocked.contains(position) {
             settled.locked.push((*answer).clone());
         } else if let Some((is_null, found)) = tried.seen.get(position) {
@@ -166,7 +235,7 @@ fn settle_page(plan: &Plan, answers: &[&Answer], timeouts: &mut u32, settled: &m
                 Some((true, _)) if is_out_of_reach(plan, &page, position)? => {
                     listed.push(Listed::new(answer, "not_written", "row security hides the row from UPDATE"));
                 }
-                Some((true, _)) if is_over(answer) => {
+                Some((true, _)) if is_over(answer.locked_since) => {
                     listed.push(Listed::new(answer, "not_written", "the row stayed locked by another transaction"));
                 }
                 Some((true, _)) => settled.locked.push((*answer).clone()),
@@ -176,14 +245,14 @@ fn settle_page(plan: &Plan, answers: &[&Answer], timeouts: &mut u32, settled: &m
     name_rows(plan, &page, listed, changed, settled)
 }
 
-/// Whether a row has been locked for too long.
-fn is_over(answer: &Answer) -> bool {
-    let Some(since) = answer.locked_since else { return false };
+/// Whether a row has been tried again for long enough.
+fn is_over(since: Option<Instant>) -> bool {
+    let Some(since) = since else { return false };
     #[cfg(feature = "failure_points")]
     if llm_batch_gateway::failure::pass("patience", "").is_some() {
         return true;
     }
-    since.elapsed() > LOCK_PATIENCE
+    since.elapsed() > PATIENCE
 }
 
 /// What became of a row that was as it had been. `written`: whether it is still NULL after the UPDATE.
@@ -270,13 +339,15 @@ struct Tried {
     written: BTreeMap<i32, bool>,
     /// What the UPDATE raised.
     raised: BTreeMap<i32, String>,
-    /// The write waited for a lock of someone else's in vain.
+    /// The write alone raised what should pass.
+    refused: BTreeMap<i32, Error>,
+    /// The write waited for a lock of someone else's in vain, or was not tried any more.
     blocked: BTreeSet<i32>,
 }
 
 /// Locks rows, looks at them and writes those that are as they were. If the statement raises, the rows it raises for are
 /// found by halving, so that the others are written.
-fn write(plan: &Plan, page: &Page, rows: &[Todo], timeouts: &mut u32) -> Result<Tried> {
+fn write(plan: &Plan, page: &Page, rows: &[Todo], hindered: &mut Hindered) -> Result<Tried> {
     // Halves still to write; a list instead of recursion.
     let mut todo: Vec<&[Todo]> = vec![rows];
     let mut tried = Tried::default();
@@ -294,28 +365,30 @@ fn write(plan: &Plan, page: &Page, rows: &[Todo], timeouts: &mut u32) -> Result<
             }
             Err(e) => e,
         };
-        // A lock may be on something that one row alone needs, such as what its label refers to.
-        let is_lock = e.code == Code::ERRCODE_LOCK_NOT_AVAILABLE;
-        if !is_lock && (is_passing(e.code) || is_of_the_table(plan, e.code)?) {
+        let is_told_to_end = e.code == Code::ERRCODE_QUERY_CANCELED && worker::is_told_to_end();
+        if is_told_to_end || is_of_the_table(plan, e.code)? {
             return Err(e);
         }
         if part.len() == rows.len() {
             // What looking raises, every write would.
             look(plan, page, part.iter().map(|t| t.position).collect())?;
         }
+        // It may be what one row alone needs: a lock on what its label refers to, something of its trigger.
+        let (is_lock, passes) = (is_lock(e.code), is_passing(e.code));
         if is_lock {
-            *timeouts += 1;
             sql::set_local("lock_timeout", "100ms")?;
-            if *timeouts > MOST_TIMEOUTS {
-                if tried.written.is_empty() {
-                    return Err(e);
-                }
+        }
+        if passes {
+            hindered.tries += 1;
+            hindered.error = Some(e.clone());
+            if hindered.tries > MOST_TRIES {
                 tried.blocked.extend(part.iter().map(|t| t.position));
                 continue;
             }
         }
         match part {
             [one] if is_lock => drop(tried.blocked.insert(one.position)),
+            [one] if passes => drop(tried.refused.insert(one.position, e)),
             [one] => drop(tried.raised.insert(one.position, sqlstate_and_text(&e))),
             _ => {
                 let (first, second) = part.split_at(part.len() / 2);

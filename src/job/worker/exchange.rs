@@ -14,7 +14,7 @@ use super::{AGAIN, CONTROL, CRASH, HEAR, LATER, MOST_STARTS, Worker};
 use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
-use crate::job::settle::Answer;
+use crate::job::settle::{Answer, FEW};
 use crate::job::store::{self, Failure, Outcome};
 use crate::job::{page, plan as statements};
 use crate::worker::{self, report};
@@ -72,7 +72,7 @@ impl Worker {
             && self.too_late.is_empty()
             && self.waiting.is_empty()
             // Answers are there only where they could not be written.
-            && self.answers.is_empty()
+            && (self.answers.is_empty() || self.lacks_others())
             && self.outstanding.len() < self.window().div_ceil(2)
             && self.locked.len() < MOST_LOCKED
             && (!is_new_pass || (self.outstanding.is_empty() && self.answers.is_empty() && self.locked.is_empty()))
@@ -82,7 +82,8 @@ impl Worker {
     /// may have killed them is found.
     fn window(&self) -> usize {
         match self.job.starts {
-            _ if self.job.was_unwritable => 1,
+            // Enough to tell whether it is a row's fault.
+            _ if self.job.was_unwritable || self.lacks_others() => FEW,
             ..=2 => WINDOW_ROWS,
             3 => 200,
             4 => 20,
@@ -261,6 +262,7 @@ impl Worker {
                                 attempts: o.attempts,
                                 reused: o.reused,
                                 locked_since: None,
+                                refused_since: None,
                             });
                         }
                     }

@@ -301,7 +301,7 @@ impl Worker {
         }
         // What has come is written also where no more can be claimed.
         let claimed = if may_try && self.may_claim() { self.claim() } else { Ok(()) };
-        if claimed.is_ok() && self.trouble.is_none() {
+        if claimed.is_ok() && (self.trouble.is_none() || self.lacks_others()) {
             self.hand_over()?;
         }
         self.receive()?;
@@ -314,8 +314,16 @@ impl Worker {
         if has_news && may_try {
             worker::hold_on(self.has_in_hand());
             if let Err(e) = self.settle(try_locked) {
-                let Some(kind) = Kind::of(e.code) else { return Err(e) };
-                if !worker::is_told_to_end() {
+                let Some(kind) = Kind::of(e.code) else {
+                    self.give_up(&e.one_line());
+                    return Err(e);
+                };
+                let is_denied = kind == Kind::Denied;
+                if is_denied && self.trouble.is_none() {
+                    // It may be another one's job by now, or nobody's.
+                    self.look()?;
+                }
+                if !worker::is_told_to_end() && (!is_denied || self.has_in_hand()) {
                     self.hinder(kind, &e);
                 }
             }
@@ -374,6 +382,8 @@ impl Worker {
             return Ok(());
         };
         if job.owner.is_none() {
+            // Nobody will ever write it.
+            self.give_up(owner::GONE);
             self.stop(Outcome::Paused("owner", Some(owner::GONE.to_owned()), None));
         } else if job.owner != Some(me()) {
             // Another process goes on, as its new owner.

@@ -1,5 +1,5 @@
 //! What keeps answers from being written. Nothing more is claimed meanwhile, and what is at hand is kept: a lock on the
-//! table, a database that is read-only, an error that every write meets (a full disk).
+//! table, a database that is read-only, a right that the owner has lost, an error that every write meets (a full disk).
 
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use super::write::rates;
 use super::{AGAIN, LATER, Worker};
 use crate::error::{Error, Result};
 use crate::job::plan;
+use crate::job::settle::FEW;
 use crate::job::store::{self, Delta, Outcome};
 use crate::{shared, sql, txn, worker};
 
@@ -29,6 +30,7 @@ const LAST_ENTRY: i32 = 1_000;
 pub(super) enum Kind {
     Locked,
     ReadOnly,
+    Denied,
     WriteError,
 }
 
@@ -38,6 +40,13 @@ impl Kind {
         match code {
             Code::ERRCODE_LOCK_NOT_AVAILABLE => Some(Self::Locked),
             Code::ERRCODE_READ_ONLY_SQL_TRANSACTION => Some(Self::ReadOnly),
+            Code::ERRCODE_INSUFFICIENT_PRIVILEGE | Code::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION => {
+                Some(Self::Denied)
+            }
+            // Fewer rows may take less; a connection or a file is needed by what users have written.
+            Code::ERRCODE_PROGRAM_LIMIT_EXCEEDED | Code::ERRCODE_CONNECTION_FAILURE | Code::ERRCODE_UNDEFINED_FILE => {
+                Some(Self::WriteError)
+            }
             _ => says_nothing(code).then_some(Self::WriteError),
         }
     }
@@ -46,6 +55,7 @@ impl Kind {
         match self {
             Self::Locked => "locked",
             Self::ReadOnly => "read_only",
+            Self::Denied => "owner",
             Self::WriteError => "write_error",
         }
     }
@@ -76,13 +86,17 @@ impl Trouble {
         match self.kind {
             Kind::Locked => AGAIN,
             Kind::ReadOnly => FREEZE,
-            Kind::WriteError if self.failures < MOST_TRIES => AGAIN,
-            Kind::WriteError => (AGAIN * 2_u32.saturating_pow(self.failures - MOST_TRIES + 1)).min(MOST_WAIT),
+            _ if self.failures < MOST_TRIES => AGAIN,
+            _ => (AGAIN * 2_u32.saturating_pow(self.failures - MOST_TRIES + 1)).min(MOST_WAIT),
         }
     }
 
     fn is_pause(&self) -> bool {
-        self.kind != Kind::Locked && (self.kind == Kind::ReadOnly || self.failures >= MOST_TRIES)
+        match self.kind {
+            Kind::Locked => false,
+            Kind::ReadOnly | Kind::Denied => true,
+            Kind::WriteError => self.failures >= MOST_TRIES,
+        }
     }
 }
 
@@ -106,15 +120,21 @@ impl Worker {
         trouble.next = Instant::now() + trouble.wait();
         let (is_pause, failures) = (trouble.is_pause(), trouble.failures);
         if kind == Kind::WriteError && failures >= MOST_TRIES {
-            self.most_at_once = 1;
+            self.most_at_once = FEW;
+        }
+        if kind == Kind::Denied && self.stopping.is_none() {
+            // What was answered is kept for resume().
+            self.stop(Outcome::Paused("owner", Some(e.one_line()), None));
         }
         // A job that is to stop has tried once more.
         let is_to_stop = self.stopping.is_some() || self.disabled;
-        if is_to_stop && is_pause && self.outstanding.is_empty() {
+        let is_kept =
+            kind == Kind::Denied && !self.disabled && matches!(self.stopping, Some(Outcome::Paused("owner", ..)));
+        if is_to_stop && is_pause && !is_kept && self.outstanding.is_empty() {
             self.give_up(&e.one_line());
             return;
         }
-        if is_pause && self.reopen.is_none() && !is_to_stop && !self.outstanding.is_empty() {
+        if is_pause && self.reopen.is_none() && !is_to_stop && self.outstanding.len() > FEW {
             // What has not been sent comes back; it is claimed again when the stream has been opened anew.
             self.change(self.asked.clone());
         }
@@ -129,7 +149,8 @@ impl Worker {
         let Some(trouble) = &self.trouble else { return };
         let (job, asked, spent) = (&self.job, &self.asked, self.spent);
         let (rows_per_second, tokens_per_minute) = rates(&self.samples);
-        let resume_at = is_pause.then(|| shared::now() + trouble.left().as_micros() as i64);
+        let resume_at =
+            (is_pause && trouble.kind != Kind::Denied).then(|| shared::now() + trouble.left().as_micros() as i64);
         let status = if is_pause { "paused" } else { "running" };
         let is_shown = is_pause || trouble.kind == Kind::Locked;
         let shown = txn::run(|| {
@@ -160,12 +181,18 @@ impl Worker {
 
     /// Nothing is in the way any more.
     pub(super) fn free(&mut self) -> Result<()> {
-        if self.trouble.is_some() {
+        // What is to stop says itself how it ends.
+        if self.trouble.is_some() && self.stopping.is_none() {
             let (id, epoch) = (self.job.id, self.job.epoch);
             txn::run(|| store::show(id, epoch, "running", None, None))?;
-            self.trouble = None;
         }
+        self.trouble = None;
         Ok(())
+    }
+
+    /// So few rows can't be written that others beside them have to tell whether it is their own fault.
+    pub(super) fn lacks_others(&self) -> bool {
+        self.answers.len() < FEW && self.trouble.as_ref().is_some_and(|t| t.kind == Kind::WriteError && t.is_pause())
     }
 
     /// Whether there are answers that are not written.

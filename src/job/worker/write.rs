@@ -7,14 +7,14 @@ use llm_batch_gateway::protocol::{Spent, ToGateway};
 use pgrx::pg_sys;
 
 use super::money::Decision;
-use super::trouble::Kind;
 use super::{CRASH, Worker, make_plan};
 use crate::budget;
 use crate::client::WINDOW_ROWS;
 use crate::error::Result;
 use crate::failure::failure_point;
+use crate::job::plan;
+use crate::job::settle::{self, FEW, Others};
 use crate::job::store::{self, Delta, Failure, Outcome};
-use crate::job::{plan, settle};
 use crate::worker::{my_database, report};
 use crate::{shared, sql, txn};
 
@@ -35,6 +35,16 @@ impl Worker {
         let (spent, too_late, known) = (self.spent, &self.too_late, &mut self.table);
         let (rows_per_second, tokens_per_minute) = rates(&self.samples);
         let (batch_ref, money) = (&batch, &self.money);
+        let is_last = self.pass_ended
+            && self.outstanding.is_empty()
+            && self.waiting.is_empty()
+            && rest.is_empty()
+            && self.locked.is_empty();
+        let others = match rest.iter().chain(&self.locked).any(|a| a.refused_since.is_some()) {
+            true => Others::Refused,
+            false if is_last && batch.len() <= FEW => Others::None,
+            false => Others::Some,
+        };
         // A job that is about to stop sends nothing more.
         let may_grant = self.stopping.is_none() && !self.disabled;
         let result = txn::run(|| {
@@ -52,7 +62,7 @@ impl Worker {
             for path in ["enable_hashjoin", "enable_mergejoin", "enable_seqscan"] {
                 sql::set_local(path, "off")?;
             }
-            let settled = settle::settle(plan, batch_ref)?;
+            let settled = settle::settle(plan, batch_ref, others)?;
             let delta = Delta {
                 done: settled.done,
                 superseded: settled.superseded,
@@ -78,11 +88,9 @@ impl Worker {
         let (settled, decision, is_progress, account) = match result {
             Ok(done) => done,
             Err(e) => {
-                // Nothing was written. All of it is tried again, if there is any use in that, another row first.
-                if Kind::of(e.code).is_some() {
-                    rest.append(&mut batch);
-                    self.answers = rest;
-                }
+                // Nothing was written. All of it is tried again, other rows first.
+                rest.append(&mut batch);
+                self.answers = rest;
                 return Err(e);
             }
         };
