@@ -3,6 +3,7 @@
 mod common;
 
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use common::{
     Bed, PATIENCE, backfill_with, error, in_flight, left, one, pause_held, progress, run, slow, text, tickets,
@@ -240,6 +241,60 @@ fn another_database_of_the_same_cluster() {
     run(third, &format!("SELECT llm_batch.resume({})", jobs.running));
     wait_status(third, jobs.running, "done");
     assert_eq!((wrong(third, "a"), left(third, "a")), (0, 0));
+}
+
+/// A copy of the files has no numbers that mean something, only names: those that a search noted last.
+#[test]
+fn names_in_a_copy_of_the_files() {
+    let mut bed = Bed::new("dump_files");
+    let client = &mut bed.connect();
+    tickets(client, "tickets", 1..=20);
+    run(client, "UPDATE tickets SET body = body || repeat(' word', 100000) WHERE id > 18");
+    let job = backfill_with(client, "tickets", SMALL);
+    assert_eq!(bed.done(job).counts(), (20, 18, 2, 0, 0, 0));
+    // Another table has its name now, and another server that of a model's.
+    let server = "CREATE SERVER gone FOREIGN DATA WRAPPER llm_provider OPTIONS (base_url 'http://127.0.0.1:9/v1')";
+    run(
+        client,
+        &format!(
+            "ALTER TABLE tickets RENAME TO letters;
+             {server}; SELECT llm_batch.create_model('without', 'gone', 'x'); DROP SERVER gone; {server}"
+        ),
+    );
+    tickets(client, "tickets", 1..=20);
+    bed.cluster.restart();
+    let noted = "SELECT concat_ws(' ', relation_name, (SELECT server = 0 FROM llm_batch.model WHERE name = 'without'))
+                   FROM llm_batch.job";
+    let client = &mut bed.connect();
+    wait_until(
+        "a search has noted names",
+        Duration::from_secs(30),
+        || text(client, noted),
+        |n| n == "public.letters t",
+    );
+    let searches = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'llm_batch finder'";
+    wait_until("the search is over", PATIENCE, || one(client, searches), |n| *n == 0);
+    let admin = &mut bed.cluster.connect("template1");
+    run(
+        admin,
+        "ALTER DATABASE postgres IS_TEMPLATE true;
+         SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'postgres'",
+    );
+    let copied = wait_until(
+        "nobody is connected",
+        PATIENCE,
+        || admin.batch_execute("CREATE DATABASE copy TEMPLATE postgres").map_err(|e| e.to_string()),
+        Result::is_ok,
+    );
+    copied.unwrap();
+    let there = &mut bed.cluster.connect("copy");
+    assert_eq!(text(there, &format!("SELECT relation FROM llm_batch.progress WHERE job_id = {job}")), "letters");
+    run(there, "UPDATE letters SET body = left(body, 40) WHERE id > 18");
+    run(there, &format!("SELECT llm_batch.retry_failed({job})"));
+    assert_eq!(wait_status(there, job, "done").counts(), (20, 20, 0, 0, 0, 0));
+    assert_eq!((left(there, "letters"), left(there, "tickets")), (0, 20));
+    let e = error(there, "SELECT llm_batch.create_classifier('x', '[\"a\", \"b\"]', 'without')");
+    assert!(e.0 == "42704" && e.1 == "server \"gone\" of model \"without\" does not exist", "{e:?}");
 }
 
 /// Back to an earlier state, in the very same database, while a job runs.

@@ -137,9 +137,36 @@ fn forget_old() -> Result<()> {
     old.into_iter().try_for_each(|id| forget(id, ", as llm_batch.keep_finished_jobs says"))
 }
 
-/// Enters what roles and servers are called today, and makes what a dump has brought at home here once all of it is
-/// found: from then on it follows its owner and server when they are renamed. What others hold locked waits.
+/// Enters what roles, servers and tables are called today, and makes models and classifiers that a dump has brought at home
+/// here once all of theirs is found: from then on they follow owner and server when these are renamed. A job is at home with
+/// `resume()`. A copy of the files, such as a template's, has these names. What others hold locked waits.
 fn note_names() -> Result<()> {
+    // What is gone has no name to be found by, as in a dump.
+    sql::run(
+        "UPDATE llm_batch.model m SET server = 0
+           FROM (SELECT x.name FROM llm_batch.model x
+                  WHERE x.home = llm_batch.home() AND x.server <> 0
+                    AND NOT EXISTS (SELECT FROM pg_foreign_server s WHERE s.oid = x.server)
+                    FOR UPDATE OF x SKIP LOCKED) n
+          WHERE m.name = n.name",
+        &[],
+    )?;
+    sql::run(
+        "UPDATE llm_batch.job j
+            SET owner_name = n.owner_name, relation = n.relation, relation_name = n.relation_name, target_type_name = n.type_name
+           FROM (SELECT x.id, v.* FROM llm_batch.job x
+                   LEFT JOIN pg_roles r ON r.oid = x.owner
+                   LEFT JOIN (pg_class t JOIN pg_namespace s ON s.oid = t.relnamespace) ON t.oid = x.relation
+                  CROSS JOIN LATERAL (SELECT coalesce(r.rolname, x.owner_name), coalesce(t.oid, 0),
+                        CASE WHEN t.oid IS NULL THEN x.relation_name ELSE concat(quote_ident(s.nspname), '.', quote_ident(t.relname)) END,
+                        format_type(x.target_type, NULL)) v (owner_name, relation, relation_name, type_name)
+                  WHERE x.home = llm_batch.home()
+                    AND (x.owner_name, x.relation, x.relation_name, x.target_type_name)
+                        <> (v.owner_name, v.relation, v.relation_name, v.type_name)
+                    FOR UPDATE OF x SKIP LOCKED) n
+          WHERE j.id = n.id",
+        &[],
+    )?;
     sql::run(
         "UPDATE llm_batch.model m
             SET owner = n.owner, owner_name = n.rolname, server = n.server, server_name = n.srvname, home = llm_batch.home()
