@@ -398,22 +398,30 @@ fn numbers_mean_nothing_elsewhere() {
     let squatter = text(there, &format!("SELECT {number}::oid::regrole"));
     assert!(squatter.starts_with('r'), "{squatter}");
     run(there, "CREATE ROLE app2 LOGIN");
-    let complaints = pipe(tool(cluster, "pg_dump", &["-T", "app.\"B b\"", "postgres"]), psql(&to, "postgres"));
-    assert_eq!(complaints, "");
+    let but = ["-T", "app.\"B b\"", "-T", "app.a2", "postgres"];
+    assert_eq!(pipe(tool(cluster, "pg_dump", &but), psql(&to, "postgres")), "");
     for (job, state) in [
-        (jobs.running, "paused restored app.a2 app2"),
+        (jobs.running, "paused table app.a2 app2"),
         (jobs.paused, "paused user app.\"B b\" app2"),
         (jobs.done, "done public.c postgres"),
         (jobs.cancelled, "cancelled d postgres"),
     ] {
         assert_eq!(p(there, job), state);
     }
-    let e = error(there, &format!("SELECT llm_batch.resume({})", jobs.paused));
-    assert!(e.0 == "42P01" && e.1.contains("app.\"B b\"") && e.3.contains("Restore it"), "{e:?}");
+    for (job, table) in [(jobs.running, "app.a2"), (jobs.paused, "app.\"B b\"")] {
+        let e = error(there, &format!("SELECT llm_batch.resume({job})"));
+        assert!(e.0 == "42P01" && e.1.contains(table) && e.3.contains("Restore it"), "{e:?}");
+    }
+    // The tables come after all.
+    let these = ["-t", "app.\"B b\"", "-t", "app.a2", "postgres"];
+    assert_eq!(pipe(tool(cluster, "pg_dump", &these), psql(&to, "postgres")), "");
+    assert_eq!(p(there, jobs.running), "paused restored app.a2 app2");
     jobs.bed.provider.release();
-    run(there, &format!("SELECT llm_batch.resume({})", jobs.running));
-    assert_eq!(wait_status(there, jobs.running, "done").counts(), (ROWS, ROWS, 0, 0, 0, 0));
-    assert_eq!((wrong(there, "app.a2"), left(there, "app.a2")), (0, 0));
+    for (job, table) in [(jobs.running, "app.a2"), (jobs.paused, "app.\"B b\"")] {
+        run(there, &format!("SELECT llm_batch.resume({job})"));
+        assert_eq!(wait_status(there, job, "done").counts(), (ROWS, ROWS, 0, 0, 0, 0));
+        assert_eq!((wrong(there, table), left(there, table)), (0, 0));
+    }
     // Nobody owns what the dropped role owned; who has its number does not.
     let mine = |role: &str, model: &str| {
         let sql = format!("SELECT llm_batch.alter_model('{model}', requests_per_minute => 5)");

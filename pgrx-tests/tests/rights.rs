@@ -768,8 +768,13 @@ fn owners_and_servers_that_go() {
     let bed = Bed::new("rights_owners");
     let client = &mut roles(&bed, 200);
     // A job of bob's on alice's table, which goes on under a role that owns nothing else.
-    run(client, "GRANT SELECT, UPDATE ON tickets TO bob; CREATE ROLE carol LOGIN");
-    run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");
+    run(
+        client,
+        "GRANT SELECT, UPDATE ON tickets TO bob; CREATE ROLE carol LOGIN; ALTER TABLE tickets ADD by text;
+         CREATE FUNCTION note() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.by := current_user; RETURN NEW; END $$;
+         CREATE TRIGGER note BEFORE UPDATE ON tickets FOR EACH ROW EXECUTE FUNCTION note();
+         SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)",
+    );
     warm(client, "tickets");
     bed.provider.hold();
     let bob = &mut bed.cluster.connect_as("postgres", "bob");
@@ -777,8 +782,15 @@ fn owners_and_servers_that_go() {
     let job = backfill_with(bob, "tickets", "options => '{\"max_rows_per_request\": 5}'");
     wait_until("two requests are in flight", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);
 
-    // Given to another role while it runs: the table's owner, and nobody who is not asked.
+    // The table's owner may pause it, and no more.
     let alice = &mut bed.cluster.connect_as("postgres", "alice");
+    assert_eq!(text(alice, &format!("SELECT llm_batch.pause({job})")), "t");
+    assert_eq!(progress(alice, job).reason.as_deref(), Some("user"));
+    denied(alice, &format!("SELECT llm_batch.resume({job})"), "must be owner of job");
+    denied(alice, &format!("SELECT llm_batch.alter_job({job}, max_tokens => 1000000)"), "must be owner of job");
+    assert_eq!(text(bob, &format!("SELECT llm_batch.resume({job})")), "t");
+
+    // Given to another role while it runs: the table's owner, and nobody who is not asked.
     denied(alice, &format!("SELECT llm_batch.set_owner({job}, 'alice')"), "must be owner of job");
     denied(bob, &format!("SELECT llm_batch.set_owner({job}, 'alice')"), "SET ROLE \"alice\"");
     denied(client, &format!("SELECT llm_batch.set_owner({job}, 'postgres')"), "superuser");
@@ -792,10 +804,23 @@ fn owners_and_servers_that_go() {
     assert_eq!(p.counts(), (200, 200, 0, 0, 0, 0));
     assert_eq!(common::wrong(client, "tickets"), 0);
     assert_eq!(text(client, "SELECT owner FROM llm_batch.progress"), "alice");
+    // What was under way was written as bob.
+    assert_eq!(one(client, "SELECT count(*) FROM tickets WHERE by = 'alice'"), 190);
     assert_eq!(bed.provider.stats().rows.values().map(|r| r.asked).max(), Some(1), "what was sent was asked again");
 
-    // Bob again, and he goes in the middle.
+    // Bob again: the table's owner may cancel it.
     run(client, "UPDATE tickets SET topic = NULL");
+    bed.provider.hold();
+    let job = backfill_with(bob, "tickets", "options => '{\"max_rows_per_request\": 5}'");
+    wait_until("two requests are in flight", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);
+    assert_eq!(text(alice, &format!("SELECT llm_batch.cancel({job})")), "t");
+    assert_eq!(progress(alice, job).status, "cancelled");
+    bed.provider.release();
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'llm_batch job'";
+    wait_until("its worker has gone", PATIENCE, || one(client, workers), |n| *n == 0);
+    assert!(common::left(client, "tickets") > 0);
+
+    // And he goes in the middle.
     bed.provider.hold();
     let job = backfill_with(bob, "tickets", "options => '{\"max_rows_per_request\": 5}'");
     wait_until("two requests are in flight", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);
