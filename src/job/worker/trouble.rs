@@ -108,6 +108,11 @@ impl Worker {
 
     /// Something is in the way of writing: it is shown, and tried again after a while.
     pub(super) fn hinder(&mut self, kind: Kind, e: &Error) {
+        if kind == Kind::Denied && self.disabled {
+            // What the old owner may not do says nothing about the new one: nothing of it is shown.
+            self.give_up(&e.one_line());
+            return;
+        }
         if self.trouble.as_ref().is_none_or(|t| t.kind != kind) {
             let since = txn::run(|| {
                 sql::one::<String>("SELECT pg_catalog.date_trunc('second', pg_catalog.now())::pg_catalog.text", &[])
@@ -128,8 +133,7 @@ impl Worker {
         }
         // A job that is to stop has tried once more.
         let is_to_stop = self.stopping.is_some() || self.disabled;
-        let is_kept =
-            kind == Kind::Denied && !self.disabled && matches!(self.stopping, Some(Outcome::Paused("owner", ..)));
+        let is_kept = kind == Kind::Denied && matches!(self.stopping, Some(Outcome::Paused("owner", ..)));
         if is_to_stop && is_pause && !is_kept && self.outstanding.is_empty() {
             self.give_up(&e.one_line());
             return;
