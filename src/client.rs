@@ -1,6 +1,7 @@
 //! The gateway's client: in sessions and in job workers, always on the main thread. It waits on the process' latch, so
 //! cancel, termination and shutdown work while an answer is under way; a dead gateway is a closed connection.
 
+use std::cell::Cell;
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -25,15 +26,52 @@ const START: Duration = Duration::from_secs(3);
 /// beyond.
 pub const WINDOW_ROWS: usize = 2_000;
 
+/// Most connections of a session at the same time. Each call of a query that asks something else takes one, the gateway's
+/// files are everybody's.
+const MOST_OPEN: usize = 64;
+
 /// Gateways that may be lost in vain until a statement fails.
 const MOST_LOST: u32 = 5;
 
 /// Bytes read at once.
 const MOST_AT_ONCE: u64 = 256 * 1024;
 
+thread_local! {
+    static OPEN: Cell<usize> = const { Cell::new(0) };
+}
+
+/// A file of this process that Postgres counts with its own, so that together they keep to the limit.
+struct File;
+
+impl File {
+    fn acquire() -> Result<Self> {
+        let open = OPEN.get();
+        // SAFETY: on the main thread. Closes a file that Postgres only keeps for later, if need be.
+        if open < MOST_OPEN && unsafe { pg_sys::AcquireExternalFD() } {
+            OPEN.set(open + 1);
+            return Ok(Self);
+        }
+        Err(Error::new(
+            PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES,
+            "this session asks too many different questions at the same time",
+        )
+        .detail(format!("Each takes a connection to the llm_batch gateway, and {open} are open."))
+        .hint("Ask fewer of them in a query, or close cursors that ask."))
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        OPEN.set(OPEN.get().saturating_sub(1));
+        // SAFETY: counts down what acquire() has counted up.
+        unsafe { pg_sys::ReleaseExternalFD() };
+    }
+}
+
 /// A connection to the gateway.
 pub struct Client {
     stream: UnixStream,
+    _file: File,
     incoming: Vec<u8>,
     outgoing: Vec<u8>,
 }
@@ -43,7 +81,7 @@ pub enum Received {
     Message(FromGateway),
     /// The time was up, or something else woke the process.
     Nothing,
-    /// The connection is gone: the gateway ended. What was not answered has to be asked again.
+    /// The connection is gone, most likely as the gateway ended. What was not answered has to be asked again.
     Lost,
 }
 
@@ -64,8 +102,8 @@ impl LostInVain {
             return Ok(());
         }
         Err(Error::new(PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE, "lost the connection to the llm_batch gateway")
-            .detail(format!("The gateway ended {MOST_LOST} times, one after the other, before it had answered."))
-            .hint("The server's log says why the process \"llm_batch gateway\" ended."))
+            .detail(format!("It was lost {MOST_LOST} times, one after the other, before there was an answer."))
+            .hint("If the process \"llm_batch gateway\" ended, the server's log says why."))
     }
 }
 
@@ -157,10 +195,11 @@ impl Client {
     pub fn connect() -> Result<Self> {
         check_loaded()?;
         check_came_up(Process::Gateway)?;
+        let file = File::acquire()?;
         let start = Instant::now();
         loop {
             match connect() {
-                Ok(stream) => return Ok(Self { stream, incoming: Vec::new(), outgoing: Vec::new() }),
+                Ok(stream) => return Ok(Self { stream, _file: file, incoming: Vec::new(), outgoing: Vec::new() }),
                 Err(e) if start.elapsed() > PATIENCE || is_told_to_end() => {
                     return Err(Error::new(
                         PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
@@ -214,7 +253,9 @@ impl Client {
             if let Some(message) = self.take()? {
                 return Ok(Received::Message(message));
             }
-            if !self.write() || !self.read() {
+            // Of a connection that was closed the last words are read.
+            let is_there = (self.write(), self.read());
+            if is_there != (true, true) {
                 return Ok(self.take()?.map_or(Received::Lost, Received::Message));
             }
             if let Some(message) = self.take()? {
@@ -237,7 +278,10 @@ impl Client {
     }
 
     fn take(&mut self) -> Result<Option<FromGateway>> {
-        decode(&mut self.incoming).map_err(|e| Error::new(PgSqlErrorCode::ERRCODE_PROTOCOL_VIOLATION, e))
+        match decode(&mut self.incoming) {
+            Ok(Some(FromGateway::Full(full))) => Err(Error::from_full(full)),
+            decoded => decoded.map_err(|e| Error::new(PgSqlErrorCode::ERRCODE_PROTOCOL_VIOLATION, e)),
+        }
     }
 
     /// Takes what has come, a part of it at a time.

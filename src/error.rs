@@ -1,6 +1,6 @@
 //! The error type of this crate: SQLSTATE, message, detail and hint.
 
-use llm_batch_gateway::protocol::{Stop, StopReason};
+use llm_batch_gateway::protocol::{Full, Stop, StopReason};
 use pgrx::PgSqlErrorCode;
 use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
 
@@ -97,6 +97,24 @@ impl Error {
             ),
         };
         Self::new(code, message).detail(stop.message.clone()).hint(hint)
+    }
+
+    /// 53000: others have all places in the gateway.
+    pub fn from_full(full: Full) -> Self {
+        let (message, detail) = match full {
+            Full::Role(n) => (
+                "this role's sessions ask too much at the same time",
+                format!("They may have {n} connections to the llm_batch gateway, and all are at work."),
+            ),
+            Full::Gateway(n) => (
+                "sessions ask too much at the same time",
+                format!("The llm_batch gateway serves {n} connections, and all are at work."),
+            ),
+        };
+        Self::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES, message).detail(detail).hint(
+            "Try again when some have been answered. With a higher limit of open files at its start (ulimit -Hn, \
+             LimitNOFILE) the server takes more.",
+        )
     }
 
     /// One line for `last_error`.

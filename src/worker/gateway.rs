@@ -7,7 +7,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::{OnceLock, mpsc};
 use std::time::Duration;
 
-use llm_batch_gateway::{Gateway, Kept, Settings};
+use llm_batch_gateway::{Gateway, Kept, Places, Settings};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
@@ -39,6 +39,44 @@ fn bind() -> std::io::Result<UnixListener> {
 /// What lies in the socket's place: device and number of the file.
 fn file() -> Option<(u64, u64)> {
     std::fs::symlink_metadata(SOCKET).ok().map(|m| (m.dev(), m.ino()))
+}
+
+/// Fewer files than this bound what goes on at the same time in a way that is noticed.
+const FEW_FILES: u64 = 4_096;
+
+/// Raises the limit of open files as far as that may be done, and says how many there are. Postgres leaves it as the
+/// server was started, often at 1,024, for programs that could not do with more; this process can.
+fn raise_files() -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: plain system calls on a struct of our own. Where the hard limit stands for none, the system may refuse it as
+    // the soft one, which then stays.
+    unsafe {
+        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) != 0 {
+            return FEW_FILES;
+        }
+        let raised = libc::rlimit { rlim_cur: limit.rlim_max, ..limit };
+        if libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) == 0 {
+            limit = raised;
+        }
+    }
+    #[allow(clippy::useless_conversion)] // Not on every platform.
+    limit.rlim_cur.into()
+}
+
+/// What there is room for with the files that this process may have.
+fn places() -> Places {
+    let files = raise_files();
+    let places = Places::within(files);
+    if files < FEW_FILES {
+        pgrx::log!(
+            "the llm_batch gateway may have {files} files open: at most {} requests are under way at the same time, and \
+             {} sessions, of which {} of a role, ask at the same time",
+            places.requests,
+            places.sessions,
+            places.of_a_role
+        );
+    }
+    places
 }
 
 /// Runs `f` with all signals blocked, so that threads it starts never get one: handlers call Postgres.
@@ -78,9 +116,9 @@ pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
     }
     shared::gateway_starts();
     let (log, lines) = mpsc::channel();
-    let before = kept::get();
-    let started =
-        bind().and_then(|listener| without_signals(|| Gateway::start(listener, current_settings(), before, log)));
+    let (before, places) = (kept::get(), places());
+    let started = bind()
+        .and_then(|listener| without_signals(|| Gateway::start(listener, current_settings(), places, before, log)));
     let gateway = started.unwrap_or_else(|e| {
         ErrorReport::new(
             PgSqlErrorCode::ERRCODE_IO_ERROR,

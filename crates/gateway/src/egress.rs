@@ -12,14 +12,18 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http_body_util::Full;
+use hyper::Uri;
 use hyper::body::Bytes;
+use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::dns::Name;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use hyper_util::client::legacy::connect::{Connected, Connection, HttpConnector};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use llm_batch_core::url::{LOCALHOST, is_loopback, is_reserved};
 use rustls_platform_verifier::BuilderVerifierExt;
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_service::Service;
 
 use crate::protocol::{Endpoint, Secret};
@@ -38,7 +42,7 @@ const SMALL_ANSWER: usize = 64 << 10;
 const MAX_HEAD: usize = 64 << 10;
 
 /// An HTTP client with connections of its own. It follows no redirects and uses no proxy.
-pub type HttpClient = Client<HttpsConnector<HttpConnector<Resolver>>, Full<Bytes>>;
+pub type HttpClient = Client<HttpsConnector<Connector>, Full<Bytes>>;
 
 /// How certificates are verified: as the operating system does.
 ///
@@ -59,6 +63,8 @@ pub struct Clients {
     pools: BTreeMap<PoolKey, (HttpClient, u64)>,
     /// Counts the uses of all pools.
     uses: u64,
+    /// For connections of all of them.
+    places: Arc<Semaphore>,
     /// Bytes of all answers that are being read, and most of them.
     reading: Rc<Cell<usize>>,
     pub memory: usize,
@@ -68,30 +74,42 @@ pub struct Clients {
 type PoolKey = (String, bool, Option<String>);
 
 impl Clients {
-    pub fn new(tls: rustls::ClientConfig, memory: usize) -> Self {
-        Self::with(tls, Arc::new(System), memory)
+    /// With at most so many `connections`.
+    pub fn new(tls: rustls::ClientConfig, memory: usize, connections: usize) -> Self {
+        Self::with(tls, Arc::new(System), memory, connections)
     }
 
-    fn with(tls: rustls::ClientConfig, lookup: Arc<dyn Lookup>, memory: usize) -> Self {
-        Self { tls, lookup, pools: BTreeMap::new(), uses: 0, reading: Rc::default(), memory }
+    fn with(tls: rustls::ClientConfig, lookup: Arc<dyn Lookup>, memory: usize, connections: usize) -> Self {
+        let places = Arc::new(Semaphore::new(connections));
+        Self { tls, lookup, pools: BTreeMap::new(), uses: 0, places, reading: Rc::default(), memory }
     }
 
     pub fn of(&mut self, endpoint: &Endpoint) -> HttpClient {
         self.uses += 1;
         let key = endpoint.api_key.as_ref().map(|Secret(key)| key.clone());
         let key = (endpoint.base_url.clone(), endpoint.is_trusted, key);
+        // Where places are short, the connections that others keep are closed.
+        if self.places.available_permits() == 0 {
+            self.close_oldest(Some(&key));
+        }
         if let Some((client, used)) = self.pools.get_mut(&key) {
             *used = self.uses;
             return client.clone();
         }
-        if self.pools.len() >= MOST_POOLS
-            && let Some(oldest) = self.pools.iter().min_by_key(|(_, (_, used))| *used).map(|(key, _)| key.clone())
-        {
-            self.pools.remove(&oldest);
+        if self.pools.len() >= MOST_POOLS {
+            self.close_oldest(None);
         }
         let client = self.client(endpoint.is_trusted);
         self.pools.insert(key, (client.clone(), self.uses));
         client
+    }
+
+    /// Keeps no connection of the endpoint any more that was used longest ago, but for this one.
+    fn close_oldest(&mut self, but: Option<&PoolKey>) {
+        let pools = self.pools.iter().filter(|(key, _)| Some(*key) != but);
+        if let Some(oldest) = pools.min_by_key(|(_, (_, used))| *used).map(|(key, _)| key.clone()) {
+            self.pools.remove(&oldest);
+        }
     }
 
     /// An answer of at most so many bytes.
@@ -110,12 +128,81 @@ impl Clients {
             .with_tls_config(self.tls.clone())
             .https_or_http()
             .enable_http1()
-            .wrap_connector(tcp);
+            .wrap_connector(Connector { tcp, places: Arc::clone(&self.places) });
         Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .http1_max_buf_size(MAX_HEAD)
             .build(https)
+    }
+}
+
+/// Connects, once there is a place.
+#[derive(Clone)]
+pub struct Connector {
+    tcp: HttpConnector<Resolver>,
+    places: Arc<Semaphore>,
+}
+
+impl Service<Uri> for Connector {
+    type Response = Placed;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+    type Future = Pin<Box<dyn Future<Output = Result<Placed, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.tcp.poll_ready(context).map_err(Into::into)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let (places, connecting) = (Arc::clone(&self.places), self.tcp.call(uri));
+        Box::pin(async move {
+            let place = places.acquire_owned().await?;
+            Ok(Placed { stream: connecting.await?, _place: place })
+        })
+    }
+}
+
+/// A connection, which holds its place until it is closed.
+pub struct Placed {
+    stream: TokioIo<TcpStream>,
+    _place: OwnedSemaphorePermit,
+}
+
+impl Connection for Placed {
+    fn connected(&self) -> Connected {
+        self.stream.connected()
+    }
+}
+
+impl Read for Placed {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buffer)
+    }
+}
+
+impl Write for Placed {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
     }
 }
 
@@ -233,7 +320,7 @@ mod tests {
     fn clients(answers: &[&[&str]]) -> Clients {
         let ips = |list: &&[&str]| list.iter().map(|ip| ip.parse().unwrap()).collect();
         let lookup = Arc::new(Fake(Mutex::new(answers.iter().map(ips).collect())));
-        Clients::with(tls().unwrap(), lookup, usize::MAX)
+        Clients::with(tls().unwrap(), lookup, usize::MAX, 100)
     }
 
     /// Of a server that closes each connection.
@@ -344,7 +431,7 @@ mod tests {
 
     #[test]
     fn answers_are_read_within_their_memory_and_small_ones_always() {
-        let clients = Clients::with(tls().unwrap(), Arc::new(System), 3 * SMALL_ANSWER);
+        let clients = Clients::with(tls().unwrap(), Arc::new(System), 3 * SMALL_ANSWER, 1);
         let (mut first, mut second) = (clients.answer(usize::MAX), clients.answer(usize::MAX));
         let part = vec![b'x'; SMALL_ANSWER];
         assert!(first.push(&part).is_ok() && first.push(&part).is_ok());

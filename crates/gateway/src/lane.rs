@@ -171,6 +171,8 @@ pub struct Lane {
     pub max_concurrent: Option<usize>,
     pub in_flight: usize,
     pub in_flight_rows: usize,
+    /// The number of the request that was sent last.
+    pub last_request: u64,
     /// Refusals in a row.
     pub refusals: u32,
     /// Those of requests that were sent after the one before had been refused, and when (ms) that was last.
@@ -219,6 +221,7 @@ impl Lane {
             max_concurrent: None,
             in_flight: 0,
             in_flight_rows: 0,
+            last_request: 0,
             refusals: 0,
             refused_in_vain: 0,
             refused_at: 0,

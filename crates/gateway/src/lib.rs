@@ -12,6 +12,7 @@ mod kept;
 mod lane;
 mod notice;
 mod numbers;
+mod places;
 pub mod protocol;
 mod purse;
 mod queue;
@@ -21,6 +22,7 @@ mod standing;
 mod tokens;
 
 pub use kept::{Kept, KeptLane, MOST_LANES, Stock};
+pub use places::Places;
 
 use std::os::unix::net::UnixListener;
 use std::sync::mpsc;
@@ -54,13 +56,14 @@ pub struct Gateway {
 
 impl Gateway {
     /// Starts the gateway on a bound socket. `before`: what an earlier one has left; the default if that is not known.
-    /// Lines for the server's log are sent to `log`.
+    /// `places` is what its files allow. Lines for the server's log are sent to `log`.
     ///
     /// # Errors
     /// If the thread, its runtime or the HTTP client can't be set up.
     pub fn start(
         listener: UnixListener,
         settings: Settings,
+        places: Places,
         before: Stock,
         log: mpsc::Sender<String>,
     ) -> std::io::Result<Self> {
@@ -72,7 +75,7 @@ impl Gateway {
         let known = kept.clone();
         let thread = std::thread::Builder::new().name("llm_batch net".into()).spawn(move || {
             let local = tokio::task::LocalSet::new();
-            local.block_on(&runtime, server::run(listener, tls, receiver, known, log));
+            local.block_on(&runtime, server::run(listener, (tls, places), receiver, known, log));
         })?;
         Ok(Self { settings: Some(sender), kept, thread: Some(thread) })
     }

@@ -264,6 +264,16 @@ pub struct Stop {
     pub retry_after_ms: Option<u64>,
 }
 
+/// There is no place for a session's stream: others have them all.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Full {
+    /// So many streams of the same role are.
+    Role(usize),
+    /// So many clients are.
+    Gateway(usize),
+}
+
 /// The state of one account and model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Activity {
@@ -367,6 +377,8 @@ pub enum FromGateway {
     },
     /// The stream can't go on. Rows not sent have been withdrawn, rows under way are still answered.
     Stopped(Stop),
+    /// The stream was not opened, and the connection is closed.
+    Full(Full),
     /// What is left of the allowance does not suffice for the smallest next request, and nothing is under way that
     /// could give some back. More is needed with `Allow`, or `Withdraw`.
     Exhausted {

@@ -17,11 +17,15 @@ use crate::dispatch::{Launch, PROBE_READ_TOKENS, Probe, State, disabled};
 use crate::egress::{Answer, Clients, HttpClient};
 use crate::failure_point;
 use crate::kept::Kept;
-use crate::protocol::{Endpoint, FromGateway, MAX_FRAME, ToGateway, decode};
+use crate::places::Places;
+use crate::protocol::{Endpoint, FromGateway, MAX_FRAME, ToGateway, decode, encode};
 use crate::request::{self, Answered, Question};
 
 /// How long a client may be silent in the midst of a message, and before the first.
 const SILENCE: Duration = Duration::from_secs(30);
+
+/// How long a client to which the connection is closed has to read why.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Bytes that wait for a client to read them, above which it is let go: two frames of the largest size.
 const MOST_UNREAD: usize = 2 * MAX_FRAME;
@@ -35,10 +39,15 @@ pub struct Frames {
 }
 
 impl Frames {
+    /// Closes the connection.
+    pub fn hang_up(&self) {
+        self.too_slow.notify_one();
+    }
+
     pub fn send(&self, frame: Vec<u8>) {
         let unread = self.unread.get() + frame.len();
         if unread > MOST_UNREAD {
-            self.too_slow.notify_one();
+            self.hang_up();
             return;
         }
         // The reader task notices a disconnected client.
@@ -57,6 +66,8 @@ struct Shared {
     room: Notify,
     clients: RefCell<Clients>,
     kept: Kept,
+    /// Who we are: clients are the same.
+    uid: u32,
     /// A task has panicked.
     broken: Cell<bool>,
 }
@@ -70,20 +81,23 @@ impl Shared {
 /// Runs the gateway until the sender of `settings` is dropped.
 pub async fn run(
     listener: UnixListener,
-    tls: rustls::ClientConfig,
+    (tls, places): (rustls::ClientConfig, Places),
     mut settings: watch::Receiver<Settings>,
     kept: Kept,
     log: mpsc::Sender<String>,
 ) {
     let Ok(listener) = tokio::net::UnixListener::from_std(listener) else { return };
-    let clients = Clients::new(tls, settings.borrow().memory);
-    let state = State::new(settings.borrow().clone(), kept.clone(), log);
+    // The other end of a pair of our own is who we are.
+    let Ok(own) = UnixStream::pair().and_then(|(end, _)| end.peer_cred()) else { return };
+    let clients = Clients::new(tls, settings.borrow().memory, places.connections);
+    let state = State::new(settings.borrow().clone(), places, kept.clone(), log);
     let shared = Rc::new(Shared {
         state: RefCell::new(state),
         changed: Notify::new(),
         room: Notify::new(),
         clients: RefCell::new(clients),
         kept,
+        uid: own.uid(),
         broken: Cell::new(false),
     });
     spawn(&shared, accept(Rc::clone(&shared), listener));
@@ -121,7 +135,7 @@ async fn accept(shared: Rc<Shared>, listener: tokio::net::UnixListener) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => spawn(&shared, serve(Rc::clone(&shared), stream)),
-            // Out of descriptors: clients wait until some are free.
+            // Out of files, which those of others in the process may use up: clients wait until some are free.
             Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
@@ -171,19 +185,23 @@ fn way(shared: &Shared, endpoint: &Endpoint, most_tokens: u64) -> (HttpClient, A
 }
 
 /// Serves one client until it leaves or says what can't be understood.
-async fn serve(shared: Rc<Shared>, stream: UnixStream) {
-    // The other end of a pair of our own is who we are.
-    let own = UnixStream::pair().and_then(|(end, _)| end.peer_cred());
-    match (stream.peer_cred(), own) {
-        (Ok(peer), Ok(own)) if peer.uid() == own.uid() => {}
-        _ => return,
+async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
+    if !stream.peer_cred().is_ok_and(|peer| peer.uid() == shared.uid) {
+        return;
+    }
+    let full = shared.state.borrow().is_crowded();
+    if let Some(full) = full {
+        if let Ok(frame) = encode(&FromGateway::Full(full)) {
+            let _ = stream.write_all(&frame).await;
+        }
+        return;
     }
     let (mut reading, mut writing) = stream.into_split();
     let (queue, mut outgoing) = tokio::sync::mpsc::unbounded_channel::<Vec<u8>>();
     let (unread, too_slow) = (Rc::new(Cell::new(0)), Rc::new(Notify::new()));
     let frames = Frames { queue, unread: Rc::clone(&unread), too_slow: Rc::clone(&too_slow) };
     let conn = shared.state.borrow_mut().connect(frames);
-    let writer = spawn_local(async move {
+    let mut writer = spawn_local(async move {
         while let Some(frame) = outgoing.recv().await {
             if writing.write_all(&frame).await.is_err() {
                 break;
@@ -215,6 +233,10 @@ async fn serve(shared: Rc<Shared>, stream: UnixStream) {
         if take(&shared, conn, &mut buffer).is_err() {
             break;
         }
+    }
+    if !shared.state.borrow().is_connected(conn) {
+        // It was told why.
+        let _ = tokio::time::timeout(LAST_WORDS, &mut writer).await;
     }
     shared.state.borrow_mut().disconnect(shared.now(), conn);
     shared.changed.notify_one();

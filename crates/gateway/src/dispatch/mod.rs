@@ -32,8 +32,9 @@ use crate::kept::Kept;
 use crate::lane::{Lane, Learned};
 use crate::notice::Notices;
 use crate::numbers::Numbers;
+use crate::places::Places;
 use crate::protocol::{
-    Allowance, Endpoint, FromGateway, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
+    Allowance, Endpoint, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
     StopReason, Stream, Verdict, encode,
 };
 use crate::purse::Purse;
@@ -41,6 +42,8 @@ use crate::server::Frames;
 
 /// Lanes without streams beyond this number are forgotten.
 const MOST_IDLE_LANES: usize = 256;
+/// A session that has asked nothing for so long (ms), and waits for nothing, gives its place to another one.
+const IDLE: u64 = 1_000;
 
 /// Account and model.
 pub type LaneKey = (String, String);
@@ -48,6 +51,8 @@ pub type LaneKey = (String, String);
 /// A client.
 struct Conn {
     frames: Frames,
+    /// When (ms) it last opened a stream or sent rows.
+    came: u64,
     stream: Option<(LaneKey, String, Rc<Stream>)>,
     outstanding: usize,
     outstanding_bytes: usize,
@@ -57,6 +62,13 @@ struct Conn {
     stopped: bool,
     /// Woken when it leaves.
     left: Rc<Notify>,
+}
+
+impl Conn {
+    /// The stream of a session.
+    fn session(&self) -> Option<&Stream> {
+        self.stream.as_ref().map(|(_, _, stream)| &**stream).filter(|stream| stream.interactive)
+    }
 }
 
 /// A request under way.
@@ -119,6 +131,7 @@ pub enum Probe {
 /// All of the gateway's state.
 pub struct State {
     pub settings: Settings,
+    places: Places,
     /// What outlives the gateway.
     kept: Kept,
     conns: HashMap<u64, Conn>,
@@ -139,9 +152,10 @@ pub struct State {
 }
 
 impl State {
-    pub fn new(settings: Settings, kept: Kept, log: mpsc::Sender<String>) -> Self {
+    pub fn new(settings: Settings, places: Places, kept: Kept, log: mpsc::Sender<String>) -> Self {
         Self {
             settings,
+            places,
             kept,
             conns: HashMap::new(),
             lanes: BTreeMap::new(),
@@ -169,6 +183,7 @@ impl State {
             id,
             Conn {
                 frames,
+                came: 0,
                 stream: None,
                 outstanding: 0,
                 outstanding_bytes: 0,
@@ -179,6 +194,18 @@ impl State {
             },
         );
         id
+    }
+
+    /// Closes a connection, once what was said to it is written.
+    fn hang_up(&mut self, now: u64, conn: u64) {
+        if let Some(c) = self.conns.get(&conn) {
+            c.frames.hang_up();
+        }
+        self.disconnect(now, conn);
+    }
+
+    pub fn is_connected(&self, conn: u64) -> bool {
+        self.conns.contains_key(&conn)
     }
 
     pub fn disconnect(&mut self, now: u64, conn: u64) {
@@ -221,6 +248,15 @@ impl State {
         if c.outstanding > 0 {
             return Err("a stream was opened while rows of another one wait".to_owned());
         }
+        if stream.interactive
+            && let Some(full) = self.full(now, conn, stream.role)
+        {
+            self.say(conn, &FromGateway::Full(full));
+            self.hang_up(now, conn);
+            return Ok(());
+        }
+        let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
+        c.came = now;
         let lane_key = (account(&stream.endpoint), stream.model.model.clone());
         let mut group_key = serde_json::to_string(&stream).map_err(|e| e.to_string())?;
         let purse = stream.budget.map(|prices| Purse::new(conn, prices));
@@ -240,6 +276,35 @@ impl State {
             self.tidy(now, &old);
         }
         Ok(())
+    }
+
+    /// No client has a place any more.
+    pub fn is_crowded(&self) -> Option<Full> {
+        let most = self.places.sessions + self.places.others;
+        (self.conns.len() >= most).then_some(Full::Gateway(most))
+    }
+
+    /// Why there is no place for the stream of a session. Those that are idle give way.
+    fn full(&mut self, now: u64, conn: u64, role: u32) -> Option<Full> {
+        let Places { of_a_role, sessions, .. } = self.places;
+        for (full, most) in [(Full::Role(of_a_role), of_a_role), (Full::Gateway(sessions), sessions)] {
+            let counts = |stream: &Stream| full == Full::Gateway(sessions) || stream.role == role;
+            let others = self.conns.iter().filter(|(id, c)| **id != conn && c.session().is_some_and(counts));
+            let (mut count, mut idlest) = (0, None);
+            for (id, c) in others {
+                count += 1;
+                if c.outstanding == 0 && c.came + IDLE <= now && idlest.is_none_or(|(came, _)| c.came < came) {
+                    idlest = Some((c.came, *id));
+                }
+            }
+            if count < most {
+                continue;
+            }
+            let Some((_, idlest)) = idlest else { return Some(full) };
+            // It opens its stream anew when it has something to ask.
+            self.hang_up(now, idlest);
+        }
+        None
     }
 
     /// Brings a lane in line with the streams that are open on it: the smallest limits, groups that are used.
@@ -272,6 +337,7 @@ impl State {
 
     pub fn items(&mut self, now: u64, conn: u64, items: Vec<Item>) -> Result<(), String> {
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
+        c.came = now;
         let Some((lane, group, _)) = c.stream.clone() else {
             return Err("rows came before a stream was opened".to_owned());
         };

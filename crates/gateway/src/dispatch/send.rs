@@ -1,5 +1,6 @@
 //! Sending: takes packs from the queues within the limits.
 
+use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -123,34 +124,48 @@ impl State {
         let mut launches = Vec::new();
         let mut wake: Option<u64> = None;
         self.probe_circuits(now, &mut launches, &mut wake);
-        let keys: Vec<LaneKey> =
-            self.lanes.iter().filter(|(_, l)| !l.groups.is_empty()).map(|(k, _)| k.clone()).collect();
-        for key in keys {
-            let before = launches.len();
-            loop {
-                match self.look(now, &key, &mut launches, &mut wake) {
-                    Look::Sent => {}
-                    Look::TooLarge(group, rows) => {
-                        self.too_large(now, &key, &group, rows);
-                        self.release_last(&key, &group);
-                    }
-                    Look::Nothing => break,
+        // The next place is the lane's that has the fewest requests under way; of several, whose last one is the oldest.
+        let turn = |lane: &Lane, key: &LaneKey| (lane.in_flight, lane.last_request, key.clone());
+        let lanes = self.lanes.iter().filter(|(_, lane)| !lane.groups.is_empty());
+        let mut turns: BTreeSet<(usize, u64, LaneKey)> = lanes.map(|(key, lane)| turn(lane, key)).collect();
+        let mut changed = BTreeSet::new();
+        while let Some((.., key)) = turns.pop_first() {
+            match self.look(now, &key, &mut launches, &mut wake) {
+                Look::Sent => {}
+                Look::TooLarge(group, rows) => {
+                    self.too_large(now, &key, &group, rows);
+                    self.release_last(&key, &group);
                 }
+                Look::Nothing => continue,
             }
-            if launches.len() > before {
-                self.note(now, &key);
-            }
+            turns.extend(self.lanes.get(&key).map(|lane| turn(lane, &key)));
+            changed.insert(key);
+        }
+        for key in changed {
+            self.note(now, &key);
         }
         self.flush();
         (launches, wake)
     }
 
+    /// Most requests that a lane may have under way for what others have. Requests to a server that has stopped answering give
+    /// their places back only when their time is up, so some are left for whoever comes next: a lane may have as many
+    /// as are free, of half of all those of its account, and no more than an eighth of all.
+    fn room(&self, key: &LaneKey) -> usize {
+        let all = self.places.requests;
+        let lanes = self.lanes.range((key.0.clone(), String::new())..).take_while(|(lane, _)| lane.0 == key.0);
+        let of_account: usize = lanes.map(|(_, lane)| lane.in_flight).sum();
+        let free = all.saturating_sub(self.in_flight.len() + self.probing.len());
+        free.min(all.div_ceil(2).saturating_sub(of_account)).min(all.div_ceil(8))
+    }
+
     /// Sends one request of a lane, if that can be done now; else notes when to look again.
     fn look(&mut self, now: u64, key: &LaneKey, launches: &mut Vec<Launch>, wake: &mut Option<u64>) -> Look {
         let mut later = |at: u64| *wake = Some(wake.map_or(at, |w| w.min(at)));
+        let most = self.room(key);
         let Some(lane) = self.lanes.get_mut(key) else { return Look::Nothing };
         lane.order();
-        let (allowed, allowed_interactive) = (lane.allowed(false), lane.allowed(true));
+        let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX);
         let largest_answer = lane.limiter.largest_answer();
         let Lane { groups, level, limiter, learned, measured, standings, in_flight, in_flight_rows, .. } = lane;
@@ -275,6 +290,7 @@ impl State {
                 rows,
             };
             self.numbers.used(&request.ids);
+            lane.last_request = request.id;
             lane.requests_total += 1;
             lane.rows_total += request.rows.len() as u64;
             self.in_flight.insert(self.next_id, request);

@@ -16,13 +16,16 @@ use llm_batch_core::dialect::Counts;
 use llm_batch_core::options::Options;
 use llm_batch_core::task::{Label, Task};
 use llm_batch_gateway::protocol::*;
-use llm_batch_gateway::{Gateway, Settings, Stock};
+use llm_batch_gateway::{Gateway, Places, Settings, Stock};
 use llm_fake_provider::{Config, FakeProvider};
 
 pub const LABELS: [&str; 4] = ["billing", "bug", "shipping", "other"];
 
 /// For anything that is to happen and is not to be timed.
 const PATIENCE: Duration = Duration::from_secs(300);
+
+/// Enough for all clients of a test, which are of one process.
+pub const ROOMY: Places = Places { sessions: 1000, of_a_role: 1000, others: 1000, requests: 1000, connections: 1000 };
 
 /// A gateway on a socket of its own.
 pub struct Setup {
@@ -34,17 +37,22 @@ pub struct Setup {
 impl Setup {
     /// One that keeps no answers.
     pub fn new(memory: usize) -> Self {
-        Self::with(Settings { enabled: true, memory, cache: 0 }, Stock::default())
+        Self::with(Settings { enabled: true, memory, cache: 0 }, ROOMY, Stock::default())
     }
 
     /// One that keeps answers in so many bytes.
     pub fn with_cache(cache: usize) -> Self {
-        Self::with(Settings { enabled: true, memory: 64 << 20, cache }, Stock::default())
+        Self::with(Settings { enabled: true, memory: 64 << 20, cache }, ROOMY, Stock::default())
     }
 
     /// One that follows another one.
     pub fn after(before: Stock) -> Self {
-        Self::with(Settings { enabled: true, memory: 64 << 20, cache: 0 }, before)
+        Self::with(Settings { enabled: true, memory: 64 << 20, cache: 0 }, ROOMY, before)
+    }
+
+    /// One that has only so many places.
+    pub fn within(places: Places) -> Self {
+        Self::with(Settings { enabled: true, memory: 64 << 20, cache: 0 }, places, Stock::default())
     }
 
     /// What is kept for the next one.
@@ -52,13 +60,13 @@ impl Setup {
         self.gateway.as_ref().unwrap().kept().stock()
     }
 
-    fn with(settings: Settings, before: Stock) -> Self {
+    fn with(settings: Settings, places: Places, before: Stock) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let name = format!("llm_batch-test-{}-{}.sock", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
         let path = std::env::temp_dir().join(name);
         let (sender, log) = mpsc::channel();
         let listener = UnixListener::bind(&path).unwrap();
-        let gateway = Gateway::start(listener, settings, before, sender).unwrap();
+        let gateway = Gateway::start(listener, settings, places, before, sender).unwrap();
         Self { gateway: Some(gateway), path, log }
     }
 
@@ -87,6 +95,7 @@ impl Drop for Setup {
     }
 }
 
+#[derive(Debug)]
 pub struct Client {
     pub stream: UnixStream,
     buffer: Vec<u8>,

@@ -1,0 +1,269 @@
+//! What takes a file is bounded: a model that does not answer, or a role that asks too much, leaves places for others.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::io::Write;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use llm_batch_gateway::Places;
+use llm_batch_gateway::protocol::*;
+use llm_fake_provider::{Config, FakeProvider, Latency};
+use support::*;
+
+const FEW: Places = Places { sessions: 8, of_a_role: 6, others: 4, requests: 64, connections: 80 };
+
+/// Files are counted of the whole process: tests run one by one.
+fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::new(());
+    ONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Open files of this process.
+fn files() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// One row a request, as many requests at once as it can get.
+fn many(s: &mut Stream) {
+    s.task.options.max_rows_per_request = 1;
+    s.model.requests_per_minute = Some(1_000_000);
+    s.model.max_concurrent_requests = None;
+    s.model.request_timeout_ms = 300_000;
+}
+
+/// The median and the 95th percentile of how long a session waits for a row, in ms.
+fn pace(client: &mut Client, first: u64) -> (u128, u128) {
+    let mut times = Vec::new();
+    for n in first..first + 20 {
+        let start = Instant::now();
+        client.rows(n..n + 1);
+        assert!(client.outcomes(1).0.iter().all(|(n, verdict)| is_right(*n, verdict)));
+        times.push(start.elapsed().as_millis());
+    }
+    times.sort_unstable();
+    (times[10], times[18])
+}
+
+fn in_flight(client: &mut Client) -> Vec<u64> {
+    client.activity().iter().filter(|a| a.model != "healthy").map(|a| a.in_flight_requests).collect()
+}
+
+/// Six models of a server that answers nothing, each with more rows than it may have requests.
+fn silent_models(setup: &Setup, bad: &FakeProvider, account: fn(usize) -> Option<String>) -> Vec<Client> {
+    bad.hold();
+    let models = (0..6).map(|i| {
+        let mut client = setup.client(bad, |s| {
+            many(s);
+            (s.model.model, s.endpoint.account) = (format!("silent{i}"), account(i));
+        });
+        client.rows(0..300);
+        // One after the other: the first have taken what they can get before the last come.
+        client.say(&ToGateway::Activity);
+        while !matches!(client.hear("the activity"), Some(FromGateway::Activity(_))) {}
+        client
+    });
+    models.collect()
+}
+
+#[test]
+fn models_that_do_not_answer_leave_places_for_others() {
+    let _alone = alone();
+    let latency = Latency { base: Duration::from_millis(100), ..Latency::default() };
+    let (good, bad) = (provider(Config { latency, ..Config::default() }), provider(Config::default()));
+    // Of one account, which has half of the places, and each of its own.
+    let accounts: [fn(usize) -> Option<String>; 2] = [|_| None, |i| Some(format!("account {i}"))];
+    for (account, most) in accounts.into_iter().zip([32, 63]) {
+        let setup = Setup::within(Places { others: 10, ..FEW });
+        let healthy = |s: &mut Stream| (s.interactive, s.model.model) = (true, "healthy".into());
+        let mut session = setup.client(&good, healthy);
+        let alone = pace(&mut session, 0);
+        let before = files();
+        let mut silent = silent_models(&setup, &bad, account);
+        wait("each has something", || in_flight(&mut session), |n| n.len() == 6 && n.iter().all(|n| *n > 0));
+        let among = pace(&mut session, 1000);
+        println!("alone {alone:?} ms, among silent models {among:?} ms, {:?} under way", in_flight(&mut session));
+        assert!(2 * among.0 <= 3 * alone.0 && 2 * among.1 <= 3 * alone.1, "{alone:?} {among:?}");
+        let under_way = in_flight(&mut session);
+        assert!(
+            under_way.iter().sum::<u64>() <= most && under_way.iter().all(|n| (1..=8).contains(n)),
+            "{under_way:?}"
+        );
+        // Of a connection both ends are in this process.
+        let more = files() - before;
+        assert!(more <= 2 * (silent.len() + FEW.connections), "{more} files");
+        // A further model, and one that has more to ask: a job of many rows.
+        let mut job = setup.client(&good, |s| {
+            many(s);
+            s.model.model = "another".into();
+        });
+        job.rows(0..100);
+        assert_eq!(job.outcomes(100).0.len(), 100);
+        bad.release();
+        for client in &mut silent {
+            client.outcomes(300);
+        }
+    }
+}
+
+#[test]
+fn the_next_place_is_the_lanes_that_has_the_fewest() {
+    let _alone = alone();
+    let (first, others) = (provider(Config::default()), provider(Config::default()));
+    // One for each of four.
+    let setup = Setup::within(Places { requests: 4, ..FEW });
+    let open = |provider: &FakeProvider, model: &str| {
+        let mut client = setup.client(provider, |s| {
+            many(s);
+            (s.model.model, s.endpoint.account) = (model.into(), Some(model.into()));
+        });
+        client.rows(0..40);
+        client.activity();
+        client
+    };
+    first.hold();
+    others.hold();
+    let mut all = vec![open(&first, "a"), open(&others, "b"), open(&others, "c"), open(&others, "d")];
+    wait("each has its place", || in_flight(&mut all[0]), |n| *n == [1, 1, 1, 1]);
+    let mut last = open(&first, "e");
+    assert_eq!(in_flight(&mut last), [1, 1, 1, 1, 0]);
+    // From now on one place is free at a time: two models take turns.
+    first.release();
+    let (mut done, mut got) = ([0, 0], 0);
+    while got < 80 {
+        for (client, done) in [&mut all[0], &mut last].into_iter().zip(&mut done) {
+            client.say(&ToGateway::Activity);
+            while let Some(FromGateway::Outcomes { outcomes, .. }) = client.hear("outcomes or the activity") {
+                *done += outcomes.len();
+            }
+        }
+        got = done[0] + done[1];
+        assert!(done[0].abs_diff(done[1]) <= 5, "{done:?}");
+    }
+    others.release();
+    for client in &mut all[1..] {
+        assert_eq!(client.outcomes(40).0.len(), 40);
+    }
+}
+
+#[test]
+fn connections_are_no_more_than_there_are_places() {
+    let _alone = alone();
+    // Kept ones of providers that are not asked any more give way.
+    let setup = Setup::within(Places { sessions: 1000, of_a_role: 1000, requests: 30, connections: 6, ..FEW });
+    let providers: Vec<FakeProvider> = (0..5).map(|_| provider(Config::default())).collect();
+    let before = files();
+    for round in 0..3 {
+        for provider in &providers {
+            let mut client = setup.client(provider, many);
+            client.rows(round * 100..round * 100 + 60);
+            assert_eq!(client.outcomes(60).0.len(), 60);
+            let more = files() - before;
+            // Both ends of each, and of the client's; the provider may not have noticed that one was closed.
+            assert!(more <= 2 * (6 + 1) + 6, "{more} files");
+        }
+    }
+}
+
+fn role(role: u32) -> impl Fn(&mut Stream) {
+    move |s| {
+        (s.interactive, s.role) = (true, role);
+        s.model.max_concurrent_requests = Some(1);
+        s.task.options.max_rows_per_request = 1;
+    }
+}
+
+/// Who comes in vain has said more by then, or finds the connection closed.
+fn refused(client: &mut Client) -> Full {
+    let row = Item { n: 1, text: text(1), isolation: None };
+    let _ = client.stream.write_all(&encode(&ToGateway::Items(vec![row])).unwrap());
+    match client.hear("a refusal") {
+        Some(FromGateway::Full(full)) => full,
+        other => panic!("expected a refusal, got {other:?}"),
+    }
+}
+
+#[test]
+fn sessions_have_places_by_role_and_jobs_have_others() {
+    let _alone = alone();
+    let provider = provider(Config::default());
+    let setup = Setup::within(FEW);
+    provider.hold();
+    let open = |n: u64, by: u32| {
+        let mut client = setup.client(&provider, role(by));
+        client.rows(n..n + 1);
+        client
+    };
+    let mut busy: Vec<Client> = (0..6).map(|n| open(n, 1)).collect();
+    busy.iter_mut().for_each(|client| drop(client.activity()));
+    // The role has its places. What was said in vain keeps nobody from reading why.
+    for _ in 0..100 {
+        let mut offender = setup.client(&provider, role(1));
+        assert_eq!(refused(&mut offender), Full::Role(6));
+        assert_eq!(offender.hear("the end"), None);
+    }
+    // Another role has the places that are left.
+    busy.extend((7..9).map(|n| open(n, 2)));
+    busy.iter_mut().for_each(|client| drop(client.activity()));
+    let mut late = setup.client(&provider, role(3));
+    assert_eq!(refused(&mut late), Full::Gateway(8));
+    // Jobs, and who asks what is going on, have others.
+    let mut jobs: Vec<Client> = (10..13)
+        .map(|n| {
+            let mut job = setup.client(&provider, |s| s.role = 1);
+            job.rows(n..n + 1);
+            job
+        })
+        .collect();
+    assert!(!setup.connect().activity().is_empty());
+    jobs.iter_mut().for_each(|client| drop(client.activity()));
+    // No place at all: it is said, and nobody else notices.
+    let mut last = setup.connect();
+    assert!(!last.activity().is_empty());
+    let mut beyond = setup.connect();
+    assert_eq!(refused(&mut beyond), Full::Gateway(12));
+    assert_eq!(beyond.hear("the end"), None);
+    drop(last);
+    provider.release();
+    for client in busy.iter_mut().chain(&mut jobs) {
+        assert_eq!(client.outcomes(1).0.len(), 1);
+    }
+}
+
+#[test]
+fn whoever_is_idle_gives_his_place() {
+    let _alone = alone();
+    let provider = provider(Config::default());
+    let setup = Setup::within(Places { of_a_role: 3, ..FEW });
+    let mut clients: Vec<Client> = (0..3).map(|_| setup.client(&provider, role(1))).collect();
+    for (n, client) in (0..).zip(&mut clients) {
+        client.rows(n..n + 1);
+        client.outcomes(1);
+    }
+    // Just now all were at work.
+    let mut early = setup.client(&provider, role(1));
+    assert_eq!(refused(&mut early), Full::Role(3));
+    provider.hold();
+    clients[0].rows(10..11);
+    wait_in_flight(&provider, 1);
+    // The second one has been idle for longest, when all that are idle have been for long enough.
+    let mut new = wait(
+        "one gives way",
+        || {
+            let mut client = setup.client(&provider, role(1));
+            let _ = client.stream.write_all(&encode(&ToGateway::Activity).unwrap());
+            matches!(client.hear("an answer"), Some(FromGateway::Activity(_))).then_some(client)
+        },
+        Option::is_some,
+    )
+    .unwrap();
+    assert_eq!(clients[1].hear("the end"), None);
+    provider.release();
+    new.rows(20..21);
+    assert_eq!(new.outcomes(1).0.len(), 1);
+    assert_eq!(clients[0].outcomes(1).0.len(), 1);
+    // The third one still has its place.
+    clients[2].rows(30..31);
+    assert_eq!(clients[2].outcomes(1).0.len(), 1);
+}
