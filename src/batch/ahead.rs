@@ -23,6 +23,8 @@ const MOST_ROWS: usize = 32_000;
 const FRAME: usize = 200;
 /// Refill the gateway after this many rows, even if no row is being waited for.
 const REFILL: u64 = 100;
+/// How long one call's answer is waited for until the others' are looked at.
+const LOOK: Duration = Duration::from_secs(1);
 /// Rows read at first where it is not known how many are wanted.
 const FIRST: u64 = 10;
 
@@ -184,12 +186,15 @@ impl Ahead {
                     self.sites.iter_mut().for_each(Site::close);
                     return Ok((std::ptr::null_mut(), Vec::new()));
                 };
-                let awaited = row.fates.iter().position(|fate| matches!(fate, Fate::Pending));
-                if let Some(site) = awaited {
+                let mut pending =
+                    (0..).zip(&row.fates).filter(|(_, fate)| matches!(fate, Fate::Pending)).map(|(i, _)| i);
+                // The row has to have all of its answers: one that does not come says so before the others come.
+                let has_failed = |i: &usize| self.sites.get(*i).is_some_and(|site| site.failed.is_some());
+                if let Some(site) = pending.clone().find(has_failed).or_else(|| pending.next()) {
                     if let Some(e) = self.sites.get_mut(site).and_then(|s| s.failed.take()) {
                         return Err(e);
                     }
-                    self.receive(site, Duration::from_secs(60));
+                    self.receive(site, LOOK);
                 }
             }
             let [slot, _] = self.slots;
