@@ -20,11 +20,19 @@ pub struct Builder {
     env: Vec<(String, String)>,
     preload: bool,
     server: PathBuf,
+    files: Option<(u64, u64)>,
 }
 
 impl Builder {
     pub(crate) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), conf: Vec::new(), env: Vec::new(), preload: true, server: "postgres".into() }
+        Self {
+            name: name.to_owned(),
+            conf: Vec::new(),
+            env: Vec::new(),
+            preload: true,
+            server: "postgres".into(),
+            files: None,
+        }
     }
 
     /// Sets a parameter in `postgresql.conf`; the last value given counts, also
@@ -52,6 +60,12 @@ impl Builder {
         self
     }
 
+    /// The soft and the hard limit of open files with which the server is started.
+    pub fn files(mut self, soft: u64, hard: u64) -> Self {
+        self.files = Some((soft, hard));
+        self
+    }
+
     /// Makes the cluster and starts it.
     #[track_caller]
     pub fn start(self) -> Cluster {
@@ -66,7 +80,7 @@ impl Builder {
         copy_dir(template(), &dir.join("data"));
         let conf_file = dir.join("data/postgresql.conf");
         fs::write(&conf_file, self.conf_text(&dir)).unwrap_or_else(|e| panic!("cannot write {conf_file:?}: {e}"));
-        Cluster::new(self.name, dir, self.env, self.server)
+        Cluster::new(self.name, dir, self.env, self.server, self.files)
     }
 
     /// The whole `postgresql.conf`. It replaces that of `initdb`, whose owner

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, ExitStatus, Output, Stdio};
 use std::thread::{panicking, sleep};
@@ -30,6 +31,8 @@ pub struct Cluster {
     dir: PathBuf,
     env: Vec<(String, String)>,
     program: PathBuf,
+    /// Limits of open files, soft and hard.
+    files: Option<(u64, u64)>,
     server: Option<Child>,
     /// Killed and not started since: shared memory is left behind.
     crashed: bool,
@@ -41,8 +44,14 @@ impl Cluster {
         Builder::new(name)
     }
 
-    pub(crate) fn new(name: String, dir: PathBuf, env: Vec<(String, String)>, program: PathBuf) -> Self {
-        Self { name, dir, env, program, server: None, crashed: false }
+    pub(crate) fn new(
+        name: String,
+        dir: PathBuf,
+        env: Vec<(String, String)>,
+        program: PathBuf,
+        files: Option<(u64, u64)>,
+    ) -> Self {
+        Self { name, dir, env, program, files, server: None, crashed: false }
     }
 
     /// Starts the server and waits until it takes connections, after a crash
@@ -84,7 +93,18 @@ impl Cluster {
             .open(self.log_file())
             .and_then(|file| Ok((file.try_clone()?, file)));
         let (stdout, stderr) = log.map_err(|e| format!("cannot open the log: {e}"))?;
-        let child = server_program(&self.program, &self.dir)
+        let mut command = server_program(&self.program, &self.dir);
+        if let Some((soft, hard)) = self.files {
+            let limit = libc::rlimit { rlim_cur: soft, rlim_max: hard };
+            // SAFETY: a system call on a struct of our own.
+            let set = move || match unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            };
+            // SAFETY: between fork and exec nothing but a system call on a copied struct is done.
+            unsafe { command.pre_exec(set) };
+        }
+        let child = command
             .arg("-D")
             .arg(self.data_dir())
             .envs(self.env.iter().map(|(name, value)| (name, value)))

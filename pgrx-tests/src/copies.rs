@@ -53,7 +53,7 @@ impl Cluster {
     }
 
     fn moved(name: &str, dir: PathBuf) -> Cluster {
-        let cluster = Cluster::new(name.to_owned(), dir, Vec::new(), "postgres".into());
+        let cluster = Cluster::new(name.to_owned(), dir, Vec::new(), "postgres".into(), None);
         cluster.set("unix_socket_directories", &cluster.socket_dir().to_string_lossy());
         cluster
     }
