@@ -50,21 +50,28 @@ fn in_flight(client: &mut Client) -> Vec<u64> {
     client.activity().iter().filter(|a| a.model != "healthy").map(|a| a.in_flight_requests).collect()
 }
 
-/// Six models of a server that answers nothing, each with more rows than it may have requests.
+/// Six models of a server that stops answering, each with more rows than it may have requests.
 fn silent_models(setup: &Setup, bad: &FakeProvider, account: fn(usize) -> Option<String>) -> Vec<Client> {
+    let mut models: Vec<Client> = (0..6)
+        .map(|i| {
+            setup.client(bad, |s| {
+                many(s);
+                (s.model.model, s.endpoint.account) = (format!("silent{i}"), account(i));
+            })
+        })
+        .collect();
+    // Whoever has answered nothing yet is not asked for much.
+    for client in &mut models {
+        client.rows(1000..1004);
+        client.outcomes(4);
+    }
     bad.hold();
-    let models = (0..6).map(|i| {
-        let mut client = setup.client(bad, |s| {
-            many(s);
-            (s.model.model, s.endpoint.account) = (format!("silent{i}"), account(i));
-        });
+    for client in &mut models {
         client.rows(0..300);
         // One after the other: the first have taken what they can get before the last come.
-        client.say(&ToGateway::Activity);
-        while !matches!(client.hear("the activity"), Some(FromGateway::Activity(_))) {}
-        client
-    });
-    models.collect()
+        client.activity();
+    }
+    models
 }
 
 #[test]
@@ -124,7 +131,7 @@ fn the_next_place_is_the_lanes_that_has_the_fewest() {
     };
     first.hold();
     others.hold();
-    let mut all = vec![open(&first, "a"), open(&others, "b"), open(&others, "c"), open(&others, "d")];
+    let mut all = [open(&first, "a"), open(&others, "b"), open(&others, "c"), open(&others, "d")];
     wait("each has its place", || in_flight(&mut all[0]), |n| *n == [1, 1, 1, 1]);
     let mut last = open(&first, "e");
     assert_eq!(in_flight(&mut last), [1, 1, 1, 1, 0]);
