@@ -25,13 +25,13 @@ pub const FIRST_PAGE: i64 = 200;
 const LARGEST_PAGE: i64 = 500;
 /// Bytes of text handed over and not yet answered, above which no more is handed over.
 const WINDOW_BYTES: usize = 4 << 20;
-/// How long answers wait for others, with which they are written, and how long they wait while they are few: a transaction
-/// costs as much as fifty rows. Few are at most so many, and at most this part of the rows with the gateway: if the server
-/// is killed, they are asked again.
+/// How long answers wait for others, with which they are written, and how long until there are enough: a transaction costs
+/// as much as fifty rows. Enough is so many, or this part of the rows with the gateway if that is less: if the server is
+/// killed, they are asked again.
 const GATHER: Duration = Duration::from_millis(50);
-const GATHER_FEW: Duration = Duration::from_millis(500);
-const FEW: usize = 64;
-const FEW_OF: usize = 8;
+const GATHER_ENOUGH: Duration = Duration::from_millis(500);
+const ENOUGH: usize = 64;
+const ENOUGH_OF: usize = 8;
 /// Bytes of text in one message.
 const MESSAGE_BYTES: usize = 1 << 20;
 /// Rows that others hold locked, above which no more are claimed.
@@ -303,8 +303,8 @@ impl Worker {
             }
             // What comes soon after is written together with it. Nobody waits for that at the end of a job, or for money.
             let is_last = self.outstanding.is_empty() || self.money.waits() || self.answers.len() >= WINDOW_ROWS / 4;
-            let few = FEW.min(self.outstanding.len() / FEW_OF);
-            let gather = if self.answers.len() < few { GATHER_FEW } else { GATHER };
+            let enough = ENOUGH.min(self.outstanding.len() / ENOUGH_OF);
+            let gather = if self.answers.len() < enough { GATHER_ENOUGH } else { GATHER };
             timeout = since
                 .filter(|_| !is_last && !worker::is_told_to_end())
                 .map_or(Duration::ZERO, |since: Instant| gather.saturating_sub(since.elapsed()));
