@@ -202,6 +202,58 @@ fn a_superuser_fills_a_minefield() {
     assert!(log.contains("planted: ") && others.is_empty(), "{others:#?}");
 }
 
+/// Literals are read when an expression is looked at, long before anything runs: each of these types has an input function
+/// that comes by a domain's CHECK, and so calls a function of alice's.
+#[test]
+fn literals_are_read_as_the_owner() {
+    let bed = Bed::new("planted_literals");
+    let client = &mut bed.connect();
+    tickets(client, "tickets", 1..=20);
+    run(
+        client,
+        "CREATE ROLE alice LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO alice; GRANT CREATE ON SCHEMA public TO alice;
+         ALTER TABLE tickets OWNER TO alice; CREATE TABLE seen (what text, who text); GRANT ALL ON seen TO alice",
+    );
+    let alice = &mut bed.cluster.connect_as("postgres", "alice");
+    run(
+        alice,
+        "CREATE FUNCTION bait(what text) RETURNS bool LANGUAGE plpgsql AS
+             $$ BEGIN INSERT INTO public.seen VALUES (what, current_user); RETURN true; END $$;
+         CREATE DOMAIN lure AS text CHECK (bait(VALUE));
+         CREATE TYPE pair AS (a lure, b int);
+         CREATE TYPE span AS RANGE (subtype = lure, multirange_type_name = spans);
+         ALTER TABLE tickets ADD array_of lure[], ADD pair pair, ADD span span, ADD spans spans, ADD pairs pair[],
+             ADD label lure[]",
+    );
+    for (column, literal) in [
+        ("array_of", "'{x}'"),
+        ("pair", "'(x,1)'::pair"),
+        ("span", "'[x,y]'"),
+        ("spans", "'{[x,y]}'"),
+        ("pairs", r#"'{"(x,1)"}'"#),
+    ] {
+        let given = format!("{column} IS DISTINCT FROM {literal}").replace('\'', "''");
+        for arguments in [
+            format!("input => 'body', filter => '{given}'"),
+            format!("input => 'body || ({given})'"),
+            format!("input => 'body', options => '{{\"isolation\": \"{}\"}}'", given.replace('"', "\\\"")),
+        ] {
+            run(client, "TRUNCATE seen");
+            let call = format!("'tickets', {arguments}, target => 'topic', task => 'topic'");
+            run(client, &format!("SELECT rows FROM llm_batch.estimate({call})"));
+            // The job never begins.
+            run(client, &format!("BEGIN; SELECT llm_batch.backfill({call})"));
+            let who = text(client, "SELECT string_agg(DISTINCT who, ' ') FROM seen");
+            assert_eq!(who, "alice", "{call}");
+            run(client, "ROLLBACK");
+        }
+    }
+    // Labels are read as values of the target's type.
+    run(client, "TRUNCATE seen; SELECT llm_batch.create_classifier('arrays', '[\"{a}\", \"{b}\"]', 'm')");
+    run(client, "SELECT rows FROM llm_batch.estimate('tickets', input => 'body', target => 'label', task => 'arrays')");
+    assert_eq!(text(client, "SELECT string_agg(DISTINCT who, ' ') FROM seen"), "alice");
+}
+
 /// Advisory locks are anyone's to take; none of them holds up a job.
 #[test]
 fn advisory_locks_hold_up_nobody() {
