@@ -64,12 +64,12 @@ pub fn load(name: &str, options: &Value) -> Result<Known> {
     })
 }
 
-/// A task made of labels alone, for the default model.
-pub fn from_labels(labels: Vec<Option<String>>, options: &Value) -> Result<Known> {
+/// A task made of labels alone, for the default model; `author` as of `model::default()`.
+pub fn from_labels(labels: Vec<Option<String>>, options: &Value, author: Option<pg_sys::Oid>) -> Result<Known> {
     let labels =
         labels.into_iter().map(|l| Label { label: l.unwrap_or_default(), description: String::new() }).collect();
     Ok(Known {
-        model: model::default()?,
+        model: model::default(author)?,
         task: Task {
             instruction: String::new(),
             labels: check_labels(labels)?,
@@ -83,7 +83,7 @@ pub fn from_labels(labels: Vec<Option<String>>, options: &Value) -> Result<Known
 pub const YES: &str = "yes";
 
 /// A question that is answered with yes or no, for the model of the options or the default one.
-pub fn from_question(question: &str, mut options: Value) -> Result<Known> {
+pub fn from_question(question: &str, mut options: Value, author: Option<pg_sys::Oid>) -> Result<Known> {
     let question = question.trim();
     if question.is_empty() {
         return Err(Error::invalid("the question must not be empty")
@@ -106,7 +106,7 @@ pub fn from_question(question: &str, mut options: Value) -> Result<Known> {
         examples: Vec::new(),
         options: read_options([&options])?,
     };
-    Ok(Known { model: named.map_or_else(model::default, Ok)?, task })
+    Ok(Known { model: named.map_or_else(|| model::default(author), Ok)?, task })
 }
 
 /// A task as a stream, with what its model is called and costs.
@@ -177,7 +177,7 @@ fn create_classifier(
     let name = new_name(name)?;
     let model = match model {
         Some(model) => model.to_owned(),
-        None => model::default()?,
+        None => model::default(None)?,
     };
     let json = |v: Option<Json>| v.map_or(Value::Null, |v| v.0);
     let options = json(options);

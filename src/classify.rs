@@ -41,6 +41,12 @@ fn classify_one(input: Text, question: Question) -> Result<Option<String>> {
     got.map_or(Ok(None), |verdict| conclude.label(&verdict))
 }
 
+/// The author of the view, policy or cursor that a call stands in.
+fn author(fcinfo: pg_sys::FunctionCallInfo) -> Option<pg_sys::Oid> {
+    // SAFETY: what Postgres calls a function with; whoever calls it by itself has no expression.
+    unsafe { batch::author(fcinfo.as_ref()?.flinfo.as_ref()?.fn_expr) }
+}
+
 #[pg_extern(sql = false)]
 fn llm_classify(input: Text, task: Text) -> std::result::Result<Option<String>, ErrorReport> {
     Ok(classify_one(input, Question::Task(task.checked()?))?)
@@ -51,14 +57,20 @@ fn llm_classify_labels(
     input: Text,
     labels: Vec<Option<Text>>,
     options: Json,
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> std::result::Result<Option<String>, ErrorReport> {
-    Ok(classify_one(input, Question::Labels(text::all(labels)?, options.0))?)
+    Ok(classify_one(input, Question::Labels(text::all(labels)?, options.0, author(fcinfo)))?)
 }
 
 /// NULL where the model gives no answer.
 #[pg_extern(sql = false)]
-fn llm_filter(input: Text, question: Text, options: Json) -> std::result::Result<Option<bool>, ErrorReport> {
-    let answer = classify_one(input, Question::YesNo(question.checked()?, options.0))?;
+fn llm_filter(
+    input: Text,
+    question: Text,
+    options: Json,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> std::result::Result<Option<bool>, ErrorReport> {
+    let answer = classify_one(input, Question::YesNo(question.checked()?, options.0, author(fcinfo)))?;
     Ok(answer.map(|label| label == classifier::YES))
 }
 
@@ -266,6 +278,7 @@ fn llm_classify_batch_labels(
     query: Text,
     labels: Vec<Option<Text>>,
     mut options: Json,
+    fcinfo: pg_sys::FunctionCallInfo,
 ) -> std::result::Result<
     TableIterator<
         'static,
@@ -276,7 +289,7 @@ fn llm_classify_batch_labels(
     asking::check()?;
     check_usable()?;
     let limit = statement::limit(&mut options.0)?;
-    let known = classifier::from_labels(text::all(labels)?, &options.0)?;
+    let known = classifier::from_labels(text::all(labels)?, &options.0, author(fcinfo))?;
     Ok(TableIterator::new(classify_query(&query.checked()?, known, limit)?))
 }
 

@@ -93,13 +93,46 @@ fn without_server(model: &str, server: &str) -> Error {
         .hint("The owner of the model can set another server with llm_batch.alter_model(…, server => …).")
 }
 
-/// The name of the model to use where none is named.
-pub fn default() -> Result<String> {
+/// The name of the model to use where none is named; `author` is that of the view, policy or cursor where that is so.
+///
+/// Whoever sets `llm_batch.default_model` says where texts go. So his word holds for roles whose rights he has, and else
+/// for what the session asks itself, if its user may become him.
+pub fn default(author: Option<pg_sys::Oid>) -> Result<String> {
     let name = crate::settings::default_model();
     if name.is_empty() {
         return Err(Error::invalid("no model is specified").hint("Specify a model, or set llm_batch.default_model."));
     }
-    Ok(name)
+    let Some(by) = crate::settings::default_model_set_by() else { return Ok(name) };
+    let me = current_user();
+    // SAFETY: catalog lookups on the main thread inside a transaction.
+    let (is_session, is_mine) = unsafe {
+        let is_session = !pg_sys::InLocalUserIdChange();
+        let is_session = is_session && pg_sys::is_member_of_role_nosuper(pg_sys::GetSessionUserId(), by);
+        (is_session, |role| pg_sys::has_privs_of_role(by, role))
+    };
+    let strange_author = author.filter(|author| !is_mine(*author));
+    let Some(role) = strange_author.or_else(|| (!is_session && !is_mine(me)).then_some(me)) else { return Ok(name) };
+    let (setter, role) = (role_name(by)?, role_name(role)?);
+    let (what, hint) = if strange_author.is_some() {
+        (
+            "In a view, a policy or a cursor of that role",
+            "Name the model there: by a task, or by the option \"model\" of llm_filter().",
+        )
+    } else {
+        (
+            "In a SECURITY DEFINER function, or left behind by one,",
+            "Name the model by a task, or by the option \"model\" of llm_filter(); or give the function a clause \
+             SET llm_batch.default_model.",
+        )
+    };
+    Err(Error::denied(format!("llm_batch.default_model of role {setter} does not hold for role {role}"))
+        .detail(format!("{what} it would decide where the texts of role {role} go."))
+        .hint(hint))
+}
+
+fn role_name(role: pg_sys::Oid) -> Result<String> {
+    let name = sql::one::<String>("SELECT pg_catalog.pg_get_userbyid($1)::pg_catalog.text", &[role.into()])?;
+    Ok(sql::name(&name.unwrap_or_default()))
 }
 
 /// Settings of a model as they are given: `None` leaves a default or what there is.

@@ -15,10 +15,10 @@ use crate::{settings, statement};
 pub enum Question {
     /// `llm_classify(input, task)`
     Task(String),
-    /// `llm_classify(input, labels, options)`
-    Labels(Vec<Option<String>>, Value),
-    /// `llm_filter(input, question, options)`
-    YesNo(String, Value),
+    /// `llm_classify(input, labels, options)`; the author of the view, policy or cursor that it stands in
+    Labels(Vec<Option<String>>, Value, Option<pg_sys::Oid>),
+    /// `llm_filter(input, question, options)`; the same
+    YesNo(String, Value, Option<pg_sys::Oid>),
 }
 
 /// A question that can be asked.
@@ -45,15 +45,15 @@ impl Question {
     fn known(&self) -> Result<(Known, Allowance)> {
         Ok(match self {
             Self::Task(name) => (classifier::load(name, &json!({}))?, statement::limit(&mut json!({}))?),
-            Self::Labels(labels, options) => {
+            Self::Labels(labels, options, author) => {
                 let mut options = options.clone();
                 let limit = statement::limit(&mut options)?;
-                (classifier::from_labels(labels.clone(), &options)?, limit)
+                (classifier::from_labels(labels.clone(), &options, *author)?, limit)
             }
-            Self::YesNo(question, options) => {
+            Self::YesNo(question, options, author) => {
                 let mut options = options.clone();
                 let limit = statement::limit(&mut options)?;
-                (classifier::from_question(question, options)?, limit)
+                (classifier::from_question(question, options, *author)?, limit)
             }
         })
     }

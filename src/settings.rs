@@ -1,7 +1,8 @@
 //! Settings. Nothing that names a host, a file or a key can be set by a plain session.
 
-use std::ffi::CString;
+use std::ffi::{CStr, CString};
 
+use pgrx::pg_sys;
 use pgrx::{GucContext, GucFlags, GucRegistry, GucSetting};
 
 use crate::version::LIBRARY_C;
@@ -18,6 +19,7 @@ static GATEWAY_MEMORY: GucSetting<i32> = GucSetting::<i32>::new(64 * 1024);
 static GATEWAY_CACHE: GucSetting<i32> = GucSetting::<i32>::new(16 * 1024);
 // Minutes: of days Postgres has no unit of its own, but takes '90d'.
 static KEEP_FINISHED_JOBS: GucSetting<i32> = GucSetting::<i32>::new(90 * 24 * 60);
+const DEFAULT_MODEL_NAME: &CStr = c"llm_batch.default_model";
 static DEFAULT_MODEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 static LIBRARY_VERSION: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(LIBRARY_C));
 static STATEMENT_MAX_COST: GucSetting<f64> = GucSetting::<f64>::new(-1.0);
@@ -88,7 +90,7 @@ pub fn init() {
         GucFlags::UNIT_MIN,
     );
     GucRegistry::define_string_guc(
-        c"llm_batch.default_model",
+        DEFAULT_MODEL_NAME,
         c"Model of llm_classify() with labels, and of classifiers that name none.",
         c"A name given to llm_batch.create_model().",
         &DEFAULT_MODEL,
@@ -155,6 +157,36 @@ pub fn keep_finished_jobs() -> Option<i32> {
 
 pub fn default_model() -> String {
     text(&DEFAULT_MODEL)
+}
+
+/// The role that `default_model` is set by; none where the server's or the database's configuration says it.
+pub fn default_model_set_by() -> Option<pg_sys::Oid> {
+    use pg_sys::GucSource as S;
+    // SAFETY: on the main thread; our own setting's record, which lives as long as the process.
+    unsafe {
+        let setting = record(DEFAULT_MODEL_NAME).as_ref()?;
+        match setting.source {
+            // ALTER ROLE SET, of the role that has logged in: it may do so itself.
+            S::PGC_S_USER | S::PGC_S_DATABASE_USER => Some(pg_sys::GetAuthenticatedUserId()),
+            source if source >= S::PGC_S_CLIENT => Some(setting.srole),
+            _ => None,
+        }
+    }
+}
+
+/// What Postgres knows of a setting, or NULL.
+unsafe fn record(name: &CStr) -> *mut pg_sys::config_generic {
+    // SAFETY: on the main thread; the table of settings has as many records as Postgres says, whose names are C strings.
+    unsafe {
+        #[cfg(not(feature = "pg15"))]
+        return pg_sys::find_option(name.as_ptr(), false, true, 0);
+        #[cfg(feature = "pg15")]
+        {
+            let all = pg_sys::get_guc_variables();
+            let mut records = (0..pg_sys::GetNumConfigOptions() as usize).map(|at| *all.add(at));
+            records.find(|record| CStr::from_ptr((**record).name) == name).unwrap_or(std::ptr::null_mut())
+        }
+    }
 }
 
 /// Dollars.

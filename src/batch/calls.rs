@@ -67,6 +67,16 @@ unsafe extern "C-unwind" fn forget(_arg: pg_sys::Datum, _cache: i32, _hash: u32)
 }
 
 fn look_up(function: pg_sys::Oid) -> Option<Verb> {
+    match source(function)?.as_str() {
+        "llm_classify_wrapper" => Some(Verb::Task),
+        "llm_classify_labels_wrapper" => Some(Verb::Labels),
+        "llm_filter_wrapper" => Some(Verb::Filter),
+        _ => None,
+    }
+}
+
+/// The symbol of a function of our library.
+pub fn source(function: pg_sys::Oid) -> Option<String> {
     // SAFETY: on the main thread, in a transaction; the tuple is released and its attributes are copies by then.
     unsafe {
         let cache = pg_sys::SysCacheIdentifier::PROCOID as i32;
@@ -81,18 +91,10 @@ fn look_up(function: pg_sys::Oid) -> Option<Verb> {
             String::from_datum(datum, is_null).unwrap_or_default()
         };
         let is_c = (*form).prolang == pg_sys::Oid::from(C_LANGUAGE);
-        let verb = if is_c && text(pg_sys::Anum_pg_proc_probin).ends_with("pg_llm_batch") {
-            match text(pg_sys::Anum_pg_proc_prosrc).as_str() {
-                "llm_classify_wrapper" => Some(Verb::Task),
-                "llm_classify_labels_wrapper" => Some(Verb::Labels),
-                "llm_filter_wrapper" => Some(Verb::Filter),
-                _ => None,
-            }
-        } else {
-            None
-        };
+        let is_ours = is_c && text(pg_sys::Anum_pg_proc_probin).ends_with("pg_llm_batch");
+        let source = is_ours.then(|| text(pg_sys::Anum_pg_proc_prosrc));
         pg_sys::ReleaseSysCache(tuple);
-        verb
+        source
     }
 }
 

@@ -10,6 +10,7 @@ mod guards;
 mod jit;
 mod node;
 mod nodes;
+mod others;
 mod place;
 mod site;
 
@@ -19,6 +20,7 @@ use std::sync::OnceLock;
 use pgrx::prelude::*;
 
 pub use answers::answered;
+pub use others::author;
 
 type Planner = unsafe extern "C-unwind" fn(
     *mut pg_sys::Query,
@@ -61,9 +63,16 @@ unsafe extern "C-unwind" fn plan(
     // SAFETY: the arguments are handed on; the hook was set after NEXT_PLANNER.
     unsafe {
         let planner = NEXT_PLANNER.get().copied().unwrap_or(standard_planner);
+        marked(query, cursor_options);
         let stmt = planner(query, text, cursor_options, parameters);
         placed(stmt, cursor_options)
     }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn marked(query: *mut pg_sys::Query, cursor_options: c_int) {
+    // SAFETY: the planner changes the query, too.
+    unsafe { others::mark(query, place::is_cursor(cursor_options)) }
 }
 
 #[pg_guard]

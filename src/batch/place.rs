@@ -29,6 +29,11 @@ impl Wanted {
     }
 }
 
+/// Whether a query's rows are fetched one by one, with anything in between.
+pub fn is_cursor(cursor_options: i32) -> bool {
+    cursor_options as u32 & pg_sys::CURSOR_OPT_FAST_PLAN != 0
+}
+
 /// Puts batch scans into a plan.
 ///
 /// # Safety
@@ -46,7 +51,7 @@ pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32) {
         if !settings::enable_batch_scan() {
             return;
         }
-        let is_cursor = cursor_options as u32 & pg_sys::CURSOR_OPT_FAST_PLAN != 0;
+        let is_cursor = is_cursor(cursor_options);
         let mut placer = Placer { placed: 0, subplans: list((*stmt).subplans) };
         let wanted = if is_cursor { Wanted::Unknown } else { Wanted::All };
         (*stmt).planTree = placer.plan((*stmt).planTree, wanted);

@@ -9,6 +9,7 @@ use pgrx::prelude::*;
 use super::answers::{Answer, Asked};
 use super::calls::{Call, Verb};
 use super::nodes::list;
+use super::others;
 use crate::ask::{Asker, Done};
 use crate::asking;
 use crate::budget::Price;
@@ -102,15 +103,16 @@ impl Site {
         // SAFETY: the functions' declarations say what their arguments are.
         unsafe {
             let econtext = (*ps).ps_ExprContext;
+            let author = others::author(self.call.call.cast());
             let arg = |i: usize| self.others.get(i).copied();
             match self.call.verb {
                 Verb::Task => Some(Question::Task(string(arg(0)?, econtext)?)),
                 Verb::Labels => {
                     let labels = text::all(evaluate::<Vec<Option<Text>>>(arg(0)?, econtext)?).ok()?;
-                    Some(Question::Labels(labels, evaluate::<Json>(arg(1)?, econtext)?.0))
+                    Some(Question::Labels(labels, evaluate::<Json>(arg(1)?, econtext)?.0, author))
                 }
                 Verb::Filter => {
-                    Some(Question::YesNo(string(arg(0)?, econtext)?, evaluate::<Json>(arg(1)?, econtext)?.0))
+                    Some(Question::YesNo(string(arg(0)?, econtext)?, evaluate::<Json>(arg(1)?, econtext)?.0, author))
                 }
             }
         }
