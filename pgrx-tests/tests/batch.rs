@@ -436,11 +436,7 @@ fn what_changes_between_two_fetches() {
     run(
         c,
         "SELECT llm_batch.create_model('n', server => 'fake', model => 'other');
-         CREATE ROLE analyst LOGIN; GRANT SELECT, UPDATE ON t TO analyst; GRANT USAGE ON FOREIGN SERVER fake TO analyst;
-         CREATE TABLE tenants AS SELECT * FROM t; GRANT SELECT ON tenants TO analyst;
-         ALTER TABLE tenants ENABLE ROW LEVEL SECURITY;
-         CREATE POLICY p ON tenants TO analyst USING (current_setting('app.tenant') = (id % 2)::text);
-         CREATE SEQUENCE s",
+         CREATE ROLE analyst LOGIN; GRANT SELECT, UPDATE ON t TO analyst; GRANT USAGE ON FOREIGN SERVER fake TO analyst",
     );
     let analyst = &mut bed.cluster.connect_as("postgres", "analyst");
     // Another default model: each text goes to one.
@@ -475,6 +471,90 @@ fn what_changes_between_two_fetches() {
     settle(&bed);
     let asked = bed.provider.stats().rows.len();
     assert!(asked <= 1, "{asked} texts were sent after the right was revoked");
+}
+
+/// Who reads, and what policies and conditions ask of the session, may be other at the next FETCH: the rows are those that
+/// come without the node.
+#[test]
+fn rows_of_the_session_as_it_is() {
+    let bed = Bed::new("batch_tenants");
+    let c = &mut bed.connect();
+    questions(c, 400);
+    run(
+        c,
+        "CREATE ROLE one LOGIN; CREATE ROLE two; GRANT two TO one; GRANT SELECT ON t TO one, two;
+         GRANT USAGE ON FOREIGN SERVER fake TO one, two;
+         CREATE FUNCTION tenant() RETURNS int STABLE LANGUAGE plpgsql
+             AS $$ BEGIN RETURN current_setting('app.tenant')::int; END $$;
+         CREATE VIEW by_setting AS SELECT * FROM t WHERE id % 2 = current_setting('app.tenant')::int;
+         CREATE VIEW by_function AS SELECT * FROM t WHERE id % 2 = tenant();
+         CREATE VIEW by_role AS SELECT * FROM t WHERE id % 2 = CASE current_user WHEN 'one' THEN 0 ELSE 1 END;
+         CREATE TABLE policed AS SELECT * FROM t; ALTER TABLE policed ENABLE ROW LEVEL SECURITY;
+         CREATE POLICY p ON policed USING (id % 2 = current_setting('app.tenant')::int);
+         CREATE TABLE owned AS SELECT * FROM t; ALTER TABLE owned ENABLE ROW LEVEL SECURITY;
+         CREATE POLICY p ON owned USING (id % 2 = CASE current_user WHEN 'one' THEN 0 ELSE 1 END);
+         GRANT SELECT ON ALL TABLES IN SCHEMA public TO one, two",
+    );
+    let one = &mut bed.cluster.connect_as("postgres", "one");
+    let ids = |rows: &[postgres::Row]| rows.iter().map(|row| row.get::<_, i32>(0)).collect::<Vec<_>>();
+    let mut both = |query: &str, changes: [&str; 3], in_parts: bool| {
+        let mut fetched = |is_on: &str| {
+            let mut ids_of = Vec::new();
+            let mut transaction = one.transaction().unwrap();
+            run_in(&mut transaction, &format!("SET LOCAL llm_batch.enable_batch_scan = {is_on}; {}", changes[0]));
+            if in_parts {
+                // As a driver does it.
+                let portal = transaction.bind(query, &[]).unwrap();
+                for change in changes {
+                    run_in(&mut transaction, change);
+                    ids_of.extend(ids(&transaction.query_portal(&portal, 4).unwrap()));
+                }
+            } else {
+                run_in(&mut transaction, &format!("DECLARE x CURSOR FOR {query}"));
+                for change in changes {
+                    run_in(&mut transaction, change);
+                    ids_of.extend(ids(&transaction.query("FETCH 4 FROM x", &[]).unwrap()));
+                }
+            }
+            ids_of
+        };
+        let without = fetched("off");
+        assert_eq!(fetched("on"), without, "{query}");
+        let halves = without.chunks(4).map(|ids| ids.iter().all(|id| id % 2 == ids[0] % 2) && ids.len() == 4);
+        assert!(halves.eq([true; 3]) && without[0] % 2 != without[4] % 2, "{query}: {without:?}");
+    };
+    let settings = ["SET LOCAL app.tenant = 0", "SET LOCAL app.tenant = 1", "SET LOCAL app.tenant = 0"];
+    let roles = ["RESET ROLE", "SET LOCAL ROLE two", "RESET ROLE"];
+    for (table, changes) in [
+        ("policed", settings),
+        ("by_setting", settings),
+        ("by_function", settings),
+        ("owned", roles),
+        ("by_role", roles),
+        ("(SELECT * FROM policed OFFSET 0) s", settings),
+        ("t WHERE id % 2 = (SELECT id % 2 FROM policed WHERE policed.id >= t.id LIMIT 1)", settings),
+    ] {
+        both(&format!("SELECT id, llm_classify(body, 'topic') FROM {table}"), changes, false);
+        let more = if table.contains("WHERE") { "AND" } else { "WHERE" };
+        both(&format!("SELECT id FROM {table} {more} llm_classify(body, 'topic') IN ('bug', 'spam')"), changes, false);
+    }
+    both("SELECT id, llm_classify(body, 'topic') FROM policed", settings, true);
+    // All at once, and in a function's loop, requests are shared as ever.
+    run(one, "SET app.tenant = 0");
+    for sql in [
+        "SELECT llm_classify(body, 'topic') FROM policed",
+        "DO $$ DECLARE r record; BEGIN FOR r IN SELECT llm_classify(body, 'topic') FROM policed LOOP END LOOP; END $$",
+    ] {
+        count_anew(&bed);
+        run(one, sql);
+        let stats = bed.provider.stats();
+        assert!(stats.rows.len() == 200 && stats.requests < 20, "{sql}: {} requests", stats.requests);
+    }
+}
+
+#[track_caller]
+fn run_in(transaction: &mut postgres::Transaction<'_>, sql: &str) {
+    transaction.batch_execute(sql).unwrap_or_else(|e| panic!("{sql}: {e:?}"));
 }
 
 #[test]

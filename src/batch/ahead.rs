@@ -55,6 +55,8 @@ struct Row {
 pub struct Ahead {
     ps: *mut pg_sys::PlanState,
     is_on: bool,
+    /// Row security holds for what is read.
+    has_policies: bool,
     pub sites: Vec<Site>,
     guards: Guards,
     wanted: Wanted,
@@ -88,7 +90,13 @@ pub struct Ahead {
 impl Ahead {
     /// # Safety
     /// `ps` is the state of a batch scan that begins, with its child; what was found is of its expressions.
-    pub unsafe fn new(ps: *mut pg_sys::PlanState, found: Found, wanted: Wanted, is_on: bool) -> Self {
+    pub unsafe fn new(
+        ps: *mut pg_sys::PlanState,
+        found: Found,
+        wanted: Wanted,
+        is_on: bool,
+        has_policies: bool,
+    ) -> Self {
         // SAFETY: as the caller says; compiled in the memory context of the query.
         unsafe {
             let compile = |e: *mut pg_sys::Node| pg_sys::ExecInitExpr(e.cast(), ps);
@@ -105,6 +113,7 @@ impl Ahead {
             Self {
                 ps,
                 is_on,
+                has_policies,
                 sites: sites.collect(),
                 guards,
                 wanted,
@@ -144,6 +153,7 @@ impl Ahead {
             let econtext = (*self.ps).ps_ExprContext;
             loop {
                 pg_sys::MemoryContextReset((*econtext).ecxt_per_tuple_memory);
+                self.is_on &= !(self.taken == 0 && self.has_policies && self.is_in_parts());
                 let (slot, answers) =
                     if self.is_on { self.row()? } else { (pg_sys::ExecProcNode((*self.ps).lefttree), Vec::new()) };
                 if is_empty(slot) {
@@ -298,6 +308,19 @@ impl Ahead {
             {
                 answer.asked.default_model.replace(Some(self.default_model.clone()));
             }
+        }
+    }
+
+    /// Whether a client may read the result in parts, as drivers do that fetch so many rows at a time: it has a name then.
+    /// What row security allows may be something else at the next.
+    unsafe fn is_in_parts(&self) -> bool {
+        // SAFETY: what runs now, if anything; names are C strings. Those that Postgres makes up are loops of functions.
+        unsafe {
+            let Some(portal) = pg_sys::ActivePortal.as_ref() else { return false };
+            let name = std::ffi::CStr::from_ptr(portal.name).to_bytes();
+            portal.queryDesc.as_ref().is_some_and(|query| query.estate == (*self.ps).state)
+                && !name.is_empty()
+                && !name.starts_with(b"<unnamed portal")
         }
     }
 

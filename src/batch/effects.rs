@@ -1,4 +1,4 @@
-//! Whether reading a plan's rows may do something: then no row is read that may not be taken.
+//! Whether reading a plan's rows may do something, or give others later: then no row is read that may not be taken.
 
 use pgrx::prelude::*;
 
@@ -10,8 +10,16 @@ use pg_sys::NodeTag as T;
 /// pg_sleep() (pg_proc.dat).
 const UNNOTICED: [u32; 5] = [1598, 3432, 2649, 274, 2626];
 
+/// Functions of Postgres that tell of the session what may be changed between two FETCHes: current_setting(), current_user,
+/// session_user, current_schema, current_schemas() (pg_proc.dat).
+const SESSION: [u32; 7] = [2077, 3294, 710, 745, 746, 1402, 1403];
+
 /// Looks into plans, given the subplans of their statement.
-pub struct Effects<'a>(pub &'a [*mut pg_sys::Plan]);
+pub struct Effects<'a> {
+    pub subplans: &'a [*mut pg_sys::Plan],
+    /// Between two rows anything may happen in the session.
+    pub is_cursor: bool,
+}
 
 impl Effects<'_> {
     /// Side effects of a node's rows, before its target list is computed; `conditions` are those that it has to check.
@@ -73,7 +81,7 @@ impl Effects<'_> {
     }
 
     unsafe fn of_subplan(&self, id: i32) -> bool {
-        let plan = usize::try_from(id - 1).ok().and_then(|at| self.0.get(at));
+        let plan = usize::try_from(id - 1).ok().and_then(|at| self.subplans.get(at));
         // SAFETY: as of of_plan().
         plan.is_some_and(|plan| unsafe { self.of_plan(*plan) })
     }
@@ -83,9 +91,13 @@ impl Effects<'_> {
         unsafe {
             any(node, &mut |node| match (*node).type_ {
                 T::T_NextValueExpr => true,
+                T::T_SQLValueFunction => self.is_cursor && !is_time((*node.cast::<pg_sys::SQLValueFunction>()).op),
                 T::T_SubPlan => self.of_subplan((*node.cast::<pg_sys::SubPlan>()).plan_id),
                 T::T_List => false,
-                _ => pg_sys::check_functions_in_node(node, Some(is_noticed), std::ptr::null_mut()),
+                _ => {
+                    let check = if self.is_cursor { is_noticed_in_cursor } else { is_noticed };
+                    pg_sys::check_functions_in_node(node, Some(check), std::ptr::null_mut())
+                }
             })
         }
     }
@@ -96,4 +108,22 @@ unsafe extern "C-unwind" fn is_noticed(function: pg_sys::Oid, _context: *mut std
     // SAFETY: on the main thread, in a transaction.
     let is_volatile = unsafe { pg_sys::func_volatile(function) } == pg_sys::PROVOLATILE_VOLATILE as std::ffi::c_char;
     is_volatile && !UNNOTICED.contains(&function.to_u32()) && verb(function).is_none()
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn is_noticed_in_cursor(function: pg_sys::Oid, context: *mut std::ffi::c_void) -> bool {
+    // A function of a user's that is stable may well read a setting.
+    let may_read = || {
+        function.to_u32() >= pg_sys::FirstNormalObjectId
+            // SAFETY: on the main thread, in a transaction.
+            && unsafe { pg_sys::func_volatile(function) } == pg_sys::PROVOLATILE_STABLE as std::ffi::c_char
+            && verb(function).is_none()
+    };
+    // SAFETY: as of is_noticed().
+    SESSION.contains(&function.to_u32()) || may_read() || unsafe { is_noticed(function, context) }
+}
+
+/// Of `CURRENT_DATE` and its like: a transaction has one time.
+fn is_time(value: pg_sys::SQLValueFunctionOp::Type) -> bool {
+    value <= pg_sys::SQLValueFunctionOp::SVFOP_LOCALTIMESTAMP_N
 }

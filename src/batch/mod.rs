@@ -63,21 +63,25 @@ unsafe extern "C-unwind" fn plan(
     // SAFETY: the arguments are handed on; the hook was set after NEXT_PLANNER.
     unsafe {
         let planner = NEXT_PLANNER.get().copied().unwrap_or(standard_planner);
-        marked(query, cursor_options);
+        let has_policies = marked(query, cursor_options);
         let stmt = planner(query, text, cursor_options, parameters);
-        placed(stmt, cursor_options)
+        placed(stmt, cursor_options, has_policies)
     }
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn marked(query: *mut pg_sys::Query, cursor_options: c_int) {
+unsafe extern "C-unwind" fn marked(query: *mut pg_sys::Query, cursor_options: c_int) -> bool {
     // SAFETY: the planner changes the query, too.
     unsafe { others::mark(query, place::is_cursor(cursor_options)) }
 }
 
 #[pg_guard]
-unsafe extern "C-unwind" fn placed(stmt: *mut pg_sys::PlannedStmt, cursor_options: c_int) -> *mut pg_sys::PlannedStmt {
+unsafe extern "C-unwind" fn placed(
+    stmt: *mut pg_sys::PlannedStmt,
+    cursor_options: c_int,
+    has_policies: bool,
+) -> *mut pg_sys::PlannedStmt {
     // SAFETY: a plan that was just made.
-    unsafe { place::place(stmt, cursor_options) };
+    unsafe { place::place(stmt, cursor_options, has_policies) };
     stmt
 }

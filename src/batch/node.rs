@@ -61,6 +61,7 @@ pub unsafe fn plan(
     targetlist: *mut pg_sys::List,
     qual: *mut pg_sys::List,
     wanted: Wanted,
+    has_policies: bool,
 ) -> *mut pg_sys::Plan {
     // SAFETY: as the caller says.
     unsafe {
@@ -71,7 +72,8 @@ pub unsafe fn plan(
             Wanted::Unknown => (1, [null_mut(), null_mut()]),
             Wanted::Limit { count, offset, is_sure } => (if is_sure { 2 } else { 3 }, [count, offset]),
         };
-        let flags = [kind, i32::from(!bounds[0].is_null()), i32::from(!bounds[1].is_null())];
+        let flags = [!bounds[0].is_null(), !bounds[1].is_null(), has_policies].map(i32::from);
+        let flags = [kind].into_iter().chain(flags);
         (*scan).custom_private = to_list(flags.map(|flag| pg_sys::makeInteger(flag)));
         let bounds = bounds.into_iter().filter(|b| !b.is_null());
         (*scan).custom_exprs = to_list(bounds.map(|b| pg_sys::copyObjectImpl(b.cast()).cast::<pg_sys::Node>()));
@@ -96,8 +98,8 @@ pub unsafe fn plan(
     }
 }
 
-/// Reads back what `plan()` has written.
-unsafe fn wanted(scan: *mut pg_sys::CustomScan) -> Wanted {
+/// Reads back what `plan()` has written: what is wanted, and whether there are policies.
+unsafe fn wanted(scan: *mut pg_sys::CustomScan) -> (Wanted, bool) {
     // SAFETY: a node made by plan(), or a copy of it.
     unsafe {
         let flags: Vec<i32> = list::<pg_sys::Integer>((*scan).custom_private).into_iter().map(|i| (*i).ival).collect();
@@ -105,11 +107,12 @@ unsafe fn wanted(scan: *mut pg_sys::CustomScan) -> Wanted {
         let mut bound = |flag: usize| {
             if flags.get(flag) == Some(&1) { bounds.next().unwrap_or(null_mut()) } else { null_mut() }
         };
-        match flags.first() {
+        let wanted = match flags.first() {
             Some(0) => Wanted::All,
             Some(kind @ (2 | 3)) => Wanted::Limit { count: bound(1), offset: bound(2), is_sure: *kind == 2 },
             _ => Wanted::Unknown,
-        }
+        };
+        (wanted, flags.get(3) == Some(&1))
     }
 }
 
@@ -137,7 +140,8 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
         let found = calls::find((*plan).qual, (*plan).targetlist);
         // A row that is looked at again since others have changed it is asked about by itself.
         let is_on = settings::enable_batch_scan() && (*estate).es_epq_active.is_null();
-        let ahead = Ahead::new(ps, found, wanted(plan.cast()), is_on);
+        let (wanted, has_policies) = wanted(plan.cast());
+        let ahead = Ahead::new(ps, found, wanted, is_on, has_policies);
         // Dropped with the query, also after an error: then nobody calls end().
         (*node.cast::<State>()).ahead = PgMemoryContexts::For((*estate).es_query_cxt).leak_and_drop_on_delete(ahead);
     }

@@ -16,16 +16,17 @@ use pg_sys::NodeTag as T;
 /// What is written in a query has its position there; what comes out of the catalogs has none.
 const STORED: i32 = -1;
 
-/// Marks the calls of others.
+/// Marks the calls of others. Whether policies hold for the query.
 ///
 /// # Safety
 /// The query is about to be planned: nobody else needs it as it is.
-pub unsafe fn mark(query: *mut pg_sys::Query, is_cursor: bool) {
+pub unsafe fn mark(query: *mut pg_sys::Query, is_cursor: bool) -> bool {
     // SAFETY: as the caller says; on the main thread.
     unsafe {
         let definer = (is_cursor && pg_sys::InLocalUserIdChange()).then(current_user);
         let walk = Walk { definer, ..Walk::default() };
         walk.query(query);
+        walk.has_policies.get()
     }
 }
 
@@ -48,6 +49,7 @@ struct Walk {
     relation: Cell<Option<pg_sys::Oid>>,
     /// What the query at hand changes.
     changed: Cell<Option<pg_sys::Oid>>,
+    has_policies: Cell<bool>,
 }
 
 impl Walk {
@@ -82,6 +84,9 @@ impl Walk {
                 let table = &*rte;
                 let has_policy = !table.securityQuals.is_null();
                 let is_subquery = table.rtekind == pg_sys::RTEKind::RTE_SUBQUERY;
+                if has_policy {
+                    self.has_policies.set(true);
+                }
                 let is_others = has_policy || is_subquery && table.relkind as u8 == pg_sys::RELKIND_VIEW;
                 self.relation.set(if is_others && table.relid != pg_sys::InvalidOid {
                     Some(table.relid)

@@ -37,8 +37,8 @@ pub fn is_cursor(cursor_options: i32) -> bool {
 /// Puts batch scans into a plan.
 ///
 /// # Safety
-/// The plan is finished and nobody else's.
-pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32) {
+/// The plan is finished and nobody else's; `has_policies` says whether row security holds for what it reads.
+pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32, has_policies: bool) {
     // SAFETY: as the caller says.
     unsafe {
         // A plan lists the functions that it calls, but those of Postgres: most plans are done with here.
@@ -52,7 +52,11 @@ pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32) {
             return;
         }
         let is_cursor = is_cursor(cursor_options);
-        let mut placer = Placer { placed: 0, subplans: list((*stmt).subplans) };
+        // A policy may read a setting, or ask who reads, which may both be others at the next FETCH.
+        if is_cursor && has_policies {
+            return;
+        }
+        let mut placer = Placer { placed: 0, subplans: list((*stmt).subplans), is_cursor, has_policies };
         let wanted = if is_cursor { Wanted::Unknown } else { Wanted::All };
         (*stmt).planTree = placer.plan((*stmt).planTree, wanted);
         if placer.placed > 0
@@ -68,6 +72,8 @@ pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32) {
 struct Placer {
     placed: usize,
     subplans: Vec<*mut pg_sys::Plan>,
+    is_cursor: bool,
+    has_policies: bool,
 }
 
 impl Placer {
@@ -188,7 +194,8 @@ impl Placer {
             }
             let is_exact = lifted.is_empty() && matches!(wanted, Wanted::Limit { is_sure: true, .. });
             let conditions = kept.iter().chain(kept_of_join.iter().flatten());
-            if wanted != Wanted::All && !is_exact && Effects(&self.subplans).of_node(plan, conditions.copied()) {
+            let effects = Effects { subplans: &self.subplans, is_cursor: self.is_cursor };
+            if wanted != Wanted::All && !is_exact && effects.of_node(plan, conditions.copied()) {
                 return plan;
             }
             // A node that does nothing but compute gives way.
@@ -219,7 +226,7 @@ impl Placer {
                 (*plan).async_capable = false;
                 plan
             };
-            node::plan(plan, child, targetlist, qual, wanted)
+            node::plan(plan, child, targetlist, qual, wanted, self.has_policies)
         }
     }
 
@@ -274,7 +281,7 @@ impl Placer {
             self.placed += 1;
             (*plan).targetlist = targetlist;
             (*plan).qual = qual;
-            (*plan).lefttree = node::plan(child, child, below, null_mut(), wanted);
+            (*plan).lefttree = node::plan(child, child, below, null_mut(), wanted, self.has_policies);
         }
     }
 }
