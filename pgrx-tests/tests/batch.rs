@@ -558,6 +558,49 @@ fn run_in(transaction: &mut postgres::Transaction<'_>, sql: &str) {
 }
 
 #[test]
+fn a_cursor_goes_back() {
+    let bed = Bed::new("batch_backward");
+    let c = &mut bed.connect();
+    questions(c, 30);
+    let moves = ["FETCH 12", "FETCH BACKWARD 5", "FETCH PRIOR", "FETCH ABSOLUTE 3", "FETCH LAST", "FETCH FIRST"];
+    for (query, declared) in [
+        ("SELECT id, llm_classify(body, 'topic') FROM t", "CURSOR"),
+        ("SELECT id, llm_classify(body, 'topic') FROM t WHERE llm_filter(ask, 'Is it?')", "CURSOR"),
+        ("SELECT id, llm_classify(body, 'topic') FROM t LIMIT 25", "CURSOR"),
+        ("SELECT id, llm_classify(body, 'topic') FROM t", "CURSOR WITH HOLD"),
+        ("SELECT id, llm_classify(body, 'topic') FROM t", "SCROLL CURSOR"),
+        // Postgres does not go back in these.
+        ("SELECT id, llm_classify(body, 'topic') FROM t", "NO SCROLL CURSOR"),
+        ("SELECT id, llm_classify(body, 'topic') FROM t FOR UPDATE", "CURSOR"),
+        ("SELECT t.id, llm_classify(t.body, 'topic') FROM t JOIN t u USING (id)", "CURSOR"),
+    ] {
+        let mut fetched = |is_on: &str| {
+            let mut said = Vec::new();
+            run(
+                c,
+                &format!("BEGIN; SET LOCAL llm_batch.enable_batch_scan = {is_on}; DECLARE x {declared} FOR {query}"),
+            );
+            for go in moves {
+                match c.query(&format!("{go} FROM x"), &[]) {
+                    Ok(rows) => said.push(rows.iter().map(|r| (r.get(0), r.get(1))).collect::<Vec<(i32, String)>>()),
+                    Err(e) => {
+                        assert_eq!(e.code().unwrap().code(), "55000", "{query}: {go}: {e:?}");
+                        break;
+                    }
+                }
+            }
+            run(c, "ROLLBACK");
+            said
+        };
+        let without = fetched("off");
+        count_anew(&bed);
+        assert_eq!(fetched("on"), without, "{declared} {query}");
+        let asked = bed.provider.stats().rows;
+        assert!(asked.values().all(|r| r.asked == 1), "{declared} {query}: {asked:?}");
+    }
+}
+
+#[test]
 fn what_reading_does_is_not_done_for_rows_that_nobody_takes() {
     let bed = Bed::new("batch_effects");
     let c = &mut bed.connect();

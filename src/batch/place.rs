@@ -51,6 +51,7 @@ pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32, has_pol
         if !settings::enable_batch_scan() {
             return;
         }
+        let has = |option: u32| cursor_options as u32 & option != 0;
         let is_cursor = is_cursor(cursor_options);
         // A policy may read a setting, or ask who reads, which may both be others at the next FETCH.
         if is_cursor && has_policies {
@@ -58,11 +59,14 @@ pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32, has_pol
         }
         let mut placer = Placer { placed: 0, subplans: list((*stmt).subplans), is_cursor, has_policies };
         let wanted = if is_cursor { Wanted::Unknown } else { Wanted::All };
+        // Where a plan can go back, Postgres lets a cursor do so, though nobody said SCROLL.
+        let goes_back = has(pg_sys::CURSOR_OPT_SCROLL)
+            || is_cursor
+                && !has(pg_sys::CURSOR_OPT_NO_SCROLL)
+                && (*stmt).rowMarks.is_null()
+                && pg_sys::ExecSupportsBackwardScan((*stmt).planTree);
         (*stmt).planTree = placer.plan((*stmt).planTree, wanted);
-        if placer.placed > 0
-            && cursor_options as u32 & pg_sys::CURSOR_OPT_SCROLL != 0
-            && !pg_sys::ExecSupportsBackwardScan((*stmt).planTree)
-        {
+        if placer.placed > 0 && goes_back && !pg_sys::ExecSupportsBackwardScan((*stmt).planTree) {
             (*stmt).planTree = materialize((*stmt).planTree);
         }
         replace((*stmt).subplans, &mut |plan| placer.plan(plan, Wanted::Unknown));
