@@ -1,7 +1,8 @@
 //! Forms of asking for machine-readable answers, and which of them are left to try with a server.
 //!
-//! A server refuses a form with a 400, or accepts it and answers in prose all the same. What was found is kept for each
-//! account and model, so that it is found once. A form that is out stays out, so nothing goes round in circles.
+//! A server refuses a form with a 400, or accepts it and answers in prose all the same. A refusal is kept for each account
+//! and model, so that it is found once. What the answers are like is kept for each task: instructions may lead a model to
+//! prose that answers another task as it should. A form that is out stays out, so nothing goes round in circles.
 
 use crate::options::{AnswerShape, StructuredOutput};
 
@@ -51,6 +52,16 @@ impl Forms {
     pub fn next(self, shape: AnswerShape, wanted: StructuredOutput) -> Form {
         let last = order(shape, wanted).last().copied().unwrap_or(Form::Plain);
         self.left(shape, wanted).next().unwrap_or(last)
+    }
+
+    /// What is known here, without the forms that are out in `others`.
+    pub fn without(mut self, others: Self) -> Self {
+        for (known, other) in self.0.iter_mut().zip(others.0) {
+            if other == Known::Out {
+                *known = Known::Out;
+            }
+        }
+        self
     }
 
     /// The server refuses this form, or it is of no use.
@@ -131,6 +142,17 @@ mod tests {
         assert_eq!(forms.next(MAP, AUTO), Form::Schema);
         // Without a form there is none to blame.
         assert!(!forms.answered_in_prose(Form::Plain));
+    }
+
+    #[test]
+    fn what_is_out_elsewhere_is_out_and_nothing_else_is_taken_over() {
+        let (mut own, mut others) = (Forms::default(), Forms::default());
+        others.give_up(Form::Object);
+        others.works(Form::Schema);
+        assert!(own.without(others).left(MAP, AUTO).eq([Form::Schema, Form::Plain]));
+        assert!(own.without(others).answered_in_prose(Form::Schema), "it has not worked here");
+        own.give_up(Form::Schema);
+        assert!(own.without(others).left(MAP, AUTO).eq([Form::Plain]));
     }
 
     proptest! {

@@ -33,7 +33,7 @@ const ENOUGH_ANSWERS: u32 = 3;
 /// What a server was found to refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Learned {
-    /// Forms of `response_format`.
+    /// Forms of `response_format`; what its answers in them are like is each task's matter.
     pub forms: Forms,
     /// Messages of the system: the instructions go to the head of the user's.
     pub no_system_role: bool,

@@ -17,8 +17,8 @@ const MOST_REFUSED: usize = 3;
 #[derive(Debug, Default)]
 pub struct Standing {
     pub patience: Patience,
-    /// Forms of `response_format` in which no answer had a valid row.
-    tried: Vec<Form>,
+    /// What the answers in each form of `response_format` are like.
+    pub forms: Forms,
     /// A request was answered with a 2xx.
     pub is_accepted: bool,
     /// Numbers of the requests of which a single row was refused, until one is accepted.
@@ -28,21 +28,10 @@ pub struct Standing {
 }
 
 impl Standing {
-    /// The forms to ask in, of those that the server takes.
-    pub fn forms(&self, mut forms: Forms) -> Forms {
-        self.tried.iter().for_each(|form| forms.give_up(*form));
-        forms
-    }
-
-    /// A form is of no use. Whether there is another one to try.
-    pub fn has_other(&self, forms: Forms, form: Form, options: &Options) -> bool {
-        self.forms(forms).left(options.answer_shape, options.structured_output).any(|other| other != form)
-    }
-
-    pub fn gives_up(&mut self, form: Form) {
-        if !self.tried.contains(&form) {
-            self.tried.push(form);
-        }
+    /// A form is of no use. Whether there is another one to try, where the server refuses some.
+    pub fn has_other(&self, refused: Forms, form: Form, options: &Options) -> bool {
+        let forms = self.forms.without(refused);
+        forms.left(options.answer_shape, options.structured_output).any(|other| other != form)
     }
 
     /// A single row was refused that had been in the request of this number. Whether it is the request that is wrong.
@@ -61,7 +50,7 @@ impl Standing {
     /// The next stream after a stop begins anew.
     pub fn begin_anew(&mut self) {
         self.patience.begin_anew();
-        self.tried.clear();
+        self.forms = Forms::default();
         self.refused.clear();
     }
 }

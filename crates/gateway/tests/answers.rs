@@ -253,6 +253,32 @@ fn forms_that_are_refused_or_answered_in_prose_are_learnt_and_charge_no_row() {
 }
 
 #[test]
+fn prose_of_one_task_takes_no_form_from_another() {
+    let setup = Setup::new(64 << 20);
+    let (url, bodies) = server(|body, rows| {
+        let is_essay = body["messages"][0]["content"].as_str().unwrap().contains("essay");
+        match body["response_format"].is_object() && is_essay {
+            true => completion("Most of these tickets are, as it seems to me, about billing."),
+            false => completion(&map(rows)),
+        }
+    });
+    let nobody = provider(Config::default());
+    for instruction in ["Write an essay on each.", "Tickets.", "Write an essay on each."] {
+        let mut client = setup.client(&nobody, |s| {
+            s.endpoint.base_url.clone_from(&url);
+            s.model.max_concurrent_requests = Some(1);
+            s.task.instruction = instruction.into();
+        });
+        client.rows(0..40);
+        let got = client.answers(40).0;
+        assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict) && o.attempts == 1), "{instruction}: {got:?}");
+    }
+    let bodies = bodies.lock().unwrap().clone();
+    // Five for the first, in which it finds its form; then one each.
+    assert_eq!(forms(&bodies), "json_object json_object json_schema json_schema - json_object -");
+}
+
+#[test]
 fn prose_in_every_form_ends() {
     let setup = Setup::new(64 << 20);
     let (stop, bodies) = given_up(&setup, |_, _| completion("I can't tell."));

@@ -167,14 +167,14 @@ impl State {
             && options.structured_output == StructuredOutput::Auto
             && reply.finish == Finish::Complete
             && answer::is_prose(&reply.text)
-            && lane.learned.forms.answered_in_prose(form);
+            && lane.standings.of(now, asked.scope).forms.answered_in_prose(form);
         let is_slow = now.saturating_sub(sent) > group.stream.model.request_timeout_ms / SLOW;
         if labels > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
             let missing = if grows { 0 } else { size - labels };
             group.size.observe(size, missing, is_slow);
         }
         if labels > 0 {
-            lane.learned.forms.works(form);
+            lane.standings.of(now, asked.scope).forms.works(form);
         }
         let key = group.stream.endpoint.api_key.as_ref().map_or("", |k| &k.0);
         let last = if labels == 0 { shown(reply, key, thought, is_thought) } else { String::new() };

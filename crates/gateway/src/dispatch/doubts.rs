@@ -56,7 +56,7 @@ impl State {
             }
         };
         if next == Next::OtherForm {
-            standing.gives_up(form);
+            standing.forms.give_up(form);
         }
         next == Next::GiveUp
     }
@@ -76,7 +76,7 @@ impl State {
             let has_other = standing.has_other(forms, form, options);
             standing.patience.next_way(now, has_other);
         }
-        standing.gives_up(form);
+        standing.forms.give_up(form);
         true
     }
 

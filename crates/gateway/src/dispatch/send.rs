@@ -189,7 +189,7 @@ impl State {
                 continue;
             }
             let (way, turn) = standing.patience.way();
-            let learned = Learned { forms: standing.forms(learned.forms), ..*learned };
+            let learned = Learned { forms: standing.forms.without(learned.forms), ..*learned };
             let largest = largest.min(group.stream.model.max_request_tokens).min(learned.most_request_tokens);
             let counted = |tokens: u64| (tokens as f64 / measured.prompt.apply(1000) as f64 * 1000.0) as usize;
             let most = counted(largest);
