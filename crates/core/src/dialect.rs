@@ -105,6 +105,33 @@ pub enum Finish {
     Refused,
 }
 
+/// What the provider says a request took. What it does not say is missing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Usage {
+    /// Tokens of its prompt.
+    pub input: Option<u64>,
+    /// Tokens of its answer, thinking included.
+    pub output: Option<u64>,
+}
+
+impl Usage {
+    /// All of it, if nothing is missing.
+    pub fn whole(self) -> Option<Tokens> {
+        Some(Tokens { input: self.input?, output: self.output? })
+    }
+
+    /// With these in place of what is missing.
+    pub fn or(self, missing: Tokens) -> Tokens {
+        Tokens { input: self.input.unwrap_or(missing.input), output: self.output.unwrap_or(missing.output) }
+    }
+
+    /// That part of these which is missing.
+    pub fn missing(self, of: Tokens) -> Tokens {
+        let part = |known: Option<u64>, of: u64| if known.is_some() { 0 } else { of };
+        Tokens { input: part(self.input, of.input), output: part(self.output, of.output) }
+    }
+}
+
 /// The answer of a request with a status of 2xx.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Reply {
@@ -114,8 +141,8 @@ pub struct Reply {
     pub finish: Finish,
     /// There is reasoning beside the text.
     pub has_reasoning: bool,
-    /// What it took, thinking included; `None` if the provider does not say.
-    pub usage: Option<Tokens>,
+    /// What it took.
+    pub usage: Usage,
     /// Tokens of it that came before the answer, if the provider says.
     pub thought: Option<u64>,
     /// Tokens of the prompt that the provider had cached.
@@ -171,23 +198,51 @@ pub fn reply(body: &[u8]) -> Result<Reply, Unread> {
         Value::Array(parts) => !parts.is_empty(),
         _ => false,
     });
-    let tokens = |name: &str| json["usage"][name].as_u64();
-    // Some leave what a model thinks out of the tokens of the completion, but not out of the total, nor of the bill.
-    let beyond = |input| tokens("total_tokens").unwrap_or(0).saturating_sub(input);
-    let usage = tokens("prompt_tokens")
-        .map(|input| Tokens { input, output: tokens("completion_tokens").unwrap_or(0).max(beyond(input)) })
-        // A usage that no request can have is none.
-        .filter(|u| u.input < 1 << 32 && u.output < 1 << 32);
+    let usage = usage(&json["usage"], !text.is_empty());
     let cached = json["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
-    let cached_input = usage.map_or(0, |u| cached.min(u.input));
+    let cached_input = usage.input.map_or(0, |input| cached.min(input));
     let thought = json["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64();
     Ok(Reply { text, finish, has_reasoning, usage, thought, cached_input })
+}
+
+/// Reads what a request took. A number that no request can have is none: no tokens of a prompt, or of an answer that
+/// `has_text`.
+fn usage(said: &Value, has_text: bool) -> Usage {
+    let tokens = |name: &str| said[name].as_u64().filter(|n| *n < 1 << 32);
+    let (input, output) = (tokens("prompt_tokens").filter(|n| *n > 0), tokens("completion_tokens"));
+    let beyond = |part: u64| tokens("total_tokens").and_then(|total| total.checked_sub(part)).filter(|n| *n > 0);
+    // Some leave what a model thinks out of the tokens of the completion, but not out of the total, nor of the bill.
+    let all_output = output.max(input.and_then(beyond)).filter(|n| *n > 0 || !has_text);
+    Usage { input: input.or_else(|| beyond(output?)), output: all_output }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn what_is_said_of_tokens_is_read_as_far_as_it_can_be() {
+        let of = |said: Value| {
+            let Usage { input, output } = usage(&said, true);
+            (input, output)
+        };
+        let (p, c, t) = ("prompt_tokens", "completion_tokens", "total_tokens");
+        assert_eq!(of(json!({p: 7, c: 2, t: 9})), (Some(7), Some(2)));
+        assert_eq!(of(json!({p: 7, c: 2, t: 90})), (Some(7), Some(83)));
+        assert_eq!(of(json!({p: 7, t: 9})), (Some(7), Some(2)));
+        assert_eq!(of(json!({c: 2, t: 9})), (Some(7), Some(2)));
+        for said in [json!({p: 7}), json!({p: 7, t: 7}), json!({p: 7, c: 0}), json!({p: 7, c: -1}), json!({p: 7, t: 1})] {
+            assert_eq!(of(said), (Some(7), None));
+        }
+        for said in [json!({c: 2}), json!({p: 0, c: 2}), json!({c: 2, t: 2}), json!({p: 1e30, c: 2})] {
+            assert_eq!(of(said), (None, Some(2)));
+        }
+        for said in [json!(null), json!({}), json!({t: 9}), json!({p: "7", c: 1_u64 << 32})] {
+            assert_eq!(of(said), (None, None));
+        }
+        assert_eq!(usage(&json!({p: 7, c: 0}), false).whole(), Some(Tokens { input: 7, output: 0 }));
+    }
 
     #[test]
     fn user_parameters_are_added_but_cannot_replace_ours() {
@@ -218,7 +273,7 @@ mod tests {
                 text: "{}".into(),
                 finish: Finish::Complete,
                 has_reasoning: false,
-                usage: Some(Tokens { input: 7, output: 2 }),
+                usage: Usage { input: Some(7), output: Some(2) },
                 thought: None,
                 cached_input: 4
             }

@@ -32,7 +32,8 @@ fn message(from: &mut impl BufRead) -> Option<(String, String, Vec<u8>)> {
 }
 
 /// Stands before a provider. Under `/twice` each answer comes twice on its connection: the second at once, or when the
-/// next request has come, before its own. Under `/mute` answers do not say what they took.
+/// next request has come, before its own. Under `/mute` answers do not say what they took, under `/input` and `/output`
+/// a half of it.
 fn twice(provider: &FakeProvider) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
@@ -51,20 +52,24 @@ fn relay(mut client: TcpStream, mut server: TcpStream, at_once: bool) {
     let mut answers = BufReader::new(&mut answers);
     let mut kept: Vec<u8> = Vec::new();
     while let Some((first, head, body)) = message(&mut requests) {
-        let (is_twice, is_mute) = (first.contains("/twice"), first.contains("/mute"));
-        let asked = [
-            first.replace("/twice", "").replace("/honest", "").replace("/mute", "").as_bytes(),
-            head.as_bytes(),
-            &body,
-        ]
-        .concat();
+        let way = ["/twice", "/honest", "/mute", "/input", "/output"].into_iter().find(|way| first.contains(way)).unwrap();
+        let is_twice = way == "/twice";
+        let asked = [first.replace(way, "").as_bytes(), head.as_bytes(), &body].concat();
         if server.write_all(&asked).is_err() {
             return;
         }
         let Some((first, head, mut body)) = message(&mut answers) else { return };
-        if is_mute {
-            body = String::from_utf8(body).unwrap().replace("\"usage\"", "\"USAGE\"").into_bytes();
+        let hidden: &[&str] = match way {
+            "/mute" => &["\"usage\""],
+            "/input" => &["\"completion_tokens\"", "\"total_tokens\""],
+            "/output" => &["\"prompt_tokens\"", "\"total_tokens\""],
+            _ => &[],
+        };
+        let mut text = String::from_utf8(body).unwrap();
+        for name in hidden {
+            text = text.replace(name, &name.to_uppercase());
         }
+        body = text.into_bytes();
         let answer = [first.as_bytes(), head.as_bytes(), &body].concat();
         let mut all = std::mem::take(&mut kept);
         all.extend_from_slice(&answer);
@@ -147,12 +152,15 @@ fn who_says_that_no_wait_is_needed_is_believed_once() {
 fn what_was_not_measured_teaches_nothing_and_is_unconfirmed() {
     let setup = Setup::new(64 << 20);
     let provider = provider(Config::default());
-    let url = format!("{}/mute/v1", twice(&provider));
-    for (model, budget) in [("free", None), ("budget", Some(Prices { input: 1, output: 4 }))] {
+    let url = twice(&provider);
+    let budget = Some(Prices { input: 1, output: 4 });
+    let ways = ["mute", "input", "output"];
+    for (way, budget) in ways.into_iter().flat_map(|way| [(way, None), (way, budget)]) {
         provider.reset_stats();
+        let model = &format!("{way} {}", budget.is_some());
         let mut client = setup.client(&provider, |s| {
-            s.endpoint.base_url.clone_from(&url);
-            s.model.model = model.into();
+            s.endpoint.base_url = format!("{url}/{way}/v1");
+            s.model.model.clone_from(model);
             s.budget = budget;
         });
         if budget.is_some() {
@@ -162,15 +170,17 @@ fn what_was_not_measured_teaches_nothing_and_is_unconfirmed() {
         let (outcomes, spent) = client.outcomes(500);
         assert!(outcomes.iter().all(|(n, v)| is_right(*n, v)), "{model}");
         assert_eq!(spent.requests, 10, "{model}");
-        let seen = client.activity().into_iter().find(|a| a.model == model).unwrap();
+        let seen = client.activity().into_iter().find(|a| a.model == *model).unwrap();
         assert_eq!((seen.token_ratio, seen.answer_ratio, seen.thinking_tokens), (1.0, 1.0, 0), "{model}");
         let bill = provider.stats();
-        let (sure, unsure) = (spent.input_tokens + spent.output_tokens, spent.unconfirmed_input_tokens);
-        assert_eq!((sure == 0, unsure == 0), (budget.is_some(), budget.is_none()), "{model}: {spent:?}");
-        if budget.is_some() {
+        let half = |is_said: bool, sure: u64, unsure: u64, billed: u64| match (is_said, budget) {
+            (true, _) => assert_eq!((sure, unsure), (billed, 0), "{model}: {spent:?}"),
+            // As we estimate it.
+            (false, None) => assert!(sure > 0 && unsure == 0, "{model}: {spent:?}"),
             // As the worst.
-            assert!(unsure >= bill.prompt_tokens, "{spent:?}");
-            assert!(spent.unconfirmed_output_tokens >= bill.completion_tokens, "{spent:?}");
-        }
+            (false, Some(_)) => assert!(sure == 0 && unsure >= billed, "{model}: {spent:?}"),
+        };
+        half(way == "input", spent.input_tokens, spent.unconfirmed_input_tokens, bill.prompt_tokens);
+        half(way == "output", spent.output_tokens, spent.unconfirmed_output_tokens, bill.completion_tokens);
     }
 }

@@ -67,7 +67,7 @@ impl State {
                 self.put_back(&lane_key, &request.group, request.rows);
             }
             Some(answered) => {
-                let taken = answered.result.as_ref().ok().and_then(|reply| reply.usage).unwrap_or_default();
+                let taken = answered.result.as_ref().ok().and_then(|reply| reply.usage.whole()).unwrap_or_default();
                 lane.heed(now, &answered.said, taken);
                 if !matches!(&answered.result, Err(report) if matches!(report.trouble, Trouble::Overload(_))) {
                     self.answers(now, &lane_key, &request.group);
@@ -129,8 +129,9 @@ impl State {
         lane.standings.of(now, asked.scope).accepts();
         let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
         // Of a budget, who does not say what it took may have taken the most.
-        let is_unconfirmed = reply.usage.is_none() && group.purse.is_some();
-        let usage = reply.usage.unwrap_or(estimate);
+        let measured = reply.usage.whole();
+        let is_unconfirmed = measured.is_none() && group.purse.is_some();
+        let usage = reply.usage.or(estimate);
         let options = group.stream.task.options.clone();
         let spoken = thinking::spoken(&reply.text);
         let is_thought = reply.finish == Finish::Complete
@@ -139,28 +140,28 @@ impl State {
         let labels = read.iter().filter(|v| matches!(v, Read::Label(_))).count();
 
         // Cut off at our cap, and not at one of the server's own. If it can be larger, it is no row's fault.
-        let is_at_cap = reply.text.is_empty() || reply.usage.is_none_or(|u| u.output >= worst.output * 9 / 10);
+        let is_at_cap = reply.text.is_empty() || reply.usage.output.is_none_or(|n| n >= worst.output * 9 / 10);
         let is_cut = reply.finish == Finish::Length;
         lane.learned.observe_end(is_cut && is_at_cap, worst.output);
         let grows = is_cut && is_at_cap && can_grow;
-        let thought = match reply.usage {
+        let thought = match reply.usage.output {
             None => 0,
-            Some(usage) if is_cut && labels == 0 => usage.output,
-            Some(usage) => thought::thought(usage.output, reply.thought, &spoken, tokens::count),
+            Some(output) if is_cut && labels == 0 => output,
+            Some(output) => thought::thought(output, reply.thought, &spoken, tokens::count),
         };
-        if reply.usage.is_some() && (labels > 0 || is_cut) {
+        if reply.usage.output.is_some() && (labels > 0 || is_cut) {
             lane.measured.thinking.observe(thought, is_cut && labels == 0);
         }
         let mean = group.mean_answer(size);
         // What was not measured teaches nothing.
-        if let Some(usage) = reply.usage {
+        if let Some(usage) = measured {
             lane.measured.observe(estimate, mean, usage, thought, is_cut);
         }
         lane.concurrency.answered(sent, now, usage, in_flight);
         let counts = group.stream.endpoint.counts;
         lane.limiter.settle(grant, counts.settle(reserved, usage), left(&came.said));
         if let Some(purse) = &mut group.purse {
-            purse.give_back(worst, reply.usage.unwrap_or(worst));
+            purse.give_back(worst, reply.usage.or(worst));
         }
         let form = asked.learned.form(&options);
         let is_prose = labels == 0
@@ -180,9 +181,9 @@ impl State {
         let last = if labels == 0 { shown(reply, key, thought, is_thought) } else { String::new() };
         let payers = group.payers(&rows);
         if is_unconfirmed {
-            self.unconfirmed(&payers, worst);
+            self.unconfirmed(&payers, reply.usage.missing(worst));
         }
-        let sure = if is_unconfirmed { Tokens::default() } else { usage };
+        let sure = if is_unconfirmed { reply.usage.or(Tokens::default()) } else { usage };
         self.spend(&payers, sure, reply.cached_input, now.saturating_sub(sent));
         let weight = match labels {
             0 if grows => Said::Cut,
