@@ -161,7 +161,6 @@ fn an_answer_that_is_wrong_for_many_rows_is_asked_again_in_part() {
         (Fault::Status(529, "overloaded".to_owned()), 0),
         (Fault::Status(200, "<html>busy</html>".to_owned()), 0),
         (Fault::Status(200, "{}".to_owned()), 0),
-        // The last one: it says what the limit is, and that is kept to from then on.
         (Fault::TooLarge429, 0),
     ];
     for (i, (fault, most)) in faults.into_iter().enumerate() {
@@ -266,14 +265,17 @@ fn a_pack_that_is_never_answered_is_split_down_to_single_rows() {
 }
 
 #[test]
-fn a_single_row_that_is_too_large_for_the_provider_is_skipped() {
+fn a_limit_that_the_provider_says_no_row_fits_into_pauses_the_job() {
     let bed = Bed::new("too_large");
     let mut c = bed.connect();
     tickets(&mut c, "t", 1..=3);
     let job = always(&bed, &mut c, "t", "", Fault::TooLarge429);
-    let p = bed.done(job);
-    assert_eq!(p.counts(), (3, 0, 3, 0, 0, 0));
-    assert!(failures(&mut c, job).iter().all(|f| (f.1.as_str(), f.2.as_str()) == ("skipped", "too_long")));
+    let p = wait_status(&mut c, job, "paused");
+    assert_eq!((p.reason.as_deref(), p.counts()), (Some("quota"), (3, 0, 0, 0, 0, 3)), "{p:?}");
+    assert!(p.last_error.as_ref().is_some_and(|e| e.contains("Limit 30000, Requested 34472")), "{p:?}");
+    no_faults(&bed);
+    run(&mut c, &format!("SELECT llm_batch.resume({job})"));
+    assert_eq!(bed.done(job).counts(), (3, 3, 0, 0, 0, 0));
 }
 
 #[test]

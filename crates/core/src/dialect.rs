@@ -232,7 +232,8 @@ mod tests {
         assert_eq!(of(json!({p: 7, c: 2, t: 90})), (Some(7), Some(83)));
         assert_eq!(of(json!({p: 7, t: 9})), (Some(7), Some(2)));
         assert_eq!(of(json!({c: 2, t: 9})), (Some(7), Some(2)));
-        for said in [json!({p: 7}), json!({p: 7, t: 7}), json!({p: 7, c: 0}), json!({p: 7, c: -1}), json!({p: 7, t: 1})] {
+        for said in [json!({p: 7}), json!({p: 7, t: 7}), json!({p: 7, c: 0}), json!({p: 7, c: -1}), json!({p: 7, t: 1})]
+        {
             assert_eq!(of(said), (Some(7), None));
         }
         for said in [json!({c: 2}), json!({p: 0, c: 2}), json!({c: 2, t: 2}), json!({p: 1e30, c: 2})] {

@@ -13,8 +13,10 @@ use crate::headers;
 pub enum Trouble {
     /// Too much at once: wait. The wait in milliseconds, if the provider said.
     Rate(Option<u64>),
-    /// The request is larger than it may be: send less in one.
+    /// The request is larger than the model's context: send less in one.
     TooLarge,
+    /// The request is larger than a limit of the account, by what is said: send less in one.
+    OverLimit,
     /// The endpoint refuses this parameter of the request: do without.
     Unsupported(Parameter),
     /// The key is wrong or lacks the right (401, 403).
@@ -198,17 +200,20 @@ fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<
     // What stands in a 2xx names its status, or what it is about, or else is the provider's own trouble.
     let within = || match error["code"].as_u64().and_then(|n| u16::try_from(n).ok()) {
         Some(status @ 400..=599) => status,
-        _ if says("rate_limit") || spend() || too_long() => 429,
+        _ if says("rate_limit") || spend() => 429,
+        _ if too_long() => 400,
         _ => 502,
     };
+    let is_of_limit = || headers::limit_in(&message).is_some() || says("rate_limit") || says("per min");
     let trouble = match status.unwrap_or_else(within) {
         403 if spend() => Trouble::Spend,
         401 | 403 => Trouble::Auth,
         402 => Trouble::Spend,
         404 => Trouble::NotFound,
+        400 | 413 | 422 if too_long() && is_of_limit() => Trouble::OverLimit,
         413 if too_long() => Trouble::TooLarge,
         429 if spend() => Trouble::Spend,
-        429 if too_long() => Trouble::TooLarge,
+        429 if too_long() => Trouble::OverLimit,
         429 if says("perday") || says("per day") || says("rpd") || says("tokens-month") => Trouble::Quota(retry_after),
         429 => Trouble::Rate(retry_after),
         400 | 422 | 500 if system_role() => Trouble::Unsupported(Parameter::SystemRole),

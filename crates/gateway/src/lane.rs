@@ -4,14 +4,14 @@ use std::rc::Rc;
 
 use llm_batch_core::concurrency::Concurrency;
 use llm_batch_core::forms::{Form, Forms};
-use llm_batch_core::headers::Reported;
-use llm_batch_core::limiter::{Limiter, Limits, Tokens};
+use llm_batch_core::headers::{self, Reported};
+use llm_batch_core::limiter::{Heeded, Limiter, Limits, Tokens};
 use llm_batch_core::options::Options;
 use llm_batch_core::pack::Ratio;
 use llm_batch_core::thought::Thinking;
 use llm_batch_core::trouble::{self, Parameter};
 
-use crate::cache::Keys;
+use crate::cache::{Keys, TextKey};
 use crate::group::Group;
 use crate::kept::KeptLane;
 use crate::protocol::{Stream, Words};
@@ -29,6 +29,12 @@ const GROWTH: u64 = 4;
 const RECENT: f64 = 0.99;
 /// Answers after which we know how long they are.
 const ENOUGH_ANSWERS: u32 = 3;
+
+/// How long (ms) requests are kept as small as a refusal said.
+const SMALLER_FOR: u64 = 60_000;
+/// Rows that are refused alone as larger than a limit, while nothing is served, until it is not the rows; and as many
+/// requests of several rows, until single rows are tried.
+const MOST_OVER_LIMIT: usize = 3;
 
 /// What a server was found to refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,8 +164,15 @@ impl Measured {
 pub struct Lane {
     pub limiter: Limiter,
     /// What the models of the open streams allow, and what the provider's answers say it does.
-    configured: Limits,
-    pub reported: Limits,
+    pub configured: Limits,
+    pub heeded: Heeded,
+    /// Tokens of the largest request that was served.
+    largest_served: u64,
+    /// Most tokens of a request by what a refusal said, and until when (ms) that is heeded.
+    smaller: Option<(u64, u64)>,
+    /// Since a request was served last: how many of several rows were refused as larger than a limit, and which rows were
+    /// alone.
+    over_limit: (usize, Vec<TextKey>),
     pub groups: Vec<(String, Group)>,
     /// How much the group that went last had been served, among jobs and among sessions.
     pub level: [f64; 2],
@@ -198,7 +211,10 @@ impl Lane {
         let mut lane = Self {
             limiter,
             configured: limits,
-            reported: kept.map(|kept| kept.reported).unwrap_or_default(),
+            heeded: Heeded::new(kept.map(|kept| kept.reported).unwrap_or_default(), now),
+            largest_served: 0,
+            smaller: None,
+            over_limit: (0, Vec::new()),
             groups: Vec::new(),
             level: [0.0; 2],
             learned: Learned {
@@ -244,28 +260,69 @@ impl Lane {
         self.keep_to_limits(now);
     }
 
-    /// Takes what an answer says about limits. One of 0 says that there is none of this kind; and what has let through a
-    /// request of so many tokens can't be less than that.
-    pub fn heed(&mut self, now: u64, said: &Reported, taken: Tokens) {
-        let new = |old: &mut Option<u64>, said: Option<u64>, taken: u64| {
-            *old = said.filter(|n| *n > 0).or(*old).filter(|n| *n >= taken);
+    /// A request was served that took so many tokens: what its answer says about limits may be true.
+    pub fn serves(&mut self, now: u64, said: &Reported, took: Tokens) {
+        let size = took.input + took.output;
+        self.largest_served = self.largest_served.max(size);
+        self.smaller = self.smaller.filter(|(most, _)| size <= *most);
+        self.over_limit = (0, Vec::new());
+        let say = Limits {
+            requests_per_minute: said.requests.limit,
+            tokens_per_minute: said.tokens.limit,
+            input_tokens_per_minute: said.input_tokens.limit,
+            output_tokens_per_minute: said.output_tokens.limit,
         };
-        new(&mut self.reported.requests_per_minute, said.requests.limit, 1);
-        new(&mut self.reported.tokens_per_minute, said.tokens.limit, taken.input + taken.output);
-        new(&mut self.reported.input_tokens_per_minute, said.input_tokens.limit, taken.input);
-        new(&mut self.reported.output_tokens_per_minute, said.output_tokens.limit, taken.output);
+        self.heeded.serves(now, took, say);
         self.keep_to_limits(now);
     }
 
-    /// A 429 said that the limit of tokens is this.
-    pub fn heed_limit(&mut self, now: u64, tokens: u64) {
-        self.reported.tokens_per_minute = Some(tokens.max(1));
-        self.keep_to_limits(now);
+    /// A request of several rows was refused as larger than a limit. If it may be as it is said, further ones are smaller.
+    /// Whether it may well be that not even one row is small enough.
+    pub fn refuses_as_over_limit(&mut self, now: u64, message: &str) -> bool {
+        if let Some((limit, requested)) = headers::limit_in(message)
+            && requested > limit
+            && self.may_be_limit(limit)
+        {
+            self.smaller = Some((limit, now + SMALLER_FOR));
+        }
+        self.over_limit.0 += 1;
+        self.over_limit.0 > MOST_OVER_LIMIT
     }
 
-    /// The smaller of what is configured and what is reported holds.
+    /// Whether a row that was refused alone as larger than a limit, in a request of up to so many tokens, is so by all that
+    /// was served.
+    pub fn is_over_limit(&self, message: &str, size: u64) -> bool {
+        let heeded = self.heeded.limits().tokens_per_minute;
+        let said = headers::limit_in(message).map(|(limit, _)| limit);
+        // By their count it may be larger than by ours.
+        let is_larger = |limit: u64| size + size / 4 > limit;
+        said.or(heeded).is_some_and(|limit| is_larger(limit) && (heeded == Some(limit) || self.may_be_limit(limit)))
+    }
+
+    /// A row was refused so that is not, as far as is known. Whether that is no single row's matter.
+    pub fn refuses_all_as_over_limit(&mut self, row: TextKey) -> bool {
+        let rows = &mut self.over_limit.1;
+        if !rows.contains(&row) {
+            rows.push(row);
+        }
+        rows.len() >= MOST_OVER_LIMIT
+    }
+
+    /// Whether a limit of tokens, or a context, does not contradict what was served.
+    fn may_be_limit(&self, tokens: u64) -> bool {
+        self.largest_served > 0 && tokens >= self.largest_served
+    }
+
+    /// Most tokens of a request, by what a provider says.
+    pub fn largest_by_word(&self, now: u64) -> u64 {
+        let smaller = self.smaller.filter(|(_, until)| now < *until).map(|(most, _)| most);
+        let limited = self.limiter.largest_request();
+        smaller.into_iter().chain(limited).fold(self.learned.most_request_tokens, u64::min)
+    }
+
+    /// The smaller of what is configured and what is heeded holds.
     fn keep_to_limits(&mut self, now: u64) {
-        self.limiter.set_limits(self.configured.min(self.reported), now);
+        self.limiter.set_limits(self.configured.min(self.heeded.limits()), now);
         if self.limiter.is_limited() {
             self.concurrency.has_limits();
         }
@@ -281,7 +338,9 @@ impl Lane {
             return false;
         }
         match trouble::context_in(message) {
-            Some(context) if prompt + cap > context && context < before.most_request_tokens => {
+            Some(context)
+                if prompt + cap > context && context < before.most_request_tokens && self.may_be_limit(context) =>
+            {
                 self.learned.most_request_tokens = context;
             }
             Some(_) => return false,

@@ -101,7 +101,7 @@ fn every_answer_of_the_fixtures_does_what_its_class_says() {
                 assert_eq!((requests, end.spent.requests), (2, 1), "{name}");
                 continue;
             }
-            "TooLarge" | "Filtered" | "Rejected" => {
+            "TooLarge" | "OverLimit" | "Filtered" | "Rejected" => {
                 all_right(&end, &name);
                 assert!((3..=4).contains(&requests) && end.spent.requests == requests - 1, "{name}: {requests}");
                 continue;

@@ -8,7 +8,7 @@ use std::net::{TcpListener, TcpStream};
 use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::*;
-use llm_fake_provider::{Config, FakeProvider, Fault};
+use llm_fake_provider::{Config, FakeProvider, Fault, RateHeaders};
 use support::*;
 
 /// A message of HTTP with a body of known length: its first line, the rest of its head, its body. `None` at the end.
@@ -52,7 +52,8 @@ fn relay(mut client: TcpStream, mut server: TcpStream, at_once: bool) {
     let mut answers = BufReader::new(&mut answers);
     let mut kept: Vec<u8> = Vec::new();
     while let Some((first, head, body)) = message(&mut requests) {
-        let way = ["/twice", "/honest", "/mute", "/input", "/output"].into_iter().find(|way| first.contains(way)).unwrap();
+        let way =
+            ["/twice", "/honest", "/mute", "/input", "/output"].into_iter().find(|way| first.contains(way)).unwrap();
         let is_twice = way == "/twice";
         let asked = [first.replace(way, "").as_bytes(), head.as_bytes(), &body].concat();
         if server.write_all(&asked).is_err() {
@@ -183,4 +184,130 @@ fn what_was_not_measured_teaches_nothing_and_is_unconfirmed() {
         half(way == "input", spent.input_tokens, spent.unconfirmed_input_tokens, bill.prompt_tokens);
         half(way == "output", spent.output_tokens, spent.unconfirmed_output_tokens, bill.completion_tokens);
     }
+}
+
+/// A provider's answer with this head and message.
+fn says(status: u16, head: &str, message: &str) -> Fault {
+    let body = format!("{{\"error\": {{\"message\": \"{message}\"}}}}");
+    let length = body.len();
+    Fault::Raw(format!("HTTP/1.1 {status} X\r\n{head}content-length: {length}\r\n\r\n{body}").into_bytes())
+}
+
+#[test]
+fn one_absurd_limit_takes_no_row_and_no_time() {
+    const TOO_LARGE: &str = "Request too large for m on tokens per min (TPM): Limit 1, Requested 2.";
+    let setup = Setup::new(64 << 20);
+    let heads = [
+        "x-ratelimit-limit-tokens: 1\r\nx-ratelimit-remaining-tokens: 1\r\n",
+        "x-ratelimit-limit-requests: 1\r\n",
+        "anthropic-ratelimit-output-tokens-limit: 1\r\nanthropic-ratelimit-input-tokens-limit: 1\r\n",
+    ];
+    let mut absurd: Vec<(String, Fault)> = Vec::new();
+    for status in [429, 500] {
+        absurd.extend(heads.map(|head| (format!("{status} {head}"), says(status, head, "no"))));
+        absurd.push((format!("{status}, in words"), says(status, heads[0], TOO_LARGE)));
+    }
+    absurd.push(("413, in words".into(), says(413, "", TOO_LARGE)));
+    absurd.push(("200, in words".into(), says(200, heads[1], TOO_LARGE)));
+    for (n, (what, fault)) in absurd.into_iter().enumerate() {
+        for (rows_a_request, is_first) in [(50, true), (50, false), (1, true), (1, false)] {
+            let provider = provider(Config::default());
+            let mut client = setup.client(&provider, |s| {
+                s.model.model = format!("m{n}{is_first}{rows_a_request}");
+                s.task.options.max_rows_per_request = rows_a_request;
+            });
+            if !is_first {
+                client.rows(1_000..1_060);
+                client.answers(60);
+            }
+            provider.script([Some(fault.clone())]);
+            let start = Instant::now();
+            for first in [0, 200] {
+                client.rows(first..first + 60);
+                let (got, _) = client.answers(60);
+                assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict) && o.attempts == 1), "{what}: {got:?}");
+            }
+            let took = start.elapsed();
+            assert!(took < Duration::from_secs(10), "{what}, {rows_a_request} rows a request: {took:?}");
+            let model = format!("m{n}{is_first}{rows_a_request}");
+            let seen = client.activity().into_iter().find(|a| a.model == model).unwrap();
+            assert_eq!((seen.tokens_limit, seen.requests_limit), (None, None), "{what}");
+        }
+    }
+}
+
+#[test]
+fn a_limit_that_is_too_small_for_every_row_stops_and_charges_none() {
+    let setup = Setup::new(64 << 20);
+    for rows in [1_u64, 1_000] {
+        let provider = provider(Config { faults: vec![(Fault::TooLarge429, 1.0)], ..Config::default() });
+        let mut client = setup.client(&provider, |s| s.model.model = format!("m{rows}"));
+        client.rows(0..rows);
+        let (mut stop, mut got) = (None, Vec::new());
+        while got.len() < rows as usize {
+            match client.hear("the rows back") {
+                Some(FromGateway::Stopped(why)) => stop = Some(why),
+                Some(FromGateway::Outcomes { outcomes, .. }) => got.extend(outcomes),
+                other => panic!("{other:?}"),
+            }
+        }
+        let requests = provider.stats().requests;
+        if rows == 1 {
+            // One row says nothing about others.
+            let Verdict::Fail { class, detail } = &got[0].verdict else { panic!("{got:?}") };
+            assert!(class == "provider_error" && detail.contains("Limit 30000, Requested 34472"), "{detail}");
+            assert_eq!((requests, stop), (5, None));
+            continue;
+        }
+        let stop = stop.unwrap();
+        assert_eq!((stop.reason, stop.retry_after_ms), (StopReason::Quota, Some(60_000)));
+        assert!(stop.message.contains("Limit 30000, Requested 34472"), "{stop:?}");
+        assert!(got.iter().all(|o| o.verdict == Verdict::Withdrawn && o.attempts == 0), "{got:?}");
+        assert!(requests < 30, "{requests}");
+        // It was the provider's mood.
+        provider.configure(|c| c.faults.clear());
+        client.open(&provider, |s| s.model.model = format!("m{rows}"));
+        client.rows(0..rows);
+        assert!(client.answers(rows as usize).0.iter().all(|(n, o)| is_right(*n, &o.verdict)));
+    }
+}
+
+#[test]
+fn a_row_that_a_true_limit_has_no_room_for_is_skipped_and_says_which() {
+    for headers in [RateHeaders::OpenAi, RateHeaders::None] {
+        let setup = Setup::new(64 << 20);
+        let config = Config { tokens_per_window: Some(6_000), rate_headers: headers, ..Config::default() };
+        let provider = provider(config);
+        let mut client = setup.client(&provider, |_| {});
+        client.rows(0..5);
+        client.answers(5);
+        // 8,000 tokens, and a few small ones.
+        let large = Item { n: 5, text: format!("{} {}", text(5), "word ".repeat(8_000)), isolation: None };
+        client.say(&ToGateway::Items(vec![large]));
+        client.rows(6..9);
+        let (got, _) = client.answers(4);
+        assert!([6, 7, 8].iter().all(|n| is_right(*n, &got[n].verdict)), "{got:?}");
+        let Verdict::Skip { class, detail } = &got[&5].verdict else { panic!("{got:?}") };
+        assert!(class == "too_long" && detail.contains("Limit 6000, Requested"), "{detail}");
+        println!("{headers:?}: {detail}, {} requests", provider.stats().requests);
+        let limit = client.only_activity().tokens_limit;
+        assert_eq!(limit, matches!(headers, RateHeaders::OpenAi).then_some(6_000));
+    }
+}
+
+/// A provider may say too small a limit with each answer. A row that does not fit into it is tried.
+#[test]
+fn a_limit_that_a_row_shows_not_to_be_one_is_given_up() {
+    let setup = Setup::new(64 << 20);
+    let head = b"x-ratelimit-limit-tokens: 3000\r\n".to_vec();
+    let provider = provider(Config { extra_head: head, ..Config::default() });
+    let mut client = setup.client(&provider, |_| {});
+    client.rows(0..5);
+    client.answers(5);
+    assert_eq!(client.only_activity().tokens_limit, Some(3_000));
+    let large = Item { n: 5, text: format!("{} {}", text(5), "word ".repeat(8_000)), isolation: None };
+    client.say(&ToGateway::Items(vec![large]));
+    let (got, _) = client.answers(1);
+    assert!(is_right(5, &got[&5].verdict), "{got:?}");
+    assert_eq!(client.only_activity().tokens_limit, None);
 }

@@ -12,12 +12,14 @@
 //! that is at once.
 
 mod burst;
+mod heeded;
 mod kept;
 mod reported;
 mod share;
 mod window;
 
 use burst::Burst;
+pub use heeded::Heeded;
 pub use kept::Kept;
 use reported::Reported;
 use share::Share;
@@ -50,6 +52,39 @@ impl Limits {
 
     fn caps(self) -> Caps {
         [self.requests_per_minute, self.tokens_per_minute, self.input_tokens_per_minute, self.output_tokens_per_minute]
+    }
+
+    /// Length (ms) of the shorter window: a whole part of a minute, or a minute could overlap one window more than it is
+    /// entitled to.
+    fn short_window(self) -> u64 {
+        let [requests, tokens, input, output] = self.caps();
+        [
+            (tokens, TOKENS_PER_WINDOW),
+            (input, TOKENS_PER_WINDOW),
+            (output, OUTPUT_TOKENS_PER_WINDOW),
+            (requests, REQUESTS_PER_WINDOW),
+        ]
+        .into_iter()
+        .filter_map(|(limit, want)| limit.map(|l| MINUTE / (l / want).clamp(1, MINUTE / SHORTEST)))
+        .max()
+        .unwrap_or(MINUTE)
+    }
+
+    /// The part of each limit that a window of so many ms has.
+    fn caps_of(self, length: u64) -> Caps {
+        self.caps().map(|cap| cap.map(|l| (l * length / MINUTE).max(1)))
+    }
+
+    /// Most tokens one request may take, prompt and answer together, if there is a limit.
+    pub fn largest_request(self) -> Option<u64> {
+        let [_, tokens, input, _] = self.caps_of(self.short_window());
+        tokens.into_iter().chain(input).min()
+    }
+
+    /// Whether a request that takes so much may ever be sent.
+    pub fn admit(self, tokens: Tokens) -> bool {
+        let caps = self.caps_of(self.short_window());
+        caps.iter().zip(amounts(1, tokens)).all(|(cap, want)| cap.is_none_or(|cap| want <= cap))
     }
 }
 
@@ -147,6 +182,8 @@ const MOST_SPARE: u64 = 50;
 const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.
 const TRIMMED: f64 = 0.9;
+/// What is reserved to find out whether a limit is one is this part of it at most.
+const TRIAL: u64 = 4;
 /// Of what the provider says is left, this part of a request is to stay.
 const AIM: f64 = 0.3;
 /// The longest pause (ms) for what others may use; what is left is looked at then.
@@ -205,32 +242,27 @@ impl Limiter {
             return;
         }
         self.limits = limits;
-        // A whole part of a minute, or a minute could overlap one window more than it is entitled to.
-        let length = [
-            (limits.tokens_per_minute, TOKENS_PER_WINDOW),
-            (limits.input_tokens_per_minute, TOKENS_PER_WINDOW),
-            (limits.output_tokens_per_minute, OUTPUT_TOKENS_PER_WINDOW),
-            (limits.requests_per_minute, REQUESTS_PER_WINDOW),
-        ]
-        .into_iter()
-        .filter_map(|(limit, want)| limit.map(|l| MINUTE / (l / want).clamp(1, MINUTE / SHORTEST)))
-        .max()
-        .unwrap_or(MINUTE);
+        let length = limits.short_window();
         let [short, minute] = &mut self.windows;
         if short.length != length {
             let slack = if length == MINUTE { SLACK.1 } else { SLACK.0 * length / SHORTEST };
             *short = minute.resized(length, slack, now);
         }
         for window in &mut self.windows {
-            window.caps = limits.caps().map(|cap| cap.map(|l| (l * window.length / MINUTE).max(1)));
+            window.caps = limits.caps_of(window.length);
         }
         self.burst.set_limits(limits);
     }
 
     /// Most tokens one request may take, prompt and answer together, if there is a limit.
     pub fn largest_request(&self) -> Option<u64> {
-        let [_, tokens, input, _] = self.windows[0].caps;
-        tokens.into_iter().chain(input).min()
+        self.limits.largest_request()
+    }
+
+    /// What is reserved for a request that is larger than the limits are said to be, to find out: a part of them.
+    pub fn trial(&self, tokens: Tokens) -> Tokens {
+        let [_, all, input, output] = self.windows[0].caps.map(|cap| cap.map_or(u64::MAX, |cap| cap / TRIAL));
+        Tokens { input: tokens.input.min(input).min(all / 2), output: tokens.output.min(output).min(all / 2) }
     }
 
     /// Most tokens one answer may have, if there is a limit for answers.

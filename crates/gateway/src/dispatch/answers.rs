@@ -67,8 +67,12 @@ impl State {
                 self.put_back(&lane_key, &request.group, request.rows);
             }
             Some(answered) => {
-                let taken = answered.result.as_ref().ok().and_then(|reply| reply.usage.whole()).unwrap_or_default();
-                lane.heed(now, &answered.said, taken);
+                if let Ok(reply) = &answered.result {
+                    // Half of what we count is sure. What is cached does not count everywhere.
+                    let took = reply.usage.or(Tokens { input: request.estimate.input / 2, output: 0 });
+                    let took = Tokens { input: took.input.saturating_sub(reply.cached_input), ..took };
+                    lane.serves(now, &answered.said, took);
+                }
                 if !matches!(&answered.result, Err(report) if matches!(report.trouble, Trouble::Overload(_))) {
                     self.answers(now, &lane_key, &request.group);
                 }

@@ -373,7 +373,8 @@ impl State {
                 continue;
             }
             if g.push(now, conn, item, compartment, key) == Pushed::TooLong {
-                self.outcome(waiter, 0, too_long(), false);
+                let most = g.stream.model.max_request_tokens;
+                self.outcome(waiter, 0, too_long(&format!("max_request_tokens of the model is {most}")), false);
             }
         }
         if was_idle {
@@ -394,7 +395,7 @@ impl State {
     /// Notes how a lane stands, for the gateway after this one.
     fn note(&mut self, now: u64, key: &LaneKey) {
         if let Some(lane) = self.lanes.get_mut(key).filter(|lane| lane.limiter.is_limited()) {
-            self.kept.note(now, key, lane.reported, lane.limiter.keep(now));
+            self.kept.note(now, key, lane.heeded.limits(), lane.limiter.keep(now));
         }
     }
 
@@ -516,8 +517,8 @@ fn say(conn: &Conn, message: &FromGateway) {
     }
 }
 
-fn too_long() -> Verdict {
-    Verdict::Skip { class: "too_long".into(), detail: "the text is larger than a request may be".into() }
+fn too_long(why: &str) -> Verdict {
+    Verdict::Skip { class: "too_long".into(), detail: format!("the text is larger than a request may be: {why}") }
 }
 
 /// Why nothing is sent while `llm_batch.enabled` is off.

@@ -84,9 +84,12 @@ impl State {
         let stop = |reason, retry_after_ms| Some(Some(Stop { reason, message: message.clone(), retry_after_ms }));
         match report.trouble {
             // The cap of a probe does not suffice for what some think before they answer: it is a sign of life.
-            Trouble::Rate(_) | Trouble::TooLarge | Trouble::Filtered | Trouble::CutOff | Trouble::AnswerCap => {
-                Some(None)
-            }
+            Trouble::Rate(_)
+            | Trouble::TooLarge
+            | Trouble::OverLimit
+            | Trouble::Filtered
+            | Trouble::CutOff
+            | Trouble::AnswerCap => Some(None),
             Trouble::Unsupported(parameter) if lane.learned.refused(parameter, lane.learned, &plain) => None,
             Trouble::Overload(_) if tries < 3 && message != TIMED_OUT && !is_open => None,
             Trouble::Overload(_) => stop(StopReason::ProviderDown, None),

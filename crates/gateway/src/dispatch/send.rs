@@ -102,8 +102,8 @@ pub(super) fn rows_of(learned: Learned, measured: Measured, largest: u64) -> u64
 /// What a look at a lane's queues came to.
 enum Look {
     Sent,
-    /// These rows are larger than a request may be.
-    TooLarge(String, Vec<Row>),
+    /// These rows of a group are larger than a request may be; and why.
+    TooLarge(String, Vec<Row>, String),
     /// Nothing can be sent now.
     Nothing,
 }
@@ -132,8 +132,8 @@ impl State {
         while let Some((.., key)) = turns.pop_first() {
             match self.look(now, &key, &mut launches, &mut wake) {
                 Look::Sent => {}
-                Look::TooLarge(group, rows) => {
-                    self.too_large(now, &key, &group, rows);
+                Look::TooLarge(group, rows, why) => {
+                    self.too_large(now, &key, &group, rows, &why);
                     self.release_last(&key, &group);
                 }
                 Look::Nothing => continue,
@@ -166,7 +166,7 @@ impl State {
         let Some(lane) = self.lanes.get_mut(key) else { return Look::Nothing };
         lane.order();
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
-        let largest = lane.limiter.largest_request().unwrap_or(u64::MAX);
+        let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
         let largest_answer = lane.limiter.largest_answer();
         let Lane { groups, level, limiter, learned, measured, standings, in_flight, in_flight_rows, .. } = lane;
         for (group_key, group) in groups {
@@ -190,9 +190,11 @@ impl State {
             }
             let (way, turn) = standing.patience.way();
             let learned = Learned { forms: standing.forms.without(learned.forms), ..*learned };
-            let largest = largest.min(group.stream.model.max_request_tokens).min(learned.most_request_tokens);
+            // What the user has set is what makes a row too long. What a provider says is tried with the row alone.
+            let most_set = group.stream.model.max_request_tokens;
+            let allowed = configured.largest_request().unwrap_or(u64::MAX).min(most_set);
+            let largest = allowed.min(by_word);
             let counted = |tokens: u64| (tokens as f64 / measured.prompt.apply(1000) as f64 * 1000.0) as usize;
-            let most = counted(largest);
             let mut rows = match group.next(now, counted(rows_of(learned, *measured, largest)), way) {
                 Next::Rows(rows) => rows,
                 Next::Until(at) => {
@@ -207,8 +209,10 @@ impl State {
                 Draft::new(numbers, (learned, measured), group, rows, largest).within(largest_answer, counts)
             };
             let mut draft = draft_of(group, &rows);
-            if rows.len() == 1 && (draft.estimate.input + draft.estimate.output) as usize > most {
-                return Look::TooLarge(group_key.clone(), rows);
+            if rows.len() == 1 && (draft.estimate.input + draft.estimate.output) as usize > counted(allowed) {
+                let what = if allowed == most_set { "max_request_tokens" } else { "the limit a minute" };
+                let why = format!("{what} of the model leaves {allowed} tokens for one");
+                return Look::TooLarge(group_key.clone(), rows, why);
             }
             if let Some(mut purse) = group.purse.take() {
                 let least = draft_of(group, rows.get(..1).unwrap_or_default()).worst;
@@ -233,6 +237,9 @@ impl State {
                 }
             }
             let mut tried = limiter.reserve(now, draft.reserve, group.class(), 1.0);
+            if tried == Err(Refusal::TooLarge) && rows.len() == 1 && configured.admit(draft.reserve) {
+                tried = limiter.reserve(now, limiter.trial(draft.reserve), group.class(), 1.0);
+            }
             if let Err(Refusal::Until { part, .. }) = tried
                 && part > 0.0
             {
@@ -253,7 +260,10 @@ impl State {
                     later(at);
                     return Look::Nothing;
                 }
-                Err(Refusal::TooLarge) => return Look::TooLarge(group_key.clone(), rows),
+                Err(Refusal::TooLarge) => {
+                    let why = "a limit a minute of the model is smaller".to_owned();
+                    return Look::TooLarge(group_key.clone(), rows, why);
+                }
             };
             if let Some(purse) = &mut group.purse {
                 purse.take(draft.worst);

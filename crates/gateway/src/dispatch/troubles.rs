@@ -2,7 +2,7 @@
 
 use std::collections::HashSet;
 
-use llm_batch_core::headers::{self, Reported};
+use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::Tokens;
 use llm_batch_core::thought;
 use llm_batch_core::trouble::{Parameter, Report, Trouble};
@@ -21,6 +21,10 @@ const MOST_TROUBLE: u32 = 5;
 const BACKOFF: u64 = 250;
 /// Longest wait after requests that were not answered, ms.
 const MOST_BACKOFF: u64 = 30_000;
+/// How long (ms) a limit that is too small for any row is left alone: it is one of a minute.
+const LIMIT_WAIT: u64 = 60_000;
+/// Refusals of a row alone, as larger than a limit that does not contradict what was served, until it is skipped.
+const MOST_OVER_LIMIT: u32 = 2;
 /// Waits (ms) that are longer park the model; shorter ones are sat out.
 const LONGEST_RATE_WAIT: u64 = 120_000;
 
@@ -39,14 +43,25 @@ impl State {
             self.unsure(&request);
         }
         let InFlight {
-            id, lane: lane_key, group: group_key, rows, grant, asked, estimate, sent, worst, can_grow, ..
+            id,
+            lane: lane_key,
+            group: group_key,
+            mut rows,
+            grant,
+            asked,
+            estimate,
+            sent,
+            worst,
+            can_grow,
+            ..
         } = request;
-        let message = report.message.clone();
+        let mut message = report.message.clone();
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         let role = lane.group(&group_key).map(|g| g.stream.role);
         match report.trouble {
             Trouble::Rate(_) => lane.throttled += 1,
-            Trouble::Unsupported(_) | Trouble::TooLarge | Trouble::AnswerCap | Trouble::CutOff => {}
+            Trouble::Unsupported(_) | Trouble::TooLarge | Trouble::OverLimit | Trouble::AnswerCap | Trouble::CutOff => {
+            }
             _ => {
                 lane.errors += 1;
                 lane.last_error = role.map(|role| Words { role, message: message.clone() });
@@ -62,12 +77,6 @@ impl State {
             || (matches!(report.trouble, Trouble::Rate(_)) && !lane.limiter.is_limited())
         {
             lane.concurrency.troubled(sent, now);
-        }
-        // The only place where some say what the limit is.
-        if report.trouble == Trouble::TooLarge
-            && let Some((limit, _)) = headers::limit_in(&message).filter(|(limit, requested)| requested > limit)
-        {
-            lane.heed_limit(now, limit);
         }
         if !is_unsure && let Some(purse) = lane.group(&group_key).and_then(|g| g.purse.as_mut()) {
             purse.give_back(worst, Tokens::default());
@@ -114,17 +123,29 @@ impl State {
                 self.notice(now, &lane_key, "cap", &format!("{message}; continuing with a smaller cap"));
                 return;
             }
-            // Where it is the limit of tokens, less of them is asked for already.
-            Trouble::TooLarge
-                if headers::limit_in(&message).is_none()
-                    && lane.takes_less_answer(&message, asked.learned, estimate, worst.output) =>
-            {
+            Trouble::TooLarge if lane.takes_less_answer(&message, asked.learned, estimate, worst.output) => {
                 self.put_back(&lane_key, &group_key, rows);
                 return;
             }
-            Trouble::TooLarge => {
+            Trouble::OverLimit if size == 1 => {
+                let prompt = lane.measured.prompt.apply(estimate.input);
+                let is_so = lane.is_over_limit(&message, prompt + worst.output);
+                let row = rows.first().map_or(0, |row| row.key);
+                if is_so || !lane.refuses_all_as_over_limit(row) {
+                    self.notice(now, &lane_key, "over limit", &message);
+                    rows.into_iter().for_each(|row| self.over_limit(now, &lane_key, &group_key, row, is_so, &message));
+                    return;
+                }
+                message = format!("rows are refused alone as larger than a limit, and none is answered: {message}");
+                (StopReason::Quota, true, Some(LIMIT_WAIT))
+            }
+            Trouble::TooLarge | Trouble::OverLimit => {
+                let alone = report.trouble == Trouble::OverLimit && lane.refuses_as_over_limit(now, &message);
                 self.notice_smaller(now, &lane_key, "too large", &message, size);
-                self.too_large(now, &lane_key, &group_key, rows);
+                if alone {
+                    self.first_goes_alone(&lane_key, &group_key, &mut rows);
+                }
+                self.too_large(now, &lane_key, &group_key, rows, &message);
                 return;
             }
             Trouble::Unsupported(parameter) => {
@@ -216,13 +237,18 @@ impl State {
             row.refused_in = Some(request);
         }
         if !is_accepted {
-            let mut first = self.wanted(lane, group, vec![rows.remove(0)]);
-            if let Some((g, mut row)) = self.lanes.get_mut(lane).and_then(|l| l.group(group)).zip(first.pop()) {
-                row.most_rows = 1;
-                g.push_next(row);
-            }
+            self.first_goes_alone(lane, group, &mut rows);
         }
         rows.into_iter().for_each(|row| self.again(lane, group, row));
+    }
+
+    /// The first of these rows is the next to be sent, alone.
+    fn first_goes_alone(&mut self, lane: &LaneKey, group: &str, rows: &mut Vec<Row>) {
+        let mut first = self.wanted(lane, group, vec![rows.remove(0)]);
+        if let Some((g, mut row)) = self.lanes.get_mut(lane).and_then(|l| l.group(group)).zip(first.pop()) {
+            row.most_rows = 1;
+            g.push_next(row);
+        }
     }
 
     /// A row whose request was not answered, while others are: it waits, then its requests get smaller, then it is
@@ -240,11 +266,23 @@ impl State {
         self.again(lane, group, row);
     }
 
-    pub(super) fn too_large(&mut self, now: u64, lane: &LaneKey, group: &str, rows: Vec<Row>) {
+    /// A row was refused alone as larger than a limit of the account. That is not taken for the row's fault at once, and only
+    /// if all that was served says so too.
+    fn over_limit(&mut self, now: u64, lane: &LaneKey, group: &str, mut row: Row, is_so: bool, message: &str) {
+        row.trouble += 1;
+        row.not_before = now + backoff(row.trouble);
+        if is_so && row.trouble >= MOST_OVER_LIMIT {
+            self.done(lane, group, row, too_long(message));
+        } else {
+            self.row_in_trouble(now, lane, group, row, 1, message);
+        }
+    }
+
+    pub(super) fn too_large(&mut self, now: u64, lane: &LaneKey, group: &str, rows: Vec<Row>, why: &str) {
         let size = rows.len();
         for mut row in rows {
             if size == 1 {
-                self.done(lane, group, row, too_long());
+                self.done(lane, group, row, too_long(why));
             } else {
                 row.most_rows = size.div_ceil(2);
                 row.not_before = now;
