@@ -127,6 +127,52 @@ fn why_a_job_does_not_run() {
     assert_eq!(wait_status(client, job, "done").counts(), (40, 40, 0, 0, 0, 0));
 }
 
+/// A job whose requests hang for as long as `request_timeout`, 5 minutes, has the only slot. It is cancelled, at once or after
+/// a pause, with a budget or without.
+#[test]
+fn a_job_that_is_cancelled_leaves_its_slot_and_its_requests() {
+    let bed = Bed::build(Cluster::builder("slots_cancel").conf("llm_batch.max_job_workers", "1"), Config::default());
+    let client = &mut bed.connect();
+    run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2, input_price => 1, output_price => 4)");
+    tickets(client, "hangs", 1..=40);
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'llm_batch job'";
+    for (n, budget, is_paused) in
+        [(0, "", false), (1, ", max_cost => 5", false), (2, "", true), (3, ", max_cost => 5", true)]
+    {
+        bed.provider.reset_stats();
+        warm(client, "hangs");
+        bed.provider.hold();
+        let job = backfill_with(client, "hangs", &format!("{SMALL}{budget}"));
+        common::in_flight(&bed, 2);
+        let table = format!("healthy{n}");
+        tickets(client, &table, 1_000 * (n + 1)..=1_000 * (n + 1) + 9);
+        let healthy = backfill(client, &table);
+        waits(client, healthy, "no_worker_slot");
+        if is_paused {
+            run(client, &format!("SELECT llm_batch.pause({job})"));
+            let queued = "SELECT sum(queued)::bigint FROM llm_batch.activity";
+            wait_until("nothing is queued", PATIENCE, || one(client, queued), |n| *n == 0);
+            assert_eq!((one(client, workers), bed.provider.stats().in_flight), (1, 2), "a pause waits for answers");
+        }
+        let start = Instant::now();
+        run(client, &format!("SELECT llm_batch.cancel({job})"));
+        wait_until("its requests are dropped", PATIENCE, || bed.provider.stats().abandoned, |n| *n == 2);
+        let dropped = start.elapsed();
+        wait_until("another one has its slot", PATIENCE, || progress(client, healthy).status, |s| s == "running");
+        println!("{n}: requests were dropped after {dropped:?}, the slot was free after {:?}", start.elapsed());
+        bed.provider.release();
+        assert_eq!(bed.done(healthy).counts(), (10, 10, 0, 0, 0, 0));
+        let account = format!(
+            "SELECT (cost_unconfirmed > 0 AND tokens_unconfirmed > 100 AND cost_reserved = 0 AND tokens_reserved = 0)::int::bigint
+               FROM llm_batch.job_state WHERE job_id = {job}"
+        );
+        assert_eq!(one(client, &account), 1);
+        assert_eq!((progress(client, job).status.as_str(), left(client, "hangs")), ("cancelled", 40));
+        // No answer is waited for as long as a request may take.
+        assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
+    }
+}
+
 /// After a restart each database is looked at, and others find background workers all the while.
 #[test]
 fn many_databases_and_few_slots() {

@@ -157,6 +157,9 @@ pub enum ToGateway {
     Items(Vec<Item>),
     /// Rows that have not been sent come back as `Withdrawn`; what was sent is still answered.
     Withdraw,
+    /// The same, and rows under way come back as well. A request that nobody else waits for is given up; what it may have
+    /// cost at the most is told as unconfirmed.
+    Abandon,
     /// Asks for the state of all models; answered by `Activity`.
     Activity,
 }
@@ -481,6 +484,7 @@ pub(crate) mod tests {
             ToGateway::Probe,
             ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into(), isolation: None }]),
             ToGateway::Withdraw,
+            ToGateway::Abandon,
         ];
         let bytes: Vec<u8> = messages.iter().flat_map(|m| encode(m).unwrap()).collect();
         for step in 1..bytes.len() {

@@ -258,6 +258,7 @@ fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), Stri
                 state.items(shared.now(), conn, items)?;
             }
             ToGateway::Withdraw => state.withdraw(conn),
+            ToGateway::Abandon => state.abandon(conn),
             ToGateway::Allow(more) => state.allow(conn, more),
             ToGateway::Estimate(items) => {
                 let estimate = state.estimate(conn, items);

@@ -332,12 +332,13 @@ fn what_was_given_up_is_asked_again_and_no_answer_of_others() {
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Leave {
     Withdraw,
+    Abandon,
     Disconnect,
 }
 
 #[test]
 fn who_shares_a_row_with_one_that_leaves_gets_the_answer() {
-    for leave in [Leave::Withdraw, Leave::Disconnect] {
+    for leave in [Leave::Withdraw, Leave::Abandon, Leave::Disconnect] {
         for under_way in [true, false] {
             let what = format!("{leave:?}, under way: {under_way}");
             let (setup, provider) = (Setup::with_cache(0), provider(Config::default()));
@@ -365,6 +366,12 @@ fn who_shares_a_row_with_one_that_leaves_gets_the_answer() {
                         assert!(a.answers(10).0.values().all(|o| o.verdict == Verdict::Withdrawn), "{what}");
                     }
                 }
+                Leave::Abandon => {
+                    a.say(&ToGateway::Abandon);
+                    let (got, spent) = a.answers(10);
+                    assert!(got.values().all(|o| o.verdict == Verdict::Withdrawn), "{what}");
+                    assert_eq!(spent, Spent::default(), "{what}: the request goes on, and who stays pays");
+                }
                 Leave::Disconnect => {
                     drop(a.stream.shutdown(std::net::Shutdown::Both));
                     wait("it has left", || b.only_activity().roles.len(), |n| *n == 2);
@@ -387,6 +394,37 @@ fn who_shares_a_row_with_one_that_leaves_gets_the_answer() {
             assert_eq!(asked(&provider), expected.into_iter().map(|n| (n, 1)).collect(), "{what}");
         }
     }
+}
+
+#[test]
+fn what_nobody_waits_for_any_more_is_given_up_and_may_have_been_paid() {
+    let (setup, provider) = (Setup::with_cache(0), provider(Config::default()));
+    provider.hold();
+    let mut a = setup.client(&provider, one_at_a_time);
+    let mut b = setup.client(&provider, one_at_a_time);
+    a.rows(0..10);
+    wait_in_flight(&provider, 1);
+    a.rows(10..20);
+    a.say(&ToGateway::Abandon);
+    let (got, spent) = a.answers(20);
+    assert!(got.values().all(|o| o.verdict == Verdict::Withdrawn && o.attempts == 0));
+    assert!(spent.unconfirmed_input_tokens > 100 && spent.unconfirmed_output_tokens > 10, "{spent:?}");
+    assert_eq!((spent.requests, spent.input_tokens), (0, 0));
+    wait("it is given up", || provider.stats().abandoned, |n| *n == 1);
+    // Whoever comes for the same rows pays what they take, and that alone.
+    b.rows(0..10);
+    provider.release();
+    let (got, spent) = b.answers(10);
+    assert!(all_right(&got));
+    assert_eq!((spent.requests, spent.unconfirmed_input_tokens), (1, 0));
+    // Its stream is at its end; it may open another one.
+    a.say(&ToGateway::Abandon);
+    a.rows(20..21);
+    assert!(a.answers(1).0.values().all(|o| o.verdict == Verdict::Withdrawn));
+    a.open(&provider, one_at_a_time);
+    a.rows(20..21);
+    let (got, spent) = a.answers(1);
+    assert!(all_right(&got) && spent.unconfirmed_input_tokens == 0);
 }
 
 #[test]
@@ -485,7 +523,9 @@ fn at_random(seed: u64, may_leave: bool, faults: &[(Fault, f64)], kinds: u64) {
             }
             55..62 => {
                 if let Some(party) = parties.get_mut(i) {
-                    party.client.say(&ToGateway::Withdraw);
+                    let abandons = may_leave && random.bool();
+                    party.client.say(if abandons { &ToGateway::Abandon } else { &ToGateway::Withdraw });
+                    left += u32::from(abandons);
                     party.has_withdrawn = true;
                 }
             }

@@ -232,6 +232,9 @@ impl Worker {
         } else {
             most
         };
+        if !self.outstanding.is_empty() {
+            timeout = timeout.min(self.patience());
+        }
         let Some(client) = &mut self.client else {
             if !timeout.is_zero() {
                 worker::wait(None, Some(timeout));
@@ -286,16 +289,7 @@ impl Worker {
                 Received::Nothing if timeout.is_zero() || since.is_none() => return Ok(()),
                 Received::Nothing => {}
                 Received::Lost => {
-                    // The gateway ended. What it had not answered is claimed again from the table.
-                    self.client = None;
-                    if self.asked.stream.budget.is_some() {
-                        self.money.lost();
-                    }
-                    self.outstanding.clear();
-                    self.outstanding_bytes = 0;
-                    self.waiting.clear();
-                    self.too_late.append(&mut self.suspects.take());
-                    self.restart_pass();
+                    self.lose_gateway();
                     // Perhaps it died of one of these rows. A new run begins with fewer of them, and not at once.
                     self.dies = !self.has_answered && self.stopping.is_none() && !shared::was_gateway_told();
                     return Ok(());
@@ -309,6 +303,19 @@ impl Worker {
                 .filter(|_| !is_last && !worker::is_told_to_end())
                 .map_or(Duration::ZERO, |since: Instant| gather.saturating_sub(since.elapsed()));
         }
+    }
+
+    /// The gateway ended. What it had not answered is claimed again from the table.
+    pub(super) fn lose_gateway(&mut self) {
+        self.client = None;
+        if self.asked.stream.budget.is_some() {
+            self.money.lost();
+        }
+        self.outstanding.clear();
+        self.outstanding_bytes = 0;
+        self.waiting.clear();
+        self.too_late.append(&mut self.suspects.take());
+        self.restart_pass();
     }
 
     fn outcome_of_stop(&self, stop: &Stop) -> Outcome {

@@ -52,6 +52,9 @@ const MOST_STARTS: i32 = 7;
 const MORE_STARTS: i64 = 4;
 /// The class of such a row.
 const CRASH: &str = "crash";
+/// How long answers to what was sent are awaited after a cancel; and how long the gateway may take then to give up.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
+const ABANDON: Duration = Duration::from_millis(1_000);
 /// When a job goes on by itself where nobody says when, microseconds.
 const LATER: i64 = 15_000_000;
 
@@ -180,6 +183,8 @@ struct Worker {
     samples: VecDeque<(Instant, i64, i64)>,
     /// Why no more is claimed.
     stopping: Option<Outcome>,
+    /// Since when the job is known to be cancelled; and whether the gateway was told that nobody waits any more.
+    cancelled: Option<(Instant, bool)>,
     /// The model or the task was changed: what is open is finished, then the stream is opened anew.
     reopen: Option<Asked>,
     failures_in_a_row: u32,
@@ -233,6 +238,7 @@ impl Worker {
             money: Money::default(),
             samples: VecDeque::new(),
             stopping: None,
+            cancelled: None,
             reopen: None,
             failures_in_a_row: 0,
             looked: Instant::now(),
@@ -305,6 +311,7 @@ impl Worker {
             self.hand_over()?;
         }
         self.receive()?;
+        self.abandon();
         let try_locked = !self.locked.is_empty() && self.locked_tried.elapsed() >= AGAIN;
         let has_news = !self.answers.is_empty()
             || try_locked
@@ -407,6 +414,7 @@ impl Worker {
             // Resumed or to be retried while this process was still at it.
             self.job.epoch = job.epoch;
             if job.wanted == "running" && self.stopping.take().is_some() {
+                self.cancelled = None;
                 // The gateway sends nothing more on the old stream.
                 self.reopen = Some(self.asked.clone());
             }
@@ -433,7 +441,37 @@ impl Worker {
                 trouble.next = Instant::now();
             }
         }
+        if matches!(outcome, Outcome::Cancelled) {
+            self.cancelled.get_or_insert((Instant::now(), false));
+        }
         self.stopping = Some(outcome);
+    }
+
+    /// Nobody waits long for a job that is cancelled: what is under way is given up, and may have cost what it can.
+    fn abandon(&mut self) {
+        let Some((since, is_told)) = &mut self.cancelled else { return };
+        if self.outstanding.is_empty() || since.elapsed() < LAST_ANSWERS {
+            return;
+        }
+        match &mut self.client {
+            Some(client) if !*is_told => {
+                *is_told = true;
+                // A connection that is lost is noticed by receive().
+                let _ = client.send(&ToGateway::Abandon);
+            }
+            // It reads nothing while its memory is full.
+            Some(_) if since.elapsed() >= LAST_ANSWERS + ABANDON => self.lose_gateway(),
+            _ => {}
+        }
+    }
+
+    /// How long the gateway is waited for at the most.
+    fn patience(&self) -> Duration {
+        let end = |(since, is_told): (Instant, bool)| {
+            let whole = if is_told { LAST_ANSWERS + ABANDON } else { LAST_ANSWERS };
+            whole.saturating_sub(since.elapsed())
+        };
+        self.cancelled.map_or(CONTROL, end)
     }
 
     /// What has not been sent comes back.

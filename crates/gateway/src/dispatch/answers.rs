@@ -63,7 +63,9 @@ impl State {
             // The client disconnected or the gateway is stopping. Usage is unknown, so the reservation is kept. Another
             // client may have asked for the rows since.
             None => {
-                self.unsure(&request);
+                if !request.is_accounted {
+                    self.unsure(&request);
+                }
                 self.put_back(&lane_key, &request.group, request.rows);
             }
             Some(answered) => {

@@ -91,6 +91,8 @@ pub struct InFlight {
     can_grow: bool,
     /// Woken when all clients that wait for it have gone.
     abandoned: Rc<Notify>,
+    /// What it may have taken was told the last of them.
+    is_accounted: bool,
 }
 
 /// How a request was asked.
@@ -215,21 +217,46 @@ impl State {
             c.stream
         });
         let Some((lane_key, group_key, _)) = stream else { return };
-        if let Some(group) = self.lanes.get_mut(&lane_key).and_then(|l| l.group(&group_key)) {
-            for request in self.in_flight.values().filter(|r| r.lane == lane_key && r.group == group_key) {
-                let mut is_wanted = false;
-                for row in &request.rows {
-                    for waiter in group.let_go(row.key, &|c| c == conn) {
-                        self.bytes = self.bytes.saturating_sub(waiter.bytes);
-                    }
-                    is_wanted |= !group.waiters(row).is_empty();
-                }
-                if !is_wanted {
-                    request.abandoned.notify_one();
-                }
+        let (gone, _) = self.leave(conn, &lane_key, &group_key);
+        self.bytes = gone.iter().fold(self.bytes, |bytes, waiter| bytes.saturating_sub(waiter.bytes));
+        self.tidy(now, &lane_key);
+    }
+
+    /// A client waits for nothing any more: all of its rows come back.
+    pub fn abandon(&mut self, conn: u64) {
+        self.withdraw(conn);
+        let Some((lane, group, _)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else { return };
+        let (gone, worst) = self.leave(conn, &lane, &group);
+        if let Some(c) = self.conns.get_mut(&conn) {
+            c.spent.unconfirmed_input_tokens += worst.input;
+            c.spent.unconfirmed_output_tokens += worst.output;
+        }
+        self.give_back(gone);
+        self.flush();
+    }
+
+    /// Lets go of a client's rows that are under way. Requests that nobody else waits for are given up: what these may take
+    /// at the worst.
+    fn leave(&mut self, conn: u64, lane_key: &LaneKey, group_key: &str) -> (Vec<Waiter>, Tokens) {
+        let (mut gone, mut worst) = (Vec::new(), Tokens::default());
+        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_key)) else { return (gone, worst) };
+        for request in self.in_flight.values_mut().filter(|r| r.lane == *lane_key && r.group == group_key) {
+            let (before, mut is_wanted) = (gone.len(), false);
+            for row in &request.rows {
+                gone.append(&mut group.let_go(row.key, &|c| c == conn));
+                is_wanted |= !group.waiters(row).is_empty();
+            }
+            if !is_wanted {
+                request.abandoned.notify_one();
+            }
+            if !is_wanted && gone.len() > before {
+                // Whoever comes for its rows now has no part in it.
+                request.is_accounted = true;
+                worst.input += request.worst.input;
+                worst.output += request.worst.output;
             }
         }
-        self.tidy(now, &lane_key);
+        (gone, worst)
     }
 
     /// Memory is full: no more is read from clients for now.

@@ -297,6 +297,7 @@ impl State {
                 sent: now,
                 can_grow: draft.can_grow,
                 abandoned,
+                is_accounted: false,
                 rows,
             };
             self.numbers.used(&request.ids);
