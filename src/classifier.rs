@@ -159,6 +159,15 @@ fn check(labels: &Value, examples: &Value, options: &Value) -> Result<Checked> {
     Ok(Checked { labels: json!(labels), examples: json!(examples), options: options.clone() })
 }
 
+/// Labels as text, in the order of the text: the model is shown them in it.
+fn read_labels(text: &str) -> Result<Value> {
+    serde_json::from_str(text).map_err(|e| {
+        Error::new(PgSqlErrorCode::ERRCODE_INVALID_TEXT_REPRESENTATION, "labels given as text must be JSON")
+            .detail(format!("The text is not JSON: {e}."))
+            .hint("Write '[\"billing\", \"other\"]' or ARRAY['billing', 'other'].")
+    })
+}
+
 fn check_model(name: &str) -> Result<()> {
     let known = model::load(name)?;
     crate::provider::endpoint(known.server, current_user()).map(|_| ())
@@ -167,7 +176,7 @@ fn check_model(name: &str) -> Result<()> {
 #[pg_extern(sql = false)]
 fn create_classifier(
     name: Option<&str>,
-    labels: Option<Json>,
+    labels: Option<&str>,
     model: Option<&str>,
     instruction: Option<&str>,
     examples: Option<Json>,
@@ -182,7 +191,7 @@ fn create_classifier(
     let json = |v: Option<Json>| v.map_or(Value::Null, |v| v.0);
     let options = json(options);
     let options = if options.is_null() { json!({}) } else { options };
-    let checked = check(&required(labels, "labels")?.0, &json(examples), &options)?;
+    let checked = check(&read_labels(required(labels, "labels")?)?, &json(examples), &options)?;
     check_model(&model)?;
     let args: Vec<DatumWithOid> = vec![
         name.into(),
@@ -209,7 +218,7 @@ fn create_classifier(
 #[pg_extern(sql = false)]
 fn alter_classifier(
     name: Option<&str>,
-    labels: Option<Json>,
+    labels: Option<&str>,
     model: Option<&str>,
     instruction: Option<&str>,
     examples: Option<Json>,
@@ -228,7 +237,8 @@ fn alter_classifier(
     let (old_labels, old_examples, old_options) = now.unwrap_or_default();
     let new = |given: Option<Json>, old: Value| given.map_or(old, |g| g.0);
     // Examples may name labels, so all of it is checked together.
-    let checked = check(&new(labels, old_labels), &new(examples, old_examples), &new(options, old_options))?;
+    let labels = labels.map_or(Ok(old_labels), read_labels)?;
+    let checked = check(&labels, &new(examples, old_examples), &new(options, old_options))?;
     let args: Vec<DatumWithOid> = vec![
         name.into(),
         model.into(),

@@ -1,4 +1,5 @@
-//! What sessions call beside `llm_classify()` and `llm_classify_batch()`: arrays with typed ids, and questions.
+//! What sessions call beside `llm_classify()` and `llm_classify_batch()`: arrays with typed ids, questions, and labels in each
+//! of their forms.
 
 mod common;
 
@@ -135,4 +136,99 @@ fn questions() {
     let c = &mut gone.connect();
     run(c, "SET llm_batch.default_model = 'm'");
     assert_eq!(text(c, "SELECT llm_filter('#r900001:yes#', 'Is it?') IS NULL"), "t");
+}
+
+/// Calls with labels resolve with and without types, by position and by name; the order that is given is kept.
+#[test]
+fn labels_in_every_form() {
+    let bed = Bed::new("session_labels");
+    let c = &mut bed.connect();
+    run(c, "SET llm_batch.default_model = 'm'");
+    let order = |name: &str| {
+        format!(
+            "SELECT string_agg(l->>'label' || coalesce(nullif('=' || (l->>'description'), '='), ''), ' ' ORDER BY n)
+               FROM llm_batch.classifier, jsonb_array_elements(labels) WITH ORDINALITY x (l, n) WHERE name = '{name}'"
+        )
+    };
+    let object = r#"'{"zebra": "striped", "b": "", "aa": null}'"#;
+    let array = r#"'["zebra", "b", "aa"]'"#;
+    let forms = [
+        (object.to_owned(), "zebra=striped b aa"),
+        (format!("{object}::text"), "zebra=striped b aa"),
+        (format!("{object}::varchar"), "zebra=striped b aa"),
+        (format!("{object}::json"), "zebra=striped b aa"),
+        // Its own order: it has no other.
+        (format!("{object}::jsonb"), "b aa zebra=striped"),
+        (array.to_owned(), "zebra b aa"),
+        (format!("{array}::json"), "zebra b aa"),
+        (format!("{array}::jsonb"), "zebra b aa"),
+        ("ARRAY['zebra', 'b', 'aa']".to_owned(), "zebra b aa"),
+        ("'{zebra,b,aa}'::varchar[]".to_owned(), "zebra b aa"),
+        ("json_build_object('zebra', 'striped', 'b', '', 'aa', '')".to_owned(), "zebra=striped b aa"),
+        ("(SELECT array_agg(x) FROM unnest(ARRAY['zebra', 'b', 'aa']) x)".to_owned(), "zebra b aa"),
+    ];
+    for (labels, expected) in &forms {
+        for rest in [
+            "",
+            ", 'm'",
+            ", 'm', 'Choose.'",
+            ", NULL, 'Choose.', NULL, '{}'",
+            ", 'm', NULL, '[{\"input\":\"x\",\"label\":\"b\"}]', '{\"reuse\": false}'",
+            ", model => 'm', options => '{}'",
+            ", examples => '[]', instruction => 'Choose.'",
+        ] {
+            for call in [format!("'x', {labels}{rest}"), format!("name => 'x', labels => {labels}{}", named(rest))] {
+                run(c, &format!("BEGIN; SELECT llm_batch.create_classifier({call})"));
+                assert_eq!(text(c, &order("x")), *expected, "create {call}");
+                let call = call.replacen("'x'", "'topic'", 1);
+                run(c, &format!("SELECT llm_batch.alter_classifier({call})"));
+                assert_eq!(text(c, &order("topic")), *expected, "alter {call}");
+                run(c, "ROLLBACK");
+            }
+        }
+    }
+    // Parameters whose type the server chooses.
+    let labels = r#"{"zebra": "striped", "b": "", "aa": ""}"#;
+    c.execute("SELECT llm_batch.create_classifier($1, $2)", &[&"x", &labels]).unwrap();
+    assert_eq!(text(c, &order("x")), "zebra=striped b aa");
+    // The model is shown them in this order.
+    assert_eq!(text(c, "SELECT llm_classify('#r900001:b#', 'x')"), "b");
+    let shown = bed.provider.bodies().last().unwrap().to_string();
+    assert!(shown.find("zebra").unwrap() < shown.rfind("aa").unwrap(), "{shown}");
+
+    let before = text(c, &order("x"));
+    for rest in [
+        "",
+        ", NULL",
+        ", NULL, 'm'",
+        ", NULL, NULL, 'Choose.', '[]', '{}'",
+        ", model => 'm'",
+        ", instruction => 'Choose.'",
+        ", examples => '[]', options => '{}'",
+        ", labels => NULL, model => 'm'",
+    ] {
+        run(c, &format!("SELECT llm_batch.alter_classifier('x'{rest})"));
+        assert_eq!(text(c, &order("x")), before, "{rest}");
+    }
+    for (labels, code, words) in [
+        ("'{a,b}'", "22P02", ["not JSON", "ARRAY['billing'"]),
+        ("'[\"a\", \"b\"'", "22P02", ["not JSON", "ARRAY['billing'"]),
+        ("ARRAY['a', NULL]", "22023", ["object or array", "billing"]),
+        ("ARRAY[['a', 'b'], ['c', 'd']]", "22023", ["object or array", "billing"]),
+        ("'{}'::text[]", "22023", ["2 to 250", "not 0"]),
+        ("NULL", "22004", ["labels", "NULL"]),
+        ("NULL::text[]", "22004", ["labels", "NULL"]),
+    ] {
+        refused(&bed, &format!("SELECT llm_batch.create_classifier('y', {labels}, 'm')"), code, &words);
+    }
+}
+
+/// The arguments after the labels, by name.
+fn named(rest: &str) -> String {
+    if rest.contains("=>") {
+        return rest.to_owned();
+    }
+    let names = ["model", "instruction", "examples", "options"];
+    let values = rest.split(", ").skip(1);
+    names.iter().zip(values).map(|(name, value)| format!(", {name} => {value}")).collect()
 }
