@@ -73,7 +73,7 @@ SELECT f.job_id, f.key, f.state, f.class, f.attempts, f.detail, f.at
     OR pg_catalog.pg_has_role(llm_batch.owner_now(j.owner, j.owner_name, j.home), 'USAGE')
     OR pg_catalog.pg_has_role((SELECT t.relowner FROM pg_catalog.pg_class t
                                 WHERE t.oid OPERATOR(pg_catalog.=) llm_batch.relation_now(j.relation, j.relation_name, j.home)), 'USAGE');
-COMMENT ON VIEW llm_batch.failure IS 'rows that jobs could not fill; rows whose input is NULL or empty are counted as skipped and not listed';
+COMMENT ON VIEW llm_batch.failure IS 'rows that jobs could not fill; rows whose input is NULL, empty or white space are counted as skipped and not listed';
 COMMENT ON COLUMN llm_batch.failure.key IS 'key of the row: column names and values';
 COMMENT ON COLUMN llm_batch.failure.state IS 'skipped: the model did not answer, or the text is too long; failed: something went wrong';
 

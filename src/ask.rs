@@ -22,6 +22,23 @@ const FETCH: usize = 100;
 /// A text, and what keeps it apart from others.
 pub type Asking = (String, Option<String>);
 
+/// Whether there is something to ask about: white space alone is no text.
+pub fn has_text(text: &str) -> bool {
+    !text.trim().is_empty()
+}
+
+/// What [`has_text()`] takes for white space, which is all that Unicode does.
+const WHITE_SPACE: &str = r"E'\t\n\u000b\f\r \u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000'";
+
+/// The same in SQL, of an expression. Nearly always the first character decides, so that a long text is not read for it.
+pub fn has_text_sql(expression: &str) -> String {
+    let holds = |part: &str| {
+        format!("pg_catalog.octet_length(pg_catalog.ltrim({part}, {WHITE_SPACE})) OPERATOR(pg_catalog.>) 0")
+    };
+    let first = holds(&format!("pg_catalog.left({expression}, 1)"));
+    format!("COALESCE({first} OR {}, false)", holds(expression))
+}
+
 /// The connection of the last call, with nothing under way, and what was opened on it.
 struct Kept {
     client: Client,

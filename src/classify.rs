@@ -9,7 +9,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{AnyArray, FromDatum, name};
 
-use crate::ask::{Asking, ask};
+use crate::ask::{Asking, ask, has_text};
 use crate::asking;
 use crate::batch;
 use crate::classifier::{self, Asked};
@@ -30,7 +30,7 @@ fn classify_one(input: Text, question: Question) -> Result<Option<String>> {
         return label;
     }
     check_usable()?;
-    if input.is_empty() {
+    if !has_text(input) {
         return Ok(None);
     }
     let Prepared { asked, limit, conclude } = question.prepare()?;
@@ -106,13 +106,13 @@ fn classify_rows(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> 
                         answer.status = "failed";
                         answer.detail = Some(format!("{}: {}", text::INVALID, text::detail(&e)));
                     }
-                    Ok(Some(text)) if !text.is_empty() => {
+                    Ok(Some(text)) if has_text(&text) => {
                         places.borrow_mut().push(answers.len());
                         texts.push((text, isolation));
                     }
                     Ok(_) => {
                         answer.status = "skipped";
-                        answer.detail = Some("empty: the input is NULL or empty".to_owned());
+                        answer.detail = Some("empty: the input is NULL, empty or white space".to_owned());
                     }
                 }
                 answers.push(answer);

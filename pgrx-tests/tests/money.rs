@@ -467,7 +467,7 @@ fn an_estimate_is_what_the_job_then_takes() {
     run(
         &mut c,
         "UPDATE tickets SET body = body || repeat(' and so on', (id % 7 * (id % 11))::int);
-         UPDATE tickets SET body = NULL WHERE id % 100 = 1; UPDATE tickets SET body = '' WHERE id % 100 = 2;
+         UPDATE tickets SET body = NULL WHERE id % 100 = 1; UPDATE tickets SET body = repeat(' ', (id % 3)::int) WHERE id % 100 = 2;
          UPDATE tickets SET topic = want WHERE id % 100 = 3; ANALYZE tickets",
     );
     let (guess, _) = estimate(&mut c, ", filter => 'id > 500'");

@@ -67,12 +67,10 @@ fn arrays_with_ids_of_any_type() {
     }
     // What there is nothing to ask about, and ids that are NULL or the same.
     let rows = "SELECT string_agg(concat_ws(' ', coalesce(id::text, '-'), coalesce(label, '-'), status, detail), '; ')
-                  FROM llm_classify_array(ARRAY[7, NULL, 7, 8], ARRAY['#r1:bug#', '#r2:spam#', NULL, ''], 'topic')";
-    assert_eq!(
-        text(c, rows),
-        "7 bug ok; - spam ok; 7 - skipped empty: the input is NULL or empty; \
-         8 - skipped empty: the input is NULL or empty"
-    );
+                  FROM llm_classify_array(ARRAY[7, NULL, 7, 8, 9], ARRAY['#r1:bug#', '#r2:spam#', NULL, '', E' \\n\\u3000'],
+                                          'topic')";
+    let empty = "skipped empty: the input is NULL, empty or white space";
+    assert_eq!(text(c, rows), format!("7 bug ok; - spam ok; 7 - {empty}; 8 - {empty}; 9 - {empty}"));
     let last = "SELECT string_agg(coalesce(id, '-') || ' ' || status, '; ')
                   FROM llm_classify_array(ARRAY['a', NULL, NULL], ARRAY['#r3:bug#', '#r4:bug#', ''], 'topic')";
     assert_eq!(text(c, last), "a ok; - ok; - skipped");
@@ -123,9 +121,13 @@ fn questions() {
     refused(&bed, &filter("llm_filter(body, 'Is it?')"), "22023", &["no model is specified", "default_model"]);
     run(c, "SET llm_batch.default_model = 'm'");
     assert_eq!(text(c, &filter("NOT llm_filter(body, 'Is it?') AND id < 100005")), "100001 100003 100004");
-    for null in ["NULL, 'Is it?'", "'', 'Is it?'", "'x', NULL"] {
+    bed.provider.reset_stats();
+    for null in ["NULL, 'Is it?'", "'', 'Is it?'", "E' \\t\\n\\u2003', 'Is it?'", "'x', NULL"] {
         assert_eq!(text(c, &format!("SELECT llm_filter({null}) IS NULL")), "t", "{null}");
     }
+    run(c, "CREATE TABLE blank AS SELECT repeat(' ', n) body FROM generate_series(0, 9) n");
+    assert_eq!(one(c, "SELECT count(*) FROM blank WHERE llm_filter(body, 'Is it?') IS NULL"), 10);
+    assert_eq!(bed.provider.stats().requests, 0, "white space was sent");
     let call = |args: &str| format!("SELECT llm_filter('#r900001:yes#', {args})");
     refused(&bed, &call("' '"), "22023", &["question must not be empty"]);
     refused(&bed, &call("'Is it?', '{\"model\": 5}'"), "22023", &["\"model\": 5"]);

@@ -324,16 +324,23 @@ fn rows_without_text_are_skipped_and_not_listed() {
     let bed = Bed::new("empty");
     let mut c = bed.connect();
     tickets(&mut c, "t", 1..=100);
+    // White space is no text: each character that Unicode has as such, and much of it. What has some of it is a text.
+    let white: String = ('\0'..=char::MAX).filter(|c| c.is_whitespace()).collect();
+    c.execute("UPDATE t SET body = substr($1, id::int - 30, 1) WHERE id BETWEEN 31 AND 55", &[&white]).unwrap();
+    c.execute("UPDATE t SET body = repeat($1, 10000) WHERE id = 56", &[&white]).unwrap();
+    c.execute("UPDATE t SET body = $1 || body || $1 WHERE id = 100", &[&white]).unwrap();
+    assert_eq!(white.chars().count(), 25);
     run(&mut c, "UPDATE t SET body = NULL WHERE id <= 10; UPDATE t SET body = '' WHERE id BETWEEN 11 AND 30");
+    assert_eq!(one(&mut c, "SELECT rows FROM llm_batch.estimate('t', 'body', 'topic', 'topic')"), 44);
     let (job, p) = fill(&bed, &mut c, "", "'t', 'body', 'topic', 'topic'");
-    assert_eq!(p.counts(), (100, 70, 30, 0, 0, 0));
+    assert_eq!(p.counts(), (100, 44, 56, 0, 0, 0));
     assert!(failures(&mut c, job).is_empty());
-    assert_eq!((wrong(&mut c, "t"), left(&mut c, "t")), (0, 30));
+    assert_eq!((wrong(&mut c, "t"), left(&mut c, "t")), (0, 56));
     let stats = bed.provider.stats();
-    assert_eq!((stats.rows.len(), stats.unmarked_rows), (70, 0));
+    assert_eq!((stats.rows.len(), stats.unmarked_rows), (44, 0));
     // Only those.
     let (_, p) = fill(&bed, &mut c, "", "'t', 'body', 'topic', 'topic'");
-    assert_eq!(p.counts(), (30, 0, 30, 0, 0, 0));
+    assert_eq!(p.counts(), (56, 0, 56, 0, 0, 0));
     assert!(bed.provider.stats().rows.is_empty());
 }
 

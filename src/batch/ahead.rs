@@ -12,7 +12,7 @@ use super::calls::Found;
 use super::guards::Guards;
 use super::place::Wanted;
 use super::site::{Site, evaluate, string};
-use crate::ask::Asker;
+use crate::ask::{Asker, has_text};
 use crate::error::{Error, Result};
 use crate::model::current_user;
 use crate::{settings, statement};
@@ -449,7 +449,7 @@ impl Ahead {
                 let Some(site) = self.sites.get(i).filter(|s| s.call.level == level) else { continue };
                 let text =
                     if self.guards.hold(site.call.guard, econtext) { string(site.input, econtext) } else { None };
-                match text.filter(|t| !t.is_empty()) {
+                match text.filter(|t| has_text(t)) {
                     Some(text) => self.ask(i, number, text),
                     None => self.set(number, i, Fate::NotAsked),
                 }

@@ -5,6 +5,7 @@
 
 use pgrx::pg_sys;
 
+use crate::ask::has_text_sql;
 use crate::error::{Error, Result};
 use crate::isolation::digest_sql;
 use crate::job::store::Job;
@@ -201,7 +202,7 @@ impl Rows {
         Self {
             from: format!("{}{table}", if is_partitioned { "" } else { "ONLY " }),
             todo: format!("{} IS NULL AND ({}\n)", name(target), filter.unwrap_or("true")),
-            has_text: format!("COALESCE({input}, '') OPERATOR(pg_catalog.<>) ''"),
+            has_text: has_text_sql(&input),
             isolation: digest_sql(isolation),
             input,
         }
