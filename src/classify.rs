@@ -30,7 +30,7 @@ fn classify_one(input: Text, question: Question) -> Result<Option<String>> {
         return label;
     }
     check_usable()?;
-    if !has_text(input) {
+    if !has_text(&input) {
         return Ok(None);
     }
     let Prepared { asked, limit, conclude } = question.prepare()?;

@@ -72,6 +72,15 @@ fn a_provider_that_refuses() {
     }
     bed.provider.configure(|c| c.models = None);
 
+    // What is missing most often.
+    let base_url = bed.provider.base_url();
+    let bare = base_url.trim_end_matches("/v1");
+    run(client, &format!("ALTER SERVER fake OPTIONS (SET base_url '{bare}')"));
+    for sql in &verbs {
+        refused(client, sql, "42704", &["404", "base_url does not end in /v1", "usually ends in /v1"]);
+    }
+    run(client, &format!("ALTER SERVER fake OPTIONS (SET base_url '{base_url}')"));
+
     let elsewhere = FakeProvider::start(Config::default()).unwrap();
     let location = format!("{}/chat/completions", elsewhere.base_url());
     bed.provider.configure(|c| c.faults = vec![(Fault::Redirect(location), 1.0)]);

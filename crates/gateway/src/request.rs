@@ -156,7 +156,16 @@ async fn exchange(
         Some(_) => trouble::outcome(status.as_u16(), b"", said.wait),
         None => trouble::outcome(status.as_u16(), &answer.bytes, said.wait),
     };
-    let result = result.map_err(|report| Report { message: presentable(&report.message, key), ..report });
+    let result = result.map_err(|report| {
+        let mut message = presentable(&report.message, key);
+        // Elsewhere most servers say no more than that there is nothing.
+        if matches!(report.trouble, Trouble::NotFound | Trouble::Misplaced)
+            && !endpoint.base_url.trim_end_matches('/').ends_with("/v1")
+        {
+            message.push_str(" (base_url does not end in /v1, as most do)");
+        }
+        Report { message, ..report }
+    });
     // A provider may have charged for a 200 without a usable answer. So it may if its proxy gave up waiting, or its filter
     // read everything.
     let may_be_charged = |report: &Report| {
