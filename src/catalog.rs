@@ -3,6 +3,7 @@
 use std::ffi::{CStr, CString};
 
 use pgrx::prelude::*;
+use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::sql;
@@ -368,10 +369,19 @@ unsafe fn is_one_expression(statements: *mut pg_sys::List) -> bool {
     }
 }
 
+/// Whether a type is json, jsonb or a domain over one: a label goes there as a JSON string.
+pub fn is_json(type_oid: pg_sys::Oid) -> bool {
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    let base = unsafe { pg_sys::getBaseType(type_oid) };
+    base == pg_sys::JSONOID || base == pg_sys::JSONBOID
+}
+
 /// Checks that every label casts to the target's type by assignment. Raises what the type's input function raises.
 pub fn check_labels<'a>(target: &Target, labels: impl Iterator<Item = &'a str>) -> Result<()> {
+    let is_json = is_json(target.type_oid);
     for label in labels {
-        let text = CString::new(label).map_err(|_| Error::invalid("a label contains a zero byte"))?;
+        let text = if is_json { Value::from(label).to_string() } else { label.to_owned() };
+        let text = CString::new(text).map_err(|_| Error::invalid("a label contains a zero byte"))?;
         let cast = crate::txn::sub(|| {
             // SAFETY: the input function of an existing type, on the main thread inside a subtransaction; it may raise.
             unsafe {

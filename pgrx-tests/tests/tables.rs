@@ -197,7 +197,8 @@ fn targets_of_all_kinds() {
         "CREATE SCHEMA types;
          CREATE TYPE types.\"Kind\" AS ENUM ('yes', 'no', 'may be');
          CREATE DOMAIN types.answer AS text CHECK (VALUE IN ('yes', 'no', 'may be'));
-         CREATE DOMAIN types.short AS varchar(6)",
+         CREATE DOMAIN types.short AS varchar(6);
+         CREATE DOMAIN types.tag AS jsonb CHECK (jsonb_typeof(VALUE) = 'string')",
     );
     let words = r#"["yes", "no", "may be"]"#;
     let numbers = r#"["1", "2", "3", "4", "5"]"#;
@@ -221,16 +222,22 @@ fn targets_of_all_kinds() {
         ("jsonb", numbers),
         ("date", r#"["2026-01-01", "2026-02-01"]"#),
         ("\"char\"", r#"["a", "b"]"#),
+        ("jsonb", words),
+        ("json", words),
+        ("types.tag", words),
     ];
     for (n, (kind, labels)) in targets.into_iter().enumerate() {
         let name = format!("c{n}");
         classifier(&mut c, &name, labels, "m", "{}");
         let list: Vec<String> = serde_json::from_str(labels).unwrap();
         let label = format!("('{{{}}}'::text[])[1 + i % {}]", list.join(","), list.len());
+        // In JSON a label is a string.
+        let want =
+            if ["json", "jsonb", "types.tag"].contains(&kind) { format!("to_jsonb({label})") } else { label.clone() };
         let script = format!(
             "DROP TABLE IF EXISTS t;
              CREATE TABLE t (id int PRIMARY KEY, body text, want {kind}, topic {kind});
-             INSERT INTO t SELECT i, {}, ({label})::{kind} FROM generate_series(1, 90) i",
+             INSERT INTO t SELECT i, {}, ({want})::{kind} FROM generate_series(1, 90) i",
             marked("i", &label)
         );
         let (_, p) = fill(&bed, &mut c, &script, &format!("'t', 'body', 'topic', '{name}'"));

@@ -270,6 +270,9 @@ impl Plan {
                 .join(" AND ")
         };
         let qualifier = format!("{bare}.");
+        let label = "\"llm_batch l\".l";
+        let label =
+            if catalog::is_json(job.target_type) { format!("pg_catalog.to_json({label})") } else { label.to_owned() };
         let look = format!(
             "SELECT {u}, {qualifier}{target} IS NULL, {hash} FROM {positions} JOIN {from} ON {}",
             matches(&qualifier, u)
@@ -295,7 +298,7 @@ impl Plan {
                        JOIN {from} ON {}
                         FOR NO KEY UPDATE OF {bare} SKIP LOCKED),
                  \"llm_batch w\" (i, n) AS (
-                     UPDATE {from} SET {target} = \"llm_batch l\".l::{target_type}
+                     UPDATE {from} SET {target} = {label}::{target_type}
                        FROM \"llm_batch l\"
                       WHERE {} AND {qualifier}{target} IS NULL AND \"llm_batch l\".n
                         AND \"llm_batch l\".l IS NOT NULL AND \"llm_batch l\".h OPERATOR(pg_catalog.=) \"llm_batch l\".e
