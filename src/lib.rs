@@ -48,6 +48,7 @@ compile_error!("Postgres errors cross Rust frames as panics: build with panic = 
 /// Called by Postgres when the library is loaded.
 #[pg_guard]
 pub extern "C-unwind" fn _PG_init() {
+    keep_backtraces_out();
     settings::init();
     // SAFETY: flags that the postmaster sets before it loads libraries, read on the main thread. pg_upgrade starts servers
     // to read or fill their catalogs: nothing else may happen in them.
@@ -59,6 +60,24 @@ pub extern "C-unwind" fn _PG_init() {
         if !is_upgrade {
             worker::register();
             batch::init();
+        }
+    }
+}
+
+/// pgrx puts a backtrace into the DETAIL of errors where the server's environment asks for one (RUST_BACKTRACE), in the way
+/// of what helps a user. The std of this library reads the environment when it is first asked for one, which is here, and
+/// never again. Other libraries have a std of their own, and find the environment as it was.
+fn keep_backtraces_out() {
+    const VARIABLE: &str = "RUST_LIB_BACKTRACE";
+    let was = std::env::var_os(VARIABLE);
+    // SAFETY: a library is loaded on the main thread, of the postmaster or of a session; no other thread of them changes
+    // or reads the environment.
+    unsafe {
+        std::env::set_var(VARIABLE, "0");
+        drop(std::backtrace::Backtrace::capture());
+        match was {
+            Some(value) => std::env::set_var(VARIABLE, value),
+            None => std::env::remove_var(VARIABLE),
         }
     }
 }

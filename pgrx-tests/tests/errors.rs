@@ -104,7 +104,9 @@ fn a_provider_that_refuses() {
 
 #[test]
 fn tables_that_cannot_be_filled() {
-    let bed = Bed::new("errors_tables");
+    // Whatever is in the server's environment, an error's detail is ours.
+    let builder = Cluster::builder("errors_tables").env("RUST_BACKTRACE", "1").env("RUST_LIB_BACKTRACE", "full");
+    let bed = Bed::build(builder, Config::default());
     let client = &mut bed.connect();
     tickets(client, "tickets", 1..=100);
     run(
@@ -175,6 +177,13 @@ fn tables_that_cannot_be_filled() {
     for name in ["relation", "input", "target", "task"] {
         refused(client, &call(&format!("{name} => NULL")), "22004", &[]);
     }
+    for sql in [call("input => 'nothing'"), call("input => 'body,'"), call("target => 'n'"), call("task => 'nothing'")]
+    {
+        let (.., detail, _) = error(client, &sql);
+        assert!(!detail.contains('\n'), "{sql}\n{detail}");
+    }
+    let environment = std::fs::read(format!("/proc/{}/environ", bed.cluster.pid())).unwrap();
+    assert!(String::from_utf8_lossy(&environment).contains("RUST_BACKTRACE=1"));
     nothing_happened(&bed);
 }
 
