@@ -1,0 +1,80 @@
+//! What stands before a provider and does to its answers what no provider should.
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::{TcpListener, TcpStream};
+
+use llm_fake_provider::FakeProvider;
+
+/// A message of HTTP with a body of known length: its first line, the rest of its head, its body. `None` at the end.
+pub fn message(from: &mut impl BufRead) -> Option<(String, String, Vec<u8>)> {
+    let (mut first, mut head, mut length) = (String::new(), String::new(), 0);
+    from.read_line(&mut first).ok().filter(|n| *n > 0)?;
+    loop {
+        let mut line = String::new();
+        from.read_line(&mut line).ok().filter(|n| *n > 0)?;
+        if let Some(n) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = n.trim().parse().unwrap();
+        }
+        head.push_str(&line);
+        if line == "\r\n" {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    from.read_exact(&mut body).ok()?;
+    Some((first, head, body))
+}
+
+/// Stands before a provider. Under `/twice` each answer comes twice on its connection: the second at once, or when the
+/// next request has come, before its own. Under `/mute` answers do not say what they took, under `/input` and `/output`
+/// a half of it.
+pub fn twice(provider: &FakeProvider) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let to = provider.base_url().trim_start_matches("http://").trim_end_matches("/v1").to_owned();
+    std::thread::spawn(move || {
+        for (n, client) in listener.incoming().enumerate() {
+            let (client, server) = (client.unwrap(), TcpStream::connect(&to).unwrap());
+            std::thread::spawn(move || relay(client, server, n % 2 == 0));
+        }
+    });
+    url
+}
+
+fn relay(mut client: TcpStream, mut server: TcpStream, at_once: bool) {
+    let (mut requests, mut answers) = (BufReader::new(client.try_clone().unwrap()), server.try_clone().unwrap());
+    let mut answers = BufReader::new(&mut answers);
+    let mut kept: Vec<u8> = Vec::new();
+    while let Some((first, head, body)) = message(&mut requests) {
+        let way =
+            ["/twice", "/honest", "/mute", "/input", "/output"].into_iter().find(|way| first.contains(way)).unwrap();
+        let is_twice = way == "/twice";
+        let asked = [first.replace(way, "").as_bytes(), head.as_bytes(), &body].concat();
+        if server.write_all(&asked).is_err() {
+            return;
+        }
+        let Some((first, head, mut body)) = message(&mut answers) else { return };
+        let hidden: &[&str] = match way {
+            "/mute" => &["\"usage\""],
+            "/input" => &["\"completion_tokens\"", "\"total_tokens\""],
+            "/output" => &["\"prompt_tokens\"", "\"total_tokens\""],
+            _ => &[],
+        };
+        let mut text = String::from_utf8(body).unwrap();
+        for name in hidden {
+            text = text.replace(name, &name.to_uppercase());
+        }
+        body = text.into_bytes();
+        let answer = [first.as_bytes(), head.as_bytes(), &body].concat();
+        let mut all = std::mem::take(&mut kept);
+        all.extend_from_slice(&answer);
+        if is_twice && at_once {
+            all.extend_from_slice(&answer);
+        } else if is_twice {
+            kept = answer;
+        }
+        if client.write_all(&all).is_err() {
+            return;
+        }
+    }
+}
