@@ -69,6 +69,12 @@ impl Error {
                 format!("the quota of model \"{model}\" is exhausted"),
                 "Wait until the provider renews the quota, or raise it at the provider.",
             ),
+            StopReason::ProviderDown if stop.message.contains("invalid peer certificate") => (
+                C::ERRCODE_CONNECTION_FAILURE,
+                format!("the provider of model \"{model}\" does not answer"),
+                "Where the certificate is signed by an authority of one's own, a superuser can set option ca_file of the \
+                 server.",
+            ),
             StopReason::ProviderDown => (
                 C::ERRCODE_CONNECTION_FAILURE,
                 format!("the provider of model \"{model}\" does not answer"),

@@ -1,12 +1,10 @@
 //! Providers: foreign servers of the wrapper `llm_provider`, and keys in user mappings. Postgres' own rights apply.
 
-use std::fs::File;
-use std::io::Read;
-use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 use llm_batch_core::dialect::Counts;
 use llm_batch_core::url;
+use llm_batch_gateway::files;
 use llm_batch_gateway::protocol::{Endpoint, Secret};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -14,7 +12,7 @@ use pgrx::prelude::*;
 use crate::error::{Error, Result};
 use crate::{settings, sql};
 
-const SERVER_OPTIONS: &str = "api, base_url, account, counts, api_key_file";
+const SERVER_OPTIONS: &str = "api, base_url, account, counts, api_key_file, allow_http, ca_file";
 const MAPPING_OPTIONS: &str = "api_key";
 /// Most bytes of a file that holds a key.
 const MOST_KEY: u64 = 4 * 1024;
@@ -25,6 +23,10 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
         pg_sys::ForeignServerRelationId => SERVER_OPTIONS,
         pg_sys::UserMappingRelationId => MAPPING_OPTIONS,
         _ => "",
+    };
+    let allow_http = match find(&options, "allow_http") {
+        Some(value) if catalog == pg_sys::ForeignServerRelationId => boolean("allow_http", &value)?,
+        _ => false,
     };
     let mut seen_url = false;
     for option in options.iter().flatten() {
@@ -47,9 +49,11 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
             return Err(bad_value(format!("option \"{name}\" must not be empty")).into());
         }
         match name {
-            "api_key_file" if !Path::new(value).is_absolute() => {
-                return Err(bad_value("option \"api_key_file\" must be an absolute path".to_owned()).into());
+            "api_key_file" | "ca_file" if !Path::new(value).is_absolute() => {
+                return Err(bad_value(format!("option \"{name}\" must be an absolute path")).into());
             }
+            "ca_file" => check_superuser(name)?,
+            "allow_http" if allow_http => check_superuser(name)?,
             "api" if value != "openai" => {
                 return Err(bad_value(format!("invalid value for option \"api\": \"{value}\""))
                     .hint("The valid value is: openai (any endpoint with OpenAI's /chat/completions).")
@@ -57,7 +61,7 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
             }
             "base_url" => {
                 seen_url = true;
-                url::parse(value).map_err(url_error)?;
+                url::parse(value, allow_http).map_err(url_error)?;
                 if !llm_batch_gateway::is_readable(value) {
                     return Err(bad_value("invalid base_url: the host is not a valid name".to_owned())
                         .hint("Write it as https://host/path. The prefix \"xn--\" is for internationalized names.")
@@ -85,6 +89,32 @@ fn bad_value(message: String) -> Error {
 
 fn url_error(e: llm_batch_core::Error) -> Error {
     Error { code: PgSqlErrorCode::ERRCODE_FDW_INVALID_ATTRIBUTE_VALUE, ..Error::from(e) }
+}
+
+/// An option's value among `name=value`.
+fn find(options: &[Option<String>], name: &str) -> Option<String> {
+    options.iter().flatten().find_map(|o| o.split_once('=').filter(|(n, _)| *n == name).map(|(_, v)| v.to_owned()))
+}
+
+/// A boolean, as other wrappers write it.
+fn boolean(name: &str, value: &str) -> Result<bool> {
+    match value.to_ascii_lowercase().as_str() {
+        "true" | "on" => Ok(true),
+        "false" | "off" => Ok(false),
+        _ => Err(bad_value(format!("invalid value for option \"{name}\": \"{value}\""))
+            .hint("Valid values are: true, false.")),
+    }
+}
+
+/// All options of a server come to the validator when one is changed: nobody else changes a server that has this one.
+fn check_superuser(option: &str) -> Result<()> {
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    if unsafe { pg_sys::superuser() } {
+        return Ok(());
+    }
+    Err(Error::denied(format!("permission denied to use option \"{option}\""))
+        .detail("Only a superuser may set it, or change a server that has it.")
+        .hint(format!("A server without it can be changed: ALTER SERVER … OPTIONS (DROP {option}, …).")))
 }
 
 /// What a provider counts against its limit of tokens.
@@ -148,13 +178,17 @@ pub fn endpoint(oid: pg_sys::Oid, role: pg_sys::Oid) -> Result<Endpoint> {
             sql::name(server)
         )));
     }
-    let option = |name: &str| {
-        options.iter().flatten().find_map(|o| o.split_once('=').filter(|(n, _)| *n == name).map(|(_, v)| v.to_owned()))
-    };
+    let option = |name: &str| find(&options, name);
     let base_url = option("base_url").ok_or_else(|| bad_value(format!("server \"{server}\" has no base_url")))?;
-    let target = url::parse(&base_url).map_err(url_error)?;
     // SAFETY: a catalog lookup on the main thread inside a transaction.
     let trusted = unsafe { pg_sys::superuser_arg(owner) };
+    let allow_http = option("allow_http").map_or(Ok(false), |value| boolean("allow_http", &value))?;
+    let ca_file = option("ca_file");
+    if !trusted {
+        // The server may have had another owner when they were set.
+        check_unset(server, &[("allow_http", allow_http), ("ca_file", ca_file.is_some())])?;
+    }
+    let target = url::parse(&base_url, allow_http).map_err(url_error)?;
     if !trusted {
         check_host(server, &target)?;
     }
@@ -170,10 +204,37 @@ pub fn endpoint(oid: pg_sys::Oid, role: pg_sys::Oid) -> Result<Endpoint> {
             None => None,
         },
     };
+    if let Some(path) = &ca_file {
+        check_ca_file(server, path)?;
+    }
     let counts = option("counts").map_or(Ok(Counts::default()), |value| counts(&value))?;
     // Servers with one account share its limits and its troubles: no role can join the account of another one.
     let account = option("account").map(|a| if trusted { a } else { format!("{a} (of role {})", owner.to_u32()) });
-    Ok(Endpoint { base_url, is_trusted: trusted, account, api_key: key.map(Secret), counts })
+    Ok(Endpoint { base_url, is_trusted: trusted, allow_http, ca_file, account, api_key: key.map(Secret), counts })
+}
+
+/// Refuses options that count only where a superuser owns the server.
+fn check_unset(server: &str, options: &[(&str, bool)]) -> Result<()> {
+    match options.iter().find(|(_, is_set)| *is_set) {
+        None => Ok(()),
+        Some((option, _)) => Err(Error::denied(format!("server \"{server}\" may not have option \"{option}\""))
+            .detail("Only the servers of superusers may.")
+            .hint(format!(
+                "Give the server to a superuser, or drop the option: ALTER SERVER {} OPTIONS (DROP {option}).",
+                sql::name(server)
+            ))),
+    }
+}
+
+/// Here as well as where connections are made, so that a mistake shows at once.
+fn check_ca_file(server: &str, path: &str) -> Result<()> {
+    files::check_ca(path).map_err(|why| {
+        Error::new(PgSqlErrorCode::ERRCODE_UNDEFINED_FILE, format!("could not use ca_file of server \"{server}\""))
+            .detail(format!("File \"{path}\": {why}."))
+            .hint(
+                "ca_file must name a file of certificates in PEM form that the server's operating system user can read.",
+            )
+    })
 }
 
 /// Whether a server that a superuser does not own may reach a host. What a name stands for, the gateway looks at.
@@ -203,17 +264,7 @@ fn key_from_file(server: &str, path: &str) -> Result<String> {
             .detail(format!("File \"{path}\": {why}."))
             .hint("api_key_file must name a file of one line that the server's operating system user can read.")
     };
-    // Opening or reading a pipe or a device may wait for ever: neither waits here, and both are refused.
-    let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|e| fail(e.to_string()))?;
-    let about = file.metadata().map_err(|e| fail(e.to_string()))?;
-    if !about.is_file() {
-        return Err(fail("it is not an ordinary file".into()));
-    }
-    if about.len() > MOST_KEY {
-        return Err(fail(format!("it is larger than {MOST_KEY} bytes")));
-    }
-    let mut bytes = Vec::new();
-    file.take(MOST_KEY).read_to_end(&mut bytes).map_err(|e| fail(e.to_string()))?;
+    let bytes = files::read(path, MOST_KEY).map_err(fail)?;
     let text = String::from_utf8(bytes).unwrap_or_default();
     let key = text.trim();
     if key.is_empty() || !is_header(key) {

@@ -134,7 +134,7 @@ fn both_ways<T: serde::Serialize + for<'de> serde::Deserialize<'de> + PartialEq 
 /// What a user may write: options and labels as JSON, a base_url.
 pub fn options(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
-    if let Ok(target) = url::parse(&text) {
+    if let Ok(target) = url::parse(&text, true) {
         // Whom the HTTP client would talk to is who was checked. It alone knows which international names are none.
         let read = match ::url::Url::parse(&text) {
             Ok(read) => read,

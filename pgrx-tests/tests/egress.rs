@@ -7,7 +7,7 @@ use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
 
 use common::{Bed, PATIENCE, backfill, error, run, text, tickets, wait_status};
-use llm_fake_provider::{Config, Fault};
+use llm_fake_provider::{CA, Config, FakeProvider, Fault, OTHER_CA, TlsFront, private_address};
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::Client;
 
@@ -193,4 +193,124 @@ fn an_account_is_shared_only_among_servers_of_one_owner() {
     assert_eq!(common::progress(client, job).status, "running");
     bed.provider.release();
     assert_eq!(bed.done(job).counts(), (200, 200, 0, 0, 0, 0));
+}
+
+const ASK: &str = "SELECT llm_classify('#r000001:bug#', 'topic')";
+
+#[track_caller]
+fn refused(client: &mut Client, sql: &str, code: &str, says: &[&str]) {
+    let (found, message, detail, hint) = error(client, sql);
+    let all = format!("{message}\n{detail}\n{hint}");
+    assert_eq!(found, code, "{sql}\n{all}");
+    for words in says {
+        assert!(all.contains(words), "\"{words}\" is missing\n{sql}\n{all}");
+    }
+}
+
+/// A model at another address of this machine over http, and one behind a certificate of one's own.
+#[test]
+fn models_on_ones_own_network() {
+    let bed = Bed::new("egress_own");
+    let client = &mut bed.connect();
+    run(client, "CREATE ROLE alice LOGIN; GRANT USAGE ON FOREIGN DATA WRAPPER llm_provider TO alice");
+    run(client, "GRANT USAGE ON FOREIGN SERVER fake TO alice");
+    let alice = &mut bed.cluster.connect_as("postgres", "alice");
+    for option in ["allow_http 'true'", "allow_http 'ON'", "ca_file '/etc/ca.pem'"] {
+        let create =
+            format!("CREATE SERVER hers FOREIGN DATA WRAPPER llm_provider OPTIONS (base_url 'https://a/v1', {option})");
+        let name = option.split(' ').next().unwrap();
+        refused(alice, &create, "42501", &[name, "Only a superuser"]);
+    }
+    for option in ["allow_http 'maybe'", "allow_http ''", "ca_file 'ca.pem'", "ca_file ''"] {
+        let name = option.split(' ').next().unwrap();
+        refused(client, &format!("ALTER SERVER fake OPTIONS (ADD {option})"), "HV024", &[name]);
+    }
+    certificate(&bed, client);
+    match private_address() {
+        Some(here) => plain(&bed, client, alice, here),
+        None => eprintln!("SKIPPED: http to another address; this machine has no private one"),
+    }
+}
+
+fn certificate(bed: &Bed, client: &mut Client) {
+    let front = TlsFront::start([127, 0, 0, 1].into(), bed.provider.address()).unwrap();
+    let url = format!("https://localhost:{}/v1", front.address.port());
+    run(client, &format!("ALTER SERVER fake OPTIONS (SET base_url '{url}')"));
+    refused(client, ASK, "08006", &["invalid peer certificate", "ca_file"]);
+    run(client, "ALTER SERVER fake OPTIONS (ADD ca_file '/nowhere')");
+    refused(client, ASK, "58P01", &["ca_file of server \"fake\"", "\"/nowhere\"", "No such file", "PEM"]);
+    let file = bed.cluster.socket_dir().join("ca.pem");
+    let write = |content: &str| {
+        std::fs::write(&file, content).unwrap();
+        std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o644)).unwrap();
+    };
+    write("nothing");
+    run(client, &format!("ALTER SERVER fake OPTIONS (SET ca_file '{}')", file.display()));
+    refused(client, ASK, "58P01", &["no usable certificate"]);
+    refused(client, "SELECT llm_batch.create_model('other', server => 'fake', model => 'x')", "58P01", &["ca_file"]);
+    write(CA);
+    assert_eq!(text(client, ASK), "bug");
+    // A file that was changed holds for the next answer.
+    write(OTHER_CA);
+    refused(client, ASK, "08006", &["invalid peer certificate"]);
+    write(CA);
+    let mut again = || client.query_one(ASK, &[]).map_or_else(|e| e.to_string(), |row| row.get(0));
+    wait_until("it is asked again", PATIENCE, &mut again, |answer| answer == "bug");
+    run(client, "ALTER SERVER fake OPTIONS (DROP ca_file)");
+}
+
+fn plain(bed: &Bed, client: &mut Client, alice: &mut Client, here: std::net::IpAddr) {
+    let away = FakeProvider::start(Config { listen: (here, 0).into(), ..Config::default() }).unwrap();
+    let url = away.base_url();
+    let point = |url: &str| format!("ALTER SERVER fake OPTIONS (SET base_url '{url}')");
+    refused(client, &point(&url), "HV024", &["http is for this machine alone", "allow_http 'true'"]);
+    run(client, &format!("ALTER SERVER fake OPTIONS (ADD allow_http 'true', SET base_url '{url}')"));
+    assert_eq!(text(client, ASK), "bug");
+    assert_eq!(text(alice, ASK), "bug");
+    assert_eq!(away.stats().requests, 2);
+    tickets(client, "tickets", 1..=100);
+    let job = backfill(client, "tickets");
+    bed.done(job);
+    assert_eq!(common::wrong(client, "tickets"), 0);
+    for never in ["http://169.254.169.254/v1", "http://8.8.8.8/v1", "http://100.100.100.200/v1", "http://[fe80::1]/v1"]
+    {
+        refused(client, &point(never), "HV024", &["private addresses alone"]);
+    }
+    refused(client, "ALTER SERVER fake OPTIONS (DROP allow_http)", "HV024", &["http is for this machine alone"]);
+    refused(client, "ALTER SERVER fake OPTIONS (SET allow_http 'false')", "HV024", &["http is for this machine alone"]);
+
+    // It counts only while a superuser owns the server, whatever hosts are allowed.
+    let listed = if here.is_ipv6() { format!("[{here}]") } else { here.to_string() };
+    allow(bed, &format!("127.0.0.1, {listed}"));
+    run(client, "ALTER SERVER fake OWNER TO alice");
+    for role in [&mut *alice, &mut *client] {
+        refused(role, ASK, "42501", &["\"fake\"", "\"allow_http\"", "servers of superusers", "(DROP allow_http)"]);
+    }
+    for change in [
+        format!("SET base_url '{url}x'"),
+        "SET base_url 'https://a/v1'".to_owned(),
+        "ADD account 'x'".to_owned(),
+        "SET allow_http 'on'".to_owned(),
+    ] {
+        refused(
+            alice,
+            &format!("ALTER SERVER fake OPTIONS ({change})"),
+            "42501",
+            &["\"allow_http\"", "(DROP allow_http"],
+        );
+    }
+    // Without it the server is hers to change.
+    let home = bed.provider.base_url();
+    run(alice, &format!("ALTER SERVER fake OPTIONS (DROP allow_http, SET base_url '{home}')"));
+    assert_eq!(text(alice, ASK), "bug");
+    // Not even a superuser gives it to a server of hers.
+    run(client, "ALTER SERVER fake OPTIONS (ADD allow_http 'true')");
+    refused(alice, ASK, "42501", &["\"allow_http\""]);
+    run(client, "REASSIGN OWNED BY alice TO postgres");
+    run(client, &point(&url));
+    assert_eq!(text(client, ASK), "bug");
+    run(client, "CREATE ROLE chief LOGIN SUPERUSER; ALTER SERVER fake OWNER TO chief");
+    assert_eq!(text(client, ASK), "bug");
+    run(client, "GRANT USAGE ON FOREIGN DATA WRAPPER llm_provider TO chief; ALTER ROLE chief NOSUPERUSER");
+    refused(client, ASK, "42501", &["\"allow_http\""]);
 }

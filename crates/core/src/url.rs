@@ -81,6 +81,23 @@ pub fn is_reserved(ip: IpAddr) -> bool {
     }
 }
 
+/// Whether texts and keys may go to an address in the clear: to this machine, and where it is allowed to private addresses.
+pub fn may_be_clear(ip: IpAddr, allow_http: bool) -> bool {
+    // What is translated or tunnelled crosses other networks, so only the mapped form is read as the address in it.
+    let ip = ip.to_canonical();
+    ip.is_loopback() || (allow_http && is_private(ip))
+}
+
+/// Whether an address is of a private network: RFC 1918, RFC 4193, or a provider's or a VPN's own (RFC 6598).
+fn is_private(ip: IpAddr) -> bool {
+    let is_inside = match ip {
+        IpAddr::V4(v4) => v4.is_private() || v4.octets()[0] == 100 && v4.octets()[1] & 0xc0 == 64,
+        IpAddr::V6(v6) => v6.is_unique_local(),
+    };
+    // Metadata services have some of these addresses.
+    is_inside && !is_reserved(ip)
+}
+
 /// The IPv4 address that an IPv6 address stands for, where it does: mapped, compatible, translated (NAT64), tunnelled (6to4,
 /// Teredo). Otherwise the address itself.
 fn reached(ip: IpAddr) -> IpAddr {
@@ -97,12 +114,12 @@ fn reached(ip: IpAddr) -> IpAddr {
     }
 }
 
-/// Reads a `base_url`.
+/// Reads a `base_url`. With `allow_http`, a name in `http://` has to be looked at when it is resolved.
 ///
 /// # Errors
-/// If it is not `https://host[:port][/path]`, or `http://` with a host that is not this machine. The error does not quote
-/// it: there may be a password in it.
-pub fn parse(base_url: &str) -> Result<Target, Error> {
+/// If it is not `https://host[:port][/path]`, or `http://` with a host that is not this machine and, with `allow_http`, no
+/// name and no private address. The error does not quote it: there may be a password in it.
+pub fn parse(base_url: &str, allow_http: bool) -> Result<Target, Error> {
     let hint = "Write it as https://host/path, such as https://api.openai.com/v1.";
     let bad = |why: &str| Error::new(format!("invalid base_url: {why}")).hint(hint);
     let (https, rest) = match base_url.split_once("://") {
@@ -138,10 +155,18 @@ pub fn parse(base_url: &str) -> Result<Target, Error> {
         _ => None,
     };
     let target = Target { host, port: port.ok_or_else(|| bad("the port is not a number"))?, https };
-    if !https && !target.is_loopback() {
-        return Err(bad("http is for this machine alone; keys and texts would cross the network in the clear"));
+    let is_fine =
+        https || target.is_loopback() || allow_http && target.address().is_none_or(|ip| may_be_clear(ip, true));
+    match (is_fine, allow_http) {
+        (true, _) => Ok(target),
+        (false, true) => Err(bad("http is for this machine and private addresses alone, also with allow_http")),
+        (false, false) => {
+            Err(bad("http is for this machine alone; keys and texts would cross the network in the clear").hint(
+                "Write it as https://host/path. For a host with a private address a superuser can set the option \
+                 allow_http 'true'.",
+            ))
+        }
     }
-    Ok(target)
 }
 
 #[cfg(test)]
@@ -161,7 +186,7 @@ mod tests {
             ("https://x.openai.azure.com/openai/deployments/d", "x.openai.azure.com", 443, true),
             ("https://xn--bcher-kva.example/", "xn--bcher-kva.example", 443, true),
         ] {
-            assert_eq!(parse(url).unwrap(), Target { host: host.into(), port, https }, "{url}");
+            assert_eq!(parse(url, false).unwrap(), Target { host: host.into(), port, https }, "{url}");
         }
     }
 
@@ -207,19 +232,19 @@ mod tests {
             "http://[::ffff:127.0.0.1]/",
             "https://[fe80::1%25eth0]/",
         ] {
-            assert!(parse(url).is_err(), "{url}");
+            assert!(parse(url, false).is_err(), "{url}");
         }
     }
 
     #[test]
     fn a_password_is_not_quoted() {
-        let error = parse("https://user:sk-very-secret@api.example/v1").unwrap_err();
+        let error = parse("https://user:sk-very-secret@api.example/v1", false).unwrap_err();
         assert!(!format!("{error:?}").contains("secret"), "{error:?}");
     }
 
     #[test]
     fn hosts_are_listed_by_name_and_port() {
-        let listed = |url: &str, entry: &str| parse(url).unwrap().is_listed(&[entry.to_owned()]);
+        let listed = |url: &str, entry: &str| parse(url, false).unwrap().is_listed(&[entry.to_owned()]);
         for (url, entry) in [
             ("https://api.example/v1", "api.example"),
             ("https://API.example/v1", "Api.EXAMPLE"),
@@ -309,11 +334,85 @@ mod tests {
         }
     }
 
+    #[test]
+    fn http_is_for_this_machine_and_where_allowed_for_private_addresses() {
+        let ip = |s: &str| s.parse::<IpAddr>().unwrap();
+        let url =
+            |s: &str| if s.contains(':') { format!("http://[{s}]:8000/v1") } else { format!("http://{s}:8000/v1") };
+        for here in ["127.0.0.1", "127.8.9.10", "::1"] {
+            assert!(may_be_clear(ip(here), false) && parse(&url(here), false).is_ok(), "{here}");
+            assert!(may_be_clear(ip(here), true) && parse(&url(here), true).is_ok(), "{here}");
+        }
+        for private in [
+            "10.0.0.0",
+            "10.255.255.255",
+            "172.16.0.0",
+            "172.31.255.255",
+            "192.168.0.0",
+            "192.168.255.255",
+            "100.64.0.0",
+            "100.127.255.255",
+            "fc00::",
+            "fd00::2",
+            "fdff:ffff::1",
+            "::ffff:10.0.0.1",
+        ] {
+            assert!(!may_be_clear(ip(private), false) && parse(&url(private), false).is_err(), "{private}");
+            assert!(may_be_clear(ip(private), true) && parse(&url(private), true).is_ok(), "{private}");
+        }
+        for never in [
+            "9.255.255.255",
+            "11.0.0.0",
+            "172.15.255.255",
+            "172.32.0.0",
+            "192.167.255.255",
+            "192.169.0.0",
+            "100.63.255.255",
+            "100.128.0.0",
+            "8.8.8.8",
+            "192.0.2.1",
+            "169.254.169.254",
+            "169.254.0.1",
+            "100.100.100.200",
+            "168.63.129.16",
+            "192.0.0.192",
+            "0.0.0.0",
+            "224.0.0.1",
+            "255.255.255.255",
+            "::",
+            "fbff::1",
+            "fe00::1",
+            "fe80::1",
+            "fec0::1",
+            "ff02::1",
+            "2606:4700::6812:7c0",
+            "fd00:ec2::254",
+            "fd20:ce::254",
+            "::ffff:169.254.169.254",
+            "::ffff:8.8.8.8",
+            // These cross other networks on their way.
+            "64:ff9b::a01:203",
+            "64:ff9b::7f00:1",
+            "2002:a01:203::1",
+            "::10.1.2.3",
+        ] {
+            assert!(!may_be_clear(ip(never), true) && parse(&url(never), true).is_err(), "{never}");
+            assert!(!may_be_clear(ip(never), false) && parse(&url(never), false).is_err(), "{never}");
+        }
+        // A name is looked at when it is resolved. Other spellings of addresses stay none.
+        assert!(parse("http://host.docker.internal:11434/v1", true).is_ok());
+        for url in
+            ["http://10.1/", "http://0x0a.0.0.1/", "http://167772161/", "http://10.0.0.1./", "http://a@10.0.0.1/"]
+        {
+            assert!(parse(url, true).is_err(), "{url}");
+        }
+    }
+
     proptest! {
         #[test]
         fn never_panics(url in ".{0,60}", tail in r"[a-z0-9.:@/\\\[\]]{0,40}") {
-            let _ = parse(&url);
-            let _ = parse(&format!("http://{tail}"));
+            let _ = parse(&url, false);
+            let _ = parse(&format!("http://{tail}"), true);
         }
     }
 }

@@ -36,6 +36,7 @@ mod http;
 mod limits;
 mod mean;
 mod meter;
+mod network;
 mod other;
 mod prefix;
 mod prompt;
@@ -49,5 +50,6 @@ mod window;
 
 pub use config::{Config, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 pub use fault::Fault;
+pub use network::{CA, OTHER_CA, TlsFront, private_address};
 pub use server::FakeProvider;
 pub use stats::{Row, Stats};

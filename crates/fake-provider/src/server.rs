@@ -60,6 +60,11 @@ impl FakeProvider {
         format!("http://{}/v1", self.address)
     }
 
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// The counts so far.
     pub fn stats(&self) -> Stats {
         self.shared.stats()

@@ -4,7 +4,7 @@
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -20,12 +20,13 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::client::legacy::connect::{Connected, Connection, HttpConnector};
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use llm_batch_core::url::{LOCALHOST, is_loopback, is_reserved};
+use llm_batch_core::url::{self, LOCALHOST, is_loopback, is_reserved, may_be_clear};
 use rustls_platform_verifier::BuilderVerifierExt;
 use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_service::Service;
 
+use crate::files;
 use crate::protocol::{Endpoint, Secret};
 
 /// Endpoints whose connections are kept. The one that was used longest ago gives way.
@@ -44,7 +45,7 @@ const MAX_HEAD: usize = 64 << 10;
 /// An HTTP client with connections of its own. It follows no redirects and uses no proxy.
 pub type HttpClient = Client<HttpsConnector<Connector>, Full<Bytes>>;
 
-/// How certificates are verified: as the operating system does.
+/// How certificates are verified where a server names no `ca_file`: as the operating system does.
 ///
 /// # Errors
 /// If its certificates can't be read.
@@ -70,8 +71,15 @@ pub struct Clients {
     pub memory: usize,
 }
 
-/// URL, whether it is trusted, key.
-type PoolKey = (String, bool, Option<String>);
+/// What requests on the same connections have in common.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct PoolKey {
+    base_url: String,
+    reach: Reach,
+    /// The content of the file: another one makes new connections.
+    ca: Option<Vec<u8>>,
+    api_key: Option<String>,
+}
 
 impl Clients {
     /// With at most so many `connections`.
@@ -84,24 +92,47 @@ impl Clients {
         Self { tls, lookup, pools: BTreeMap::new(), uses: 0, places, reading: Rc::default(), memory }
     }
 
-    pub fn of(&mut self, endpoint: &Endpoint) -> HttpClient {
+    /// The client for an endpoint. What its options allow and its `ca_file` are looked at anew each time.
+    ///
+    /// # Errors
+    /// If it can't be asked in this way.
+    pub fn of(&mut self, endpoint: &Endpoint) -> Result<HttpClient, String> {
         self.uses += 1;
-        let key = endpoint.api_key.as_ref().map(|Secret(key)| key.clone());
-        let key = (endpoint.base_url.clone(), endpoint.is_trusted, key);
+        let target = url::parse(&endpoint.base_url, endpoint.allow_http).map_err(|e| e.message)?;
+        let unusable = |path: &str, e: String| format!("could not use ca_file \"{path}\": {e}");
+        let file = endpoint.ca_file.as_deref();
+        let key = PoolKey {
+            base_url: endpoint.base_url.clone(),
+            reach: Reach { is_trusted: endpoint.is_trusted, https: target.https, allow_http: endpoint.allow_http },
+            ca: file.map(|path| files::read_ca(path).map_err(|e| unusable(path, e))).transpose()?,
+            api_key: endpoint.api_key.as_ref().map(|Secret(key)| key.clone()),
+        };
         // Where places are short, the connections that others keep are closed.
         if self.places.available_permits() == 0 {
             self.close_oldest(Some(&key));
         }
         if let Some((client, used)) = self.pools.get_mut(&key) {
             *used = self.uses;
-            return client.clone();
+            return Ok(client.clone());
         }
+        let tls = match &key.ca {
+            Some(pem) => self.tls_of(pem).map_err(|e| unusable(file.unwrap_or_default(), e))?,
+            None => self.tls.clone(),
+        };
         if self.pools.len() >= MOST_POOLS {
             self.close_oldest(None);
         }
-        let client = self.client(endpoint.is_trusted);
+        let client = self.client(tls, key.reach);
         self.pools.insert(key, (client.clone(), self.uses));
-        client
+        Ok(client)
+    }
+
+    /// Verifies certificates by those in a file, and by no others.
+    fn tls_of(&self, pem: &[u8]) -> Result<rustls::ClientConfig, String> {
+        let config = rustls::ClientConfig::builder_with_provider(Arc::clone(self.tls.crypto_provider()))
+            .with_safe_default_protocol_versions()
+            .map_err(|e| e.to_string())?;
+        Ok(config.with_root_certificates(files::roots(pem)?).with_no_client_auth())
     }
 
     /// Keeps no connection of the endpoint any more that was used longest ago, but for this one.
@@ -117,15 +148,15 @@ impl Clients {
         Answer { bytes: Vec::new(), all: Rc::clone(&self.reading), most, memory: self.memory }
     }
 
-    fn client(&self, is_trusted: bool) -> HttpClient {
-        let mut tcp = HttpConnector::new_with_resolver(Resolver { lookup: Arc::clone(&self.lookup), is_trusted });
+    fn client(&self, tls: rustls::ClientConfig, reach: Reach) -> HttpClient {
+        let mut tcp = HttpConnector::new_with_resolver(Resolver { lookup: Arc::clone(&self.lookup), reach });
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
         tcp.set_keepalive(Some(KEEPALIVE.0));
         tcp.set_tcp_user_timeout(Some(KEEPALIVE.1));
         let https = HttpsConnectorBuilder::new()
-            .with_tls_config(self.tls.clone())
+            .with_tls_config(tls)
             .https_or_http()
             .enable_http1()
             .wrap_connector(Connector { tcp, places: Arc::clone(&self.places) });
@@ -258,12 +289,32 @@ impl Lookup for System {
     }
 }
 
-/// Finds the addresses of a name, and leaves out those that an endpoint that is not trusted may not reach. Addresses in
-/// URLs do not come here: they are checked where the endpoint is made.
+/// Which addresses an endpoint may reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Reach {
+    is_trusted: bool,
+    https: bool,
+    allow_http: bool,
+}
+
+impl Reach {
+    /// Why a name must not lead to an address.
+    fn refusal(self, name: &str, ip: IpAddr) -> Option<&'static str> {
+        let is_allowed = if is_loopback(ip) { name.eq_ignore_ascii_case(LOCALHOST) } else { !is_reserved(ip) };
+        if !self.is_trusted && !is_allowed {
+            return Some("which servers that a superuser does not own may not reach");
+        }
+        let is_fine = self.https || may_be_clear(ip, self.allow_http);
+        (!is_fine).then_some("which http may not reach: it is not a private address")
+    }
+}
+
+/// Finds the addresses of a name, and leaves out those that an endpoint may not reach. Addresses in URLs do not come here:
+/// whoever makes the endpoint looks at them, and `Clients::of` at those in `http://`.
 #[derive(Clone)]
 pub struct Resolver {
     lookup: Arc<dyn Lookup>,
-    is_trusted: bool,
+    reach: Reach,
 }
 
 impl Service<Name> for Resolver {
@@ -276,24 +327,26 @@ impl Service<Name> for Resolver {
     }
 
     fn call(&mut self, name: Name) -> Self::Future {
-        let (text, is_trusted) = (name.as_str().to_owned(), self.is_trusted);
-        let may_be_here = text.eq_ignore_ascii_case(LOCALHOST);
+        let (text, reach) = (name.as_str().to_owned(), self.reach);
         let found = self.lookup.lookup(text.clone());
         Box::pin(async move {
-            let is_fine =
-                |a: &SocketAddr| is_trusted || if is_loopback(a.ip()) { may_be_here } else { !is_reserved(a.ip()) };
-            let (fine, refused): (Vec<_>, Vec<_>) = found.await?.into_iter().partition(is_fine);
-            match refused.first() {
-                Some(address) if fine.is_empty() => Err(io::Error::other(format!(
-                    "\"{text}\" is {}, which servers that a superuser does not own may not reach",
-                    address.ip()
-                ))),
+            let (mut fine, mut refused) = (Vec::new(), None);
+            for address in found.await? {
+                match reach.refusal(&text, address.ip()) {
+                    None => fine.push(address),
+                    Some(why) => refused = refused.or(Some((address.ip(), why))),
+                }
+            }
+            match refused {
+                Some((ip, why)) if fine.is_empty() => Err(io::Error::other(format!("\"{text}\" is {ip}, {why}"))),
                 _ => Ok(fine.into_iter()),
             }
         })
     }
 }
 
+#[cfg(test)]
+mod own_network;
 #[cfg(test)]
 mod tests {
     use std::io::{Read, Write};
@@ -317,17 +370,17 @@ mod tests {
         }
     }
 
-    fn clients(answers: &[&[&str]]) -> Clients {
+    pub(super) fn clients(answers: &[&[&str]]) -> Clients {
         let ips = |list: &&[&str]| list.iter().map(|ip| ip.parse().unwrap()).collect();
         let lookup = Arc::new(Fake(Mutex::new(answers.iter().map(ips).collect())));
         Clients::with(tls().unwrap(), lookup, usize::MAX, 100)
     }
 
     /// Of a server that closes each connection.
-    const CLOSING: &str = "content-length: 0\r\nconnection: close\r\n";
+    pub(super) const CLOSING: &str = "content-length: 0\r\nconnection: close\r\n";
 
     /// A server that answers with a 500 of this head, and counts connections; its port.
-    fn server(head: &'static str) -> (u16, Arc<Mutex<u32>>) {
+    pub(super) fn server(head: &'static str) -> (u16, Arc<Mutex<u32>>) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let count = Arc::new(Mutex::new(0));
@@ -353,12 +406,14 @@ mod tests {
         let mut endpoint = stream().endpoint;
         endpoint.base_url = format!("http://{host}:{port}/v1");
         endpoint.is_trusted = is_trusted;
+        // Most of these names are not this machine's.
+        endpoint.allow_http = true;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let question = Question { endpoint: &endpoint, body: &json!({}), timeout: Duration::from_secs(20) };
-        runtime.block_on(request::send(&clients.of(&endpoint), clients.answer(9_000), &question))
+        runtime.block_on(request::send(clients.of(&endpoint), clients.answer(9_000), &question))
     }
 
-    fn message(answered: &Answered) -> String {
+    pub(super) fn message(answered: &Answered) -> String {
         answered.result.as_ref().unwrap_err().message.clone()
     }
 
@@ -422,7 +477,7 @@ mod tests {
             endpoint.api_key = Some(Secret(key.to_owned()));
             let question = Question { endpoint: &endpoint, body: &json!({}), timeout: Duration::from_secs(20) };
             let (client, answer) = (clients.of(&endpoint), clients.answer(9_000));
-            let answered = runtime.block_on(request::send(&client, answer, &question));
+            let answered = runtime.block_on(request::send(client, answer, &question));
             assert!(message(&answered).contains("500"), "{answered:?}");
             connections.push(*count.lock().unwrap());
         }

@@ -7,6 +7,7 @@ mod cache;
 mod dispatch;
 mod egress;
 pub mod failure;
+pub mod files;
 mod group;
 mod kept;
 mod lane;

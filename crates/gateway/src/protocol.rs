@@ -48,6 +48,11 @@ pub struct Endpoint {
     /// Whether a superuser owns the server, so that requests may go to any address. Otherwise names of this machine and of
     /// metadata services lead nowhere.
     pub is_trusted: bool,
+    /// `http://` may lead to private addresses, not to this machine alone.
+    pub allow_http: bool,
+    /// A file with the certificates of those who may sign the endpoint's, in PEM form; by default those that the operating
+    /// system knows.
+    pub ca_file: Option<String>,
     /// Whose limits these are; by default the URL and the key.
     pub account: Option<String>,
     /// The bearer token, if the endpoint wants one.
@@ -445,6 +450,8 @@ pub(crate) mod tests {
             endpoint: Endpoint {
                 base_url: "http://127.0.0.1:1/v1".into(),
                 is_trusted: true,
+                allow_http: false,
+                ca_file: None,
                 account: None,
                 api_key: None,
                 counts: Counts::default(),

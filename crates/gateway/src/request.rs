@@ -74,10 +74,14 @@ impl Answered {
     }
 }
 
-/// Sends a request and reads its answer into `answer`.
-pub async fn send(client: &HttpClient, answer: Answer, question: &Question<'_>) -> Answered {
+/// Sends a request and reads its answer into `answer`. Without a client it fails for the reason that there is none.
+pub async fn send(client: Result<HttpClient, String>, answer: Answer, question: &Question<'_>) -> Answered {
+    let client = match client {
+        Ok(client) => client,
+        Err(e) => return Answered::broke_off(e, false),
+    };
     let has_begun = Cell::new(false);
-    let exchange = tokio::time::timeout(question.timeout, exchange(client, answer, question, &has_begun));
+    let exchange = tokio::time::timeout(question.timeout, exchange(&client, answer, question, &has_begun));
     let answered = exchange.await.unwrap_or_else(|_| Answered::broke_off(TIMED_OUT.to_owned(), true));
     Answered { has_begun: has_begun.get(), ..answered }
 }

@@ -161,7 +161,7 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     let mut sending = spawn_local(async move {
         failure_point!("net-send");
         let question = Question { endpoint: &stream.endpoint, body: &body, timeout };
-        request::send(&client, answer, &question).await
+        request::send(client, answer, &question).await
     });
     let result = tokio::select! {
         joined = &mut sending => {
@@ -178,8 +178,8 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     shared.room.notify_waiters();
 }
 
-/// The client for an endpoint, and room for an answer of so many tokens.
-fn way(shared: &Shared, endpoint: &Endpoint, most_tokens: u64) -> (HttpClient, Answer) {
+/// The client for an endpoint or why there is none, and room for an answer of so many tokens.
+fn way(shared: &Shared, endpoint: &Endpoint, most_tokens: u64) -> (Result<HttpClient, String>, Answer) {
     let mut clients = shared.clients.borrow_mut();
     (clients.of(endpoint), clients.answer(request::most_bytes(most_tokens)))
 }
@@ -293,7 +293,7 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
                 let (client, answer) = way(&shared, &endpoint, PROBE_READ_TOKENS);
                 let question = Question { endpoint: &endpoint, body: &body, timeout };
                 let result = tokio::select! {
-                    answered = request::send(&client, answer, &question) => answered.result,
+                    answered = request::send(client, answer, &question) => answered.result,
                     () = left.notified() => return,
                 };
                 let end = shared.state.borrow_mut().probed(shared.now(), conn, tries, result);

@@ -34,8 +34,8 @@ use crate::notice::Notices;
 use crate::numbers::Numbers;
 use crate::places::Places;
 use crate::protocol::{
-    Allowance, Endpoint, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
-    StopReason, Stream, Verdict, encode,
+    Allowance, Endpoint, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Secret, Spent,
+    Stop, StopReason, Stream, Verdict, encode,
 };
 use crate::purse::Purse;
 use crate::server::Frames;
@@ -553,18 +553,21 @@ pub fn disabled() -> Stop {
     Stop { reason: StopReason::Disabled, message: "llm_batch.enabled is off".into(), retry_after_ms: None }
 }
 
-/// Whose limits an endpoint is under: as the user named it, else the URL, and a mark of the key.
+/// Whose limits an endpoint is under: as the user named it, else the URL, a mark of the key, and who may sign for it, since
+/// what fails by one such file does not fail by another.
 fn account(endpoint: &Endpoint) -> String {
     use std::hash::{DefaultHasher, Hash, Hasher};
     if let Some(account) = &endpoint.account {
         return account.clone();
     }
-    match &endpoint.api_key {
-        None => endpoint.base_url.clone(),
-        Some(key) => {
-            let mut hasher = DefaultHasher::new();
-            key.0.hash(&mut hasher);
-            format!("{} (key {:08x})", endpoint.base_url, hasher.finish() as u32)
-        }
+    let mut account = endpoint.base_url.clone();
+    if let Some(Secret(key)) = &endpoint.api_key {
+        let mut hasher = DefaultHasher::new();
+        key.hash(&mut hasher);
+        account.push_str(&format!(" (key {:08x})", hasher.finish() as u32));
     }
+    if let Some(file) = &endpoint.ca_file {
+        account.push_str(&format!(" (ca_file {file})"));
+    }
+    account
 }

@@ -206,6 +206,8 @@ pub fn stream(provider: &FakeProvider) -> Stream {
         endpoint: Endpoint {
             base_url: provider.base_url(),
             is_trusted: true,
+            allow_http: false,
+            ca_file: None,
             account: None,
             api_key: None,
             counts: Counts::default(),
