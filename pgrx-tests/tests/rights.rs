@@ -626,13 +626,15 @@ fn a_job_whose_owner_cannot_log_in_is_left_alone() {
     run(client, &format!("SELECT llm_batch.alter_job({job}, max_tokens => 1000000)"));
     let old = job_of_bob();
     assert_eq!(starts(), 0);
-    // Resumed, and paused before anyone looks: one start is in vain.
-    run(client, &format!("BEGIN; SELECT llm_batch.resume({job}); SELECT llm_batch.pause({job}); COMMIT"));
-    wait_until("one was started", PATIENCE, starts, |n| *n == 1);
+    // Resumed, and paused before anyone looks: one start is in vain. The search that follows it finds an old job to forget.
     run(
         client,
-        &format!("UPDATE llm_batch.job_state SET updated_at = now() - interval '91 days' WHERE job_id = {old}"),
+        &format!(
+            "BEGIN; UPDATE llm_batch.job_state SET updated_at = now() - interval '91 days' WHERE job_id = {old};
+             SELECT llm_batch.resume({job}); SELECT llm_batch.pause({job}); COMMIT"
+        ),
     );
+    wait_until("one was started", PATIENCE, starts, |n| *n == 1);
     let is_there = format!("SELECT count(*) FROM llm_batch.progress WHERE job_id = {old}");
     wait_until("a search has looked into it", PATIENCE, || one(client, &is_there), |n| *n == 0);
     bed.provider.configure(|c| c.latency.base = Duration::from_secs(3));
