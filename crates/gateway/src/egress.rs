@@ -15,7 +15,7 @@ use http_body_util::Full;
 use hyper::Uri;
 use hyper::body::Bytes;
 use hyper::rt::{Read, ReadBufCursor, Write};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder, MaybeHttpsStream};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::client::legacy::connect::{Connected, Connection, HttpConnector};
@@ -33,6 +33,8 @@ use crate::protocol::{Endpoint, Secret};
 const MOST_POOLS: usize = 64;
 /// How long connecting may take, TLS apart.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// The same with TLS, and with the wait for a place.
+const WHOLE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long a connection without a request is kept.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often the other side of a silent connection is asked whether it is there, and how long it may stay silent.
@@ -43,7 +45,7 @@ const SMALL_ANSWER: usize = 64 << 10;
 const MAX_HEAD: usize = 64 << 10;
 
 /// An HTTP client with connections of its own. It follows no redirects and uses no proxy.
-pub type HttpClient = Client<HttpsConnector<Connector>, Full<Bytes>>;
+pub type HttpClient = Client<Bounded, Full<Bytes>>;
 
 /// How certificates are verified where a server names no `ca_file`: as the operating system does.
 ///
@@ -164,7 +166,27 @@ impl Clients {
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .http1_max_buf_size(MAX_HEAD)
-            .build(https)
+            .build(Bounded(https))
+    }
+}
+
+/// Connects within a time. hyper finishes a connection in the background that no request waits for any more: one that a
+/// server never finishes would hold its place for ever.
+#[derive(Clone)]
+pub struct Bounded(HttpsConnector<Connector>);
+
+impl Service<Uri> for Bounded {
+    type Response = MaybeHttpsStream<Placed>;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.0.poll_ready(context)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let connecting = self.0.call(uri);
+        Box::pin(async move { tokio::time::timeout(WHOLE_TIMEOUT, connecting).await? })
     }
 }
 

@@ -34,6 +34,8 @@ pub struct Row {
     pub attempts: u32,
     /// Points of trouble that were not the row's fault; see `State::row_in_trouble`.
     pub trouble: u32,
+    /// How often it was refused alone as larger than a limit of the account.
+    pub over_limit: u32,
     /// Most rows of its next request.
     pub most_rows: usize,
     /// Answers that were cut off before they came to it, for which it was not charged.
@@ -54,6 +56,7 @@ impl Row {
             tokens,
             attempts: 0,
             trouble: 0,
+            over_limit: 0,
             most_rows,
             cut: 0,
             refused_in: None,

@@ -44,6 +44,11 @@ impl Frames {
         self.too_slow.notify_one();
     }
 
+    /// Everything has been written.
+    pub fn is_empty(&self) -> bool {
+        self.unread.get() == 0
+    }
+
     pub fn send(&self, frame: Vec<u8>) {
         let unread = self.unread.get() + frame.len();
         if unread > MOST_UNREAD {

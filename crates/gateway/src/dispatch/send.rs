@@ -133,7 +133,8 @@ impl State {
             match self.look(now, &key, &mut launches, &mut wake) {
                 Look::Sent => {}
                 Look::TooLarge(group, rows, why) => {
-                    self.too_large(now, &key, &group, rows, &why);
+                    let size = rows.len();
+                    self.too_large(now, (&key, &group), rows, size, &why);
                     self.release_last(&key, &group);
                 }
                 Look::Nothing => continue,

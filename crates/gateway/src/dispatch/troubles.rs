@@ -145,7 +145,7 @@ impl State {
                 if alone {
                     self.first_goes_alone(&lane_key, &group_key, &mut rows);
                 }
-                self.too_large(now, &lane_key, &group_key, rows, &message);
+                self.too_large(now, (&lane_key, &group_key), rows, size, &message);
                 return;
             }
             Trouble::Unsupported(parameter) => {
@@ -269,17 +269,25 @@ impl State {
     /// A row was refused alone as larger than a limit of the account. That is not taken for the row's fault at once, and only
     /// if all that was served says so too.
     fn over_limit(&mut self, now: u64, lane: &LaneKey, group: &str, mut row: Row, is_so: bool, message: &str) {
+        row.over_limit += 1;
         row.trouble += 1;
         row.not_before = now + backoff(row.trouble);
-        if is_so && row.trouble >= MOST_OVER_LIMIT {
+        if is_so && row.over_limit >= MOST_OVER_LIMIT {
             self.done(lane, group, row, too_long(message));
         } else {
             self.row_in_trouble(now, lane, group, row, 1, message);
         }
     }
 
-    pub(super) fn too_large(&mut self, now: u64, lane: &LaneKey, group: &str, rows: Vec<Row>, why: &str) {
-        let size = rows.len();
+    /// These are rows of a request of `size` rows that was too large.
+    pub(super) fn too_large(
+        &mut self,
+        now: u64,
+        (lane, group): (&LaneKey, &str),
+        rows: Vec<Row>,
+        size: usize,
+        why: &str,
+    ) {
         for mut row in rows {
             if size == 1 {
                 self.done(lane, group, row, too_long(why));
