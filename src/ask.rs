@@ -28,15 +28,29 @@ pub fn has_text(text: &str) -> bool {
 }
 
 /// What [`has_text()`] takes for white space, which is all that Unicode does.
-const WHITE_SPACE: &str = r"E'\t\n\u000b\f\r \u0085\u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a\u2028\u2029\u202f\u205f\u3000'";
+const WHITE_SPACE: [&str; 25] = [
+    " ", r"\n", r"\r", r"\t", r"\u000b", r"\f", r"\u0085", r"\u00a0", r"\u1680", r"\u2000", r"\u2001", r"\u2002",
+    r"\u2003", r"\u2004", r"\u2005", r"\u2006", r"\u2007", r"\u2008", r"\u2009", r"\u200a", r"\u2028", r"\u2029",
+    r"\u202f", r"\u205f", r"\u3000",
+];
+/// Texts that begin with a character from the first to before the second have text.
+const VISIBLE: [(&str, Option<&str>); 4] =
+    [("!", Some(r"\u0085")), (r"\u00a1", Some(r"\u1680")), (r"\u1681", Some(r"\u2000")), (r"\u3001", None)];
 
-/// The same in SQL, of an expression. Nearly always the first character decides, so that a long text is not read for it.
+/// The same in SQL, of an expression, which is evaluated once. Nearly always the first character decides. Nothing here
+/// raises for a damaged text, as what looks at whole characters does: comparing and replacing take it for bytes.
 pub fn has_text_sql(expression: &str) -> String {
-    let holds = |part: &str| {
-        format!("pg_catalog.octet_length(pg_catalog.ltrim({part}, {WHITE_SPACE})) OPERATOR(pg_catalog.>) 0")
-    };
-    let first = holds(&format!("pg_catalog.left({expression}, 1)"));
-    format!("COALESCE({first} OR {}, false)", holds(expression))
+    let text = r#"("llm_batch q".t COLLATE pg_catalog."C")"#;
+    let begins = VISIBLE.map(|(first, end)| {
+        let below = end.map_or(String::new(), |end| format!(" AND {text} OPERATOR(pg_catalog.<) E'{end}'"));
+        format!("{text} OPERATOR(pg_catalog.>=) E'{first}'{below}")
+    });
+    let rest = WHITE_SPACE.iter().fold(text.to_owned(), |rest, c| format!("pg_catalog.replace({rest}, E'{c}', '')"));
+    format!(
+        "(SELECT COALESCE({} OR pg_catalog.octet_length({rest}) OPERATOR(pg_catalog.>) 0, false)
+            FROM (SELECT {expression} AS t OFFSET 0) \"llm_batch q\")",
+        begins.join(" OR ")
+    )
 }
 
 /// The connection of the last call, with nothing under way, and what was opened on it.

@@ -13,6 +13,7 @@ use crate::client::check_here;
 use crate::error::{Error, Result};
 use crate::json::Json;
 use crate::model::{self, check_owner, current_user, exists, new_name, required};
+use crate::text::Text;
 use crate::{changes, isolation, sql, txn};
 
 /// A task and the name of the model it is asked of.
@@ -160,8 +161,8 @@ fn check(labels: &Value, examples: &Value, options: &Value) -> Result<Checked> {
 }
 
 /// Labels as text, in the order of the text: the model is shown them in it.
-fn read_labels(text: &str) -> Result<Value> {
-    serde_json::from_str(text).map_err(|e| {
+fn read_labels(text: Text) -> Result<Value> {
+    serde_json::from_str(&text.checked()?).map_err(|e| {
         Error::new(PgSqlErrorCode::ERRCODE_INVALID_TEXT_REPRESENTATION, "labels given as text must be JSON")
             .detail(format!("The text is not JSON: {e}."))
             .hint("Write '[\"billing\", \"other\"]' or ARRAY['billing', 'other'].")
@@ -176,7 +177,7 @@ fn check_model(name: &str) -> Result<()> {
 #[pg_extern(sql = false)]
 fn create_classifier(
     name: Option<&str>,
-    labels: Option<&str>,
+    labels: Option<Text>,
     model: Option<&str>,
     instruction: Option<&str>,
     examples: Option<Json>,
@@ -218,7 +219,7 @@ fn create_classifier(
 #[pg_extern(sql = false)]
 fn alter_classifier(
     name: Option<&str>,
-    labels: Option<&str>,
+    labels: Option<Text>,
     model: Option<&str>,
     instruction: Option<&str>,
     examples: Option<Json>,

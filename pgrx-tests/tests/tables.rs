@@ -499,14 +499,17 @@ fn damaged_texts() {
         "UPDATE t SET body = concat(body, '\\xfffe'::bytea::text, 'x') WHERE id = 7;
          UPDATE t SET body = concat(body, '\\xe6'::bytea::text) WHERE id = 77;
          UPDATE t SET body = concat(body, '\\xeda080'::bytea::text) WHERE id = 150;
+         UPDATE t SET body = concat(' ', body, '\\xe6'::bytea::text) WHERE id = 151;
+         UPDATE t SET body = concat(E'\\n\\u2003', '\\xe2'::bytea::text) WHERE id = 152;
+         UPDATE t SET body = '\\xe6'::bytea::text WHERE id = 153;
          UPDATE t SET body = concat(body, repeat(' word', 40000), '\\xff'::bytea::text) WHERE id = 190",
     );
-    const DAMAGED: [i64; 4] = [7, 77, 150, 190];
+    const DAMAGED: [i64; 7] = [7, 77, 150, 151, 152, 153, 190];
     run(
         &mut c,
         "ALTER TABLE t ADD tenant text; UPDATE t SET tenant = 'a'; UPDATE t SET tenant = '\\xff'::bytea::text WHERE id = 1",
     );
-    let one_of = "WHERE id IN (7, 77, 150, 190)";
+    let one_of = "WHERE id IN (7, 77, 150, 151, 152, 153, 190)";
     for more in ["", ", \"isolation\": \"tenant\"", ", \"max_rows_per_request\": 1"] {
         let options = format!("{{\"too_long\": \"truncate\"{more}}}");
         run(&mut c, "UPDATE t SET topic = NULL");
@@ -515,7 +518,7 @@ fn damaged_texts() {
         assert_eq!(one(&mut c, &estimate), 200);
         let job = common::backfill_with(&mut c, "t", &format!("options => '{options}'"));
         let p = wait_status(&mut c, job, "done");
-        assert_eq!(p.counts(), (200, 196, 0, 4, 0, 0), "{options}: {p:?}");
+        assert_eq!(p.counts(), (200, 193, 0, 7, 0, 0), "{options}: {p:?}");
         let listed = common::failures(&mut c, job);
         let mut found: Vec<_> = listed.iter().map(|f| (f.0["id"].as_i64(), f.1.as_str(), f.2.as_str())).collect();
         found.sort_unstable();

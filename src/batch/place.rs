@@ -47,12 +47,14 @@ pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32, has_pol
         if !list::<pg_sys::PlanInvalItem>((*stmt).invalItems).iter().any(calls_functions) {
             return;
         }
+        let is_cursor = is_cursor(cursor_options);
+        // Whose calls they are is in the plan of a cursor, which PL/pgSQL keeps: another role gets another one.
+        (*stmt).dependsOnRole |= is_cursor;
         jit::decide(stmt);
         if !settings::enable_batch_scan() {
             return;
         }
         let has = |option: u32| cursor_options as u32 & option != 0;
-        let is_cursor = is_cursor(cursor_options);
         // A policy may read a setting, or ask who reads, which may both be others at the next FETCH.
         if is_cursor && has_policies {
             return;

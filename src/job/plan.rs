@@ -16,6 +16,8 @@ use crate::{catalog, sql};
 /// The statements of a job for the table as it is named now.
 #[derive(Debug, Clone)]
 pub struct Plan {
+    /// Bytes of a text that are sent at the most.
+    pub most_text: usize,
     /// The search_path under which input and filter are read.
     pub search_path: String,
     /// How many rows are to fill, and how many of them have no text.
@@ -285,6 +287,7 @@ impl Plan {
         let described: Vec<String> =
             job.key_names.iter().zip(at(u)).map(|(n, v)| format!("{}, {v}", pgrx::spi::quote_literal(n))).collect();
         Self {
+            most_text,
             search_path: format!("{}, pg_temp", job.search_path),
             count,
             claim_first: claim("", 1),

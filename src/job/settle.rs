@@ -211,7 +211,11 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
         } else if let Some(e) = tried.refused.remove(position) {
             hindered.refused.push(((*answer).clone(), e));
         } else if tried.blocked.contains(position) {
-            settled.locked.push((*answer).clone());
+            if is_over(answer.locked_since) {
+                listed.push(Listed::new(answer, "not_written", "its UPDATE waited for another transaction each time"));
+            } else {
+                settled.locked.push((*answer).clone());
+            }
         } else if let Some((is_null, found)) = tried.seen.get(position) {
             if !is_null {
                 settled.superseded += 1;

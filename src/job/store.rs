@@ -547,7 +547,7 @@ pub fn release(id: i64, in_doubt: bool) -> Result<()> {
 }
 
 /// How a run ends.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     Done,
     Failed(String),

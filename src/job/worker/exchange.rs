@@ -162,12 +162,15 @@ impl Worker {
             self.change(asked);
             return Ok(());
         }
-        let Some(page::Claimed { page, texts, isolations, .. }) = claimed else {
+        let Some(page::Claimed { page, mut texts, isolations, .. }) = claimed else {
             self.pass_ended = true;
             return Ok(());
         };
         let page = Rc::new(page);
         self.pass_ended = page.len < size as usize;
+        for text in texts.iter_mut().flatten() {
+            text.truncate(text.floor_char_boundary(self.plan.most_text));
+        }
         let bytes: usize = texts.iter().flatten().map(String::len).sum();
         let rows = ((WINDOW_BYTES * page.len / bytes.max(1)) as i64).clamp(1, LARGEST_PAGE);
         self.page_size = whole_packs(rows, &self.asked.stream);
@@ -201,8 +204,10 @@ impl Worker {
     pub(super) fn hand_over(&mut self) -> Result<()> {
         while self.client.is_some() && !self.waiting.is_empty() && self.may_hand_over() {
             let (mut items, mut bytes) = (Vec::new(), 0);
-            while bytes < MESSAGE_BYTES && self.may_hand_over() {
-                let Some((place, text, isolation)) = self.waiting.pop_front() else { break };
+            while self.may_hand_over()
+                && let Some((place, text, isolation)) =
+                    self.waiting.pop_front_if(|(_, text, _)| bytes == 0 || bytes + text.len() <= MESSAGE_BYTES)
+            {
                 failure_point!("poison-worker", &text);
                 bytes += text.len();
                 self.outstanding_bytes += text.len();
@@ -211,9 +216,9 @@ impl Worker {
                 self.next_n += 1;
             }
             failure_point!("hand-over");
-            if let Some(client) = &mut self.client {
-                client.send(&ToGateway::Items(items))?;
-            }
+            let sent = self.client.as_mut().map_or(Ok(()), |client| client.send(&ToGateway::Items(items)));
+            // What was not sent is never answered.
+            sent.inspect_err(|_| self.lose_gateway())?;
             failure_point!("handed-over");
         }
         Ok(())

@@ -436,10 +436,10 @@ impl Worker {
     fn stop(&mut self, outcome: Outcome) {
         if self.stopping.is_none() {
             self.withdraw();
-            // What is at hand is tried once more.
-            if let Some(trouble) = &mut self.trouble {
-                trouble.next = Instant::now();
-            }
+        }
+        // What is at hand is tried once more.
+        if let Some(trouble) = self.trouble.as_mut().filter(|_| self.stopping.as_ref() != Some(&outcome)) {
+            trouble.next = Instant::now();
         }
         if matches!(outcome, Outcome::Cancelled) {
             self.cancelled.get_or_insert((Instant::now(), false));

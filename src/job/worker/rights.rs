@@ -97,8 +97,9 @@ impl Worker {
                 Ok(())
             }
             Err(e) => {
-                // What can't be looked at is not sent.
+                // What can't be looked at is not sent, and what holds then is noted with the next page.
                 self.take_back();
+                self.rights = None;
                 Err(e)
             }
         }
