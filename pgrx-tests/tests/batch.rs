@@ -489,11 +489,13 @@ fn rows_of_the_session_as_it_is() {
          CREATE VIEW by_setting AS SELECT * FROM t WHERE id % 2 = current_setting('app.tenant')::int;
          CREATE VIEW by_function AS SELECT * FROM t WHERE id % 2 = tenant();
          CREATE VIEW by_role AS SELECT * FROM t WHERE id % 2 = CASE current_user WHEN 'one' THEN 0 ELSE 1 END;
+         CREATE TABLE of_one ();
+         CREATE VIEW by_right AS SELECT * FROM t WHERE id % 2 = CASE WHEN has_table_privilege('of_one', 'SELECT') THEN 0 ELSE 1 END;
          CREATE TABLE policed AS SELECT * FROM t; ALTER TABLE policed ENABLE ROW LEVEL SECURITY;
          CREATE POLICY p ON policed USING (id % 2 = current_setting('app.tenant')::int);
          CREATE TABLE owned AS SELECT * FROM t; ALTER TABLE owned ENABLE ROW LEVEL SECURITY;
          CREATE POLICY p ON owned USING (id % 2 = CASE current_user WHEN 'one' THEN 0 ELSE 1 END);
-         GRANT SELECT ON ALL TABLES IN SCHEMA public TO one, two",
+         GRANT SELECT ON ALL TABLES IN SCHEMA public TO one, two; REVOKE SELECT ON of_one FROM two",
     );
     let one = &mut bed.cluster.connect_as("postgres", "one");
     let ids = |rows: &[postgres::Row]| rows.iter().map(|row| row.get::<_, i32>(0)).collect::<Vec<_>>();
@@ -531,6 +533,7 @@ fn rows_of_the_session_as_it_is() {
         ("by_function", settings),
         ("owned", roles),
         ("by_role", roles),
+        ("by_right", roles),
         ("(SELECT * FROM policed OFFSET 0) s", settings),
         ("t WHERE id % 2 = (SELECT id % 2 FROM policed WHERE policed.id >= t.id LIMIT 1)", settings),
     ] {

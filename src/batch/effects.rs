@@ -120,7 +120,25 @@ unsafe extern "C-unwind" fn is_noticed_in_cursor(function: pg_sys::Oid, context:
             && verb(function).is_none()
     };
     // SAFETY: as of is_noticed().
-    SESSION.contains(&function.to_u32()) || may_read() || unsafe { is_noticed(function, context) }
+    SESSION.contains(&function.to_u32())
+        || asks_for_rights(function)
+        || may_read()
+        || unsafe { is_noticed(function, context) }
+}
+
+/// pg_has_role(), has_table_privilege() and their like, most of which are about the current role.
+fn asks_for_rights(function: pg_sys::Oid) -> bool {
+    // SAFETY: on the main thread, in a transaction; the name is copied, and freed with the planner's memory.
+    unsafe {
+        let name = pg_sys::get_func_name(function);
+        !name.is_null()
+            && function.to_u32() < pg_sys::FirstNormalObjectId
+            && std::ffi::CStr::from_ptr(name).to_str().is_ok_and(|name| {
+                name == "pg_has_role"
+                    || name == "row_security_active"
+                    || name.starts_with("has_") && name.ends_with("_privilege")
+            })
+    }
 }
 
 /// Of `CURRENT_DATE` and its like: a transaction has one time.
