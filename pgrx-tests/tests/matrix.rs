@@ -129,6 +129,7 @@ const ROWS: &[Row] = &[
      [NO, NO, NO, NO, NO, NO, "-"]),
     // What is inside: harmless to call.
     ("llm_batch.provider_validator(text[],oid)", "SELECT llm_batch.provider_validator('{}', 'pg_user_mapping'::regclass)", ALL),
+    ("llm_batch.goes_on(text)", "SELECT llm_batch.goes_on('quota')", ["=t"; 7]),
     ("llm_batch.waits_for(bigint)", "SELECT llm_batch.waits_for(2)", ["="; 7]),
     ("llm_batch.home()", "SELECT llm_batch.home()", ALL),
     ("llm_batch.owner_now(oid,name,text)", "SELECT llm_batch.owner_now(10, 'alice', 'elsewhere') = 'alice'::regrole", ["=t"; 7]),
