@@ -43,7 +43,7 @@ fn classify_one(input: Text, question: Question) -> Result<Option<String>> {
 
 /// The author of the view, policy or cursor that a call stands in.
 fn author(fcinfo: pg_sys::FunctionCallInfo) -> Option<pg_sys::Oid> {
-    // SAFETY: what Postgres calls a function with; whoever calls it by itself has no expression.
+    // SAFETY: what Postgres calls a function with. A direct call has no expression.
     unsafe { batch::author(fcinfo.as_ref()?.flinfo.as_ref()?.fn_expr) }
 }
 

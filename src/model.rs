@@ -95,8 +95,8 @@ fn without_server(model: &str, server: &str) -> Error {
 
 /// The name of the model to use where none is named; `author` is that of the view, policy or cursor where that is so.
 ///
-/// Whoever sets `llm_batch.default_model` says where texts go. So his word holds for roles whose rights he has, and else
-/// for what the session asks itself, if its user may become him.
+/// `llm_batch.default_model` decides where texts go. So a value holds for the texts of roles whose rights the role has that
+/// set it, and for what the session itself asks, if its user may become that role.
 pub fn default(author: Option<pg_sys::Oid>) -> Result<String> {
     let name = crate::settings::default_model();
     if name.is_empty() {

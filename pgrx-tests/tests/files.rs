@@ -79,7 +79,7 @@ fn silent_providers_and_greedy_sessions_leave_files_for_others() {
     let fill = |c: &mut Client, i: i64| {
         one(c, &format!("SELECT llm_batch.backfill('t{i}', input => 'body', target => 'topic', task => 'task{i}')"))
     };
-    // Whoever has answered nothing yet is not asked for much.
+    // A model that has answered nothing yet gets few requests.
     for i in 0..6 {
         assert_eq!(text(c, &format!("SELECT llm_classify('x #r200000:bug# y', 'task{i}')")), "bug");
     }

@@ -773,8 +773,8 @@ fn asked_of(bed: &Bed, client: &mut Client, sql: &str) -> String {
     bodies.last().and_then(|b| b["model"].as_str()).unwrap_or_else(|| panic!("{sql}: nothing was asked")).to_owned()
 }
 
-/// `llm_batch.default_model` says where texts go, so it holds for the texts of whoever has set it: not in a function of
-/// another's, nor in the policies and views of others.
+/// `llm_batch.default_model` says where texts go, so it holds for the texts of the role that has set it: not in a function of
+/// another role, nor in the policies and views of others.
 #[test]
 fn whose_default_model_it_is() {
     let bed = Bed::new("rights_default_model");
@@ -983,7 +983,7 @@ fn owners_and_servers_that_go() {
     wait_until("its worker has gone", PATIENCE, || one(client, workers), |n| *n == 0);
     assert!(common::left(client, "tickets") > 0);
 
-    // And he goes in the middle.
+    // The owner is dropped in the middle.
     bed.provider.hold();
     let job = backfill_with(bob, "tickets", "options => '{\"max_rows_per_request\": 5}'");
     wait_until("two requests are in flight", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);

@@ -1,5 +1,6 @@
-//! What of a query others wrote. A call in a policy or a view runs with the rights of whoever queries, and one in a cursor
-//! with those of whoever fetches. So it would ask the model of his `llm_batch.default_model` about texts that are not his.
+//! The parts of a query that other roles wrote. A call in a policy or a view runs with the rights of the querying role, and
+//! one in a cursor with those of the fetching role. So the `llm_batch.default_model` of that role would decide where texts of
+//! the others go.
 //! Before a query is planned, each such call is marked with its author: the owner of the view or of the policy's table, or
 //! the SECURITY DEFINER function's whose cursor it is.
 

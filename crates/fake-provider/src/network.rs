@@ -56,7 +56,7 @@ impl TlsFront {
         std::thread::spawn(move || {
             for client in listener.incoming().flatten() {
                 let config = Arc::clone(&config);
-                // Whoever is not trusted is left by its client, which is no failure of this one.
+                // A client that does not trust the certificate leaves. That is no failure of the server.
                 std::thread::spawn(move || serve(client, config, server));
             }
         });

@@ -332,7 +332,7 @@ impl Reach {
 }
 
 /// Finds the addresses of a name, and leaves out those that an endpoint may not reach. Addresses in URLs do not come here:
-/// whoever makes the endpoint looks at them, and `Clients::of` at those in `http://`.
+/// they are checked where the endpoint is made, and `Clients::of` checks those in `http://`.
 #[derive(Clone)]
 pub struct Resolver {
     lookup: Arc<dyn Lookup>,

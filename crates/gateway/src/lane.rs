@@ -5,7 +5,7 @@ use std::rc::Rc;
 use llm_batch_core::concurrency::Concurrency;
 use llm_batch_core::forms::{Form, Forms};
 use llm_batch_core::headers::{self, Reported};
-use llm_batch_core::limiter::{Heeded, Limiter, Limits, Tokens};
+use llm_batch_core::limiter::{Limiter, Limits, Stated, Tokens};
 use llm_batch_core::options::Options;
 use llm_batch_core::pack::Ratio;
 use llm_batch_core::thought::Thinking;
@@ -165,10 +165,10 @@ pub struct Lane {
     pub limiter: Limiter,
     /// What the models of the open streams allow, and what the provider's answers say it does.
     pub configured: Limits,
-    pub heeded: Heeded,
+    pub stated: Stated,
     /// Tokens of the largest request that was served.
     largest_served: u64,
-    /// Most tokens of a request by what a refusal said, and until when (ms) that is heeded.
+    /// Most tokens of a request by what a refusal said, and until when (ms) that holds.
     smaller: Option<(u64, u64)>,
     /// Since a request was served last: how many of several rows were refused as larger than a limit, and which rows were
     /// alone.
@@ -211,7 +211,7 @@ impl Lane {
         let mut lane = Self {
             limiter,
             configured: limits,
-            heeded: Heeded::new(kept.map(|kept| kept.reported).unwrap_or_default(), now),
+            stated: Stated::new(kept.map(|kept| kept.reported).unwrap_or_default(), now),
             largest_served: 0,
             smaller: None,
             over_limit: (0, Vec::new()),
@@ -272,7 +272,7 @@ impl Lane {
             input_tokens_per_minute: said.input_tokens.limit,
             output_tokens_per_minute: said.output_tokens.limit,
         };
-        self.heeded.serves(now, took, say);
+        self.stated.serves(now, took, say);
         self.keep_to_limits(now);
     }
 
@@ -292,11 +292,11 @@ impl Lane {
     /// Whether a row that was refused alone as larger than a limit, in a request of up to so many tokens, is so by all that
     /// was served.
     pub fn is_over_limit(&self, message: &str, size: u64) -> bool {
-        let heeded = self.heeded.limits().tokens_per_minute;
+        let stated = self.stated.limits().tokens_per_minute;
         let said = headers::limit_in(message).map(|(limit, _)| limit);
         // By their count it may be larger than by ours.
         let is_larger = |limit: u64| size + size / 4 > limit;
-        said.or(heeded).is_some_and(|limit| is_larger(limit) && (heeded == Some(limit) || self.may_be_limit(limit)))
+        said.or(stated).is_some_and(|limit| is_larger(limit) && (stated == Some(limit) || self.may_be_limit(limit)))
     }
 
     /// A row was refused so that is not, as far as is known. Whether that is no single row's matter.
@@ -320,9 +320,9 @@ impl Lane {
         smaller.into_iter().chain(limited).fold(self.learned.most_request_tokens, u64::min)
     }
 
-    /// The smaller of what is configured and what is heeded holds.
+    /// The smaller of the configured and the stated limits holds.
     fn keep_to_limits(&mut self, now: u64) {
-        self.limiter.set_limits(self.configured.min(self.heeded.limits()), now);
+        self.limiter.set_limits(self.configured.min(self.stated.limits()), now);
         if self.limiter.is_limited() {
             self.concurrency.has_limits();
         }

@@ -60,7 +60,7 @@ fn silent_models(setup: &Setup, bad: &FakeProvider, account: fn(usize) -> Option
             })
         })
         .collect();
-    // Whoever has answered nothing yet is not asked for much.
+    // A model that has answered nothing yet gets few requests.
     for client in &mut models {
         client.rows(1000..1004);
         client.outcomes(4);
@@ -243,7 +243,7 @@ fn sessions_have_places_by_role_and_jobs_have_others() {
 }
 
 #[test]
-fn whoever_is_idle_gives_his_place() {
+fn an_idle_session_gives_way() {
     let _alone = alone();
     let provider = provider(Config::default());
     let setup = Setup::within(Places { of_a_role: 3, ..FEW });

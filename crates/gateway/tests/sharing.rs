@@ -411,7 +411,7 @@ fn what_nobody_waits_for_any_more_is_given_up_and_may_have_been_paid() {
     assert!(spent.unconfirmed_input_tokens > 100 && spent.unconfirmed_output_tokens > 10, "{spent:?}");
     assert_eq!((spent.requests, spent.input_tokens), (0, 0));
     wait("it is given up", || provider.stats().abandoned, |n| *n == 1);
-    // Whoever comes for the same rows pays what they take, and that alone.
+    // A client that asks for the same rows later pays for them, and for nothing else.
     b.rows(0..10);
     provider.release();
     let (got, spent) = b.answers(10);

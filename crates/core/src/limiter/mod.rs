@@ -12,17 +12,17 @@
 //! that is at once.
 
 mod burst;
-mod heeded;
 mod kept;
 mod reported;
 mod share;
+mod stated;
 mod window;
 
 use burst::Burst;
-pub use heeded::Heeded;
 pub use kept::Kept;
 use reported::Reported;
 use share::Share;
+pub use stated::Stated;
 use window::Window;
 
 /// A limit a minute, as a provider states it. `None` is no limit.

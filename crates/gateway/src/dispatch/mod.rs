@@ -256,7 +256,7 @@ impl State {
                 request.abandoned.notify_one();
             }
             if !is_wanted && gone.len() > before {
-                // Whoever comes for its rows now has no part in it.
+                // Clients that ask for its rows from now on have no part in it.
                 request.is_accounted = true;
                 worst.input += request.worst.input;
                 worst.output += request.worst.output;
@@ -428,7 +428,7 @@ impl State {
     /// Notes how a lane stands, for the gateway after this one.
     fn note(&mut self, now: u64, key: &LaneKey) {
         if let Some(lane) = self.lanes.get_mut(key).filter(|lane| lane.limiter.is_limited()) {
-            self.kept.note(now, key, lane.heeded.limits(), lane.limiter.keep(now));
+            self.kept.note(now, key, lane.stated.limits(), lane.limiter.keep(now));
         }
     }
 

@@ -150,7 +150,7 @@ impl State {
     }
 
     /// Most requests that a lane may have under way for what others have. Requests to a server that has stopped answering give
-    /// their places back only when their time is up, so some are left for whoever comes next: a lane may have as many
+    /// their places back only when their time is up, so some are left for the next lane: a lane may have as many
     /// as are free, of half of all those of its account, and no more than an eighth of all.
     fn room(&self, key: &LaneKey) -> usize {
         let all = self.places.requests;

@@ -1,4 +1,4 @@
-//! Limits as a provider's answers state them, and which of that is heeded.
+//! Limits as a provider's answers state them, and which of them hold.
 //!
 //! Only an answer that was served says what the limits are: what a refusal claims may be anything. Even so, what was let
 //! through just now can't be above the limit; and what is not said again fades.
@@ -9,9 +9,9 @@ use super::{Amounts, Caps, KINDS, Limits, MINUTE, Tokens, amounts};
 /// A provider may let through what was saved up: that often the limit within a minute.
 const SAVED_UP: u64 = 2;
 
-/// What is heeded of what a provider says about its limits.
+/// The limits that hold, of those that a provider states.
 #[derive(Debug)]
-pub struct Heeded {
+pub struct Stated {
     limits: Caps,
     /// When (ms) each was last said.
     said: Amounts,
@@ -19,7 +19,7 @@ pub struct Heeded {
     served: Window,
 }
 
-impl Heeded {
+impl Stated {
     /// As an earlier gateway knew it. It is `now` (ms).
     pub fn new(limits: Limits, now: u64) -> Self {
         Self { limits: limits.caps(), said: [now; KINDS], served: Window::new(MINUTE, 0) }
@@ -66,7 +66,7 @@ mod tests {
 
     #[test]
     fn what_is_said_holds_until_it_is_not_said_for_a_minute() {
-        let mut h = Heeded::new(Limits::default(), 0);
+        let mut h = Stated::new(Limits::default(), 0);
         h.serves(0, SMALL, tokens(6_000));
         assert_eq!(h.limits(), tokens(6_000));
         h.serves(59_999, SMALL, tokens(None));
@@ -83,7 +83,7 @@ mod tests {
 
     #[test]
     fn what_was_served_shows_what_no_limit_can_be() {
-        let mut h = Heeded::new(Limits::default(), 0);
+        let mut h = Stated::new(Limits::default(), 0);
         h.serves(0, SMALL, tokens(99));
         assert_eq!(h.limits(), tokens(None));
         h.serves(0, SMALL, tokens(100));
@@ -92,7 +92,7 @@ mod tests {
         h.serves(0, Tokens { input: 101, output: 0 }, tokens(None));
         assert_eq!(h.limits(), tokens(None));
         // A provider that says absurd things says nothing of the one that was said before.
-        let mut h = Heeded::new(Limits::default(), 0);
+        let mut h = Stated::new(Limits::default(), 0);
         h.serves(0, SMALL, requests(60));
         h.serves(1, SMALL, requests(1));
         assert_eq!(h.limits(), requests(1), "two may have been saved up");
@@ -102,12 +102,12 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is said, what is heeded lets through at least what was served at once, and half of what was in a minute.
+        /// Whatever is said, the limits that hold let through at least what was served at once, and half of what was in a minute.
         #[test]
         fn no_limit_is_below_what_was_served(
             all in proptest::collection::vec((0_u64..30_000, 1_u64..5_000, proptest::option::of(0_u64..20_000)), 1..60)
         ) {
-            let (mut h, mut now, mut served) = (Heeded::new(Limits::default(), 0), 0, Vec::new());
+            let (mut h, mut now, mut served) = (Stated::new(Limits::default(), 0), 0, Vec::new());
             for (pause, took, said) in all {
                 now += pause;
                 served.push((now, took));
