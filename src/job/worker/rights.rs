@@ -77,9 +77,7 @@ impl Worker {
             statements::lock(job, pg_sys::AccessShareLock)?;
             let (_, table, plan) = Self::ready(job)?;
             let rights = Rights::of(&plan)?;
-            for path in ["enable_hashjoin", "enable_mergejoin", "enable_seqscan"] {
-                sql::set_local(path, "off")?;
-            }
+            settle::by_key()?;
             for (page, positions) in open.values() {
                 if !settle::is_as_sent(&plan, page, positions)? {
                     return Ok(Some((table, plan, rights, false)));

@@ -59,9 +59,7 @@ impl Worker {
             }
             // Deferred constraints raise here, where the row they raise for can be found, not at the commit.
             sql::run("SET CONSTRAINTS ALL IMMEDIATE", &[])?;
-            for path in ["enable_hashjoin", "enable_mergejoin", "enable_seqscan"] {
-                sql::set_local(path, "off")?;
-            }
+            settle::by_key()?;
             let settled = settle::settle(plan, batch_ref, others)?;
             let delta = Delta {
                 done: settled.done,
