@@ -190,8 +190,8 @@ struct Worker {
     failures_in_a_row: u32,
     looked: Instant,
     look_now: bool,
-    /// The run ends, and another one is to go on later: `llm_batch.enabled` was found to be off, or the job has another
-    /// owner.
+    /// The run ends, and another one is to go on later: `llm_batch.enabled` is off, the job has another owner, or the
+    /// gateway has no place for it.
     disabled: bool,
 }
 
