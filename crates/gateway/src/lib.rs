@@ -18,6 +18,7 @@ pub mod protocol;
 mod purse;
 mod queue;
 mod request;
+mod row;
 mod server;
 mod standing;
 mod tokens;

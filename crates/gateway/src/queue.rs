@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use crate::cache::TextKey;
-use crate::group::Row;
+use crate::row::Row;
 
 /// How long rows wait for company while their task has a request under way, ms: as long as others keep coming, but not
 /// longer than the second time.

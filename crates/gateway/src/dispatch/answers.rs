@@ -14,9 +14,9 @@ use llm_batch_core::{thinking, thought};
 
 use super::doubts::{Said, shown};
 use super::{InFlight, LaneKey, State};
-use crate::group::Row;
 use crate::protocol::Verdict;
 use crate::request::Answered;
+use crate::row::Row;
 use crate::tokens;
 
 /// Part of its time after which an answer is called slow: then requests get smaller, before they run into it.

@@ -7,9 +7,9 @@ use llm_batch_core::patience::{Next, Way};
 use super::answers::ONLY_THOUGHT;
 use super::{Asked, LaneKey, State};
 use crate::cache::TextKey;
-use crate::group::Row;
 use crate::protocol::{Stop, StopReason, Verdict};
 use crate::request::presentable;
+use crate::row::Row;
 
 /// Characters of an answer without a valid row that are shown.
 const MOST_SHOWN: usize = 200;

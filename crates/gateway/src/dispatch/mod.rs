@@ -27,7 +27,7 @@ use self::circuits::{Circuits, EndpointKey, Probing};
 pub use self::probes::PROBE_READ_TOKENS;
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
-use crate::group::{Pushed, Row, Waiter};
+use crate::group::Pushed;
 use crate::kept::Kept;
 use crate::lane::{Lane, Learned};
 use crate::notice::Notices;
@@ -38,6 +38,7 @@ use crate::protocol::{
     Stop, StopReason, Stream, Verdict, encode,
 };
 use crate::purse::Purse;
+use crate::row::{Row, Waiter};
 use crate::server::Frames;
 
 /// Lanes without streams beyond this number are forgotten.

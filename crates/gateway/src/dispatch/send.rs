@@ -11,11 +11,12 @@ use serde_json::Value;
 use tokio::sync::Notify;
 
 use super::{Asked, InFlight, LaneKey, Launch, State, circuits, say};
-use crate::group::{Group, Next, Row};
+use crate::group::{Group, Next};
 use crate::lane::{Lane, Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
 use crate::numbers::Numbers;
 use crate::protocol::FromGateway;
 use crate::purse::Pays;
+use crate::row::Row;
 
 /// A request that is cut to fit keeps at least one of so many rows.
 const LEAST_PART: usize = 4;

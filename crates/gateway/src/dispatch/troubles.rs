@@ -10,9 +10,9 @@ use llm_batch_core::trouble::{Parameter, Report, Trouble};
 use super::answers::left;
 use super::doubts::Said;
 use super::{InFlight, LaneKey, State, too_long};
-use crate::group::Row;
 use crate::protocol::{Stop, StopReason, Verdict, Words};
 use crate::request::TIMED_OUT;
+use crate::row::Row;
 
 /// A row that has met this many points of trouble not its own is split off, and given up when alone, as long as the
 /// provider is not down.
