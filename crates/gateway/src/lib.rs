@@ -8,6 +8,7 @@ mod dispatch;
 mod egress;
 pub mod failure;
 pub mod files;
+mod frames;
 mod group;
 mod kept;
 mod lane;

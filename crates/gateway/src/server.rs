@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
-use tokio::sync::mpsc::UnboundedSender;
 use tokio::sync::{Notify, watch};
 use tokio::task::spawn_local;
 
@@ -16,9 +15,10 @@ use crate::Settings;
 use crate::dispatch::{Launch, PROBE_READ_TOKENS, Probe, State, disabled};
 use crate::egress::{Answer, Clients, HttpClient};
 use crate::failure_point;
+use crate::frames::Frames;
 use crate::kept::Kept;
 use crate::places::Places;
-use crate::protocol::{Endpoint, FromGateway, MAX_FRAME, ToGateway, decode, encode};
+use crate::protocol::{Endpoint, FromGateway, ToGateway, decode, encode};
 use crate::request::{self, Answered, Question};
 
 /// How long a client may be silent in the midst of a message, and before the first.
@@ -26,41 +26,6 @@ const SILENCE: Duration = Duration::from_secs(30);
 
 /// How long a client to which the connection is closed has to read why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
-
-/// Bytes that wait for a client to read them, above which it is let go: two frames of the largest size.
-const MOST_UNREAD: usize = 2 * MAX_FRAME;
-
-/// What is to be written to a client.
-pub struct Frames {
-    queue: UnboundedSender<Vec<u8>>,
-    unread: Rc<Cell<usize>>,
-    /// Woken when too much waits.
-    too_slow: Rc<Notify>,
-}
-
-impl Frames {
-    /// Closes the connection.
-    pub fn hang_up(&self) {
-        self.too_slow.notify_one();
-    }
-
-    /// Everything has been written.
-    pub fn is_empty(&self) -> bool {
-        self.unread.get() == 0
-    }
-
-    pub fn send(&self, frame: Vec<u8>) {
-        let unread = self.unread.get() + frame.len();
-        if unread > MOST_UNREAD {
-            self.hang_up();
-            return;
-        }
-        // The reader task notices a disconnected client.
-        if self.queue.send(frame).is_ok() {
-            self.unread.set(unread);
-        }
-    }
-}
 
 /// What all tasks share. All of them run on one thread.
 struct Shared {
@@ -204,7 +169,7 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
     let (mut reading, mut writing) = stream.into_split();
     let (queue, mut outgoing) = tokio::sync::mpsc::unbounded_channel::<Vec<u8>>();
     let (unread, too_slow) = (Rc::new(Cell::new(0)), Rc::new(Notify::new()));
-    let frames = Frames { queue, unread: Rc::clone(&unread), too_slow: Rc::clone(&too_slow) };
+    let frames = Frames::new(queue, Rc::clone(&unread), Rc::clone(&too_slow));
     let conn = shared.state.borrow_mut().connect(frames);
     let mut writer = spawn_local(async move {
         while let Some(frame) = outgoing.recv().await {

@@ -27,6 +27,7 @@ use self::circuits::{Circuits, EndpointKey, Probing};
 pub use self::probes::PROBE_READ_TOKENS;
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
+use crate::frames::Frames;
 use crate::group::Pushed;
 use crate::kept::Kept;
 use crate::lane::{Lane, Learned};
@@ -39,7 +40,6 @@ use crate::protocol::{
 };
 use crate::purse::Purse;
 use crate::row::{Row, Waiter};
-use crate::server::Frames;
 
 /// Lanes without streams beyond this number are forgotten.
 const MOST_IDLE_LANES: usize = 256;
