@@ -7,7 +7,7 @@ use std::time::Instant;
 
 use llm_batch_core::limiter::{self, Limits};
 
-use crate::dispatch::LaneKey;
+use crate::key::LaneKey;
 
 /// Most lanes that are kept; those that were used last.
 pub const MOST_LANES: usize = 64;

@@ -11,6 +11,7 @@ pub mod files;
 mod frames;
 mod group;
 mod kept;
+mod key;
 mod lane;
 mod notice;
 mod numbers;

@@ -13,7 +13,8 @@ use llm_batch_core::trouble::{Report, Trouble};
 use llm_batch_core::{thinking, thought};
 
 use super::doubts::{Said, shown};
-use super::{InFlight, LaneKey, State};
+use super::{InFlight, State};
+use crate::key::LaneKey;
 use crate::protocol::Verdict;
 use crate::request::Answered;
 use crate::row::Row;

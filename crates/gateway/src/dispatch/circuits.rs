@@ -8,7 +8,8 @@ use llm_batch_core::trouble::Trouble;
 use tokio::sync::Notify;
 
 use super::probes;
-use super::{LaneKey, Launch, State};
+use super::{Launch, State};
+use crate::key::LaneKey;
 use crate::protocol::{Stop, StopReason, Stream, Words};
 use crate::request::Answered;
 

@@ -5,8 +5,9 @@ use llm_batch_core::pack::Size;
 use llm_batch_core::patience::{Next, Way};
 
 use super::answers::ONLY_THOUGHT;
-use super::{Asked, LaneKey, State};
+use super::{Asked, State};
 use crate::cache::TextKey;
+use crate::key::LaneKey;
 use crate::protocol::{Stop, StopReason, Verdict};
 use crate::request::presentable;
 use crate::row::Row;

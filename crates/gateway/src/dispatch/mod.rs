@@ -30,13 +30,14 @@ use crate::cache::{Cache, Keys, TextKey};
 use crate::frames::Frames;
 use crate::group::Pushed;
 use crate::kept::Kept;
+use crate::key::{LaneKey, account};
 use crate::lane::{Lane, Learned};
 use crate::notice::Notices;
 use crate::numbers::Numbers;
 use crate::places::Places;
 use crate::protocol::{
-    Allowance, Endpoint, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Secret, Spent,
-    Stop, StopReason, Stream, Verdict, encode,
+    Allowance, Endpoint, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
+    StopReason, Stream, Verdict, encode,
 };
 use crate::purse::Purse;
 use crate::row::{Row, Waiter};
@@ -45,9 +46,6 @@ use crate::row::{Row, Waiter};
 const MOST_IDLE_LANES: usize = 256;
 /// A session that has asked nothing for so long (ms), and waits for nothing, gives its place to another one.
 const IDLE: u64 = 1_000;
-
-/// Account and model.
-pub type LaneKey = (String, String);
 
 /// A client.
 struct Conn {
@@ -558,23 +556,4 @@ fn too_long(why: &str) -> Verdict {
 /// Why nothing is sent while `llm_batch.enabled` is off.
 pub fn disabled() -> Stop {
     Stop { reason: StopReason::Disabled, message: "llm_batch.enabled is off".into(), retry_after_ms: None }
-}
-
-/// Whose limits an endpoint is under: as the user named it, else the URL, a mark of the key, and who may sign for it, since
-/// what fails by one such file does not fail by another.
-fn account(endpoint: &Endpoint) -> String {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    if let Some(account) = &endpoint.account {
-        return account.clone();
-    }
-    let mut account = endpoint.base_url.clone();
-    if let Some(Secret(key)) = &endpoint.api_key {
-        let mut hasher = DefaultHasher::new();
-        key.hash(&mut hasher);
-        account.push_str(&format!(" (key {:08x})", hasher.finish() as u32));
-    }
-    if let Some(file) = &endpoint.ca_file {
-        account.push_str(&format!(" (ca_file {file})"));
-    }
-    account
 }

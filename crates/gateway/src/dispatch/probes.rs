@@ -12,8 +12,9 @@ use llm_batch_core::trouble::{Report, Trouble};
 use serde_json::Value;
 
 use super::send::{Draft, rows_of};
-use super::{LaneKey, Probe, State, circuits, say};
+use super::{Probe, State, circuits, say};
 use crate::group::{Group, Next};
+use crate::key::LaneKey;
 use crate::lane::Lane;
 use crate::protocol::{Activity, Estimate, FromGateway, Item, Stop, StopReason, Stream};
 use crate::request::TIMED_OUT;

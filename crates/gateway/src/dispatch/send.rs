@@ -10,8 +10,9 @@ use llm_batch_core::prompt;
 use serde_json::Value;
 use tokio::sync::Notify;
 
-use super::{Asked, InFlight, LaneKey, Launch, State, circuits, say};
+use super::{Asked, InFlight, Launch, State, circuits, say};
 use crate::group::{Group, Next};
+use crate::key::LaneKey;
 use crate::lane::{Lane, Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
 use crate::numbers::Numbers;
 use crate::protocol::FromGateway;

@@ -9,7 +9,8 @@ use llm_batch_core::trouble::{Parameter, Report, Trouble};
 
 use super::answers::left;
 use super::doubts::Said;
-use super::{InFlight, LaneKey, State, too_long};
+use super::{InFlight, State, too_long};
+use crate::key::LaneKey;
 use crate::protocol::{Stop, StopReason, Verdict, Words};
 use crate::request::TIMED_OUT;
 use crate::row::Row;
