@@ -7,7 +7,7 @@ use llm_batch_core::breaker::{self, Breakers, Down, ProbeEnd};
 use llm_batch_core::trouble::Trouble;
 use tokio::sync::Notify;
 
-use super::probes;
+use super::probe;
 use super::{Launch, State};
 use crate::key::LaneKey;
 use crate::protocol::{Stop, StopReason, Stream, Words};
@@ -135,7 +135,7 @@ impl State {
                 continue;
             };
             let Some(lane) = self.lanes.get_mut(&lane) else { continue };
-            let (body, timeout) = match probes::request(now, lane, &stream) {
+            let (body, timeout) = match probe::request(now, lane, &stream) {
                 Ok(request) => request,
                 Err(at) => {
                     later(at);
@@ -145,7 +145,7 @@ impl State {
             breakers.begin_probe(&model);
             let (abandoned, role) = (Rc::new(Notify::new()), stream.role);
             self.next_id += 1;
-            let most_tokens = probes::PROBE_READ_TOKENS;
+            let most_tokens = probe::PROBE_READ_TOKENS;
             let launch =
                 Launch { id: self.next_id, stream, body, timeout, most_tokens, abandoned: Rc::clone(&abandoned) };
             launches.push(launch);

@@ -3,12 +3,14 @@
 //! queue → pack → reserve → send → check → settle → outcomes. Everything here is synchronous and happens on one
 //! thread; only sending is not. This file has the state and the clients, `send` what goes out, `answers` and `troubles`
 //! what comes back, `doubts` what may not be the rows' fault, `circuits` what is left alone because nothing comes back,
-//! `probes` what is asked about the state.
+//! `probe` whether a model answers at all, `estimate` what rows would take, `activity` what goes on.
 
+mod activity;
 mod answers;
 mod circuits;
 mod doubts;
-mod probes;
+mod estimate;
+mod probe;
 mod send;
 mod troubles;
 
@@ -24,7 +26,7 @@ use serde_json::Value;
 use tokio::sync::Notify;
 
 use self::circuits::{Circuits, EndpointKey, Probing};
-pub use self::probes::PROBE_READ_TOKENS;
+pub use self::probe::{PROBE_READ_TOKENS, Probe};
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
 use crate::frames::Frames;
@@ -36,7 +38,7 @@ use crate::notice::Notices;
 use crate::numbers::Numbers;
 use crate::places::Places;
 use crate::protocol::{
-    Allowance, Endpoint, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
+    Allowance, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
     StopReason, Stream, Verdict, encode,
 };
 use crate::purse::Purse;
@@ -121,18 +123,6 @@ pub struct Launch {
     /// The cap of its answer, tokens.
     pub most_tokens: u64,
     pub abandoned: Rc<Notify>,
-}
-
-/// What a probe is to do.
-pub enum Probe {
-    /// The model answered a moment ago.
-    Alive,
-    /// Nothing may be sent at all.
-    Disabled,
-    /// Not before this time (ms).
-    Until(u64),
-    /// To whom, what, how long it may take; and what is woken if nobody waits for it any more.
-    Send(Endpoint, Value, Duration, Rc<Notify>),
 }
 
 /// All of the gateway's state.
@@ -480,6 +470,13 @@ impl State {
             c.outstanding = c.outstanding.saturating_sub(1);
             c.outstanding_bytes = c.outstanding_bytes.saturating_sub(waiter.bytes);
             c.outcomes.push(Outcome { n: waiter.n, verdict, attempts, reused });
+        }
+    }
+
+    /// Sends a message to a client.
+    pub fn say(&mut self, conn: u64, message: &FromGateway) {
+        if let Some(c) = self.conns.get(&conn) {
+            say(c, message);
         }
     }
 

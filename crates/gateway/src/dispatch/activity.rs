@@ -1,0 +1,53 @@
+//! What the gateway does at the moment, lane by lane.
+
+use std::collections::HashMap;
+
+use super::{State, circuits};
+use crate::key::LaneKey;
+use crate::protocol::Activity;
+
+impl State {
+    pub fn activity(&mut self, now: u64) -> Vec<Activity> {
+        let mut roles: HashMap<&LaneKey, Vec<u32>> = HashMap::new();
+        for (lane, _, stream) in self.conns.values().filter_map(|c| c.stream.as_ref()) {
+            roles.entry(lane).or_default().push(stream.role);
+        }
+        self.lanes
+            .iter_mut()
+            .map(|(key, lane)| {
+                let usage = lane.limiter.usage(now);
+                let (breaker, until) = circuits::of_lane(&self.circuits, key);
+                let blocked = until.unwrap_or(0).max(lane.limiter.blocked_until());
+                Activity {
+                    account: key.0.clone(),
+                    model: key.1.clone(),
+                    roles: roles.get(key).cloned().unwrap_or_default(),
+                    queued: lane.groups.iter().map(|(_, g)| g.queued() as u64).sum(),
+                    in_flight_requests: lane.in_flight as u64,
+                    in_flight_rows: lane.in_flight_rows as u64,
+                    tokens_in_window: usage.tokens,
+                    tokens_limit: usage.tokens_limit,
+                    requests_in_window: usage.requests,
+                    requests_limit: usage.requests_limit,
+                    used: usage.used,
+                    requests_allowed: lane.allowed(false) as u64,
+                    rows_allowed: lane.groups.iter().map(|(_, g)| g.size.rows() as u64).min(),
+                    share: usage.share,
+                    reported_left: usage.reported_left,
+                    token_ratio: lane.measured.prompt.apply(1000) as f64 / 1000.0,
+                    answer_ratio: lane.measured.answer.apply(1000) as f64 / 1000.0,
+                    latency_ms: lane.concurrency.latency(),
+                    thinking_tokens: lane.measured.thinking.usual(),
+                    rows_reused: lane.rows_reused,
+                    breaker,
+                    waiting_ms: blocked.checked_sub(now).filter(|ms| *ms > 0),
+                    requests_total: lane.requests_total,
+                    rows_total: lane.rows_total,
+                    throttled: lane.throttled,
+                    errors: lane.errors,
+                    last_error: lane.last_error.clone(),
+                }
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,41 @@
+//! What rows would take, before they are sent.
+
+use llm_batch_core::patience::Way;
+
+use super::State;
+use super::send::{Draft, rows_of};
+use crate::group::{Group, Next};
+use crate::protocol::{Estimate, Item};
+
+impl State {
+    /// What rows would take if they were sent, by what is known of the client's model.
+    pub fn estimate(&mut self, conn: u64, items: Vec<Item>) -> Estimate {
+        let mut sum = Estimate::default();
+        let Some((lane_key, group_key, stream)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else {
+            return sum;
+        };
+        let Some(lane) = self.lanes.get_mut(&lane_key) else { return sum };
+        let (learned, measured) = (lane.learned, lane.measured);
+        let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(stream.model.max_request_tokens);
+        let mut group = Group::new(stream, &self.keys);
+        if let Some(known) = lane.group(&group_key) {
+            group.size = known.size;
+        }
+        let reuse = group.stream.task.options.reuse;
+        for (i, item) in items.into_iter().enumerate() {
+            let compartment = group.compartment(&self.keys, &item);
+            let key = if reuse { self.keys.of(compartment, &item.text) } else { i as u128 };
+            group.push(0, conn, item, compartment, key);
+        }
+        while let Next::Rows(rows) = group.next(u64::MAX / 2, rows_of(learned, measured, largest) as usize, Way::AsEver)
+        {
+            let draft = Draft::new(&self.numbers, (learned, measured), &group, &rows, largest);
+            sum.rows += rows.len() as u64;
+            sum.requests += 1;
+            sum.input_tokens += measured.prompt.apply(draft.estimate.input);
+            sum.output_tokens += measured.usual_answer(group.mean_answer(rows.len()));
+            sum.example.get_or_insert_with(|| draft.body(learned, &group, &rows).to_string());
+        }
+        sum
+    }
+}

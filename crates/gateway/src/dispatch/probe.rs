@@ -1,0 +1,112 @@
+//! Probes: whether a model answers at all.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use llm_batch_core::dialect::{self, Reply};
+use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
+use llm_batch_core::options::{Options, StructuredOutput};
+use llm_batch_core::trouble::{Report, Trouble};
+use serde_json::Value;
+use tokio::sync::Notify;
+
+use super::State;
+use crate::lane::Lane;
+use crate::protocol::{Endpoint, Stop, StopReason, Stream};
+use crate::request::TIMED_OUT;
+
+/// The cap of a probe's answer, tokens.
+const PROBE_ANSWER_TOKENS: u64 = 16;
+/// What of it is read, tokens: some servers do not count what is thought.
+pub const PROBE_READ_TOKENS: u64 = 8_192;
+/// Tokens a probe reserves.
+const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
+
+/// What a probe is to do.
+pub enum Probe {
+    /// The model answered a moment ago.
+    Alive,
+    /// Nothing may be sent at all.
+    Disabled,
+    /// Not before this time (ms).
+    Until(u64),
+    /// To whom, what, how long it may take; and what is woken if nobody waits for it any more.
+    Send(Endpoint, Value, Duration, Rc<Notify>),
+}
+
+/// A probe's body and how long it may take; or when (ms) the limits let it go.
+pub(super) fn request(now: u64, lane: &mut Lane, stream: &Stream) -> Result<(Value, Duration), u64> {
+    match lane.limiter.reserve(now, PROBE_TOKENS, Class::Interactive, 1.0) {
+        Ok(grant) => lane.limiter.settle(grant, PROBE_TOKENS, Left::default()),
+        Err(Refusal::Until { at, .. }) => return Err(at),
+        Err(Refusal::TooLarge) => {}
+    }
+    let body = dialect::body(&dialect::Request {
+        model: &stream.model.model,
+        system: "Answer with one word.",
+        no_system_role: lane.learned.no_system_role,
+        user: "Say ok.",
+        max_tokens: PROBE_ANSWER_TOKENS,
+        max_completion_tokens: lane.learned.max_completion_tokens,
+        response_format: None,
+        parameters: &stream.model.parameters,
+    });
+    Ok((body, Duration::from_millis(stream.model.request_timeout_ms.min(60_000))))
+}
+
+impl State {
+    /// Prepares a probe of a client's model.
+    pub fn probe(&mut self, now: u64, conn: u64) -> Option<Probe> {
+        let left = Rc::clone(&self.conns.get(&conn)?.left);
+        let (lane_key, _, stream) = self.conns.get(&conn)?.stream.clone()?;
+        if !self.settings.enabled {
+            return Some(Probe::Disabled);
+        }
+        let lane = self.lanes.get_mut(&lane_key)?;
+        if lane.last_success.is_some_and(|at| at + 60_000 > now) {
+            return Some(Probe::Alive);
+        }
+        Some(match request(now, lane, &stream) {
+            Ok((body, timeout)) => Probe::Send(stream.endpoint.clone(), body, timeout, left),
+            Err(at) => Probe::Until(at),
+        })
+    }
+
+    /// What a probe's end means: `None` if it is to be sent again, else the answer to give.
+    pub fn probed(&mut self, now: u64, conn: u64, tries: u32, result: Result<Reply, Report>) -> Option<Option<Stop>> {
+        let (lane_key, group_key, _) = self.conns.get(&conn)?.stream.clone()?;
+        let is_answered = !matches!(&result, Err(report) if matches!(report.trouble, Trouble::Overload(_)));
+        if is_answered {
+            self.answers(now, &lane_key, &group_key);
+        }
+        let Err(report) = result else {
+            if let Some(lane) = self.lanes.get_mut(&lane_key) {
+                lane.answers(now);
+            }
+            return Some(None);
+        };
+        let message = report.message;
+        let is_open = !is_answered && self.fails(now, &lane_key, &group_key, 1, &message);
+        let lane = self.lanes.get_mut(&lane_key)?;
+        // Nothing but the words of it is asked for.
+        let plain = Options { structured_output: StructuredOutput::None, ..Options::default() };
+        let stop = |reason, retry_after_ms| Some(Some(Stop { reason, message: message.clone(), retry_after_ms }));
+        match report.trouble {
+            // The cap of a probe does not suffice for what some think before they answer: it is a sign of life.
+            Trouble::Rate(_)
+            | Trouble::TooLarge
+            | Trouble::OverLimit
+            | Trouble::Filtered
+            | Trouble::CutOff
+            | Trouble::AnswerCap => Some(None),
+            Trouble::Unsupported(parameter) if lane.learned.refused(parameter, lane.learned, &plain) => None,
+            Trouble::Overload(_) if tries < 3 && message != TIMED_OUT && !is_open => None,
+            Trouble::Overload(_) => stop(StopReason::ProviderDown, None),
+            Trouble::Auth => stop(StopReason::Auth, None),
+            Trouble::Spend => stop(StopReason::Spend, None),
+            Trouble::Quota(wait) => stop(StopReason::Quota, wait),
+            Trouble::NotFound => stop(StopReason::NotFound, None),
+            Trouble::Unsupported(_) | Trouble::Rejected | Trouble::Misplaced => stop(StopReason::Rejected, None),
+        }
+    }
+}
