@@ -12,7 +12,7 @@ use llm_batch_core::patience::Way;
 use llm_batch_core::trouble::{Report, Trouble};
 use llm_batch_core::{thinking, thought};
 
-use super::doubts::{Said, shown};
+use super::doubts::{ONLY_THOUGHT, Said, shown};
 use super::{InFlight, State};
 use crate::key::LaneKey;
 use crate::protocol::Verdict;
@@ -22,11 +22,6 @@ use crate::tokens;
 
 /// Part of its time after which an answer is called slow: then requests get smaller, before they run into it.
 const SLOW: u64 = 2;
-/// What is said of a row where all of the answer was thought.
-pub(super) const ONLY_THOUGHT: &str = "the model wrote its reasoning and no answer, and nothing is taken from reasoning; thinking is turned off \
-    by llm_batch.alter_model(…, parameters => …) with {\"chat_template_kwargs\": {\"enable_thinking\": false}} for vLLM, \
-    SGLang and llama.cpp, {\"think\": false} or {\"reasoning_effort\": \"none\"} for Ollama, {\"reasoning_effort\": \"none\"} or \
-    \"minimal\" for OpenAI";
 /// Answers that are cut off before they come to a row, until that is taken for the row's fault. Each time the cap grows by
 /// as much as it may.
 const MOST_CUT: u32 = 8;

@@ -4,7 +4,6 @@ use llm_batch_core::dialect::{Finish, Reply};
 use llm_batch_core::pack::Size;
 use llm_batch_core::patience::{Next, Way};
 
-use super::answers::ONLY_THOUGHT;
 use super::{Asked, State};
 use crate::cache::TextKey;
 use crate::key::LaneKey;
@@ -14,6 +13,11 @@ use crate::row::Row;
 
 /// Characters of an answer without a valid row that are shown.
 const MOST_SHOWN: usize = 200;
+/// What is said of a row where all of the answer was thought.
+pub(super) const ONLY_THOUGHT: &str = "the model wrote its reasoning and no answer, and nothing is taken from reasoning; thinking is turned off \
+    by llm_batch.alter_model(…, parameters => …) with {\"chat_template_kwargs\": {\"enable_thinking\": false}} for vLLM, \
+    SGLang and llama.cpp, {\"think\": false} or {\"reasoning_effort\": \"none\"} for Ollama, {\"reasoning_effort\": \"none\"} or \
+    \"minimal\" for OpenAI";
 
 /// What an answer says of whether a model can answer a task.
 pub(super) enum Said {
