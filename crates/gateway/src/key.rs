@@ -1,15 +1,31 @@
-//! By what a lane is found.
+//! By what a lane and a group are found. What is cloned for each request is cheap, and nothing of it is secret.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::rc::Rc;
 
-use crate::protocol::{Endpoint, Secret};
+use crate::protocol::{Endpoint, Secret, Stream};
 
 /// Account and model.
-pub type LaneKey = (String, String);
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct LaneKey {
+    pub account: Rc<str>,
+    pub model: Rc<str>,
+}
+
+impl LaneKey {
+    /// The lane of a stream.
+    pub fn of(stream: &Stream) -> Self {
+        Self { account: account(&stream.endpoint).into(), model: stream.model.model.as_str().into() }
+    }
+}
+
+/// A group's number. No two groups ever have the same one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GroupId(pub u64);
 
 /// Whose limits an endpoint is under: as the user named it, else the URL, a mark of the key, and who may sign for it, since
 /// what fails by one such file does not fail by another.
-pub fn account(endpoint: &Endpoint) -> String {
+fn account(endpoint: &Endpoint) -> String {
     if let Some(account) = &endpoint.account {
         return account.clone();
     }

@@ -19,8 +19,8 @@ impl State {
                 let (breaker, until) = circuits::of_lane(&self.circuits, key);
                 let blocked = until.unwrap_or(0).max(lane.limiter.blocked_until());
                 Activity {
-                    account: key.0.clone(),
-                    model: key.1.clone(),
+                    account: key.account.to_string(),
+                    model: key.model.to_string(),
                     roles: roles.get(key).cloned().unwrap_or_default(),
                     queued: lane.groups.iter().map(|(_, g)| g.queued() as u64).sum(),
                     in_flight_requests: lane.in_flight as u64,

@@ -14,7 +14,7 @@ use llm_batch_core::{thinking, thought};
 
 use super::doubts::{ONLY_THOUGHT, Said, shown};
 use super::{InFlight, State};
-use crate::key::LaneKey;
+use crate::key::{GroupId, LaneKey};
 use crate::protocol::Verdict;
 use crate::request::Answered;
 use crate::row::Row;
@@ -51,10 +51,10 @@ impl State {
         lane.in_flight = lane.in_flight.saturating_sub(1);
         lane.in_flight_rows = lane.in_flight_rows.saturating_sub(request.rows.len());
         lane.standings.of(now, request.asked.scope).patience.ended();
-        if let Some(group) = lane.group(&request.group) {
+        if let Some(group) = lane.group(request.group) {
             group.in_flight = group.in_flight.saturating_sub(1);
         }
-        let (lane_key, group_key) = (request.lane.clone(), request.group.clone());
+        let (lane_key, group_id) = (request.lane.clone(), request.group);
         match answered {
             // The client disconnected or the gateway is stopping. Usage is unknown, so the reservation is kept. Another
             // client may have asked for the rows since.
@@ -62,7 +62,7 @@ impl State {
                 if !request.is_accounted {
                     self.unsure(&request);
                 }
-                self.put_back(&lane_key, &request.group, request.rows);
+                self.put_back(&lane_key, request.group, request.rows);
             }
             Some(answered) => {
                 if let Ok(reply) = &answered.result {
@@ -72,7 +72,7 @@ impl State {
                     lane.serves(now, &answered.said, took);
                 }
                 if !matches!(&answered.result, Err(report) if matches!(report.trouble, Trouble::Overload(_))) {
-                    self.answers(now, &lane_key, &request.group);
+                    self.answers(now, &lane_key, request.group);
                 }
                 match &answered.result {
                     Ok(reply) => self.answered(now, request, reply, &answered, in_flight),
@@ -83,7 +83,7 @@ impl State {
                 }
             }
         }
-        self.release_last(&lane_key, &group_key);
+        self.release_last(&lane_key, group_id);
         self.note(now, &lane_key);
         self.flush();
         self.tidy(now, &lane_key);
@@ -91,7 +91,7 @@ impl State {
 
     /// What an answer says of the rows of a request; `None` if it answers another one.
     fn read(&mut self, request: &InFlight, reply: &Reply) -> Option<Vec<Read>> {
-        let group = self.lanes.get_mut(&request.lane)?.group(&request.group)?;
+        let group = self.lanes.get_mut(&request.lane)?.group(request.group)?;
         // What has ended by itself goes no further.
         let whole = if reply.finish == Finish::Complete { format!("{}\n", reply.text) } else { reply.text.clone() };
         answer::read(&whole, &request.ids, &group.legend)
@@ -114,7 +114,7 @@ impl State {
         let read = read.unwrap_or_else(|| vec![Read::Missing; request.rows.len()]);
         let InFlight {
             lane: lane_key,
-            group: group_key,
+            group: group_id,
             rows,
             asked,
             grant,
@@ -129,7 +129,7 @@ impl State {
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         lane.answers(now);
         lane.standings.of(now, asked.scope).accepts();
-        let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| *k == group_key) else { return };
+        let Some((_, group)) = lane.groups.iter_mut().find(|(id, _)| *id == group_id) else { return };
         // Of a budget, who does not say what it took may have taken the most.
         let measured = reply.usage.whole();
         let is_unconfirmed = measured.is_none() && group.purse.is_some();
@@ -192,12 +192,12 @@ impl State {
             0 => Said::Barren,
             _ => Said::Valid(size),
         };
-        let is_given_up = self.weigh(now, &lane_key, &group_key, asked, weight);
+        let is_given_up = self.weigh(now, &lane_key, group_id, asked, weight);
         let is_no_fault = grows || is_prose || is_of_another || (labels == 0 && asked.way != Way::AsEver);
         let cap = format!("{} tokens, {thought} of which went into thinking", worst.output);
         let read = rows.into_iter().zip(read).collect();
         let ended = Ended { finish: reply.finish, is_no_fault, is_thought, max_attempts: options.max_attempts, cap };
-        self.verdicts(now, (&lane_key, &group_key), read, &ended);
+        self.verdicts(now, (&lane_key, group_id), read, &ended);
         if is_prose {
             self.notice(now, &lane_key, "prose", "the model answers in prose although JSON was requested");
         }
@@ -207,7 +207,7 @@ impl State {
     }
 
     /// What becomes of the rows of an answer.
-    fn verdicts(&mut self, now: u64, (lane_key, group_key): (&LaneKey, &str), rows: Vec<(Row, Read)>, ended: &Ended) {
+    fn verdicts(&mut self, now: u64, (lane_key, group_id): (&LaneKey, GroupId), rows: Vec<(Row, Read)>, ended: &Ended) {
         let Ended { finish, is_no_fault, is_thought, max_attempts, ref cap } = *ended;
         let size = rows.len();
         let (mut missing, mut uncharged) = (0, Vec::new());
@@ -244,16 +244,16 @@ impl State {
                 _ => None,
             };
             match done {
-                Some(verdict) => self.conclude(now, lane_key, group_key, row, verdict),
+                Some(verdict) => self.conclude(now, lane_key, group_id, row, verdict),
                 None => {
                     missing += 1;
                     row.most_rows = pack::rows_after(row.attempts, max_attempts, size);
-                    self.again(lane_key, group_key, row);
+                    self.again(lane_key, group_id, row);
                 }
             }
         }
         missing += uncharged.len();
-        self.put_back(lane_key, group_key, uncharged);
+        self.put_back(lane_key, group_id, uncharged);
         if missing > 0 {
             let what = match finish {
                 Finish::Length => "an answer was cut off",
@@ -267,7 +267,7 @@ impl State {
 
     /// A request may have been charged or not.
     pub(super) fn unsure(&mut self, request: &InFlight) {
-        let group = self.lanes.get_mut(&request.lane).and_then(|l| l.group(&request.group));
+        let group = self.lanes.get_mut(&request.lane).and_then(|l| l.group(request.group));
         let payers = group.map(|g| g.payers(&request.rows)).unwrap_or_default();
         self.unconfirmed(&payers, request.worst);
     }

@@ -9,12 +9,12 @@ use tokio::sync::Notify;
 
 use super::probe;
 use super::{Launch, State};
-use crate::key::LaneKey;
+use crate::key::{GroupId, LaneKey};
 use crate::protocol::{Stop, StopReason, Stream, Words};
 use crate::request::Answered;
 
 /// Account and URL. Models of an account may be at different ones.
-pub type EndpointKey = (String, String);
+pub type EndpointKey = (Rc<str>, String);
 
 /// An endpoint in trouble.
 #[derive(Debug, Default)]
@@ -40,20 +40,25 @@ impl Probing {
 
 /// The endpoint of a stream of this lane.
 fn endpoint(lane: &LaneKey, stream: &Stream) -> EndpointKey {
-    (lane.0.clone(), stream.endpoint.base_url.clone())
+    (Rc::clone(&lane.account), stream.endpoint.base_url.clone())
+}
+
+/// The lane of a model at this endpoint.
+fn lane((account, _): &EndpointKey, model: &str) -> LaneKey {
+    LaneKey { account: Rc::clone(account), model: model.into() }
 }
 
 /// Whether requests of this stream may be sent.
 pub fn is_closed(circuits: &BTreeMap<EndpointKey, Circuits>, lane: &LaneKey, stream: &Stream) -> bool {
-    circuits.get(&endpoint(lane, stream)).is_none_or(|c| c.breakers.state(&lane.1) == breaker::State::Closed)
+    circuits.get(&endpoint(lane, stream)).is_none_or(|c| c.breakers.state(&lane.model) == breaker::State::Closed)
 }
 
 /// The state of a lane's circuits (the worst, if its streams lead to several endpoints), and until when it lasts.
 pub fn of_lane(circuits: &BTreeMap<EndpointKey, Circuits>, lane: &LaneKey) -> (breaker::State, Option<u64>) {
     circuits
         .iter()
-        .filter(|((account, _), _)| *account == lane.0)
-        .map(|(_, c)| (c.breakers.state(&lane.1), c.breakers.until(&lane.1)))
+        .filter(|((account, _), _)| *account == lane.account)
+        .map(|(_, c)| (c.breakers.state(&lane.model), c.breakers.until(&lane.model)))
         .max()
         .unwrap_or((breaker::State::Closed, None))
 }
@@ -64,27 +69,29 @@ fn is_down(now: u64, until: Option<u64>, message: &str) -> Stop {
 }
 
 impl State {
-    fn endpoint_of(&mut self, lane: &LaneKey, group: &str) -> Option<EndpointKey> {
+    fn endpoint_of(&mut self, lane: &LaneKey, group: GroupId) -> Option<EndpointKey> {
         let group = self.lanes.get_mut(lane)?.group(group)?;
         Some(endpoint(lane, &group.stream))
     }
 
     /// Why nothing is sent for a group, if a probe has found that out and the next one is not due; and whose request it was.
-    pub(super) fn down(&mut self, now: u64, lane: &LaneKey, group: &str) -> Option<(Stop, u32)> {
+    pub(super) fn down(&mut self, now: u64, lane: &LaneKey, group: GroupId) -> Option<(Stop, u32)> {
         if self.circuits.is_empty() {
             return None;
         }
         let key = self.endpoint_of(lane, group)?;
         let Circuits { breakers, words } = self.circuits.get(&key)?;
-        breakers.is_down(now, &lane.1).then(|| (is_down(now, breakers.until(&lane.1), &words.message), words.role))
+        breakers
+            .is_down(now, &lane.model)
+            .then(|| (is_down(now, breakers.until(&lane.model), &words.message), words.role))
     }
 
     /// A request of a group was answered, be it with a refusal.
-    pub(super) fn answers(&mut self, now: u64, lane: &LaneKey, group: &str) {
+    pub(super) fn answers(&mut self, now: u64, lane: &LaneKey, group: GroupId) {
         if !self.circuits.is_empty()
             && let Some(key) = self.endpoint_of(lane, group)
         {
-            self.endpoint_answers(now, &key, &lane.1);
+            self.endpoint_answers(now, &key, &lane.model);
         }
     }
 
@@ -95,20 +102,19 @@ impl State {
             self.circuits.remove(key);
         }
         if was_down {
-            let lane = (key.0.clone(), model.to_owned());
-            self.notice(now, &lane, "answers", "the provider answers again");
+            self.notice(now, &lane(key, model), "answers", "the provider answers again");
         }
     }
 
     /// A request of a group was not answered. Whether nothing more may be sent until a probe is answered.
-    pub(super) fn fails(&mut self, now: u64, lane: &LaneKey, group: &str, points: u32, message: &str) -> bool {
+    pub(super) fn fails(&mut self, now: u64, lane: &LaneKey, group: GroupId, points: u32, message: &str) -> bool {
         let Some(stream) = self.lanes.get_mut(lane).and_then(|l| l.group(group)).map(|g| Rc::clone(&g.stream)) else {
             return false;
         };
         let circuits = self.circuits.entry(endpoint(lane, &stream)).or_default();
-        circuits.breakers.failed(now, &lane.1, points);
+        circuits.breakers.failed(now, &lane.model, points);
         circuits.words = Words { role: stream.role, message: message.to_owned() };
-        circuits.breakers.state(&lane.1) != breaker::State::Closed
+        circuits.breakers.state(&lane.model) != breaker::State::Closed
     }
 
     /// Sends a probe to each endpoint for which it is time and somebody waits; else notes when to look again.
@@ -116,10 +122,10 @@ impl State {
         let mut later = |at: u64| *wake = Some(wake.map_or(at, |w| w.min(at)));
         for (key, Circuits { breakers, .. }) in &mut self.circuits {
             let mut waiting: BTreeMap<&str, (&LaneKey, Rc<Stream>)> = BTreeMap::new();
-            for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.0 == key.0) {
+            for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.account == key.0) {
                 let of_endpoint = |s: &Stream| s.endpoint.base_url == key.1;
                 if let Some((_, g)) = l.groups.iter().find(|(_, g)| of_endpoint(&g.stream) && g.queued() > 0) {
-                    waiting.insert(&lane.1, (lane, Rc::clone(&g.stream)));
+                    waiting.insert(&lane.model, (lane, Rc::clone(&g.stream)));
                 }
             }
             let models: Vec<&str> = waiting.keys().copied().collect();
@@ -159,7 +165,7 @@ impl State {
             None => ProbeEnd::Lost,
             Some(Err(report)) if let Trouble::Overload(asked) = report.trouble => {
                 let words = Words { role, message: report.message };
-                if let Some(lane) = self.lanes.get_mut(&(key.0.clone(), model.clone())) {
+                if let Some(lane) = self.lanes.get_mut(&lane(&key, &model)) {
                     lane.errors += 1;
                     lane.last_error = Some(words.clone());
                 }
@@ -173,16 +179,16 @@ impl State {
         let Some(Circuits { breakers, words }) = self.circuits.get_mut(&key) else { return };
         let Some(down) = breakers.end_probe(now, &model, end) else { return };
         let (stop, role) = (is_down(now, breakers.until(&model), &words.message), words.role);
-        self.notice(now, &(key.0.clone(), model.clone()), "stopped", &stop.message);
+        self.notice(now, &lane(&key, &model), "stopped", &stop.message);
         let mut streams = Vec::new();
-        for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.0 == key.0) {
-            if down == Down::Endpoint || lane.1 == model {
+        for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.account == key.0) {
+            if down == Down::Endpoint || *lane.model == *model {
                 let groups = l.groups.iter().filter(|(_, g)| g.stream.endpoint.base_url == key.1);
-                streams.extend(groups.map(|(group, _)| (lane.clone(), group.clone())));
+                streams.extend(groups.map(|(group, _)| (lane.clone(), *group)));
             }
         }
         for (lane, group) in streams {
-            self.stop(&lane, Some(&group), &stop, Some(role));
+            self.stop(&lane, Some(group), &stop, Some(role));
         }
     }
 }

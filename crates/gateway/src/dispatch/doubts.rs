@@ -6,7 +6,7 @@ use llm_batch_core::patience::{Next, Way};
 
 use super::{Asked, State};
 use crate::cache::TextKey;
-use crate::key::LaneKey;
+use crate::key::{GroupId, LaneKey};
 use crate::protocol::{Stop, StopReason, Verdict};
 use crate::request::presentable;
 use crate::row::Row;
@@ -31,11 +31,11 @@ pub(super) enum Said {
 
 impl State {
     /// Takes an answer to a request into account. True if the task is given up.
-    pub(super) fn weigh(&mut self, now: u64, lane_key: &LaneKey, group_key: &str, asked: Asked, said: Said) -> bool {
+    pub(super) fn weigh(&mut self, now: u64, lane_key: &LaneKey, group_id: GroupId, asked: Asked, said: Said) -> bool {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return false };
         let forms = lane.learned.forms;
         let standing = lane.standings.of(now, asked.scope);
-        let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| k == group_key) else { return false };
+        let Some((_, group)) = lane.groups.iter_mut().find(|(id, _)| *id == group_id) else { return false };
         let options = &group.stream.task.options;
         let form = asked.learned.form(options);
         let next = match said {
@@ -48,9 +48,9 @@ impl State {
                     Way::FewerRows | Way::OneRow => group.size.at_most(rows),
                 }
                 // What is held may be of other streams of the same task.
-                let same = lane.groups.iter().filter(|(_, g)| g.scope == asked.scope).map(|(key, _)| key.clone());
-                for key in same.collect::<Vec<_>>() {
-                    self.release(lane_key, &key, is_own_fault);
+                let same = lane.groups.iter().filter(|(_, g)| g.scope == asked.scope).map(|(id, _)| *id);
+                for id in same.collect::<Vec<_>>() {
+                    self.release(lane_key, id, is_own_fault);
                 }
                 return false;
             }
@@ -67,11 +67,11 @@ impl State {
     }
 
     /// A form was refused that is tried because others had no valid row. True if it was.
-    pub(super) fn form_is_refused(&mut self, now: u64, lane_key: &LaneKey, group_key: &str, asked: Asked) -> bool {
+    pub(super) fn form_is_refused(&mut self, now: u64, lane_key: &LaneKey, group_id: GroupId, asked: Asked) -> bool {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return false };
         let forms = lane.learned.forms;
         let standing = lane.standings.of(now, asked.scope);
-        let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| k == group_key) else { return false };
+        let Some((_, group)) = lane.groups.iter_mut().find(|(id, _)| *id == group_id) else { return false };
         if asked.way != Way::OtherForm {
             return false;
         }
@@ -89,36 +89,35 @@ impl State {
     pub(super) fn give_up(&mut self, now: u64, lane_key: &LaneKey, scope: TextKey, last: &str) {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
         lane.standings.of(now, scope).begin_anew();
-        let groups: Vec<String> =
-            lane.groups.iter().filter(|(_, g)| g.scope == scope).map(|(key, _)| key.clone()).collect();
+        let groups: Vec<GroupId> = lane.groups.iter().filter(|(_, g)| g.scope == scope).map(|(id, _)| *id).collect();
         let message = format!("no answer has a valid row, whichever way the model is asked; the last answer is {last}");
         self.notice(now, lane_key, "stopped", &message);
         let stop = Stop { reason: StopReason::NoAnswers, message, retry_after_ms: None };
         for group in groups {
-            self.stop(lane_key, Some(&group), &stop, None);
+            self.stop(lane_key, Some(group), &stop, None);
         }
     }
 
     /// A row is done with. Without a label it is held as long as it may not be its fault.
-    pub(super) fn conclude(&mut self, now: u64, lane_key: &LaneKey, group_key: &str, row: Row, verdict: Verdict) {
+    pub(super) fn conclude(&mut self, now: u64, lane_key: &LaneKey, group_id: GroupId, row: Row, verdict: Verdict) {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let Some((_, group)) = lane.groups.iter_mut().find(|(k, _)| k == group_key) else { return };
+        let Some((_, group)) = lane.groups.iter_mut().find(|(id, _)| *id == group_id) else { return };
         let standing = lane.standings.of(now, group.scope);
         let is_rejected = matches!(&verdict, Verdict::Fail { class, .. } if class == "rejected");
         let in_doubt = if is_rejected { !standing.is_accepted } else { standing.patience.is_in_doubt(now) };
         if !in_doubt || matches!(verdict, Verdict::Label(_)) {
-            self.done(lane_key, group_key, row, verdict);
+            self.done(lane_key, group_id, row, verdict);
             return;
         }
-        let rows = self.wanted(lane_key, group_key, vec![row]);
-        if let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_key)) {
+        let rows = self.wanted(lane_key, group_id, vec![row]);
+        if let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_id)) {
             group.held.extend(rows.into_iter().map(|row| (row, verdict.clone())));
         }
     }
 
     /// Lets go of what is held. Unless it is the rows' own fault, those that were not refused are asked again.
-    fn release(&mut self, lane_key: &LaneKey, group_key: &str, is_own_fault: bool) {
-        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_key)) else { return };
+    fn release(&mut self, lane_key: &LaneKey, group_id: GroupId, is_own_fault: bool) {
+        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_id)) else { return };
         if !is_own_fault {
             group.forgive();
         }
@@ -126,18 +125,18 @@ impl State {
             let is_refused =
                 matches!(&verdict, Verdict::Fail { class, .. } | Verdict::Skip { class, .. } if is_refusal(class));
             if is_own_fault || is_refused {
-                self.done(lane_key, group_key, row, verdict);
+                self.done(lane_key, group_id, row, verdict);
             } else {
-                self.again(lane_key, group_key, row);
+                self.again(lane_key, group_id, row);
             }
         }
     }
 
     /// If nothing else is left of a group that could tell whose fault it is, what is held is done with.
-    pub(super) fn release_last(&mut self, lane_key: &LaneKey, group_key: &str) {
-        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_key)) else { return };
+    pub(super) fn release_last(&mut self, lane_key: &LaneKey, group_id: GroupId) {
+        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_id)) else { return };
         if !group.held.is_empty() && group.queued() == 0 && group.in_flight == 0 {
-            self.release(lane_key, group_key, true);
+            self.release(lane_key, group_id, true);
         }
     }
 }

@@ -11,14 +11,14 @@ impl State {
     /// What rows would take if they were sent, by what is known of the client's model.
     pub fn estimate(&mut self, conn: u64, items: Vec<Item>) -> Estimate {
         let mut sum = Estimate::default();
-        let Some((lane_key, group_key, stream)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else {
+        let Some((lane_key, group_id, stream)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else {
             return sum;
         };
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return sum };
         let (learned, measured) = (lane.learned, lane.measured);
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(stream.model.max_request_tokens);
         let mut group = Group::new(stream, &self.keys);
-        if let Some(known) = lane.group(&group_key) {
+        if let Some(known) = lane.group(group_id) {
             group.size = known.size;
         }
         let reuse = group.stream.task.options.reuse;

@@ -32,16 +32,15 @@ use crate::cache::{Cache, Keys, TextKey};
 use crate::frames::Frames;
 use crate::group::Pushed;
 use crate::kept::Kept;
-use crate::key::{LaneKey, account};
+use crate::key::{GroupId, LaneKey};
 use crate::lane::{Lane, Learned};
 use crate::notice::Notices;
 use crate::numbers::Numbers;
 use crate::places::Places;
 use crate::protocol::{
-    Allowance, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
-    StopReason, Stream, Verdict, encode,
+    Allowance, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop, StopReason,
+    Stream, Verdict, encode,
 };
-use crate::purse::Purse;
 use crate::row::{Row, Waiter};
 
 /// Lanes without streams beyond this number are forgotten.
@@ -54,7 +53,7 @@ struct Conn {
     frames: Frames,
     /// When (ms) it last opened a stream or sent rows.
     came: u64,
-    stream: Option<(LaneKey, String, Rc<Stream>)>,
+    stream: Option<(LaneKey, GroupId, Rc<Stream>)>,
     outstanding: usize,
     outstanding_bytes: usize,
     outcomes: Vec<Outcome>,
@@ -82,7 +81,7 @@ impl Conn {
 pub struct InFlight {
     id: u64,
     lane: LaneKey,
-    group: String,
+    group: GroupId,
     asked: Asked,
     rows: Vec<Row>,
     ids: Vec<u16>,
@@ -211,8 +210,8 @@ impl State {
             c.left.notify_one();
             c.stream
         });
-        let Some((lane_key, group_key, _)) = stream else { return };
-        let (gone, _) = self.leave(conn, &lane_key, &group_key);
+        let Some((lane_key, group_id, _)) = stream else { return };
+        let (gone, _) = self.leave(conn, &lane_key, group_id);
         self.bytes = gone.iter().fold(self.bytes, |bytes, waiter| bytes.saturating_sub(waiter.bytes));
         self.tidy(now, &lane_key);
     }
@@ -221,7 +220,7 @@ impl State {
     pub fn abandon(&mut self, conn: u64) {
         self.withdraw(conn);
         let Some((lane, group, _)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else { return };
-        let (gone, worst) = self.leave(conn, &lane, &group);
+        let (gone, worst) = self.leave(conn, &lane, group);
         if let Some(c) = self.conns.get_mut(&conn) {
             c.spent.unconfirmed_input_tokens += worst.input;
             c.spent.unconfirmed_output_tokens += worst.output;
@@ -232,10 +231,10 @@ impl State {
 
     /// Lets go of a client's rows that are under way. Requests that nobody else waits for are given up: what these may take
     /// at the worst.
-    fn leave(&mut self, conn: u64, lane_key: &LaneKey, group_key: &str) -> (Vec<Waiter>, Tokens) {
+    fn leave(&mut self, conn: u64, lane_key: &LaneKey, group_id: GroupId) -> (Vec<Waiter>, Tokens) {
         let (mut gone, mut worst) = (Vec::new(), Tokens::default());
-        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_key)) else { return (gone, worst) };
-        for request in self.in_flight.values_mut().filter(|r| r.lane == *lane_key && r.group == group_key) {
+        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_id)) else { return (gone, worst) };
+        for request in self.in_flight.values_mut().filter(|r| r.lane == *lane_key && r.group == group_id) {
             let (before, mut is_wanted) = (gone.len(), false);
             for row in &request.rows {
                 gone.append(&mut group.let_go(row.key, &|c| c == conn));
@@ -279,20 +278,15 @@ impl State {
         }
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
         c.came = now;
-        let lane_key = (account(&stream.endpoint), stream.model.model.clone());
-        let mut group_key = serde_json::to_string(&stream).map_err(|e| e.to_string())?;
-        let purse = stream.budget.map(|prices| Purse::new(conn, prices));
-        if purse.is_some() {
-            // What a request costs is one purse's matter.
-            group_key.push_str(&conn.to_string());
-        }
         c.stopped = false;
+        let lane_key = LaneKey::of(&stream);
         let stream = Rc::new(stream);
-        let before = c.stream.replace((lane_key.clone(), group_key.clone(), Rc::clone(&stream)));
         let kept = &self.kept;
         let new = || Lane::new(stream.model.limits(), kept.lane(&lane_key), kept.known_since(), now);
         let lane = self.lanes.entry(lane_key.clone()).or_insert_with(new);
-        lane.group_or_new(&group_key, &stream, &self.keys).purse = purse;
+        self.next_id += 1;
+        let group_id = lane.open(GroupId(self.next_id), conn, &stream, &self.keys);
+        let before = c.stream.replace((lane_key.clone(), group_id, stream));
         self.tidy(now, &lane_key);
         if let Some((old, _, _)) = before {
             self.tidy(now, &old);
@@ -334,10 +328,10 @@ impl State {
         let on_lane = |c: &&Conn| c.stream.as_ref().is_some_and(|(lane, _, _)| lane == key);
         let open: Vec<&Conn> = self.conns.values().filter(on_lane).collect();
         if let Some(lane) = self.lanes.get_mut(key) {
-            lane.groups.retain(|(k, g)| {
+            lane.groups.retain(|(id, g)| {
                 g.in_flight > 0
                     || g.queued() > 0
-                    || open.iter().filter_map(|c| c.stream.as_ref()).any(|(_, group, _)| group == k)
+                    || open.iter().filter_map(|c| c.stream.as_ref()).any(|(_, group, _)| group == id)
             });
             // Sessions keep their streams open; only those with rows under way have a say. Without any the limits
             // stay: what was sent under them still counts.
@@ -353,7 +347,7 @@ impl State {
         }
         if self.lanes.len() > MOST_IDLE_LANES {
             self.lanes.retain(|_, lane| !lane.is_idle());
-            self.circuits.retain(|(account, _), _| self.lanes.keys().any(|(a, _)| a == account));
+            self.circuits.retain(|(account, _), _| self.lanes.keys().any(|lane| lane.account == *account));
         }
     }
 
@@ -365,7 +359,7 @@ impl State {
         };
         let was_idle = c.outstanding == 0;
         if let Some(l) = self.lanes.get_mut(&lane) {
-            l.wake(&group);
+            l.wake(group);
         }
         for item in items {
             let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
@@ -385,7 +379,7 @@ impl State {
             }
             let unique: TextKey = self.id().into();
             let Some(l) = self.lanes.get_mut(&lane) else { continue };
-            let Some(g) = l.group(&group) else { continue };
+            let Some(g) = l.group(group) else { continue };
             let reuse = g.stream.task.options.reuse;
             let compartment = g.compartment(&self.keys, &item);
             let key = if reuse { self.keys.of(compartment, &item.text) } else { unique };
@@ -403,12 +397,12 @@ impl State {
             self.tidy(now, &lane);
         }
         let stop = if self.settings.enabled {
-            self.down(now, &lane, &group).map(|(stop, role)| (stop, Some(role)))
+            self.down(now, &lane, group).map(|(stop, role)| (stop, Some(role)))
         } else {
             Some((disabled(), None))
         };
         if let Some((stop, role)) = stop {
-            self.stop(&lane, Some(&group), &stop, role);
+            self.stop(&lane, Some(group), &stop, role);
         }
         self.flush();
         Ok(())
@@ -423,7 +417,7 @@ impl State {
 
     pub fn allow(&mut self, conn: u64, more: Allowance) {
         let Some((lane, group, _)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else { return };
-        if let Some(purse) = self.lanes.get_mut(&lane).and_then(|l| l.group(&group)).and_then(|g| g.purse.as_mut()) {
+        if let Some(purse) = self.lanes.get_mut(&lane).and_then(|l| l.group(group)).and_then(|g| g.purse.as_mut()) {
             purse.allow(more);
         }
     }
@@ -432,9 +426,9 @@ impl State {
         let Some(c) = self.conns.get_mut(&conn) else { return };
         c.stopped = true;
         let Some((lane, group, _)) = c.stream.clone() else { return };
-        let rows = self.lanes.get_mut(&lane).and_then(|l| l.group(&group)).map(|g| g.withdraw(&|c| c == conn));
+        let rows = self.lanes.get_mut(&lane).and_then(|l| l.group(group)).map(|g| g.withdraw(&|c| c == conn));
         self.give_back(rows.unwrap_or_default());
-        self.release_last(&lane, &group);
+        self.release_last(&lane, group);
         self.flush();
     }
 
@@ -445,9 +439,9 @@ impl State {
     }
 
     /// A row is done with: all who wait for it get this outcome, and only the first has paid.
-    fn done(&mut self, lane_key: &LaneKey, group_key: &str, row: Row, verdict: Verdict) {
+    fn done(&mut self, lane_key: &LaneKey, group_id: GroupId, row: Row, verdict: Verdict) {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let Some(group) = lane.group(group_key) else { return };
+        let Some(group) = lane.group(group_id) else { return };
         let waiters = group.take_waiters(&row);
         if let Verdict::Label(label) = verdict
             && group.stream.task.options.reuse
@@ -489,19 +483,19 @@ impl State {
 
     /// Stops the streams of a lane, or of one group of it: their waiting rows go back. If a provider's words are about a
     /// request of a role, other roles are not told them.
-    fn stop(&mut self, lane_key: &LaneKey, group: Option<&str>, stop: &Stop, role: Option<u32>) {
+    fn stop(&mut self, lane_key: &LaneKey, group: Option<GroupId>, stop: &Stop, role: Option<u32>) {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
         let mut rows = Vec::new();
-        for (key, g) in &mut lane.groups {
-            if group.is_none_or(|wanted| wanted == key) {
+        for (id, g) in &mut lane.groups {
+            if group.is_none_or(|wanted| wanted == *id) {
                 rows.append(&mut g.withdraw(&|_| true));
             }
         }
         self.give_back(rows);
         // The reason goes first: a client that saw only rows come back would send them again.
         for c in self.conns.values_mut() {
-            let is_it = |l: &LaneKey, g: &str| l == lane_key && group.is_none_or(|wanted| wanted == g);
-            let Some((_, _, stream)) = c.stream.as_ref().filter(|(l, g, _)| is_it(l, g)) else { continue };
+            let is_it = |l: &LaneKey, g: GroupId| l == lane_key && group.is_none_or(|wanted| wanted == g);
+            let Some((_, _, stream)) = c.stream.as_ref().filter(|(l, g, _)| is_it(l, *g)) else { continue };
             let mut stop = stop.clone();
             if role.is_some_and(|role| role != stream.role) {
                 stop.message = trouble::without_words(&stop.message).to_owned();

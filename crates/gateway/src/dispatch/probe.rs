@@ -74,10 +74,10 @@ impl State {
 
     /// What a probe's end means: `None` if it is to be sent again, else the answer to give.
     pub fn probed(&mut self, now: u64, conn: u64, tries: u32, result: Result<Reply, Report>) -> Option<Option<Stop>> {
-        let (lane_key, group_key, _) = self.conns.get(&conn)?.stream.clone()?;
+        let (lane_key, group_id, _) = self.conns.get(&conn)?.stream.clone()?;
         let is_answered = !matches!(&result, Err(report) if matches!(report.trouble, Trouble::Overload(_)));
         if is_answered {
-            self.answers(now, &lane_key, &group_key);
+            self.answers(now, &lane_key, group_id);
         }
         let Err(report) = result else {
             if let Some(lane) = self.lanes.get_mut(&lane_key) {
@@ -86,7 +86,7 @@ impl State {
             return Some(None);
         };
         let message = report.message;
-        let is_open = !is_answered && self.fails(now, &lane_key, &group_key, 1, &message);
+        let is_open = !is_answered && self.fails(now, &lane_key, group_id, 1, &message);
         let lane = self.lanes.get_mut(&lane_key)?;
         // Nothing but the words of it is asked for.
         let plain = Options { structured_output: StructuredOutput::None, ..Options::default() };

@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 
 use super::{Asked, InFlight, Launch, State, circuits, say};
 use crate::group::{Group, Next};
-use crate::key::LaneKey;
+use crate::key::{GroupId, LaneKey};
 use crate::lane::{Lane, Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
 use crate::numbers::Numbers;
 use crate::protocol::FromGateway;
@@ -105,7 +105,7 @@ pub(super) fn rows_of(learned: Learned, measured: Measured, largest: u64) -> u64
 enum Look {
     Sent,
     /// These rows of a group are larger than a request may be; and why.
-    TooLarge(String, Vec<Row>, String),
+    TooLarge(GroupId, Vec<Row>, String),
     /// Nothing can be sent now.
     Nothing,
 }
@@ -136,8 +136,8 @@ impl State {
                 Look::Sent => {}
                 Look::TooLarge(group, rows, why) => {
                     let size = rows.len();
-                    self.too_large(now, (&key, &group), rows, size, &why);
-                    self.release_last(&key, &group);
+                    self.too_large(now, (&key, group), rows, size, &why);
+                    self.release_last(&key, group);
                 }
                 Look::Nothing => continue,
             }
@@ -156,7 +156,8 @@ impl State {
     /// as are free, of half of all those of its account, and no more than an eighth of all.
     fn room(&self, key: &LaneKey) -> usize {
         let all = self.places.requests;
-        let lanes = self.lanes.range((key.0.clone(), String::new())..).take_while(|(lane, _)| lane.0 == key.0);
+        let first = LaneKey { account: Rc::clone(&key.account), model: "".into() };
+        let lanes = self.lanes.range(first..).take_while(|(lane, _)| lane.account == key.account);
         let of_account: usize = lanes.map(|(_, lane)| lane.in_flight).sum();
         let free = all.saturating_sub(self.in_flight.len() + self.probing.len());
         free.min(all.div_ceil(2).saturating_sub(of_account)).min(all.div_ceil(8))
@@ -172,7 +173,7 @@ impl State {
         let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
         let largest_answer = lane.limiter.largest_answer();
         let Lane { groups, level, limiter, learned, measured, standings, in_flight, in_flight_rows, .. } = lane;
-        for (group_key, group) in groups {
+        for (group_id, group) in groups {
             let interactive = group.stream.interactive;
             if *in_flight >= if interactive { allowed_interactive } else { allowed } {
                 return Look::Nothing;
@@ -215,7 +216,7 @@ impl State {
             if rows.len() == 1 && (draft.estimate.input + draft.estimate.output) as usize > counted(allowed) {
                 let what = if allowed == most_set { "max_request_tokens" } else { "the limit a minute" };
                 let why = format!("{what} of the model leaves {allowed} tokens for one");
-                return Look::TooLarge(group_key.clone(), rows, why);
+                return Look::TooLarge(*group_id, rows, why);
             }
             if let Some(mut purse) = group.purse.take() {
                 let least = draft_of(group, rows.get(..1).unwrap_or_default()).worst;
@@ -265,7 +266,7 @@ impl State {
                 }
                 Err(Refusal::TooLarge) => {
                     let why = "a limit a minute of the model is smaller".to_owned();
-                    return Look::TooLarge(group_key.clone(), rows, why);
+                    return Look::TooLarge(*group_id, rows, why);
                 }
             };
             if let Some(purse) = &mut group.purse {
@@ -289,7 +290,7 @@ impl State {
             });
             let request = InFlight {
                 lane: key.clone(),
-                group: group_key.clone(),
+                group: *group_id,
                 id: self.next_id,
                 asked: Asked { scope: group.scope, way, turn, learned },
                 ids: draft.ids,

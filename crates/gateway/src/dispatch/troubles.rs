@@ -10,7 +10,7 @@ use llm_batch_core::trouble::{Parameter, Report, Trouble};
 use super::answers::left;
 use super::doubts::Said;
 use super::{InFlight, State, too_long};
-use crate::key::LaneKey;
+use crate::key::{GroupId, LaneKey};
 use crate::protocol::{Stop, StopReason, Verdict, Words};
 use crate::request::TIMED_OUT;
 use crate::row::Row;
@@ -46,7 +46,7 @@ impl State {
         let InFlight {
             id,
             lane: lane_key,
-            group: group_key,
+            group: group_id,
             mut rows,
             grant,
             asked,
@@ -58,7 +58,7 @@ impl State {
         } = request;
         let mut message = report.message.clone();
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        let role = lane.group(&group_key).map(|g| g.stream.role);
+        let role = lane.group(group_id).map(|g| g.stream.role);
         match report.trouble {
             Trouble::Rate(_) => lane.throttled += 1,
             Trouble::Unsupported(_) | Trouble::TooLarge | Trouble::OverLimit | Trouble::AnswerCap | Trouble::CutOff => {
@@ -79,7 +79,7 @@ impl State {
         {
             lane.concurrency.troubled(sent, now);
         }
-        if !is_unsure && let Some(purse) = lane.group(&group_key).and_then(|g| g.purse.as_mut()) {
+        if !is_unsure && let Some(purse) = lane.group(group_id).and_then(|g| g.purse.as_mut()) {
             purse.give_back(worst, Tokens::default());
         }
         let size = rows.len();
@@ -106,26 +106,26 @@ impl State {
                 let least = if lane.refused_in_vain > 1 { backoff(lane.refused_in_vain) } else { 0 };
                 let wait = wait.map_or_else(|| backoff(lane.refusals), |said| said.max(least));
                 lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
-                self.put_back(&lane_key, &group_key, rows);
+                self.put_back(&lane_key, group_id, rows);
                 self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
                 return;
             }
             Trouble::CutOff if can_grow => {
                 lane.learned.observe_end(true, worst.output);
-                self.put_back(&lane_key, &group_key, rows);
-                if self.weigh(now, &lane_key, &group_key, asked, Said::Cut) {
+                self.put_back(&lane_key, group_id, rows);
+                if self.weigh(now, &lane_key, group_id, asked, Said::Cut) {
                     self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
                 }
                 return;
             }
             Trouble::AnswerCap if worst.output > 1 => {
                 lane.learned.answer_cap(thought::cap_in(&message, worst.output).max(1));
-                self.put_back(&lane_key, &group_key, rows);
+                self.put_back(&lane_key, group_id, rows);
                 self.notice(now, &lane_key, "cap", &format!("{message}; continuing with a smaller cap"));
                 return;
             }
             Trouble::TooLarge if lane.takes_less_answer(&message, asked.learned, estimate, worst.output) => {
-                self.put_back(&lane_key, &group_key, rows);
+                self.put_back(&lane_key, group_id, rows);
                 return;
             }
             Trouble::OverLimit if size == 1 => {
@@ -134,7 +134,7 @@ impl State {
                 let row = rows.first().map_or(0, |row| row.key);
                 if is_so || !lane.refuses_all_as_over_limit(row) {
                     self.notice(now, &lane_key, "over limit", &message);
-                    rows.into_iter().for_each(|row| self.over_limit(now, &lane_key, &group_key, row, is_so, &message));
+                    rows.into_iter().for_each(|row| self.over_limit(now, &lane_key, group_id, row, is_so, &message));
                     return;
                 }
                 message = format!("rows are refused alone as larger than a limit, and none is answered: {message}");
@@ -144,30 +144,30 @@ impl State {
                 let alone = report.trouble == Trouble::OverLimit && lane.refuses_as_over_limit(now, &message);
                 self.notice_smaller(now, &lane_key, "too large", &message, size);
                 if alone {
-                    self.first_goes_alone(&lane_key, &group_key, &mut rows);
+                    self.first_goes_alone(&lane_key, group_id, &mut rows);
                 }
-                self.too_large(now, (&lane_key, &group_key), rows, size, &message);
+                self.too_large(now, (&lane_key, group_id), rows, size, &message);
                 return;
             }
             Trouble::Unsupported(parameter) => {
-                let options = lane.group(&group_key).map(|g| g.stream.task.options.clone()).unwrap_or_default();
+                let options = lane.group(group_id).map(|g| g.stream.task.options.clone()).unwrap_or_default();
                 let is_form = *parameter == Parameter::ResponseFormat;
                 if lane.learned.refused(*parameter, asked.learned, &options)
-                    || (is_form && self.form_is_refused(now, &lane_key, &group_key, asked))
+                    || (is_form && self.form_is_refused(now, &lane_key, group_id, asked))
                 {
-                    self.put_back(&lane_key, &group_key, rows);
+                    self.put_back(&lane_key, group_id, rows);
                     self.notice(now, &lane_key, "unsupported", &format!("{message}; continuing without it"));
                     return;
                 }
                 if *parameter == Parameter::SystemRole {
                     // There is none in the request: these are words of a row that is quoted.
-                    self.refused(now, (&lane_key, &group_key), rows, (id, is_accepted), &message);
+                    self.refused(now, (&lane_key, group_id), rows, (id, is_accepted), &message);
                     return;
                 }
                 (StopReason::Rejected, false, None)
             }
             Trouble::Filtered | Trouble::Rejected | Trouble::CutOff | Trouble::AnswerCap => {
-                self.refused(now, (&lane_key, &group_key), rows, (id, is_accepted), &message);
+                self.refused(now, (&lane_key, group_id), rows, (id, is_accepted), &message);
                 return;
             }
             Trouble::Overload(wait) => {
@@ -178,14 +178,14 @@ impl State {
                 let said = format!("a request failed and is sent again: {message}");
                 self.notice(now, &lane_key, "unanswered", &said);
                 // Paid for like an answer, most likely; and the probes are answered.
-                if has_begun && self.weigh(now, &lane_key, &group_key, asked, Said::Cut) {
-                    self.put_back(&lane_key, &group_key, rows);
+                if has_begun && self.weigh(now, &lane_key, group_id, asked, Said::Cut) {
+                    self.put_back(&lane_key, group_id, rows);
                     self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
                     return;
                 }
-                if self.fails(now, &lane_key, &group_key, points, &message) {
+                if self.fails(now, &lane_key, group_id, points, &message) {
                     // Whether it is these rows or the provider, a probe will tell.
-                    self.put_back(&lane_key, &group_key, rows);
+                    self.put_back(&lane_key, group_id, rows);
                     return;
                 }
                 // One wait for all rows, so that they stay together.
@@ -194,7 +194,7 @@ impl State {
                 for mut row in rows {
                     row.trouble += points;
                     row.not_before = not_before;
-                    self.row_in_trouble(now, &lane_key, &group_key, row, size, &message);
+                    self.row_in_trouble(now, &lane_key, group_id, row, size, &message);
                 }
                 return;
             }
@@ -205,12 +205,12 @@ impl State {
             lane.standings.of(now, asked.scope).begin_anew();
         }
         self.notice(now, &lane_key, "stopped", &message);
-        if let Some(g) = self.lanes.get_mut(&lane_key).and_then(|l| l.group(&group_key)) {
+        if let Some(g) = self.lanes.get_mut(&lane_key).and_then(|l| l.group(group_id)) {
             let waiters = rows.iter().flat_map(|row| g.take_waiters(row)).collect();
             self.give_back(waiters);
         }
         let stop = Stop { reason, message, retry_after_ms: retry_after };
-        self.stop(&lane_key, (!is_for_all).then_some(group_key.as_str()), &stop, role);
+        self.stop(&lane_key, (!is_for_all).then_some(group_id), &stop, role);
     }
 
     /// Something in these rows is refused: they go into smaller requests, until the row is found. As long as nothing was
@@ -218,7 +218,7 @@ impl State {
     fn refused(
         &mut self,
         now: u64,
-        (lane, group): (&LaneKey, &str),
+        (lane, group): (&LaneKey, GroupId),
         mut rows: Vec<Row>,
         (request, is_accepted): (u64, bool),
         message: &str,
@@ -244,7 +244,7 @@ impl State {
     }
 
     /// The first of these rows is the next to be sent, alone.
-    fn first_goes_alone(&mut self, lane: &LaneKey, group: &str, rows: &mut Vec<Row>) {
+    fn first_goes_alone(&mut self, lane: &LaneKey, group: GroupId, rows: &mut Vec<Row>) {
         let mut first = self.wanted(lane, group, vec![rows.remove(0)]);
         if let Some((g, mut row)) = self.lanes.get_mut(lane).and_then(|l| l.group(group)).zip(first.pop()) {
             row.most_rows = 1;
@@ -254,7 +254,7 @@ impl State {
 
     /// A row whose request was not answered, while others are: it waits, then its requests get smaller, then it is
     /// given up.
-    fn row_in_trouble(&mut self, now: u64, lane: &LaneKey, group: &str, mut row: Row, size: usize, message: &str) {
+    fn row_in_trouble(&mut self, now: u64, lane: &LaneKey, group: GroupId, mut row: Row, size: usize, message: &str) {
         if row.trouble >= MOST_TROUBLE {
             if size == 1 {
                 let verdict = Verdict::Fail { class: "provider_error".into(), detail: message.to_owned() };
@@ -269,7 +269,7 @@ impl State {
 
     /// A row was refused alone as larger than a limit of the account. That is not taken for the row's fault at once, and only
     /// if all that was served says so too.
-    fn over_limit(&mut self, now: u64, lane: &LaneKey, group: &str, mut row: Row, is_so: bool, message: &str) {
+    fn over_limit(&mut self, now: u64, lane: &LaneKey, group: GroupId, mut row: Row, is_so: bool, message: &str) {
         row.over_limit += 1;
         row.trouble += 1;
         row.not_before = now + backoff(row.trouble);
@@ -284,7 +284,7 @@ impl State {
     pub(super) fn too_large(
         &mut self,
         now: u64,
-        (lane, group): (&LaneKey, &str),
+        (lane, group): (&LaneKey, GroupId),
         rows: Vec<Row>,
         size: usize,
         why: &str,
@@ -301,7 +301,7 @@ impl State {
     }
 
     /// Those among who wait for these rows that were told to stop get them back; what others still want remains.
-    pub(super) fn wanted(&mut self, lane: &LaneKey, group: &str, rows: Vec<Row>) -> Vec<Row> {
+    pub(super) fn wanted(&mut self, lane: &LaneKey, group: GroupId, rows: Vec<Row>) -> Vec<Row> {
         let stopped: HashSet<u64> = self.conns.iter().filter(|(_, c)| c.stopped).map(|(id, _)| *id).collect();
         let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(group)) else { return Vec::new() };
         let mut gone = Vec::new();
@@ -319,7 +319,7 @@ impl State {
     }
 
     /// Queues rows again that were refused through no trouble of theirs.
-    pub(super) fn put_back(&mut self, lane: &LaneKey, group: &str, rows: Vec<Row>) {
+    pub(super) fn put_back(&mut self, lane: &LaneKey, group: GroupId, rows: Vec<Row>) {
         let rows = self.wanted(lane, group, rows);
         if let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
             g.put_back(rows);
@@ -327,7 +327,7 @@ impl State {
     }
 
     /// Queues a row again for another request.
-    pub(super) fn again(&mut self, lane: &LaneKey, group: &str, row: Row) {
+    pub(super) fn again(&mut self, lane: &LaneKey, group: GroupId, row: Row) {
         let rows = self.wanted(lane, group, vec![row]);
         if let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
             rows.into_iter().for_each(|row| g.push_again(row));
@@ -340,9 +340,9 @@ impl State {
     }
 
     pub(super) fn notice(&mut self, now: u64, lane: &LaneKey, class: &str, message: &str) {
-        if let Some(line) = self.notices.line(now, &format!("{} {} {class}", lane.0, lane.1), message) {
+        if let Some(line) = self.notices.line(now, &format!("{} {} {class}", lane.account, lane.model), message) {
             // The receiver lives as long as the gateway.
-            let _ = self.log.send(format!("llm_batch: model \"{}\": {line}", lane.1));
+            let _ = self.log.send(format!("llm_batch: model \"{}\": {line}", lane.model));
         }
     }
 }
