@@ -120,6 +120,128 @@ pub fn outcome(status: u16, body: &[u8], retry_after: Option<u64>) -> Result<Rep
     }
 }
 
+/// What an error says, in lower case.
+struct Said {
+    /// Its message.
+    message: String,
+    /// Its code and what stands beside the message.
+    code: String,
+    /// The message says which limit it is, and how large the request.
+    names_limit: bool,
+}
+
+impl Said {
+    /// Whether the message or the code has one of these words.
+    fn any(&self, words: &[&str]) -> bool {
+        words.iter().any(|word| self.message.contains(word) || self.code.contains(word))
+    }
+
+    /// Whether the message has one of these words.
+    fn message_any(&self, words: &[&str]) -> bool {
+        words.iter().any(|word| self.message.contains(word))
+    }
+
+    fn is_of_spend(&self) -> bool {
+        let spend = [
+            "insufficient_quota",
+            "credit_balance",
+            "spend_limit",
+            "usage_limit_exceeded",
+            "billing_hard_limit",
+            "billing_error",
+            "insufficient credits",
+        ];
+        self.any(&spend) || self.message.contains("specified api usage limits")
+    }
+
+    fn is_too_long(&self) -> bool {
+        self.any(&[
+            "context_length_exceeded",
+            "exceed_context_size",
+            "context length",
+            "context size",
+            "context window",
+            "maximum context",
+            "maximum number of tokens",
+            "prompt is too long",
+            "input is too long",
+            "request too large",
+        ])
+    }
+
+    /// Templates of chats raise these; some servers make a 500 of that.
+    fn refuses_system_role(&self) -> bool {
+        let is_named =
+            ["system role", "system message", "system prompt", "'system'", "\"system\"", "developer instruction"];
+        let is_refused = ["not support", "unsupported", "not enabled", "not allowed"];
+        self.message.contains("roles must alternate") || self.message_any(&is_named) && self.message_any(&is_refused)
+    }
+
+    fn refuses_response_format(&self) -> bool {
+        self.any(&[
+            "response_format",
+            "response format",
+            "json_schema",
+            "json_object",
+            "json mode",
+            "json_validate_failed",
+            "structured output",
+            "structured_output",
+        ])
+    }
+
+    fn refuses_answer_cap(&self) -> bool {
+        let is_named =
+            ["max_tokens", "max_completion_tokens", "max_new_tokens", "maxoutputtokens", "max_output_tokens"];
+        let is_bounded =
+            ["too large", "at most", "less than or equal", "valid range", "supported range", "maximum", "exceed"];
+        self.message_any(&is_named) && self.message_any(&is_bounded) && !self.is_too_long()
+    }
+
+    fn is_of_limit(&self) -> bool {
+        self.names_limit || self.any(&["rate_limit", "per min"])
+    }
+
+    /// The status of an error that stands in a 2xx: the one it names, or that of what it is about; else it is the provider's
+    /// own trouble.
+    fn status(&self, code: &Value) -> u16 {
+        match code.as_u64().and_then(|n| u16::try_from(n).ok()) {
+            Some(status @ 400..=599) => status,
+            _ if self.any(&["rate_limit"]) || self.is_of_spend() => 429,
+            _ if self.is_too_long() => 400,
+            _ => 502,
+        }
+    }
+
+    /// The class, with this status of the answer.
+    fn trouble(&self, status: u16, retry_after: Option<u64>) -> Trouble {
+        match status {
+            403 if self.is_of_spend() => Trouble::Spend,
+            401 | 403 => Trouble::Auth,
+            402 => Trouble::Spend,
+            404 => Trouble::NotFound,
+            400 | 413 | 422 if self.is_too_long() && self.is_of_limit() => Trouble::OverLimit,
+            413 if self.is_too_long() => Trouble::TooLarge,
+            429 if self.is_of_spend() => Trouble::Spend,
+            429 if self.is_too_long() => Trouble::OverLimit,
+            429 if self.any(&["perday", "per day", "rpd", "tokens-month"]) => Trouble::Quota(retry_after),
+            429 => Trouble::Rate(retry_after),
+            400 | 422 | 500 if self.refuses_system_role() => Trouble::Unsupported(Parameter::SystemRole),
+            408 | 409 | 421 | 424 | 425 | 499..=599 => Trouble::Overload(retry_after),
+            400 | 422 if self.is_of_spend() => Trouble::Spend,
+            400 if self.any(&["could not finish the message"]) => Trouble::CutOff,
+            400 | 422 if self.refuses_answer_cap() => Trouble::AnswerCap,
+            400 | 422 if self.is_too_long() || self.any(&["too many tokens"]) => Trouble::TooLarge,
+            400 if self.any(&["model_not_found"]) => Trouble::NotFound,
+            400 if self.any(&["content_filter", "content management policy"]) => Trouble::Filtered,
+            400 | 422 if self.any(&["max_completion_tokens"]) => Trouble::Unsupported(Parameter::MaxTokens),
+            400 | 422 if self.refuses_response_format() => Trouble::Unsupported(Parameter::ResponseFormat),
+            400 | 413 | 422 => Trouble::Rejected,
+            _ => Trouble::Misplaced,
+        }
+    }
+}
+
 /// Classes an error: with the status of its answer, or one that stands in a 2xx.
 fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<u64>) -> Report {
     let text = |v: &Value| match v {
@@ -132,103 +254,11 @@ fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<
     if !error["details"].is_null() {
         code.push_str(&error["details"].to_string());
     }
-    let code = code.to_lowercase();
-    let words = message.to_lowercase();
-    let says = |needle: &str| words.contains(needle) || code.contains(needle);
     let asked = || error["details"].as_array()?.iter().find_map(|d| headers::duration(d["retryDelay"].as_str()?));
     let retry_after = retry_after.or_else(asked).map(|ms| ms.min(headers::DAY));
-
-    let spend = || {
-        [
-            "insufficient_quota",
-            "credit_balance",
-            "spend_limit",
-            "usage_limit_exceeded",
-            "billing_hard_limit",
-            "billing_error",
-            "insufficient credits",
-        ]
-        .iter()
-        .any(|n| says(n))
-            || words.contains("specified api usage limits")
-    };
-    let too_long = || {
-        [
-            "context_length_exceeded",
-            "exceed_context_size",
-            "context length",
-            "context size",
-            "context window",
-            "maximum context",
-            "maximum number of tokens",
-            "prompt is too long",
-            "input is too long",
-            "request too large",
-        ]
-        .iter()
-        .any(|n| says(n))
-    };
-    // Templates of chats raise these; some servers make a 500 of that.
-    let system_role = || {
-        let is_named =
-            ["system role", "system message", "system prompt", "'system'", "\"system\"", "developer instruction"];
-        let is_refused = ["not support", "unsupported", "not enabled", "not allowed"];
-        words.contains("roles must alternate")
-            || is_named.iter().any(|n| words.contains(n)) && is_refused.iter().any(|n| words.contains(n))
-    };
-    let response_format = || {
-        [
-            "response_format",
-            "response format",
-            "json_schema",
-            "json_object",
-            "json mode",
-            "json_validate_failed",
-            "structured output",
-            "structured_output",
-        ]
-        .iter()
-        .any(|n| says(n))
-    };
-    let answer_cap = || {
-        let is_named =
-            ["max_tokens", "max_completion_tokens", "max_new_tokens", "maxoutputtokens", "max_output_tokens"];
-        let is_bounded =
-            ["too large", "at most", "less than or equal", "valid range", "supported range", "maximum", "exceed"];
-        is_named.iter().any(|n| words.contains(n)) && is_bounded.iter().any(|n| words.contains(n)) && !too_long()
-    };
-    // What stands in a 2xx names its status, or what it is about, or else is the provider's own trouble.
-    let within = || match error["code"].as_u64().and_then(|n| u16::try_from(n).ok()) {
-        Some(status @ 400..=599) => status,
-        _ if says("rate_limit") || spend() => 429,
-        _ if too_long() => 400,
-        _ => 502,
-    };
-    let is_of_limit = || headers::limit_in(&message).is_some() || says("rate_limit") || says("per min");
-    let trouble = match status.unwrap_or_else(within) {
-        403 if spend() => Trouble::Spend,
-        401 | 403 => Trouble::Auth,
-        402 => Trouble::Spend,
-        404 => Trouble::NotFound,
-        400 | 413 | 422 if too_long() && is_of_limit() => Trouble::OverLimit,
-        413 if too_long() => Trouble::TooLarge,
-        429 if spend() => Trouble::Spend,
-        429 if too_long() => Trouble::OverLimit,
-        429 if says("perday") || says("per day") || says("rpd") || says("tokens-month") => Trouble::Quota(retry_after),
-        429 => Trouble::Rate(retry_after),
-        400 | 422 | 500 if system_role() => Trouble::Unsupported(Parameter::SystemRole),
-        408 | 409 | 421 | 424 | 425 | 499..=599 => Trouble::Overload(retry_after),
-        400 | 422 if spend() => Trouble::Spend,
-        400 if says("could not finish the message") => Trouble::CutOff,
-        400 | 422 if answer_cap() => Trouble::AnswerCap,
-        400 | 422 if too_long() || says("too many tokens") => Trouble::TooLarge,
-        400 if says("model_not_found") => Trouble::NotFound,
-        400 if says("content_filter") || says("content management policy") => Trouble::Filtered,
-        400 | 422 if says("max_completion_tokens") => Trouble::Unsupported(Parameter::MaxTokens),
-        400 | 422 if response_format() => Trouble::Unsupported(Parameter::ResponseFormat),
-        400 | 413 | 422 => Trouble::Rejected,
-        _ => Trouble::Misplaced,
-    };
+    let names_limit = headers::limit_in(&message).is_some();
+    let said = Said { message: message.to_lowercase(), code: code.to_lowercase(), names_limit };
+    let trouble = said.trouble(status.unwrap_or_else(|| said.status(&error["code"])), retry_after);
     let said = if message.is_empty() { body.trim() } else { &message };
     let message = match (status, said.is_empty()) {
         (None, true) => "the provider's answer contains an error".to_owned(),
