@@ -5,11 +5,11 @@ use std::rc::Rc;
 use llm_batch_core::concurrency::Concurrency;
 use llm_batch_core::forms::{Form, Forms};
 use llm_batch_core::headers::{self, Reported};
-use llm_batch_core::limiter::{Limiter, Limits, Stated, Tokens};
+use llm_batch_core::limiter::{Grant, Left, Limiter, Limits, Stated, Tokens};
 use llm_batch_core::options::Options;
 use llm_batch_core::pack::Ratio;
 use llm_batch_core::thought::Thinking;
-use llm_batch_core::trouble::{self, Parameter};
+use llm_batch_core::trouble::{self, Parameter, Report, Trouble};
 
 use crate::cache::{Keys, TextKey};
 use crate::group::Group;
@@ -355,6 +355,30 @@ impl Lane {
     pub fn answers(&mut self, now: u64) {
         (self.refusals, self.refused_in_vain) = (0, 0);
         self.last_success = Some(now);
+    }
+
+    /// A request failed that was sent at `sent` (ms), for a role.
+    pub fn fails(&mut self, now: u64, (grant, sent): (Grant, u64), report: &Report, left: Left, role: Option<u32>) {
+        match report.trouble {
+            Trouble::Rate(_) => self.throttled += 1,
+            Trouble::Unsupported(_) | Trouble::TooLarge | Trouble::OverLimit | Trouble::AnswerCap | Trouble::CutOff => {
+            }
+            _ => {
+                self.errors += 1;
+                self.last_error = role.map(|role| Words { role, message: report.message.clone() });
+            }
+        }
+        match report.trouble {
+            Trouble::Rate(_) => self.limiter.refused(now, grant, left),
+            // The usage of requests that broke off is unknown, so the reservation is kept.
+            Trouble::Overload(_) => drop(grant),
+            _ => self.limiter.settle(grant, Tokens::default(), left),
+        }
+        if matches!(report.trouble, Trouble::Overload(_))
+            || (matches!(report.trouble, Trouble::Rate(_)) && !self.limiter.is_limited())
+        {
+            self.concurrency.troubled(sent, now);
+        }
     }
 
     /// Most requests that may be under way now.

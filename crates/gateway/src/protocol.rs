@@ -8,6 +8,7 @@ use std::fmt;
 use llm_batch_core::breaker;
 use llm_batch_core::dialect::Counts;
 use llm_batch_core::limiter::Limits;
+pub use llm_batch_core::remedy::StopReason;
 use llm_batch_core::task::Task;
 use llm_batch_core::trouble;
 use serde::{Deserialize, Serialize};
@@ -237,28 +238,6 @@ impl Spent {
         self.unconfirmed_output_tokens += more.unconfirmed_output_tokens;
         self.row_ms += more.row_ms;
     }
-}
-
-/// Why a stream can't go on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum StopReason {
-    /// The key is wrong or lacks the right.
-    Auth,
-    /// The account's money is gone.
-    Spend,
-    /// A quota of a day or month is used up.
-    Quota,
-    /// The provider is not reached, or broken.
-    ProviderDown,
-    /// The model or the path is not known.
-    NotFound,
-    /// The provider refuses the request.
-    Rejected,
-    /// No answer to the task has a valid row, however it is asked.
-    NoAnswers,
-    /// `llm_batch.enabled` is off.
-    Disabled,
 }
 
 /// The end of a stream.

@@ -4,14 +4,15 @@ use std::collections::HashSet;
 
 use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::Tokens;
+use llm_batch_core::remedy::{End, Known, Remedy};
 use llm_batch_core::thought;
 use llm_batch_core::trouble::{Parameter, Report, Trouble};
 
 use super::answers::left;
 use super::doubts::Said;
-use super::{InFlight, State, too_long};
+use super::{Asked, InFlight, State, too_long};
 use crate::key::{GroupId, LaneKey};
-use crate::protocol::{Stop, StopReason, Verdict, Words};
+use crate::protocol::{Stop, StopReason, Verdict};
 use crate::request::TIMED_OUT;
 use crate::row::Row;
 
@@ -26,8 +27,21 @@ const MOST_BACKOFF: u64 = 30_000;
 const LIMIT_WAIT: u64 = 60_000;
 /// Refusals of a row alone, as larger than a limit that does not contradict what was served, until it is skipped.
 const MOST_OVER_LIMIT: u32 = 2;
-/// Waits (ms) that are longer park the model; shorter ones are sat out.
-const LONGEST_RATE_WAIT: u64 = 120_000;
+
+/// A request that was not answered.
+struct Failed {
+    lane: LaneKey,
+    group: GroupId,
+    rows: Vec<Row>,
+    /// For whom it was.
+    role: Option<u32>,
+    asked: Asked,
+    /// By our count, and at the worst.
+    estimate: Tokens,
+    worst: Tokens,
+    /// What went wrong, in words.
+    message: String,
+}
 
 impl State {
     /// Takes a request that was not answered. It may have been charged; and a 2xx may have begun.
@@ -43,174 +57,175 @@ impl State {
         if is_unsure {
             self.unsure(&request);
         }
-        let InFlight {
-            id,
-            lane: lane_key,
-            group: group_id,
-            mut rows,
-            grant,
-            asked,
-            estimate,
-            sent,
-            worst,
-            can_grow,
-            ..
-        } = request;
-        let mut message = report.message.clone();
+        let InFlight { id, lane: lane_key, group, rows, grant, asked, estimate, sent, worst, can_grow, .. } = request;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        let role = lane.group(group_id).map(|g| g.stream.role);
-        match report.trouble {
-            Trouble::Rate(_) => lane.throttled += 1,
-            Trouble::Unsupported(_) | Trouble::TooLarge | Trouble::OverLimit | Trouble::AnswerCap | Trouble::CutOff => {
-            }
-            _ => {
-                lane.errors += 1;
-                lane.last_error = role.map(|role| Words { role, message: message.clone() });
-            }
-        }
-        match report.trouble {
-            Trouble::Rate(_) => lane.limiter.refused(now, grant, left(said)),
-            // The usage of requests that broke off is unknown, so the reservation is kept.
-            Trouble::Overload(_) => drop(grant),
-            _ => lane.limiter.settle(grant, Tokens::default(), left(said)),
-        }
-        if matches!(report.trouble, Trouble::Overload(_))
-            || (matches!(report.trouble, Trouble::Rate(_)) && !lane.limiter.is_limited())
-        {
-            lane.concurrency.troubled(sent, now);
-        }
-        if !is_unsure && let Some(purse) = lane.group(group_id).and_then(|g| g.purse.as_mut()) {
+        let role = lane.group(group).map(|g| g.stream.role);
+        lane.fails(now, (grant, sent), report, left(said), role);
+        if !is_unsure && let Some(purse) = lane.group(group).and_then(|g| g.purse.as_mut()) {
             purse.give_back(worst, Tokens::default());
         }
-        let size = rows.len();
         let standing = lane.standings.of(now, asked.scope);
-        let is_accepted = standing.is_accepted;
         let is_wrong = matches!(report.trouble, Trouble::Rejected | Trouble::CutOff)
             && matches!(rows.as_slice(), [row] if standing.row_is_refused(row.refused_in.unwrap_or(id)));
-        // What ends streams: why, whether all of the lane or only those of the group, and when to try again.
-        let (reason, is_for_all, retry_after) = match &report.trouble {
-            Trouble::Rate(wait) if wait.is_some_and(|w| w > LONGEST_RATE_WAIT) => (StopReason::Quota, true, *wait),
-            Trouble::Quota(wait) => (StopReason::Quota, true, *wait),
-            Trouble::Spend => (StopReason::Spend, true, None),
-            Trouble::Auth => (StopReason::Auth, false, None),
-            Trouble::NotFound => (StopReason::NotFound, false, None),
-            Trouble::Misplaced => (StopReason::Rejected, false, None),
-            Trouble::Rejected | Trouble::CutOff if is_wrong => (StopReason::Rejected, false, None),
-            Trouble::Rate(wait) => {
-                // Without a word from the provider, the more refusals in a row the longer.
-                lane.refusals += 1;
-                // The first time the provider is believed; after a wait that was in vain, ours is the least.
-                if sent >= lane.refused_at {
-                    (lane.refused_in_vain, lane.refused_at) = (lane.refused_in_vain + 1, now);
-                }
-                let least = if lane.refused_in_vain > 1 { backoff(lane.refused_in_vain) } else { 0 };
-                let wait = wait.map_or_else(|| backoff(lane.refusals), |said| said.max(least));
-                lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
-                self.put_back(&lane_key, group_id, rows);
-                self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
-                return;
+        let is_accepted = standing.is_accepted;
+        let remedy = Remedy::of(&report.trouble, Known { is_wrong, cap: worst.output, can_grow });
+        let message = report.message.clone();
+        let failed = Failed { lane: lane_key, group, rows, role, asked, estimate, worst, message };
+        match remedy {
+            Remedy::Stop(end) => self.end(now, failed, end),
+            Remedy::Wait(wait) => self.throttled(now, failed, sent, wait),
+            Remedy::LargerCap => self.cut_off(now, failed),
+            Remedy::SmallerCap => self.cap_refused(now, failed),
+            Remedy::SmallerRequest { is_limit } => self.larger(now, failed, is_limit),
+            Remedy::Without(parameter) => self.unsupported(now, failed, parameter, (id, is_accepted)),
+            Remedy::FindRow => {
+                let Failed { lane, group, rows, message, .. } = failed;
+                self.refused(now, (&lane, group), rows, (id, is_accepted), &message);
             }
-            Trouble::CutOff if can_grow => {
-                lane.learned.observe_end(true, worst.output);
-                self.put_back(&lane_key, group_id, rows);
-                if self.weigh(now, &lane_key, group_id, asked, Said::Cut) {
-                    self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
-                }
-                return;
-            }
-            Trouble::AnswerCap if worst.output > 1 => {
-                lane.learned.answer_cap(thought::cap_in(&message, worst.output).max(1));
-                self.put_back(&lane_key, group_id, rows);
-                self.notice(now, &lane_key, "cap", &format!("{message}; continuing with a smaller cap"));
-                return;
-            }
-            Trouble::TooLarge if lane.takes_less_answer(&message, asked.learned, estimate, worst.output) => {
-                self.put_back(&lane_key, group_id, rows);
-                return;
-            }
-            Trouble::OverLimit if size == 1 => {
-                let prompt = lane.measured.prompt.apply(estimate.input);
-                let is_so = lane.is_over_limit(&message, prompt + worst.output);
-                let row = rows.first().map_or(0, |row| row.key);
-                if is_so || !lane.refuses_all_as_over_limit(row) {
-                    self.notice(now, &lane_key, "over limit", &message);
-                    rows.into_iter().for_each(|row| self.over_limit(now, &lane_key, group_id, row, is_so, &message));
-                    return;
-                }
-                message = format!("rows are refused alone as larger than a limit, and none is answered: {message}");
-                (StopReason::Quota, true, Some(LIMIT_WAIT))
-            }
-            Trouble::TooLarge | Trouble::OverLimit => {
-                let alone = report.trouble == Trouble::OverLimit && lane.refuses_as_over_limit(now, &message);
-                self.notice_smaller(now, &lane_key, "too large", &message, size);
-                if alone {
-                    self.first_goes_alone(&lane_key, group_id, &mut rows);
-                }
-                self.too_large(now, (&lane_key, group_id), rows, size, &message);
-                return;
-            }
-            Trouble::Unsupported(parameter) => {
-                let options = lane.group(group_id).map(|g| g.stream.task.options.clone()).unwrap_or_default();
-                let is_form = *parameter == Parameter::ResponseFormat;
-                if lane.learned.refused(*parameter, asked.learned, &options)
-                    || (is_form && self.form_is_refused(now, &lane_key, group_id, asked))
-                {
-                    self.put_back(&lane_key, group_id, rows);
-                    self.notice(now, &lane_key, "unsupported", &format!("{message}; continuing without it"));
-                    return;
-                }
-                if *parameter == Parameter::SystemRole {
-                    // There is none in the request: these are words of a row that is quoted.
-                    self.refused(now, (&lane_key, group_id), rows, (id, is_accepted), &message);
-                    return;
-                }
-                (StopReason::Rejected, false, None)
-            }
-            Trouble::Filtered | Trouble::Rejected | Trouble::CutOff | Trouble::AnswerCap => {
-                self.refused(now, (&lane_key, group_id), rows, (id, is_accepted), &message);
-                return;
-            }
-            Trouble::Overload(wait) => {
-                let points = if message == TIMED_OUT { 2 } else { 1 };
-                if let Some(wait) = wait {
-                    lane.limiter.penalize(now + wait.min(&MOST_BACKOFF));
-                }
-                let said = format!("a request failed and is sent again: {message}");
-                self.notice(now, &lane_key, "unanswered", &said);
-                // Paid for like an answer, most likely; and the probes are answered.
-                if has_begun && self.weigh(now, &lane_key, group_id, asked, Said::Cut) {
-                    self.put_back(&lane_key, group_id, rows);
-                    self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
-                    return;
-                }
-                if self.fails(now, &lane_key, group_id, points, &message) {
-                    // Whether it is these rows or the provider, a probe will tell.
-                    self.put_back(&lane_key, group_id, rows);
-                    return;
-                }
-                // One wait for all rows, so that they stay together.
-                let worst = rows.iter().map(|r| r.trouble).max().unwrap_or(0) + points;
-                let not_before = now + backoff(worst);
-                for mut row in rows {
-                    row.trouble += points;
-                    row.not_before = not_before;
-                    self.row_in_trouble(now, &lane_key, group_id, row, size, &message);
-                }
-                return;
-            }
-        };
-        if reason == StopReason::Rejected
+            Remedy::Again(wait) => self.unanswered(now, failed, wait, has_begun),
+        }
+    }
+
+    /// The streams end: rows go back to the clients.
+    fn end(&mut self, now: u64, failed: Failed, end: End) {
+        let Failed { lane: lane_key, group, rows, role, asked, message, .. } = failed;
+        if end.reason == StopReason::Rejected
             && let Some(lane) = self.lanes.get_mut(&lane_key)
         {
             lane.standings.of(now, asked.scope).begin_anew();
         }
         self.notice(now, &lane_key, "stopped", &message);
-        if let Some(g) = self.lanes.get_mut(&lane_key).and_then(|l| l.group(group_id)) {
+        if let Some(g) = self.lanes.get_mut(&lane_key).and_then(|l| l.group(group)) {
             let waiters = rows.iter().flat_map(|row| g.take_waiters(row)).collect();
             self.give_back(waiters);
         }
-        let stop = Stop { reason, message, retry_after_ms: retry_after };
-        self.stop(&lane_key, (!is_for_all).then_some(group_id), &stop, role);
+        let stop = Stop { reason: end.reason, message, retry_after_ms: end.retry_after };
+        self.stop(&lane_key, (!end.is_for_all).then_some(group), &stop, role);
+    }
+
+    /// Too much at once: the lane waits, for as long as the provider said if it did.
+    fn throttled(&mut self, now: u64, failed: Failed, sent: u64, said: Option<u64>) {
+        let Failed { lane: lane_key, group, rows, message, .. } = failed;
+        let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
+        // Without a word from the provider, the more refusals in a row the longer.
+        lane.refusals += 1;
+        // The first time the provider is believed; after a wait that was in vain, ours is the least.
+        if sent >= lane.refused_at {
+            (lane.refused_in_vain, lane.refused_at) = (lane.refused_in_vain + 1, now);
+        }
+        let least = if lane.refused_in_vain > 1 { backoff(lane.refused_in_vain) } else { 0 };
+        let wait = said.map_or_else(|| backoff(lane.refusals), |said| said.max(least));
+        lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
+        self.put_back(&lane_key, group, rows);
+        self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
+    }
+
+    /// The cap of the answer did not suffice for what is thought before it, and it can be larger.
+    fn cut_off(&mut self, now: u64, failed: Failed) {
+        let Failed { lane: lane_key, group, rows, asked, worst, message, .. } = failed;
+        let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
+        lane.learned.observe_end(true, worst.output);
+        self.put_back(&lane_key, group, rows);
+        if self.weigh(now, &lane_key, group, asked, Said::Cut) {
+            self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
+        }
+    }
+
+    /// The cap of the answer is larger than the model allows.
+    fn cap_refused(&mut self, now: u64, failed: Failed) {
+        let Failed { lane: lane_key, group, rows, worst, message, .. } = failed;
+        let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
+        lane.learned.answer_cap(thought::cap_in(&message, worst.output).max(1));
+        self.put_back(&lane_key, group, rows);
+        self.notice(now, &lane_key, "cap", &format!("{message}; continuing with a smaller cap"));
+    }
+
+    /// The request is larger than a limit of the account, or else than the model's context.
+    fn larger(&mut self, now: u64, failed: Failed, is_limit: bool) {
+        let Some(lane) = self.lanes.get_mut(&failed.lane) else { return };
+        let Failed { asked, estimate, worst, ref message, .. } = failed;
+        if is_limit && failed.rows.len() == 1 {
+            return self.row_over_limit(now, failed);
+        }
+        if !is_limit && lane.takes_less_answer(message, asked.learned, estimate, worst.output) {
+            return self.put_back(&failed.lane, failed.group, failed.rows);
+        }
+        let alone = is_limit && lane.refuses_as_over_limit(now, message);
+        let Failed { lane: lane_key, group, mut rows, message, .. } = failed;
+        let size = rows.len();
+        self.notice_smaller(now, &lane_key, "too large", &message, size);
+        if alone {
+            self.first_goes_alone(&lane_key, group, &mut rows);
+        }
+        self.too_large(now, (&lane_key, group), rows, size, &message);
+    }
+
+    /// A row is refused alone as larger than a limit of the account.
+    fn row_over_limit(&mut self, now: u64, failed: Failed) {
+        let Failed { lane: ref lane_key, group, estimate, worst, ref message, .. } = failed;
+        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
+        let prompt = lane.measured.prompt.apply(estimate.input);
+        let is_so = lane.is_over_limit(message, prompt + worst.output);
+        let key = failed.rows.first().map_or(0, |row| row.key);
+        if is_so || !lane.refuses_all_as_over_limit(key) {
+            self.notice(now, lane_key, "over limit", message);
+            for row in failed.rows {
+                self.over_limit(now, lane_key, group, row, is_so, message);
+            }
+            return;
+        }
+        let message = format!("rows are refused alone as larger than a limit, and none is answered: {message}");
+        self.end(now, Failed { message, ..failed }, End::of_all(StopReason::Quota, Some(LIMIT_WAIT)));
+    }
+
+    /// The endpoint refuses a parameter of the request: that is written in another way, if there is one.
+    fn unsupported(&mut self, now: u64, failed: Failed, parameter: Parameter, (id, is_accepted): (u64, bool)) {
+        let Failed { lane: ref lane_key, group, asked, ref message, .. } = failed;
+        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
+        let options = lane.group(group).map(|g| g.stream.task.options.clone()).unwrap_or_default();
+        let is_form = parameter == Parameter::ResponseFormat;
+        if lane.learned.refused(parameter, asked.learned, &options)
+            || (is_form && self.form_is_refused(now, lane_key, group, asked))
+        {
+            self.put_back(lane_key, group, failed.rows);
+            self.notice(now, lane_key, "unsupported", &format!("{message}; continuing without it"));
+        } else if parameter == Parameter::SystemRole {
+            // There is none in the request: these are words of a row that is quoted.
+            self.refused(now, (lane_key, group), failed.rows, (id, is_accepted), message);
+        } else {
+            self.end(now, failed, End::of_group(StopReason::Rejected));
+        }
+    }
+
+    /// The provider is overloaded or broken, or not reached.
+    fn unanswered(&mut self, now: u64, failed: Failed, wait: Option<u64>, has_begun: bool) {
+        let Failed { lane: lane_key, group, rows, asked, message, .. } = failed;
+        let size = rows.len();
+        let points = if message == TIMED_OUT { 2 } else { 1 };
+        if let (Some(wait), Some(lane)) = (wait, self.lanes.get_mut(&lane_key)) {
+            lane.limiter.penalize(now + wait.min(MOST_BACKOFF));
+        }
+        let said = format!("a request failed and is sent again: {message}");
+        self.notice(now, &lane_key, "unanswered", &said);
+        // Paid for like an answer, most likely; and the probes are answered.
+        if has_begun && self.weigh(now, &lane_key, group, asked, Said::Cut) {
+            self.put_back(&lane_key, group, rows);
+            self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
+            return;
+        }
+        if self.fails(now, &lane_key, group, points, &message) {
+            // Whether it is these rows or the provider, a probe will tell.
+            self.put_back(&lane_key, group, rows);
+            return;
+        }
+        // One wait for all rows, so that they stay together.
+        let worst = rows.iter().map(|r| r.trouble).max().unwrap_or(0) + points;
+        let not_before = now + backoff(worst);
+        for mut row in rows {
+            row.trouble += points;
+            row.not_before = not_before;
+            self.row_in_trouble(now, &lane_key, group, row, size, &message);
+        }
     }
 
     /// Something in these rows is refused: they go into smaller requests, until the row is found. As long as nothing was
