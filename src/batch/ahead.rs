@@ -10,7 +10,7 @@ use pgrx::prelude::*;
 use super::answers::{Answer, Shown};
 use super::calls::Found;
 use super::guards::Guards;
-use super::place::Wanted;
+use super::wanted::Wanted;
 use super::site::{Site, evaluate, string};
 use crate::ask::{Asker, has_text};
 use crate::error::{Error, Result};

@@ -13,6 +13,7 @@ mod nodes;
 mod others;
 mod place;
 mod site;
+mod wanted;
 
 use std::ffi::{c_char, c_int};
 use std::sync::OnceLock;

@@ -6,8 +6,8 @@ use pgrx::PgMemoryContexts;
 use pgrx::prelude::*;
 
 use super::ahead::Ahead;
-use super::nodes::{list, make, to_list};
-use super::place::Wanted;
+use super::nodes::make;
+use super::wanted::Wanted;
 use super::{calls, explain};
 use crate::settings;
 
@@ -67,16 +67,7 @@ pub unsafe fn plan(
     unsafe {
         let scan = make::<pg_sys::CustomScan>(pg_sys::NodeTag::T_CustomScan);
         (*scan).methods = addr_of!(SCAN.0);
-        let (kind, bounds) = match wanted {
-            Wanted::All => (0, [null_mut(), null_mut()]),
-            Wanted::Unknown => (1, [null_mut(), null_mut()]),
-            Wanted::Limit { count, offset, is_sure } => (if is_sure { 2 } else { 3 }, [count, offset]),
-        };
-        let flags = [!bounds[0].is_null(), !bounds[1].is_null(), has_policies].map(i32::from);
-        let flags = [kind].into_iter().chain(flags);
-        (*scan).custom_private = to_list(flags.map(|flag| pg_sys::makeInteger(flag)));
-        let bounds = bounds.into_iter().filter(|b| !b.is_null());
-        (*scan).custom_exprs = to_list(bounds.map(|b| pg_sys::copyObjectImpl(b.cast()).cast::<pg_sys::Node>()));
+        wanted.write(scan, has_policies);
         let plan = scan.cast::<pg_sys::Plan>();
         (*plan).startup_cost = (*old).startup_cost;
         (*plan).total_cost = (*old).total_cost;
@@ -95,24 +86,6 @@ pub unsafe fn plan(
         (*plan).initPlan = (*old).initPlan;
         (*old).initPlan = null_mut();
         plan
-    }
-}
-
-/// Reads back what `plan()` has written: what is wanted, and whether there are policies.
-unsafe fn wanted(scan: *mut pg_sys::CustomScan) -> (Wanted, bool) {
-    // SAFETY: a node made by plan(), or a copy of it.
-    unsafe {
-        let flags: Vec<i32> = list::<pg_sys::Integer>((*scan).custom_private).into_iter().map(|i| (*i).ival).collect();
-        let mut bounds = list::<pg_sys::Node>((*scan).custom_exprs).into_iter();
-        let mut bound = |flag: usize| {
-            if flags.get(flag) == Some(&1) { bounds.next().unwrap_or(null_mut()) } else { null_mut() }
-        };
-        let wanted = match flags.first() {
-            Some(0) => Wanted::All,
-            Some(kind @ (2 | 3)) => Wanted::Limit { count: bound(1), offset: bound(2), is_sure: *kind == 2 },
-            _ => Wanted::Unknown,
-        };
-        (wanted, flags.get(3) == Some(&1))
     }
 }
 
@@ -140,7 +113,7 @@ unsafe extern "C-unwind" fn begin(node: *mut pg_sys::CustomScanState, estate: *m
         let found = calls::find((*plan).qual, (*plan).targetlist);
         // A row that is looked at again since others have changed it is asked about by itself.
         let is_on = settings::enable_batch_scan() && (*estate).es_epq_active.is_null();
-        let (wanted, has_policies) = wanted(plan.cast());
+        let (wanted, has_policies) = Wanted::read(plan.cast());
         let ahead = Ahead::new(ps, found, wanted, is_on, has_policies);
         // Dropped with the query, also after an error: then nobody calls end().
         (*node.cast::<State>()).ahead = PgMemoryContexts::For((*estate).es_query_cxt).leak_and_drop_on_delete(ahead);

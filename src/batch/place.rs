@@ -7,27 +7,10 @@ use pgrx::prelude::*;
 use super::calls::{find, has_calls, is_repeatable};
 use super::effects::Effects;
 use super::nodes::{Distinct, any, list, make, mutate, replace, to_list};
+use super::wanted::Wanted;
 use super::{jit, node};
 use crate::settings;
 use pg_sys::NodeTag as T;
-
-/// How much of a node's output will be wanted.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum Wanted {
-    /// All of it.
-    All,
-    /// Perhaps a few rows, perhaps all.
-    Unknown,
-    /// As many rows as a LIMIT and an OFFSET say, if there is one; if that is not sure, perhaps a few of them.
-    Limit { count: *mut pg_sys::Node, offset: *mut pg_sys::Node, is_sure: bool },
-}
-
-impl Wanted {
-    /// The rows wanted from a node below one that reads another number of rows than it returns.
-    fn below(self) -> Self {
-        if self == Self::All { Self::All } else { Self::Unknown }
-    }
-}
 
 /// Whether a query's rows are fetched one by one, with anything in between.
 pub fn is_cursor(cursor_options: i32) -> bool {
