@@ -10,7 +10,7 @@ use pgrx::prelude::*;
 use crate::client::{Client, Received, in_recovery};
 use crate::error::{Error, Result};
 use crate::shared::{self, Idle};
-use crate::{settings, sql, worker};
+use crate::{process, settings, sql, worker};
 
 /// Why a job that is to run does not, in a word; NULL if it does, or will in a moment.
 #[pg_extern(sql = false)]
@@ -22,7 +22,7 @@ fn waits_for(job_id: i64) -> Option<&'static str> {
     if !settings::enabled() {
         return Some("disabled");
     }
-    match shared::idle(worker::my_database(), job_id) {
+    match shared::idle(process::my_database(), job_id) {
         Idle::Not => None,
         _ if !worker::databases::is_mine_open() => Some("no_connections"),
         Idle::NoSlot => Some("no_worker_slot"),
@@ -37,7 +37,7 @@ fn home() -> String {
     // thread inside a transaction.
     let (cluster, extension) =
         unsafe { (pg_sys::GetSystemIdentifier(), pg_sys::get_extension_oid(c"pg_llm_batch".as_ptr(), true)) };
-    format!("{cluster} {} {}", worker::my_database(), extension.to_u32())
+    format!("{cluster} {} {}", process::my_database(), extension.to_u32())
 }
 
 fn fetch() -> Result<Vec<Activity>> {

@@ -134,7 +134,7 @@ impl Known {
     pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<Asked> {
         let known = model::load(&self.model)?;
         let stream = Stream {
-            database: crate::worker::my_database(),
+            database: crate::process::my_database(),
             role: role.to_u32(),
             interactive,
             endpoint: crate::provider::endpoint(known.server, role)?,

@@ -11,11 +11,11 @@ use llm_batch_gateway::protocol::{FromGateway, Stream, ToGateway, decode, encode
 use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
+use crate::process::{Socket, is_told_to_end, wait};
 use crate::shared::{self, Process};
 use crate::text::Text;
 use crate::version;
 use crate::worker::gateway::connect;
-use crate::worker::{Socket, is_told_to_end, wait};
 
 /// How long a gateway may take to come up or come back.
 const PATIENCE: Duration = Duration::from_secs(30);

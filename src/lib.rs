@@ -25,6 +25,7 @@ mod json;
 mod kept;
 mod model;
 mod owner;
+mod process;
 mod provider;
 mod question;
 mod settings;

@@ -8,7 +8,7 @@ use pgrx::pg_sys::panic::CaughtError;
 use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
-use crate::{sql, worker};
+use crate::{process, sql};
 
 /// What a caught error is turned into: ours, or one of Postgres.
 fn caught(e: CaughtError) -> Error {
@@ -43,7 +43,7 @@ pub fn run<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
             );
         }
     }
-    worker::set_in_transaction(true);
+    process::set_in_transaction(true);
     // SAFETY: called on a worker's main thread outside any transaction; each start is matched by a commit or an abort.
     unsafe {
         pg_sys::SetCurrentStatementStartTimestamp();
@@ -67,7 +67,7 @@ pub fn run<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
         if result.is_err() {
             pg_sys::AbortCurrentTransaction();
         }
-        worker::set_in_transaction(false);
+        process::set_in_transaction(false);
         pg_sys::pgstat_report_stat(true);
     }
     result
@@ -144,7 +144,7 @@ pub fn check_writable() -> Result<()> {
             AND s.setrole OPERATOR(pg_catalog.=) ANY (ARRAY[0, $2]::pg_catalog.oid[])
             AND o.option_name OPERATOR(pg_catalog.=) 'default_transaction_read_only'
           ORDER BY s.setrole OPERATOR(pg_catalog.=) 0, s.setdatabase OPERATOR(pg_catalog.=) 0 LIMIT 1",
-        &[pg_sys::Oid::from(worker::my_database()).into(), crate::model::current_user().into()],
+        &[pg_sys::Oid::from(process::my_database()).into(), crate::model::current_user().into()],
     )?;
     // SAFETY: on the main thread; the name is that of a parameter that every server has, whose value is a C string.
     let is_frozen = set.unwrap_or_else(|| unsafe {

@@ -3,10 +3,11 @@
 mod check;
 mod control;
 mod estimate;
+mod finder;
 mod page;
 mod plan;
 mod settle;
-pub mod store;
+mod store;
 mod worker;
 
 use std::ffi::CStr;
@@ -168,7 +169,7 @@ fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> 
 /// Wakes a job when the transaction commits; without an owner only a worker that runs is told. After a commit nothing may
 /// raise: this writes to shared memory alone.
 fn wake_at_commit(job: i64, owner: Option<pg_sys::Oid>) {
-    let database = crate::worker::my_database();
+    let database = crate::process::my_database();
     register_xact_callback(PgXactCallbackEvent::Commit, move || match owner {
         Some(owner) => shared::want(database, job, owner.to_u32(), shared::now()),
         None => shared::poke(database, job),

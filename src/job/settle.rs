@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::job::page::{self, Page};
 use crate::job::plan::Plan;
 use crate::job::store::Failure;
-use crate::{sql, txn, worker};
+use crate::{process, sql, txn};
 
 /// An answer to write: which row, what became of it.
 #[derive(Debug, Clone)]
@@ -377,7 +377,7 @@ fn write(plan: &Plan, page: &Page, rows: &[Todo], hindered: &mut Hindered) -> Re
             }
             Err(e) => e,
         };
-        let is_told_to_end = e.code == Code::ERRCODE_QUERY_CANCELED && worker::is_told_to_end();
+        let is_told_to_end = e.code == Code::ERRCODE_QUERY_CANCELED && process::is_told_to_end();
         if is_told_to_end || is_of_the_table(plan, e.code)? {
             return Err(e);
         }

@@ -4,7 +4,7 @@ use std::ffi::CStr;
 
 use pgrx::prelude::*;
 
-use super::my_database;
+use crate::process::my_database;
 use crate::settings;
 
 /// A database that workers may connect to.

@@ -11,8 +11,8 @@ use llm_batch_gateway::{Gateway, Kept, Places, Settings};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::{handle_signals, is_told_to_end, reload_if_asked, report, wait};
 use crate::failure::failure_point;
+use crate::process::{handle_signals, is_told_to_end, reload_if_asked, report, wait};
 use crate::{kept, settings, shared};
 
 /// The socket, relative to the data directory, which is the server's working directory. Base backups leave this

@@ -7,9 +7,10 @@ use std::time::Duration;
 use pgrx::bgworkers::{BackgroundWorkerBuilder, BgWorkerStartTime};
 use pgrx::prelude::*;
 
+use super::LIBRARY;
 use super::databases::{self, Database};
-use super::{LIBRARY, handle_signals, my_pid, reload_if_asked, report, wait};
 use crate::failure::failure_point;
+use crate::process::{handle_signals, my_pid, reload_if_asked, report, wait};
 use crate::settings;
 use crate::shared::{self, Due, Entry};
 

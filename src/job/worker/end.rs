@@ -8,8 +8,8 @@ use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, MOST_INTERNAL, Worker, me};
 use crate::error::Error;
 use crate::job::settle::{self, Answer};
 use crate::job::store::{self, Delta, Outcome};
+use crate::process::{self, my_database};
 use crate::shared::{self, End};
-use crate::worker::{self, my_database};
 use crate::{owner, txn};
 
 impl Worker {
@@ -32,7 +32,7 @@ impl Worker {
         if says_nothing(e.code) {
             let most = if settle::is_passing(e.code) { MOST_FAILURES } else { MOST_INTERNAL };
             if self.failures_in_a_row < most {
-                worker::wait(None, Some(AGAIN));
+                process::wait(None, Some(AGAIN));
                 return;
             }
             // It says nothing about the job: another worker tries it, after a while.

@@ -17,7 +17,7 @@ use crate::failure::failure_point;
 use crate::job::settle::{Answer, FEW};
 use crate::job::store::{self, Failure, Outcome};
 use crate::job::{page, plan as statements};
-use crate::worker::{self, report};
+use crate::process::{self, report};
 use crate::{shared, sql, text, txn};
 
 /// Rows claimed at first, and at most, at a time: as many as stay below `WINDOW_BYTES`.
@@ -242,7 +242,7 @@ impl Worker {
         }
         let Some(client) = &mut self.client else {
             if !timeout.is_zero() {
-                worker::wait(None, Some(timeout));
+                process::wait(None, Some(timeout));
             }
             return Ok(());
         };
@@ -284,7 +284,7 @@ impl Worker {
                         }
                     }
                     // A SIGTERM in the meantime must not end the process with them.
-                    worker::hold_on(!self.answers.is_empty() || !self.locked.is_empty());
+                    process::hold_on(!self.answers.is_empty() || !self.locked.is_empty());
                 }
                 Received::Message(FromGateway::Stopped(stop)) => {
                     self.waiting.clear();
@@ -314,7 +314,7 @@ impl Worker {
             let enough = ENOUGH.min(self.outstanding.len() / ENOUGH_OF);
             let gather = if self.answers.len() < enough { GATHER_ENOUGH } else { GATHER };
             timeout = since
-                .filter(|_| !is_last && !worker::is_told_to_end())
+                .filter(|_| !is_last && !process::is_told_to_end())
                 .map_or(Duration::ZERO, |since: Instant| gather.saturating_sub(since.elapsed()));
         }
     }

@@ -30,9 +30,9 @@ use crate::job::page::Page;
 use crate::job::plan::{self, Plan};
 use crate::job::settle::Answer;
 use crate::job::store::{self, Failure, Job, Outcome};
+use crate::process::{self, handle_signals, my_database, my_pid, reload_if_asked, report};
 use crate::shared::{self, End};
-use crate::worker::{self, finder, handle_signals, my_database, my_pid, reload_if_asked, report};
-use crate::{asking, changes, owner, settings, sql, txn};
+use crate::{asking, changes, owner, settings, sql, txn, worker};
 
 /// How often locked rows are tried again, and transactions that failed in passing.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -64,12 +64,12 @@ pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
     handle_signals();
     sql::keep_plans();
     asking::refuse();
-    let Some((database, id, owner)) = finder::orders() else { return };
+    let Some((database, id, owner)) = worker::orders() else { return };
     let Some(entry) = shared::comes_up(database, id, my_pid()) else { return };
     // SAFETY: at the start of a background worker. Connecting fails, and ends the process, if the owner can't log in;
     // the launcher then has the finder look into it.
     unsafe {
-        pg_sys::before_shmem_exit(Some(finder::on_exit), pg_sys::Datum::from(0));
+        pg_sys::before_shmem_exit(Some(worker::on_exit), pg_sys::Datum::from(0));
         pg_sys::BackgroundWorkerInitializeConnectionByOid(pg_sys::Oid::from(database), pg_sys::Oid::from(owner), 0);
     }
     if let Ok(name) = std::ffi::CString::new(format!("llm_batch job {id}")) {
@@ -262,7 +262,7 @@ impl Worker {
 
     fn work(mut self) -> End {
         loop {
-            if worker::is_told_to_end() {
+            if process::is_told_to_end() {
                 self.farewell();
             }
             reload_if_asked();
@@ -273,10 +273,10 @@ impl Worker {
             if let Err(e) = self.turn() {
                 self.fail(&e);
             }
-            if worker::is_told_to_end() {
+            if process::is_told_to_end() {
                 self.farewell();
             }
-            worker::hold_on(self.has_in_hand());
+            process::hold_on(self.has_in_hand());
             if self.dies {
                 self.give_up("it ended as if it had been killed");
                 return End::Died;
@@ -319,7 +319,7 @@ impl Worker {
             || !self.too_late.is_empty()
             || self.money.waits();
         if has_news && may_try {
-            worker::hold_on(self.has_in_hand());
+            process::hold_on(self.has_in_hand());
             if let Err(e) = self.settle(try_locked) {
                 let Some(kind) = Kind::of(e.code) else {
                     self.give_up(&e.one_line());
@@ -330,11 +330,11 @@ impl Worker {
                     // It may be another one's job by now, or nobody's.
                     self.look()?;
                 }
-                if !worker::is_told_to_end() && (!is_denied || self.has_in_hand()) {
+                if !process::is_told_to_end() && (!is_denied || self.has_in_hand()) {
                     self.hinder(kind, &e);
                 }
             }
-            if worker::is_told_to_end() {
+            if process::is_told_to_end() {
                 // Nothing but the farewell may wait for a commit now: no other SIGTERM comes.
                 return Ok(());
             }

@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::job::plan;
 use crate::job::settle::FEW;
 use crate::job::store::{self, Delta, Outcome};
-use crate::{shared, sql, txn, worker};
+use crate::{process, shared, sql, txn};
 
 /// Failures in a row after which the job is shown as paused, and tried again with a single row.
 const MOST_TRIES: u32 = 3;
@@ -228,15 +228,15 @@ impl Worker {
 
     /// Told to end, while answers were kept: they are written if they can be, now that those are ended too who held locks.
     pub(super) fn farewell(&mut self) {
-        worker::write_last();
+        process::write_last();
         if self.has_in_hand() {
             self.most_at_once = usize::MAX;
-            worker::cancel_after(LAST_WRITE);
+            process::cancel_after(LAST_WRITE);
             let why = self.settle(true).err().map_or_else(|| "their rows were locked".to_owned(), |e| e.one_line());
             // A commit may wait for a synchronous standby that is gone.
-            worker::cancel_after(LAST_ENTRY);
+            process::cancel_after(LAST_ENTRY);
             self.give_up(&why);
         }
-        worker::end_now();
+        process::end_now();
     }
 }

@@ -15,7 +15,7 @@ use crate::failure::failure_point;
 use crate::job::plan;
 use crate::job::settle::{self, FEW, Others};
 use crate::job::store::{self, Delta, Failure, Outcome};
-use crate::worker::{my_database, report};
+use crate::process::{my_database, report};
 use crate::{shared, sql, txn};
 
 /// The time over which rates are measured.

@@ -1,33 +1,17 @@
 //! The finder: a short-lived process in one database that looks for jobs to run, and wakes those whose pause is over.
 
-use pgrx::bgworkers::BackgroundWorker;
 use pgrx::prelude::*;
 
-use super::{handle_signals, is_told_to_end, my_pid};
+use super::store::{self, Outcome};
 use crate::error::Result;
 use crate::failure::failure_point;
-use crate::job::store::{self, Outcome};
+use crate::process::{handle_signals, my_database, my_pid};
 use crate::shared::{self, End};
+use crate::worker::{on_exit, orders};
 use crate::{sql, txn, version};
 
 /// The next search where a prepared transaction is open or the extension is to be updated, microseconds.
 const AGAIN: i64 = 10_000_000;
-
-/// What the launcher tells a worker: database, job, owner.
-pub fn orders() -> Option<(u32, i64, u32)> {
-    let mut words = BackgroundWorker::get_extra().split(' ');
-    Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?))
-}
-
-/// Called when a worker ends in whatever way but by a signal that kills: frees its entry.
-#[pg_guard]
-pub extern "C-unwind" fn on_exit(_code: i32, _arg: pg_sys::Datum) {
-    if let Some((database, job, _)) = orders() {
-        // After goes() with another end the entry is no longer this process', and nothing happens here.
-        let end = if is_told_to_end() { End::Told } else { End::Died };
-        shared::goes(database, job, my_pid(), end);
-    }
-}
 
 #[pg_guard]
 #[unsafe(no_mangle)]
@@ -63,7 +47,7 @@ fn search() -> Result<Option<i64>> {
     sql::set_local("search_path", "pg_catalog, pg_temp")?;
     let Some(version) = version::installed()? else { return Ok(None) };
     if version != version::LIBRARY {
-        if shared::first_told(super::my_database()) {
+        if shared::first_told(my_database()) {
             let e = version::differs(&version);
             let database = sql::one::<String>("SELECT current_database()::text", &[])?.unwrap_or_default();
             let text = format!(
@@ -113,11 +97,11 @@ fn search() -> Result<Option<i64>> {
                 store::end(id, epoch, &Outcome::Paused("owner", Some(why), None), true)?;
             }
             // Also what waits for a worker to see that it is not to run: none can come up.
-            shared::unwant(super::my_database(), id);
+            shared::unwant(my_database(), id);
             continue;
         }
         if wait == 0 {
-            shared::found(super::my_database(), id, owner);
+            shared::found(my_database(), id, owner);
         } else {
             next = Some(next.map_or(now + wait, |n: i64| n.min(now + wait)));
         }

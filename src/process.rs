@@ -1,0 +1,170 @@
+//! What a process of Postgres is, for workers and sessions alike: its signals, what it waits for, what it is connected to.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use pgrx::bgworkers::{BackgroundWorker, SignalWakeFlags};
+use pgrx::prelude::*;
+
+unsafe extern "C-unwind" {
+    /// Postgres' own handler of SIGTERM: ends the process at the next check for interrupts, also in the midst of a
+    /// long statement.
+    fn die(signal: std::ffi::c_int);
+    /// Postgres' own handler of SIGINT: cancels the statement. `lock_timeout` sends that signal too.
+    fn StatementCancelHandler(signal: std::ffi::c_int);
+    fn enable_timeout_after(timeout: std::ffi::c_int, milliseconds: std::ffi::c_int);
+}
+
+/// The timeout that cancels a statement: of `TimeoutId`, in all versions.
+const STATEMENT_TIMEOUT: std::ffi::c_int = 3;
+
+static IN_TRANSACTION: AtomicBool = AtomicBool::new(false);
+static TOLD_TO_END: AtomicBool = AtomicBool::new(false);
+static HOLDS_ON: AtomicBool = AtomicBool::new(false);
+static WRITES_LAST: AtomicBool = AtomicBool::new(false);
+
+/// SIGTERM ends the process as it does any of Postgres. It is remembered, so that the end does not count as a death. A
+/// process that has something to write first is woken, and its statement is cancelled.
+extern "C-unwind" fn terminate(signal: std::ffi::c_int) {
+    TOLD_TO_END.store(true, Ordering::Relaxed);
+    // SAFETY: the handlers that Postgres itself installs; they set flags and the latch.
+    unsafe {
+        if !HOLDS_ON.load(Ordering::Relaxed) {
+            die(signal);
+        } else if WRITES_LAST.load(Ordering::Relaxed) {
+            // The postmaster sends it twice, to the process and to its group.
+        } else if IN_TRANSACTION.load(Ordering::Relaxed) {
+            StatementCancelHandler(signal);
+        } else {
+            pg_sys::SetLatch(pg_sys::MyLatch);
+        }
+    }
+}
+
+/// From now on a SIGTERM wakes this process instead of ending it; it is to look at `is_told_to_end()`, write what it
+/// has in a few seconds, and `end_now()`.
+pub fn hold_on(value: bool) {
+    HOLDS_ON.store(value, Ordering::Relaxed);
+}
+
+/// This process, which was told to end, writes what it has: another SIGTERM changes nothing.
+pub fn write_last() {
+    HOLDS_ON.store(true, Ordering::Relaxed);
+    WRITES_LAST.store(true, Ordering::Relaxed);
+}
+
+/// Ends the process as a SIGTERM does.
+pub fn end_now() {
+    // SAFETY: on the main thread; sets flags.
+    unsafe { die(pg_sys::SIGTERM as i32) };
+    pgrx::check_for_interrupts!();
+}
+
+/// Cancels what this process does in a transaction then.
+pub fn cancel_after(milliseconds: i32) {
+    // SAFETY: on the main thread of a process that is connected to a database: the timeout is registered.
+    unsafe { enable_timeout_after(STATEMENT_TIMEOUT, milliseconds) };
+}
+
+/// Whether this process was sent a SIGTERM.
+pub fn is_told_to_end() -> bool {
+    TOLD_TO_END.load(Ordering::Relaxed)
+}
+
+/// SIGINT cancels a worker's statement; outside a transaction there is nothing to cancel, and an error would end the
+/// process.
+extern "C-unwind" fn cancel(signal: std::ffi::c_int) {
+    if IN_TRANSACTION.load(Ordering::Relaxed) {
+        // SAFETY: the handler that Postgres itself installs; sets flags and the latch.
+        unsafe { StatementCancelHandler(signal) };
+    }
+}
+
+/// Whether a statement may be cancelled now. A cancellation that came too late is forgotten.
+pub fn set_in_transaction(value: bool) {
+    IN_TRANSACTION.store(value, Ordering::Relaxed);
+    if !value {
+        // SAFETY: a flag that the handler above sets and that is read on the main thread.
+        unsafe { pg_sys::QueryCancelPending = 0 };
+    }
+}
+
+/// Sets the signal handlers, then lets signals in.
+pub fn handle_signals() {
+    // SAFETY: at the start of a background worker, while signals are blocked. pgrx' attach_signal_handlers unblocks
+    // them as its last act.
+    unsafe {
+        #[cfg(not(feature = "pg18"))]
+        {
+            pg_sys::pqsignal(pg_sys::SIGTERM as i32, Some(terminate));
+            pg_sys::pqsignal(pg_sys::SIGINT as i32, Some(cancel));
+        }
+        #[cfg(feature = "pg18")]
+        {
+            pg_sys::pqsignal_be(pg_sys::SIGTERM as i32, Some(terminate));
+            pg_sys::pqsignal_be(pg_sys::SIGINT as i32, Some(cancel));
+        }
+    }
+    BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP);
+}
+
+/// What is waited for besides the latch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Socket {
+    pub descriptor: i32,
+    pub for_writing: bool,
+}
+
+/// Waits for the process' latch, a socket or the time, and does what interrupts ask for: it may not return. In a
+/// session, an interrupt raises an error.
+pub fn wait(socket: Option<Socket>, timeout: Option<Duration>) {
+    let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_EXIT_ON_PM_DEATH;
+    let mut descriptor = pg_sys::PGINVALID_SOCKET;
+    if let Some(s) = socket {
+        descriptor = s.descriptor;
+        events |= pg_sys::WL_SOCKET_READABLE;
+        if s.for_writing {
+            events |= pg_sys::WL_SOCKET_WRITEABLE;
+        }
+    }
+    let mut ms = -1;
+    if let Some(t) = timeout {
+        events |= pg_sys::WL_TIMEOUT;
+        // Rounded up: a wait of no milliseconds would be repeated until the time is up.
+        ms = t.as_micros().div_ceil(1000).min(60_000) as i64;
+    }
+    // SAFETY: on the main thread; the latch is the process' own, the descriptor is open.
+    unsafe {
+        pg_sys::WaitLatchOrSocket(pg_sys::MyLatch, events as i32, descriptor, ms, pg_sys::PG_WAIT_EXTENSION);
+        pg_sys::ResetLatch(pg_sys::MyLatch);
+    }
+    pgrx::check_for_interrupts!();
+}
+
+/// Reads the configuration again if SIGHUP asked for it.
+pub fn reload_if_asked() {
+    if BackgroundWorker::sighup_received() {
+        // SAFETY: on the main thread of a worker, outside any transaction.
+        unsafe { pg_sys::ProcessConfigFile(pg_sys::GucContext::PGC_SIGHUP) };
+    }
+}
+
+/// What `pg_stat_activity` shows.
+pub fn report(state: pg_sys::BackendState::Type, text: &str) {
+    if let Ok(text) = std::ffi::CString::new(text) {
+        // SAFETY: the text is copied.
+        unsafe { pg_sys::pgstat_report_activity(state, text.as_ptr()) };
+    }
+}
+
+/// The database this process is connected to.
+pub fn my_database() -> u32 {
+    // SAFETY: set at connection, read on the main thread.
+    unsafe { pg_sys::MyDatabaseId.to_u32() }
+}
+
+/// This process.
+pub fn my_pid() -> i32 {
+    // SAFETY: set at the start of the process.
+    unsafe { pg_sys::MyProcPid }
+}
