@@ -8,13 +8,14 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
+use crate::args::{exists, new_name, required, unknown};
 use crate::budget::Price;
 use crate::client::check_here;
 use crate::error::{Error, Result};
 use crate::json::Json;
-use crate::model::{self, check_owner, current_user, exists, new_name, required};
+use crate::process::{current_user, my_database};
 use crate::text::Text;
-use crate::{changes, isolation, sql, txn};
+use crate::{changes, isolation, model, owner, sql, txn};
 
 /// A task and the name of the model it is asked of.
 pub struct Known {
@@ -59,10 +60,7 @@ pub fn load(name: &str, options: &Value) -> Result<Known> {
             })
         },
     )?;
-    found.ok_or_else(|| {
-        Error::unknown(format!("classifier \"{name}\" does not exist"))
-            .hint("Create it with llm_batch.create_classifier().")
-    })
+    found.ok_or_else(|| unknown("classifier", name))
 }
 
 /// A task made of labels alone, for the default model; `author` as of `model::default()`.
@@ -134,7 +132,7 @@ impl Known {
     pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<Asked> {
         let known = model::load(&self.model)?;
         let stream = Stream {
-            database: crate::process::my_database(),
+            database: my_database(),
             role: role.to_u32(),
             interactive,
             endpoint: crate::provider::endpoint(known.server, role)?,
@@ -211,7 +209,7 @@ fn create_classifier(
         )
     })?;
     if made == 0 {
-        return Err(exists("classifier", name, "alter_classifier").into());
+        return Err(exists("classifier", name).into());
     }
     Ok(())
 }
@@ -226,7 +224,7 @@ fn alter_classifier(
     options: Option<Json>,
 ) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
-    check_owner("classifier", "classifier", name)?;
+    owner::check("classifier", name)?;
     if let Some(model) = model {
         check_model(model)?;
     }
@@ -263,7 +261,7 @@ fn alter_classifier(
 #[pg_extern(sql = false)]
 fn drop_classifier(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
-    check_owner("classifier", "classifier", name)?;
+    owner::check("classifier", name)?;
     txn::as_extension_owner(|| {
         let job = sql::one::<i64>(
             "SELECT job_id FROM llm_batch.progress WHERE task = $1 AND status IN ('running', 'paused') ORDER BY 1",

@@ -17,7 +17,7 @@ use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::isolation;
 use crate::json::Json;
-use crate::model::current_user;
+use crate::process::current_user;
 use crate::question::{Prepared, Question};
 use crate::statement;
 use crate::text::{self, Text};

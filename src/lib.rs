@@ -8,6 +8,7 @@
 use pgrx::prelude::*;
 
 mod activity;
+mod args;
 mod ask;
 mod asking;
 mod batch;

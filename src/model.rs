@@ -9,9 +9,11 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::Value;
 
+use crate::args::{exists, from_name, new_name, required, unknown};
 use crate::budget::Price;
 use crate::error::{Error, Result};
 use crate::json::Json;
+use crate::process::current_user;
 use crate::{changes, client, owner, provider, sql, txn};
 
 /// Default of `request_timeout`: long, because a request that is given up may have been paid.
@@ -79,11 +81,7 @@ pub fn load(name: &str) -> Result<Known> {
             })
         },
     )?;
-    found.ok_or_else(|| unknown(name))
-}
-
-fn unknown(name: &str) -> Error {
-    Error::unknown(format!("model \"{name}\" does not exist")).hint("Create it with llm_batch.create_model().")
+    found.ok_or_else(|| unknown("model", name))
 }
 
 /// Another server of that name may be another's: it is never taken for the one that is gone.
@@ -222,33 +220,6 @@ impl Given {
     }
 }
 
-/// The role whose rights apply.
-pub fn current_user() -> pg_sys::Oid {
-    // SAFETY: reads a variable on the main thread.
-    unsafe { pg_sys::GetUserId() }
-}
-
-/// Refuses a NULL where a value is needed.
-pub fn required<T>(value: Option<T>, name: &str) -> Result<T> {
-    value.ok_or_else(|| {
-        Error::new(PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED, format!("\"{name}\" must not be NULL"))
-    })
-}
-
-/// A value of type `name`.
-pub fn from_name(name: &CStr) -> String {
-    name.to_string_lossy().into_owned()
-}
-
-/// A new object's name.
-pub fn new_name(name: Option<&str>) -> Result<&str> {
-    let name = required(name, "name")?;
-    if name.trim().is_empty() || name.chars().count() > 200 {
-        return Err(Error::invalid("a name must have 1 to 200 characters"));
-    }
-    Ok(name)
-}
-
 #[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
 fn create_model(
@@ -306,34 +277,9 @@ fn create_model(
         )
     })?;
     if made == 0 {
-        return Err(exists("model", name, "alter_model").into());
+        return Err(exists("model", name).into());
     }
     Ok(())
-}
-
-/// 42710.
-pub fn exists(kind: &str, name: &str, alter: &str) -> Error {
-    Error::new(PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT, format!("{kind} \"{name}\" already exists"))
-        .hint(format!("Change it with llm_batch.{alter}()."))
-}
-
-/// Refuses a caller without the rights of the owner of a model or classifier.
-pub fn check_owner(table: &str, kind: &str, name: &str) -> Result<()> {
-    client::check_here()?;
-    let owner = sql::row(
-        &format!(
-            "SELECT llm_batch.owner_now(o.owner, o.owner_name, o.home) FROM llm_batch.{table} o
-              WHERE o.name OPERATOR(pg_catalog.=) $1"
-        ),
-        &[name.into()],
-        |row| row.maybe::<pg_sys::Oid>(1),
-    )?;
-    match owner {
-        Some(owner) if owner::is_mine(owner) => Ok(()),
-        Some(owner) => Err(owner::denied(owner, &format!("{kind} \"{name}\""))),
-        None if table == "model" => Err(unknown(name)),
-        None => Err(Error::unknown(format!("{kind} \"{name}\" does not exist"))),
-    }
 }
 
 const RESETTABLE: [&str; 11] = [
@@ -370,7 +316,7 @@ fn alter_model(
     reset: Option<Vec<Option<String>>>,
 ) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
-    check_owner("model", "model", name)?;
+    owner::check("model", name)?;
     let given = Given {
         server: server.map(|name| provider::named(from_name(name))).transpose()?,
         model: model.map(str::to_owned),
@@ -436,7 +382,7 @@ fn alter_model(
 #[pg_extern(sql = false)]
 fn drop_model(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
-    check_owner("model", "model", name)?;
+    owner::check("model", name)?;
     let user =
         sql::one::<String>("SELECT c.name FROM llm_batch.classifier c WHERE c.model = $1 ORDER BY 1", &[name.into()])?;
     if let Some(classifier) = user {

@@ -4,9 +4,10 @@
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
+use crate::args::unknown;
 use crate::error::{Error, Result};
-use crate::model::{check_owner, current_user};
-use crate::{sql, txn};
+use crate::process::current_user;
+use crate::{client, sql, txn};
 
 /// The error for a job whose owner does not exist any more.
 pub const GONE: &str = "the job's owner was dropped";
@@ -30,6 +31,24 @@ pub fn denied(owner: Option<pg_sys::Oid>, what: &str) -> Error {
     }
     e.detail("Its owner was dropped, or was not restored.")
         .hint("A superuser can set another owner with llm_batch.set_owner().")
+}
+
+/// Refuses a caller without the rights of the owner of a model or classifier. Its table has the name of its kind.
+pub fn check(kind: &str, name: &str) -> Result<()> {
+    client::check_here()?;
+    let owner = sql::row(
+        &format!(
+            "SELECT llm_batch.owner_now(o.owner, o.owner_name, o.home) FROM llm_batch.{kind} o
+              WHERE o.name OPERATOR(pg_catalog.=) $1"
+        ),
+        &[name.into()],
+        |row| row.maybe::<pg_sys::Oid>(1),
+    )?;
+    match owner {
+        Some(owner) if is_mine(owner) => Ok(()),
+        Some(owner) => Err(denied(owner, &format!("{kind} \"{name}\""))),
+        None => Err(unknown(kind, name)),
+    }
 }
 
 /// A role that the caller may make an owner: its name, and whether it can log in.
@@ -68,7 +87,7 @@ fn set_owner(kind: &str, name: &str, new_owner: pg_sys::Oid) -> std::result::Res
             .hint("Valid kinds are model and classifier. For a job, call llm_batch.set_owner(job_id, new_owner).")
             .into());
     }
-    check_owner(kind, kind, name)?;
+    check(kind, name)?;
     let (role, _) = new(new_owner)?;
     txn::as_extension_owner(|| {
         sql::run(

@@ -168,3 +168,9 @@ pub fn my_pid() -> i32 {
     // SAFETY: set at the start of the process.
     unsafe { pg_sys::MyProcPid }
 }
+
+/// The role whose rights apply.
+pub fn current_user() -> pg_sys::Oid {
+    // SAFETY: reads a variable on the main thread.
+    unsafe { pg_sys::GetUserId() }
+}

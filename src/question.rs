@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::classifier::{self, Asked, Known};
 use crate::error::{Error, Result};
-use crate::model::current_user;
+use crate::process::current_user;
 use crate::{settings, statement};
 
 /// The arguments of a call but its text.

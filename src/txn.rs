@@ -144,7 +144,7 @@ pub fn check_writable() -> Result<()> {
             AND s.setrole OPERATOR(pg_catalog.=) ANY (ARRAY[0, $2]::pg_catalog.oid[])
             AND o.option_name OPERATOR(pg_catalog.=) 'default_transaction_read_only'
           ORDER BY s.setrole OPERATOR(pg_catalog.=) 0, s.setdatabase OPERATOR(pg_catalog.=) 0 LIMIT 1",
-        &[pg_sys::Oid::from(process::my_database()).into(), crate::model::current_user().into()],
+        &[pg_sys::Oid::from(process::my_database()).into(), process::current_user().into()],
     )?;
     // SAFETY: on the main thread; the name is that of a parameter that every server has, whose value is a C string.
     let is_frozen = set.unwrap_or_else(|| unsafe {

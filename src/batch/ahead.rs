@@ -14,7 +14,7 @@ use super::site::{Site, evaluate, string};
 use super::wanted::Wanted;
 use crate::ask::{Asker, has_text};
 use crate::error::{Error, Result};
-use crate::model::current_user;
+use crate::process::current_user;
 use crate::{settings, statement};
 
 /// Most rows that are kept. Those that wait for the slowest answer should not fill the disk.

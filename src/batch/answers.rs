@@ -9,7 +9,7 @@ use pgrx::pg_sys;
 use llm_batch_gateway::protocol::Verdict;
 
 use crate::error::Result;
-use crate::model::current_user;
+use crate::process::current_user;
 use crate::question::{Conclude, Question};
 
 /// A question, on whose behalf it is asked and of which model if that is the default one, and how its verdicts become

@@ -11,7 +11,7 @@ use pgrx::prelude::*;
 
 use super::calls::{Verb, source, verb};
 use super::nodes::{cast, list};
-use crate::model::current_user;
+use crate::process::current_user;
 use pg_sys::NodeTag as T;
 
 /// What is written in a query has its position there; what comes out of the catalogs has none.

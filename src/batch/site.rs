@@ -16,7 +16,7 @@ use crate::budget::Price;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::json::Json;
-use crate::model::current_user;
+use crate::process::current_user;
 use crate::question::{Prepared, Question};
 use crate::text::{self, Text};
 

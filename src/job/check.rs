@@ -5,12 +5,13 @@ use std::ffi::CStr;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
+use crate::args::{from_name, required};
 use crate::catalog::{self, Target, Use};
 use crate::classifier::{self, Asked};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::json::Json;
-use crate::model::{current_user, from_name, required};
+use crate::process::current_user;
 use crate::{asking, isolation, sql, txn};
 
 /// What to fill, from what, with what.

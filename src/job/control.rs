@@ -7,10 +7,10 @@ use serde_json::json;
 use super::check::check_login;
 use super::store::Status;
 use super::{Budget, check_alone, store, wake_at_commit};
+use crate::args::required;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
-use crate::model::{self, required};
-use crate::{catalog, classifier, owner, sql, txn};
+use crate::{catalog, classifier, model, owner, sql, txn};
 
 /// What its owner wants of a job is changed by `change`, which returns whether it changed anything. `starts`: it may have to
 /// be started for that; else a worker that runs is told.

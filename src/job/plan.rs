@@ -9,7 +9,7 @@ use crate::ask::has_text_sql;
 use crate::error::{Error, Result};
 use crate::isolation::digest_sql;
 use crate::job::store::Job;
-use crate::model::current_user;
+use crate::process::{current_user, my_database};
 use crate::sql::name;
 use crate::{catalog, sql};
 
@@ -105,7 +105,7 @@ pub fn lockers(job: &Job) -> Result<String> {
             AND (l.relation OPERATOR(pg_catalog.=) $1
                  OR l.relation OPERATOR(pg_catalog.=) ANY (SELECT p.relid::pg_catalog.oid FROM pg_catalog.pg_partition_tree($1) p))
             AND l.mode OPERATOR(pg_catalog.=) ANY (ARRAY['ShareLock', 'ShareRowExclusiveLock', 'ExclusiveLock', 'AccessExclusiveLock'])",
-        &[job.relation.into(), pg_sys::Oid::from(crate::process::my_database()).into()],
+        &[job.relation.into(), pg_sys::Oid::from(my_database()).into()],
     )?;
     Ok(found.unwrap_or_else(|| {
         "the lock is not on the table, but on something that a trigger, a constraint or the input needs".to_owned()

@@ -515,7 +515,7 @@ impl Worker {
 
 /// The role this process runs as.
 fn me() -> pg_sys::Oid {
-    crate::model::current_user()
+    process::current_user()
 }
 
 fn labels(stream: &Stream) -> Vec<String> {
