@@ -140,33 +140,8 @@ impl Placer {
                 T::T_NestLoop | T::T_MergeJoin | T::T_HashJoin => Some(plan.cast::<pg_sys::Join>()),
                 _ => None,
             };
-            match (*plan).type_ {
-                T::T_SeqScan
-                | T::T_SampleScan
-                | T::T_IndexScan
-                | T::T_IndexOnlyScan
-                | T::T_BitmapHeapScan
-                | T::T_TidScan
-                | T::T_TidRangeScan
-                | T::T_SubqueryScan
-                | T::T_FunctionScan
-                | T::T_ValuesScan
-                | T::T_TableFuncScan
-                | T::T_CteScan
-                | T::T_NamedTuplestoreScan
-                | T::T_WorkTableScan
-                | T::T_ForeignScan
-                | T::T_NestLoop
-                | T::T_MergeJoin
-                | T::T_HashJoin
-                | T::T_Gather
-                | T::T_GatherMerge
-                | T::T_Group
-                | T::T_Agg => {}
-                // Its run condition names columns of the target list.
-                T::T_WindowAgg if (*plan.cast::<pg_sys::WindowAgg>()).runCondition.is_null() => {}
-                T::T_Result if !(*plan).lefttree.is_null() => {}
-                _ => return plan,
+            if !may_be_below(plan) {
+                return plan;
             }
             let (mut kept, mut lifted) = split((*plan).qual);
             let mut kept_of_join = None;
@@ -271,6 +246,41 @@ impl Placer {
             (*plan).targetlist = targetlist;
             (*plan).qual = qual;
             (*plan).lefttree = node::plan(child, child, below, null_mut(), wanted, self.has_policies);
+        }
+    }
+}
+
+/// Whether a batch scan can stand above a node: it has expressions that another node can compute of its columns.
+unsafe fn may_be_below(plan: *mut pg_sys::Plan) -> bool {
+    // SAFETY: the tag says what a node is.
+    unsafe {
+        match (*plan).type_ {
+            T::T_SeqScan
+            | T::T_SampleScan
+            | T::T_IndexScan
+            | T::T_IndexOnlyScan
+            | T::T_BitmapHeapScan
+            | T::T_TidScan
+            | T::T_TidRangeScan
+            | T::T_SubqueryScan
+            | T::T_FunctionScan
+            | T::T_ValuesScan
+            | T::T_TableFuncScan
+            | T::T_CteScan
+            | T::T_NamedTuplestoreScan
+            | T::T_WorkTableScan
+            | T::T_ForeignScan
+            | T::T_NestLoop
+            | T::T_MergeJoin
+            | T::T_HashJoin
+            | T::T_Gather
+            | T::T_GatherMerge
+            | T::T_Group
+            | T::T_Agg => true,
+            // Its run condition names columns of the target list.
+            T::T_WindowAgg => (*plan.cast::<pg_sys::WindowAgg>()).runCondition.is_null(),
+            T::T_Result => !(*plan).lefttree.is_null(),
+            _ => false,
         }
     }
 }
