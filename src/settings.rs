@@ -25,6 +25,23 @@ static LIBRARY_VERSION: GucSetting<Option<CString>> = GucSetting::<Option<CStrin
 static STATEMENT_MAX_COST: GucSetting<f64> = GucSetting::<f64>::new(-1.0);
 
 pub fn init() {
+    define_of_server();
+    define_of_sessions();
+    GucRegistry::define_string_guc(
+        c"llm_batch.library_version",
+        c"Shows the version of the library that the server runs.",
+        c"The version of the extension in pg_extension must be the same.",
+        &LIBRARY_VERSION,
+        GucContext::Internal,
+        GucFlags::DISALLOW_IN_FILE,
+    );
+    // Also reserves the prefix: a mistyped llm_batch.* is warned of.
+    // SAFETY: a constant string, on the main thread, in _PG_init.
+    unsafe { pgrx::pg_sys::MarkGUCPrefixReserved(c"llm_batch".as_ptr()) };
+}
+
+/// The settings that hold for the whole server and come from its configuration.
+fn define_of_server() {
     GucRegistry::define_bool_guc(
         c"llm_batch.enabled",
         c"Enables requests to language models.",
@@ -89,6 +106,10 @@ pub fn init() {
         GucContext::Sighup,
         GucFlags::UNIT_MIN,
     );
+}
+
+/// The settings that each session can set for itself.
+fn define_of_sessions() {
     GucRegistry::define_string_guc(
         DEFAULT_MODEL_NAME,
         c"Model of llm_classify() with labels, and of classifiers that name none.",
@@ -115,17 +136,6 @@ pub fn init() {
         GucContext::Userset,
         GucFlags::default(),
     );
-    GucRegistry::define_string_guc(
-        c"llm_batch.library_version",
-        c"Shows the version of the library that the server runs.",
-        c"The version of the extension in pg_extension must be the same.",
-        &LIBRARY_VERSION,
-        GucContext::Internal,
-        GucFlags::DISALLOW_IN_FILE,
-    );
-    // Also reserves the prefix: a mistyped llm_batch.* is warned of.
-    // SAFETY: a constant string, on the main thread, in _PG_init.
-    unsafe { pgrx::pg_sys::MarkGUCPrefixReserved(c"llm_batch".as_ptr()) };
 }
 
 pub fn enabled() -> bool {
