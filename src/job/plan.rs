@@ -231,106 +231,155 @@ impl Plan {
         let Table { full, bare, is_partitioned, has_triggers } = table;
         let (filter, isolation) = (job.filter.as_deref(), job.isolation.as_deref());
         let rows = Rows::new(full, *is_partitioned, &job.input, &job.target, filter, isolation);
-        // Rows without text are counted at the start, and never claimed.
-        let (hash, count) = (rows.hash(0), rows.count());
-        let Rows { from, input, todo, has_text, isolation } = rows;
-        let target = name(&job.target);
-        let keys: Vec<String> = job.key_names.iter().map(|n| name(n)).collect();
-        let k = keys.len();
-        let aggregates: Vec<String> = (1..=k).map(|i| format!("pg_catalog.array_agg(q.\"llm_batch k{i}\")")).collect();
-        let as_k: Vec<String> =
-            keys.iter().enumerate().map(|(i, q)| format!("{q} AS \"llm_batch k{}\"", i + 1)).collect();
-        let claim = |after: &str, limit: usize| {
-            format!(
-                "SELECT {aggregates}, pg_catalog.array_agg({text}), pg_catalog.array_agg(q.\"llm_batch h\"),
-                        pg_catalog.array_agg(q.\"llm_batch s\")
-                   FROM (SELECT {as_k}, {input} AS \"llm_batch t\", {hash} AS \"llm_batch h\", {isolation} AS \"llm_batch s\"
-                           FROM {from} WHERE {todo} AND {has_text}{after} ORDER BY {order} LIMIT ${limit}) q
-                 HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 0",
-                aggregates = aggregates.join(", "),
-                text = cut("q.\"llm_batch t\"", most_text),
-                as_k = as_k.join(", "),
-                order = keys.join(", "),
-            )
+        let parts = Parts {
+            keys: job.key_names.iter().map(|n| name(n)).collect(),
+            target: format!("{bare}.{}", name(&job.target)),
+            hash: rows.hash(0),
+            rows: &rows,
+            job,
+            bare,
         };
-        let at = |position: &str| -> Vec<String> { (1..=k).map(|i| format!("(${i})[{position}]")).collect() };
-        let last = at(&format!("${}", k + 1));
-        let after = if k == 1 {
-            format!(" AND {} OPERATOR(pg_catalog.>) {}", keys.join(", "), last.join(", "))
-        } else {
-            format!(" AND ROW({}) OPERATOR(pg_catalog.>) ROW({})", keys.join(", "), last.join(", "))
-        };
-        // The table stands alone in the FROM clause of what evaluates the input, so that no name of ours gets into its
-        // way; positions come from a list of odd names.
-        let positions = format!("pg_catalog.unnest(${}::pg_catalog.int4[]) \"llm_batch u\" (\"llm_batch i\")", k + 1);
-        let u = "\"llm_batch u\".\"llm_batch i\"";
-        let matches = |qualifier: &str, position: &str| -> String {
-            keys.iter()
-                .zip(at(position))
-                .map(|(q, v)| format!("{qualifier}{q} OPERATOR(pg_catalog.=) {v}"))
-                .collect::<Vec<_>>()
-                .join(" AND ")
-        };
-        let qualifier = format!("{bare}.");
-        let label = "\"llm_batch l\".l";
-        let label =
-            if catalog::is_json(job.target_type) { format!("pg_catalog.to_json({label})") } else { label.to_owned() };
-        let look = format!(
-            "SELECT {u}, {qualifier}{target} IS NULL, {hash} FROM {positions} JOIN {from} ON {}",
-            matches(&qualifier, u)
-        );
-        let one: Vec<String> = keys
-            .iter()
-            .zip(at(&format!("${}", k + 1)))
-            .map(|(q, v)| format!("{q} OPERATOR(pg_catalog.=) {v}"))
-            .collect();
-        let described: Vec<String> =
-            job.key_names.iter().zip(at(u)).map(|(n, v)| format!("{}, {v}", pgrx::spi::quote_literal(n))).collect();
         Self {
             most_text,
             search_path: format!("{}, pg_temp", job.search_path),
-            count,
-            claim_first: claim("", 1),
-            claim_next: claim(&after, k + 2),
-            // One statement, and so one transaction id: a row that is locked under one and updated under another has a
-            // multixact made for it.
-            write: format!(
-                "WITH \"llm_batch l\" (i, l, e, n, h) AS MATERIALIZED (
-                     SELECT {u}, \"llm_batch u\".\"llm_batch l\", \"llm_batch u\".\"llm_batch h\", {qualifier}{target} IS NULL, {hash}
-                       FROM ROWS FROM (pg_catalog.unnest(${}::pg_catalog.int4[]), pg_catalog.unnest(${}::pg_catalog.text[]), pg_catalog.unnest(${}::pg_catalog.int8[])) \"llm_batch u\" (\"llm_batch i\", \"llm_batch l\", \"llm_batch h\")
-                       JOIN {from} ON {}
-                        FOR NO KEY UPDATE OF {bare} SKIP LOCKED),
-                 \"llm_batch w\" (i, n) AS (
-                     UPDATE {from} SET {target} = {label}::{target_type}
-                       FROM \"llm_batch l\"
-                      WHERE {} AND {qualifier}{target} IS NULL AND \"llm_batch l\".n
-                        AND \"llm_batch l\".l IS NOT NULL AND \"llm_batch l\".h OPERATOR(pg_catalog.=) \"llm_batch l\".e
-                  RETURNING \"llm_batch l\".i, {qualifier}{target} IS NULL)
-                 SELECT i, n, h, NULL::pg_catalog.bool FROM \"llm_batch l\"
-                 UNION ALL SELECT i, NULL, NULL, n FROM \"llm_batch w\"",
-                k + 1,
-                k + 2,
-                k + 3,
-                matches(&qualifier, u),
-                matches(&qualifier, "\"llm_batch l\".i"),
-            ),
-            look,
-            try_lock: format!("SELECT 1 FROM {from} WHERE {} FOR NO KEY UPDATE NOWAIT", one.join(" AND ")),
+            // Rows without text are counted at the start, and never claimed.
+            count: rows.count(),
+            claim_first: parts.claim("", 1, most_text),
+            claim_next: parts.claim(&parts.after(), parts.keys.len() + 2, most_text),
+            write: parts.write(target_type),
+            look: parts.look(),
+            try_lock: parts.try_lock(),
             may_update: format!(
                 "SELECT pg_catalog.has_column_privilege({}::pg_catalog.oid, {}::pg_catalog.int2, 'UPDATE')",
                 job.relation.to_u32(),
                 job.target_attnum
             ),
-            still_null: has_triggers.then(|| {
-                format!(
-                    "SELECT {u} FROM {positions} JOIN {from} ON {} WHERE {qualifier}{target} IS NULL",
-                    matches(&qualifier, u)
-                )
-            }),
-            describe: format!(
-                "SELECT {u}, pg_catalog.jsonb_build_object({})::pg_catalog.text FROM {positions}",
-                described.join(", ")
-            ),
+            still_null: has_triggers.then(|| parts.still_null()),
+            describe: parts.describe(),
         }
+    }
+}
+
+/// A position in the arrays. The table stands alone in the FROM clause of what evaluates the input, so that no name of ours
+/// gets into its way; positions come from a list of odd names.
+const POSITION: &str = "\"llm_batch u\".\"llm_batch i\"";
+
+/// What the statements are made of.
+struct Parts<'a> {
+    job: &'a Job,
+    rows: &'a Rows,
+    bare: &'a str,
+    /// The key's columns, quoted.
+    keys: Vec<String>,
+    /// The target, quoted and qualified.
+    target: String,
+    /// The input's hash.
+    hash: String,
+}
+
+impl Parts<'_> {
+    /// The parameter that comes `n` after those of the keys.
+    fn parameter(&self, n: usize) -> String {
+        format!("${}", self.keys.len() + n)
+    }
+
+    /// The key at a position of the arrays, column by column.
+    fn at(&self, position: &str) -> Vec<String> {
+        (1..=self.keys.len()).map(|i| format!("(${i})[{position}]")).collect()
+    }
+
+    /// Whether a row of the table has the key at a position of the arrays.
+    fn matches(&self, position: &str) -> String {
+        let column = |(key, value): (&String, String)| format!("{}.{key} OPERATOR(pg_catalog.=) {value}", self.bare);
+        self.keys.iter().zip(self.at(position)).map(column).collect::<Vec<_>>().join(" AND ")
+    }
+
+    /// The positions, as they stand in a FROM clause.
+    fn positions(&self) -> String {
+        format!("pg_catalog.unnest({}::pg_catalog.int4[]) \"llm_batch u\" (\"llm_batch i\")", self.parameter(1))
+    }
+
+    /// A page of rows to fill, of those for which `after` holds; `$limit` is its size.
+    fn claim(&self, after: &str, limit: usize, most_text: usize) -> String {
+        let Rows { from, input, todo, has_text, isolation } = self.rows;
+        let hash = &self.hash;
+        let aggregates = (1..=self.keys.len()).map(|i| format!("pg_catalog.array_agg(q.\"llm_batch k{i}\")"));
+        let as_k = self.keys.iter().zip(1..).map(|(key, i)| format!("{key} AS \"llm_batch k{i}\""));
+        format!(
+            "SELECT {aggregates}, pg_catalog.array_agg({text}), pg_catalog.array_agg(q.\"llm_batch h\"),
+                    pg_catalog.array_agg(q.\"llm_batch s\")
+               FROM (SELECT {as_k}, {input} AS \"llm_batch t\", {hash} AS \"llm_batch h\", {isolation} AS \"llm_batch s\"
+                       FROM {from} WHERE {todo} AND {has_text}{after} ORDER BY {order} LIMIT ${limit}) q
+             HAVING pg_catalog.count(*) OPERATOR(pg_catalog.>) 0",
+            aggregates = aggregates.collect::<Vec<_>>().join(", "),
+            text = cut("q.\"llm_batch t\"", most_text),
+            as_k = as_k.collect::<Vec<_>>().join(", "),
+            order = self.keys.join(", "),
+        )
+    }
+
+    /// Whether a row comes after the one at the position of the first parameter.
+    fn after(&self) -> String {
+        let (keys, last) = (self.keys.join(", "), self.at(&self.parameter(1)).join(", "));
+        format!(" AND ROW({keys}) OPERATOR(pg_catalog.>) ROW({last})")
+    }
+
+    /// One statement, and so one transaction id: a row that is locked under one and updated under another has a multixact
+    /// made for it.
+    fn write(&self, target_type: &str) -> String {
+        let Self { target, hash, bare, rows: Rows { from, .. }, .. } = self;
+        let label = "\"llm_batch l\".l";
+        let label = if catalog::is_json(self.job.target_type) {
+            format!("pg_catalog.to_json({label})")
+        } else {
+            label.to_owned()
+        };
+        format!(
+            "WITH \"llm_batch l\" (i, l, e, n, h) AS MATERIALIZED (
+                 SELECT {POSITION}, \"llm_batch u\".\"llm_batch l\", \"llm_batch u\".\"llm_batch h\", {target} IS NULL, {hash}
+                   FROM ROWS FROM (pg_catalog.unnest({}::pg_catalog.int4[]), pg_catalog.unnest({}::pg_catalog.text[]), pg_catalog.unnest({}::pg_catalog.int8[])) \"llm_batch u\" (\"llm_batch i\", \"llm_batch l\", \"llm_batch h\")
+                   JOIN {from} ON {}
+                    FOR NO KEY UPDATE OF {bare} SKIP LOCKED),
+             \"llm_batch w\" (i, n) AS (
+                 UPDATE {from} SET {} = {label}::{target_type}
+                   FROM \"llm_batch l\"
+                  WHERE {} AND {target} IS NULL AND \"llm_batch l\".n
+                    AND \"llm_batch l\".l IS NOT NULL AND \"llm_batch l\".h OPERATOR(pg_catalog.=) \"llm_batch l\".e
+              RETURNING \"llm_batch l\".i, {target} IS NULL)
+             SELECT i, n, h, NULL::pg_catalog.bool FROM \"llm_batch l\"
+             UNION ALL SELECT i, NULL, NULL, n FROM \"llm_batch w\"",
+            self.parameter(1),
+            self.parameter(2),
+            self.parameter(3),
+            self.matches(POSITION),
+            name(&self.job.target),
+            self.matches("\"llm_batch l\".i"),
+        )
+    }
+
+    fn look(&self) -> String {
+        let Self { target, hash, rows: Rows { from, .. }, .. } = self;
+        let (positions, matches) = (self.positions(), self.matches(POSITION));
+        format!("SELECT {POSITION}, {target} IS NULL, {hash} FROM {positions} JOIN {from} ON {matches}")
+    }
+
+    fn try_lock(&self) -> String {
+        format!("SELECT 1 FROM {} WHERE {} FOR NO KEY UPDATE NOWAIT", self.rows.from, self.matches(&self.parameter(1)))
+    }
+
+    fn still_null(&self) -> String {
+        let Self { target, rows: Rows { from, .. }, .. } = self;
+        let (positions, matches) = (self.positions(), self.matches(POSITION));
+        format!("SELECT {POSITION} FROM {positions} JOIN {from} ON {matches} WHERE {target} IS NULL")
+    }
+
+    fn describe(&self) -> String {
+        let pair = |(name, value): (&String, String)| format!("{}, {value}", pgrx::spi::quote_literal(name));
+        let pairs: Vec<String> = self.job.key_names.iter().zip(self.at(POSITION)).map(pair).collect();
+        format!(
+            "SELECT {POSITION}, pg_catalog.jsonb_build_object({})::pg_catalog.text FROM {}",
+            pairs.join(", "),
+            self.positions()
+        )
     }
 }
