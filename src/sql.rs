@@ -7,7 +7,7 @@ use std::rc::Rc;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::PgOid;
 use pgrx::prelude::*;
-use pgrx::spi::{OwnedPreparedStatement, SpiClient, SpiHeapTupleData, SpiTupleTable};
+use pgrx::spi::{OwnedPreparedStatement, Result as SpiResult, SpiClient, SpiHeapTupleData, SpiTupleTable};
 use pgrx::{FromDatum, IntoDatum};
 
 use crate::changes;
@@ -135,17 +135,34 @@ pub fn row<T>(query: &str, args: &[DatumWithOid<'_>], f: impl Fn(&Row) -> Result
     Ok(rows(query, args, f)?.into_iter().next())
 }
 
-/// A row of a result; columns are numbered from 1.
+/// A column of a result: by its name or, where there are but a few, by its number from 1.
+pub trait Column: Copy + std::fmt::Display {
+    fn read<T: FromDatum + IntoDatum>(self, row: &SpiHeapTupleData<'_>) -> SpiResult<Option<T>>;
+}
+
+impl Column for usize {
+    fn read<T: FromDatum + IntoDatum>(self, row: &SpiHeapTupleData<'_>) -> SpiResult<Option<T>> {
+        row.get(self)
+    }
+}
+
+impl Column for &str {
+    fn read<T: FromDatum + IntoDatum>(self, row: &SpiHeapTupleData<'_>) -> SpiResult<Option<T>> {
+        row.get_by_name(self)
+    }
+}
+
+/// A row of a result.
 pub struct Row<'a>(SpiHeapTupleData<'a>);
 
 impl Row<'_> {
     /// A column that may be NULL.
-    pub fn maybe<T: FromDatum + IntoDatum>(&self, column: usize) -> Result<Option<T>> {
-        Ok(self.0.get(column)?)
+    pub fn maybe<T: FromDatum + IntoDatum>(&self, column: impl Column) -> Result<Option<T>> {
+        Ok(column.read(&self.0)?)
     }
 
     /// A column that is not NULL.
-    pub fn get<T: FromDatum + IntoDatum>(&self, column: usize) -> Result<T> {
+    pub fn get<T: FromDatum + IntoDatum>(&self, column: impl Column) -> Result<T> {
         self.maybe(column)?.ok_or_else(|| {
             Error::new(
                 PgSqlErrorCode::ERRCODE_NULL_VALUE_NOT_ALLOWED,
