@@ -32,19 +32,57 @@ fn wrong_object(message: String) -> Error {
 
 /// Looks at a table and its column.
 pub fn target(relation: pg_sys::Oid, column: &str) -> Result<Target> {
+    let Table { name, short, root, owner, is_partitioned } = table(relation)?;
+    check_partitions(relation, &short)?;
+    let Column { attnum, type_oid, typmod } = self::column(relation, column, &name, &short)?;
+    let (key_names, key_attnums) = key(relation, attnum, &short)?;
+    Ok(Target {
+        relation,
+        root,
+        name,
+        is_partitioned,
+        owner,
+        column: column.to_owned(),
+        attnum,
+        type_oid,
+        typmod,
+        key_names,
+        key_attnums,
+    })
+}
+
+/// A table that a job may fill, as of `Target`.
+struct Table {
+    name: String,
+    /// The name alone, as it is.
+    short: String,
+    root: pg_sys::Oid,
+    owner: pg_sys::Oid,
+    is_partitioned: bool,
+}
+
+fn table(relation: pg_sys::Oid) -> Result<Table> {
     let found = sql::row(
-        "SELECT c.relkind::pg_catalog.text, c.relpersistence::pg_catalog.text, n.nspname::pg_catalog.text, c.relowner,
-                pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)),
-                COALESCE(pg_catalog.pg_partition_root(c.oid)::pg_catalog.oid, c.oid), c.relname::pg_catalog.text
+        "SELECT c.relkind::pg_catalog.text AS kind, c.relpersistence::pg_catalog.text AS persistence,
+                n.nspname::pg_catalog.text AS schema, c.relname::pg_catalog.text AS short, c.relowner AS owner,
+                pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)) AS name,
+                COALESCE(pg_catalog.pg_partition_root(c.oid)::pg_catalog.oid, c.oid) AS root
            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
           WHERE c.oid OPERATOR(pg_catalog.=) $1",
         &[relation.into()],
         |r| {
-            let kind = (r.get::<String>(1)?, r.get::<String>(2)?, r.get::<String>(3)?, r.get::<String>(7)?);
-            Ok((kind, r.get::<pg_sys::Oid>(4)?, r.get::<String>(5)?, r.get::<pg_sys::Oid>(6)?))
+            let kind = (r.get::<String>("kind")?, r.get::<String>("persistence")?, r.get::<String>("schema")?);
+            let table = Table {
+                name: r.get("name")?,
+                short: r.get("short")?,
+                root: r.get("root")?,
+                owner: r.get("owner")?,
+                is_partitioned: kind.0 == "p",
+            };
+            Ok((table, kind))
         },
     )?;
-    let Some(((kind, persistence, schema, short), owner, name, root)) = found else {
+    let Some((table, (kind, persistence, schema))) = found else {
         return Err(Error::new(
             PgSqlErrorCode::ERRCODE_UNDEFINED_TABLE,
             format!("relation with OID {} does not exist", relation.to_u32()),
@@ -55,71 +93,62 @@ pub fn target(relation: pg_sys::Oid, column: &str) -> Result<Target> {
         "r" | "p" if ["pg_catalog", "information_schema", "pg_toast", "llm_batch"].contains(&schema.as_str()) => {
             "a system table"
         }
-        "r" | "p" => "",
+        "r" | "p" => return Ok(table),
         "v" => "a view",
         "m" => "a materialized view",
         "f" => "a foreign table",
         _ => "not a table",
     };
-    if !what.is_empty() {
-        return Err(wrong_object(format!("cannot fill a column of \"{short}\""))
-            .detail(format!("It is {what}."))
-            .hint("Name an ordinary or partitioned table."));
-    }
+    Err(wrong_object(format!("cannot fill a column of \"{}\"", table.short))
+        .detail(format!("It is {what}."))
+        .hint("Name an ordinary or partitioned table."))
+}
+
+/// Refuses a table with a partition that is elsewhere.
+fn check_partitions(relation: pg_sys::Oid, short: &str) -> Result<()> {
     let foreign = sql::one::<String>(
         "SELECT t.relid::pg_catalog.text FROM pg_catalog.pg_partition_tree($1) t
            JOIN pg_catalog.pg_class c ON c.oid OPERATOR(pg_catalog.=) t.relid
           WHERE c.relkind OPERATOR(pg_catalog.=) 'f' LIMIT 1",
         &[relation.into()],
     )?;
-    if let Some(partition) = foreign {
-        return Err(wrong_object(format!("cannot fill a column of \"{short}\""))
-            .detail(format!("Its partition {partition} is a foreign table.")));
-    }
-    let attribute = sql::row(
-        "SELECT a.attnum, a.atttypid, a.atttypmod, a.attnotnull, a.attgenerated::pg_catalog.text, a.attidentity::pg_catalog.text,
-                COALESCE(t.typnotnull, false)
+    foreign.map_or(Ok(()), |partition| {
+        Err(wrong_object(format!("cannot fill a column of \"{short}\""))
+            .detail(format!("Its partition {partition} is a foreign table.")))
+    })
+}
+
+/// A column that a job may fill, as of `Target`.
+struct Column {
+    attnum: i16,
+    type_oid: pg_sys::Oid,
+    typmod: i32,
+}
+
+fn column(relation: pg_sys::Oid, column: &str, table: &str, short: &str) -> Result<Column> {
+    let found = sql::row(
+        "SELECT a.attnum, a.atttypid, a.atttypmod,
+                CASE WHEN a.attgenerated OPERATOR(pg_catalog.<>) '' OR a.attidentity OPERATOR(pg_catalog.<>) '' THEN 'is generated'
+                     WHEN a.attnotnull OR t.typnotnull THEN 'is NOT NULL, but a job fills rows whose target is NULL' END AS unfit
            FROM pg_catalog.pg_attribute a LEFT JOIN pg_catalog.pg_type t ON t.oid OPERATOR(pg_catalog.=) a.atttypid
           WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attname OPERATOR(pg_catalog.=) $2::pg_catalog.name
             AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped",
         &[relation.into(), column.into()],
         |r| {
-            let flags = (r.get::<bool>(4)?, r.get::<String>(5)?, r.get::<String>(6)?, r.get::<bool>(7)?);
-            Ok((r.get::<i16>(1)?, r.get::<pg_sys::Oid>(2)?, r.get::<i32>(3)?, flags))
+            let column = Column { attnum: r.get("attnum")?, type_oid: r.get("atttypid")?, typmod: r.get("atttypmod")? };
+            Ok((column, r.maybe::<String>("unfit")?))
         },
     )?;
-    let Some((attnum, type_oid, typmod, (not_null, generated, identity, domain_not_null))) = attribute else {
-        return Err(Error::new(
+    match found {
+        Some((column, None)) => Ok(column),
+        Some((_, Some(unfit))) => Err(wrong_object(format!("cannot fill column \"{column}\" of relation \"{short}\""))
+            .detail(format!("The column {unfit}."))),
+        None => Err(Error::new(
             PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
             format!("column \"{column}\" of relation \"{short}\" does not exist"),
         )
-        .hint(format!("Add it with ALTER TABLE {name} ADD COLUMN {} text.", sql::name(column))));
-    };
-    let unfit = if !generated.is_empty() || !identity.is_empty() {
-        "is generated"
-    } else if not_null || domain_not_null {
-        "is NOT NULL, but a job fills rows whose target is NULL"
-    } else {
-        ""
-    };
-    if !unfit.is_empty() {
-        return Err(wrong_object(format!("cannot fill column \"{column}\" of relation \"{short}\""))
-            .detail(format!("The column {unfit}.")));
+        .hint(format!("Add it with ALTER TABLE {table} ADD COLUMN {} text.", sql::name(column)))),
     }
-    let (key_names, key_attnums) = key(relation, attnum, &short)?;
-    Ok(Target {
-        relation,
-        root,
-        name,
-        is_partitioned: kind == "p",
-        owner,
-        column: column.to_owned(),
-        attnum,
-        type_oid,
-        typmod,
-        key_names,
-        key_attnums,
-    })
 }
 
 /// The columns by which rows are told apart and read in order: the primary key, or else a unique index that is as good.
