@@ -33,50 +33,51 @@ pub struct Known {
 /// Looks a model up.
 pub fn load(name: &str) -> Result<Known> {
     let found = sql::row(
-        "SELECT llm_batch.server_now(m.server, m.server_name, m.home), m.model, m.tokens_per_minute, m.requests_per_minute, m.input_tokens_per_minute,
-                m.output_tokens_per_minute, m.max_concurrent_requests,
-                (EXTRACT(epoch FROM m.request_timeout) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8, m.max_request_tokens, m.parameters,
-                m.input_price::pg_catalog.text, m.output_price::pg_catalog.text, m.cached_input_price::pg_catalog.text,
-                pg_catalog.ceil(GREATEST(m.input_price, m.cached_input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8,
-                pg_catalog.ceil(m.output_price OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8,
-                pg_catalog.ceil(COALESCE(m.cached_input_price, m.input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8,
-                m.server_name::pg_catalog.text
+        "SELECT llm_batch.server_now(m.server, m.server_name, m.home) AS server, m.server_name::pg_catalog.text AS server_name,
+                m.model, m.tokens_per_minute, m.requests_per_minute, m.input_tokens_per_minute, m.output_tokens_per_minute,
+                m.max_concurrent_requests, m.max_request_tokens, m.parameters,
+                (EXTRACT(epoch FROM m.request_timeout) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8 AS request_timeout_ms,
+                m.input_price::pg_catalog.text AS input_price, m.output_price::pg_catalog.text AS output_price,
+                m.cached_input_price::pg_catalog.text AS cached_input_price,
+                pg_catalog.ceil(GREATEST(m.input_price, m.cached_input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8 AS input_rate,
+                pg_catalog.ceil(m.output_price OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8 AS output_rate,
+                pg_catalog.ceil(COALESCE(m.cached_input_price, m.input_price) OPERATOR(pg_catalog.*) 1000000)::pg_catalog.int8 AS cached_rate
            FROM llm_batch.model m WHERE m.name OPERATOR(pg_catalog.=) $1",
         &[name.into()],
         |row| {
-            let limit = |column| Ok::<_, Error>(row.maybe::<i32>(column)?.map(|n| n.max(1) as u64));
-            let rate = |column| Ok::<_, Error>(row.maybe::<i64>(column)?.map(|n| n.max(0) as u64));
-            let prices = (row.maybe::<String>(11)?, row.maybe::<String>(12)?);
-            let rates = match (&prices, rate(14)?, rate(15)?) {
+            let limit = |column: &str| Ok::<_, Error>(row.maybe::<i32>(column)?.map(|n| n.max(1) as u64));
+            let rate = |column: &str| Ok::<_, Error>(row.maybe::<i64>(column)?.map(|n| n.max(0) as u64));
+            let prices = (row.maybe::<String>("input_price")?, row.maybe::<String>("output_price")?);
+            let rates = match (&prices, rate("input_rate")?, rate("output_rate")?) {
                 ((Some(_), Some(_)), Some(input), Some(output)) => Some(Prices { input, output }),
                 _ => None,
             };
-            let parameters = match row.get::<JsonB>(10)?.0 {
+            let parameters = match row.get::<JsonB>("parameters")?.0 {
                 Value::Object(map) => map,
                 _ => serde_json::Map::new(),
             };
             Ok(Known {
-                server: match row.maybe(1)? {
+                server: match row.maybe("server")? {
                     Some(server) => server,
-                    None => return Err(without_server(name, &row.get::<String>(17)?)),
+                    None => return Err(without_server(name, &row.get::<String>("server_name")?)),
                 },
                 model: Model {
-                    model: row.get(2)?,
-                    tokens_per_minute: limit(3)?,
-                    requests_per_minute: limit(4)?,
-                    input_tokens_per_minute: limit(5)?,
-                    output_tokens_per_minute: limit(6)?,
-                    max_concurrent_requests: row.maybe::<i32>(7)?.map(|n| n.max(1) as u32),
-                    request_timeout_ms: row.get::<i64>(8)?.max(1) as u64,
-                    max_request_tokens: row.get::<i32>(9)?.max(1) as u64,
+                    model: row.get("model")?,
+                    tokens_per_minute: limit("tokens_per_minute")?,
+                    requests_per_minute: limit("requests_per_minute")?,
+                    input_tokens_per_minute: limit("input_tokens_per_minute")?,
+                    output_tokens_per_minute: limit("output_tokens_per_minute")?,
+                    max_concurrent_requests: row.maybe::<i32>("max_concurrent_requests")?.map(|n| n.max(1) as u32),
+                    request_timeout_ms: row.get::<i64>("request_timeout_ms")?.max(1) as u64,
+                    max_request_tokens: row.get::<i32>("max_request_tokens")?.max(1) as u64,
                     parameters,
                 },
                 price: Price {
                     input: prices.0,
                     output: prices.1,
-                    cached_input: row.maybe(13)?,
+                    cached_input: row.maybe("cached_input_price")?,
                     rates,
-                    cached_rate: rate(16)?.unwrap_or_default(),
+                    cached_rate: rate("cached_rate")?.unwrap_or_default(),
                 },
             })
         },
