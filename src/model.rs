@@ -16,10 +16,6 @@ use crate::json::Json;
 use crate::process::current_user;
 use crate::{changes, client, owner, provider, sql, txn};
 
-/// Default of `request_timeout`: long, because a request that is given up may have been paid.
-const REQUEST_TIMEOUT: &str = "5 minutes";
-/// Default of `max_request_tokens`: every hosted model of today takes more; packs of 50 rows rarely get there.
-const DEFAULT_REQUEST_TOKENS: i32 = 16_000;
 /// Most that a million tokens may cost, dollars.
 const MOST_PRICE: i64 = 1_000_000_000;
 
@@ -134,91 +130,124 @@ fn role_name(role: pg_sys::Oid) -> Result<String> {
     Ok(sql::name(&name.unwrap_or_default()))
 }
 
-/// Settings of a model as they are given: `None` leaves a default or what there is.
-struct Given {
-    server: Option<(pg_sys::Oid, String)>,
-    model: Option<String>,
-    numbers: [(&'static str, Option<i32>); 6],
-    prices: [(&'static str, Option<AnyNumeric>); 3],
+/// Settings of a model as they are given: `None` leaves a default, or what there is.
+struct Settings {
+    tokens_per_minute: Option<i32>,
+    requests_per_minute: Option<i32>,
+    input_tokens_per_minute: Option<i32>,
+    output_tokens_per_minute: Option<i32>,
+    input_price: Option<AnyNumeric>,
+    output_price: Option<AnyNumeric>,
+    cached_input_price: Option<AnyNumeric>,
+    max_concurrent_requests: Option<i32>,
     request_timeout: Option<Interval>,
+    max_request_tokens: Option<i32>,
     parameters: Option<Json>,
 }
 
-impl Given {
+/// The value of a setting, as it is given.
+enum Given<'a> {
+    Number(Option<i32>),
+    Price(Option<&'a AnyNumeric>),
+    Timeout(Option<Interval>),
+    Parameters(Option<&'a Json>),
+}
+
+impl Settings {
+    /// Each setting's column, its default as SQL, and its value.
+    fn table(&self) -> [(&'static str, &'static str, Given<'_>); 11] {
+        use Given::{Number, Parameters, Price, Timeout};
+        [
+            ("tokens_per_minute", "NULL", Number(self.tokens_per_minute)),
+            ("requests_per_minute", "NULL", Number(self.requests_per_minute)),
+            ("input_tokens_per_minute", "NULL", Number(self.input_tokens_per_minute)),
+            ("output_tokens_per_minute", "NULL", Number(self.output_tokens_per_minute)),
+            ("input_price", "NULL", Price(self.input_price.as_ref())),
+            ("output_price", "NULL", Price(self.output_price.as_ref())),
+            ("cached_input_price", "NULL", Price(self.cached_input_price.as_ref())),
+            ("max_concurrent_requests", "NULL", Number(self.max_concurrent_requests)),
+            // Long, because a request that is given up may have been paid.
+            ("request_timeout", "interval '5 minutes'", Timeout(self.request_timeout)),
+            // Every hosted model of today takes more; packs of 50 rows rarely get there.
+            ("max_request_tokens", "16000", Number(self.max_request_tokens)),
+            ("parameters", "'{}'", Parameters(self.parameters.as_ref())),
+        ]
+    }
+
     fn check(&self) -> Result<()> {
-        for (name, value) in &self.numbers {
-            if value.is_some_and(|n| n < 1) {
-                return Err(Error::invalid(format!("\"{name}\" must be greater than zero")));
-            }
+        for (name, _, given) in self.table() {
+            given.check(name)?;
         }
-        if self
-            .numbers
-            .iter()
-            .any(|(name, n)| *name == "max_request_tokens" && n.is_some_and(|n| n as u64 > MAX_REQUEST_TOKENS))
-        {
+        if self.max_request_tokens.is_some_and(|n| n as u64 > MAX_REQUEST_TOKENS) {
             return Err(Error::invalid(format!("\"max_request_tokens\" must be at most {MAX_REQUEST_TOKENS}")));
-        }
-        for (name, value) in &self.prices {
-            if value.as_ref().is_some_and(|n| *n < AnyNumeric::from(0) || n.is_nan()) {
-                return Err(Error::invalid(format!("\"{name}\" must not be negative"))
-                    .hint("Prices are in dollars per million tokens."));
-            }
-            if value.as_ref().is_some_and(|n| *n > AnyNumeric::from(MOST_PRICE)) {
-                return Err(Error::invalid(format!("\"{name}\" must be at most {MOST_PRICE}"))
-                    .hint("Prices are in dollars per million tokens."));
-            }
-        }
-        if self.model.as_ref().is_some_and(|m| m.trim().is_empty()) {
-            return Err(Error::invalid("\"model\" must not be empty").hint("Specify the provider's name of the model."));
-        }
-        if let Some(timeout) = self.request_timeout {
-            let ms = sql::one::<i64>(
-                "SELECT (EXTRACT(epoch FROM $1) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8",
-                &[timeout.into()],
-            )?;
-            if !ms.is_some_and(|ms| (1..=86_400_000).contains(&ms)) {
-                return Err(Error::invalid("\"request_timeout\" must be between 1 millisecond and 1 day"));
-            }
-        }
-        if let Some(Json(parameters)) = &self.parameters {
-            let Value::Object(map) = parameters else {
-                return Err(
-                    Error::invalid("\"parameters\" must be a JSON object").hint("Write it as '{\"temperature\": 0}'.")
-                );
-            };
-            if let Some(key) = map.keys().find(|k| RESERVED_PARAMETERS.contains(&k.as_str())) {
-                return Err(Error::invalid(format!("parameter \"{key}\" cannot be set"))
-                    .detail("pg_llm_batch sets it for each request."));
-            }
-        }
-        if let Some((server, _)) = &self.server {
-            // Rights and the host are checked now, so that a mistake shows before a row is sent.
-            provider::endpoint(*server, current_user())?;
         }
         Ok(())
     }
+}
 
-    /// Values in the order of the table's columns after those of the name, the owner and the home.
-    fn values(&self) -> Vec<DatumWithOid<'_>> {
-        let [tpm, rpm, itpm, otpm, concurrent, request] = &self.numbers;
-        let [input, output, cached_input] = &self.prices;
-        vec![
-            self.server.as_ref().map(|s| s.0).into(),
-            self.server.as_ref().map(|s| s.1.as_str()).into(),
-            self.model.clone().into(),
-            tpm.1.into(),
-            rpm.1.into(),
-            itpm.1.into(),
-            otpm.1.into(),
-            input.1.clone().into(),
-            output.1.clone().into(),
-            cached_input.1.clone().into(),
-            concurrent.1.into(),
-            self.request_timeout.into(),
-            request.1.into(),
-            self.parameters.as_ref().map(|p| JsonB(p.0.clone())).into(),
-        ]
+impl Given<'_> {
+    fn check(&self, name: &str) -> Result<()> {
+        match self {
+            Self::Number(Some(n)) if *n < 1 => Err(Error::invalid(format!("\"{name}\" must be greater than zero"))),
+            Self::Price(Some(price)) => check_price(name, price),
+            Self::Timeout(Some(timeout)) => {
+                let ms = sql::one::<i64>(
+                    "SELECT (EXTRACT(epoch FROM $1) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8",
+                    &[(*timeout).into()],
+                )?;
+                if !ms.is_some_and(|ms| (1..=86_400_000).contains(&ms)) {
+                    return Err(Error::invalid(format!("\"{name}\" must be between 1 millisecond and 1 day")));
+                }
+                Ok(())
+            }
+            Self::Parameters(Some(Json(parameters))) => check_parameters(name, parameters),
+            _ => Ok(()),
+        }
     }
+
+    fn datum(self) -> DatumWithOid<'static> {
+        match self {
+            Self::Number(n) => n.into(),
+            Self::Price(price) => price.cloned().into(),
+            Self::Timeout(timeout) => timeout.into(),
+            Self::Parameters(parameters) => parameters.map(|p| JsonB(p.0.clone())).into(),
+        }
+    }
+}
+
+fn check_price(name: &str, price: &AnyNumeric) -> Result<()> {
+    let refuse = |what: String| {
+        Err(Error::invalid(format!("\"{name}\" must {what}")).hint("Prices are in dollars per million tokens."))
+    };
+    if *price < AnyNumeric::from(0) || price.is_nan() {
+        return refuse("not be negative".to_owned());
+    }
+    if *price > AnyNumeric::from(MOST_PRICE) {
+        return refuse(format!("be at most {MOST_PRICE}"));
+    }
+    Ok(())
+}
+
+fn check_parameters(name: &str, parameters: &Value) -> Result<()> {
+    let Value::Object(map) = parameters else {
+        return Err(
+            Error::invalid(format!("\"{name}\" must be a JSON object")).hint("Write it as '{\"temperature\": 0}'.")
+        );
+    };
+    match map.keys().find(|k| RESERVED_PARAMETERS.contains(&k.as_str())) {
+        Some(key) => Err(Error::invalid(format!("parameter \"{key}\" cannot be set"))
+            .detail("pg_llm_batch sets it for each request.")),
+        None => Ok(()),
+    }
+}
+
+/// Refuses an empty name of a model, and a server that the caller cannot use: now, so that a mistake shows before a row is
+/// sent.
+fn check_place(server: Option<pg_sys::Oid>, model: Option<&str>) -> Result<()> {
+    if model.is_some_and(|m| m.trim().is_empty()) {
+        return Err(Error::invalid("\"model\" must not be empty").hint("Specify the provider's name of the model."));
+    }
+    server.map_or(Ok(()), |server| provider::endpoint(server, current_user()).map(|_| ()))
 }
 
 #[allow(clippy::too_many_arguments)]
@@ -241,37 +270,36 @@ fn create_model(
 ) -> std::result::Result<(), ErrorReport> {
     let name = new_name(name)?;
     client::check_usable()?;
-    let given = Given {
-        server: Some(provider::named(from_name(required(server, "server")?))?),
-        model: Some(required(model, "model")?.to_owned()),
-        numbers: [
-            ("tokens_per_minute", tokens_per_minute),
-            ("requests_per_minute", requests_per_minute),
-            ("input_tokens_per_minute", input_tokens_per_minute),
-            ("output_tokens_per_minute", output_tokens_per_minute),
-            ("max_concurrent_requests", max_concurrent_requests),
-            ("max_request_tokens", max_request_tokens),
-        ],
-        prices: [
-            ("input_price", input_price),
-            ("output_price", output_price),
-            ("cached_input_price", cached_input_price),
-        ],
+    let (server, server_name) = provider::named(from_name(required(server, "server")?))?;
+    let model = required(model, "model")?;
+    let settings = Settings {
+        tokens_per_minute,
+        requests_per_minute,
+        input_tokens_per_minute,
+        output_tokens_per_minute,
+        input_price,
+        output_price,
+        cached_input_price,
+        max_concurrent_requests,
         request_timeout,
+        max_request_tokens,
         parameters,
     };
-    given.check()?;
-    let mut args: Vec<DatumWithOid> = vec![name.into(), current_user().into()];
-    args.extend(given.values());
+    settings.check()?;
+    check_place(Some(server), Some(model))?;
+    let mut args: Vec<DatumWithOid> =
+        vec![name.into(), current_user().into(), server.into(), server_name.into(), model.into()];
+    let (mut columns, mut values) = (String::new(), String::new());
+    for (column, default, given) in settings.table() {
+        args.push(given.datum());
+        columns += &format!(", {column}");
+        values += &format!(", coalesce(${}, {default})", args.len());
+    }
     let made = txn::as_extension_owner(|| {
         sql::run(
             &format!(
-                "INSERT INTO llm_batch.model (name, owner, owner_name, home, server, server_name, model, tokens_per_minute,
-                     requests_per_minute, input_tokens_per_minute, output_tokens_per_minute, input_price, output_price,
-                     cached_input_price, max_concurrent_requests, request_timeout, max_request_tokens, parameters)
-                 VALUES ($1, $2, pg_get_userbyid($2), llm_batch.home(), $3, $4::name, $5, $6, $7, $8, $9, $10, $11, $12, $13,
-                         coalesce($14, interval '{REQUEST_TIMEOUT}'), coalesce($15, {DEFAULT_REQUEST_TOKENS}),
-                         coalesce($16, '{{}}'))
+                "INSERT INTO llm_batch.model (name, owner, owner_name, home, server, server_name, model{columns})
+                 VALUES ($1, $2, pg_get_userbyid($2), llm_batch.home(), $3, $4::name, $5{values})
                  ON CONFLICT (name) DO NOTHING RETURNING 1"
             ),
             &args,
@@ -282,20 +310,6 @@ fn create_model(
     }
     Ok(())
 }
-
-const RESETTABLE: [&str; 11] = [
-    "tokens_per_minute",
-    "requests_per_minute",
-    "input_tokens_per_minute",
-    "output_tokens_per_minute",
-    "input_price",
-    "output_price",
-    "cached_input_price",
-    "max_concurrent_requests",
-    "request_timeout",
-    "max_request_tokens",
-    "parameters",
-];
 
 #[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
@@ -318,62 +332,49 @@ fn alter_model(
 ) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
     owner::check("model", name)?;
-    let given = Given {
-        server: server.map(|name| provider::named(from_name(name))).transpose()?,
-        model: model.map(str::to_owned),
-        numbers: [
-            ("tokens_per_minute", tokens_per_minute),
-            ("requests_per_minute", requests_per_minute),
-            ("input_tokens_per_minute", input_tokens_per_minute),
-            ("output_tokens_per_minute", output_tokens_per_minute),
-            ("max_concurrent_requests", max_concurrent_requests),
-            ("max_request_tokens", max_request_tokens),
-        ],
-        prices: [
-            ("input_price", input_price),
-            ("output_price", output_price),
-            ("cached_input_price", cached_input_price),
-        ],
+    let server = server.map(|name| provider::named(from_name(name))).transpose()?;
+    let settings = Settings {
+        tokens_per_minute,
+        requests_per_minute,
+        input_tokens_per_minute,
+        output_tokens_per_minute,
+        input_price,
+        output_price,
+        cached_input_price,
+        max_concurrent_requests,
         request_timeout,
+        max_request_tokens,
         parameters,
     };
-    given.check()?;
-    let mut resets = Vec::new();
-    for wanted in reset.unwrap_or_default().into_iter().flatten() {
-        if !RESETTABLE.contains(&wanted.as_str()) {
-            return Err(Error::invalid(format!("\"{wanted}\" cannot be reset"))
-                .hint(format!("Settings that can be reset: {}.", RESETTABLE.join(", ")))
-                .into());
-        }
-        let default = match wanted.as_str() {
-            "request_timeout" => format!("interval '{REQUEST_TIMEOUT}'"),
-            "max_request_tokens" => DEFAULT_REQUEST_TOKENS.to_string(),
-            "parameters" => "'{}'".to_owned(),
-            _ => "NULL".to_owned(),
-        };
-        resets.push(format!("{wanted} = {default}"));
+    settings.check()?;
+    check_place(server.as_ref().map(|s| s.0), model)?;
+    let reset: Vec<String> = reset.unwrap_or_default().into_iter().flatten().collect();
+    let names = settings.table().map(|(column, ..)| column);
+    if let Some(other) = reset.iter().find(|other| !names.contains(&other.as_str())) {
+        return Err(Error::invalid(format!("\"{other}\" cannot be reset"))
+            .hint(format!("Settings that can be reset: {}.", names.join(", ")))
+            .into());
     }
-    let mut args: Vec<DatumWithOid> = vec![name.into()];
-    args.extend(given.values());
+    let (server, server_name) = server.unzip();
+    let mut args: Vec<DatumWithOid> = vec![name.into(), server.into(), server_name.into(), model.into()];
+    let mut assignments = String::new();
+    for (column, default, given) in settings.table() {
+        args.push(given.datum());
+        assignments += &if reset.iter().any(|name| name == column) {
+            format!(", {column} = {default}")
+        } else {
+            format!(", {column} = coalesce(${}, {column})", args.len())
+        };
+    }
     txn::as_extension_owner(|| {
         sql::run(
-            "UPDATE llm_batch.model SET server = coalesce($2, server), server_name = coalesce($3::name, server_name),
-                 model = coalesce($4, model), tokens_per_minute = coalesce($5, tokens_per_minute),
-                 requests_per_minute = coalesce($6, requests_per_minute),
-                 input_tokens_per_minute = coalesce($7, input_tokens_per_minute),
-                 output_tokens_per_minute = coalesce($8, output_tokens_per_minute),
-                 input_price = coalesce($9, input_price), output_price = coalesce($10, output_price),
-                 cached_input_price = coalesce($11, cached_input_price),
-                 max_concurrent_requests = coalesce($12, max_concurrent_requests),
-                 request_timeout = coalesce($13, request_timeout), max_request_tokens = coalesce($14, max_request_tokens),
-                 parameters = coalesce($15, parameters)
-              WHERE name = $1",
+            &format!(
+                "UPDATE llm_batch.model SET server = coalesce($2, server), server_name = coalesce($3::name, server_name),
+                     model = coalesce($4, model){assignments}
+                  WHERE name = $1"
+            ),
             &args,
         )?;
-        if !resets.is_empty() {
-            let query = format!("UPDATE llm_batch.model SET {} WHERE name = $1", resets.join(", "));
-            sql::run(&query, &[name.into()])?;
-        }
         changes::tell();
         Ok(())
     })?;
