@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, CString};
 
+use pgrx::PgList;
 use pgrx::prelude::*;
 use serde_json::Value;
 
@@ -225,8 +226,7 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
     for alone in [format!("SELECT {text}\n"), format!("SELECT ({text}\n)")] {
         let alone = c_string(alone)?;
         // SAFETY: raw_parser runs on the main thread; it raises on bad syntax.
-        let is_one =
-            unsafe { is_one_expression(pg_sys::raw_parser(alone.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT)) };
+        let is_one = unsafe { parse(&alone).is_some_and(|raw| is_one_expression(raw)) };
         if !is_one {
             return Err(not_one("It contains other clauses, or more than one expression."));
         }
@@ -239,8 +239,7 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
             Use::Filter => format!("SELECT 1 FROM ONLY {} WHERE ({text}\n)", target.name),
         };
         let query = c_string(query)?;
-        let statements = pg_sys::raw_parser(query.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
-        let raw = crate::sql::list_nth(statements, 0).cast::<pg_sys::RawStmt>();
+        let raw = parse(&query).ok_or_else(|| not_one("It contains more than one statement."))?;
         let analyzed =
             pg_sys::parse_analyze_fixedparams(raw, query.as_ptr(), std::ptr::null(), 0, std::ptr::null_mut());
         let volatile = match usage {
@@ -308,7 +307,7 @@ unsafe fn relations(query: *mut pg_sys::Query) -> Vec<pg_sys::Oid> {
     // SAFETY: as the caller says; what comes back is a list of OIDs, or NIL.
     unsafe {
         pg_sys::extract_query_dependencies(query.cast(), &mut oids, &mut items, &mut has_policies);
-        pgrx::PgList::<pg_sys::Oid>::from_pg(oids).iter_oid().collect()
+        PgList::<pg_sys::Oid>::from_pg(oids).iter_oid().collect()
     }
 }
 
@@ -319,8 +318,7 @@ pub fn read_by(statement: &str, types: &[pg_sys::Oid]) -> Result<Vec<pg_sys::Oid
     // SAFETY: parser, analysis and rewriter run on the main thread inside a transaction with a snapshot; they raise on
     // errors, and what they return lives in the current memory context.
     unsafe {
-        let statements = pg_sys::raw_parser(text.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
-        let raw = sql::list_nth(statements, 0).cast::<pg_sys::RawStmt>();
+        let raw = parse(&text).ok_or_else(|| Error::invalid("a text is not one statement"))?;
         let query = pg_sys::parse_analyze_fixedparams(
             raw,
             text.as_ptr(),
@@ -328,7 +326,7 @@ pub fn read_by(statement: &str, types: &[pg_sys::Oid]) -> Result<Vec<pg_sys::Oid
             types.len() as i32,
             std::ptr::null_mut(),
         );
-        let rewritten = pgrx::PgList::<pg_sys::Query>::from_pg(pg_sys::QueryRewrite(query));
+        let rewritten = PgList::<pg_sys::Query>::from_pg(pg_sys::QueryRewrite(query));
         for query in rewritten.iter_ptr() {
             all.extend(relations(query));
         }
@@ -346,14 +344,14 @@ unsafe fn reads_system_column(query: *mut pg_sys::Query) -> bool {
     // SAFETY: the lists of a query hold what their names say; the analysis has noted the columns that are read of each
     // relation, wherever that is done, counted from the lowest system column.
     unsafe {
-        let Some(entry) = pgrx::PgList::<pg_sys::RangeTblEntry>::from_pg((*query).rtable).get_ptr(0) else {
+        let Some(entry) = PgList::<pg_sys::RangeTblEntry>::from_pg((*query).rtable).get_ptr(0) else {
             return false;
         };
         #[cfg(feature = "pg15")]
         let columns = (*entry).selectedCols;
         #[cfg(not(feature = "pg15"))]
         let columns = {
-            let infos = pgrx::PgList::<pg_sys::RTEPermissionInfo>::from_pg((*query).rteperminfos);
+            let infos = PgList::<pg_sys::RTEPermissionInfo>::from_pg((*query).rteperminfos);
             match infos.get_ptr(((*entry).perminfoindex as usize).wrapping_sub(1)) {
                 Some(info) => (*info).selectedCols,
                 None => return false,
@@ -364,25 +362,34 @@ unsafe fn reads_system_column(query: *mut pg_sys::Query) -> bool {
     }
 }
 
-/// Whether a raw parse tree is a bare `SELECT expression`.
+/// The statement of a text, if it has exactly one. Raises on bad syntax.
 ///
 /// # Safety
-/// `statements` must come from `raw_parser`.
-unsafe fn is_one_expression(statements: *mut pg_sys::List) -> bool {
-    // SAFETY: a list of RawStmt; node tags are checked before casts.
+/// On the main thread.
+unsafe fn parse(text: &CStr) -> Option<*mut pg_sys::RawStmt> {
+    // SAFETY: as the caller says; what the parser gives is a list of RawStmt, or NIL.
     unsafe {
-        if statements.is_null() || (*statements).length != 1 {
-            return false;
-        }
-        let node = (*crate::sql::list_nth(statements, 0).cast::<pg_sys::RawStmt>()).stmt;
+        let statements = pg_sys::raw_parser(text.as_ptr(), pg_sys::RawParseMode::RAW_PARSE_DEFAULT);
+        let statements = PgList::<pg_sys::RawStmt>::from_pg(statements);
+        statements.head().filter(|_| statements.len() == 1)
+    }
+}
+
+/// Whether a statement is a bare `SELECT expression`.
+///
+/// # Safety
+/// `raw` must come from `parse()`.
+unsafe fn is_one_expression(raw: *mut pg_sys::RawStmt) -> bool {
+    // SAFETY: as the caller says; node tags are checked before casts.
+    unsafe {
+        let node = (*raw).stmt;
         if (*node).type_ != pg_sys::NodeTag::T_SelectStmt {
             return false;
         }
         let s = &*node.cast::<pg_sys::SelectStmt>();
         s.distinctClause.is_null()
             && s.intoClause.is_null()
-            && !s.targetList.is_null()
-            && (*s.targetList).length == 1
+            && PgList::<pg_sys::ResTarget>::from_pg(s.targetList).len() == 1
             && s.fromClause.is_null()
             && s.whereClause.is_null()
             && s.groupClause.is_null()

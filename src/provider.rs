@@ -6,6 +6,7 @@ use llm_batch_core::dialect::Counts;
 use llm_batch_core::url;
 use llm_batch_gateway::files;
 use llm_batch_gateway::protocol::{Endpoint, Secret};
+use pgrx::PgList;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
@@ -291,10 +292,7 @@ fn mapped_key(server: pg_sys::Oid, role: pg_sys::Oid) -> Result<Option<String>> 
             return Ok(None);
         }
         let mapping = pg_sys::GetUserMapping(role, server);
-        let options = (*mapping).options;
-        let length = if options.is_null() { 0 } else { (*options).length };
-        for i in 0..length {
-            let element = sql::list_nth(options, i as usize).cast::<pg_sys::DefElem>();
+        for element in PgList::<pg_sys::DefElem>::from_pg((*mapping).options).iter_ptr() {
             if std::ffi::CStr::from_ptr((*element).defname) == c"api_key" {
                 let value = pg_sys::defGetString(element);
                 return Ok(Some(std::ffi::CStr::from_ptr(value).to_string_lossy().into_owned()));

@@ -176,12 +176,3 @@ impl Row<'_> {
 pub fn name(name: &str) -> String {
     pgrx::spi::quote_identifier(name)
 }
-
-/// The element of a list of pointers.
-///
-/// # Safety
-/// `list` must be a list of pointers with more than `n` elements.
-pub unsafe fn list_nth(list: *mut pg_sys::List, n: usize) -> *mut std::ffi::c_void {
-    // SAFETY: as the caller promises.
-    unsafe { (*(*list).elements.add(n)).ptr_value }
-}

@@ -5,6 +5,7 @@ use std::ffi::c_void;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::ptr::null_mut;
 
+use pgrx::PgList;
 use pgrx::prelude::*;
 
 /// A node as a struct, if it has this tag.
@@ -34,13 +35,8 @@ pub unsafe fn make<T>(tag: pg_sys::NodeTag) -> *mut T {
 /// # Safety
 /// `list` is NIL or a list of pointers to `T`.
 pub unsafe fn list<T>(list: *mut pg_sys::List) -> Vec<*mut T> {
-    // SAFETY: a list has `length` elements.
-    unsafe {
-        if list.is_null() {
-            return Vec::new();
-        }
-        (0..(*list).length as usize).map(|i| (*(*list).elements.add(i)).ptr_value.cast()).collect()
-    }
+    // SAFETY: as the caller says.
+    unsafe { PgList::from_pg(list).iter_ptr().collect() }
 }
 
 /// Replaces every pointer of a list.
@@ -62,7 +58,7 @@ pub unsafe fn replace<T>(list: *mut pg_sys::List, with: &mut dyn FnMut(*mut T) -
 
 /// A list of pointers.
 pub fn to_list<T>(items: impl IntoIterator<Item = *mut T>) -> *mut pg_sys::List {
-    let mut list = pgrx::PgList::<T>::new();
+    let mut list = PgList::new();
     for item in items {
         list.push(item);
     }
