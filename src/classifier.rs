@@ -13,32 +13,15 @@ use crate::budget::Price;
 use crate::client::check_here;
 use crate::error::{Error, Result};
 use crate::json::Json;
+use crate::options::check_of_classifier;
 use crate::process::{current_user, my_database};
 use crate::text::Text;
-use crate::{changes, isolation, model, owner, sql, txn};
+use crate::{changes, model, owner, sql, txn};
 
 /// A task and the name of the model it is asked of.
 pub struct Known {
     pub task: Task,
     pub model: String,
-}
-
-/// Reads options. Budgets belong to jobs and statements, isolation to a table's rows: they are not among them.
-fn read_options<'a>(layers: impl IntoIterator<Item = &'a Value> + Clone) -> Result<Options> {
-    let has = |key: &&str| layers.clone().into_iter().any(|l| l.get(key).is_some());
-    if has(&isolation::OPTION) {
-        return Err(Error::invalid("unrecognized option \"isolation\"").hint(
-            "It is an option of llm_batch.backfill() and llm_batch.estimate(). For llm_classify_batch() it is the third \
-             column of the query.",
-        ));
-    }
-    if let Some(key) = ["max_cost", "max_tokens"].iter().find(|key| has(key)) {
-        return Err(Error::invalid(format!("unrecognized option \"{key}\"")).hint(
-            "A budget is an argument of llm_batch.backfill(), or an option of the functions that ask, such as \
-             llm_classify_batch().",
-        ));
-    }
-    Ok(Options::from_json(layers)?)
 }
 
 /// Looks a classifier up; `options` override its own.
@@ -48,14 +31,14 @@ pub fn load(name: &str, options: &Value) -> Result<Known> {
           WHERE c.name OPERATOR(pg_catalog.=) $1",
         &[name.into()],
         |row| {
-            let labels = labels_from_json(&row.get::<JsonB>(3)?.0)?;
+            let labels = labels_from_json(&row.get::<JsonB>("labels")?.0)?;
             Ok(Known {
-                model: row.get(1)?,
+                model: row.get("model")?,
                 task: Task {
-                    instruction: row.get(2)?,
-                    examples: examples_from_json(&row.get::<JsonB>(4)?.0, &labels)?,
+                    instruction: row.get("instruction")?,
+                    examples: examples_from_json(&row.get::<JsonB>("examples")?.0, &labels)?,
                     labels,
-                    options: read_options([&row.get::<JsonB>(5)?.0, options])?,
+                    options: Options::from_json([&row.get::<JsonB>("options")?.0, options])?,
                 },
             })
         },
@@ -73,7 +56,7 @@ pub fn from_labels(labels: Vec<Option<String>>, options: &Value, author: Option<
             instruction: String::new(),
             labels: check_labels(labels)?,
             examples: Vec::new(),
-            options: read_options([options])?,
+            options: Options::from_json([options])?,
         },
     })
 }
@@ -81,21 +64,18 @@ pub fn from_labels(labels: Vec<Option<String>>, options: &Value, author: Option<
 /// The label of a question's answer that is yes.
 pub const YES: &str = "yes";
 
-/// A question that is answered with yes or no, for the model of the options or the default one.
-pub fn from_question(question: &str, mut options: Value, author: Option<pg_sys::Oid>) -> Result<Known> {
+/// A question that is answered with yes or no, for the model that is named or the default one.
+pub fn from_question(
+    question: &str,
+    named: Option<String>,
+    options: &Value,
+    author: Option<pg_sys::Oid>,
+) -> Result<Known> {
     let question = question.trim();
     if question.is_empty() {
         return Err(Error::invalid("the question must not be empty")
             .hint("Ask a question that can be answered with yes or no."));
     }
-    let named = match options.as_object_mut().and_then(|map| map.remove("model")) {
-        None | Some(Value::Null) => None,
-        Some(Value::String(name)) => Some(name),
-        Some(other) => {
-            return Err(Error::invalid(format!("invalid value for option \"model\": {other}"))
-                .hint("It must be the name of a model."));
-        }
-    };
     let labels = [(YES, "the answer is yes"), ("no", "the answer is no")];
     let labels =
         labels.map(|(label, description)| Label { label: label.to_owned(), description: description.to_owned() });
@@ -103,7 +83,7 @@ pub fn from_question(question: &str, mut options: Value, author: Option<pg_sys::
         instruction: format!("Answer this question about each text: {question}"),
         labels: check_labels(labels.into())?,
         examples: Vec::new(),
-        options: read_options([&options])?,
+        options: Options::from_json([options])?,
     };
     Ok(Known { model: named.map_or_else(|| model::default(author), Ok)?, task })
 }
@@ -154,7 +134,7 @@ struct Checked {
 fn check(labels: &Value, examples: &Value, options: &Value) -> Result<Checked> {
     let labels = labels_from_json(labels)?;
     let examples = examples_from_json(examples, &labels)?;
-    read_options([options])?;
+    check_of_classifier(options)?;
     Ok(Checked { labels: json!(labels), examples: json!(examples), options: options.clone() })
 }
 

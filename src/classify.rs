@@ -17,6 +17,7 @@ use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::isolation;
 use crate::json::Json;
+use crate::options::{OfCall, of_call};
 use crate::process::current_user;
 use crate::question::{Prepared, Question};
 use crate::statement;
@@ -256,7 +257,7 @@ fn as_rows<Id>(ids: Vec<Option<Id>>, answers: Vec<Answer>) -> Vec<Row<Id>> {
 fn llm_classify_batch(
     query: Text,
     task: Text,
-    mut options: Json,
+    options: Json,
 ) -> std::result::Result<
     TableIterator<
         'static,
@@ -266,8 +267,8 @@ fn llm_classify_batch(
 > {
     asking::check()?;
     check_usable()?;
-    let limit = statement::limit(&mut options.0)?;
-    let known = classifier::load(&task.checked()?, &options.0)?;
+    let OfCall { task: options, limit } = of_call(options.0)?;
+    let known = classifier::load(&task.checked()?, &options)?;
     Ok(TableIterator::new(classify_query(&query.checked()?, known, limit)?))
 }
 
@@ -277,7 +278,7 @@ fn llm_classify_batch(
 fn llm_classify_batch_labels(
     query: Text,
     labels: Vec<Option<Text>>,
-    mut options: Json,
+    options: Json,
     fcinfo: pg_sys::FunctionCallInfo,
 ) -> std::result::Result<
     TableIterator<
@@ -288,8 +289,8 @@ fn llm_classify_batch_labels(
 > {
     asking::check()?;
     check_usable()?;
-    let limit = statement::limit(&mut options.0)?;
-    let known = classifier::from_labels(text::all(labels)?, &options.0, author(fcinfo))?;
+    let OfCall { task: options, limit } = of_call(options.0)?;
+    let known = classifier::from_labels(text::all(labels)?, &options, author(fcinfo))?;
     Ok(TableIterator::new(classify_query(&query.checked()?, known, limit)?))
 }
 
@@ -300,7 +301,7 @@ fn llm_classify_array(
     ids: AnyArray,
     inputs: Vec<Option<Text>>,
     task: Text,
-    mut options: Json,
+    options: Json,
 ) -> std::result::Result<
     TableIterator<
         'static,
@@ -315,6 +316,6 @@ fn llm_classify_array(
 > {
     asking::check()?;
     check_usable()?;
-    let limit = statement::limit(&mut options.0)?;
-    Ok(TableIterator::new(classify_array(ids, inputs, classifier::load(&task.checked()?, &options.0)?, limit)?))
+    let OfCall { task: options, limit } = of_call(options.0)?;
+    Ok(TableIterator::new(classify_array(ids, inputs, classifier::load(&task.checked()?, &options)?, limit)?))
 }

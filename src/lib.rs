@@ -25,6 +25,7 @@ mod job;
 mod json;
 mod kept;
 mod model;
+mod options;
 mod owner;
 mod process;
 mod provider;

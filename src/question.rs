@@ -7,8 +7,9 @@ use serde_json::{Value, json};
 
 use crate::classifier::{self, Asked, Known};
 use crate::error::{Error, Result};
+use crate::options::{OfCall, of_call, of_question};
 use crate::process::current_user;
-use crate::{settings, statement};
+use crate::settings;
 
 /// The arguments of a call but its text.
 #[derive(Debug, Clone, PartialEq)]
@@ -44,16 +45,17 @@ impl Question {
 
     fn known(&self) -> Result<(Known, Allowance)> {
         Ok(match self {
-            Self::Task(name) => (classifier::load(name, &json!({}))?, statement::limit(&mut json!({}))?),
+            Self::Task(name) => {
+                let OfCall { task: options, limit } = of_call(json!({}))?;
+                (classifier::load(name, &options)?, limit)
+            }
             Self::Labels(labels, options, author) => {
-                let mut options = options.clone();
-                let limit = statement::limit(&mut options)?;
+                let OfCall { task: options, limit } = of_call(options.clone())?;
                 (classifier::from_labels(labels.clone(), &options, *author)?, limit)
             }
             Self::YesNo(question, options, author) => {
-                let mut options = options.clone();
-                let limit = statement::limit(&mut options)?;
-                (classifier::from_question(question, options, *author)?, limit)
+                let (OfCall { task: options, limit }, model) = of_question(options.clone())?;
+                (classifier::from_question(question, model, &options, *author)?, limit)
             }
         })
     }

@@ -6,11 +6,9 @@ use std::cell::Cell;
 use llm_batch_gateway::protocol::{Allowance, Prices, Spent, Stream};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
-use serde_json::Value;
 
 use crate::budget::{self, Funds, Price, UNLIMITED, dollars};
 use crate::error::{Error, Result};
-use crate::settings;
 
 /// What the statement of this moment has spent so far.
 #[derive(Debug, Clone, Copy)]
@@ -83,30 +81,6 @@ fn add(sum: &mut Allowance, more: Allowance) {
 fn subtract(sum: &mut Allowance, less: Allowance) {
     sum.cost = sum.cost.saturating_sub(less.cost);
     sum.tokens = sum.tokens.saturating_sub(less.tokens);
-}
-
-/// Takes the budget out of options: `max_cost` and `max_tokens`. The setting holds as well.
-pub fn limit(options: &mut Value) -> Result<Allowance> {
-    let mut take = |key: &str| options.as_object_mut().and_then(|map| map.remove(key)).filter(|v| !v.is_null());
-    let (cost, tokens) = (take("max_cost"), take("max_tokens"));
-    let refuse = |key: &str, value: &Value, hint: &str| {
-        Error::invalid(format!("invalid value for option \"{key}\": {value}")).hint(hint.to_owned())
-    };
-    let cost = match cost {
-        None => UNLIMITED,
-        Some(v) => match v.as_f64().filter(|n| *n > 0.0) {
-            Some(n) => budget::picodollars(n),
-            None => return Err(refuse("max_cost", &v, "It must be a number of dollars greater than zero.")),
-        },
-    };
-    let tokens = match tokens {
-        None => UNLIMITED,
-        Some(v) => match v.as_u64().filter(|n| *n > 0) {
-            Some(n) => n,
-            None => return Err(refuse("max_tokens", &v, "It must be a whole number greater than zero.")),
-        },
-    };
-    Ok(Allowance { cost: cost.min(settings::statement_max_cost().map_or(UNLIMITED, budget::picodollars)), tokens })
 }
 
 /// What an open stream spends of its statement's budget.

@@ -11,6 +11,7 @@ use crate::classifier::{self, Asked};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::json::Json;
+use crate::options::of_job;
 use crate::process::current_user;
 use crate::{asking, isolation, sql, txn};
 
@@ -21,8 +22,9 @@ pub struct Given<'a> {
     column: String,
     pub task: &'a str,
     pub filter: Option<&'a str>,
-    /// Without isolation.
-    options: Value,
+    /// As they were given.
+    pub options: Value,
+    task_options: Value,
     pub isolation: Option<String>,
 }
 
@@ -35,25 +37,18 @@ impl<'a> Given<'a> {
         filter: Option<&'a str>,
         options: Option<Json>,
     ) -> Result<Self> {
-        let mut options = options.map(|o| o.0).filter(|o| !o.is_null()).unwrap_or_else(|| json!({}));
+        let options = options.map(|o| o.0).filter(|o| !o.is_null()).unwrap_or_else(|| json!({}));
+        let (task_options, isolation) = of_job(options.clone())?;
         Ok(Self {
             relation: required(relation, "relation")?,
             input: required(input, "input")?,
             column: from_name(required(column, "target")?),
             task: required(task, "task")?,
             filter,
-            isolation: isolation::take(&mut options)?,
             options,
+            task_options,
+            isolation,
         })
-    }
-
-    /// The options as they were given.
-    pub fn options(&self) -> Value {
-        let mut options = self.options.clone();
-        if let (Some(map), Some(isolation)) = (options.as_object_mut(), &self.isolation) {
-            map.insert(isolation::OPTION.to_owned(), isolation.as_str().into());
-        }
-        options
     }
 
     /// The table, the role to run as, and the stream, if all is well.
@@ -62,7 +57,7 @@ impl<'a> Given<'a> {
         check_usable()?;
         let target = catalog::target(self.relation, &self.column)?;
         let owner = owner_of(&target)?;
-        let asked = classifier::load(self.task, &self.options)?.stream(owner, false)?;
+        let asked = classifier::load(self.task, &self.task_options)?.stream(owner, false)?;
         check_rights(&target, owner, is_to_write)?;
         catalog::check_owners(target.relation, owner, &target.name)?;
         // A domain's CHECK and a table's expressions may call functions of their owners: never with more rights

@@ -146,7 +146,7 @@ fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> 
         given.input.into(),
         given.filter.into(),
         given.task.into(),
-        JsonB(given.options()).into(),
+        JsonB(given.options).into(),
         search_path()?.into(),
         budget.max_cost.into(),
         budget.max_tokens.into(),
