@@ -77,12 +77,12 @@ fn search() -> Result<Option<i64>> {
           ORDER BY j.id",
         &[],
         |row| {
-            let job = (row.get::<i64>(1)?, row.get::<pg_sys::Oid>(2)?.to_u32());
+            let job = (row.get::<i64>("id")?, row.get::<pg_sys::Oid>("owner")?.to_u32());
             // After a crash of the whole server only the tables know how often a job's worker died.
-            let died = u32::try_from(row.get::<i32>(8)? - 1).unwrap_or(0);
-            let left_alone = shared::pause(died) - row.get::<i64>(7)?;
-            let wait = if row.get::<bool>(3)? { row.maybe::<i64>(4)?.unwrap_or(0) } else { left_alone };
-            Ok((job, wait.max(0), row.maybe::<String>(5)?, row.get::<i32>(6)?, row.get::<bool>(9)?))
+            let died = u32::try_from(row.get::<i32>("starts")? - 1).unwrap_or(0);
+            let left_alone = shared::pause(died) - row.get::<i64>("age")?;
+            let wait = if row.get::<bool>("waits")? { row.maybe::<i64>("microseconds")?.unwrap_or(0) } else { left_alone };
+            Ok((job, wait.max(0), row.maybe::<String>("shut_out")?, row.get::<i32>("epoch")?, row.get::<bool>("is_due")?))
         },
     )?;
     failure_point!("find");

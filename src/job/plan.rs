@@ -119,21 +119,21 @@ pub fn table(job: &Job) -> Result<Table> {
     let columns: Vec<_> = keys.chain([target]).collect();
     // One statement: it runs with each transaction that writes.
     let found = sql::row(
-        "SELECT pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)),
-                pg_catalog.quote_ident(c.relname), c.relkind OPERATOR(pg_catalog.=) 'p',
-                c.relhastriggers OR c.relkind OPERATOR(pg_catalog.=) 'p',
+        "SELECT pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)) AS full_name,
+                pg_catalog.quote_ident(c.relname) AS bare_name, c.relkind OPERATOR(pg_catalog.=) 'p' AS is_partitioned,
+                c.relhastriggers OR c.relkind OPERATOR(pg_catalog.=) 'p' AS has_triggers,
                 (SELECT u.name
                    FROM ROWS FROM (pg_catalog.unnest($2::pg_catalog.text[]), pg_catalog.unnest($3::pg_catalog.int2[]), pg_catalog.unnest($4::pg_catalog.oid[])) u (name, num, type)
                   WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
                                      WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) u.num
                                        AND a.attname OPERATOR(pg_catalog.=) u.name::pg_catalog.name AND NOT a.attisdropped
                                        AND (u.type IS NULL OR a.atttypid OPERATOR(pg_catalog.=) u.type))
-                  LIMIT 1),
+                  LIMIT 1) AS other_column,
                 EXISTS (SELECT FROM pg_catalog.pg_index i
                          WHERE i.indrelid OPERATOR(pg_catalog.=) $1 AND i.indisunique AND i.indisvalid AND i.indimmediate
                            AND i.indpred IS NULL AND i.indexprs IS NULL
                            AND pg_catalog.array_to_string((i.indkey::pg_catalog.int2[])[0:i.indnkeyatts OPERATOR(pg_catalog.-) 1], ' ')
-                               OPERATOR(pg_catalog.=) pg_catalog.array_to_string($5::pg_catalog.int2[], ' '))
+                               OPERATOR(pg_catalog.=) pg_catalog.array_to_string($5::pg_catalog.int2[], ' ')) AS has_key
            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
           WHERE c.oid OPERATOR(pg_catalog.=) $1",
         &[
@@ -144,8 +144,13 @@ pub fn table(job: &Job) -> Result<Table> {
             job.key_attnums.clone().into(),
         ],
         |r| {
-            let table = Table { full: r.get(1)?, bare: r.get(2)?, is_partitioned: r.get(3)?, has_triggers: r.get(4)? };
-            Ok((table, r.maybe::<String>(5)?, r.get::<bool>(6)?))
+            let table = Table {
+                full: r.get("full_name")?,
+                bare: r.get("bare_name")?,
+                is_partitioned: r.get("is_partitioned")?,
+                has_triggers: r.get("has_triggers")?,
+            };
+            Ok((table, r.maybe::<String>("other_column")?, r.get::<bool>("has_key")?))
         },
     )?;
     let Some((table, other_column, has_key)) = found else {
