@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::limits::{Amounts, Caps, Limit};
+use crate::amounts::{Amounts, Caps, Limit};
 
 /// Rounding errors of this size (in tokens or requests) do not matter.
 const EPSILON: f64 = 1e-6;

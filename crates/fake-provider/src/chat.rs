@@ -4,10 +4,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use crate::amounts::{Amounts, Limit};
 use crate::answer::{self, Answer};
 use crate::date::{go_duration, unix_time};
 use crate::headers::{Header, Standing, per_minute, rate_headers, retry_headers};
-use crate::limits::{Amounts, Full, Limit};
+use crate::limits::Full;
 use crate::prompt::Task;
 use crate::reply::Reply;
 use crate::request::{Chat, Format};

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde::Deserialize;
 
 use crate::Fault;
-use crate::limits::Caps;
+use crate::amounts::Caps;
 
 /// Everything that can be set. All but `listen` may change at run time through
 /// [`FakeProvider::configure`](crate::FakeProvider::configure).

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
+use crate::amounts::Limit;
 use crate::date::{go_duration, http_date, rfc3339, second_after};
-use crate::limits::Limit;
 use crate::{RateHeaders, RetryAfter};
 
 /// A header's name and value.

@@ -24,6 +24,7 @@
 
 #![deny(missing_docs)]
 
+mod amounts;
 mod answer;
 mod bucket;
 mod chat;

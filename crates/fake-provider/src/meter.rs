@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::limits::{Amounts, Limit};
+use crate::amounts::{Amounts, Limit};
 use crate::mean::Means;
 
 /// Peaks and means of what was in the window. Kept as it happens, so that

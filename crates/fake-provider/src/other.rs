@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::limits::{Amounts, Limit};
+use crate::amounts::{Amounts, Limit};
 use crate::{Config, OtherClient};
 
 /// How long it waits after a refusal.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use crate::limits::{Amounts, Limit};
+use crate::amounts::{Amounts, Limit};
 use crate::meter::{Held, Meter};
 
 /// Admissions of the last window, oldest first.
