@@ -12,7 +12,7 @@ use crate::limits::Full;
 use crate::prompt::Task;
 use crate::reply::Reply;
 use crate::request::{Chat, Format};
-use crate::server::State;
+use crate::state::State;
 use crate::{Config, Fault, Reserve};
 
 /// What becomes of a request.

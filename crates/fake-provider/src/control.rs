@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Deserialize;
 
-use crate::server::Shared;
+use crate::state::Shared;
 use crate::{Fault, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 
 /// The body of `POST /control`. What is left out stays as it is.

@@ -45,6 +45,7 @@ mod reply;
 mod request;
 mod rng;
 mod server;
+mod state;
 mod stats;
 mod tokens;
 mod window;

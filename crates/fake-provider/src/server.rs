@@ -1,28 +1,21 @@
-//! The server: a thread, its connections, the state they share.
+//! The server: a thread and its connections.
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Instant;
 
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 
 use crate::chat::{Admitted, Verdict, authorized};
 use crate::control;
 use crate::http::{Connection, Next, Request};
-use crate::limits::Limits;
-use crate::prefix::Prefixes;
 use crate::reply::Reply;
-use crate::rng::Rng;
-use crate::stats::Tally;
-use crate::tokens::Counts;
+use crate::state::{Shared, State};
 use crate::{Config, Fault, Stats};
-
-const BODIES_KEPT: usize = 100;
 
 /// A running provider. Dropping it closes every connection and frees the port.
 pub struct FakeProvider {
@@ -101,7 +94,7 @@ impl FakeProvider {
 
     /// Whether answers are held back by now.
     pub fn holds(&self) -> bool {
-        self.shared.gate.borrow().open_for == Some(0)
+        self.shared.holds()
     }
 
     /// Lets go of the answers held back and of the requests that hang, also when answers are held again at once.
@@ -122,129 +115,6 @@ impl Drop for FakeProvider {
             // A panic of the thread has printed itself.
             let _ = thread.join();
         }
-    }
-}
-
-/// What connections and the owner share.
-pub(crate) struct Shared {
-    state: Mutex<State>,
-    gate: watch::Sender<Gate>,
-}
-
-/// All but the gate.
-pub(crate) struct State {
-    pub(crate) config: Config,
-    pub(crate) limits: Limits,
-    pub(crate) prefixes: Prefixes,
-    pub(crate) counts: Counts,
-    pub(crate) tally: Tally,
-    pub(crate) rng: Rng,
-    pub(crate) script: VecDeque<Option<Fault>>,
-    bodies: VecDeque<Value>,
-}
-
-#[derive(Clone, Copy)]
-struct Gate {
-    /// How many answers it still lets through; no number is all.
-    open_for: Option<u64>,
-    /// Calls of `release`: each lets go of all requests that came before it.
-    releases: u64,
-}
-
-impl State {
-    pub(crate) fn configure(&mut self, change: impl FnOnce(&mut Config)) {
-        // What happened so far did so under the configuration of its time.
-        self.limits.advance(Instant::now(), &self.config);
-        let other = self.config.other_client;
-        change(&mut self.config);
-        if self.config.other_client != other {
-            self.limits.restart_other();
-        }
-    }
-
-    pub(crate) fn reset_stats(&mut self) {
-        self.limits.advance(Instant::now(), &self.config);
-        self.limits.reset_meter();
-        self.tally.reset();
-    }
-
-    fn stats(&mut self) -> Stats {
-        Stats { rows: self.tally.rows(), ..self.totals() }
-    }
-
-    /// The stats without the rows.
-    fn totals(&mut self) -> Stats {
-        self.limits.advance(Instant::now(), &self.config);
-        self.tally.totals(self.limits.meter(), self.config.tokens_per_window)
-    }
-
-    pub(crate) fn keep_body(&mut self, body: Value) {
-        if self.bodies.len() == BODIES_KEPT {
-            self.bodies.pop_front();
-        }
-        self.bodies.push_back(body);
-    }
-}
-
-impl Shared {
-    fn new(config: Config) -> Self {
-        Self {
-            state: Mutex::new(State {
-                rng: Rng::new(config.seed),
-                config,
-                limits: Limits::default(),
-                prefixes: Prefixes::default(),
-                counts: Counts::default(),
-                tally: Tally::new(Instant::now()),
-                script: VecDeque::new(),
-                bodies: VecDeque::new(),
-            }),
-            gate: watch::Sender::new(Gate { open_for: None, releases: 0 }),
-        }
-    }
-
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
-        // A closure given to `configure` may have panicked; its test tells.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn hold(&self) {
-        self.hold_after(0);
-    }
-
-    fn hold_after(&self, answers: u64) {
-        self.gate.send_modify(|gate| gate.open_for = Some(answers));
-    }
-
-    pub(crate) fn release(&self) {
-        self.gate.send_modify(|gate| {
-            gate.open_for = None;
-            gate.releases += 1;
-        });
-    }
-
-    /// Waits until the gate lets an answer through: it is open (which does not help a request that hangs), or was
-    /// released since the request came, whatever was held since.
-    async fn pass(&self, gate: &mut watch::Receiver<Gate>, releases_before: u64, hangs: bool) {
-        let may_pass = |gate: &Gate| gate.releases > releases_before || (!hangs && gate.open_for != Some(0));
-        let mut passed = false;
-        while !passed {
-            // Fails only without a sender, and `self` holds it.
-            let _ = gate.wait_for(may_pass).await;
-            // Of several that wait only as many may go as it is open for.
-            self.gate.send_if_modified(|gate| {
-                passed = may_pass(gate);
-                match &mut gate.open_for {
-                    Some(answers) if passed && gate.releases == releases_before => *answers -= 1,
-                    _ => (),
-                }
-                false
-            });
-        }
-    }
-
-    fn stats(&self) -> Stats {
-        self.lock().stats()
     }
 }
 
