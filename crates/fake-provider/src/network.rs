@@ -1,15 +1,16 @@
 //! Where a model of one's own may be: at another address than loopback, behind a certificate of one's own.
 
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::Arc;
 
+use rustls::crypto::ring::sign::any_eddsa_type;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
-use rustls::{ServerConfig, ServerConnection, StreamOwned};
+use rustls::{ServerConfig, ServerConnection, SignatureScheme, StreamOwned};
 
-/// The certificate of who signed [`TlsFront`]'s, in PEM form.
+/// The certificate of the authority that signs [`TlsFront`]'s, in PEM form.
 pub const CA: &str = include_str!("../tls/ca.pem");
-/// That of somebody else.
+/// The certificate of another authority.
 pub const OTHER_CA: &str = include_str!("../tls/other-ca.pem");
 
 /// A private address of this machine that is not loopback; `None` if it has none.
@@ -29,8 +30,8 @@ pub fn private_address() -> Option<IpAddr> {
     routes.iter().filter_map(|to| own(to)).find(is_private)
 }
 
-/// Speaks TLS before a server that does not. Its certificate is for `localhost`, `127.0.0.1` and `models.example`. It runs
-/// until the process ends.
+/// Speaks TLS before a server that does not. Its certificate is for `localhost`, `127.0.0.1`, `models.example` and the
+/// address at which it listens. It runs until the process ends.
 #[derive(Debug)]
 pub struct TlsFront {
     /// Where it listens.
@@ -46,7 +47,7 @@ impl TlsFront {
             .map_err(io::Error::other)?
             .with_no_client_auth()
             .with_single_cert(
-                vec![CertificateDer::from(include_bytes!("../tls/server.der").as_slice())],
+                vec![certificate(at)?],
                 PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(include_bytes!("../tls/server-key.der").as_slice())),
             )
             .map_err(io::Error::other)?;
@@ -62,6 +63,28 @@ impl TlsFront {
         });
         Ok(Self { address })
     }
+}
+
+/// The server's certificate with this address in it, signed by [`CA`].
+fn certificate(at: IpAddr) -> io::Result<CertificateDer<'static>> {
+    const SIGNATURE: usize = 64;
+    let bad = || io::Error::other("tls/server.der or tls/ca-key.der is not as it was made");
+    let mut der = include_bytes!("../tls/server.der").to_vec();
+    // It holds two addresses of documentation, in whose places an address is written.
+    let (place, address) = match at {
+        IpAddr::V4(v4) => ([198, 51, 100, 77].to_vec(), v4.octets().to_vec()),
+        IpAddr::V6(v6) => (Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 0x77).octets().to_vec(), v6.octets().to_vec()),
+    };
+    let start = der.windows(place.len()).position(|bytes| bytes == place).ok_or_else(bad)?;
+    der[start..start + place.len()].copy_from_slice(&address);
+    // The signature covers all but 4 bytes of length before, and before the signature itself 10 that say its kind.
+    let signature_at = der.len() - SIGNATURE;
+    let key = PrivatePkcs8KeyDer::from(include_bytes!("../tls/ca-key.der").as_slice());
+    let signer = any_eddsa_type(&key).map_err(io::Error::other)?;
+    let signer = signer.choose_scheme(&[SignatureScheme::ED25519]).ok_or_else(bad)?;
+    let signature = signer.sign(&der[4..signature_at - 10]).map_err(io::Error::other)?;
+    der[signature_at..].copy_from_slice(&signature);
+    Ok(CertificateDer::from(der))
 }
 
 fn serve(client: TcpStream, config: Arc<ServerConfig>, server: SocketAddr) -> io::Result<()> {
