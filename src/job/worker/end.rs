@@ -46,7 +46,7 @@ impl Worker {
         let job = txn::run(|| store::load(id)).ok().flatten();
         if job.as_ref().is_some_and(|job| job.owner.is_some_and(|owner| owner != me())) {
             // What the old owner may not do says nothing about the new one, as whom another process goes on.
-            self.disabled = true;
+            self.put_off = true;
             self.withdraw();
             return;
         }
@@ -63,13 +63,13 @@ impl Worker {
         if !self.outstanding.is_empty() || !self.answers.is_empty() || self.locked.iter().any(is_young) {
             return None;
         }
-        if (self.stopping.is_some() || self.disabled) && !self.suspects.is_empty() {
+        if (self.stopping.is_some() || self.put_off) && !self.suspects.is_empty() {
             let rows = self.suspects.take();
             if !matches!(self.stopping, Some(Outcome::Paused("label", ..))) {
                 self.too_late.extend(rows);
             }
         }
-        let outcome = if self.disabled { None } else { Some(self.stopping.clone()?) };
+        let outcome = if self.put_off { None } else { Some(self.stopping.clone()?) };
         let (id, epoch, asked, in_doubt) = (self.job.id, self.job.epoch, &self.asked, self.money.in_doubt);
         let rest = Delta { spent: self.spent, ..Delta::default() };
         let entered = txn::run(|| {
@@ -84,7 +84,7 @@ impl Worker {
                 None => store::release(id, in_doubt).and_then(|()| store::interrupted(id, None)).map(|()| Some(true)),
             }
         });
-        if self.disabled {
+        if self.put_off {
             // If nothing could be entered, what is reserved stays so, and counts as spent.
             return Some(End::Again(shared::now() + 1_000_000));
         }

@@ -65,7 +65,7 @@ impl Worker {
     /// Whether the next page may be claimed now. A pass begins only when nothing of the one before is open: what is
     /// open is NULL still, and would be claimed and paid for again.
     pub(super) fn may_claim(&self) -> bool {
-        let is_free = self.stopping.is_none() && self.reopen.is_none() && !self.disabled && self.client.is_some();
+        let is_free = self.stopping.is_none() && self.reopen.is_none() && !self.put_off && self.client.is_some();
         let is_new_pass = self.last.is_none();
         is_free
             && !self.pass_ended
@@ -252,7 +252,7 @@ impl Worker {
                 // The gateway has no place for this job. Another run finds one, perhaps.
                 Err(e) if e.code == PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES => {
                     self.lose_gateway();
-                    self.disabled = true;
+                    self.put_off = true;
                     return Ok(());
                 }
                 received => received?,
@@ -289,7 +289,7 @@ impl Worker {
                 Received::Message(FromGateway::Stopped(stop)) => {
                     self.waiting.clear();
                     if stop.reason == StopReason::Disabled {
-                        self.disabled = true;
+                        self.put_off = true;
                     } else {
                         let outcome = self.outcome_of_stop(&stop);
                         self.stopping.get_or_insert(outcome);

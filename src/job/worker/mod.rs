@@ -190,9 +190,9 @@ struct Worker {
     failures_in_a_row: u32,
     looked: Instant,
     look_now: bool,
-    /// The run ends, and another one is to go on later: `llm_batch.enabled` is off, the job has another owner, or the
-    /// gateway has no place for it.
-    disabled: bool,
+    /// The run ends without an outcome, and another one goes on later: `llm_batch.enabled` is off, the job has another
+    /// owner, or the gateway has no place for it.
+    put_off: bool,
 }
 
 impl Worker {
@@ -243,7 +243,7 @@ impl Worker {
             failures_in_a_row: 0,
             looked: Instant::now(),
             look_now: false,
-            disabled: false,
+            put_off: false,
         })))
     }
 
@@ -266,8 +266,8 @@ impl Worker {
                 self.farewell();
             }
             reload_if_asked();
-            if !settings::enabled() && !self.disabled {
-                self.disabled = true;
+            if !settings::enabled() && !self.put_off {
+                self.put_off = true;
                 self.withdraw();
             }
             if let Err(e) = self.turn() {
@@ -394,7 +394,7 @@ impl Worker {
             self.stop(Outcome::Paused("owner", Some(owner::GONE.to_owned()), None));
         } else if job.owner != Some(me()) {
             // Another process goes on, as its new owner.
-            self.disabled = true;
+            self.put_off = true;
             self.withdraw();
         }
         match job.wanted.as_str() {

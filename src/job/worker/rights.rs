@@ -66,7 +66,7 @@ fn fingerprint(relations: &[pg_sys::Oid]) -> Result<i64> {
 impl Worker {
     /// Looks at what is open again, if what its owner may see was changed.
     pub(super) fn look_at_rights(&mut self) -> Result<()> {
-        let Some(known) = self.rights.as_ref().filter(|_| self.stopping.is_none() && !self.disabled) else {
+        let Some(known) = self.rights.as_ref().filter(|_| self.stopping.is_none() && !self.put_off) else {
             return Ok(());
         };
         let (job, open) = (&self.job, self.open_rows());

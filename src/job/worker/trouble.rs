@@ -108,7 +108,7 @@ impl Worker {
 
     /// Something is in the way of writing: it is shown, and tried again after a while.
     pub(super) fn hinder(&mut self, kind: Kind, e: &Error) {
-        if kind == Kind::Denied && self.disabled {
+        if kind == Kind::Denied && self.put_off {
             // What the old owner may not do says nothing about the new one: nothing of it is shown.
             self.give_up(&e.one_line());
             return;
@@ -132,7 +132,7 @@ impl Worker {
             self.stop(Outcome::Paused("owner", Some(e.one_line()), None));
         }
         // A job that is to stop has tried once more.
-        let is_to_stop = self.stopping.is_some() || self.disabled;
+        let is_to_stop = self.stopping.is_some() || self.put_off;
         let is_kept = kind == Kind::Denied && matches!(self.stopping, Some(Outcome::Paused("owner", ..)));
         if is_to_stop && is_pause && !is_kept && self.outstanding.is_empty() {
             self.give_up(&e.one_line());

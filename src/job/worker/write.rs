@@ -46,7 +46,7 @@ impl Worker {
             false => Others::Some,
         };
         // A job that is about to stop sends nothing more.
-        let may_grant = self.stopping.is_none() && !self.disabled;
+        let may_grant = self.stopping.is_none() && !self.put_off;
         let result = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
             failure_point!("settle");
