@@ -102,16 +102,27 @@ fn merged(piece: &[u8]) -> usize {
     count
 }
 
+/// Where the first piece ends, if it is what most are: a word of small letters, with what stands before it. What follows
+/// decides whether the word goes on, and is left to the pattern if it may.
+fn word(text: &[u8]) -> Option<usize> {
+    let before = usize::from(text.first().is_some_and(|c| c.is_ascii_punctuation() || *c == b' '));
+    let letters = text.get(before..)?.iter().take_while(|c| c.is_ascii_lowercase()).count();
+    let end = before + letters;
+    let goes_on = text.get(end).is_some_and(|c| !c.is_ascii() || *c == b'\'');
+    (letters > 0 && !goes_on).then_some(end)
+}
+
 /// Tokens of a text.
 pub fn count(text: &str) -> usize {
     // A character a token, should the pattern ever not be understood.
     let Some(pieces) = PIECES.as_ref() else { return text.chars().count() };
     let (mut rest, mut count) = (text, 0);
-    while let Some(found) = pieces.find(Input::new(rest).anchored(Anchored::Yes)) {
-        let mut end = found.end();
-        if found.pattern().as_usize() == LOOKS_AHEAD {
-            end = rest.floor_char_boundary(end - 1);
-        }
+    let find = |rest: &str| {
+        let found = pieces.find(Input::new(rest).anchored(Anchored::Yes))?;
+        let is_less = found.pattern().as_usize() == LOOKS_AHEAD;
+        Some(if is_less { rest.floor_char_boundary(found.end() - 1) } else { found.end() })
+    };
+    while let Some(end) = word(rest.as_bytes()).or_else(|| find(rest)) {
         let (piece, after) = rest.split_at(end);
         count += piece.as_bytes().chunks(MOST_PIECE).map(merged).sum::<usize>();
         rest = after;
