@@ -308,8 +308,8 @@ impl Group {
 
     /// The two messages of a request: fixed prefix and rows under these ids.
     pub fn messages(&self, rows: &[Row], ids: &[u16]) -> (&str, String) {
-        let user = ids.iter().zip(rows).map(|(id, row)| prompt::row(*id, &row.quoted)).collect();
-        (&self.system, user)
+        let lines: Vec<String> = ids.iter().zip(rows).map(|(id, row)| prompt::row(*id, &row.quoted)).collect();
+        (&self.system, lines.concat())
     }
 
     /// Rows go out.
