@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{Spent, ToGateway};
+use llm_batch_gateway::protocol::ToGateway;
 use pgrx::pg_sys;
 
 use super::money::Decision;
@@ -13,13 +13,22 @@ use crate::client::WINDOW_ROWS;
 use crate::error::Result;
 use crate::failure::failure_point;
 use crate::job::plan;
-use crate::job::settle::{self, FEW, Others};
+use crate::job::settle::{self, Answer, FEW, Others, Settled};
 use crate::job::store::{self, Delta, Failure, Outcome};
 use crate::process::{my_database, report};
 use crate::{shared, sql, txn};
 
 /// The time over which rates are measured.
 const RATES: Duration = Duration::from_secs(60);
+
+/// What a settlement has committed.
+struct Written {
+    settled: Settled,
+    decision: Decision,
+    is_progress: bool,
+    /// What the job's budget then has spent, in words.
+    account: Option<String>,
+}
 
 impl Worker {
     pub(super) fn settle(&mut self, with_locked: bool) -> Result<()> {
@@ -30,24 +39,43 @@ impl Worker {
         }
         let mut rest = batch.split_off(self.most_at_once.min(batch.len()));
         self.sample(0, 0);
-        let job = &self.job;
-        let (plan, asked) = (&mut self.plan, &self.asked);
-        let (spent, too_late, known) = (self.spent, &self.too_late, &mut self.table);
-        let (rows_per_second, tokens_per_minute) = rates(&self.samples);
-        let (batch_ref, money) = (&batch, &self.money);
+        let others = self.others(&batch, &rest);
+        let written = self.write(&batch, others);
+        report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
+        if written.is_err() {
+            // Nothing was written. All of it is tried again, other rows first.
+            rest.append(&mut batch);
+        }
+        self.answers = rest;
+        let written = written?;
+        self.most_at_once = if self.most_at_once > WINDOW_ROWS { usize::MAX } else { self.most_at_once * 2 };
+        failure_point!("committed");
+        self.note(written)
+    }
+
+    /// What is to be written besides these answers.
+    fn others(&self, batch: &[Answer], rest: &[Answer]) -> Others {
         let is_last = self.pass_ended
             && self.outstanding.is_empty()
             && self.waiting.is_empty()
             && rest.is_empty()
             && self.locked.is_empty();
-        let others = match rest.iter().chain(&self.locked).any(|a| a.refused_since.is_some()) {
+        match rest.iter().chain(&self.locked).any(|a| a.refused_since.is_some()) {
             true => Others::Refused,
             false if is_last && batch.len() <= FEW => Others::None,
             false => Others::Some,
-        };
+        }
+    }
+
+    /// The transaction of a settlement.
+    fn write(&mut self, batch: &[Answer], others: Others) -> Result<Written> {
+        let (job, asked, money) = (&self.job, &self.asked, &self.money);
+        let (plan, known) = (&mut self.plan, &mut self.table);
+        let (spent, too_late) = (self.spent, &self.too_late);
+        let (rows_per_second, tokens_per_minute) = rates(&self.samples);
         // A job that is about to stop sends nothing more.
         let may_grant = self.stopping.is_none() && !self.put_off;
-        let result = txn::run(|| {
+        txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
             failure_point!("settle");
             txn::check_writable()?;
@@ -60,7 +88,7 @@ impl Worker {
             // Deferred constraints raise here, where the row they raise for can be found, not at the commit.
             sql::run("SET CONSTRAINTS ALL IMMEDIATE", &[])?;
             settle::by_key()?;
-            let settled = settle::settle(plan, batch_ref, others)?;
+            let settled = settle::settle(plan, batch, others)?;
             let delta = Delta {
                 done: settled.done,
                 superseded: settled.superseded,
@@ -80,27 +108,20 @@ impl Worker {
                 store::release(job.id, true)?;
             }
             failure_point!("written");
-            Ok((settled, decision, delta.is_progress, account.map(|a| a.spent)))
-        });
-        report(pg_sys::BackendState::STATE_IDLE, "waiting for answers");
-        let (settled, decision, is_progress, account) = match result {
-            Ok(done) => done,
-            Err(e) => {
-                // Nothing was written. All of it is tried again, other rows first.
-                rest.append(&mut batch);
-                self.answers = rest;
-                return Err(e);
-            }
-        };
-        self.answers = rest;
-        self.most_at_once = if self.most_at_once > WINDOW_ROWS { usize::MAX } else { self.most_at_once * 2 };
-        failure_point!("committed");
+            let account = account.map(|a| a.spent);
+            Ok(Written { settled, decision, is_progress: delta.is_progress, account })
+        })
+    }
+
+    /// Takes note of what was committed.
+    fn note(&mut self, written: Written) -> Result<()> {
+        let Written { settled, decision, is_progress, account } = written;
         if is_progress {
             self.job.was_unwritable = false;
             self.job.starts = (self.job.starts - 1).max(0);
             shared::progressed(my_database(), self.job.id);
         }
-        self.spent = Spent::default();
+        let spent = std::mem::take(&mut self.spent);
         self.money.settled(decision);
         self.carry_out(decision, account.unwrap_or_default())?;
         let listed = std::mem::take(&mut self.too_late);
