@@ -425,27 +425,7 @@ pub fn write<'a>(
     failures: impl IntoIterator<Item = &'a Failure>,
 ) -> Result<Option<Account>> {
     txn::as_extension_owner(|| {
-        let (mut skipped, mut failed) = (0_i64, 0_i64);
-        for f in failures {
-            let state = if f.is_skip { "skipped" } else { "failed" };
-            let new = sql::run(
-                "INSERT INTO llm_batch.row_failure (job_id, key, state, class, attempts, detail)
-                 VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (job_id, key) DO NOTHING RETURNING 1",
-                &[
-                    id.into(),
-                    JsonB(f.key.clone()).into(),
-                    state.into(),
-                    f.class.as_str().into(),
-                    (f.attempts as i32).into(),
-                    f.detail.as_str().into(),
-                ],
-            )? as i64;
-            if f.is_skip {
-                skipped += new;
-            } else {
-                failed += new;
-            }
-        }
+        let (skipped, failed) = list(id, failures)?;
         let count = |n: u64| DatumWithOid::from(i64::try_from(n).unwrap_or(i64::MAX));
         let spent = &delta.spent;
         let Price { input, output, cached_input, .. } = &asked.price;
@@ -510,6 +490,32 @@ pub fn write<'a>(
         )?;
         Ok(accounts.into_iter().flatten().next())
     })
+}
+
+/// Lists failures: how many rows were skipped, and how many failed, that were not listed before.
+fn list<'a>(id: i64, failures: impl IntoIterator<Item = &'a Failure>) -> Result<(i64, i64)> {
+    let (mut skipped, mut failed) = (0, 0);
+    for f in failures {
+        let state = if f.is_skip { "skipped" } else { "failed" };
+        let new = sql::run(
+            "INSERT INTO llm_batch.row_failure (job_id, key, state, class, attempts, detail)
+             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (job_id, key) DO NOTHING RETURNING 1",
+            &[
+                id.into(),
+                JsonB(f.key.clone()).into(),
+                state.into(),
+                f.class.as_str().into(),
+                (f.attempts as i32).into(),
+                f.detail.as_str().into(),
+            ],
+        )? as i64;
+        if f.is_skip {
+            skipped += new;
+        } else {
+            failed += new;
+        }
+    }
+    Ok((skipped, failed))
 }
 
 /// The budget of a job.
