@@ -4,19 +4,21 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{FromGateway, Item, Stop, StopReason, Stream, ToGateway, Verdict};
+use llm_batch_gateway::protocol::{self, FromGateway, Item, Spent, Stop, StopReason, Stream, ToGateway, Verdict};
 use pgrx::datum::JsonB;
 use pgrx::{PgSqlErrorCode, pg_sys};
 use serde_json::Value;
 
 use super::rights::Rights;
 use super::{AGAIN, CONTROL, CRASH, HEAR, LATER, MOST_STARTS, Worker};
+use crate::classifier::Asked;
 use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
+use crate::job::page;
+use crate::job::plan::{self as statements, Plan, Table};
 use crate::job::settle::{Answer, FEW};
-use crate::job::store::{self, Failure, Outcome};
-use crate::job::{page, plan as statements};
+use crate::job::store::{self, Failure, Job, Outcome};
 use crate::process::{self, report};
 use crate::{shared, sql, text, txn};
 
@@ -45,6 +47,36 @@ struct Found {
     /// The positions of those that have failed before.
     gone: Vec<i64>,
     damaged: BTreeMap<i32, Failure>,
+}
+
+impl Found {
+    fn of(claimed: &page::Claimed, job: &Job, plan: &Plan, is_last_start: bool) -> Result<Self> {
+        let mut found = Self { damaged: claimed.damaged(), ..Self::default() };
+        if !is_last_start && !job.has_failures && found.damaged.is_empty() {
+            return Ok(found);
+        }
+        let page = &claimed.page;
+        let mut keys = page::describe(&plan.describe, page, (1..=page.len as i32).collect())?;
+        found.suspect = keys.get(&1).filter(|_| is_last_start).cloned();
+        for (position, failure) in &mut found.damaged {
+            failure.key = keys.get(position).cloned().unwrap_or_default();
+        }
+        if job.has_failures {
+            let keys = (1..=page.len as i32).map(|i| keys.remove(&i).map(JsonB)).collect();
+            found.gone = store::failed_among(job.id, keys)?;
+        }
+        Ok(found)
+    }
+}
+
+/// What a claim has read.
+struct Claim {
+    /// What holds for the next page.
+    ready: (Asked, Table, Plan),
+    /// With the first page.
+    rights: Option<Rights>,
+    claimed: Option<page::Claimed>,
+    found: Found,
 }
 
 impl page::Claimed {
@@ -98,58 +130,8 @@ impl Worker {
     }
 
     pub(super) fn claim(&mut self) -> Result<()> {
-        let job = self.job.clone();
-        let (plan, last) = (self.plan.clone(), self.last.clone());
         let size = self.page_size.min(self.window() as i64);
-        let counted = self.job.is_counted;
-        let is_last_start = self.job.starts >= MOST_STARTS;
-        let is_first = self.rights.is_none();
-        let (ready, rights, claimed, found) = txn::run(|| {
-            report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
-            failure_point!("claim");
-            statements::lock(&job, pg_sys::AccessShareLock)?;
-            // Rights, key, model and task may have changed: what holds now holds for the next request.
-            let ready = Self::ready(&job)?;
-            let rights = if is_first { Some(Rights::of(&ready.2)?) } else { None };
-            sql::set_local("search_path", &plan.search_path)?;
-            let count =
-                if counted { None } else { sql::row(&plan.count, &[], |r| Ok((r.get::<i64>(1)?, r.get::<i64>(2)?)))? };
-            if let Some((total, empty)) = count {
-                store::count(job.id, total, empty)?;
-            }
-            // With an index on the target, and for statistics that have not caught up, the planner would sort or scan
-            // what is left for every page. The key's index is the way.
-            for path in ["enable_sort", "enable_incremental_sort", "enable_seqscan", "enable_bitmapscan"] {
-                sql::set_local(path, "off")?;
-            }
-            let claimed = match &last {
-                None => page::claim(&plan.claim_first, &[size.into()], job.key_names.len())?,
-                Some((page, position)) => {
-                    let mut args = page.args();
-                    args.push((*position).into());
-                    args.push(size.into());
-                    page::claim(&plan.claim_next, &args, job.key_names.len())?
-                }
-            };
-            let mut found = Found::default();
-            if let Some(claimed) = &claimed {
-                found.damaged = claimed.damaged();
-                if is_last_start || job.has_failures || !found.damaged.is_empty() {
-                    let page = &claimed.page;
-                    let mut keys = page::describe(&plan.describe, page, (1..=page.len as i32).collect())?;
-                    found.suspect = keys.get(&1).filter(|_| is_last_start).cloned();
-                    for (position, failure) in &mut found.damaged {
-                        failure.key = keys.get(position).cloned().unwrap_or_default();
-                    }
-                    if job.has_failures {
-                        let keys = (1..=page.len as i32).map(|i| keys.remove(&i).map(JsonB)).collect();
-                        found.gone = store::failed_among(job.id, keys)?;
-                    }
-                }
-            }
-            Ok((ready, rights, claimed, found))
-        })?;
-        let Found { suspect, gone, mut damaged } = found;
+        let Claim { ready, rights, claimed, found } = self.read_page(size)?;
         if rights.is_some() {
             self.rights = rights;
         }
@@ -162,10 +144,56 @@ impl Worker {
             self.change(asked);
             return Ok(());
         }
-        let Some(page::Claimed { page, mut texts, isolations, .. }) = claimed else {
-            self.pass_ended = true;
-            return Ok(());
-        };
+        match claimed {
+            None => self.pass_ended = true,
+            Some(claimed) => self.take_page(size, claimed, found),
+        }
+        Ok(())
+    }
+
+    /// The transaction of a claim, of so many rows.
+    fn read_page(&self, size: i64) -> Result<Claim> {
+        let (job, plan) = (&self.job, &self.plan);
+        let is_last_start = job.starts >= MOST_STARTS;
+        txn::run(|| {
+            report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
+            failure_point!("claim");
+            statements::lock(job, pg_sys::AccessShareLock)?;
+            // Rights, key, model and task may have changed: what holds now holds for the next request.
+            let ready = Self::ready(job)?;
+            let rights = if self.rights.is_none() { Some(Rights::of(&ready.2)?) } else { None };
+            sql::set_local("search_path", &plan.search_path)?;
+            let count = match job.is_counted {
+                true => None,
+                false => sql::row(&plan.count, &[], |r| Ok((r.get::<i64>(1)?, r.get::<i64>(2)?)))?,
+            };
+            if let Some((total, empty)) = count {
+                store::count(job.id, total, empty)?;
+            }
+            // With an index on the target, and for statistics that have not caught up, the planner would sort or scan
+            // what is left for every page. The key's index is the way.
+            for path in ["enable_sort", "enable_incremental_sort", "enable_seqscan", "enable_bitmapscan"] {
+                sql::set_local(path, "off")?;
+            }
+            let claimed = match &self.last {
+                None => page::claim(&plan.claim_first, &[size.into()], job.key_names.len())?,
+                Some((page, position)) => {
+                    let mut args = page.args();
+                    args.push((*position).into());
+                    args.push(size.into());
+                    page::claim(&plan.claim_next, &args, job.key_names.len())?
+                }
+            };
+            let found =
+                claimed.as_ref().map_or_else(|| Ok(Found::default()), |c| Found::of(c, job, plan, is_last_start))?;
+            Ok(Claim { ready, rights, claimed, found })
+        })
+    }
+
+    /// The rows of a page, of which there could have been `size`, that are to be asked about.
+    fn take_page(&mut self, size: i64, claimed: page::Claimed, found: Found) {
+        let page::Claimed { page, mut texts, isolations, .. } = claimed;
+        let Found { suspect, gone, mut damaged } = found;
         let page = Rc::new(page);
         self.pass_ended = page.len < size as usize;
         for text in texts.iter_mut().flatten() {
@@ -186,7 +214,7 @@ impl Worker {
                 attempts: 0,
                 detail: "processes of llm_batch died each time this row was under way; see the server log".to_owned(),
             });
-            return Ok(());
+            return;
         }
         for (i, (text, isolation)) in texts.into_iter().zip(isolations).enumerate() {
             if gone.contains(&(i as i64 + 1)) {
@@ -198,7 +226,6 @@ impl Worker {
                 Err(_) => self.too_late.extend(damaged.remove(&(i as i32 + 1))),
             }
         }
-        Ok(())
     }
 
     pub(super) fn hand_over(&mut self) -> Result<()> {
@@ -224,11 +251,11 @@ impl Worker {
         Ok(())
     }
 
-    /// Waits for outcomes, and takes all that have come.
-    pub(super) fn receive(&mut self) -> Result<()> {
+    /// How long outcomes are waited for.
+    fn wait_for_outcomes(&self) -> Duration {
         let is_idle = self.outstanding.is_empty() && self.waiting.is_empty() && self.locked.is_empty();
         let most = if self.outstanding.is_empty() { CONTROL } else { HEAR };
-        let mut timeout = if let Some(trouble) = &self.trouble {
+        let timeout = if let Some(trouble) = &self.trouble {
             trouble.left().min(most)
         } else if self.may_claim() || is_idle || !self.answers.is_empty() {
             Duration::ZERO
@@ -237,17 +264,20 @@ impl Worker {
         } else {
             most
         };
-        if !self.outstanding.is_empty() {
-            timeout = timeout.min(self.patience());
-        }
-        let Some(client) = &mut self.client else {
-            if !timeout.is_zero() {
-                process::wait(None, Some(timeout));
-            }
-            return Ok(());
-        };
+        if self.outstanding.is_empty() { timeout } else { timeout.min(self.patience()) }
+    }
+
+    /// Waits for outcomes, and takes all that have come.
+    pub(super) fn receive(&mut self) -> Result<()> {
+        let mut timeout = self.wait_for_outcomes();
         let mut since = None;
         loop {
+            let Some(client) = &mut self.client else {
+                if !timeout.is_zero() {
+                    process::wait(None, Some(timeout));
+                }
+                return Ok(());
+            };
             let received = match client.receive(timeout) {
                 // The gateway has no place for this job. Another run finds one, perhaps.
                 Err(e) if e.code == PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES => {
@@ -260,31 +290,7 @@ impl Worker {
             match received {
                 Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
                     since.get_or_insert_with(Instant::now);
-                    self.spent.add(&spent);
-                    self.money.spent(&spent);
-                    for o in outcomes {
-                        let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
-                        self.outstanding_bytes -= bytes;
-                        if o.verdict != Verdict::Withdrawn {
-                            self.has_answered = true;
-                            let label = match o.verdict {
-                                Verdict::Label(i) => self.labels.get(i as usize).cloned(),
-                                _ => None,
-                            };
-                            self.answers.push(Answer {
-                                page,
-                                position,
-                                label,
-                                verdict: o.verdict,
-                                attempts: o.attempts,
-                                reused: o.reused,
-                                locked_since: None,
-                                refused_since: None,
-                            });
-                        }
-                    }
-                    // A SIGTERM in the meantime must not end the process with them.
-                    process::hold_on(!self.answers.is_empty() || !self.locked.is_empty());
+                    self.take(outcomes, &spent);
                 }
                 Received::Message(FromGateway::Stopped(stop)) => {
                     self.waiting.clear();
@@ -317,6 +323,35 @@ impl Worker {
                 .filter(|_| !is_last && !process::is_told_to_end())
                 .map_or(Duration::ZERO, |since: Instant| gather.saturating_sub(since.elapsed()));
         }
+    }
+
+    fn take(&mut self, outcomes: Vec<protocol::Outcome>, spent: &Spent) {
+        self.spent.add(spent);
+        self.money.spent(spent);
+        for o in outcomes {
+            let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
+            self.outstanding_bytes -= bytes;
+            if o.verdict == Verdict::Withdrawn {
+                continue;
+            }
+            self.has_answered = true;
+            let label = match o.verdict {
+                Verdict::Label(i) => self.labels.get(i as usize).cloned(),
+                _ => None,
+            };
+            self.answers.push(Answer {
+                page,
+                position,
+                label,
+                verdict: o.verdict,
+                attempts: o.attempts,
+                reused: o.reused,
+                locked_since: None,
+                refused_since: None,
+            });
+        }
+        // A SIGTERM in the meantime must not end the process with them.
+        process::hold_on(!self.answers.is_empty() || !self.locked.is_empty());
     }
 
     /// The gateway ended. What it had not answered is claimed again from the table.
