@@ -1,6 +1,7 @@
 //! Answers with a 2xx: labels, and rows to ask again.
 
 use std::collections::BTreeMap;
+use std::rc::Rc;
 
 use llm_batch_core::answer::{self, Verdict as Read};
 use llm_batch_core::dialect::{Finish, Reply};
@@ -13,8 +14,9 @@ use llm_batch_core::trouble::{Report, Trouble};
 use llm_batch_core::{thinking, thought};
 
 use super::doubts::{ONLY_THOUGHT, Said, shown};
-use super::{InFlight, State};
+use super::{Asked, InFlight, State};
 use crate::key::{GroupId, LaneKey};
+use crate::lane::Lane;
 use crate::protocol::Verdict;
 use crate::request::Answered;
 use crate::row::Row;
@@ -37,6 +39,50 @@ struct Ended {
     max_attempts: u32,
     /// What it was cut off at.
     cap: String,
+}
+
+/// What an answer is by itself.
+struct Seen<'a> {
+    reply: &'a Reply,
+    /// The rows that were asked about, and how many of them got a label.
+    size: usize,
+    labels: usize,
+    /// Tokens that were thought; and whether nothing else was said.
+    thought: u64,
+    is_thought: bool,
+    is_cut: bool,
+    /// It was cut off at our cap, and not at one of the server's own.
+    is_at_cap: bool,
+    /// So it was, and the cap can be larger: that is no row's fault.
+    grows: bool,
+}
+
+impl<'a> Seen<'a> {
+    fn new(reply: &'a Reply, read: &[Read], asked: Asked) -> Self {
+        let spoken = thinking::spoken(&reply.text);
+        let labels = read.iter().filter(|v| matches!(v, Read::Label(_))).count();
+        let is_cut = reply.finish == Finish::Length;
+        let fills_cap = reply.usage.output.is_none_or(|n| n >= asked.worst.output * 9 / 10);
+        let is_at_cap = is_cut && (reply.text.is_empty() || fills_cap);
+        let thought = match reply.usage.output {
+            None => 0,
+            Some(output) if is_cut && labels == 0 => output,
+            Some(output) => thought::thought(output, reply.thought, &spoken, tokens::count),
+        };
+        let is_thought = reply.finish == Finish::Complete
+            && spoken.trim().is_empty()
+            && (reply.has_reasoning || !reply.text.trim().is_empty());
+        Self {
+            reply,
+            size: read.len(),
+            labels,
+            thought,
+            is_thought,
+            is_cut,
+            is_at_cap,
+            grows: is_at_cap && asked.can_grow,
+        }
+    }
 }
 
 impl State {
@@ -67,7 +113,7 @@ impl State {
             Some(answered) => {
                 if let Ok(reply) = &answered.result {
                     // Half of what we count is sure. What is cached does not count everywhere.
-                    let took = reply.usage.or(Tokens { input: request.estimate.input / 2, output: 0 });
+                    let took = reply.usage.or(Tokens { input: request.asked.estimate.input / 2, output: 0 });
                     let took = Tokens { input: took.input.saturating_sub(reply.cached_input), ..took };
                     lane.serves(now, &answered.said, took);
                 }
@@ -112,98 +158,62 @@ impl State {
             }
         }
         let read = read.unwrap_or_else(|| vec![Read::Missing; request.rows.len()]);
-        let InFlight {
-            lane: lane_key,
-            group: group_id,
-            rows,
-            asked,
-            grant,
-            estimate,
-            reserved,
-            worst,
-            sent,
-            can_grow,
-            ..
-        } = request;
-        let size = rows.len();
+        let InFlight { lane: lane_key, group: group_id, rows, asked, grant, .. } = request;
+        let seen = Seen::new(reply, &read, asked);
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         lane.answers(now);
         lane.standings.of(now, asked.scope).accepts();
-        let Some((_, group)) = lane.groups.iter_mut().find(|(id, _)| *id == group_id) else { return };
-        // Of a budget, who does not say what it took may have taken the most.
-        let measured = reply.usage.whole();
-        let is_unconfirmed = measured.is_none() && group.purse.is_some();
-        let usage = reply.usage.or(estimate);
-        let options = group.stream.task.options.clone();
-        let spoken = thinking::spoken(&reply.text);
-        let is_thought = reply.finish == Finish::Complete
-            && spoken.trim().is_empty()
-            && (reply.has_reasoning || !reply.text.trim().is_empty());
-        let labels = read.iter().filter(|v| matches!(v, Read::Label(_))).count();
-
-        // Cut off at our cap, and not at one of the server's own. If it can be larger, it is no row's fault.
-        let is_at_cap = reply.text.is_empty() || reply.usage.output.is_none_or(|n| n >= worst.output * 9 / 10);
-        let is_cut = reply.finish == Finish::Length;
-        lane.learned.observe_end(is_cut && is_at_cap, worst.output);
-        let grows = is_cut && is_at_cap && can_grow;
-        let thought = match reply.usage.output {
-            None => 0,
-            Some(output) if is_cut && labels == 0 => output,
-            Some(output) => thought::thought(output, reply.thought, &spoken, tokens::count),
-        };
-        if reply.usage.output.is_some() && (labels > 0 || is_cut) {
-            lane.measured.thinking.observe(thought, is_cut && labels == 0);
-        }
-        let mean = group.mean_answer(size);
-        // What was not measured teaches nothing.
-        if let Some(usage) = measured {
-            lane.measured.observe(estimate, mean, usage, thought, is_cut);
-        }
-        lane.concurrency.answered(sent, now, usage, in_flight);
-        let counts = group.stream.endpoint.counts;
-        lane.limiter.settle(grant, counts.settle(reserved, usage), left(&came.said));
-        if let Some(purse) = &mut group.purse {
-            purse.give_back(worst, reply.usage.or(worst));
-        }
-        let form = asked.learned.form(&options);
-        let is_prose = labels == 0
-            && options.structured_output == StructuredOutput::Auto
-            && reply.finish == Finish::Complete
-            && answer::is_prose(&reply.text)
-            && lane.standings.of(now, asked.scope).forms.answered_in_prose(form);
-        let is_slow = now.saturating_sub(sent) > group.stream.model.request_timeout_ms / SLOW;
-        if labels > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
-            let missing = if grows { 0 } else { size - labels };
-            group.size.observe(size, missing, is_slow);
-        }
-        if labels > 0 {
-            lane.standings.of(now, asked.scope).forms.works(form);
-        }
-        let key = group.stream.endpoint.api_key.as_ref().map_or("", |k| &k.0);
-        let last = if labels == 0 { shown(reply, key, thought, is_thought) } else { String::new() };
-        let payers = group.payers(&rows);
-        if is_unconfirmed {
-            self.unconfirmed(&payers, reply.usage.missing(worst));
-        }
-        let sure = if is_unconfirmed { reply.usage.or(Tokens::default()) } else { usage };
-        self.spend(&payers, sure, reply.cached_input, now.saturating_sub(sent));
-        let weight = match labels {
-            0 if grows => Said::Cut,
+        let Some(is_prose) = learn(now, lane, group_id, asked, &seen, in_flight) else { return };
+        let Some(stream) = lane.group(group_id).map(|g| Rc::clone(&g.stream)) else { return };
+        let reserved = stream.endpoint.counts.settle(asked.reserved, reply.usage.or(asked.estimate));
+        lane.limiter.settle(grant, reserved, left(&came.said));
+        self.pay(now, (&lane_key, group_id), &rows, asked, reply);
+        let weight = match seen.labels {
+            0 if seen.grows => Said::Cut,
             0 => Said::Barren,
-            _ => Said::Valid(size),
+            _ => Said::Valid(seen.size),
         };
         let is_given_up = self.weigh(now, &lane_key, group_id, asked, weight);
-        let is_no_fault = grows || is_prose || is_of_another || (labels == 0 && asked.way != Way::AsEver);
-        let cap = format!("{} tokens, {thought} of which went into thinking", worst.output);
-        let read = rows.into_iter().zip(read).collect();
-        let ended = Ended { finish: reply.finish, is_no_fault, is_thought, max_attempts: options.max_attempts, cap };
-        self.verdicts(now, (&lane_key, group_id), read, &ended);
+        let ended = Ended {
+            finish: reply.finish,
+            is_no_fault: seen.grows || is_prose || is_of_another || (seen.labels == 0 && asked.way != Way::AsEver),
+            is_thought: seen.is_thought,
+            max_attempts: stream.task.options.max_attempts,
+            cap: format!("{} tokens, {} of which went into thinking", asked.worst.output, seen.thought),
+        };
+        self.verdicts(now, (&lane_key, group_id), rows.into_iter().zip(read).collect(), &ended);
         if is_prose {
             self.notice(now, &lane_key, "prose", "the model answers in prose although JSON was requested");
         }
         if is_given_up {
+            let key = stream.endpoint.api_key.as_ref().map_or("", |k| &k.0);
+            let last = if seen.labels == 0 { shown(reply, key, seen.thought, seen.is_thought) } else { String::new() };
             self.give_up(now, &lane_key, asked.scope, &last);
         }
+    }
+
+    /// Charges a request that was answered to the clients whose rows were in it.
+    fn pay(
+        &mut self,
+        now: u64,
+        (lane_key, group_id): (&LaneKey, GroupId),
+        rows: &[Row],
+        Asked { estimate, worst, sent, .. }: Asked,
+        reply: &Reply,
+    ) {
+        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_id)) else { return };
+        let payers = group.payers(rows);
+        let is_bounded = group.purse.is_some();
+        if let Some(purse) = &mut group.purse {
+            purse.give_back(worst, reply.usage.or(worst));
+        }
+        // Of a budget, who does not say what it took may have taken the most.
+        let is_unconfirmed = is_bounded && reply.usage.whole().is_none();
+        if is_unconfirmed {
+            self.unconfirmed(&payers, reply.usage.missing(worst));
+        }
+        let sure = reply.usage.or(if is_unconfirmed { Tokens::default() } else { estimate });
+        self.spend(&payers, sure, reply.cached_input, now.saturating_sub(sent));
     }
 
     /// What becomes of the rows of an answer.
@@ -269,7 +279,7 @@ impl State {
     pub(super) fn unsure(&mut self, request: &InFlight) {
         let group = self.lanes.get_mut(&request.lane).and_then(|l| l.group(request.group));
         let payers = group.map(|g| g.payers(&request.rows)).unwrap_or_default();
-        self.unconfirmed(&payers, request.worst);
+        self.unconfirmed(&payers, request.asked.worst);
     }
 
     fn unconfirmed(&mut self, payers: &[u64], worst: Tokens) {
@@ -301,6 +311,39 @@ impl State {
             first = false;
         }
     }
+}
+
+/// Takes in what an answer teaches about the model. Whether it is prose although JSON was requested; `None` if its group is
+/// gone.
+fn learn(now: u64, lane: &mut Lane, id: GroupId, asked: Asked, seen: &Seen, in_flight: usize) -> Option<bool> {
+    let Seen { reply, size, labels, thought, is_cut, is_at_cap, grows, .. } = *seen;
+    let (_, group) = lane.groups.iter_mut().find(|(own, _)| *own == id)?;
+    lane.learned.observe_end(is_at_cap, asked.worst.output);
+    if reply.usage.output.is_some() && (labels > 0 || is_cut) {
+        lane.measured.thinking.observe(thought, is_cut && labels == 0);
+    }
+    // What was not measured teaches nothing.
+    if let Some(usage) = reply.usage.whole() {
+        lane.measured.observe(asked.estimate, group.mean_answer(size), usage, thought, is_cut);
+    }
+    lane.concurrency.answered(asked.sent, now, reply.usage.or(asked.estimate), in_flight);
+    let options = &group.stream.task.options;
+    let form = asked.learned.form(options);
+    let forms = &mut lane.standings.of(now, asked.scope).forms;
+    let is_prose = labels == 0
+        && options.structured_output == StructuredOutput::Auto
+        && reply.finish == Finish::Complete
+        && answer::is_prose(&reply.text)
+        && forms.answered_in_prose(form);
+    if labels > 0 {
+        forms.works(form);
+    }
+    let is_slow = now.saturating_sub(asked.sent) > group.stream.model.request_timeout_ms / SLOW;
+    if labels > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
+        let missing = if grows { 0 } else { size - labels };
+        group.size.observe(size, missing, is_slow);
+    }
+    Some(is_prose)
 }
 
 /// What the provider says is left of its limits.

@@ -86,15 +86,6 @@ pub struct InFlight {
     rows: Vec<Row>,
     ids: Vec<u16>,
     grant: Grant,
-    /// By our count, and what was reserved.
-    estimate: Tokens,
-    reserved: Tokens,
-    /// What it may take at the worst: its prompt and the cap of its answer.
-    worst: Tokens,
-    /// When (ms) it was sent.
-    sent: u64,
-    /// The cap of its answer might be larger.
-    can_grow: bool,
     /// Woken when all clients that wait for it have gone.
     abandoned: Rc<Notify>,
     /// What it may have taken was told the last of them.
@@ -111,6 +102,15 @@ struct Asked {
     turn: u32,
     /// By what it was written.
     learned: Learned,
+    /// By our count, and what was reserved.
+    estimate: Tokens,
+    reserved: Tokens,
+    /// What it may take at the worst: its prompt and the cap of its answer.
+    worst: Tokens,
+    /// The cap of its answer might be larger.
+    can_grow: bool,
+    /// When (ms) it was sent.
+    sent: u64,
 }
 
 /// A request to send.
@@ -246,8 +246,8 @@ impl State {
             if !is_wanted && gone.len() > before {
                 // Clients that ask for its rows from now on have no part in it.
                 request.is_accounted = true;
-                worst.input += request.worst.input;
-                worst.output += request.worst.output;
+                worst.input += request.asked.worst.input;
+                worst.output += request.asked.worst.output;
             }
         }
         (gone, worst)

@@ -116,7 +116,7 @@ impl State {
         let Some(mut request) = self.in_flight.remove(&id) else { return };
         if let Some(lane) = self.lanes.get_mut(&request.lane) {
             request.grant = lane.limiter.sent(request.grant, now);
-            request.sent = now;
+            request.asked.sent = now;
         }
         self.in_flight.insert(id, request);
     }
@@ -292,14 +292,19 @@ impl State {
                 lane: key.clone(),
                 group: *group_id,
                 id: self.next_id,
-                asked: Asked { scope: group.scope, way, turn, learned },
+                asked: Asked {
+                    scope: group.scope,
+                    way,
+                    turn,
+                    learned,
+                    estimate: draft.estimate,
+                    reserved: draft.reserve,
+                    worst: draft.worst,
+                    can_grow: draft.can_grow,
+                    sent: now,
+                },
                 ids: draft.ids,
                 grant,
-                estimate: draft.estimate,
-                reserved: draft.reserve,
-                worst: draft.worst,
-                sent: now,
-                can_grow: draft.can_grow,
                 abandoned,
                 is_accounted: false,
                 rows,

@@ -36,9 +36,6 @@ struct Failed {
     /// For whom it was.
     role: Option<u32>,
     asked: Asked,
-    /// By our count, and at the worst.
-    estimate: Tokens,
-    worst: Tokens,
     /// What went wrong, in words.
     message: String,
 }
@@ -57,23 +54,23 @@ impl State {
         if is_unsure {
             self.unsure(&request);
         }
-        let InFlight { id, lane: lane_key, group, rows, grant, asked, estimate, sent, worst, can_grow, .. } = request;
+        let InFlight { id, lane: lane_key, group, rows, grant, asked, .. } = request;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         let role = lane.group(group).map(|g| g.stream.role);
-        lane.fails(now, (grant, sent), report, left(said), role);
+        lane.fails(now, (grant, asked.sent), report, left(said), role);
         if !is_unsure && let Some(purse) = lane.group(group).and_then(|g| g.purse.as_mut()) {
-            purse.give_back(worst, Tokens::default());
+            purse.give_back(asked.worst, Tokens::default());
         }
         let standing = lane.standings.of(now, asked.scope);
         let is_wrong = matches!(report.trouble, Trouble::Rejected | Trouble::CutOff)
             && matches!(rows.as_slice(), [row] if standing.row_is_refused(row.refused_in.unwrap_or(id)));
         let is_accepted = standing.is_accepted;
-        let remedy = Remedy::of(&report.trouble, Known { is_wrong, cap: worst.output, can_grow });
+        let remedy = Remedy::of(&report.trouble, Known { is_wrong, cap: asked.worst.output, can_grow: asked.can_grow });
         let message = report.message.clone();
-        let failed = Failed { lane: lane_key, group, rows, role, asked, estimate, worst, message };
+        let failed = Failed { lane: lane_key, group, rows, role, asked, message };
         match remedy {
             Remedy::Stop(end) => self.end(now, failed, end),
-            Remedy::Wait(wait) => self.throttled(now, failed, sent, wait),
+            Remedy::Wait(wait) => self.throttled(now, failed, wait),
             Remedy::LargerCap => self.cut_off(now, failed),
             Remedy::SmallerCap => self.cap_refused(now, failed),
             Remedy::SmallerRequest { is_limit } => self.larger(now, failed, is_limit),
@@ -104,13 +101,13 @@ impl State {
     }
 
     /// Too much at once: the lane waits, for as long as the provider said if it did.
-    fn throttled(&mut self, now: u64, failed: Failed, sent: u64, said: Option<u64>) {
-        let Failed { lane: lane_key, group, rows, message, .. } = failed;
+    fn throttled(&mut self, now: u64, failed: Failed, said: Option<u64>) {
+        let Failed { lane: lane_key, group, rows, asked, message, .. } = failed;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         // Without a word from the provider, the more refusals in a row the longer.
         lane.refusals += 1;
         // The first time the provider is believed; after a wait that was in vain, ours is the least.
-        if sent >= lane.refused_at {
+        if asked.sent >= lane.refused_at {
             (lane.refused_in_vain, lane.refused_at) = (lane.refused_in_vain + 1, now);
         }
         let least = if lane.refused_in_vain > 1 { backoff(lane.refused_in_vain) } else { 0 };
@@ -122,9 +119,9 @@ impl State {
 
     /// The cap of the answer did not suffice for what is thought before it, and it can be larger.
     fn cut_off(&mut self, now: u64, failed: Failed) {
-        let Failed { lane: lane_key, group, rows, asked, worst, message, .. } = failed;
+        let Failed { lane: lane_key, group, rows, asked, message, .. } = failed;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        lane.learned.observe_end(true, worst.output);
+        lane.learned.observe_end(true, asked.worst.output);
         self.put_back(&lane_key, group, rows);
         if self.weigh(now, &lane_key, group, asked, Said::Cut) {
             self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
@@ -133,9 +130,9 @@ impl State {
 
     /// The cap of the answer is larger than the model allows.
     fn cap_refused(&mut self, now: u64, failed: Failed) {
-        let Failed { lane: lane_key, group, rows, worst, message, .. } = failed;
+        let Failed { lane: lane_key, group, rows, asked, message, .. } = failed;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        lane.learned.answer_cap(thought::cap_in(&message, worst.output).max(1));
+        lane.learned.answer_cap(thought::cap_in(&message, asked.worst.output).max(1));
         self.put_back(&lane_key, group, rows);
         self.notice(now, &lane_key, "cap", &format!("{message}; continuing with a smaller cap"));
     }
@@ -143,11 +140,11 @@ impl State {
     /// The request is larger than a limit of the account, or else than the model's context.
     fn larger(&mut self, now: u64, failed: Failed, is_limit: bool) {
         let Some(lane) = self.lanes.get_mut(&failed.lane) else { return };
-        let Failed { asked, estimate, worst, ref message, .. } = failed;
+        let Failed { asked, ref message, .. } = failed;
         if is_limit && failed.rows.len() == 1 {
             return self.row_over_limit(now, failed);
         }
-        if !is_limit && lane.takes_less_answer(message, asked.learned, estimate, worst.output) {
+        if !is_limit && lane.takes_less_answer(message, asked.learned, asked.estimate, asked.worst.output) {
             return self.put_back(&failed.lane, failed.group, failed.rows);
         }
         let alone = is_limit && lane.refuses_as_over_limit(now, message);
@@ -162,10 +159,10 @@ impl State {
 
     /// A row is refused alone as larger than a limit of the account.
     fn row_over_limit(&mut self, now: u64, failed: Failed) {
-        let Failed { lane: ref lane_key, group, estimate, worst, ref message, .. } = failed;
+        let Failed { lane: ref lane_key, group, asked, ref message, .. } = failed;
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let prompt = lane.measured.prompt.apply(estimate.input);
-        let is_so = lane.is_over_limit(message, prompt + worst.output);
+        let prompt = lane.measured.prompt.apply(asked.estimate.input);
+        let is_so = lane.is_over_limit(message, prompt + asked.worst.output);
         let key = failed.rows.first().map_or(0, |row| row.key);
         if is_so || !lane.refuses_all_as_over_limit(key) {
             self.notice(now, lane_key, "over limit", message);
