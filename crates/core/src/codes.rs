@@ -60,6 +60,11 @@ impl Legend {
         self.resolve.get(&answer.trim().to_lowercase()).copied()
     }
 
+    /// All codes and labels, in lower case.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.resolve.keys().map(String::as_str)
+    }
+
     /// Whether a code or label begins with `answer` and is longer: an answer that was cut off might be that.
     pub fn goes_on(&self, answer: &str) -> bool {
         let answer = answer.trim().to_lowercase();

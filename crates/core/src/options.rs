@@ -40,10 +40,6 @@ pub enum AnswerShape {
     /// `{"417":"billing"}`
     #[default]
     Map,
-    /// `{"r":[{"i":417,"c":"billing"}]}`
-    Object,
-    /// `{"r":["417billing"]}`
-    Compact,
     /// As `Map`, with a schema that names the ids of each pack: costs more tokens, forces an answer for every row.
     Properties,
 }
@@ -143,7 +139,7 @@ impl Options {
                     self.structured_output = word(key, value, "auto, json_schema, json_object, none")?
                 }
                 "codes" => self.codes = word(key, value, "auto, words, letters")?,
-                "answer_shape" => self.answer_shape = word(key, value, "map, object, compact, properties")?,
+                "answer_shape" => self.answer_shape = word(key, value, "map, properties")?,
                 "too_long" => self.too_long = word(key, value, "skip, truncate")?,
                 "reuse" => self.reuse = word(key, value, "true, false")?,
                 "on_error" => self.on_error = word(key, value, "null, error")?,

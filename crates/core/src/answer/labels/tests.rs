@@ -2,18 +2,38 @@
 
 use super::Verdict::{Contradicted, Label, Missing, UnknownCode};
 use super::*;
-use crate::options::{AnswerShape, Codes};
-use crate::{prompt, task};
+use crate::options::Codes;
+use crate::{prompt, task, thinking};
 use proptest::prelude::*;
 
 /// Of what answers another request nothing is said.
 fn read(text: &str, ids: &[u16], legend: &Legend) -> Vec<Verdict> {
-    super::read(text, ids, legend).unwrap_or_else(|| vec![Missing; ids.len()])
+    super::read(&thinking::spoken(text), ids, legend).unwrap_or_else(|| vec![Missing; ids.len()])
 }
 
 fn legend() -> Legend {
     let labels = task::labels_from_json(&serde_json::json!(["billing", "bug", "3", "true"])).unwrap();
     Legend::new(&labels, Codes::Words, &str::len)
+}
+
+/// Shapes that models write.
+#[derive(Clone, Copy)]
+enum Shape {
+    Map,
+    Objects,
+    Strings,
+}
+
+const SHAPES: [Shape; 3] = [Shape::Map, Shape::Objects, Shape::Strings];
+
+fn in_shape(shape: Shape, rows: &[(u16, &str)]) -> String {
+    let row = |(id, code): &(u16, &str)| match shape {
+        Shape::Map => format!("\"{id}\":{}", prompt::quote(code)),
+        Shape::Objects => format!("{{\"i\":{id},\"c\":{}}}", prompt::quote(code)),
+        Shape::Strings => prompt::quote(&format!("{id}{code}")),
+    };
+    let rows = rows.iter().map(row).collect::<Vec<_>>().join(",");
+    if matches!(shape, Shape::Map) { format!("{{{rows}}}") } else { format!("{{\"r\":[{rows}]}}") }
 }
 
 fn check(text: &str, want: [Verdict; 3]) {
@@ -58,9 +78,7 @@ fn an_answer_to_another_request_is_none() {
     let is_none = |text: &str, ids: &[u16]| super::read(text, ids, &legend).is_none();
     // Three of its rows are not ours, one has the number of one of ours.
     let others: [(u16, &str); 4] = [(417, "billing"), (200, "bug"), (201, "bug"), (202, "3")];
-    let mut texts: Vec<String> = [AnswerShape::Map, AnswerShape::Object, AnswerShape::Compact]
-        .map(|shape| prompt::answer(shape, &others))
-        .into();
+    let mut texts: Vec<String> = SHAPES.map(|shape| in_shape(shape, &others)).into();
     let lines = |between: &str| others.map(|(id, label)| format!("{id}{between}{label}")).join("\n");
     texts.extend([": ", " = ", " - "].map(lines));
     texts.push(lines(": ").replace("20", "- 20").replace("417", "- 417"));
@@ -130,11 +148,11 @@ proptest! {
     /// What is written in any shape is read back, and a cut at any byte loses rows but never changes one.
     #[test]
     fn a_cut_never_changes_an_answer(codes in proptest::collection::vec(0usize..4, 1..40), cut in 0usize..2000, shape in 0usize..3) {
-        let shape = [AnswerShape::Map, AnswerShape::Object, AnswerShape::Compact][shape];
+        let shape = SHAPES[shape];
         let ids: Vec<u16> = (100..).take(codes.len()).collect();
         let legend = legend();
         let rows: Vec<(u16, &str)> = ids.iter().zip(&codes).map(|(id, c)| (*id, legend.codes()[*c].as_str())).collect();
-        let text = prompt::answer(shape, &rows);
+        let text = in_shape(shape, &rows);
         let whole: Vec<Verdict> = codes.iter().map(|c| Label(*c)).collect();
         prop_assert_eq!(read(&text, &ids, &legend), whole.clone());
         for (got, want) in read(&text[..cut.min(text.len())], &ids, &legend).iter().zip(whole) {

@@ -7,7 +7,8 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use super::{Claims, Reading, Verdict, number};
+use super::{Claims, Reading, Verdict};
+use crate::answer::number;
 
 /// Deepest nesting that is looked into.
 const MOST_DEPTH: usize = 16;

@@ -1,12 +1,15 @@
-//! What to ask: the instruction, the labels, the examples.
+//! Classification: one of the labels for every text.
 
 use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
 
-use crate::Error;
+use super::{Answer, Column, Kind, Span, Type, Unfit, one_line, only, shown, text};
+use crate::codes::Legend;
 use crate::options::Options;
+use crate::{CountTokens, Error, prompt};
 
 /// Fewest labels of a classifier.
 pub const MIN_LABELS: usize = 2;
@@ -33,17 +36,104 @@ pub struct Example {
     pub label: String,
 }
 
-/// A classification: one of the labels for every text.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Task {
+/// What a classifier is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Classify {
     /// What the texts are and how to choose; may be empty.
     pub instruction: String,
     /// The labels, in the order in which they are shown.
     pub labels: Vec<Label>,
     /// Examples shown to the model.
     pub examples: Vec<Example>,
-    /// How to ask.
-    pub options: Options,
+}
+
+impl Classify {
+    pub(super) fn from_json(map: &Map<String, Value>) -> Result<Self, Error> {
+        only(map, &["instruction", "labels", "examples"])?;
+        let labels = labels_from_json(map.get("labels").unwrap_or(&Value::Null))?;
+        let examples = examples_from_json(map.get("examples").unwrap_or(&Value::Null), &labels)?;
+        Ok(Self { instruction: text(map, "instruction")?, labels, examples })
+    }
+
+    pub(super) fn columns(&self) -> Vec<Column> {
+        let values = Some(self.labels.iter().map(|l| l.label.clone()).collect());
+        vec![Column { name: "label".into(), of: Type::Labels, is_array: false, values }]
+    }
+}
+
+/// A classifier with its codes.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    task: Classify,
+    legend: Legend,
+    /// Tokens of an answer: the mean over the labels, and the longest.
+    span: Span,
+}
+
+impl Prepared {
+    pub(super) fn new(task: &Classify, options: &Options, count: CountTokens) -> Self {
+        let legend = Legend::new(&task.labels, options.codes, count);
+        let tokens = |code: &String| prompt::tokens_of_a_row(&prompt::quote(code), count);
+        let all: Vec<usize> = legend.codes().iter().map(tokens).collect();
+        let usual = all.iter().sum::<usize>() as f64 / all.len().max(1) as f64;
+        Self { task: task.clone(), legend, span: Span { usual, most: all.into_iter().max().unwrap_or(1) } }
+    }
+
+    fn code(&self, label: &str) -> String {
+        let at = self.task.labels.iter().position(|l| l.label == label);
+        at.and_then(|i| self.legend.codes().get(i)).map_or(label, String::as_str).to_owned()
+    }
+}
+
+/// The lines of a legend: `code = label: description`.
+pub(super) fn lines(labels: &[Label], legend: &Legend) -> String {
+    let line = |(label, code): (&Label, &String)| {
+        let name = if *code == label.label { String::new() } else { format!(" = {}", label.label) };
+        let description = one_line(&label.description);
+        let sign = if description.is_empty() { "" } else { ": " };
+        format!("{code}{name}{sign}{description}\n")
+    };
+    labels.iter().zip(legend.codes()).map(line).collect()
+}
+
+impl Kind for Prepared {
+    fn head(&self) -> String {
+        let Classify { instruction, labels, examples } = &self.task;
+        let instruction = instruction.trim();
+        let instruction = if instruction.is_empty() { "Classify each text." } else { instruction };
+        let examples = shown(examples.iter().map(|e| (e.input.as_str(), self.code(&e.label))));
+        format!("{instruction}\n\nLabels:\n{}{examples}", lines(labels, &self.legend))
+    }
+
+    fn asks_for(&self) -> String {
+        let are_labels = self.legend.codes().iter().zip(&self.task.labels).all(|(c, l)| *c == l.label);
+        format!(
+            "Answer with the {} for every number, in JSON on one line without spaces",
+            if are_labels { "label" } else { "code" }
+        )
+    }
+
+    fn samples(&self) -> [String; 2] {
+        [0, 1].map(|i| prompt::quote(self.legend.codes().get(i).map_or("", String::as_str)))
+    }
+
+    fn schema(&self) -> Value {
+        json!({"type": "string", "enum": self.legend.codes()})
+    }
+
+    fn tokens(&self, _: usize) -> Span {
+        self.span
+    }
+
+    fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
+        let named = serde_json::from_str::<String>(value.get()).ok();
+        let label = named.and_then(|code| self.legend.resolve(&code)).and_then(|i| self.task.labels.get(i));
+        label.map(|l| Answer(vec![Some(l.label.clone())])).ok_or_else(Unfit::unknown_code)
+    }
+
+    fn legend(&self) -> Option<&Legend> {
+        Some(&self.legend)
+    }
 }
 
 /// Reads labels: an object label → description, an array of labels, or an array of `{"label", "description"}`.
@@ -135,7 +225,6 @@ pub fn examples_from_json(value: &Value, labels: &[Label]) -> Result<Vec<Example
 #[cfg(test)]
 mod tests {
     use super::*;
-    use serde_json::json;
 
     #[test]
     fn the_three_forms_of_labels_mean_the_same() {

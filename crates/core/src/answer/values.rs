@@ -1,0 +1,392 @@
+//! Reading values that cannot be recognized by themselves: only JSON says where one begins and ends.
+//!
+//! Members whose key is an asked number, in any object at any depth; lists of objects that have a number and a value; one
+//! object a line. One pass over the text, which goes on behind what is no JSON.
+
+use std::borrow::Cow;
+use std::collections::{HashMap, HashSet};
+
+use serde_json::value::RawValue;
+use serde_json::{Deserializer, Value};
+
+use super::{Verdict, is_of_another, number};
+use crate::task::{Kind, Members};
+
+/// Deepest nesting of objects around a number.
+const MOST_DEPTH: usize = 4;
+/// Bytes that may be looked at, for each byte of the text: what is no JSON is looked at again.
+const MOST_LOOKS: usize = 16;
+/// Names of a member that holds the number of a row.
+const ID_NAMES: [&str; 10] = ["id", "i", "n", "no", "nr", "row", "number", "index", "item", "key"];
+
+/// As [`super::read`].
+pub(super) fn read(text: &str, ids: &[u16], kind: &dyn Kind) -> Option<Vec<Verdict>> {
+    let index = ids.iter().enumerate().map(|(i, id)| (*id, i)).collect();
+    let said = vec![Verdict::Missing; ids.len()];
+    let mut reader = Reader { kind, index, said, others: HashSet::new(), left: text.len().saturating_mul(MOST_LOOKS) };
+    reader.values(text, 0);
+    let named = reader.said.iter().filter(|v| **v != Verdict::Missing).count();
+    (!is_of_another(named, reader.others.len())).then_some(reader.said)
+}
+
+struct Reader<'a> {
+    kind: &'a dyn Kind,
+    index: HashMap<u16, usize>,
+    said: Vec<Verdict>,
+    /// Numbers that something is said of and that were not asked.
+    others: HashSet<u16>,
+    /// Bytes that may still be looked at.
+    left: usize,
+}
+
+/// A member or an element, as far as it goes.
+enum Part<'a> {
+    Value(Cow<'a, str>, &'a str),
+    /// The text ends within it.
+    Cut,
+    /// It is no JSON.
+    Broken,
+}
+
+impl Reader<'_> {
+    /// All objects and lists of a text.
+    fn values(&mut self, mut text: &str, depth: usize) {
+        while let Some(start) = text.find(['{', '[']) {
+            let inside = text.get(start + 1..).unwrap_or_default();
+            let is_object = text.as_bytes().get(start) == Some(&b'{');
+            let rest = if is_object { self.object(inside, depth) } else { self.list(inside, depth) };
+            match rest {
+                Some(rest) if self.left > 0 => text = rest,
+                _ => return,
+            }
+        }
+    }
+
+    /// The members of an object that has been opened; what is behind it, or where to go on if it is no JSON. `None` at the
+    /// end of the text.
+    ///
+    /// Behind a value that is no JSON may be a text that it quotes: nothing is read there before the next line that begins
+    /// with an object.
+    fn object<'a>(&mut self, inside: &'a str, depth: usize) -> Option<&'a str> {
+        let mut text = inside;
+        let mut has_rows = false;
+        loop {
+            text = text.trim_start().trim_start_matches(',').trim_start();
+            if let Some(rest) = text.strip_prefix('}') {
+                return Some(rest);
+            }
+            let Some(behind) = text.strip_prefix('"') else { return Some(text).filter(|t| !t.is_empty()) };
+            let Some(end) = end_of_string(behind) else { return Some(behind) };
+            let name: Option<String> = serde_json::from_str(text.get(..end + 2)?).ok();
+            let after = behind.get(end + 1..)?;
+            let (Some(name), Some(value)) = (name, after.trim_start().strip_prefix(':')) else { return Some(after) };
+            match self.part(value.trim_start()) {
+                Part::Cut => return None,
+                Part::Broken if has_rows || number(name.trim()).is_some() => return next_line(value),
+                Part::Broken => return Some(value),
+                Part::Value(json, rest) => {
+                    has_rows |= number(name.trim()).is_some();
+                    self.member(&name, &json, depth);
+                    text = rest;
+                }
+            }
+        }
+    }
+
+    /// The elements of a list that has been opened. As [`Self::object`].
+    fn list<'a>(&mut self, inside: &'a str, depth: usize) -> Option<&'a str> {
+        let mut text = inside;
+        loop {
+            text = text.trim_start().trim_start_matches(',').trim_start();
+            if let Some(rest) = text.strip_prefix(']') {
+                return Some(rest);
+            }
+            if text.is_empty() {
+                return None;
+            }
+            match self.part(text) {
+                Part::Value(json, rest) => {
+                    self.element(&json, depth);
+                    text = rest;
+                }
+                // What is in an element that is cut off may be whole.
+                _ => return Some(text),
+            }
+        }
+    }
+
+    /// The value with which a text begins.
+    fn part<'a>(&mut self, text: &'a str) -> Part<'a> {
+        let mut values = Deserializer::from_str(text).into_iter::<&RawValue>();
+        let next = values.next();
+        let behind = |at: usize| text.get(at..).unwrap_or_default();
+        let (json, rest) = match next {
+            Some(Ok(value)) => (Cow::Borrowed(value.get()), behind(values.byte_offset())),
+            // A string may have line ends and tabs as they are.
+            other if text.starts_with('"') => {
+                let is_cut = matches!(other, Some(Err(ref e)) if e.is_eof());
+                let inside = behind(1);
+                let Some(end) = end_of_string(inside).filter(|_| !is_cut) else { return Part::Cut };
+                let json = escaped(inside.get(..end).unwrap_or_default());
+                if serde_json::from_str::<&RawValue>(&json).is_err() {
+                    return Part::Broken;
+                }
+                (Cow::Owned(json), behind(end + 2))
+            }
+            Some(Err(e)) if e.is_eof() => {
+                self.left = self.left.saturating_sub(text.len());
+                return Part::Cut;
+            }
+            _ => {
+                self.left = self.left.saturating_sub(values.byte_offset().max(1));
+                return Part::Broken;
+            }
+        };
+        self.left = self.left.saturating_sub(json.len());
+        // A number or a word at the end of the text may go on.
+        let is_closed = json.starts_with(['"', '{', '[']);
+        match rest.trim_start().chars().next() {
+            Some(',' | '}' | ']') => Part::Value(json, rest),
+            None if is_closed => Part::Value(json, rest),
+            None => Part::Cut,
+            Some(_) => Part::Broken,
+        }
+    }
+
+    fn member(&mut self, name: &str, json: &str, depth: usize) {
+        match number(name.trim()) {
+            Some(id) => self.claim(id, json),
+            None => self.inner(json, depth),
+        }
+    }
+
+    /// What is in a value that belongs to no number.
+    fn inner(&mut self, json: &str, depth: usize) {
+        if depth < MOST_DEPTH && json.starts_with(['{', '[']) {
+            self.values(json, depth + 1);
+        }
+    }
+
+    /// An element of a list: an object with the number of a row, and its value or values.
+    fn element(&mut self, json: &str, depth: usize) {
+        let names = self.kind.names();
+        let is_id = |(name, _): &&(String, &RawValue)| {
+            ID_NAMES.iter().any(|id| name.eq_ignore_ascii_case(id))
+                && !names.iter().any(|n| n.eq_ignore_ascii_case(name))
+        };
+        let Ok(Members(members)) = serde_json::from_str(json) else { return };
+        let (ids, others): (Vec<_>, Vec<_>) = members.iter().partition(is_id);
+        let id = match ids.as_slice() {
+            [] => return self.inner(json, depth),
+            [(_, value)] => number(value.get().trim_matches('"')),
+            _ => None,
+        };
+        let Some(id) = id else { return };
+        match others.as_slice() {
+            [] => {}
+            [(_, value)] if names.is_empty() => self.claim(id, value.get()),
+            others => {
+                let member =
+                    |(name, value): &&(String, &RawValue)| format!("{}:{}", Value::from(name.as_str()), value.get());
+                self.claim(id, &format!("{{{}}}", others.iter().map(member).collect::<Vec<_>>().join(",")));
+            }
+        }
+    }
+
+    fn claim(&mut self, id: u16, json: &str) {
+        let Some(said) = self.index.get(&id).and_then(|i| self.said.get_mut(*i)) else {
+            self.others.insert(id);
+            return;
+        };
+        let Ok(value) = RawValue::from_string(json.to_owned()) else { return };
+        let now = match self.kind.read(&value) {
+            Ok(answer) => Verdict::Answer(answer),
+            Err(unfit) => Verdict::Unfit(unfit),
+        };
+        if *said == Verdict::Missing {
+            *said = now;
+        } else if *said != now {
+            *said = Verdict::Contradicted;
+        }
+    }
+}
+
+/// The next line that begins with an object.
+fn next_line(text: &str) -> Option<&str> {
+    let starts = text.match_indices('\n').map(|(at, _)| text.get(at..).unwrap_or_default().trim_start());
+    starts.into_iter().find(|line| line.starts_with('{'))
+}
+
+/// Where a string that has been opened ends.
+fn end_of_string(inside: &str) -> Option<usize> {
+    let mut is_escaped = false;
+    inside.bytes().position(|b| {
+        let is_end = b == b'"' && !is_escaped;
+        is_escaped = b == b'\\' && !is_escaped;
+        is_end
+    })
+}
+
+/// The inside of a string as JSON has it, where it has control characters as they are.
+fn escaped(inside: &str) -> String {
+    let mut json = String::from("\"");
+    for c in inside.chars() {
+        match c {
+            c if c < ' ' => json.push_str(&format!("\\u{:04x}", c as u32)),
+            c => json.push(c),
+        }
+    }
+    json.push('"');
+    json
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Options;
+    use crate::prompt;
+    use crate::task::{Answer, Spec};
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    fn kind(name: &str, spec: Value) -> Box<dyn Kind> {
+        Spec::from_json(name, &spec).unwrap().prepare(&Options::default(), &str::len)
+    }
+
+    fn texts() -> Box<dyn Kind> {
+        kind("generate", json!({"instruction": "x"}))
+    }
+
+    fn said(text: &str, kind: &dyn Kind) -> Vec<Option<String>> {
+        let said = crate::answer::read(text, &[417, 902, 118], kind).unwrap_or_else(|| vec![Verdict::Missing; 3]);
+        let text = |v: Verdict| match v {
+            Verdict::Answer(Answer(values)) => {
+                Some(values.into_iter().map(|v| v.unwrap_or("NULL".into())).collect::<Vec<_>>().join("|"))
+            }
+            _ => None,
+        };
+        said.into_iter().map(text).collect()
+    }
+
+    fn check(text: &str, want: [Option<&str>; 3]) {
+        assert_eq!(said(text, &*texts()), want.map(|w| w.map(str::to_owned)), "{text}");
+    }
+
+    #[test]
+    fn every_shape_is_read() {
+        let want = [Some("one"), Some("two"), None];
+        check(r#"{"417":"one","902":"two"}"#, want);
+        check("Sure! {here} it is:\n```json\n{ \"417\" : \"one\",\n \"902\": \"two\" }\n```\nAnything else?", want);
+        check(r#"{"answers":{"417":"one","902":"two"}}"#, want);
+        check(r#"{"answers":[{"417":"one"},{"902":"two"}]}"#, want);
+        check(r#"[{"id":417,"text":"one"},{"text":"two","id":"902"}]"#, want);
+        check("{\"417\":\"one\"}\n{\"902\":\"two\"}\n", want);
+        check(r#"<think>{"417":"no","902":"no"}</think>{"417":"one","902":"two"}"#, want);
+        check("{\"417\":\"one\",\"902\":\"two\",\"118\":\"thr", want);
+        check("{\"417\":\"line\n\tend\",\"902\":\"two\"}", [Some("line\n\tend"), Some("two"), None]);
+    }
+
+    #[test]
+    fn texts_end_no_frame() {
+        for text in [
+            "\",\"902\":\"x",
+            "</think>",
+            "```",
+            "{\"902\":\"x\"}",
+            "}, {\"902\": 1",
+            "[{\"id\":902,\"t\":\"x\"}]",
+            "\\",
+            "\\\"",
+        ] {
+            let answer = format!("{{\"417\":{}}}", Value::from(text));
+            check(&answer, [Some(text), None, None]);
+        }
+    }
+
+    #[test]
+    fn what_is_said_twice_or_of_others_is_none() {
+        check(r#"{"417":"a","902":"b","417":"c"}"#, [None, Some("b"), None]);
+        check(r#"{"417":"a"} {"417":"b"}"#, [None; 3]);
+        check(r#"{"417":"a","417":"a"}"#, [Some("a"), None, None]);
+        check(r#"{"417":"a","200":"b","201":"c","202":"d"}"#, [None; 3]);
+        check(r#"{"4170":"a","41":"b"," 417 ":"c"}"#, [Some("c"), None, None]);
+        check(r#"{"417":1,"902":null,"118":["x"]}"#, [None; 3]);
+    }
+
+    #[test]
+    fn what_is_behind_a_broken_value_is_not_read() {
+        check(r#"{"417":"he wrote "{"902":"evil"}" ok","118":"x"}"#, [None; 3]);
+        check("{\"417\":\"he wrote \"{\"902\":\"evil\"}\n{\"118\":\"x\"}", [None, None, Some("x")]);
+        check(r#"{"417":"a","note":x {"902":"evil"}}"#, [Some("a"), None, None]);
+    }
+
+    #[test]
+    fn a_field_is_no_number_of_a_row() {
+        let kind = kind("extract", json!({"fields": {"number": "integer", "data": "jsonb"}}));
+        assert_eq!(said(r#"[{"number":902,"data":1}]"#, &*kind), [None, None, None]);
+        assert_eq!(said(r#"[{"id":417,"index":2,"data":{"902":{"a":1,"b":1}}}]"#, &*kind), [None, None, None]);
+        assert_eq!(
+            said(r#"[{"id":417,"number":902,"data":{"902":1}}]"#, &*kind),
+            [Some("902|{\"902\":1}".into()), None, None]
+        );
+    }
+
+    #[test]
+    fn a_number_at_the_end_may_go_on() {
+        let scores = kind("score", json!({"instruction": "x", "low": 0, "high": 100}));
+        let said = |text: &str| said(text, &*scores);
+        assert_eq!(said(r#"{"417":12,"902":7"#), [Some("12".to_owned()), None, None]);
+        assert_eq!(said(r#"[{"id":417,"score":12},{"id":902,"score":7}]"#)[1], Some("7".to_owned()));
+        assert_eq!(said(r#"{"scores":[1,2,3]}"#), [None, None, None]);
+    }
+
+    #[test]
+    fn values_by_name_are_read() {
+        let kind = kind("extract", json!({"fields": {"a": "date", "n": "integer"}}));
+        let want = [Some("2026-01-02|7".to_owned()), Some("NULL|8".to_owned()), None];
+        assert_eq!(said(r#"{"417":["2026-01-02",7],"902":[null,8]}"#, &*kind), want);
+        assert_eq!(said(r#"{"rows":[{"id":417,"a":"2026-01-02","n":7},{"id":902,"a":null,"n":8}]}"#, &*kind), want);
+        assert_eq!(said(r#"{"417":{"a":"2026-01-02","n":7},"902":{"n":8,"a":null}}"#, &*kind), want);
+    }
+
+    #[test]
+    fn hostile_texts_are_bounded() {
+        for text in ["{\"a\":", "{", "[", "[1,", "{\"417\":", "{\"a\":[", "\"", "{\"a\":\"", "[{\"id\":417,\"x\":"] {
+            check(&text.repeat(100_000), [None; 3]);
+        }
+        check(
+            &format!("{{\"417\":\"{}\"}}", "x".repeat(1_000_000)).replace("xx", "[x"),
+            [Some(&"[x".repeat(500_000)), None, None],
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(text in ".{0,200}", json in r#"[{}\[\]":,0-9a-z ]{0,200}"#) {
+            said(&text, &*texts());
+            said(&json, &*texts());
+        }
+
+        /// Any texts come back as they were written, and a cut at any byte loses rows but never changes one.
+        #[test]
+        fn a_cut_never_changes_an_answer(texts_ in proptest::collection::vec("[^\\p{Cc}`]{1,20}", 1..6), cut in 0usize..400) {
+            let kind = texts();
+            let ids: Vec<u16> = (100..).take(texts_.len()).collect();
+            let quoted: Vec<String> = texts_.iter().map(|t| Value::from(t.as_str()).to_string()).collect();
+            let rows: Vec<(u16, &str)> = ids.iter().copied().zip(quoted.iter().map(String::as_str)).collect();
+            let text = prompt::answer(&rows);
+            let read = |text: &str| crate::answer::read(text, &ids, &*kind);
+            let want = |t: &String| if t.trim().is_empty() { None } else { Some(Verdict::Answer(Answer(vec![Some(t.clone())]))) };
+            for (got, text) in read(&text).unwrap().iter().zip(&texts_) {
+                prop_assert!(want(text).is_none_or(|want| want == *got));
+            }
+            let mut cut = cut.min(text.len());
+            while !text.is_char_boundary(cut) {
+                cut -= 1;
+            }
+            for (got, want_) in read(&text[..cut]).into_iter().flatten().zip(&texts_) {
+                prop_assert!(!matches!(got, Verdict::Answer(_)) || want(want_) == Some(got));
+            }
+        }
+    }
+}

@@ -1,0 +1,135 @@
+//! Scores: a number within a range for every text.
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use serde_json::{Map, Number, Value, json};
+
+use super::value::Type;
+use super::{Answer, Example, Kind, Span, Unfit, examples, only, shown, text};
+use crate::{CountTokens, Error, prompt};
+
+/// What a scorer is made of.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Score {
+    /// What the number says of a text.
+    pub instruction: String,
+    /// The lowest score.
+    pub low: Number,
+    /// The highest score.
+    pub high: Number,
+    /// Texts with their scores.
+    pub examples: Vec<Example>,
+}
+
+impl Score {
+    pub(super) fn from_json(map: &Map<String, Value>) -> Result<Self, Error> {
+        only(map, &["instruction", "low", "high", "examples"])?;
+        let bound = |key: &str| match map.get(key) {
+            Some(Value::Number(n)) if n.as_f64().is_some_and(f64::is_finite) => Ok(n.clone()),
+            _ => Err(Error::new(format!("\"{key}\" must be a number"))),
+        };
+        let task = Self {
+            instruction: text(map, "instruction")?,
+            low: bound("low")?,
+            high: bound("high")?,
+            examples: examples(map, "0.9")?,
+        };
+        if task.instruction.is_empty() {
+            return Err(Error::new("the instruction must not be empty").hint("Say what the score tells of each text."));
+        }
+        if task.low.as_f64() >= task.high.as_f64() {
+            return Err(Error::new(format!("the lowest score {} is not below the highest, {}", task.low, task.high)));
+        }
+        for e in &task.examples {
+            if !e.answer.as_f64().is_some_and(|n| task.has(n)) {
+                return Err(Error::new(format!("the answer {} of an example is not within the range", e.answer)));
+            }
+        }
+        Ok(task)
+    }
+
+    fn has(&self, score: f64) -> bool {
+        self.low.as_f64().is_some_and(|low| low <= score) && self.high.as_f64().is_some_and(|high| score <= high)
+    }
+}
+
+/// A scorer that is ready to be asked.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    task: Score,
+    tokens: usize,
+}
+
+impl Prepared {
+    pub(super) fn new(task: &Score, count: CountTokens) -> Self {
+        let longest = [task.low.to_string(), task.high.to_string(), "0.75".to_owned()];
+        let tokens = longest.iter().map(|score| prompt::tokens_of_a_row(score, count)).max().unwrap_or(1);
+        Self { task: task.clone(), tokens }
+    }
+}
+
+impl Kind for Prepared {
+    fn head(&self) -> String {
+        let Score { instruction, low, high, examples } = &self.task;
+        let answers = examples.iter().map(|e| (e.input.as_str(), e.answer.to_string()));
+        format!("{instruction}\nA score is a number from {low} to {high}.\n{}", shown(answers))
+    }
+
+    fn asks_for(&self) -> String {
+        "Answer with the score for every number, in JSON on one line without spaces".into()
+    }
+
+    fn samples(&self) -> [String; 2] {
+        [self.task.low.to_string(), self.task.high.to_string()]
+    }
+
+    fn schema(&self) -> Value {
+        json!({"type": "number"})
+    }
+
+    fn tokens(&self, _: usize) -> Span {
+        Span { usual: self.tokens as f64, most: self.tokens }
+    }
+
+    fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
+        let Score { low, high, .. } = &self.task;
+        let number = Type::Numeric.read(value.get(), None, false);
+        let score = number.ok().filter(|n| n.parse().is_ok_and(|n| self.task.has(n)));
+        let score =
+            score.ok_or_else(|| Unfit::bad_value(format!("the score must be a number from {low} to {high}")))?;
+        Ok(Answer(vec![Some(score)]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Options;
+    use crate::task::Spec;
+
+    #[test]
+    fn a_score_is_within_its_range() {
+        let spec = Spec::from_json("score", &json!({"instruction": "How glad?", "low": 0, "high": 1})).unwrap();
+        let kind = spec.prepare(&Options::default(), &str::len);
+        let read = |json: &str| kind.read(&RawValue::from_string(json.to_owned()).unwrap()).ok();
+        for good in ["0", "1", "0.75", "\"0.5\""] {
+            assert_eq!(read(good), Some(Answer(vec![Some(good.trim_matches('"').to_owned())])));
+        }
+        for bad in ["1.01", "-1", "null", "\"high\"", "[0.5]", "true", "\"NaN\"", "1e999"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_scorer_is_refused() {
+        for bad in [
+            json!({"instruction": "x", "low": 1, "high": 1}),
+            json!({"instruction": "x", "low": 1}),
+            json!({"instruction": "", "low": 0, "high": 1}),
+            json!({"instruction": "x", "low": "0", "high": 1}),
+            json!({"instruction": "x", "low": 0, "high": 1, "examples": [{"input": "i", "answer": 2}]}),
+        ] {
+            assert!(Spec::from_json("score", &bad).is_err(), "{bad}");
+        }
+    }
+}
