@@ -1,7 +1,7 @@
 //! Classifiers: what to ask.
 
 use llm_batch_core::options::Options;
-use llm_batch_core::task::{Label, Task, check_labels, examples_from_json, labels_from_json};
+use llm_batch_core::task::{Spec, Task};
 use llm_batch_gateway::protocol::Stream;
 use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
@@ -31,13 +31,14 @@ pub fn load(name: &str, options: &Value) -> Result<Known> {
           WHERE c.name OPERATOR(pg_catalog.=) $1",
         &[name.into()],
         |row| {
-            let labels = labels_from_json(&row.get::<JsonB>("labels")?.0)?;
+            let [labels, examples] =
+                ["labels", "examples"].map(|name| row.get::<JsonB>(name).map_or(Value::Null, |v| v.0));
+            let spec =
+                json!({"instruction": row.get::<String>("instruction")?, "labels": labels, "examples": examples});
             Ok(Known {
                 model: row.get("model")?,
                 task: Task {
-                    instruction: row.get("instruction")?,
-                    examples: examples_from_json(&row.get::<JsonB>("examples")?.0, &labels)?,
-                    labels,
+                    spec: Spec::from_json("classify", &spec)?,
                     options: Options::from_json([&row.get::<JsonB>("options")?.0, options])?,
                 },
             })
@@ -48,17 +49,9 @@ pub fn load(name: &str, options: &Value) -> Result<Known> {
 
 /// A task made of labels alone, for the default model; `author` as of `model::default()`.
 pub fn from_labels(labels: Vec<Option<String>>, options: &Value, author: Option<pg_sys::Oid>) -> Result<Known> {
-    let labels =
-        labels.into_iter().map(|l| Label { label: l.unwrap_or_default(), description: String::new() }).collect();
-    Ok(Known {
-        model: model::default(author)?,
-        task: Task {
-            instruction: String::new(),
-            labels: check_labels(labels)?,
-            examples: Vec::new(),
-            options: Options::from_json([options])?,
-        },
-    })
+    let labels: Vec<String> = labels.into_iter().map(Option::unwrap_or_default).collect();
+    let spec = Spec::from_json("classify", &json!({"labels": labels}))?;
+    Ok(Known { model: model::default(author)?, task: Task { spec, options: Options::from_json([options])? } })
 }
 
 /// The label of a question's answer that is yes.
@@ -76,20 +69,16 @@ pub fn from_question(
         return Err(Error::invalid("the question must not be empty")
             .hint("Ask a question that can be answered with yes or no."));
     }
-    let labels = [(YES, "the answer is yes"), ("no", "the answer is no")];
-    let labels =
-        labels.map(|(label, description)| Label { label: label.to_owned(), description: description.to_owned() });
-    let task = Task {
-        instruction: format!("Answer this question about each text: {question}"),
-        labels: check_labels(labels.into())?,
-        examples: Vec::new(),
-        options: Options::from_json([options])?,
-    };
+    let spec = json!({
+        "instruction": format!("Answer this question about each text: {question}"),
+        "labels": {YES: "the answer is yes", "no": "the answer is no"},
+    });
+    let task = Task { spec: Spec::from_json("classify", &spec)?, options: Options::from_json([options])? };
     Ok(Known { model: named.map_or_else(|| model::default(author), Ok)?, task })
 }
 
 /// A task as a stream, with what its model is called and costs.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Asked {
     pub stream: Stream,
     pub model: String,
@@ -132,10 +121,10 @@ struct Checked {
 }
 
 fn check(labels: &Value, examples: &Value, options: &Value) -> Result<Checked> {
-    let labels = labels_from_json(labels)?;
-    let examples = examples_from_json(examples, &labels)?;
+    let spec = Spec::from_json("classify", &json!({"labels": labels, "examples": examples}))?;
+    let spec = serde_json::to_value(spec).unwrap_or_default();
     check_of_classifier(options)?;
-    Ok(Checked { labels: json!(labels), examples: json!(examples), options: options.clone() })
+    Ok(Checked { labels: spec["labels"].clone(), examples: spec["examples"].clone(), options: options.clone() })
 }
 
 /// Labels as text, in the order of the text: the model is shown them in it.

@@ -87,7 +87,6 @@ type Page = Vec<(Option<Text>, Option<String>)>;
 
 /// What becomes of rows as `page` yields them (at most so many at a call), in their order; an empty page is the end.
 fn classify_rows(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> Result<Page>) -> Result<Vec<Answer>> {
-    let labels = asked.stream.task.labels.clone();
     let answers: RefCell<Vec<Answer>> = RefCell::new(Vec::new());
     // The position among the rows that are asked about → the position among all rows.
     let places: RefCell<Vec<usize>> = RefCell::new(Vec::new());
@@ -125,8 +124,8 @@ fn classify_rows(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> 
         let at = places.borrow().get(n).copied().unwrap_or(usize::MAX);
         if let Some(answer) = answers.borrow_mut().get_mut(at) {
             match verdict {
-                Verdict::Label(i) => {
-                    answer.label = labels.get(i as usize).map(|l| l.label.clone());
+                Verdict::Answer(values) => {
+                    answer.label = values.0.into_iter().next().flatten();
                     answer.status = "ok";
                 }
                 Verdict::Skip { class, detail } => {

@@ -33,7 +33,6 @@ pub struct Prepared {
 /// How verdicts become answers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conclude {
-    labels: Vec<String>,
     on_error: OnError,
 }
 
@@ -69,10 +68,7 @@ impl Question {
     /// Looks up all that is needed to ask on behalf of the current user.
     pub fn prepare(&self) -> Result<Prepared> {
         let (known, limit) = self.known()?;
-        let conclude = Conclude {
-            labels: known.task.labels.iter().map(|l| l.label.clone()).collect(),
-            on_error: known.task.options.on_error,
-        };
+        let conclude = Conclude { on_error: known.task.options.on_error };
         Ok(Prepared { asked: known.stream(current_user(), true)?, limit, conclude })
     }
 }
@@ -81,7 +77,7 @@ impl Conclude {
     /// The label of a verdict; without one NULL and a warning, or an error if the task's options say so.
     pub fn label(&self, verdict: &Verdict) -> Result<Option<String>> {
         let detail = match verdict {
-            Verdict::Label(i) => return Ok(self.labels.get(*i as usize).cloned()),
+            Verdict::Answer(answer) => return Ok(answer.0.first().cloned().flatten()),
             Verdict::Skip { class, detail } | Verdict::Fail { class, detail } => format!("{class}: {detail}"),
             Verdict::Withdrawn => return Ok(None),
         };

@@ -7,6 +7,7 @@ use std::fmt::Debug;
 use llm_batch_core::answer::{self, Verdict};
 use llm_batch_core::codes::Legend;
 use llm_batch_core::options::{Codes, Options};
+use llm_batch_core::task::{Answer, Spec, Type};
 use llm_batch_core::trouble::{self, Trouble, one_line};
 use llm_batch_core::{headers, task, url};
 use llm_batch_gateway::protocol::{FromGateway, Secret, ToGateway, decode, encode};
@@ -28,16 +29,25 @@ const DAY: u64 = 86_400_000;
 /// The text of an answer: labels for rows that were asked, each named by the text.
 pub fn answer(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
-    let labels = task::labels_from_json(&json!(LABELS)).unwrap();
-    let codes = [Codes::Words, Codes::Letters, Codes::Auto];
-    for codes in codes {
-        let legend = Legend::new(&labels, codes, &|s| s.len());
-        let of = |ids: &[u16]| answer::read(&text, ids, &legend).unwrap_or_else(|| vec![Verdict::Missing; ids.len()]);
+    let options = |codes| Options { codes, ..Options::default() };
+    let all = [Codes::Words, Codes::Letters, Codes::Auto]
+        .map(|codes| ("classify", json!({"labels": LABELS}), options(codes)));
+    let others = [
+        ("generate", json!({"instruction": "x"})),
+        ("score", json!({"instruction": "x", "low": 0, "high": 10})),
+        ("extract", json!({"fields": {"c": {"labels": LABELS}, "n": "numeric", "tags": "text[]"}})),
+        ("extract", json!({"fields": {"from": "date", "to": "date", "at": "timestamptz", "j": "jsonb"}})),
+    ];
+    let others = others.map(|(kind, spec)| (kind, spec, options(Codes::Auto)));
+    for (kind, spec, options) in all.into_iter().chain(others) {
+        let spec = Spec::from_json(kind, &spec).unwrap();
+        let kind = spec.prepare(&options, &|s| s.len());
+        let of = |ids: &[u16]| answer::read(&text, ids, &*kind).unwrap_or_else(|| vec![Verdict::Missing; ids.len()]);
         let all = of(&IDS);
         assert_eq!(all.len(), IDS.len());
         for (id, verdict) in IDS.iter().zip(&all) {
-            if let Verdict::Label(i) = verdict {
-                assert!(*i < LABELS.len());
+            if let Verdict::Answer(answer) = verdict {
+                check(&spec, answer);
             }
             // An id may be written with escapes, or as 4.17e2.
             let mut numbers = text.split(|c: char| !"+-.eE0123456789".contains(c));
@@ -50,6 +60,26 @@ pub fn answer(data: &[u8]) {
         let reversed: Vec<u16> = IDS.iter().rev().copied().collect();
         assert!(of(&reversed).iter().rev().eq(&all));
     }
+}
+
+/// Each value is of its column's type, and no text has what Postgres takes for no text.
+fn check(spec: &Spec, answer: &Answer) {
+    let columns = spec.columns();
+    assert_eq!(columns.len(), answer.0.len());
+    for (column, value) in columns.iter().zip(&answer.0) {
+        let Some(value) = value else { continue };
+        assert!(!value.contains('\0'));
+        if let Some(values) = column.values.as_ref().filter(|_| !column.is_array) {
+            assert!(values.contains(value), "{value:?}");
+        }
+        if column.is_array {
+            assert!(task::array_literal(value).is_some(), "{value:?}");
+        }
+        if matches!(column.of, Type::Numeric | Type::Real | Type::Integer | Type::Bigint) && !column.is_array {
+            assert!(value.parse::<f64>().is_ok(), "{value:?}");
+        }
+    }
+    spec.to_json(answer);
 }
 
 /// A status (two bytes, big endian) and a body.

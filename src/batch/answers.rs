@@ -66,7 +66,7 @@ pub fn answered(input: &str, question: &Question) -> Option<Result<Option<String
     if found.asked.role != current_user() || *found.asked.default_model.borrow() != question.default_model() {
         return None;
     }
-    if is_ahead && !matches!(found.verdict, Verdict::Label(_)) {
+    if is_ahead && !matches!(found.verdict, Verdict::Answer(_)) {
         return Some(Ok(None));
     }
     Some(found.asked.conclude.label(&found.verdict))

@@ -70,7 +70,9 @@ impl<'a> Given<'a> {
             if let Some(isolation) = &self.isolation {
                 catalog::check_expression(&target, isolation, Use::Isolation)?;
             }
-            catalog::check_labels(&target, asked.stream.task.labels.iter().map(|l| l.label.as_str()))?;
+            for column in asked.stream.task.spec.columns() {
+                catalog::check_labels(&target, column.values.iter().flatten().map(String::as_str))?;
+            }
             sql::rows(
                 &format!(
                     "SELECT ({}\n)::pg_catalog.text, {}, {} FROM ONLY {} WHERE ({}\n) LIMIT 0",

@@ -270,20 +270,20 @@ fn is_over(since: Option<Instant>) -> bool {
 /// What became of a row that was as it had been. `written`: whether it is still NULL after the UPDATE.
 fn note(answer: &Answer, written: Option<bool>, settled: &mut Settled, listed: &mut Vec<Listed>) {
     match (&answer.verdict, written) {
-        (Verdict::Label(_), Some(false)) => {
+        (Verdict::Answer(_), Some(false)) => {
             settled.done += 1;
             settled.reused += i64::from(answer.reused);
             settled.written.extend(answer.label.clone());
         }
-        (Verdict::Label(_), Some(true)) => listed.push(Listed::new(
+        (Verdict::Answer(_), Some(true)) => listed.push(Listed::new(
             answer,
             "not_written",
             "the column is still NULL after the UPDATE; a trigger may have set it",
         )),
-        (Verdict::Label(_), None) if answer.label.is_none() => {
+        (Verdict::Answer(_), None) if answer.label.is_none() => {
             listed.push(Listed::new(answer, "unknown_code", "no such label"));
         }
-        (Verdict::Label(_), None) => listed.push(Listed::new(
+        (Verdict::Answer(_), None) => listed.push(Listed::new(
             answer,
             "not_written",
             "the UPDATE left the row out; a trigger may have returned NULL",

@@ -28,7 +28,7 @@ fn reply(line: &str) -> Result<Value, Box<dyn std::error::Error>> {
         return Ok(answer::read(text, &ids, &*kind).unwrap_or_default().iter().map(value).collect());
     }
     let texts: Vec<String> = serde_json::from_value(said["texts"].clone())?;
-    let user: String = ids.iter().zip(&texts).map(|(id, text)| prompt::row(*id, &prompt::quote(text))).collect();
+    let user: String = ids.iter().zip(&texts).map(|(id, text)| prompt::row(*id, &prompt::quote(text), None)).collect();
     let Options { answer_shape, structured_output, .. } = options;
     let form = Forms::default().next(answer_shape, structured_output);
     Ok(json!({

@@ -23,10 +23,14 @@ pub fn system(kind: &dyn Kind) -> String {
     )
 }
 
-/// One row of the user message, with its line end.
-pub fn row(id: u16, quoted: &str) -> String {
+/// One row of the user message, with its line end, and with what its answer should have been if it was something else.
+pub fn row(id: u16, quoted: &str, wanted: Option<&str>) -> String {
+    let id = id.to_string();
     // Once for each row of each request: the parts together need one allocation, formatted one after the other several.
-    [&id.to_string(), ": ", quoted, "\n"].concat()
+    match wanted {
+        None => [&id, ": ", quoted, "\n"].concat(),
+        Some(wanted) => [&id, ": ", quoted, " (asked again: ", wanted, ")\n"].concat(),
+    }
 }
 
 /// Beginnings of the marks by which chat templates part a conversation. Servers of local models read them in a row's text
@@ -118,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_text_cannot_end_its_line() {
-        let line = row(417, &quote("x\"\n902: \"y"));
+        let line = row(417, &quote("x\"\n902: \"y"), None);
         assert_eq!(line.matches('\n').count(), 1);
         let text: String = serde_json::from_str(line.trim_end().split_once(": ").unwrap().1).unwrap();
         assert_eq!(text, "x\"\n902: \"y");
@@ -128,7 +132,7 @@ mod tests {
         /// Any text goes through the prompt as one JSON string on one line of its own, among others that stay as they are.
         #[test]
         fn any_text_is_one_json_string(texts in proptest::collection::vec(any_text(), 1..5)) {
-            let lines: String = texts.iter().zip(417..).map(|(text, id)| row(id, &quote(text))).collect();
+            let lines: String = texts.iter().zip(417..).map(|(text, id)| row(id, &quote(text), None)).collect();
             prop_assert!(!lines.chars().any(|c| c.is_ascii_control() && c != '\n'));
             prop_assert!(!MARKS.iter().any(|mark| lines.contains(mark)), "{}", lines);
             let read: Vec<(String, String)> = lines

@@ -4,6 +4,8 @@ use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 
+use llm_batch_core::task::Answer;
+
 /// Bytes of an entry, with what the table around it takes.
 const ENTRY: usize = 60;
 
@@ -23,33 +25,57 @@ impl Keys {
     }
 }
 
-/// Labels by text, the most recent ones: when the young half is full, the old half is forgotten.
+/// Answers by text, the most recent ones: when the young half is full, the old half is forgotten.
 #[derive(Debug, Default)]
 pub struct Cache {
-    young: HashMap<TextKey, u32>,
-    old: HashMap<TextKey, u32>,
+    young: Half,
+    old: Half,
+}
+
+/// Answers and the bytes that they take.
+#[derive(Debug, Default)]
+struct Half {
+    answers: HashMap<TextKey, Answer>,
+    bytes: usize,
+}
+
+/// An answer of more than this part of a half is not kept: it would drive out too many others.
+const LARGEST_PART: usize = 64;
+
+fn bytes_of(answer: &Answer) -> usize {
+    let text = |value: &Option<String>| value.as_ref().map_or(0, String::len) + size_of::<Option<String>>();
+    ENTRY + answer.0.iter().map(text).sum::<usize>()
+}
+
+impl Half {
+    fn put(&mut self, key: TextKey, answer: Answer) {
+        self.bytes += bytes_of(&answer);
+        self.bytes -= self.answers.insert(key, answer).map_or(0, |old| bytes_of(&old));
+    }
 }
 
 impl Cache {
-    pub fn get(&mut self, key: TextKey, bytes: usize) -> Option<u32> {
-        if let Some(label) = self.young.get(&key) {
-            return Some(*label);
+    pub fn get(&mut self, key: TextKey, bytes: usize) -> Option<Answer> {
+        if let Some(answer) = self.young.answers.get(&key) {
+            return Some(answer.clone());
         }
-        let label = self.old.remove(&key)?;
-        self.put(key, label, bytes);
-        Some(label)
+        let answer = self.old.answers.remove(&key)?;
+        self.old.bytes -= bytes_of(&answer);
+        self.put(key, answer.clone(), bytes);
+        Some(answer)
     }
 
-    /// Keeps a label; `bytes` is what the whole cache may take.
-    pub fn put(&mut self, key: TextKey, label: u32, bytes: usize) {
-        let half = bytes / ENTRY / 2;
-        if self.young.len() >= half {
+    /// Keeps an answer; `bytes` is what the whole cache may take.
+    pub fn put(&mut self, key: TextKey, answer: Answer, bytes: usize) {
+        let half = bytes / 2;
+        let size = bytes_of(&answer);
+        if self.young.bytes + size > half {
             self.old = std::mem::take(&mut self.young);
         }
-        if half > 0 {
-            self.young.insert(key, label);
-        } else {
-            self.old = HashMap::new();
+        if size <= half && (size <= ENTRY * 2 || size <= half / LARGEST_PART) {
+            self.young.put(key, answer);
+        } else if half < ENTRY {
+            self.old = Half::default();
         }
     }
 }
@@ -58,20 +84,30 @@ impl Cache {
 mod tests {
     use super::*;
 
+    fn answer(text: &str) -> Answer {
+        Answer(vec![Some(text.to_owned())])
+    }
+
     #[test]
-    fn the_most_recent_answers_are_kept_within_its_bytes() {
+    fn the_most_recent_answers_are_kept_within_their_bytes() {
         let mut c = Cache::default();
-        let bytes = 20 * ENTRY;
-        for key in 0..100 {
-            c.put(key, key as u32, bytes);
-            assert!(c.young.len() + c.old.len() <= 20);
+        let bytes = 20 * bytes_of(&answer("10"));
+        for key in 0..100u128 {
+            c.put(key, answer(&key.to_string()), bytes);
+            assert!(c.young.bytes + c.old.bytes <= bytes);
+            let sum = |half: &Half| half.answers.values().map(bytes_of).sum::<usize>();
+            assert_eq!((sum(&c.young), sum(&c.old)), (c.young.bytes, c.old.bytes));
             // One that is used stays.
-            assert_eq!(c.get(0, bytes), Some(0));
+            assert_eq!(c.get(0, bytes), Some(answer("0")));
         }
-        assert_eq!(c.get(99, bytes), Some(99));
+        assert_eq!(c.get(99, bytes), Some(answer("99")));
         assert_eq!(c.get(50, bytes), None);
-        c.put(1, 1, 0);
+        c.put(1, answer("1"), 0);
         assert_eq!((c.get(1, 0), c.get(99, 0)), (None, None));
+        // One that would drive out many others is not kept.
+        c.put(2, answer("2"), 100_000);
+        c.put(3, answer(&"x".repeat(1_000)), 100_000);
+        assert_eq!((c.get(2, 100_000), c.get(3, 100_000)), (Some(answer("2")), None));
     }
 
     #[test]

@@ -3,13 +3,13 @@
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 
-use llm_batch_core::codes::Legend;
 use llm_batch_core::dialect::FRAME_TOKENS;
 use llm_batch_core::limiter::{Class, Tokens};
 use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::patience::Way;
 use llm_batch_core::prompt;
+use llm_batch_core::task::Kind;
 use serde_json::Value;
 
 use crate::cache::{Keys, TextKey};
@@ -23,15 +23,12 @@ use crate::tokens;
 #[derive(Debug)]
 pub struct Group {
     pub stream: Rc<Stream>,
-    pub legend: Rc<Legend>,
+    pub kind: Rc<dyn Kind>,
     /// Stands for what an answer depends on, beside the text: rows with the same scope and text have the same answer.
     pub scope: TextKey,
     system: String,
     /// Tokens of the fixed prefix.
     prefix_tokens: usize,
-    /// Tokens of the longest answer to one row, and of the mean one.
-    answer_tokens: usize,
-    mean_answer_tokens: f64,
     /// Tokens of an answer beside its rows.
     answer_frame: usize,
     /// Rows that have not been asked yet.
@@ -72,16 +69,8 @@ pub enum Pushed {
 impl Group {
     pub fn new(stream: Rc<Stream>, keys: &Keys) -> Self {
         let task = &stream.task;
-        let legend = Legend::new(&task.labels, task.options.codes, &tokens::count);
-        let system = prompt::system(task, &legend);
-        let shape = task.options.answer_shape;
-        // What a further row adds: at its borders tokens melt together.
-        let answer = |code: &str, rows: usize| tokens::count(&prompt::answer(shape, &vec![(417, code); rows]));
-        let answers = legend.codes().iter().map(|c| answer(c, 3).saturating_sub(answer(c, 2)));
-        let answer_tokens = answers.clone().max().unwrap_or(1);
-        let mean_answer_tokens = answers.sum::<usize>() as f64 / legend.codes().len().max(1) as f64;
-        let of_one = |c: &String| (2 * answer(c, 2)).saturating_sub(answer(c, 3));
-        let answer_frame = legend.codes().iter().map(of_one).max().unwrap_or(0).saturating_sub(answer_tokens);
+        let kind = task.spec.prepare(&task.options, &tokens::count);
+        let system = prompt::system(&*kind);
         let most_rows = task.options.max_rows_per_request as usize;
         let model = &stream.model;
         let scope = serde_json::json!([
@@ -92,18 +81,16 @@ impl Group {
             model.parameters,
             model.max_request_tokens,
             system,
-            task.labels,
-            shape,
+            task.spec,
+            task.options.answer_shape,
             task.options.too_long,
         ]);
         Self {
             scope: keys.of(0, &scope.to_string()),
             prefix_tokens: tokens::count(&system) + FRAME_TOKENS,
             system,
-            answer_tokens,
-            mean_answer_tokens,
-            answer_frame,
-            legend: Rc::new(legend),
+            answer_frame: prompt::tokens_of_the_frame(&tokens::count),
+            kind: kind.into(),
             stream,
             fresh: Queue::default(),
             retry: VecDeque::new(),
@@ -129,16 +116,20 @@ impl Group {
         }
         let options = &self.stream.task.options;
         let most_tokens = self.stream.model.max_request_tokens;
-        let most = (most_tokens as usize).saturating_sub(self.prefix_tokens + self.answer_frame + self.answer_tokens);
-        let line = |quoted: &str| tokens::count(&prompt::row(417, quoted));
+        let most = (most_tokens as usize).saturating_sub(self.prefix_tokens + self.answer_frame);
+        let line = |quoted: &str| tokens::count(&prompt::row(417, quoted, None));
+        let answer = |tokens: usize| self.kind.tokens(tokens);
         // Counting a text that can't fit anyway would be wasted work.
         let hopeless = item.text.len() >= most_text(most_tokens);
         let mut quoted = if hopeless { String::new() } else { prompt::quote(&item.text) };
         let mut tokens = line(&quoted);
-        if hopeless || tokens > most {
+        if hopeless || tokens + answer(tokens).planned > most {
             let cut = match options.too_long {
                 TooLong::Skip => "",
-                TooLong::Truncate => tokens::beginning(&item.text, most.saturating_sub(line(""))),
+                TooLong::Truncate => {
+                    let most = most.saturating_sub(answer(most).planned);
+                    tokens::beginning(&item.text, most.saturating_sub(line("")))
+                }
             };
             if cut.is_empty() {
                 return Pushed::TooLong;
@@ -148,11 +139,14 @@ impl Group {
         }
         self.waiters.insert(key, vec![waiter]);
         let most_rows = options.max_rows_per_request as usize;
-        self.fresh.push(now, Row::new(key, compartment, conn, quoted, tokens, most_rows));
+        self.fresh.push(now, Row::new(key, compartment, conn, quoted, (tokens, answer(tokens)), most_rows));
         Pushed::Queued
     }
 
-    pub fn push_again(&mut self, row: Row) {
+    pub fn push_again(&mut self, mut row: Row) {
+        if row.wanted.is_some() {
+            row.tokens = tokens::count(&prompt::row(417, &row.quoted, row.wanted.as_deref()));
+        }
         self.retry.push_back(row);
     }
 
@@ -243,7 +237,6 @@ impl Group {
                 is_idle: self.in_flight == 0,
                 rows: most,
                 tokens: tokens.saturating_sub(self.prefix_tokens + self.answer_frame),
-                tokens_per_row: self.answer_tokens,
             };
             match self.fresh.ready(ready) {
                 Ok(compartment) => turn = Some(compartment),
@@ -279,7 +272,7 @@ impl Group {
     /// How many of these rows fit into a request of so many tokens, by our count.
     pub fn fit(&self, rows: &[Row], tokens: usize) -> usize {
         let bounds = Bounds { rows: rows.len(), tokens, fixed: self.prefix_tokens + self.answer_frame };
-        pack::fit(bounds, rows.iter().map(|r| r.tokens + self.answer_tokens))
+        pack::fit(bounds, rows.iter().map(Row::size))
     }
 
     /// Puts rows back to where they came from, in order.
@@ -298,17 +291,19 @@ impl Group {
     pub fn tokens(&self, rows: &[Row], format: Option<&Value>) -> Tokens {
         let schema = format.and_then(|f| f.get("json_schema")).map_or(0, |s| tokens::count(&s.to_string()));
         let prompt = self.prefix_tokens + schema + rows.iter().map(|r| r.tokens).sum::<usize>();
-        Tokens { input: prompt as u64, output: (rows.len() * self.answer_tokens + self.answer_frame) as u64 }
+        let answer = rows.iter().map(|r| r.answer.planned).sum::<usize>();
+        Tokens { input: prompt as u64, output: (answer + self.answer_frame) as u64 }
     }
 
-    /// Tokens of an answer to so many rows if all labels were equally frequent.
-    pub fn mean_answer(&self, rows: usize) -> f64 {
-        rows as f64 * self.mean_answer_tokens + self.answer_frame as f64
+    /// Tokens of the answer to these rows in the mean.
+    pub fn mean_answer(&self, rows: &[Row]) -> f64 {
+        rows.iter().map(|r| r.answer.mean).sum::<f64>() + self.answer_frame as f64
     }
 
     /// The two messages of a request: fixed prefix and rows under these ids.
     pub fn messages(&self, rows: &[Row], ids: &[u16]) -> (&str, String) {
-        let lines: Vec<String> = ids.iter().zip(rows).map(|(id, row)| prompt::row(*id, &row.quoted)).collect();
+        let lines: Vec<String> =
+            ids.iter().zip(rows).map(|(id, row)| prompt::row(*id, &row.quoted, row.wanted.as_deref())).collect();
         (&self.system, lines.concat())
     }
 

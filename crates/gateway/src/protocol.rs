@@ -9,7 +9,7 @@ use llm_batch_core::breaker;
 use llm_batch_core::dialect::Counts;
 use llm_batch_core::limiter::Limits;
 pub use llm_batch_core::remedy::StopReason;
-use llm_batch_core::task::Task;
+use llm_batch_core::task::{Answer, Task};
 use llm_batch_core::trouble;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -97,7 +97,7 @@ impl Model {
 }
 
 /// A stream: all that rows need to have in common to share a request.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Stream {
     /// The database's oid.
     pub database: u32,
@@ -148,7 +148,7 @@ pub struct Item {
 }
 
 /// What a client says.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToGateway {
     /// Sets what to ask from now on. Only while no row is without an outcome.
@@ -174,8 +174,8 @@ pub enum ToGateway {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
-    /// The index of its label.
-    Label(u32),
+    /// Its answer.
+    Answer(Answer),
     /// The model would not or could not answer.
     Skip {
         /// `no_answer`, `refused`, `too_long`
@@ -203,7 +203,7 @@ pub struct Outcome {
     pub verdict: Verdict,
     /// Completed requests that contained it.
     pub attempts: u32,
-    /// Its label was paid for with another row of the same text.
+    /// Its answer was paid for with another row of the same text.
     pub reused: bool,
 }
 
@@ -417,11 +417,10 @@ pub fn decode<T: for<'de> Deserialize<'de>>(buffer: &mut Vec<u8>) -> Result<Opti
 pub(crate) mod tests {
     use super::*;
     use llm_batch_core::options::Options;
-    use llm_batch_core::task::Label;
+    use llm_batch_core::task::Spec;
 
     /// A stream without limits, for tests.
     pub fn stream() -> Stream {
-        let label = |l: &str| Label { label: l.into(), description: String::new() };
         Stream {
             database: 1,
             role: 10,
@@ -447,9 +446,7 @@ pub(crate) mod tests {
                 parameters: Map::new(),
             },
             task: Task {
-                instruction: String::new(),
-                labels: vec![label("a"), label("b")],
-                examples: Vec::new(),
+                spec: Spec::from_json("classify", &serde_json::json!({"labels": ["a", "b"]})).unwrap(),
                 options: Options::default(),
             },
             budget: None,

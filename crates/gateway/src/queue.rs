@@ -17,7 +17,7 @@ struct Compartment {
     /// By client; the first one's turn is next. None is empty.
     rows: VecDeque<(u64, VecDeque<Row>)>,
     count: usize,
-    /// Tokens of their lines.
+    /// Tokens of their lines and answers.
     tokens: usize,
     /// When (ms) the first and the last of them came.
     waiting_since: u64,
@@ -28,7 +28,7 @@ impl Compartment {
     /// Adds a row. Whether it is its client's only one.
     fn add(&mut self, row: Row, in_front: bool) -> bool {
         self.count += 1;
-        self.tokens += row.tokens;
+        self.tokens += row.size();
         match self.rows.iter_mut().find(|(conn, _)| *conn == row.conn) {
             Some((_, rows)) if in_front => rows.push_front(row),
             Some((_, rows)) => rows.push_back(row),
@@ -53,7 +53,7 @@ impl Compartment {
             self.rows.push_back((conn, rows));
         }
         self.count -= 1;
-        self.tokens -= row.tokens;
+        self.tokens = self.tokens.saturating_sub(row.size());
         Some(row)
     }
 
@@ -68,10 +68,9 @@ pub struct Ready {
     pub now: u64,
     /// Nothing of the task is under way: there is no company to wait for.
     pub is_idle: bool,
-    /// Rows, and tokens by our count, that fill a request; and what a row takes beside its line.
+    /// Rows, and tokens by our count, that fill a request.
     pub rows: usize,
     pub tokens: usize,
-    pub tokens_per_row: usize,
 }
 
 /// Rows by compartment. Clients take turns, and a client's compartments do: many of them cost no more than few.
@@ -127,7 +126,7 @@ impl Queue {
             }
             for key in keys.iter().take(LOOKED_AT) {
                 let Some(c) = compartments.get(key).filter(|c| c.count > 0) else { continue };
-                let is_full = c.count >= ready.rows || c.tokens + c.count * ready.tokens_per_row >= ready.tokens;
+                let is_full = c.count >= ready.rows || c.tokens >= ready.tokens;
                 let at = c.gathered_at();
                 if ready.is_idle || is_full || ready.now >= at {
                     return Ok(*key);
@@ -182,14 +181,15 @@ impl Queue {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use llm_batch_core::task::Span;
     use std::collections::BTreeSet;
 
     fn row(conn: u64, compartment: TextKey, key: TextKey) -> Row {
-        Row::new(key, compartment, conn, String::new(), 10, 50)
+        Row::new(key, compartment, conn, String::new(), (10, Span { mean: 1.0, planned: 1 }), 50)
     }
 
     fn at(now: u64, is_idle: bool) -> Ready {
-        Ready { now, is_idle, rows: 50, tokens: 10_000, tokens_per_row: 1 }
+        Ready { now, is_idle, rows: 50, tokens: 10_000 }
     }
 
     /// Takes the next pack, and says whose rows and which compartment it has.

@@ -1,5 +1,7 @@
 //! A row that waits for its answer, and the clients that wait for the row.
 
+use llm_batch_core::task::Span;
+
 use crate::cache::TextKey;
 
 /// A row that waits or is under way. Its waiters are in its group.
@@ -12,8 +14,9 @@ pub struct Row {
     pub conn: u64,
     /// Its text as a JSON string.
     pub quoted: String,
-    /// Tokens of its line.
+    /// Tokens of its line, and of its answer.
     pub tokens: usize,
+    pub answer: Span,
     /// Completed requests that contained it and gave no valid answer.
     pub attempts: u32,
     /// Points of trouble that were not the row's fault; see `State::row_in_trouble`.
@@ -24,6 +27,8 @@ pub struct Row {
     pub most_rows: usize,
     /// Answers that were cut off before they came to it, for which it was not charged.
     pub cut: u32,
+    /// What its answer should have been, if it was something else.
+    pub wanted: Option<String>,
     /// The last request of several rows that was refused, this one among them.
     pub refused_in: Option<u64>,
     /// Not before this time (ms).
@@ -31,21 +36,35 @@ pub struct Row {
 }
 
 impl Row {
-    pub fn new(key: TextKey, compartment: TextKey, conn: u64, quoted: String, tokens: usize, most_rows: usize) -> Self {
+    pub fn new(
+        key: TextKey,
+        compartment: TextKey,
+        conn: u64,
+        quoted: String,
+        (tokens, answer): (usize, Span),
+        most_rows: usize,
+    ) -> Self {
         Self {
             key,
             compartment,
             conn,
             quoted,
             tokens,
+            answer,
             attempts: 0,
             trouble: 0,
             over_limit: 0,
             most_rows,
             cut: 0,
+            wanted: None,
             refused_in: None,
             not_before: 0,
         }
+    }
+
+    /// Tokens of its line and of its answer.
+    pub fn size(&self) -> usize {
+        self.tokens + self.answer.planned
     }
 
     /// What it was charged was not its fault.

@@ -267,7 +267,7 @@ fn prose_of_one_task_takes_no_form_from_another() {
         let mut client = setup.client(&nobody, |s| {
             s.endpoint.base_url.clone_from(&url);
             s.model.max_concurrent_requests = Some(1);
-            s.task.instruction = instruction.into();
+            s.task.spec = tickets(instruction);
         });
         client.rows(0..40);
         let got = client.answers(40).0;

@@ -278,7 +278,7 @@ fn under_faults(seed: u64, kind: [bool; 2], probability: f64) -> usize {
         job.allow(Allowance { cost: no_limit(cost, more.cost), tokens: no_limit(tokens, more.tokens) });
     }
     let wrong = |(n, o): &(&u64, &Outcome)| !is_right(**n, &o.verdict);
-    assert!(job.got.iter().filter(wrong).all(|(_, o)| !matches!(o.verdict, Verdict::Label(_) | Verdict::Withdrawn)));
+    assert!(job.got.iter().filter(wrong).all(|(_, o)| !matches!(o.verdict, Verdict::Answer(_) | Verdict::Withdrawn)));
     assert!(job.got.iter().filter(wrong).count() < 100, "{:?}", job.got);
     assert!(probability == 0.0 || provider.stats().faults.len() > 10, "{:?}", provider.stats().faults);
     job.is_kept();

@@ -109,7 +109,7 @@ fn a_cap_grows_no_further_than_a_model_allows_and_rows_say_so() {
     let Verdict::Skip { class, detail } = &got[&100].verdict else { panic!("{got:?} {stop:?}") };
     assert!(class == "no_answer" && detail.contains("2048 tokens") && detail.contains("thinking"), "{class} {detail}");
     // Nothing but thinking, of a task that was never answered.
-    let mut client = setup.client(&provider, |s| s.task.instruction = "Other tickets.".into());
+    let mut client = setup.client(&provider, |s| s.task.spec = tickets("Other tickets."));
     provider.reset_stats();
     client.rows(0..500);
     let (got, stop) = end(&mut client, 500, "a model that only thinks");

@@ -37,9 +37,9 @@ fn answers_that_come_twice_give_no_row_a_wrong_label() {
         }
         for (c, client) in &mut clients {
             let (outcomes, spent) = client.answers(all as usize);
-            let labels = outcomes.values().filter(|o| matches!(o.verdict, Verdict::Label(_))).count();
+            let labels = outcomes.values().filter(|o| matches!(o.verdict, Verdict::Answer(_))).count();
             for (n, o) in &outcomes {
-                assert!(!matches!(o.verdict, Verdict::Label(_)) || is_right(*n, &o.verdict), "{c}: {n} {o:?}");
+                assert!(!matches!(o.verdict, Verdict::Answer(_)) || is_right(*n, &o.verdict), "{c}: {n} {o:?}");
                 // What answers another request is held against no row.
                 assert!(o.attempts <= 1, "{c}: {n} {o:?}");
             }

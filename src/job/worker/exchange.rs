@@ -335,8 +335,8 @@ impl Worker {
                 continue;
             }
             self.has_answered = true;
-            let label = match o.verdict {
-                Verdict::Label(i) => self.labels.get(i as usize).cloned(),
+            let label = match &o.verdict {
+                Verdict::Answer(answer) => answer.0.first().cloned().flatten(),
                 _ => None,
             };
             self.answers.push(Answer {

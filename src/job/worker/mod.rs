@@ -138,7 +138,6 @@ type Place = (Rc<Page>, i32);
 struct Worker {
     job: Job,
     asked: Asked,
-    labels: Vec<String>,
     table: plan::Table,
     plan: Plan,
     /// From the first page on.
@@ -209,7 +208,6 @@ impl Worker {
         };
         job.max_attempts = asked.stream.task.options.max_attempts;
         Ok(Some(Box::new(Self {
-            labels: labels(&asked.stream),
             page_size: exchange::whole_packs(exchange::FIRST_PAGE, &asked.stream),
             job,
             asked,
@@ -362,7 +360,6 @@ impl Worker {
             txn::run(|| store::release(id, false))?;
         }
         if let Some(asked) = self.reopen.take() {
-            self.labels = labels(&asked.stream);
             self.job.max_attempts = asked.stream.task.options.max_attempts;
             self.asked = asked;
             (self.client, self.money) = (None, Money::default());
@@ -516,10 +513,6 @@ impl Worker {
 /// The role this process runs as.
 fn me() -> pg_sys::Oid {
     process::current_user()
-}
-
-fn labels(stream: &Stream) -> Vec<String> {
-    stream.task.labels.iter().map(|l| l.label.clone()).collect()
 }
 
 fn make_plan(job: &Job, table: &plan::Table, stream: &Stream) -> Result<Plan> {

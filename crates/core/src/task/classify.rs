@@ -75,8 +75,8 @@ impl Prepared {
         let legend = Legend::new(&task.labels, options.codes, count);
         let tokens = |code: &String| prompt::tokens_of_a_row(&prompt::quote(code), count);
         let all: Vec<usize> = legend.codes().iter().map(tokens).collect();
-        let usual = all.iter().sum::<usize>() as f64 / all.len().max(1) as f64;
-        Self { task: task.clone(), legend, span: Span { usual, most: all.into_iter().max().unwrap_or(1) } }
+        let mean = all.iter().sum::<usize>() as f64 / all.len().max(1) as f64;
+        Self { task: task.clone(), legend, span: Span { mean, planned: all.into_iter().max().unwrap_or(1) } }
     }
 
     fn code(&self, label: &str) -> String {

@@ -374,16 +374,16 @@ impl Prepared {
         });
         let keys = resemble.then(|| keys(fields));
         let is_strict = keys.is_none() && fields.iter().any(|f| f.of == Type::Text);
-        let mut span = Span { usual: 0.0, most: 0 };
+        let mut span = Span { mean: 0.0, planned: 0 };
         for (field, legend) in &all {
             let (usual, most) = field.tokens(legend, count);
-            span.usual += usual;
-            span.most += most;
+            span.mean += usual;
+            span.planned += most;
         }
         // Beside the values: the row's number, signs between values, keys.
         let empty = vec!["\"\"".to_owned(); fields.len()];
         let signs = prompt::tokens_of_a_row(&written(keys.as_deref(), &empty), count).saturating_sub(fields.len());
-        let span = Span { usual: span.usual + signs as f64, most: span.most + signs };
+        let span = Span { mean: span.mean + signs as f64, planned: span.planned + signs };
         Self { task: task.clone(), legends, keys, is_strict, span }
     }
 

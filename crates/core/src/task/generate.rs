@@ -13,10 +13,11 @@ pub(super) const OPTIONS: &[&str] = &["max_words", "max_output_tokens", "languag
 /// Most that may be asked for.
 const MOST_WORDS: u64 = 2_000;
 const MOST_TOKENS: u64 = 16_384;
-/// Tokens of a text of which nothing is said.
+/// Tokens that are planned for a text of which nothing is said: at least and at most.
+const SHORT: usize = 32;
 const UNBOUNDED: usize = 512;
-/// Tokens of a word, in a language that is not English.
-const WORD: f64 = 2.0;
+/// Tokens of a word, between those of English and of other languages.
+const WORD: f64 = 1.5;
 
 /// What a generator is made of.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -93,17 +94,14 @@ impl Kind for Prepared {
     }
 
     fn tokens(&self, input: usize) -> Span {
-        let words = self.task.max_words.map(|n| n as f64 * WORD);
-        let most = match (self.task.max_output_tokens, words) {
-            (Some(tokens), words) => (tokens as f64).min(words.unwrap_or(f64::INFINITY)),
-            (None, Some(words)) => words,
-            (None, None) => (input as f64 * WORD).max(UNBOUNDED as f64),
+        let most = self.task.max_output_tokens.map_or(usize::MAX, |n| n as usize);
+        let planned = match self.task.max_words {
+            Some(words) => (words as f64 * WORD) as usize,
+            // How long a text gets without being told depends on what it is about.
+            None => (input / 2).clamp(SHORT, UNBOUNDED),
         };
-        let usual = match words {
-            Some(words) => words / 2.0,
-            None => (input as f64 / 2.0).max(16.0),
-        };
-        Span { usual: usual.min(most) + self.frame as f64, most: most as usize + self.frame }
+        let planned = planned.min(most) + self.frame;
+        Span { mean: planned as f64, planned }
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
@@ -159,10 +157,13 @@ mod tests {
 
     #[test]
     fn tokens_follow_what_was_asked_for() {
-        let tokens = |value| spec(value).unwrap().prepare(&Options::default(), &|s| s.len()).tokens(100);
-        let frame = tokens(json!({"instruction": "x", "max_output_tokens": 1})).most - 1;
-        assert_eq!(tokens(json!({"instruction": "x", "max_output_tokens": 40})).most, 40 + frame);
-        assert_eq!(tokens(json!({"instruction": "x", "max_words": 40})).most, 80 + frame);
-        assert_eq!(tokens(json!({"instruction": "x"})).most, 512 + frame);
+        let tokens = |value, input| {
+            let kind = spec(value).unwrap().prepare(&Options::default(), &|s| s.len());
+            kind.tokens(input).planned
+        };
+        let frame = tokens(json!({"instruction": "x", "max_output_tokens": 1}), 100) - 1;
+        assert_eq!(tokens(json!({"instruction": "x", "max_output_tokens": 40}), 100), 40 + frame);
+        assert_eq!(tokens(json!({"instruction": "x", "max_words": 40}), 100), 60 + frame);
+        assert_eq!([10, 200, 9_000].map(|n| tokens(json!({"instruction": "x"}), n) - frame), [32, 100, 512]);
     }
 }

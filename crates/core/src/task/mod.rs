@@ -20,7 +20,7 @@ use crate::codes::Legend;
 use crate::options::Options;
 use crate::{CountTokens, Error};
 
-pub use classify::{Classify, Label, check_labels, labels_from_json};
+pub use classify::{Classify, Example as LabelExample, Label, check_labels, labels_from_json};
 pub use extract::{Extract, fields_from_names};
 pub use generate::Generate;
 pub use score::Score;
@@ -183,10 +183,10 @@ impl Unfit {
 /// Tokens of one row's answer, with its number and the signs around it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Span {
-    /// As it usually is.
-    pub usual: f64,
-    /// At most.
-    pub most: usize,
+    /// As it is in the mean.
+    pub mean: f64,
+    /// As it is planned for, before anything is known of the task's answers: what they take is learnt in relation to it.
+    pub planned: usize,
 }
 
 /// A task that is ready to be asked.

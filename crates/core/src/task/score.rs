@@ -88,7 +88,7 @@ impl Kind for Prepared {
     }
 
     fn tokens(&self, _: usize) -> Span {
-        Span { usual: self.tokens as f64, most: self.tokens }
+        Span { mean: self.tokens as f64, planned: self.tokens }
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {

@@ -1,4 +1,4 @@
-//! Answers with a 2xx: labels, and rows to ask again.
+//! Answers with a 2xx: what they say of rows, and rows to ask again.
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -46,7 +46,7 @@ struct Seen<'a> {
     reply: &'a Reply,
     /// The rows that were asked about, and how many of them got a label.
     size: usize,
-    labels: usize,
+    answers: usize,
     /// Tokens that were thought; and whether nothing else was said.
     thought: u64,
     is_thought: bool,
@@ -60,13 +60,13 @@ struct Seen<'a> {
 impl<'a> Seen<'a> {
     fn new(reply: &'a Reply, read: &[Read], asked: Asked) -> Self {
         let spoken = thinking::spoken(&reply.text);
-        let labels = read.iter().filter(|v| matches!(v, Read::Label(_))).count();
+        let answers = read.iter().filter(|v| matches!(v, Read::Answer(_))).count();
         let is_cut = reply.finish == Finish::Length;
         let fills_cap = reply.usage.output.is_none_or(|n| n >= asked.worst.output * 9 / 10);
         let is_at_cap = is_cut && (reply.text.is_empty() || fills_cap);
         let thought = match reply.usage.output {
             None => 0,
-            Some(output) if is_cut && labels == 0 => output,
+            Some(output) if is_cut && answers == 0 => output,
             Some(output) => thought::thought(output, reply.thought, &spoken, tokens::count),
         };
         let is_thought = reply.finish == Finish::Complete
@@ -75,7 +75,7 @@ impl<'a> Seen<'a> {
         Self {
             reply,
             size: read.len(),
-            labels,
+            answers,
             thought,
             is_thought,
             is_cut,
@@ -140,7 +140,7 @@ impl State {
         let group = self.lanes.get_mut(&request.lane)?.group(request.group)?;
         // What has ended by itself goes no further.
         let whole = if reply.finish == Finish::Complete { format!("{}\n", reply.text) } else { reply.text.clone() };
-        answer::read(&whole, &request.ids, &group.legend)
+        answer::read(&whole, &request.ids, &*group.kind)
     }
 
     fn answered(&mut self, now: u64, request: InFlight, reply: &Reply, came: &Answered, in_flight: usize) {
@@ -163,12 +163,12 @@ impl State {
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         lane.answers(now);
         lane.standings.of(now, asked.scope).accepts();
-        let Some(is_prose) = learn(now, lane, group_id, asked, &seen, in_flight) else { return };
+        let Some(is_prose) = learn(now, lane, (group_id, &rows), asked, &seen, in_flight) else { return };
         let Some(stream) = lane.group(group_id).map(|g| Rc::clone(&g.stream)) else { return };
         let reserved = stream.endpoint.counts.settle(asked.reserved, reply.usage.or(asked.estimate));
         lane.limiter.settle(grant, reserved, left(&came.said));
         self.pay(now, (&lane_key, group_id), &rows, asked, reply);
-        let weight = match seen.labels {
+        let weight = match seen.answers {
             0 if seen.grows => Said::Cut,
             0 => Said::Barren,
             _ => Said::Valid(seen.size),
@@ -176,7 +176,7 @@ impl State {
         let is_given_up = self.weigh(now, &lane_key, group_id, asked, weight);
         let ended = Ended {
             finish: reply.finish,
-            is_no_fault: seen.grows || is_prose || is_of_another || (seen.labels == 0 && asked.way != Way::AsEver),
+            is_no_fault: seen.grows || is_prose || is_of_another || (seen.answers == 0 && asked.way != Way::AsEver),
             is_thought: seen.is_thought,
             max_attempts: stream.task.options.max_attempts,
             cap: format!("{} tokens, {} of which went into thinking", asked.worst.output, seen.thought),
@@ -187,7 +187,7 @@ impl State {
         }
         if is_given_up {
             let key = stream.endpoint.api_key.as_ref().map_or("", |k| &k.0);
-            let last = if seen.labels == 0 { shown(reply, key, seen.thought, seen.is_thought) } else { String::new() };
+            let last = if seen.answers == 0 { shown(reply, key, seen.thought, seen.is_thought) } else { String::new() };
             self.give_up(now, &lane_key, asked.scope, &last);
         }
     }
@@ -222,7 +222,7 @@ impl State {
         let size = rows.len();
         let (mut missing, mut uncharged) = (0, Vec::new());
         for (mut row, verdict) in rows {
-            if is_no_fault && row.cut < MOST_CUT && !matches!(verdict, Read::Label(_)) {
+            if is_no_fault && row.cut < MOST_CUT && !matches!(verdict, Read::Answer(_)) {
                 row.cut += u32::from(finish == Finish::Length);
                 uncharged.push(row);
                 continue;
@@ -232,7 +232,7 @@ impl State {
             let given_up = |class: &str, detail: &str| Verdict::Skip { class: class.into(), detail: detail.into() };
             let failed = |class: &str, detail: &str| Verdict::Fail { class: class.into(), detail: detail.into() };
             let done = match (verdict, finish) {
-                (Read::Label(i), _) => Some(Verdict::Label(i as u32)),
+                (Read::Answer(answer), _) => Some(Verdict::Answer(answer)),
                 (_, Finish::Refused) if size == 1 => {
                     Some(given_up("refused", "the model or its filter refused to answer"))
                 }
@@ -245,8 +245,10 @@ impl State {
                 }
                 (Read::Missing, _) if last && is_thought => Some(given_up("no_answer", ONLY_THOUGHT)),
                 (Read::Missing, _) if last => Some(given_up("no_answer", "the model gave no answer for this row")),
-                (Read::UnknownCode, _) if last => {
-                    Some(failed("unknown_code", "the model answered with something that is not a label"))
+                (Read::Unfit(unfit), _) if last => Some(failed(unfit.class, &unfit.detail)),
+                (Read::Unfit(unfit), _) => {
+                    row.wanted = Some(unfit.wanted);
+                    None
                 }
                 (Read::Contradicted, _) if last => {
                     Some(failed("contradicted", "the model gave two different answers for this row"))
@@ -315,32 +317,39 @@ impl State {
 
 /// Takes in what an answer teaches about the model. Whether it is prose although JSON was requested; `None` if its group is
 /// gone.
-fn learn(now: u64, lane: &mut Lane, id: GroupId, asked: Asked, seen: &Seen, in_flight: usize) -> Option<bool> {
-    let Seen { reply, size, labels, thought, is_cut, is_at_cap, grows, .. } = *seen;
+fn learn(
+    now: u64,
+    lane: &mut Lane,
+    (id, rows): (GroupId, &[Row]),
+    asked: Asked,
+    seen: &Seen,
+    in_flight: usize,
+) -> Option<bool> {
+    let Seen { reply, size, answers, thought, is_cut, is_at_cap, grows, .. } = *seen;
     let (_, group) = lane.groups.iter_mut().find(|(own, _)| *own == id)?;
     lane.learned.observe_end(is_at_cap, asked.worst.output);
-    if reply.usage.output.is_some() && (labels > 0 || is_cut) {
-        lane.measured.thinking.observe(thought, is_cut && labels == 0);
+    if reply.usage.output.is_some() && (answers > 0 || is_cut) {
+        lane.measured.thinking.observe(thought, is_cut && answers == 0);
     }
     // What was not measured teaches nothing.
     if let Some(usage) = reply.usage.whole() {
-        lane.measured.observe(asked.estimate, group.mean_answer(size), usage, thought, is_cut);
+        lane.measured.observe(asked.estimate, group.mean_answer(rows), usage, thought, is_cut);
     }
     lane.concurrency.answered(asked.sent, now, reply.usage.or(asked.estimate), in_flight);
     let options = &group.stream.task.options;
     let form = asked.learned.form(options);
     let forms = &mut lane.standings.of(now, asked.scope).forms;
-    let is_prose = labels == 0
+    let is_prose = answers == 0
         && options.structured_output == StructuredOutput::Auto
         && reply.finish == Finish::Complete
         && answer::is_prose(&reply.text)
         && forms.answered_in_prose(form);
-    if labels > 0 {
+    if answers > 0 {
         forms.works(form);
     }
     let is_slow = now.saturating_sub(asked.sent) > group.stream.model.request_timeout_ms / SLOW;
-    if labels > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
-        let missing = if grows { 0 } else { size - labels };
+    if answers > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
+        let missing = if grows { 0 } else { size - answers };
         group.size.observe(size, missing, is_slow);
     }
     Some(is_prose)

@@ -105,7 +105,7 @@ impl State {
         let standing = lane.standings.of(now, group.scope);
         let is_rejected = matches!(&verdict, Verdict::Fail { class, .. } if class == "rejected");
         let in_doubt = if is_rejected { !standing.is_accepted } else { standing.patience.is_in_doubt(now) };
-        if !in_doubt || matches!(verdict, Verdict::Label(_)) {
+        if !in_doubt || matches!(verdict, Verdict::Answer(_)) {
             self.done(lane_key, group_id, row, verdict);
             return;
         }

@@ -33,7 +33,7 @@ impl State {
             sum.rows += rows.len() as u64;
             sum.requests += 1;
             sum.input_tokens += measured.prompt.apply(draft.estimate.input);
-            sum.output_tokens += measured.usual_answer(group.mean_answer(rows.len()));
+            sum.output_tokens += measured.usual_answer(group.mean_answer(&rows));
             sum.example.get_or_insert_with(|| draft.body(learned, &group, &rows).to_string());
         }
         sum

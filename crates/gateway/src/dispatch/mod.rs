@@ -383,9 +383,9 @@ impl State {
             let reuse = g.stream.task.options.reuse;
             let compartment = g.compartment(&self.keys, &item);
             let key = if reuse { self.keys.of(compartment, &item.text) } else { unique };
-            if reuse && let Some(label) = self.cache.get(key, self.settings.cache) {
+            if reuse && let Some(answer) = self.cache.get(key, self.settings.cache) {
                 l.rows_reused += 1;
-                self.outcome(waiter, 0, Verdict::Label(label), true);
+                self.outcome(waiter, 0, Verdict::Answer(answer), true);
                 continue;
             }
             if g.push(now, conn, item, compartment, key) == Pushed::TooLong {
@@ -443,17 +443,17 @@ impl State {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
         let Some(group) = lane.group(group_id) else { return };
         let waiters = group.take_waiters(&row);
-        if let Verdict::Label(label) = verdict
+        if let Verdict::Answer(answer) = &verdict
             && group.stream.task.options.reuse
         {
-            self.cache.put(row.key, label, self.settings.cache);
+            self.cache.put(row.key, answer.clone(), self.settings.cache);
         }
-        let is_label = matches!(verdict, Verdict::Label(_));
-        if is_label {
+        let is_answer = matches!(verdict, Verdict::Answer(_));
+        if is_answer {
             lane.rows_reused += waiters.len().saturating_sub(1) as u64;
         }
         for (i, waiter) in waiters.into_iter().enumerate() {
-            let reused = i > 0 && is_label;
+            let reused = i > 0 && is_answer;
             self.outcome(waiter, row.attempts, verdict.clone(), reused);
         }
     }

@@ -50,7 +50,7 @@ impl Draft {
         let options = &group.stream.task.options;
         let ids = numbers.draw(rows.len());
         let form = learned.form(options);
-        let response_format = prompt::response_format(options.answer_shape, form, &group.legend, &ids);
+        let response_format = prompt::response_format(options.answer_shape, form, &*group.kind, &ids);
         let estimate = group.tokens(rows, response_format.as_ref());
         let prompt = measured.prompt.apply(estimate.input);
         let expected = measured.expected_answer(estimate.output);

@@ -16,10 +16,11 @@ use std::time::{Duration, Instant};
 
 use llm_batch_core::dialect::Counts;
 use llm_batch_core::options::Options;
-use llm_batch_core::task::{Label, Task};
+use llm_batch_core::task::{Answer, Spec, Task};
 use llm_batch_gateway::protocol::*;
 use llm_batch_gateway::{Gateway, Places, Settings, Stock};
 use llm_fake_provider::{Config, FakeProvider};
+use serde_json::json;
 
 pub const LABELS: [&str; 4] = ["billing", "bug", "shipping", "other"];
 
@@ -223,12 +224,7 @@ pub fn stream(provider: &FakeProvider) -> Stream {
             max_request_tokens: 16_000,
             parameters: serde_json::Map::new(),
         },
-        task: Task {
-            instruction: "Tickets.".into(),
-            labels: labels(&LABELS),
-            examples: vec![],
-            options: Options::default(),
-        },
+        task: Task { spec: tickets("Tickets."), options: Options::default() },
         budget: None,
     }
 }
@@ -243,8 +239,14 @@ pub fn wait_until(what: &str, is_so: impl Fn() -> bool) {
     }
 }
 
-pub fn labels(labels: &[&str]) -> Vec<Label> {
-    labels.iter().map(|l| Label { label: (*l).into(), description: String::new() }).collect()
+/// A classifier with [`LABELS`].
+pub fn tickets(instruction: &str) -> Spec {
+    Spec::from_json("classify", &json!({"instruction": instruction, "labels": LABELS})).unwrap()
+}
+
+/// An answer of one text.
+pub fn label(text: &str) -> Verdict {
+    Verdict::Answer(Answer(vec![Some(text.to_owned())]))
 }
 
 pub fn add(sum: &mut Spent, more: &Spent) {
@@ -262,7 +264,7 @@ pub fn text(n: u64) -> String {
 
 /// Whether a text has its label.
 pub fn is_right(text: u64, verdict: &Verdict) -> bool {
-    *verdict == Verdict::Label((text % 4) as u32)
+    *verdict == label(LABELS[(text % 4) as usize])
 }
 
 pub fn provider(config: Config) -> FakeProvider {
