@@ -21,6 +21,9 @@ static ROLES: AtomicU32 = AtomicU32::new(0);
 const OF_ROLES: [i32; 2] =
     [pg_sys::SysCacheIdentifier::AUTHOID as i32, pg_sys::SysCacheIdentifier::AUTHMEMROLEMEM as i32];
 
+/// How often tables, schemas or roles were changed, whichever they are.
+static CATALOGS: AtomicU32 = AtomicU32::new(0);
+
 thread_local! {
     /// The tables that the rows are read from.
     static WATCHED: RefCell<Vec<pg_sys::Oid>> = const { RefCell::new(Vec::new()) };
@@ -31,7 +34,7 @@ pub fn listen() {
     for (table, name) in TABLES.iter().zip(NAMES) {
         table.store(relation(name).to_u32(), Relaxed);
     }
-    // SAFETY: on the main thread; the functions live as long as the process and do nothing but set a flag.
+    // SAFETY: on the main thread; the functions live as long as the process and do nothing but set a flag or count.
     unsafe {
         for cache in [pg_sys::SysCacheIdentifier::FOREIGNSERVEROID, pg_sys::SysCacheIdentifier::USERMAPPINGOID] {
             pg_sys::CacheRegisterSyscacheCallback(cache as i32, Some(on_catalog), pg_sys::Datum::from(0));
@@ -40,6 +43,8 @@ pub fn listen() {
         for cache in OF_ROLES.into_iter().chain([pg_sys::SysCacheIdentifier::PROCOID as i32]) {
             pg_sys::CacheRegisterSyscacheCallback(cache, Some(on_rights), pg_sys::Datum::from(0));
         }
+        let schemas = pg_sys::SysCacheIdentifier::NAMESPACEOID as i32;
+        pg_sys::CacheRegisterSyscacheCallback(schemas, Some(on_schema), pg_sys::Datum::from(0));
         pg_sys::CacheRegisterRelcacheCallback(Some(on_table), pg_sys::Datum::from(0));
     }
 }
@@ -62,6 +67,12 @@ pub fn heard_of_rights() -> bool {
 /// Another number each time that roles were changed. Postgres plans nothing anew for that, though policies depend on it.
 pub fn of_roles() -> u32 {
     ROLES.load(Relaxed)
+}
+
+/// The same number for as long as no table, schema or role was changed: what a table is called, what it has and whose it is
+/// has stayed the same then. Who has just locked a table has heard all that was changed in it before.
+pub fn of_tables() -> u32 {
+    CATALOGS.load(Relaxed)
 }
 
 /// The commit of this transaction tells that models or classifiers have changed.
@@ -90,11 +101,18 @@ unsafe extern "C-unwind" fn on_rights(_arg: pg_sys::Datum, cache: i32, _hash: u3
     RIGHTS.store(true, Relaxed);
     if OF_ROLES.contains(&cache) {
         ROLES.fetch_add(1, Relaxed);
+        CATALOGS.fetch_add(1, Relaxed);
     }
 }
 
 #[pg_guard]
+unsafe extern "C-unwind" fn on_schema(_arg: pg_sys::Datum, _cache: i32, _hash: u32) {
+    CATALOGS.fetch_add(1, Relaxed);
+}
+
+#[pg_guard]
 unsafe extern "C-unwind" fn on_table(_arg: pg_sys::Datum, table: pg_sys::Oid) {
+    CATALOGS.fetch_add(1, Relaxed);
     // 0: of all tables, since too much was told at once.
     if table == pg_sys::InvalidOid || TABLES.iter().any(|t| t.load(Relaxed) == table.to_u32()) {
         HEARD.store(true, Relaxed);

@@ -139,6 +139,8 @@ struct Worker {
     job: Job,
     asked: Asked,
     table: plan::Table,
+    /// As of which `changes::of_tables()` a settlement has looked at it.
+    table_at: Option<u32>,
     plan: Plan,
     /// From the first page on.
     rights: Option<Rights>,
@@ -212,6 +214,7 @@ impl Worker {
             job,
             asked,
             table,
+            table_at: None,
             plan,
             rights: None,
             client: None,

@@ -16,7 +16,7 @@ use crate::job::plan;
 use crate::job::settle::{self, Answer, FEW, Others, Settled};
 use crate::job::store::{self, Delta, Failure, Outcome};
 use crate::process::{my_database, report};
-use crate::{shared, sql, txn};
+use crate::{changes, shared, sql, txn};
 
 /// The time over which rates are measured.
 const RATES: Duration = Duration::from_secs(60);
@@ -70,7 +70,7 @@ impl Worker {
     /// The transaction of a settlement.
     fn write(&mut self, batch: &[Answer], others: Others) -> Result<Written> {
         let (job, asked, money) = (&self.job, &self.asked, &self.money);
-        let (plan, known) = (&mut self.plan, &mut self.table);
+        let (plan, known, known_at) = (&mut self.plan, &mut self.table, &mut self.table_at);
         let (spent, too_late) = (self.spent, &self.too_late);
         let (rows_per_second, tokens_per_minute) = rates(&self.samples);
         // A job that is about to stop sends nothing more.
@@ -80,10 +80,15 @@ impl Worker {
             failure_point!("settle");
             txn::check_writable()?;
             plan::lock(job, pg_sys::RowExclusiveLock)?;
-            let table = plan::table(job)?;
-            if table != *known {
-                *plan = make_plan(job, &table, &asked.stream)?;
-                *known = table;
+            // Where nothing was changed since the last look, it would find the same.
+            let at = changes::of_tables();
+            if *known_at != Some(at) {
+                let table = plan::table(job)?;
+                if table != *known {
+                    *plan = make_plan(job, &table, &asked.stream)?;
+                    *known = table;
+                }
+                *known_at = Some(at);
             }
             // Deferred constraints raise here, where the row they raise for can be found, not at the commit.
             sql::run("SET CONSTRAINTS ALL IMMEDIATE", &[])?;
