@@ -22,6 +22,7 @@ use crate::process::current_user;
 use crate::question::{Prepared, Question};
 use crate::statement;
 use crate::text::{self, Text};
+use crate::txn;
 
 /// A label, or NULL with a warning. Where a plan node has read ahead, the answer is there.
 fn classify_one(input: Text, question: Question) -> Result<Option<String>> {
@@ -30,16 +31,18 @@ fn classify_one(input: Text, question: Question) -> Result<Option<String>> {
     if let Some(label) = batch::answered(&input, &question) {
         return label;
     }
-    check_usable()?;
-    if !has_text(&input) {
-        return Ok(None);
-    }
-    let Prepared { asked, limit, conclude } = question.prepare()?;
-    statement::count_single();
-    let mut source = vec![(input, None)];
-    let mut got = None;
-    ask(asked, limit, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
-    got.map_or(Ok(None), |verdict| conclude.label(&verdict))
+    txn::with_settings(&[(c"search_path", c"pg_catalog, pg_temp")], || {
+        check_usable()?;
+        if !has_text(&input) {
+            return Ok(None);
+        }
+        let Prepared { asked, limit, conclude } = question.prepare()?;
+        statement::count_single();
+        let mut source = vec![(input, None)];
+        let mut got = None;
+        ask(asked, limit, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
+        got.map_or(Ok(None), |verdict| conclude.label(&verdict))
+    })
 }
 
 /// The author of the view, policy or cursor that a call stands in.

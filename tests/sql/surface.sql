@@ -21,7 +21,7 @@ SELECT p.oid::regprocedure FROM pg_proc p JOIN pg_depend d ON d.objid = p.oid AN
 \echo -- relations without a comment: none
 SELECT c.oid::regclass FROM pg_class c WHERE c.relnamespace = 'llm_batch'::regnamespace AND c.relkind IN ('r', 'v') AND obj_description(c.oid, 'pg_class') IS NULL;
 
-\echo -- functions that pin no search_path: those that run SQL of the caller or end transactions
+\echo -- functions that pin no search_path: those that run SQL of the caller, end transactions or are called row by row
 SELECT p.proname FROM pg_proc p JOIN pg_depend d ON d.objid = p.oid AND d.deptype = 'e' AND d.classid = 'pg_proc'::regclass
   JOIN pg_extension e ON e.oid = d.refobjid AND e.extname = 'pg_llm_batch'
  WHERE NOT coalesce(array_to_string(p.proconfig, ' ') ~ '^search_path=pg_catalog, pg_temp$', false) ORDER BY 1;
