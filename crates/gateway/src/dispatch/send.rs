@@ -5,18 +5,20 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use llm_batch_core::dialect::{self, Counts};
-use llm_batch_core::limiter::{Refusal, Tokens};
+use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Tokens};
+use llm_batch_core::patience::Way;
 use llm_batch_core::prompt;
 use serde_json::Value;
 use tokio::sync::Notify;
 
 use super::{Asked, InFlight, Launch, State, circuits, say};
+use crate::cache::TextKey;
 use crate::group::{Group, Next};
 use crate::key::{GroupId, LaneKey};
 use crate::lane::{Lane, Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
 use crate::numbers::Numbers;
 use crate::protocol::FromGateway;
-use crate::purse::Pays;
+use crate::purse::{Pays, Purse};
 use crate::row::Row;
 
 /// A request that is cut to fit keeps at least one of so many rows.
@@ -80,6 +82,26 @@ impl Draft {
         self
     }
 
+    /// Tokens of prompt and answer, by our count.
+    fn size(&self) -> usize {
+        (self.estimate.input + self.estimate.output) as usize
+    }
+
+    /// How it is asked, if it is sent.
+    fn asked(&self, now: u64, scope: TextKey, (way, turn): (Way, u32), learned: Learned) -> Asked {
+        Asked {
+            scope,
+            way,
+            turn,
+            learned,
+            estimate: self.estimate,
+            reserved: self.reserve,
+            worst: self.worst,
+            can_grow: self.can_grow,
+            sent: now,
+        }
+    }
+
     pub fn body(&self, learned: Learned, group: &Group, rows: &[Row]) -> Value {
         let (system, user) = group.messages(rows, &self.ids);
         dialect::body(&dialect::Request {
@@ -99,6 +121,116 @@ impl Draft {
 pub(super) fn rows_of(learned: Learned, measured: Measured, largest: u64) -> u64 {
     let thinking = if measured.thinking.usual() > 0 { measured.spared(learned.spare_answer_tokens) } else { 0 };
     largest - thinking.min(largest / 4 * 3)
+}
+
+/// A pack that goes out.
+struct Pack {
+    rows: Vec<Row>,
+    draft: Draft,
+    asked: Asked,
+    grant: Grant,
+}
+
+/// Why a pack does not go out now.
+enum Not {
+    /// The budget does not suffice for it. To whom that is said, if it is not known there.
+    Paid(Option<(u64, FromGateway)>),
+    /// Not before this time (ms).
+    Until(u64),
+    /// So many of its rows are larger than a request may be; and why.
+    TooLarge(usize, String),
+}
+
+impl Not {
+    /// How many rows of the pack are not put back: those that are too large.
+    fn rows(&self) -> usize {
+        if let Self::TooLarge(rows, _) = self { *rows } else { 0 }
+    }
+}
+
+/// By what the requests of a group are drafted.
+struct Terms<'a> {
+    numbers: &'a Numbers,
+    learned: Learned,
+    measured: Measured,
+    configured: Limits,
+    /// Most tokens of a request, prompt and answer: by what the user has set, and by what a provider says too.
+    set: u64,
+    largest: u64,
+    /// Most tokens of an answer.
+    largest_answer: Option<u64>,
+}
+
+impl Terms<'_> {
+    /// So many of the server's tokens by our count.
+    fn counted(&self, tokens: u64) -> usize {
+        (tokens as f64 / self.measured.prompt.apply(1000) as f64 * 1000.0) as usize
+    }
+
+    fn draft(&self, group: &Group, rows: &[Row]) -> Draft {
+        let counts = group.stream.endpoint.counts;
+        Draft::new(self.numbers, (self.learned, self.measured), group, rows, self.largest)
+            .within(self.largest_answer, counts)
+    }
+
+    /// How many of these rows go in one request now, by the budget and the limits.
+    fn decide(
+        &self,
+        now: u64,
+        group: &mut Group,
+        limiter: &mut Limiter,
+        rows: &[Row],
+    ) -> Result<(usize, Draft, Grant), Not> {
+        let draft = self.draft(group, rows);
+        if rows.len() == 1 && draft.size() > self.counted(self.set) {
+            let is_models = self.set == group.stream.model.max_request_tokens;
+            let what = if is_models { "max_request_tokens" } else { "the limit a minute" };
+            return Err(Not::TooLarge(1, format!("{what} of the model leaves {} tokens for one", self.set)));
+        }
+        let (mut rows, mut draft) = self.afford(group, rows, draft)?;
+        let mut tried = limiter.reserve(now, draft.reserve, group.class(), 1.0);
+        if tried == Err(Refusal::TooLarge) && rows.len() == 1 && self.configured.admit(draft.reserve) {
+            tried = limiter.reserve(now, limiter.trial(draft.reserve), group.class(), 1.0);
+        }
+        if let Err(Refusal::Until { part, .. }) = tried
+            && part > 0.0
+        {
+            let n = group.fit(rows, (draft.size() as f64 * part) as usize);
+            if n * LEAST_PART >= rows.len().max(LEAST_PART) {
+                let part = n as f64 / rows.len() as f64;
+                rows = rows.get(..n).unwrap_or(rows);
+                draft = self.draft(group, rows);
+                tried = limiter.reserve(now, draft.reserve, group.class(), part).or(tried);
+            }
+        }
+        match tried {
+            Ok(grant) => Ok((rows.len(), draft, grant)),
+            Err(Refusal::Until { at, .. }) => Err(Not::Until(at)),
+            Err(Refusal::TooLarge) => {
+                Err(Not::TooLarge(rows.len(), "a limit a minute of the model is smaller".to_owned()))
+            }
+        }
+    }
+
+    /// The first of these rows, as many as the group's purse pays for, and their draft.
+    fn afford<'r>(&self, group: &mut Group, rows: &'r [Row], full: Draft) -> Result<(&'r [Row], Draft), Not> {
+        let (mut rows, mut draft) = (rows, full);
+        let Some(mut purse) = group.purse.take() else { return Ok((rows, draft)) };
+        let least = self.draft(group, rows.get(..1).unwrap_or_default()).worst;
+        let pays = purse.pays(draft.worst, least, group.in_flight == 0);
+        while pays == Pays::Less && rows.len() > 1 && !purse.covers(draft.worst) {
+            rows = rows.get(..rows.len() - rows.len().div_ceil(8)).unwrap_or_default();
+            draft = self.draft(group, rows);
+        }
+        let ask = |purse: &Purse| FromGateway::Exhausted { least: purse.worth(least), full: purse.worth(draft.worst) };
+        let not = match pays {
+            Pays::Yes | Pays::Less => None,
+            Pays::Later => Some(Not::Paid(None)),
+            Pays::Ask => Some(Not::Paid(Some((purse.conn, ask(&purse))))),
+        };
+        group.purse = Some(purse);
+        not.map_or(Ok((rows, draft)), Err)
+    }
 }
 
 /// What a look at a lane's queues came to.
@@ -172,10 +304,9 @@ impl State {
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
         let largest_answer = lane.limiter.largest_answer();
-        let Lane { groups, level, limiter, learned, measured, standings, in_flight, in_flight_rows, .. } = lane;
-        for (group_id, group) in groups {
-            let interactive = group.stream.interactive;
-            if *in_flight >= if interactive { allowed_interactive } else { allowed } {
+        let Lane { groups, limiter, learned, measured, standings, in_flight, .. } = lane;
+        for (id, group) in groups {
+            if *in_flight >= if group.stream.interactive { allowed_interactive } else { allowed } {
                 return Look::Nothing;
             }
             if !self.circuits.is_empty() && !circuits::is_closed(&self.circuits, key, &group.stream) {
@@ -195,11 +326,18 @@ impl State {
             let (way, turn) = standing.patience.way();
             let learned = Learned { forms: standing.forms.without(learned.forms), ..*learned };
             // What the user has set is what makes a row too long. What a provider says is tried with the row alone.
-            let most_set = group.stream.model.max_request_tokens;
-            let allowed = configured.largest_request().unwrap_or(u64::MAX).min(most_set);
-            let largest = allowed.min(by_word);
-            let counted = |tokens: u64| (tokens as f64 / measured.prompt.apply(1000) as f64 * 1000.0) as usize;
-            let mut rows = match group.next(now, counted(rows_of(learned, *measured, largest)), way) {
+            let set = configured.largest_request().unwrap_or(u64::MAX).min(group.stream.model.max_request_tokens);
+            let largest = set.min(by_word);
+            let terms = Terms {
+                numbers: &self.numbers,
+                learned,
+                measured: *measured,
+                configured,
+                set,
+                largest,
+                largest_answer,
+            };
+            let mut rows = match group.next(now, terms.counted(rows_of(learned, *measured, largest)), way) {
                 Next::Rows(rows) => rows,
                 Next::Until(at) => {
                     later(at);
@@ -207,115 +345,74 @@ impl State {
                 }
                 Next::Empty => continue,
             };
-            let (numbers, measured) = (&self.numbers, *measured);
-            let draft_of = |group: &Group, rows: &[Row]| {
-                let counts = group.stream.endpoint.counts;
-                Draft::new(numbers, (learned, measured), group, rows, largest).within(largest_answer, counts)
-            };
-            let mut draft = draft_of(group, &rows);
-            if rows.len() == 1 && (draft.estimate.input + draft.estimate.output) as usize > counted(allowed) {
-                let what = if allowed == most_set { "max_request_tokens" } else { "the limit a minute" };
-                let why = format!("{what} of the model leaves {allowed} tokens for one");
-                return Look::TooLarge(*group_id, rows, why);
-            }
-            if let Some(mut purse) = group.purse.take() {
-                let least = draft_of(group, rows.get(..1).unwrap_or_default()).worst;
-                let is_idle = group.in_flight == 0;
-                let pays = purse.pays(draft.worst, least, is_idle);
-                while pays == Pays::Less && rows.len() > 1 && !purse.covers(draft.worst) {
-                    group.put_back(rows.split_off(rows.len() - rows.len().div_ceil(8)));
-                    draft = draft_of(group, &rows);
+            let decided = terms.decide(now, group, limiter, &rows);
+            // Rows that do not go return to where they were.
+            group.put_back(rows.split_off(decided.as_ref().map_or_else(Not::rows, |(n, ..)| *n)));
+            match decided {
+                Ok((_, draft, grant)) => {
+                    let asked = draft.asked(now, group.scope, (way, turn), learned);
+                    let id = *id;
+                    launches.extend(self.launch(now, key, id, Pack { rows, draft, asked, grant }));
+                    return Look::Sent;
                 }
-                if pays == Pays::Ask {
-                    // What was answered so far goes first: the client reckons with it.
-                    let (conn, least, full) = (purse.conn, purse.worth(least), purse.worth(draft.worst));
-                    if let Some(c) = self.conns.get_mut(&conn) {
-                        super::flush(c);
-                        say(c, &FromGateway::Exhausted { least, full });
-                    }
-                }
-                group.purse = Some(purse);
-                if matches!(pays, Pays::Ask | Pays::Later) {
-                    group.put_back(rows);
-                    continue;
-                }
-            }
-            let mut tried = limiter.reserve(now, draft.reserve, group.class(), 1.0);
-            if tried == Err(Refusal::TooLarge) && rows.len() == 1 && configured.admit(draft.reserve) {
-                tried = limiter.reserve(now, limiter.trial(draft.reserve), group.class(), 1.0);
-            }
-            if let Err(Refusal::Until { part, .. }) = tried
-                && part > 0.0
-            {
-                let fits = ((draft.estimate.input + draft.estimate.output) as f64 * part) as usize;
-                let n = group.fit(&rows, fits);
-                if n * LEAST_PART >= rows.len().max(LEAST_PART) {
-                    let part = n as f64 / rows.len() as f64;
-                    let rest = rows.split_off(n);
-                    draft = draft_of(group, &rows);
-                    group.put_back(rest);
-                    tried = limiter.reserve(now, draft.reserve, group.class(), part).or(tried);
-                }
-            }
-            let grant = match tried {
-                Ok(grant) => grant,
-                Err(Refusal::Until { at, .. }) => {
-                    group.put_back(rows);
+                Err(Not::TooLarge(_, why)) => return Look::TooLarge(*id, rows, why),
+                Err(Not::Until(at)) => {
                     later(at);
                     return Look::Nothing;
                 }
-                Err(Refusal::TooLarge) => {
-                    let why = "a limit a minute of the model is smaller".to_owned();
-                    return Look::TooLarge(*group_id, rows, why);
+                Err(Not::Paid(None)) => {}
+                Err(Not::Paid(Some((conn, message)))) => {
+                    if let Some(c) = self.conns.get_mut(&conn) {
+                        // What was answered so far goes first: the client reckons with it.
+                        super::flush(c);
+                        say(c, &message);
+                    }
                 }
-            };
-            if let Some(purse) = &mut group.purse {
-                purse.take(draft.worst);
             }
-            let level = &mut level[usize::from(interactive)];
-            *level = level.max(group.served);
-            group.count_served(now, &rows);
-            standing.patience.sent(now);
-            *in_flight += 1;
-            *in_flight_rows += rows.len();
-            let abandoned = Rc::new(Notify::new());
-            self.next_id += 1;
-            launches.push(Launch {
-                id: self.next_id,
-                body: draft.body(learned, group, &rows),
-                stream: Rc::clone(&group.stream),
-                timeout: Duration::from_millis(group.stream.model.request_timeout_ms),
-                most_tokens: draft.worst.output,
-                abandoned: Rc::clone(&abandoned),
-            });
-            let request = InFlight {
-                lane: key.clone(),
-                group: *group_id,
-                id: self.next_id,
-                asked: Asked {
-                    scope: group.scope,
-                    way,
-                    turn,
-                    learned,
-                    estimate: draft.estimate,
-                    reserved: draft.reserve,
-                    worst: draft.worst,
-                    can_grow: draft.can_grow,
-                    sent: now,
-                },
-                ids: draft.ids,
-                grant,
-                abandoned,
-                is_accounted: false,
-                rows,
-            };
-            self.numbers.used(&request.ids);
-            lane.last_request = request.id;
-            lane.requests_total += 1;
-            lane.rows_total += request.rows.len() as u64;
-            self.in_flight.insert(self.next_id, request);
-            return Look::Sent;
         }
         Look::Nothing
+    }
+
+    /// A pack goes out.
+    fn launch(&mut self, now: u64, key: &LaneKey, id: GroupId, pack: Pack) -> Option<Launch> {
+        let lane = self.lanes.get_mut(key)?;
+        let (_, group) = lane.groups.iter_mut().find(|(own, _)| *own == id)?;
+        let Pack { rows, draft, asked, grant } = pack;
+        if let Some(purse) = &mut group.purse {
+            purse.take(draft.worst);
+        }
+        let level = &mut lane.level[usize::from(group.stream.interactive)];
+        *level = level.max(group.served);
+        group.count_served(now, &rows);
+        lane.standings.of(now, group.scope).patience.sent(now);
+        self.next_id += 1;
+        let abandoned = Rc::new(Notify::new());
+        let launch = Launch {
+            id: self.next_id,
+            body: draft.body(asked.learned, group, &rows),
+            stream: Rc::clone(&group.stream),
+            timeout: Duration::from_millis(group.stream.model.request_timeout_ms),
+            most_tokens: draft.worst.output,
+            abandoned: Rc::clone(&abandoned),
+        };
+        lane.in_flight += 1;
+        lane.in_flight_rows += rows.len();
+        lane.last_request = self.next_id;
+        lane.requests_total += 1;
+        lane.rows_total += rows.len() as u64;
+        self.numbers.used(&draft.ids);
+        let request = InFlight {
+            id: self.next_id,
+            lane: key.clone(),
+            group: id,
+            asked,
+            rows,
+            ids: draft.ids,
+            grant,
+            abandoned,
+            is_accounted: false,
+        };
+        self.in_flight.insert(self.next_id, request);
+        Some(launch)
     }
 }
