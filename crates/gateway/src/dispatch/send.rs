@@ -132,16 +132,16 @@ struct Pack {
 }
 
 /// Why a pack does not go out now.
-enum Not {
-    /// The budget does not suffice for it. To whom that is said, if it is not known there.
-    Paid(Option<(u64, FromGateway)>),
+enum Unsent {
+    /// The budget does not suffice for it. The client that is asked for more, and the message, unless it was asked before.
+    Unpaid(Option<(u64, FromGateway)>),
     /// Not before this time (ms).
     Until(u64),
     /// So many of its rows are larger than a request may be; and why.
     TooLarge(usize, String),
 }
 
-impl Not {
+impl Unsent {
     /// How many rows of the pack are not put back: those that are too large.
     fn rows(&self) -> usize {
         if let Self::TooLarge(rows, _) = self { *rows } else { 0 }
@@ -180,12 +180,12 @@ impl Terms<'_> {
         group: &mut Group,
         limiter: &mut Limiter,
         rows: &[Row],
-    ) -> Result<(usize, Draft, Grant), Not> {
+    ) -> Result<(usize, Draft, Grant), Unsent> {
         let draft = self.draft(group, rows);
         if rows.len() == 1 && draft.size() > self.counted(self.set) {
             let is_models = self.set == group.stream.model.max_request_tokens;
             let what = if is_models { "max_request_tokens" } else { "the limit a minute" };
-            return Err(Not::TooLarge(1, format!("{what} of the model leaves {} tokens for one", self.set)));
+            return Err(Unsent::TooLarge(1, format!("{what} of the model leaves {} tokens for one", self.set)));
         }
         let (mut rows, mut draft) = self.afford(group, rows, draft)?;
         let mut tried = limiter.reserve(now, draft.reserve, group.class(), 1.0);
@@ -205,15 +205,15 @@ impl Terms<'_> {
         }
         match tried {
             Ok(grant) => Ok((rows.len(), draft, grant)),
-            Err(Refusal::Until { at, .. }) => Err(Not::Until(at)),
+            Err(Refusal::Until { at, .. }) => Err(Unsent::Until(at)),
             Err(Refusal::TooLarge) => {
-                Err(Not::TooLarge(rows.len(), "a limit a minute of the model is smaller".to_owned()))
+                Err(Unsent::TooLarge(rows.len(), "a limit a minute of the model is smaller".to_owned()))
             }
         }
     }
 
     /// The first of these rows, as many as the group's purse pays for, and their draft.
-    fn afford<'r>(&self, group: &mut Group, rows: &'r [Row], full: Draft) -> Result<(&'r [Row], Draft), Not> {
+    fn afford<'r>(&self, group: &mut Group, rows: &'r [Row], full: Draft) -> Result<(&'r [Row], Draft), Unsent> {
         let (mut rows, mut draft) = (rows, full);
         let Some(mut purse) = group.purse.take() else { return Ok((rows, draft)) };
         let least = self.draft(group, rows.get(..1).unwrap_or_default()).worst;
@@ -225,8 +225,8 @@ impl Terms<'_> {
         let ask = |purse: &Purse| FromGateway::Exhausted { least: purse.worth(least), full: purse.worth(draft.worst) };
         let not = match pays {
             Pays::Yes | Pays::Less => None,
-            Pays::Later => Some(Not::Paid(None)),
-            Pays::Ask => Some(Not::Paid(Some((purse.conn, ask(&purse))))),
+            Pays::Later => Some(Unsent::Unpaid(None)),
+            Pays::Ask => Some(Unsent::Unpaid(Some((purse.conn, ask(&purse))))),
         };
         group.purse = Some(purse);
         not.map_or(Ok((rows, draft)), Err)
@@ -347,7 +347,7 @@ impl State {
             };
             let decided = terms.decide(now, group, limiter, &rows);
             // Rows that do not go return to where they were.
-            group.put_back(rows.split_off(decided.as_ref().map_or_else(Not::rows, |(n, ..)| *n)));
+            group.put_back(rows.split_off(decided.as_ref().map_or_else(Unsent::rows, |(n, ..)| *n)));
             match decided {
                 Ok((_, draft, grant)) => {
                     let asked = draft.asked(now, group.scope, (way, turn), learned);
@@ -355,13 +355,13 @@ impl State {
                     launches.extend(self.launch(now, key, id, Pack { rows, draft, asked, grant }));
                     return Look::Sent;
                 }
-                Err(Not::TooLarge(_, why)) => return Look::TooLarge(*id, rows, why),
-                Err(Not::Until(at)) => {
+                Err(Unsent::TooLarge(_, why)) => return Look::TooLarge(*id, rows, why),
+                Err(Unsent::Until(at)) => {
                     later(at);
                     return Look::Nothing;
                 }
-                Err(Not::Paid(None)) => {}
-                Err(Not::Paid(Some((conn, message)))) => {
+                Err(Unsent::Unpaid(None)) => {}
+                Err(Unsent::Unpaid(Some((conn, message)))) => {
                     if let Some(c) = self.conns.get_mut(&conn) {
                         // What was answered so far goes first: the client reckons with it.
                         super::flush(c);
