@@ -111,12 +111,11 @@ mod tests {
         let mut c = Concurrency::default();
         let mut free = vec![0_u64; slots];
         let mut under_way: Vec<(u64, u64)> = Vec::new();
-        let (mut now, mut sum, mut random) = (0, 0, 1_u64);
+        let (mut now, mut sum, mut random) = (0, 0, fastrand::Rng::with_seed(1));
         for i in 0..answers {
             while under_way.len() < c.allowed() {
-                random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                 let slot = free.iter_mut().min().unwrap();
-                *slot = (*slot).max(now) + service + (random >> 33) % (spread + 1);
+                *slot = (*slot).max(now) + service + random.u64(..=spread);
                 under_way.push((now, *slot));
             }
             let (at, _) = under_way.iter().enumerate().min_by_key(|(_, u)| u.1).unwrap();

@@ -81,14 +81,13 @@ fn request(number: u64) -> String {
     system.push_str(&format!("\n{}\nAnswer as {{\"r\":[{{\"i\":417,\"c\":\"a\"}}]}}", manner.repeat(10)));
     let words: Vec<&str> = WORDS.split(' ').collect();
     let mut user = String::new();
-    let mut seed = number.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut random = fastrand::Rng::with_seed(number);
     for row in 0..ROWS {
         let id = number * ROWS + row;
         let mut text = format!("#r{id:07}:{}#", LABELS[(id % 8) as usize]);
         for _ in 0..19 {
-            seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
             text.push(' ');
-            text.push_str(words[(seed >> 33) as usize % words.len()]);
+            text.push_str(words[random.usize(..words.len())]);
         }
         user.push_str(&format!("{}: {}\n", 100 + row, Value::from(text)));
     }

@@ -1,8 +1,9 @@
 //! The answer to a task: right, or wrong in the way asked for.
 
+use fastrand::Rng;
+
 use crate::Fault;
 use crate::prompt::{Asked, RowId, Shape, Task};
-use crate::rng::Rng;
 use crate::tokens::{first_tokens, tokens};
 
 const PROSE: &str = "These tickets are about many things, and it is hard to say which is which.";
@@ -121,7 +122,7 @@ fn spoil(items: &mut Vec<Item>, task: &Task, enforced: Option<&[String]>, fault:
         *fault = None;
         return;
     }
-    let pick = rng.below(items.len());
+    let pick = rng.usize(..items.len());
     let other_code = task.codes.iter().find(|code| **code != items[pick].code);
     match fault {
         Some(Fault::InventId) => {

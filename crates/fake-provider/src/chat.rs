@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
 use serde_json::{Value, json};
 
 use crate::amounts::{Amounts, Limit};
@@ -119,7 +120,7 @@ impl State {
 
     /// One draw, so that the configured probabilities are those of the outcome.
     fn draw_fault(&mut self) -> Option<Fault> {
-        let mut left = self.rng.unit();
+        let mut left = self.rng.f64();
         for (fault, probability) in &self.config.faults {
             if left < *probability {
                 return Some(fault.clone());
@@ -169,13 +170,13 @@ impl State {
     fn delay(&mut self, completion_tokens: u64) -> Duration {
         let latency = self.config.latency;
         let plain = latency.base.as_secs_f64() + latency.per_output_token.as_secs_f64() * completion_tokens as f64;
-        let seconds = plain * self.rng.lognormal(latency.spread);
+        let seconds = plain * lognormal(&mut self.rng, latency.spread);
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::ZERO)
     }
 
     fn completion(&mut self, chat: &Chat, cached_tokens: u64, answer: &Answer) -> Reply {
         let mut body = json!({
-            "id": format!("chatcmpl-{:016x}", self.rng.next_u64()),
+            "id": format!("chatcmpl-{:016x}", self.rng.u64(..)),
             "object": "chat.completion",
             "created": unix_time().as_secs(),
             "model": chat.model,
@@ -274,6 +275,14 @@ fn check(config: &Config, chat: &Chat) -> Result<(), Reply> {
 
 fn signed(number: u64) -> i64 {
     i64::try_from(number).unwrap_or(i64::MAX)
+}
+
+/// A lognormal factor of median 1 whose logarithm deviates by `sigma`.
+fn lognormal(rng: &mut Rng, sigma: f64) -> f64 {
+    // Box-Muller. 1 - f64() is never 0.
+    let radius = (-2.0 * (1.0 - rng.f64()).ln()).sqrt();
+    let normal = radius * (std::f64::consts::TAU * rng.f64()).cos();
+    (sigma * normal).exp()
 }
 
 /// What a request takes of each limit.

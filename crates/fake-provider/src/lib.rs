@@ -43,7 +43,6 @@ mod prefix;
 mod prompt;
 mod reply;
 mod request;
-mod rng;
 mod server;
 mod state;
 mod stats;

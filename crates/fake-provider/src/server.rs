@@ -284,5 +284,5 @@ fn release_reservation(state: &mut State, now: Instant, admitted: &Admitted) {
 }
 
 fn request_id(state: &mut State) -> String {
-    format!("req_{:016x}", state.rng.next_u64())
+    format!("req_{:016x}", state.rng.u64(..))
 }

@@ -4,12 +4,12 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use fastrand::Rng;
 use serde_json::Value;
 use tokio::sync::watch;
 
 use crate::limits::Limits;
 use crate::prefix::Prefixes;
-use crate::rng::Rng;
 use crate::stats::Tally;
 use crate::tokens::Counts;
 use crate::{Config, Fault, Stats};
@@ -81,7 +81,7 @@ impl Shared {
     pub(crate) fn new(config: Config) -> Self {
         Self {
             state: Mutex::new(State {
-                rng: Rng::new(config.seed),
+                rng: Rng::with_seed(config.seed),
                 config,
                 limits: Limits::default(),
                 prefixes: Prefixes::default(),

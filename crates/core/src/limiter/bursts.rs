@@ -23,11 +23,7 @@ struct Seen {
 
 /// Runs statements one after the other; a request that is refused is sent again.
 fn run(limiter: &mut Limiter, provider: &mut Provider, says_left: bool, seed: u64, all: &[Statement]) -> Vec<Seen> {
-    let mut random = seed | 1;
-    let mut random = move |n: u64| {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (random >> 33) % n
-    };
+    let mut random = fastrand::Rng::with_seed(seed);
     let mut now = provider.at.max(START);
     let mut result = Vec::new();
     for (gap, requests) in all {
@@ -38,7 +34,7 @@ fn run(limiter: &mut Limiter, provider: &mut Provider, says_left: bool, seed: u6
         let mut grants = Vec::new();
         let mut sizes = Vec::new();
         while waiting > 0 || !answers.is_empty() || !arriving.is_empty() {
-            let size = PACK * (980 + random(40)) / 1000;
+            let size = PACK * (980 + random.u64(..40)) / 1000;
             // A little more than it takes.
             let estimate = Tokens { input: size * 92 / 100, output: size * 9 / 100 };
             let tried = (waiting > 0).then(|| limiter.reserve(now, estimate, Class::Interactive, 1.0));
@@ -48,7 +44,7 @@ fn run(limiter: &mut Limiter, provider: &mut Provider, says_left: bool, seed: u6
                     seen.sent += 1;
                     seen.took = now - begin;
                     // They come in another order than they were sent.
-                    arriving.push(Reverse((now + 5 + random(15), grants.len())));
+                    arriving.push(Reverse((now + 5 + random.u64(..15), grants.len())));
                     grants.push(Some(grant));
                     sizes.push(size);
                     continue;
@@ -65,7 +61,7 @@ fn run(limiter: &mut Limiter, provider: &mut Provider, says_left: bool, seed: u6
             {
                 arriving.pop();
                 let (goes, left) = provider.admit(at.max(provider.at), sizes[i]);
-                let back = if goes { LATENCY * (70 + random(80)) / 100 } else { 10 };
+                let back = if goes { LATENCY * (70 + random.u64(..80)) / 100 } else { 10 };
                 answers.push(Reverse((at + back, i, goes, left)));
             }
             while let Some(Reverse((at, i, goes, left))) = answers.peek().copied()

@@ -111,11 +111,7 @@ struct Seen {
 
 /// A client that always has rows to send, packed by the same rules as the gateway's.
 fn run(case: Case) -> Seen {
-    let mut random = case.seed | 1;
-    let mut random = move |n: u64| {
-        random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (random >> 33) % n
-    };
+    let mut random = fastrand::Rng::with_seed(case.seed);
     let start = 3_600_000;
     let mut provider = Provider::new(case.kind, case.window, case.other, start + case.from);
     provider.at = start;
@@ -138,9 +134,9 @@ fn run(case: Case) -> Seen {
         }
         match tried {
             Ok(grant) => {
-                let arrives = now + 5 + random(15);
+                let arrives = now + 5 + random.u64(..15);
                 let (goes, left) = provider.admit(arrives.max(provider.at), size);
-                let back = if goes { LATENCY * (70 + random(80)) / 100 } else { 10 };
+                let back = if goes { LATENCY * (70 + random.u64(..80)) / 100 } else { 10 };
                 answers.push(Reverse((arrives + back, under_way.len() as u64)));
                 under_way.push(Some((grant, size, goes, left)));
                 seen.sent += 1;
@@ -148,7 +144,7 @@ fn run(case: Case) -> Seen {
                     ours += size;
                 }
                 seen.most_in_flight = seen.most_in_flight.max(answers.len());
-                want = PACK * (980 + random(40)) / 1000;
+                want = PACK * (980 + random.u64(..40)) / 1000;
             }
             Err(Refusal::TooLarge) => unreachable!(),
             Err(Refusal::Until { at, .. }) => {
