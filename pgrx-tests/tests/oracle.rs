@@ -9,15 +9,12 @@ use common::{Bed, one, run};
 use llm_fake_provider::Config;
 use postgres::{Client, SimpleQueryMessage};
 
-/// Random choices from a seed (xorshift).
-struct Dice(u64);
+/// Random choices from a seed.
+struct Dice(fastrand::Rng);
 
 impl Dice {
     fn roll(&mut self, sides: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % sides as u64) as usize
+        self.0.usize(..sides)
     }
 
     fn pick<'a>(&mut self, of: &[&'a str]) -> &'a str {
@@ -281,7 +278,7 @@ fn generated_queries() {
     );
     let number = |name: &str, default: u64| std::env::var(name).map_or(default, |v| v.parse().unwrap());
     let (seed, queries) = (number("ORACLE_SEED", 20), number("ORACLE_QUERIES", 300));
-    let mut dice = Dice(seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1);
+    let mut dice = Dice(fastrand::Rng::with_seed(seed));
     let (mut placed, mut failed, mut empty) = (0, 0, 0);
     for i in 0..queries {
         let sql = dice.statement();

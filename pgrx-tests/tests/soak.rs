@@ -8,6 +8,7 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use common::{Bed, PATIENCE, Progress, backfill, one, progress, run, text, tickets};
+use fastrand::Rng;
 use llm_fake_provider::{Config, Fault, Latency};
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::Client;
@@ -21,16 +22,6 @@ const TOUCHED: i64 = 40;
 /// A number from the environment, or else the given one.
 fn setting(name: &str, default: i64) -> i64 {
     std::env::var(name).map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name} is not a number: {v}")))
-}
-
-/// Random numbers that a seed repeats.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, n: i64) -> i64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((self.0 >> 33) % n as u64) as i64
-    }
 }
 
 /// What is done to a running job.
@@ -105,14 +96,14 @@ impl std::fmt::Debug for Held {
 }
 
 /// Does something to the job; afterwards the server takes connections again.
-fn happen(bed: &mut Bed, job: i64, event: Event, random: &mut Random) {
+fn happen(bed: &mut Bed, job: i64, event: Event, random: &mut Rng) {
     let mut c = connect(bed);
     let end = |c: &mut Client, kind: &str| {
         if let Some(pid) = pids(c, kind).first() {
             run(c, &format!("SELECT pg_terminate_backend({pid})"));
         }
     };
-    let pause = Duration::from_millis(random.below(800) as u64);
+    let pause = Duration::from_millis(random.u64(..800));
     match event {
         Event::EndGateway => end(&mut c, "llm_batch gateway"),
         Event::EndWorker => end(&mut c, "llm_batch job"),
@@ -161,8 +152,8 @@ fn happen(bed: &mut Bed, job: i64, event: Event, random: &mut Random) {
 }
 
 /// Somebody fills, changes and deletes rows that wait, and keeps a list of it.
-fn work_beside(c: &mut Client, rows: i64, random: &mut Random) {
-    let mut some = || (0..TOUCHED).map(|_| random.below(rows).to_string()).collect::<Vec<_>>().join(",");
+fn work_beside(c: &mut Client, rows: i64, random: &mut Rng) {
+    let mut some = || (0..TOUCHED).map(|_| random.i64(0..rows).to_string()).collect::<Vec<_>>().join(",");
     let (mine, changed, gone) = (some(), some(), some());
     // Where it meets a lock for too long or a deadlock, it is not done.
     let _ = c.batch_execute(&format!(
@@ -184,7 +175,7 @@ fn the_accounts_hold_after_all_of_it() {
     let rows = setting("SOAK_ROWS", 20_000);
     let seconds = setting("SOAK_SECONDS", 25);
     let seed = setting("SOAK_SEED", 1);
-    let mut random = Random(seed as u64);
+    let mut random = Rng::with_seed(seed as u64);
     // So slow that rows are left for as long as things happen.
     let base = Duration::from_millis((REQUESTS * PACK * seconds * 700 / rows) as u64);
     let config = Config {
@@ -217,7 +208,7 @@ fn the_accounts_hold_after_all_of_it() {
             }
         }
         work_beside(&mut c, rows, &mut random);
-        let event = Event::ALL[random.below(Event::ALL.len() as i64) as usize];
+        let event = Event::ALL[random.usize(..Event::ALL.len())];
         println!("{:7.1} s  {event:?}  {} of {} done", start.elapsed().as_secs_f64(), p.done, p.total);
         happen(&mut bed, job, event, &mut random);
         *events.entry(event).or_default() += 1;
@@ -225,7 +216,7 @@ fn the_accounts_hold_after_all_of_it() {
             restarts += 1;
             c = connect(&bed);
         }
-        std::thread::sleep(Duration::from_millis(random.below(2_000) as u64));
+        std::thread::sleep(Duration::from_millis(random.u64(..2_000)));
     }
     let loud = start.elapsed();
     let p = wait_until(
