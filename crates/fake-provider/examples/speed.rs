@@ -1,4 +1,4 @@
-//! What a row costs the provider: CPU time of its thread, everything included.
+//! The CPU time of a row in the provider's thread, everything included.
 //!
 //! `cargo run --release -p llm_fake_provider --example speed [REQUESTS]` sends
 //! that many requests (default 4,000) of 50 rows of some 37 tokens, with some 450

@@ -44,7 +44,7 @@ impl Bucket {
         *missing = (*missing - tokens as f64).max(0.0);
     }
 
-    /// What is missing, rounded up, as of the last `refill`.
+    /// The amount missing, rounded up, as of the last `refill`.
     pub(crate) fn used(&self, limit: Limit) -> u64 {
         (self.missing[limit as usize] - EPSILON).ceil() as u64
     }

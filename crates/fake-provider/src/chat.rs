@@ -16,7 +16,7 @@ use crate::request::{Chat, Format};
 use crate::state::State;
 use crate::{Config, Fault, Reserve};
 
-/// What becomes of a request.
+/// The decision about a request.
 pub(crate) enum Verdict {
     /// Refused: send this at once.
     Refused(Reply),
@@ -285,7 +285,7 @@ fn lognormal(rng: &mut Rng, sigma: f64) -> f64 {
     (sigma * normal).exp()
 }
 
-/// What a request takes of each limit.
+/// The amount that a request takes of each limit.
 fn charge(reserve: Reserve, chat: &Chat, answer: &Answer) -> Amounts {
     let prompt = chat.prompt_tokens;
     let tokens = match (reserve, chat.max_tokens) {

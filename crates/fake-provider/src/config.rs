@@ -1,4 +1,4 @@
-//! What the provider allows, how long it takes, how often it fails.
+//! The configuration: limits, latency, faults.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -33,7 +33,7 @@ pub struct Config {
     pub requests_per_window: Option<u64>,
     /// Another client that uses the same limits. Default none.
     pub other_client: Option<OtherClient>,
-    /// What a request is charged against `tokens_per_window`.
+    /// The tokens that a request is charged against `tokens_per_window`.
     pub reserve: Reserve,
     /// Once a request has its answer, lower its charge to what it used. Matters
     /// where `reserve` charges more than that. Default false.

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use crate::state::Shared;
 use crate::{Fault, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 
-/// The body of `POST /control`. What is left out stays as it is.
+/// The body of `POST /control`. Fields left out change nothing.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Control {
@@ -64,7 +64,7 @@ struct LatencyChange {
     spread: Option<f64>,
 }
 
-/// What is left out has its default; the client begins anew.
+/// Fields left out have their defaults. The client begins anew.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct OtherChange {

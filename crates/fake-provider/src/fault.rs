@@ -171,7 +171,7 @@ impl fmt::Display for Fault {
     }
 }
 
-/// What `Display` writes; case does not matter in the name.
+/// Reads the text that `Display` writes. Case does not matter in the name.
 impl FromStr for Fault {
     type Err = String;
 

@@ -13,7 +13,7 @@ pub(crate) type Header = (&'static str, String);
 pub(crate) struct Standing {
     /// The limit as it would be for a minute.
     pub(crate) per_minute: u64,
-    /// What is left; less than nothing when overdrawn.
+    /// The amount left. It is negative when the limit is overdrawn.
     pub(crate) left: i64,
     /// Time until all of it is there again, were nothing else admitted.
     pub(crate) full_in: Duration,

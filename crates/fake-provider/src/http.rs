@@ -29,7 +29,7 @@ pub(crate) struct Request {
     pub(crate) body: Vec<u8>,
 }
 
-/// What came next on a connection.
+/// The next event on a connection.
 pub(crate) enum Next {
     Request(Request),
     /// The client closed it, or it broke.
@@ -103,7 +103,7 @@ impl Connection {
     /// Answers as no server should, then closes the connection.
     pub(crate) async fn misbehave(mut self, fault: &Fault) {
         let head = "HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n";
-        // Whatever fails here, the client has gone.
+        // An error here means that the client has gone.
         let _ = match fault {
             Fault::Raw(bytes) => self.stream.write_all(bytes).await,
             _ => self.stream.write_all(head.as_bytes()).await,

@@ -18,8 +18,8 @@ pub(crate) enum Full {
     For(Limit, Duration),
 }
 
-/// What was admitted, by both kinds of limiter: the log is exact and serves the
-/// counts too, the bucket follows along so that either may decide.
+/// The admissions, kept by both kinds of limiter. The log is exact and serves the
+/// counts too. The bucket is kept up, so that `limiter` may change at any time.
 #[derive(Default)]
 pub(crate) struct Limits {
     window: Window,
@@ -74,7 +74,7 @@ impl Limits {
         self.bucket.put_back(tokens);
     }
 
-    /// What the limiter holds against this limit, as of the last `advance`.
+    /// The amount that the limiter holds against this limit, as of the last `advance`.
     pub(crate) fn used(&self, config: &Config, limit: Limit) -> u64 {
         match config.limiter {
             Limiter::Rolling => self.window.used(limit),
@@ -91,7 +91,7 @@ impl Limits {
         }
     }
 
-    /// What was in the windows so far, as of the last `advance`.
+    /// Peaks and means of the windows so far, as of the last `advance`.
     pub(crate) fn meter(&self) -> &Meter {
         &self.window.meter
     }

@@ -1,4 +1,4 @@
-//! What the rolling log is asked about afterwards.
+//! Peaks and means of the rolling log.
 
 use std::time::{Duration, Instant};
 
@@ -21,7 +21,7 @@ pub(crate) struct Meter {
     pub(crate) other_tokens: u64,
 }
 
-/// What is in the window.
+/// The amounts in the window.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Held {
     pub(crate) ours: Amounts,

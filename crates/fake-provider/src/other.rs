@@ -60,7 +60,7 @@ fn limit(config: &Config) -> Option<u64> {
     config.tokens_per_window.or(config.input_tokens_per_window).or(config.output_tokens_per_window)
 }
 
-/// What one of its requests takes: the same share of every token limit.
+/// The amounts that one of its requests takes: the same share of every token limit.
 fn charge(config: &Config, other: &OtherClient) -> Amounts {
     let tokens = other.request_tokens.min(MAX_CHARGE);
     let (caps, whole) = (config.caps(), limit(config).unwrap_or(1).max(1));

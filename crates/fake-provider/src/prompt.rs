@@ -1,4 +1,4 @@
-//! What a prompt asks for.
+//! The task that a prompt states.
 //!
 //! The system message holds a legend, a line `Labels:` and then one line per
 //! label up to an empty line, each `CODE` or `CODE = LABEL` with an optional

@@ -1,4 +1,4 @@
-//! What goes back: status, headers, body, in OpenAI's shapes.
+//! Replies: status, headers, body, in OpenAI's shapes.
 
 use serde_json::{Value, json};
 

@@ -16,7 +16,7 @@ use crate::{Config, Fault, Stats};
 
 const BODIES_KEPT: usize = 100;
 
-/// What connections and the owner share.
+/// The state and the gate, shared by the connections and the owner.
 pub(crate) struct Shared {
     state: Mutex<State>,
     pub(crate) gate: watch::Sender<Gate>,
@@ -44,7 +44,7 @@ pub(crate) struct Gate {
 
 impl State {
     pub(crate) fn configure(&mut self, change: impl FnOnce(&mut Config)) {
-        // What happened so far did so under the configuration of its time.
+        // The time up to now passed under the old configuration.
         self.limits.advance(Instant::now(), &self.config);
         let other = self.config.other_client;
         change(&mut self.config);

@@ -1,4 +1,4 @@
-//! What happened so far.
+//! The counts of a provider.
 
 use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
@@ -81,7 +81,7 @@ pub struct Stats {
     pub last_answer_ms: Option<u64>,
 }
 
-/// What happened to one row.
+/// The counts of one row.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Row {
     /// Times it was in an admitted request.

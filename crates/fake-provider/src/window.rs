@@ -44,7 +44,7 @@ impl Window {
         }
     }
 
-    /// What was charged within the window, as of the last call of `push` or `expire`.
+    /// The amount charged within the window, as of the last call of `push` or `expire`.
     pub(crate) fn used(&self, limit: Limit) -> u64 {
         self.held.all[limit as usize]
     }

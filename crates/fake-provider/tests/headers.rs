@@ -1,4 +1,4 @@
-//! What headers say of the limits.
+//! The headers that tell limits.
 
 #![allow(clippy::unwrap_used)]
 

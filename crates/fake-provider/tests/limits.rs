@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 use support::*;
 
-/// What the three rows cost.
+/// The cost of the three rows.
 fn cost() -> u64 {
     let provider = FakeProvider::start(Config::default()).unwrap();
     chat(&provider, &three_rows()).json()["usage"]["total_tokens"].as_u64().unwrap()
@@ -149,7 +149,7 @@ fn the_gate_holds_answers_that_are_billed() {
     assert_eq!((stats.in_flight, stats.peak_in_flight, stats.peak_rows_in_flight), (0, 2, 6));
     // The gate is open.
     assert_eq!(second.chat(&three_rows()).status, 200);
-    // What was released stays so, also when the gate closes behind it at once.
+    // A release also holds for a request that waits when the gate closes again at once.
     for _ in 0..50 {
         provider.hold();
         second.send_chat(&three_rows());
