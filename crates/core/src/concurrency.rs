@@ -12,7 +12,7 @@ const START: f64 = 4.0;
 const START_LIMITED: f64 = 64.0;
 /// The most it grows to.
 const MOST: f64 = 256.0;
-/// What is left of it after a refusal or a failure.
+/// The part of it that is left after a refusal or a failure.
 const CUT: f64 = 0.5;
 /// A latency of so many times the least is taken for waiting.
 const WAITING: f64 = 3.0;

@@ -2,12 +2,12 @@
 
 use std::fmt;
 
-/// What is wrong with a task or an option, and what to do about it.
+/// An error in a task or an option, with a hint.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Error {
     /// One sentence in Postgres style: lower case, no full stop.
     pub message: String,
-    /// What a user can do about it, as a sentence.
+    /// The action that a user can take, as a sentence.
     pub hint: Option<String>,
 }
 

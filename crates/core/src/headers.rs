@@ -1,4 +1,4 @@
-//! What a provider says about its limits in the headers of an answer, and in the message of a refusal.
+//! Reads a provider's limits from the headers of an answer, and from the message of a refusal.
 //!
 //! | who | headers |
 //! | --- | --- |
@@ -8,7 +8,7 @@
 //!
 //! Groq's `-requests` are those of a day. Nothing in the answer tells, so they are taken for those of a minute.
 
-/// What an answer's headers say about limits. What can't be read counts as absent.
+/// The limits that an answer's headers state. A header that can't be read counts as absent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Reported {
     /// The wait asked for, ms from the answer. At most a day.
@@ -21,7 +21,7 @@ pub struct Reported {
     pub input_tokens: Side,
     /// Tokens of answers.
     pub output_tokens: Side,
-    /// What is left of the limits of a day or month: the least of them, be it requests or tokens.
+    /// The amount left of the limits of a day or month: the least of them, requests or tokens.
     pub quota_left: Option<u64>,
 }
 

@@ -1,6 +1,6 @@
 //! How many of the waiting rows go into the next request.
 
-/// What bounds a pack.
+/// The bounds of a pack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
     /// Most rows.

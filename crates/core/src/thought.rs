@@ -3,9 +3,9 @@
 //! They count against the cap of an answer and cost as much as an answer. Their number is unknown beforehand: for one prompt
 //! between 245 and 13,469 were measured.
 
-/// What is kept of the mean with each further answer, once there were some.
+/// The weight of the old mean with each further answer, once there were some.
 const RECENT: f64 = 0.95;
-/// What is kept of the longest with each further answer.
+/// The part of the longest that stays with each further answer.
 const LONGEST: f64 = 0.998;
 /// An answer's cap leaves room for so many times the longest.
 const ROOM: f64 = 2.0;
@@ -40,7 +40,7 @@ impl Thinking {
         self.mean.round() as u64
     }
 
-    /// What to reserve for them.
+    /// The number of tokens to reserve for them.
     pub fn reserved(&self) -> u64 {
         (self.mean * RESERVED).ceil() as u64
     }
@@ -82,7 +82,7 @@ mod tests {
         t.observe(600, true);
         t.observe(3_500, false);
         assert!((2_000..=3_500).contains(&t.usual()) && t.room() == 7_000, "{t:?}");
-        // What was cut off tells nothing of how few there may be.
+        // A thought that was cut off says only that there were at least so many tokens.
         t.observe(100, true);
         (0..60).for_each(|_| t.observe(3_500, false));
         assert!((3_400..=3_500).contains(&t.usual()), "{t:?}");

@@ -83,7 +83,7 @@ pub fn is_reserved(ip: IpAddr) -> bool {
 
 /// Whether texts and keys may go to an address in the clear: to this machine, and where it is allowed to private addresses.
 pub fn may_be_clear(ip: IpAddr, allow_http: bool) -> bool {
-    // What is translated or tunnelled crosses other networks, so only the mapped form is read as the address in it.
+    // Traffic to translated and tunnelled addresses crosses other networks, so only the mapped form counts as IPv4.
     let ip = ip.to_canonical();
     ip.is_loopback() || (allow_http && is_private(ip))
 }

@@ -28,7 +28,7 @@ pub(super) struct Burst {
     refused: u64,
 }
 
-/// What was learnt.
+/// The results of learning so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(super) struct Known {
     limits: Limits,

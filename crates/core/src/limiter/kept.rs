@@ -9,7 +9,7 @@ const SECONDS: usize = 61;
 /// Plain data, to be kept where the process' end does not reach. Times are ages.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Kept {
-    /// What was sent, by how many seconds ago.
+    /// The amounts sent, by how many seconds ago.
     sent: [Amounts; SECONDS],
     burst: Known,
     /// How long ago (ms) a burst was sent, if one was.
@@ -21,7 +21,7 @@ pub struct Kept {
 }
 
 impl Limiter {
-    /// What is to outlive the process, at `now` (ms).
+    /// The state that outlives the process, at `now` (ms).
     pub fn keep(&mut self, now: u64) -> Kept {
         self.forget(now);
         let mut sent = [[0; KINDS]; SECONDS];

@@ -15,7 +15,7 @@ pub struct Stated {
     limits: Caps,
     /// When (ms) each was last said.
     said: Amounts,
-    /// What was served within the last minute.
+    /// The amounts served within the last minute.
     served: Window,
 }
 

@@ -1,4 +1,4 @@
-//! What was sent within a rolling window, kept in slots of a few milliseconds.
+//! The amounts sent within a rolling window, kept in slots of a few milliseconds.
 
 use std::collections::VecDeque;
 
@@ -6,7 +6,7 @@ use super::{Amounts, Caps, KINDS};
 
 /// Width of a slot, ms; what is counted in a slot counts until the whole slot has left the window.
 const WIDTH: u64 = 6;
-/// What is only supposed to have been sent lies in one of so many slots.
+/// Amounts that are only supposed to have been sent lie in so many slots.
 const SUPPOSED: usize = 10;
 
 /// A rolling window with a cap for each kind of amount.
@@ -20,7 +20,7 @@ pub(super) struct Window {
     pub caps: Caps,
     log: VecDeque<(u64, Amounts)>,
     pub sum: Amounts,
-    /// What of that is only supposed, see `fill`; its slots are those before this one.
+    /// The part of that which is only supposed, see `fill`. Its slots are those before `first`.
     supposed: Amounts,
     first: u64,
 }
@@ -124,12 +124,12 @@ impl Window {
         true
     }
 
-    /// What counts, by when (ms) it was sent at the latest.
+    /// The amounts that count, by the latest time (ms) at which they were sent.
     pub fn sent(&self) -> impl DoubleEndedIterator<Item = (u64, Amounts)> + '_ {
         self.log.iter().map(|(slot, amounts)| ((slot + 1) * WIDTH, *amounts))
     }
 
-    /// What was sent later than `at` (ms).
+    /// The amounts sent later than `at` (ms).
     pub fn since(&self, at: u64) -> Amounts {
         let mut sum = [0; KINDS];
         for (_, amounts) in self.log.iter().rev().take_while(|(slot, _)| *slot > Self::slot(at)) {
@@ -164,13 +164,13 @@ impl Window {
         Some(last)
     }
 
-    /// What the caps leave of what was really sent, where there are caps.
+    /// The amounts that the caps leave when only requests really sent count, where there are caps.
     pub fn really_left(&self) -> Caps {
         let left = self.left(1.0);
         std::array::from_fn(|kind| Some(left.get(kind).copied().flatten()? + self.supposed.get(kind)?))
     }
 
-    /// What the caps leave, where there are caps.
+    /// The amounts that the caps leave, where there are caps.
     pub fn left(&self, share: f64) -> Caps {
         std::array::from_fn(|kind| {
             let cap = self.caps.get(kind).copied().flatten()?;
