@@ -138,7 +138,42 @@ COMMENT ON FUNCTION @extschema@.llm_classify(text, text) IS 'returns the label t
 CREATE FUNCTION @extschema@.llm_classify(input text, labels text[], options jsonb DEFAULT '{}') RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
     AS 'MODULE_PATHNAME', 'llm_classify_labels_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_classify(text, text[], jsonb) IS 'returns the label that the model llm_batch.default_model gives a text';
+COMMENT ON FUNCTION @extschema@.llm_classify(text, text[], jsonb) IS 'returns the label that a model gives a text; the model is the option "model" or llm_batch.default_model';
+
+CREATE FUNCTION @extschema@.llm_run(input text, task text) RETURNS text
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
+    AS 'MODULE_PATHNAME', 'llm_run_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_run(text, text) IS 'returns what a task of any kind answers to a text; JSON for extractors; NULL, with a warning, if the model gives no answer';
+
+CREATE FUNCTION @extschema@.llm_extract(input text, task text) RETURNS jsonb
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
+    AS 'MODULE_PATHNAME', 'llm_extract_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_extract(text, text) IS 'returns the values that an extractor finds in a text, by the names of its fields';
+
+CREATE FUNCTION @extschema@.llm_extract(input text, fields text[], options jsonb DEFAULT '{}') RETURNS jsonb
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
+    AS 'MODULE_PATHNAME', 'llm_extract_fields_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_extract(text, text[], jsonb) IS 'returns the values that a model finds in a text; a field is a name, or a name and a type such as ''amount numeric''';
+
+CREATE FUNCTION @extschema@.llm_generate(input text, instruction text, options jsonb DEFAULT '{}') RETURNS text
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
+    AS 'MODULE_PATHNAME', 'llm_generate_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_generate(text, text, jsonb) IS 'returns what a model writes about a text';
+
+CREATE FUNCTION @extschema@.llm_summarize(input text, options jsonb DEFAULT '{}') RETURNS text
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
+    AS 'MODULE_PATHNAME', 'llm_summarize_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_summarize(text, jsonb) IS 'returns a summary of a text, of at most 40 words unless the options say otherwise';
+
+CREATE FUNCTION @extschema@.llm_translate(input text, language text, options jsonb DEFAULT '{}') RETURNS text
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
+    AS 'MODULE_PATHNAME', 'llm_translate_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_translate(text, text, jsonb) IS 'returns a translation of a text';
+
+CREATE FUNCTION @extschema@.llm_score(input text, question text, options jsonb DEFAULT '{}') RETURNS real
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
+    AS 'MODULE_PATHNAME', 'llm_score_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_score(text, text, jsonb) IS 'returns a score of a text from 0 to 1; every row that reaches the call is asked about, also under ORDER BY and LIMIT';
 
 -- No search_path: these run the caller's query.
 CREATE FUNCTION @extschema@.llm_classify_batch(query text, task text, options jsonb DEFAULT '{}')
@@ -158,6 +193,19 @@ CREATE FUNCTION @extschema@.llm_classify_array(ids anyarray, inputs text[], task
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000 SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'llm_classify_array_wrapper';
 COMMENT ON FUNCTION @extschema@.llm_classify_array(anyarray, text[], text, jsonb) IS 'returns labels for an array of inputs, each with its id, in the same order; status is ok, skipped or failed';
+
+-- No search_path, as above.
+CREATE FUNCTION @extschema@.llm_run_batch(query text, task text, options jsonb DEFAULT '{}')
+    RETURNS TABLE (id text, value text, status text, detail text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000
+    AS 'MODULE_PATHNAME', 'llm_run_batch_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_run_batch(text, text, jsonb) IS 'returns what a task of any kind answers to the rows of a query, as llm_classify_batch()';
+
+CREATE FUNCTION @extschema@.llm_run_array(ids anyarray, inputs text[], task text, options jsonb DEFAULT '{}')
+    RETURNS TABLE (id anyelement, value text, status text, detail text)
+    LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000 SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'llm_run_array_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_run_array(anyarray, text[], text, jsonb) IS 'returns what a task of any kind answers to an array of inputs, as llm_classify_array()';
 
 -- No search_path, as above.
 CREATE FUNCTION @extschema@.llm_filter(input text, question text, options jsonb DEFAULT '{}') RETURNS boolean

@@ -47,36 +47,6 @@ pub fn load(name: &str, options: &Value) -> Result<Known> {
     found.ok_or_else(|| unknown("classifier", name))
 }
 
-/// A task made of labels alone, for the default model; `author` as of `model::default()`.
-pub fn from_labels(labels: Vec<Option<String>>, options: &Value, author: Option<pg_sys::Oid>) -> Result<Known> {
-    let labels: Vec<String> = labels.into_iter().map(Option::unwrap_or_default).collect();
-    let spec = Spec::from_json("classify", &json!({"labels": labels}))?;
-    Ok(Known { model: model::default(author)?, task: Task { spec, options: Options::from_json([options])? } })
-}
-
-/// The label of a question's answer that is yes.
-pub const YES: &str = "yes";
-
-/// A question that is answered with yes or no, for the model that is named or the default one.
-pub fn from_question(
-    question: &str,
-    named: Option<String>,
-    options: &Value,
-    author: Option<pg_sys::Oid>,
-) -> Result<Known> {
-    let question = question.trim();
-    if question.is_empty() {
-        return Err(Error::invalid("the question must not be empty")
-            .hint("Ask a question that can be answered with yes or no."));
-    }
-    let spec = json!({
-        "instruction": format!("Answer this question about each text: {question}"),
-        "labels": {YES: "the answer is yes", "no": "the answer is no"},
-    });
-    let task = Task { spec: Spec::from_json("classify", &spec)?, options: Options::from_json([options])? };
-    Ok(Known { model: named.map_or_else(|| model::default(author), Ok)?, task })
-}
-
 /// A task as a stream, with what its model is called and costs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Asked {

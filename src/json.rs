@@ -1,15 +1,16 @@
-//! JSON as an argument. What is valid jsonb may be more than can be read: numbers beyond all bounds, arrays in arrays
+//! JSON as an argument, and as what a function returns. What is valid jsonb may be more than can be read: numbers beyond all bounds, arrays in arrays
 //! without end, bytes that are no text.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 
-use pgrx::callconv::{Arg, ArgAbi};
+use pgrx::callconv::{Arg, ArgAbi, BoxRet, FcInfo};
+use pgrx::datum::Datum;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::pgrx_sql_entity_graph::metadata::{
     ArgumentError, ReturnsError, ReturnsRef, SqlMappingRef, SqlTranslatable, TypeOrigin,
 };
 use pgrx::prelude::*;
-use pgrx::{FromDatum, direct_function_call};
+use pgrx::{FromDatum, direct_function_call, direct_function_call_as_datum};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -58,6 +59,34 @@ unsafe impl<'fcx> ArgAbi<'fcx> for Json {
 // SAFETY: says what SQL calls the type.
 unsafe impl SqlTranslatable for Json {
     const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!(Json);
+    const TYPE_ORIGIN: TypeOrigin = TypeOrigin::External;
+    const ARGUMENT_SQL: std::result::Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal("jsonb"));
+    const RETURN_SQL: std::result::Result<ReturnsRef, ReturnsError> =
+        Ok(ReturnsRef::One(SqlMappingRef::literal("jsonb")));
+}
+
+/// The text of a jsonb that a function returns: numbers keep their digits.
+#[derive(Debug)]
+pub struct JsonText(pub String);
+
+// SAFETY: the datum is a jsonb, as the declarations in sql/ say of functions that return it.
+unsafe impl BoxRet for JsonText {
+    unsafe fn box_into<'fcx>(self, fcinfo: &mut FcInfo<'fcx>) -> Datum<'fcx> {
+        let Ok(text) = CString::new(self.0) else { return fcinfo.return_null() };
+        // SAFETY: a text that ends with a NUL, on the main thread; it may raise.
+        let jsonb =
+            unsafe { direct_function_call_as_datum(pg_sys::jsonb_in, &[Some(pg_sys::Datum::from(text.as_ptr()))]) };
+        match jsonb {
+            // SAFETY: the datum was made just now in the memory context that the function was called in.
+            Some(datum) => unsafe { fcinfo.return_raw_datum(datum) },
+            None => fcinfo.return_null(),
+        }
+    }
+}
+
+// SAFETY: says what SQL calls the type.
+unsafe impl SqlTranslatable for JsonText {
+    const TYPE_IDENT: &'static str = pgrx::pgrx_resolved_type!(JsonText);
     const TYPE_ORIGIN: TypeOrigin = TypeOrigin::External;
     const ARGUMENT_SQL: std::result::Result<SqlMappingRef, ArgumentError> = Ok(SqlMappingRef::literal("jsonb"));
     const RETURN_SQL: std::result::Result<ReturnsRef, ReturnsError> =

@@ -1,25 +1,27 @@
 //! The arguments of a scalar function beside its text: the same for every row of a call.
 
-use llm_batch_core::options::OnError;
+use llm_batch_core::options::{OnError, Options};
+use llm_batch_core::task::{Spec, Task};
 use llm_batch_gateway::protocol::{Allowance, Verdict};
 use pgrx::prelude::*;
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::classifier::{self, Asked, Known};
 use crate::error::{Error, Result};
 use crate::options::{OfCall, of_call, of_question};
 use crate::process::current_user;
-use crate::settings;
+use crate::verb::Verb;
+use crate::{model, settings};
 
 /// The arguments of a call but its text.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Question {
-    /// `llm_classify(input, task)`
-    Task(String),
-    /// `llm_classify(input, labels, options)`; the author of the view, policy or cursor that it stands in
-    Labels(Vec<Option<String>>, Value, Option<pg_sys::Oid>),
-    /// `llm_filter(input, question, options)`; the same
-    YesNo(String, Value, Option<pg_sys::Oid>),
+pub struct Question {
+    pub verb: Verb,
+    /// The name of a task, a question; or labels, or fields.
+    pub subject: Vec<Option<String>>,
+    pub options: Value,
+    /// The author of the view, policy or cursor that it stands in.
+    pub author: Option<pg_sys::Oid>,
 }
 
 /// A question that can be asked.
@@ -33,30 +35,30 @@ pub struct Prepared {
 /// How verdicts become answers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conclude {
+    spec: Spec,
     on_error: OnError,
 }
 
 impl Question {
-    /// The model that the setting names, if that may be the one to be asked. Classifiers have their own.
+    /// The model that the setting names, if that may be the one to be asked. Tasks have their own.
     pub fn default_model(&self) -> Option<String> {
-        (!matches!(self, Self::Task(_))).then(settings::default_model)
+        (!self.verb.names_task()).then(settings::default_model)
     }
 
     fn known(&self) -> Result<(Known, Allowance)> {
-        Ok(match self {
-            Self::Task(name) => {
-                let OfCall { task: options, limit } = of_call(json!({}))?;
-                (classifier::load(name, &options)?, limit)
+        if !self.verb.names_task() {
+            return ad_hoc(self.verb, &self.subject, self.options.clone(), self.author);
+        }
+        let name = self.subject.first().cloned().flatten().unwrap_or_default();
+        let OfCall { task: options, limit } = of_call(self.options.clone())?;
+        let known = classifier::load(&name, &options).map_err(|e| match self.verb {
+            Verb::ClassifyTask | Verb::ExtractTask if name.trim_start().starts_with(['{', '[']) => {
+                e.hint("A text names a task. To ask without one, write an array, such as ARRAY['billing', 'other'].")
             }
-            Self::Labels(labels, options, author) => {
-                let OfCall { task: options, limit } = of_call(options.clone())?;
-                (classifier::from_labels(labels.clone(), &options, *author)?, limit)
-            }
-            Self::YesNo(question, options, author) => {
-                let (OfCall { task: options, limit }, model) = of_question(options.clone())?;
-                (classifier::from_question(question, model, &options, *author)?, limit)
-            }
-        })
+            _ => e,
+        })?;
+        check_kind(self.verb, &name, &known.task.spec)?;
+        Ok((known, limit))
     }
 
     /// The model's name and the most rows of a request, if the question is one that can be asked.
@@ -68,20 +70,45 @@ impl Question {
     /// Looks up all that is needed to ask on behalf of the current user.
     pub fn prepare(&self) -> Result<Prepared> {
         let (known, limit) = self.known()?;
-        let conclude = Conclude { on_error: known.task.options.on_error };
+        let conclude = Conclude { spec: known.task.spec.clone(), on_error: known.task.options.on_error };
         Ok(Prepared { asked: known.stream(current_user(), true)?, limit, conclude })
     }
 }
 
+/// What a verb asks without a task, for the model of the options or the default one.
+pub fn ad_hoc(
+    verb: Verb,
+    subject: &[Option<String>],
+    options: Value,
+    author: Option<pg_sys::Oid>,
+) -> Result<(Known, Allowance)> {
+    let (OfCall { mut task, limit }, named) = of_question(options)?;
+    let spec = verb.spec(subject, &mut task)?;
+    let task = Task { spec, options: Options::from_json([&task])? };
+    Ok((Known { model: named.map_or_else(|| model::default(author), Ok)?, task }, limit))
+}
+
+/// Refuses a task of another kind.
+pub fn check_kind(verb: Verb, name: &str, spec: &Spec) -> Result<()> {
+    match verb.kind().filter(|kind| *kind != spec.kind()) {
+        None => Ok(()),
+        Some(_) => Err(Error::new(
+            PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
+            format!("the kind of task \"{name}\" is {}", spec.kind()),
+        )
+        .hint("llm_run() asks tasks of every kind.")),
+    }
+}
+
 impl Conclude {
-    /// The label of a verdict; without one NULL and a warning, or an error if the task's options say so.
-    pub fn label(&self, verdict: &Verdict) -> Result<Option<String>> {
+    /// The answer of a verdict; without one NULL and a warning, or an error if the task's options say so.
+    pub fn answer(&self, verdict: &Verdict) -> Result<Option<String>> {
         let detail = match verdict {
-            Verdict::Answer(answer) => return Ok(answer.0.first().cloned().flatten()),
+            Verdict::Answer(answer) => return Ok(self.spec.to_text(answer)),
             Verdict::Skip { class, detail } | Verdict::Fail { class, detail } => format!("{class}: {detail}"),
             Verdict::Withdrawn => return Ok(None),
         };
-        let message = "the model gave no label for a text";
+        let message = "the model gave no answer for a text";
         match self.on_error {
             OnError::Error => Err(Error::new(PgSqlErrorCode::ERRCODE_DATA_EXCEPTION, message)
                 .detail(detail)

@@ -285,7 +285,7 @@ fn what_goes_wrong_is_told_in_its_place() {
         settle(&bed);
         bed.provider.script([Some(Fault::DropId)]);
         let e = error(c, select);
-        assert_eq!((e.0.as_str(), e.1.as_str()), ("22000", "the model gave no label for a text"), "{e:?}");
+        assert_eq!((e.0.as_str(), e.1.as_str()), ("22000", "the model gave no answer for a text"), "{e:?}");
         assert!(e.2.contains("no_answer") && e.3.contains("on_error"), "{e:?}");
     }
     run(
@@ -727,7 +727,7 @@ fn what_a_row_calls_is_its_own_matter() {
     let twice = "SELECT CASE llm_classify(body, 'topic') WHEN 'bug' THEN llm_filter(ask, 'Is it so?') END FROM t";
     let said = bed.cluster.psql("postgres", &format!("SET llm_batch.default_model = 'm'; {twice}"));
     let said = String::from_utf8_lossy(&said.stderr).into_owned();
-    assert_eq!(said.matches("WARNING:  the model gave no label").count(), 1, "{said}");
+    assert_eq!(said.matches("WARNING:  the model gave no answer").count(), 1, "{said}");
 }
 
 #[test]

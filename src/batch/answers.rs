@@ -69,5 +69,5 @@ pub fn answered(input: &str, question: &Question) -> Option<Result<Option<String
     if is_ahead && !matches!(found.verdict, Verdict::Answer(_)) {
         return Some(Ok(None));
     }
-    Some(found.asked.conclude.label(&found.verdict))
+    Some(found.asked.conclude.answer(&found.verdict))
 }

@@ -10,20 +10,10 @@ use pgrx::prelude::*;
 
 use super::guards::{Guard, Test};
 use super::nodes::{self, Distinct, list};
+use crate::verb::Verb;
 
 /// The oid of the language C (pg_language.dat).
 const C_LANGUAGE: u32 = 13;
-
-/// The functions that a batch scan knows.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Verb {
-    /// `llm_classify(input, task)`
-    Task,
-    /// `llm_classify(input, labels, options)`
-    Labels,
-    /// `llm_filter(input, question, options)`
-    Filter,
-}
 
 thread_local! {
     /// By oid, what a function is, as far as that was looked up; forgotten when functions change.
@@ -67,12 +57,7 @@ unsafe extern "C-unwind" fn forget(_arg: pg_sys::Datum, _cache: i32, _hash: u32)
 }
 
 fn look_up(function: pg_sys::Oid) -> Option<Verb> {
-    match source(function)?.as_str() {
-        "llm_classify_wrapper" => Some(Verb::Task),
-        "llm_classify_labels_wrapper" => Some(Verb::Labels),
-        "llm_filter_wrapper" => Some(Verb::Filter),
-        _ => None,
-    }
+    Verb::of_symbol(&source(function)?)
 }
 
 /// The symbol of a function of our library.

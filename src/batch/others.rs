@@ -9,7 +9,7 @@ use std::ffi::c_void;
 
 use pgrx::prelude::*;
 
-use super::calls::{Verb, source, verb};
+use super::calls::{source, verb};
 use super::nodes::{cast, list};
 use crate::process::current_user;
 use pg_sys::NodeTag as T;
@@ -148,7 +148,7 @@ unsafe extern "C-unwind" fn visit(node: *mut pg_sys::Node, context: *mut c_void)
 
 fn asks_default_model(function: pg_sys::Oid) -> bool {
     match verb(function) {
-        Some(verb) => verb != Verb::Task,
+        Some(verb) => !verb.names_task(),
         None => {
             function.to_u32() >= pg_sys::FirstNormalObjectId
                 && source(function).is_some_and(|source| source == "llm_classify_batch_labels_wrapper")

@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use pgrx::prelude::*;
+use serde_json::json;
 
 use super::answers::{Answer, Asked};
-use super::calls::{Call, Verb};
+use super::calls::Call;
 use super::nodes::list;
 use super::others;
 use crate::ask::{Asker, Done};
@@ -19,6 +20,7 @@ use crate::json::Json;
 use crate::process::current_user;
 use crate::question::{Prepared, Question};
 use crate::text::{self, Text};
+use crate::verb::Subject;
 
 /// A call, and the stream of its rows.
 pub struct Site {
@@ -104,17 +106,18 @@ impl Site {
         unsafe {
             let econtext = (*ps).ps_ExprContext;
             let author = others::author(self.call.call.cast());
-            let arg = |i: usize| self.others.get(i).copied();
-            match self.call.verb {
-                Verb::Task => Some(Question::Task(string(arg(0)?, econtext)?)),
-                Verb::Labels => {
-                    let labels = text::all(evaluate::<Vec<Option<Text>>>(arg(0)?, econtext)?).ok()?;
-                    Some(Question::Labels(labels, evaluate::<Json>(arg(1)?, econtext)?.0, author))
-                }
-                Verb::Filter => {
-                    Some(Question::YesNo(string(arg(0)?, econtext)?, evaluate::<Json>(arg(1)?, econtext)?.0, author))
-                }
-            }
+            let verb = self.call.verb;
+            let mut args = self.others.iter().copied();
+            let (subject, has_options) = verb.arguments();
+            let subject = match subject {
+                Subject::None => Vec::new(),
+                Subject::Text => vec![Some(string(args.next()?, econtext)?)],
+                Subject::Texts => text::all(evaluate::<Vec<Option<Text>>>(args.next()?, econtext)?).ok()?,
+            };
+            let options = if has_options { evaluate::<Json>(args.next()?, econtext)?.0 } else { json!({}) };
+            // A task has its own model, whoever wrote the call.
+            let author = author.filter(|_| !verb.names_task());
+            Some(Question { verb, subject, options, author })
         }
     }
 

@@ -22,7 +22,7 @@ fn reply(line: &str) -> Result<Value, Box<dyn std::error::Error>> {
     let kind = spec.prepare(&options, &str::len);
     if let Some(text) = said["answer"].as_str() {
         let value = |v: &Verdict| match v {
-            Verdict::Answer(answer) => spec.to_json(answer),
+            Verdict::Answer(answer) => serde_json::from_str(&spec.to_json(answer)).unwrap_or_default(),
             _ => Value::Null,
         };
         return Ok(answer::read(text, &ids, &*kind).unwrap_or_default().iter().map(value).collect());

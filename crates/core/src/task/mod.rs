@@ -14,7 +14,7 @@ use std::fmt;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use crate::codes::Legend;
 use crate::options::Options;
@@ -86,6 +86,16 @@ impl Spec {
         known(kind).map(|known| known.options)
     }
 
+    /// The name of its kind.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Classify(_) => "classify",
+            Self::Extract(_) => "extract",
+            Self::Generate(_) => "generate",
+            Self::Score(_) => "score",
+        }
+    }
+
     /// The columns of an answer, in its order.
     pub fn columns(&self) -> Vec<Column> {
         match self {
@@ -106,13 +116,26 @@ impl Spec {
         }
     }
 
-    /// An answer as JSON: an object by the columns' names, if there are several.
-    pub fn to_json(&self, answer: &Answer) -> Value {
-        let columns = self.columns();
-        let mut values = columns.iter().zip(&answer.0).map(|(column, text)| (column.name.clone(), column.json(text)));
+    /// An answer as one text: its only value, or the JSON of all.
+    pub fn to_text(&self, answer: &Answer) -> Option<String> {
         match self {
-            Self::Extract(_) => Value::Object(values.collect()),
-            _ => values.next().map_or(Value::Null, |(_, value)| value),
+            Self::Extract(_) => Some(self.to_json(answer)),
+            _ => answer.0.first().cloned().flatten(),
+        }
+    }
+
+    /// An answer as JSON, an object by the columns' names if there may be several. Numbers keep their digits.
+    pub fn to_json(&self, answer: &Answer) -> String {
+        let columns = self.columns();
+        let mut values =
+            columns.iter().zip(&answer.0).map(|(column, text)| (&column.name, column.json(text.as_deref())));
+        match self {
+            Self::Extract(_) => {
+                let members: Vec<String> =
+                    values.map(|(name, value)| format!("{}:{value}", Value::from(name.as_str()))).collect();
+                format!("{{{}}}", members.join(","))
+            }
+            _ => values.next().map_or_else(|| "null".to_owned(), |(_, value)| value),
         }
     }
 }
@@ -139,9 +162,12 @@ pub struct Column {
 }
 
 impl Column {
-    fn json(&self, text: &Option<String>) -> Value {
-        let Some(text) = text else { return Value::Null };
-        if self.is_array || self.of.is_json() { serde_json::from_str(text).unwrap_or(Value::Null) } else { json!(text) }
+    fn json(&self, text: Option<&str>) -> String {
+        match text {
+            None => "null".to_owned(),
+            Some(text) if self.is_array || self.of.is_json() => text.to_owned(),
+            Some(text) => Value::from(text).to_string(),
+        }
     }
 }
 

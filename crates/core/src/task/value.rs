@@ -140,8 +140,11 @@ impl Type {
             Self::Boolean => bare().map(|b| b.to_lowercase()).filter(|b| b == "true" || b == "false"),
             Self::Date => string().filter(|date| is_date(date)),
             Self::Timestamptz => string().and_then(|time| timestamp(&time, zone)),
-            // Two backslashes are one, and begin nothing.
-            Self::Jsonb => (!json.replace("\\\\", "").contains("\\u0000")).then(|| json.to_owned()),
+            // jsonb holds no NUL. Two backslashes are one, and begin nothing.
+            Self::Jsonb => {
+                let has_nul = json.replace("\\\\", "").contains("\\u0000");
+                (!has_nul && serde_json::from_str::<Value>(json).is_ok()).then(|| json.to_owned())
+            }
             Self::Labels => None,
         };
         read.ok_or_else(|| self.told().to_owned())

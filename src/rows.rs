@@ -1,4 +1,4 @@
-//! What sessions call: `llm_classify()`, `llm_classify_batch()`, `llm_classify_array()`, `llm_filter()`.
+//! What sessions call for many rows: `llm_classify_batch()`, `llm_classify_array()`, `llm_run_batch()`, `llm_run_array()`.
 
 use std::cell::RefCell;
 
@@ -11,7 +11,6 @@ use pgrx::{AnyArray, FromDatum, name};
 
 use crate::ask::{Asking, ask, has_text};
 use crate::asking;
-use crate::batch;
 use crate::classifier::{self, Asked};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
@@ -19,68 +18,14 @@ use crate::isolation;
 use crate::json::Json;
 use crate::options::{OfCall, of_call};
 use crate::process::current_user;
-use crate::question::{Prepared, Question};
-use crate::statement;
+use crate::question::{ad_hoc, check_kind};
+use crate::scalar::author;
 use crate::text::{self, Text};
-use crate::txn;
-
-/// A label, or NULL with a warning. Where a plan node has read ahead, the answer is there.
-fn classify_one(input: Text, question: Question) -> Result<Option<String>> {
-    asking::check()?;
-    let input = input.checked()?;
-    if let Some(label) = batch::answered(&input, &question) {
-        return label;
-    }
-    txn::with_settings(&[(c"search_path", c"pg_catalog, pg_temp")], || {
-        check_usable()?;
-        if !has_text(&input) {
-            return Ok(None);
-        }
-        let Prepared { asked, limit, conclude } = question.prepare()?;
-        statement::count_single();
-        let mut source = vec![(input, None)];
-        let mut got = None;
-        ask(asked, limit, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
-        got.map_or(Ok(None), |verdict| conclude.label(&verdict))
-    })
-}
-
-/// The author of the view, policy or cursor that a call stands in.
-fn author(fcinfo: pg_sys::FunctionCallInfo) -> Option<pg_sys::Oid> {
-    // SAFETY: what Postgres calls a function with. A direct call has no expression.
-    unsafe { batch::author(fcinfo.as_ref()?.flinfo.as_ref()?.fn_expr) }
-}
-
-#[pg_extern(sql = false)]
-fn llm_classify(input: Text, task: Text) -> std::result::Result<Option<String>, ErrorReport> {
-    Ok(classify_one(input, Question::Task(task.checked()?))?)
-}
-
-#[pg_extern(sql = false)]
-fn llm_classify_labels(
-    input: Text,
-    labels: Vec<Option<Text>>,
-    options: Json,
-    fcinfo: pg_sys::FunctionCallInfo,
-) -> std::result::Result<Option<String>, ErrorReport> {
-    Ok(classify_one(input, Question::Labels(text::all(labels)?, options.0, author(fcinfo)))?)
-}
-
-/// NULL where the model gives no answer.
-#[pg_extern(sql = false)]
-fn llm_filter(
-    input: Text,
-    question: Text,
-    options: Json,
-    fcinfo: pg_sys::FunctionCallInfo,
-) -> std::result::Result<Option<bool>, ErrorReport> {
-    let answer = classify_one(input, Question::YesNo(question.checked()?, options.0, author(fcinfo)))?;
-    Ok(answer.map(|label| label == classifier::YES))
-}
+use crate::verb::Verb;
 
 #[derive(Default)]
 struct Answer {
-    label: Option<String>,
+    value: Option<String>,
     status: &'static str,
     detail: Option<String>,
 }
@@ -89,8 +34,9 @@ struct Answer {
 type Page = Vec<(Option<Text>, Option<String>)>;
 
 /// What becomes of rows as `page` yields them (at most so many at a call), in their order; an empty page is the end.
-fn classify_rows(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> Result<Page>) -> Result<Vec<Answer>> {
+fn answers_of(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> Result<Page>) -> Result<Vec<Answer>> {
     let answers: RefCell<Vec<Answer>> = RefCell::new(Vec::new());
+    let spec = asked.stream.task.spec.clone();
     // The position among the rows that are asked about → the position among all rows.
     let places: RefCell<Vec<usize>> = RefCell::new(Vec::new());
     let mut source = |n: usize| -> Result<Vec<Asking>> {
@@ -128,7 +74,7 @@ fn classify_rows(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> 
         if let Some(answer) = answers.borrow_mut().get_mut(at) {
             match verdict {
                 Verdict::Answer(values) => {
-                    answer.label = values.0.into_iter().next().flatten();
+                    answer.value = spec.to_text(&values);
                     answer.status = "ok";
                 }
                 Verdict::Skip { class, detail } => {
@@ -147,12 +93,12 @@ fn classify_rows(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> 
     Ok(answers.into_inner())
 }
 
-fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Result<Vec<Row<String>>> {
+fn answers_of_query(query: &str, known: classifier::Known, limit: Allowance) -> Result<Vec<Row<String>>> {
     let asked = known.stream(current_user(), true)?;
     let mut ids = Vec::new();
     let answers = Spi::connect(|client| -> Result<_> {
         let mut cursor = client.try_open_cursor(query, &[])?;
-        classify_rows(asked, limit, &mut |n| {
+        answers_of(asked, limit, &mut |n| {
             let rows = cursor.fetch(n as libc::c_long)?;
             if !matches!(rows.columns()?, 2 | 3) {
                 return Err(Error::new(
@@ -174,7 +120,7 @@ fn classify_query(query: &str, known: classifier::Known, limit: Allowance) -> Re
     Ok(as_rows(ids, answers))
 }
 
-fn classify_array(
+fn answers_of_array(
     ids: AnyArray,
     inputs: Vec<Option<Text>>,
     known: classifier::Known,
@@ -191,8 +137,7 @@ fn classify_array(
     }
     let asked = known.stream(current_user(), true)?;
     let mut inputs = inputs.into_iter();
-    let answers =
-        classify_rows(asked, limit, &mut |n| Ok(inputs.by_ref().take(n).map(|input| (input, None)).collect()))?;
+    let answers = answers_of(asked, limit, &mut |n| Ok(inputs.by_ref().take(n).map(|input| (input, None)).collect()))?;
     Ok(as_rows(ids, answers))
 }
 
@@ -250,7 +195,34 @@ fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Output>> {
 type Row<Id> = (Option<Id>, Option<String>, String, Option<String>);
 
 fn as_rows<Id>(ids: Vec<Option<Id>>, answers: Vec<Answer>) -> Vec<Row<Id>> {
-    ids.into_iter().zip(answers).map(|(id, a)| (id, a.label, a.status.to_owned(), a.detail)).collect()
+    ids.into_iter().zip(answers).map(|(id, a)| (id, a.value, a.status.to_owned(), a.detail)).collect()
+}
+
+/// The task of this name, which must be one that the verb asks, and what the statement may spend.
+fn named(verb: Verb, task: Text, options: Json) -> Result<(classifier::Known, Allowance)> {
+    asking::check()?;
+    check_usable()?;
+    let OfCall { task: options, limit } = of_call(options.0)?;
+    let name = task.checked()?;
+    let known = classifier::load(&name, &options)?;
+    check_kind(verb, &name, &known.task.spec)?;
+    Ok((known, limit))
+}
+
+fn query_by_task(verb: Verb, query: Text, task: Text, options: Json) -> Result<Vec<Row<String>>> {
+    let (known, limit) = named(verb, task, options)?;
+    answers_of_query(&query.checked()?, known, limit)
+}
+
+fn array_by_task(
+    verb: Verb,
+    ids: AnyArray,
+    inputs: Vec<Option<Text>>,
+    task: Text,
+    options: Json,
+) -> Result<Vec<Row<AnyElement>>> {
+    let (known, limit) = named(verb, task, options)?;
+    answers_of_array(ids, inputs, known, limit)
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -267,11 +239,24 @@ fn llm_classify_batch(
     >,
     ErrorReport,
 > {
-    asking::check()?;
-    check_usable()?;
-    let OfCall { task: options, limit } = of_call(options.0)?;
-    let known = classifier::load(&task.checked()?, &options)?;
-    Ok(TableIterator::new(classify_query(&query.checked()?, known, limit)?))
+    Ok(TableIterator::new(query_by_task(Verb::ClassifyTask, query, task, options)?))
+}
+
+// pgrx reads the columns off the signature, so that it can't be an alias.
+#[allow(clippy::type_complexity)]
+#[pg_extern(sql = false)]
+fn llm_run_batch(
+    query: Text,
+    task: Text,
+    options: Json,
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (name!(id, Option<String>), name!(value, Option<String>), name!(status, String), name!(detail, Option<String>)),
+    >,
+    ErrorReport,
+> {
+    Ok(TableIterator::new(query_by_task(Verb::Run, query, task, options)?))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -291,9 +276,8 @@ fn llm_classify_batch_labels(
 > {
     asking::check()?;
     check_usable()?;
-    let OfCall { task: options, limit } = of_call(options.0)?;
-    let known = classifier::from_labels(text::all(labels)?, &options, author(fcinfo))?;
-    Ok(TableIterator::new(classify_query(&query.checked()?, known, limit)?))
+    let (known, limit) = ad_hoc(Verb::Classify, &text::all(labels)?, options.0, author(fcinfo))?;
+    Ok(TableIterator::new(answers_of_query(&query.checked()?, known, limit)?))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -316,8 +300,28 @@ fn llm_classify_array(
     >,
     ErrorReport,
 > {
-    asking::check()?;
-    check_usable()?;
-    let OfCall { task: options, limit } = of_call(options.0)?;
-    Ok(TableIterator::new(classify_array(ids, inputs, classifier::load(&task.checked()?, &options)?, limit)?))
+    Ok(TableIterator::new(array_by_task(Verb::ClassifyTask, ids, inputs, task, options)?))
+}
+
+// pgrx reads the columns off the signature, so that it can't be an alias.
+#[allow(clippy::type_complexity)]
+#[pg_extern(sql = false)]
+fn llm_run_array(
+    ids: AnyArray,
+    inputs: Vec<Option<Text>>,
+    task: Text,
+    options: Json,
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (
+            name!(id, Option<AnyElement>),
+            name!(value, Option<String>),
+            name!(status, String),
+            name!(detail, Option<String>),
+        ),
+    >,
+    ErrorReport,
+> {
+    Ok(TableIterator::new(array_by_task(Verb::Run, ids, inputs, task, options)?))
 }
