@@ -564,7 +564,7 @@ fn an_owner_that_may_not_log_in_any_more() {
 /// job, or that a partition is its own.
 #[test]
 fn a_superuser_fills_no_table_of_another_role() {
-    let bed = Bed::new("rights_superuser");
+    let bed = Bed::with("rights_superuser", common::slow(20));
     let client = &mut roles(&bed, 4_000);
     run(
         client,
@@ -573,8 +573,10 @@ fn a_superuser_fills_no_table_of_another_role() {
          SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)",
     );
     warm(client, "tickets");
-    bed.provider.hold();
     let job = backfill_with(client, "tickets", "options => '{\"max_rows_per_request\": 5}'");
+    // The worker has looked at the table more than once by then.
+    wait_until("rows are written", PATIENCE, || progress(client, job).counts().1, |done| *done > 200);
+    bed.provider.hold();
     wait_until("two requests are in flight", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 2);
     run(client, "ALTER TABLE tickets OWNER TO bob");
     let bob = &mut bed.cluster.connect_as("postgres", "bob");
