@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod cache;
+mod connections;
 mod dispatch;
 mod egress;
 pub mod failure;
