@@ -1,10 +1,11 @@
-//! Connections to providers.
+//! Connections to providers: places for them, and which ones give theirs to others.
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll};
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
 
 use hyper::Uri;
 use hyper::rt::{Read, ReadBufCursor, Write};
@@ -17,50 +18,159 @@ use tower_service::Service;
 
 use crate::egress::Resolver;
 
-/// How long connecting may take with TLS, and with the wait for a place.
+/// How long connecting may take with TLS, once there is a place.
 const WHOLE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long a new connection is left to the request that it was made for.
+const GRACE: Duration = Duration::from_secs(1);
+/// How often one that waits for a place looks for a connection that has no request.
+const LOOK: Duration = Duration::from_millis(100);
 
-/// Connects within a time. hyper finishes a connection in the background that no request waits for any more: one that a
-/// server never finishes would hold its place for ever.
-#[derive(Clone)]
-pub struct Bounded(pub HttpsConnector<Connector>);
+tokio::task_local! {
+    /// Whether the request at hand waits for a place.
+    pub static WAITS: Arc<AtomicBool>;
+}
 
-impl Service<Uri> for Bounded {
-    type Response = MaybeHttpsStream<Placed>;
-    type Error = Box<dyn std::error::Error + Send + Sync>;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Self::Error>> + Send>>;
+/// Places for the connections of all clients. They are more than there may be requests, so that whoever waits for one
+/// gets that of a connection without a request.
+pub struct Places {
+    places: Arc<Semaphore>,
+    all: Mutex<Vec<Weak<Use>>>,
+    most: usize,
+}
 
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.0.poll_ready(context)
+impl Places {
+    pub fn new(most: usize) -> Arc<Self> {
+        Arc::new(Self { places: Arc::new(Semaphore::new(most)), all: Mutex::default(), most })
     }
 
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let connecting = self.0.call(uri);
-        Box::pin(async move { tokio::time::timeout(WHOLE_TIMEOUT, connecting).await? })
+    /// A place, as soon as there is one.
+    async fn place(&self) -> io::Result<OwnedSemaphorePermit> {
+        let acquiring = Arc::clone(&self.places).acquire_owned();
+        tokio::pin!(acquiring);
+        if self.places.available_permits() == 0 {
+            self.close_one();
+        }
+        loop {
+            match tokio::time::timeout(LOOK, &mut acquiring).await {
+                Ok(place) => return place.map_err(io::Error::other),
+                Err(_) => self.close_one(),
+            }
+        }
+    }
+
+    fn add(&self, connection: &Arc<Use>) {
+        let mut all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        if all.len() >= 2 * self.most {
+            all.retain(|other| other.strong_count() > 0);
+        }
+        all.push(Arc::downgrade(connection));
+    }
+
+    /// Closes the connection that has been without a request for longest.
+    fn close_one(&self) {
+        let now = Instant::now();
+        let all = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let free = all.iter().filter_map(Weak::upgrade).filter_map(|connection| {
+            let free_from = connection.state().free_from.filter(|from| *from <= now)?;
+            Some((free_from, connection))
+        });
+        if let Some((_, oldest)) = free.min_by_key(|(free_from, _)| *free_from) {
+            oldest.close();
+        }
     }
 }
 
-/// Connects, once there is a place.
+/// Whether a connection has a request.
+pub struct Use(Mutex<State>);
+
+#[derive(Default)]
+struct State {
+    /// From when on it may be closed; `None`: it has a request.
+    free_from: Option<Instant>,
+    is_closing: bool,
+    /// Who waits for something to read.
+    reader: Option<Waker>,
+}
+
+impl Use {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The answer to its request has come, whole.
+    pub fn is_free(&self) {
+        self.state().free_from = Some(Instant::now());
+    }
+
+    /// To who reads it looks as if the other side had closed it. A request that is on its way to it goes to another one:
+    /// nothing of it was sent.
+    fn close(&self) {
+        let mut state = self.state();
+        (state.free_from, state.is_closing) = (None, true);
+        if let Some(reader) = state.reader.take() {
+            reader.wake();
+        }
+    }
+}
+
+/// Connects, once there is a place. hyper finishes a connection in the background that no request waits for any more: one
+/// that a server never finishes would hold its place for ever, so the time is bounded.
 #[derive(Clone)]
 pub struct Connector {
+    pub tls: Arc<rustls::ClientConfig>,
     pub tcp: HttpConnector<Resolver>,
-    pub places: Arc<Semaphore>,
+    pub places: Arc<Places>,
 }
 
+type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, Box<dyn std::error::Error + Send + Sync>>> + Send>>;
+
 impl Service<Uri> for Connector {
-    type Response = Placed;
+    type Response = MaybeHttpsStream<Placed>;
     type Error = Box<dyn std::error::Error + Send + Sync>;
-    type Future = Pin<Box<dyn Future<Output = Result<Placed, Self::Error>> + Send>>;
+    type Future = Connecting<Self::Response>;
 
     fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
         self.tcp.poll_ready(context).map_err(Into::into)
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let (places, connecting) = (Arc::clone(&self.places), self.tcp.call(uri));
+        let Self { tls, tcp, places } = self.clone();
+        let waits = WAITS.try_with(Arc::clone).unwrap_or_default();
         Box::pin(async move {
-            let place = places.acquire_owned().await?;
-            Ok(Placed { stream: connecting.await?, _place: place })
+            waits.store(true, Ordering::Relaxed);
+            let place = places.place().await?;
+            waits.store(false, Ordering::Relaxed);
+            let usage = Arc::new(Use(Mutex::default()));
+            places.add(&usage);
+            let placing = Placing { tcp, place: Some((place, Arc::clone(&usage))) };
+            let connecting = HttpsConnector::from((placing, tls)).call(uri);
+            let connection = tokio::time::timeout(WHOLE_TIMEOUT, connecting).await??;
+            usage.state().free_from = Some(Instant::now() + GRACE);
+            Ok(connection)
+        })
+    }
+}
+
+/// Makes one connection, which has its place already.
+struct Placing {
+    tcp: HttpConnector<Resolver>,
+    place: Option<(OwnedSemaphorePermit, Arc<Use>)>,
+}
+
+impl Service<Uri> for Placing {
+    type Response = Placed;
+    type Error = Box<dyn std::error::Error + Send + Sync>;
+    type Future = Connecting<Placed>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.tcp.poll_ready(context).map_err(Into::into)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let (place, connecting) = (self.place.take(), self.tcp.call(uri));
+        Box::pin(async move {
+            let (place, usage) = place.ok_or("a place is for one connection")?;
+            Ok(Placed { stream: connecting.await?, usage, _place: place })
         })
     }
 }
@@ -68,23 +178,32 @@ impl Service<Uri> for Connector {
 /// A connection, which holds its place until it is closed.
 pub struct Placed {
     stream: TokioIo<TcpStream>,
+    usage: Arc<Use>,
     _place: OwnedSemaphorePermit,
 }
 
 impl Connection for Placed {
     fn connected(&self) -> Connected {
-        self.stream.connected()
+        self.stream.connected().extra(Arc::clone(&self.usage))
     }
 }
 
 impl Read for Placed {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+        {
+            let mut state = self.usage.state();
+            if state.is_closing {
+                return Poll::Ready(Ok(()));
+            }
+            state.reader = Some(cx.waker().clone());
+        }
         Pin::new(&mut self.stream).poll_read(cx, buffer)
     }
 }
 
 impl Write for Placed {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.usage.state().free_from = None;
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
@@ -105,6 +224,7 @@ impl Write for Placed {
         cx: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.usage.state().free_from = None;
         Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
     }
 }

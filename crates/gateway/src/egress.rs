@@ -13,17 +13,15 @@ use std::time::Duration;
 
 use http_body_util::Full;
 use hyper::body::Bytes;
-use hyper_rustls::HttpsConnectorBuilder;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use llm_batch_core::url::{self, LOCALHOST, is_loopback, is_reserved, may_be_clear};
 use rustls_platform_verifier::BuilderVerifierExt;
-use tokio::sync::Semaphore;
 use tower_service::Service;
 
-use crate::connections::{Bounded, Connector};
+use crate::connections::{Connector, Places};
 use crate::files;
 use crate::protocol::{Endpoint, Secret};
 
@@ -41,7 +39,7 @@ const SMALL_ANSWER: usize = 64 << 10;
 const MAX_HEAD: usize = 64 << 10;
 
 /// An HTTP client with connections of its own. It follows no redirects and uses no proxy.
-pub type HttpClient = Client<Bounded, Full<Bytes>>;
+pub type HttpClient = Client<Connector, Full<Bytes>>;
 
 /// How certificates are verified where a server names no `ca_file`: as the operating system does.
 ///
@@ -63,7 +61,7 @@ pub struct Clients {
     /// Counts the uses of all pools.
     uses: u64,
     /// For connections of all of them.
-    places: Arc<Semaphore>,
+    places: Arc<Places>,
     /// Bytes of all answers that are being read, and most of them.
     reading: Rc<Cell<usize>>,
     pub memory: usize,
@@ -86,7 +84,7 @@ impl Clients {
     }
 
     fn with(tls: rustls::ClientConfig, lookup: Arc<dyn Lookup>, memory: usize, connections: usize) -> Self {
-        let places = Arc::new(Semaphore::new(connections));
+        let places = Places::new(connections);
         Self { tls, lookup, pools: BTreeMap::new(), uses: 0, places, reading: Rc::default(), memory }
     }
 
@@ -105,10 +103,6 @@ impl Clients {
             ca: file.map(|path| files::read_ca(path).map_err(|e| unusable(path, e))).transpose()?,
             api_key: endpoint.api_key.as_ref().map(|Secret(key)| key.clone()),
         };
-        // Where places are short, the connections that others keep are closed.
-        if self.places.available_permits() == 0 {
-            self.close_oldest(Some(&key));
-        }
         if let Some((client, used)) = self.pools.get_mut(&key) {
             *used = self.uses;
             return Ok(client.clone());
@@ -118,7 +112,7 @@ impl Clients {
             None => self.tls.clone(),
         };
         if self.pools.len() >= MOST_POOLS {
-            self.close_oldest(None);
+            self.close_oldest();
         }
         let client = self.client(tls, key.reach);
         self.pools.insert(key, (client.clone(), self.uses));
@@ -133,10 +127,9 @@ impl Clients {
         Ok(config.with_root_certificates(files::roots(pem)?).with_no_client_auth())
     }
 
-    /// Keeps no connection of the endpoint any more that was used longest ago, but for this one.
-    fn close_oldest(&mut self, but: Option<&PoolKey>) {
-        let pools = self.pools.iter().filter(|(key, _)| Some(*key) != but);
-        if let Some(oldest) = pools.min_by_key(|(_, (_, used))| *used).map(|(key, _)| key.clone()) {
+    /// Keeps no connection of the endpoint any more that was used longest ago.
+    fn close_oldest(&mut self) {
+        if let Some(oldest) = self.pools.iter().min_by_key(|(_, (_, used))| *used).map(|(key, _)| key.clone()) {
             self.pools.remove(&oldest);
         }
     }
@@ -153,16 +146,12 @@ impl Clients {
         tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
         tcp.set_keepalive(Some(KEEPALIVE.0));
         tcp.set_tcp_user_timeout(Some(KEEPALIVE.1));
-        let https = HttpsConnectorBuilder::new()
-            .with_tls_config(tls)
-            .https_or_http()
-            .enable_http1()
-            .wrap_connector(Connector { tcp, places: Arc::clone(&self.places) });
+        let connector = Connector { tls: Arc::new(tls), tcp, places: Arc::clone(&self.places) };
         Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
             .http1_max_buf_size(MAX_HEAD)
-            .build(Bounded(https))
+            .build(connector)
     }
 }
 

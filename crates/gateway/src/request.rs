@@ -1,15 +1,16 @@
 //! One HTTP request: sends a body, reads a bounded answer, names what went wrong.
 
-use std::cell::Cell;
+use std::cell::{Cell, OnceCell};
 use std::error::Error;
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, USER_AGENT};
+use hyper::http::Extensions;
 use hyper_util::client::legacy::connect::{CaptureConnection, capture_connection};
 use llm_batch_core::dialect::Reply;
 use llm_batch_core::headers::{self, Reported};
@@ -17,6 +18,7 @@ use llm_batch_core::trouble::{self, Report, Trouble};
 use serde_json::Value;
 use tokio::sync::Notify;
 
+use crate::connections::{Use, WAITS};
 use crate::egress::{Answer, HttpClient};
 use crate::protocol::Endpoint;
 
@@ -53,6 +55,8 @@ pub struct Answered {
     pub is_unsure: bool,
     /// A 2xx has begun: the model was asked, and most likely paid for.
     pub has_begun: bool,
+    /// Its time ran out before there was a place for a connection: the provider knows nothing of it.
+    pub has_no_place: bool,
     /// What it came on, if it came whole.
     connection: Option<CaptureConnection>,
 }
@@ -61,7 +65,8 @@ impl Answered {
     /// The result of a request that broke off.
     pub fn broke_off(message: String, is_unsure: bool) -> Self {
         let report = Report { trouble: Trouble::Overload(None), message: trouble::one_line(&message) };
-        Self { result: Err(report), said: Reported::default(), is_unsure, has_begun: false, connection: None }
+        let result = Err(report);
+        Self { result, said: Reported::default(), is_unsure, has_begun: false, has_no_place: false, connection: None }
     }
 
     /// The connection has not the right answer to a request: it is used for no other.
@@ -80,10 +85,33 @@ pub async fn send(client: Result<HttpClient, String>, answer: Answer, question: 
         Ok(client) => client,
         Err(e) => return Answered::broke_off(e, false),
     };
-    let has_begun = Cell::new(false);
-    let exchange = tokio::time::timeout(question.timeout, exchange(&client, answer, question, &has_begun));
-    let answered = exchange.await.unwrap_or_else(|_| Answered::broke_off(TIMED_OUT.to_owned(), true));
-    Answered { has_begun: has_begun.get(), ..answered }
+    let (progress, waits) = (Progress::default(), Arc::<AtomicBool>::default());
+    let exchange = WAITS.scope(Arc::clone(&waits), exchange(&client, answer, question, &progress));
+    let has_begun = || progress.has_begun.get();
+    match tokio::time::timeout(question.timeout, exchange).await {
+        Ok(answered) => Answered { has_begun: has_begun(), ..answered },
+        Err(_) if progress.is_sent() => {
+            Answered { has_begun: has_begun(), ..Answered::broke_off(TIMED_OUT.to_owned(), true) }
+        }
+        Err(_) if waits.load(Ordering::Relaxed) => {
+            Answered { has_no_place: true, ..Answered::broke_off(NO_PLACE.to_owned(), false) }
+        }
+        Err(_) => Answered::broke_off(TIMED_OUT.to_owned(), false),
+    }
+}
+
+/// How far a request has come.
+#[derive(Default)]
+struct Progress {
+    connection: OnceCell<CaptureConnection>,
+    has_begun: Cell<bool>,
+}
+
+impl Progress {
+    /// It has a connection, so something of it may have been sent.
+    fn is_sent(&self) -> bool {
+        self.connection.get().is_some_and(|c| c.connection_metadata().is_some())
+    }
 }
 
 /// The request of a question. What is notified if the answer never begins, for all the interim ones.
@@ -110,18 +138,14 @@ fn request(question: &Question) -> Result<(hyper::Request<Full<Bytes>>, Arc<Noti
     Ok((request, never_begins))
 }
 
-async fn exchange(
-    client: &HttpClient,
-    mut answer: Answer,
-    question: &Question<'_>,
-    has_begun: &Cell<bool>,
-) -> Answered {
+async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'_>, progress: &Progress) -> Answered {
     let endpoint = question.endpoint;
     let (mut request, never_begins) = match request(question) {
         Ok(request) => request,
         Err(e) => return Answered::broke_off(e, false),
     };
     let connection = capture_connection(&mut request);
+    let _ = progress.connection.set(connection.clone());
     let response = tokio::select! {
         biased;
         () = never_begins.notified() => {
@@ -134,7 +158,7 @@ async fn exchange(
         Err(e) => return Answered::broke_off(causes(&e, e.is_connect()), !e.is_connect()),
     };
     let status = response.status();
-    has_begun.set(status.is_success());
+    progress.has_begun.set(status.is_success());
     let said = headers::read(|name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()));
     let encoding = response.headers().get(CONTENT_ENCODING).filter(|v| *v != "identity");
     let encoding = encoding.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
@@ -147,6 +171,11 @@ async fn exchange(
         if let Err(e) = answer.push(&part) {
             return Answered::broke_off(e, true);
         }
+    }
+    if let Some(connected) = connection.connection_metadata().as_ref() {
+        let mut extras = Extensions::new();
+        connected.get_extras(&mut extras);
+        extras.get::<Arc<Use>>().inspect(|connection| connection.is_free());
     }
     // Providers quote keys in what they say. What they say is read first (JSON may hide a key behind escapes) and cut
     // to size last (a key cut in two is not found).
@@ -176,7 +205,7 @@ async fn exchange(
         status.is_success() || matches!(status.as_u16(), 408 | 502 | 504) || report.trouble == Trouble::Filtered
     };
     let is_unsure = result.as_ref().is_err_and(may_be_charged);
-    Answered { is_unsure, result, said, has_begun: false, connection: Some(connection) }
+    Answered { is_unsure, result, said, has_begun: false, has_no_place: false, connection: Some(connection) }
 }
 
 const REDACTED: &str = "[redacted]";
@@ -288,6 +317,9 @@ fn causes(error: &dyn Error, is_connect: bool) -> String {
 
 /// How a request that took too long is reported.
 pub const TIMED_OUT: &str = "the request timed out";
+
+/// How one is reported that was never sent.
+const NO_PLACE: &str = "no connection to the provider was free in time";
 
 #[cfg(test)]
 mod tests {

@@ -278,3 +278,66 @@ fn an_idle_session_gives_way() {
     clients[2].rows(30..31);
     assert_eq!(clients[2].outcomes(1).0.len(), 1);
 }
+
+/// A provider has a request under way that hangs, and connections without one.
+#[test]
+fn connections_without_a_request_give_way() {
+    let _alone = alone();
+    let (first, second) = (provider(Config::default()), provider(Config::default()));
+    let setup = Setup::within(Places { requests: 64, connections: 10, ..FEW });
+    let open = |provider: &FakeProvider, model: &str| {
+        setup.client(provider, |s| {
+            many(s);
+            (s.model.model, s.endpoint.account) = (model.into(), Some(model.into()));
+        })
+    };
+    let (mut one, mut other) = (open(&first, "one"), open(&second, "other"));
+    // A model that has answered nothing yet gets few requests.
+    for client in [&mut one, &mut other] {
+        client.rows(0..1);
+        client.outcomes(1);
+    }
+    first.hold();
+    one.rows(10..18);
+    wait_in_flight(&first, 8);
+    first.release();
+    one.outcomes(8);
+    first.hold();
+    one.rows(20..21);
+    wait_in_flight(&first, 1);
+    second.hold();
+    other.rows(10..18);
+    wait_in_flight(&second, 8);
+    let seen = other.activity();
+    assert!(seen.iter().all(|a| a.errors == 0), "{seen:?}");
+    first.release();
+    second.release();
+    assert_eq!((one.outcomes(1).0.len(), other.outcomes(8).0.len()), (1, 8));
+}
+
+#[test]
+fn a_request_that_waits_for_a_connection_in_vain_was_never_sent() {
+    let _alone = alone();
+    let (first, second) = (provider(Config::default()), provider(Config::default()));
+    let setup = Setup::within(Places { requests: 64, connections: 1, ..FEW });
+    first.hold();
+    let mut one = setup.client(&first, |s| s.endpoint.account = Some("one".into()));
+    one.rows(0..1);
+    wait_in_flight(&first, 1);
+    let mut other = setup.client(&second, |s| {
+        many(s);
+        (s.model.model, s.endpoint.account) = ("other".into(), Some("other".into()));
+        s.model.request_timeout_ms = 500;
+        s.budget = Some(Prices { input: 1, output: 4 });
+    });
+    other.say(&ToGateway::Allow(Allowance { cost: 1 << 40, tokens: 1 << 40 }));
+    other.rows(10..12);
+    let mut seen = || other.activity().into_iter().find(|a| a.model == "other").unwrap();
+    let seen = wait("it was tried", &mut seen, |a| a.requests_total >= 8);
+    assert_eq!((seen.errors, seen.breaker), (0, llm_batch_core::breaker::State::Closed), "{seen:?}");
+    first.release();
+    let (got, spent) = other.answers(2);
+    assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict) && o.attempts == 1), "{got:?}");
+    assert_eq!((spent.requests, spent.unconfirmed_input_tokens, spent.unconfirmed_output_tokens), (2, 0, 0));
+    assert_eq!(one.outcomes(1).0.len(), 1);
+}

@@ -110,6 +110,7 @@ impl State {
                 }
                 self.put_back(&lane_key, request.group, request.rows);
             }
+            Some(answered) if answered.has_no_place => self.had_no_place(now, request, &answered),
             Some(answered) => {
                 if let Ok(reply) = &answered.result {
                     // Half of what we count is sure. What is cached does not count everywhere.
@@ -133,6 +134,20 @@ impl State {
         self.note(now, &lane_key);
         self.flush();
         self.tidy(now, &lane_key);
+    }
+
+    /// A request waited for a connection in vain. Nothing of it was sent, so nobody is charged and no provider is in trouble.
+    fn had_no_place(&mut self, now: u64, request: InFlight, answered: &Answered) {
+        let InFlight { lane: lane_key, group, rows, grant, worst, .. } = request;
+        let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
+        lane.limiter.settle(grant, Tokens::default(), left(&answered.said));
+        if let Some(purse) = lane.group(&group).and_then(|g| g.purse.as_mut()) {
+            purse.give_back(worst, Tokens::default());
+        }
+        self.put_back(&lane_key, &group, rows);
+        if let Err(report) = &answered.result {
+            self.notice(now, &lane_key, "no place", &format!("{}; its rows are queued again", report.message));
+        }
     }
 
     /// What an answer says of the rows of a request; `None` if it answers another one.

@@ -161,7 +161,7 @@ impl State {
 
     pub(super) fn end_probe(&mut self, now: u64, probing: Probing, answered: Option<Answered>) {
         let Probing { endpoint: key, model, role, .. } = probing;
-        let end = match answered.map(|a| a.result) {
+        let end = match answered.filter(|a| !a.has_no_place).map(|a| a.result) {
             None => ProbeEnd::Lost,
             Some(Err(report)) if let Trouble::Overload(asked) = report.trouble => {
                 let words = Words { role, message: report.message };
