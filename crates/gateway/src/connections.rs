@@ -1,4 +1,5 @@
-//! Connections to providers: places for them, and which ones give theirs to others.
+//! Connections to providers: places for them, which ones give theirs to others, and how much of one is read
+//! at a time.
 
 use std::io;
 use std::pin::Pin;
@@ -8,7 +9,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use hyper::Uri;
-use hyper::rt::{Read, ReadBufCursor, Write};
+use hyper::rt::{Read, ReadBuf, ReadBufCursor, Write};
 use hyper_rustls::{HttpsConnector, MaybeHttpsStream};
 use hyper_util::client::legacy::connect::{Connected, Connection, HttpConnector};
 use hyper_util::rt::TokioIo;
@@ -24,6 +25,10 @@ const WHOLE_TIMEOUT: Duration = Duration::from_secs(30);
 const GRACE: Duration = Duration::from_secs(1);
 /// How often one that waits for a place looks for a connection that has no request.
 const LOOK: Duration = Duration::from_millis(100);
+/// Most bytes that are read of a connection before others have their turn: of the beginning of an answer, and twice as many
+/// each time, up to the second. hyper takes interim answers (1xx) apart for as long as some arrive, and only when others
+/// have had their turn is one that sends too many of them given up.
+const TURN: (usize, usize) = (512, 16 << 10);
 
 tokio::task_local! {
     /// Whether the request at hand waits for a place.
@@ -170,7 +175,7 @@ impl Service<Uri> for Placing {
         let (place, connecting) = (self.place.take(), self.tcp.call(uri));
         Box::pin(async move {
             let (place, usage) = place.ok_or("a place is for one connection")?;
-            Ok(Placed { stream: connecting.await?, usage, _place: place })
+            Ok(Placed { stream: connecting.await?, usage, read: 0, turn: TURN.0, _place: place })
         })
     }
 }
@@ -179,7 +184,18 @@ impl Service<Uri> for Placing {
 pub struct Placed {
     stream: TokioIo<TcpStream>,
     usage: Arc<Use>,
+    /// Bytes that were read in this turn, and most of them.
+    read: usize,
+    turn: usize,
     _place: OwnedSemaphorePermit,
+}
+
+impl Placed {
+    /// A request is being sent: the beginning of an answer comes next.
+    fn is_written(&mut self) {
+        self.usage.state().free_from = None;
+        self.turn = TURN.0;
+    }
 }
 
 impl Connection for Placed {
@@ -189,7 +205,11 @@ impl Connection for Placed {
 }
 
 impl Read for Placed {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        mut buffer: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
         {
             let mut state = self.usage.state();
             if state.is_closing {
@@ -197,13 +217,24 @@ impl Read for Placed {
             }
             state.reader = Some(cx.waker().clone());
         }
-        Pin::new(&mut self.stream).poll_read(cx, buffer)
+        let left = self.turn.saturating_sub(self.read).min(buffer.remaining());
+        if left == 0 && buffer.remaining() > 0 {
+            (self.read, self.turn) = (0, TURN.1.min(2 * self.turn));
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
+        let mut part = [0; TURN.1];
+        let mut part = ReadBuf::new(part.get_mut(..left).unwrap_or_default());
+        let read = Pin::new(&mut self.stream).poll_read(cx, part.unfilled());
+        buffer.put_slice(part.filled());
+        self.read = if read.is_ready() { self.read + part.filled().len() } else { 0 };
+        read
     }
 }
 
 impl Write for Placed {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.usage.state().free_from = None;
+        self.is_written();
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
@@ -224,7 +255,73 @@ impl Write for Placed {
         cx: &mut Context<'_>,
         parts: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        self.usage.state().free_from = None;
+        self.is_written();
         Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+    use std::task::Wake;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Woken(AtomicBool);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Reads as hyper does: as much as its buffer holds, until nothing more is there for now.
+    fn turn(placed: &mut Placed, woken: &Arc<Woken>) -> usize {
+        let (waker, mut read) = (Waker::from(Arc::clone(woken)), 0);
+        let mut buffer = vec![0; 64 << 10];
+        loop {
+            let mut buffer = ReadBuf::new(&mut buffer);
+            let end = Pin::new(&mut *placed).poll_read(&mut Context::from_waker(&waker), buffer.unfilled());
+            match end {
+                Poll::Ready(_) if !buffer.filled().is_empty() => read += buffer.filled().len(),
+                _ => return read,
+            }
+        }
+    }
+
+    #[test]
+    fn a_server_that_never_stops_sending_lets_others_have_their_turn() {
+        const ALL: usize = 1 << 20;
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let sending = std::thread::spawn(move || {
+            let mut server = listener.accept().unwrap().0;
+            server.write_all(&vec![b'x'; ALL]).unwrap();
+            server
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let places = Places::new(1);
+            let place = places.place().await.unwrap();
+            let stream = TokioIo::new(TcpStream::connect(address).await.unwrap());
+            let mut placed =
+                Placed { stream, usage: Arc::new(Use(Mutex::default())), read: 0, turn: TURN.0, _place: place };
+            let (mut all, mut most) = (0, TURN.0);
+            while all < ALL {
+                let woken = Arc::<Woken>::default();
+                let read = turn(&mut placed, &woken);
+                assert!(read <= most, "{read} bytes in a turn, after {all}");
+                if read == most {
+                    // Who stops before all was read comes again.
+                    assert!(woken.0.load(Ordering::Relaxed));
+                    most = TURN.1.min(2 * most);
+                }
+                all += read;
+                tokio::task::yield_now().await;
+            }
+            assert_eq!((all, most), (ALL, TURN.1));
+        });
+        drop(sending.join().unwrap());
     }
 }

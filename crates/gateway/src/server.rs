@@ -18,7 +18,7 @@ use crate::failure_point;
 use crate::frames::Frames;
 use crate::kept::Kept;
 use crate::places::Places;
-use crate::protocol::{Endpoint, FromGateway, ToGateway, decode, encode};
+use crate::protocol::{Endpoint, FromGateway, Item, ToGateway, decode, encode};
 use crate::request::{self, Answered, Question};
 
 /// How long a client may be silent in the midst of a message, and before the first.
@@ -26,6 +26,9 @@ const SILENCE: Duration = Duration::from_secs(30);
 
 /// How long a client to which the connection is closed has to read why.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+
+/// Rows, and bytes of text, that are taken in of one client before others have their turn.
+const TURN: (usize, usize) = (32, 4 << 10);
 
 /// What all tasks share. All of them run on one thread.
 struct Shared {
@@ -200,7 +203,7 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
             Ok(Ok(n)) if n > 0 => has_spoken = true,
             _ => break,
         }
-        if take(&shared, conn, &mut buffer).is_err() {
+        if take(&shared, conn, &mut buffer).await.is_err() {
             break;
         }
     }
@@ -215,28 +218,39 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
     writer.abort();
 }
 
-fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), String> {
+/// Takes rows. Their tokens are counted, which takes time: others have their turn in between.
+async fn take_rows(shared: &Shared, conn: u64, items: Vec<Item>) -> Result<(), String> {
+    let (mut part, mut bytes) = (Vec::new(), 0);
+    for item in items {
+        failure_point!("poison-gateway", &item.text);
+        bytes += item.text.len();
+        part.push(item);
+        if part.len() >= TURN.0 || bytes >= TURN.1 {
+            bytes = 0;
+            shared.state.borrow_mut().items(shared.now(), conn, std::mem::take(&mut part))?;
+            tokio::task::yield_now().await;
+        }
+    }
+    shared.state.borrow_mut().items(shared.now(), conn, part)
+}
+
+async fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), String> {
     while let Some(message) = decode::<ToGateway>(buffer)? {
         failure_point!("net-take");
-        let mut state = shared.state.borrow_mut();
+        let state = || shared.state.borrow_mut();
         match message {
-            ToGateway::Open(stream) => state.open(shared.now(), conn, *stream)?,
-            ToGateway::Items(items) => {
-                for item in &items {
-                    failure_point!("poison-gateway", &item.text);
-                }
-                state.items(shared.now(), conn, items)?;
-            }
-            ToGateway::Withdraw => state.withdraw(conn),
-            ToGateway::Abandon => state.abandon(conn),
-            ToGateway::Allow(more) => state.allow(conn, more),
+            ToGateway::Open(stream) => state().open(shared.now(), conn, *stream)?,
+            ToGateway::Items(items) => take_rows(shared, conn, items).await?,
+            ToGateway::Withdraw => state().withdraw(conn),
+            ToGateway::Abandon => state().abandon(conn),
+            ToGateway::Allow(more) => state().allow(conn, more),
             ToGateway::Estimate(items) => {
-                let estimate = state.estimate(conn, items);
-                state.say(conn, &FromGateway::Estimated(estimate));
+                let estimate = state().estimate(conn, items);
+                state().say(conn, &FromGateway::Estimated(estimate));
             }
             ToGateway::Activity => {
-                let activity = state.activity(shared.now());
-                state.say(conn, &FromGateway::Activity(activity));
+                let activity = state().activity(shared.now());
+                state().say(conn, &FromGateway::Activity(activity));
             }
             ToGateway::Probe => spawn(shared, probe(Rc::clone(shared), conn)),
         }

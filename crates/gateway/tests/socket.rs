@@ -96,3 +96,30 @@ fn a_client_that_stops_in_the_midst_of_a_message_is_let_go() {
     let (outcomes, _) = idle.outcomes(10);
     assert!(outcomes.iter().all(|(n, verdict)| is_right(*n, verdict)), "{outcomes:?}");
 }
+
+/// A message of many rows is taken in part by part. Another client sees it halfway.
+#[test]
+fn a_large_message_lets_others_have_their_turn() {
+    let provider = provider(Config::default());
+    provider.hold();
+    let setup = Setup::new(64 << 20);
+    let mut other = setup.connect();
+    let mut queued = || other.activity().first().map_or(0, |a| a.queued + a.in_flight_rows);
+    let mut clients = Vec::new();
+    for n in 0.. {
+        let mut client = setup.client(&provider, |_| {});
+        let before = queued();
+        client.rows(n * 4_000..(n + 1) * 4_000);
+        clients.push(client);
+        let halfway = loop {
+            match queued() - before {
+                0 => {}
+                n => break n,
+            }
+        };
+        if halfway < 4_000 {
+            break;
+        }
+        assert!(n < 20, "it was never seen halfway");
+    }
+}
