@@ -115,6 +115,40 @@ fn keys_are_listed_as_they_are() {
     assert_eq!((listed[0].1.as_str(), listed[0].2.as_str()), ("skipped", "too_long"));
 }
 
+/// Keys that are equal in double precision are different rows, and are listed to the last digit.
+#[test]
+fn keys_of_many_digits_stay_apart() {
+    const KEYS: [&str; 6] = [
+        "123456789012345678901234567890",
+        "123456789012345678901234567891",
+        "0.10000000000000000001",
+        "0.10000000000000000002",
+        "9223372036854775806",
+        "9223372036854775807",
+    ];
+    let bed = Bed::new("long_keys");
+    let mut c = bed.connect();
+    run(&mut c, "SELECT llm_batch.alter_model('m', max_request_tokens => 600)");
+    let script = format!(
+        "CREATE TABLE t (k numeric PRIMARY KEY, body text, topic text);
+         INSERT INTO t SELECT k, repeat('word ', 2000), NULL FROM unnest('{{{}}}'::numeric[]) k;
+         CREATE TABLE big (LIKE t INCLUDING ALL); ALTER TABLE big ALTER k TYPE bigint;
+         INSERT INTO big SELECT * FROM t WHERE k BETWEEN 9 AND 9223372036854775807",
+        KEYS.join(",")
+    );
+    let (job, p) = fill(&bed, &mut c, &script, "'t', 'body', 'topic', 'topic'");
+    assert_eq!(p.counts(), (6, 0, 6, 0, 0, 0));
+    let listed = |job: i64| {
+        let keys = "string_agg(key::text, ' ' ORDER BY (key->>'k')::numeric)";
+        format!("SELECT {keys} FROM llm_batch.failure WHERE job_id = {job}")
+    };
+    let want = |keys: &[&str]| keys.iter().map(|k| format!("{{\"k\": {k}}}")).collect::<Vec<_>>().join(" ");
+    assert_eq!(text(&mut c, &listed(job)), want(&[KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[0], KEYS[1]]));
+    let (job, p) = fill(&bed, &mut c, "", "'big', 'body', 'topic', 'topic'");
+    assert_eq!(p.counts(), (2, 0, 2, 0, 0, 0));
+    assert_eq!(text(&mut c, &listed(job)), want(&KEYS[4..]));
+}
+
 #[test]
 fn names_of_all_kinds() {
     let bed = Bed::new("names");

@@ -7,7 +7,6 @@ use std::ffi::CStr;
 use pgrx::FromDatum;
 use pgrx::datum::DatumWithOid;
 use pgrx::prelude::*;
-use serde_json::Value;
 
 use crate::error::Result;
 use crate::text::Text;
@@ -87,15 +86,13 @@ const PLAIN: [(&CStr, &CStr); 7] = [
     (c"lc_monetary", c"C"),
 ];
 
-/// The keys of rows of a page as JSON, by position.
-pub fn describe(query: &str, page: &Page, positions: Vec<i32>) -> Result<BTreeMap<i32, Value>> {
+/// The keys of rows of a page as JSON, by position. It is never read: numbers stay what they are, to the last digit.
+pub fn describe(query: &str, page: &Page, positions: Vec<i32>) -> Result<BTreeMap<i32, String>> {
     let mut args = page.args();
     args.push(positions.into());
     let keys =
         txn::with_settings(&PLAIN, || sql::rows(query, &args, |r| Ok((r.get::<i32>(1)?, r.get::<Text>(2)?.lossy()))))?;
-    // A number may be larger than can be read.
-    let read = |key: String| serde_json::from_str(&key).unwrap_or(Value::String(key));
-    Ok(keys.into_iter().map(|(position, key)| (position, read(key))).collect())
+    Ok(keys.into_iter().collect())
 }
 
 /// Runs a claim: a statement whose single row holds an array for each column of the key, then the texts, their hashes

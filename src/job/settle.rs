@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use llm_batch_gateway::protocol::Verdict;
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::datum::DatumWithOid;
-use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::job::page::{self, Page};
@@ -56,7 +55,7 @@ pub struct Settled {
     /// The row is locked by another transaction, or can't be written for another reason that should pass: to be tried again.
     pub locked: Vec<Answer>,
     /// The input has changed since it was sent: the answer is for a text that is no more.
-    pub changed: Vec<(Value, u32)>,
+    pub changed: Vec<(String, u32)>,
 }
 
 /// Errors that should pass, and at first say nothing about a row.
@@ -309,7 +308,7 @@ fn name_rows(
         return Ok(());
     }
     let keys = page::describe(&plan.describe, page, positions)?;
-    let key = |position: i32| keys.get(&position).cloned().unwrap_or(Value::Null);
+    let key = |position: i32| keys.get(&position).cloned().unwrap_or_default();
     for Listed { position, is_skip, class, attempts, detail, raised } in listed {
         let failure = Failure { key: key(position), is_skip, class, attempts, detail };
         match raised {

@@ -375,10 +375,10 @@ pub fn count(id: i64, total: i64, empty: i64) -> Result<()> {
 }
 
 /// Which of these keys (JSON, by position from 1) are listed as failures.
-pub fn failed_among(id: i64, keys: Vec<Option<JsonB>>) -> Result<Vec<i64>> {
+pub fn failed_among(id: i64, keys: Vec<Option<String>>) -> Result<Vec<i64>> {
     txn::as_extension_owner(|| {
         sql::rows(
-            "SELECT u.i FROM unnest($2::jsonb[]) WITH ORDINALITY u (key, i)
+            "SELECT u.i FROM unnest($2::text[]::jsonb[]) WITH ORDINALITY u (key, i)
                JOIN llm_batch.row_failure f ON f.job_id = $1 AND f.key = u.key",
             &[id.into(), keys.into()],
             |r| r.get::<i64>(1),
@@ -397,7 +397,8 @@ pub fn crashes(id: i64) -> Result<i64> {
 /// A row to list.
 #[derive(Debug)]
 pub struct Failure {
-    pub key: Value,
+    /// JSON.
+    pub key: String,
     pub is_skip: bool,
     pub class: String,
     pub attempts: u32,
@@ -499,10 +500,10 @@ fn list<'a>(id: i64, failures: impl IntoIterator<Item = &'a Failure>) -> Result<
         let state = if f.is_skip { "skipped" } else { "failed" };
         let new = sql::run(
             "INSERT INTO llm_batch.row_failure (job_id, key, state, class, attempts, detail)
-             VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (job_id, key) DO NOTHING RETURNING 1",
+             VALUES ($1, $2::jsonb, $3, $4, $5, $6) ON CONFLICT (job_id, key) DO NOTHING RETURNING 1",
             &[
                 id.into(),
-                JsonB(f.key.clone()).into(),
+                f.key.as_str().into(),
                 state.into(),
                 f.class.as_str().into(),
                 (f.attempts as i32).into(),

@@ -5,9 +5,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::{self, FromGateway, Item, Spent, Stop, StopReason, Stream, ToGateway, Verdict};
-use pgrx::datum::JsonB;
 use pgrx::{PgSqlErrorCode, pg_sys};
-use serde_json::Value;
 
 use super::rights::Rights;
 use super::{AGAIN, CONTROL, CRASH, HEAR, LATER, MOST_STARTS, Worker};
@@ -43,7 +41,7 @@ const MOST_LOCKED: usize = 1_000;
 #[derive(Default)]
 struct Found {
     /// The key of the row that every run before may have died of.
-    suspect: Option<Value>,
+    suspect: Option<String>,
     /// The positions of those that have failed before.
     gone: Vec<i64>,
     damaged: BTreeMap<i32, Failure>,
@@ -62,7 +60,7 @@ impl Found {
             failure.key = keys.get(position).cloned().unwrap_or_default();
         }
         if job.has_failures {
-            let keys = (1..=page.len as i32).map(|i| keys.remove(&i).map(JsonB)).collect();
+            let keys = (1..=page.len as i32).map(|i| keys.remove(&i)).collect();
             found.gone = store::failed_among(job.id, keys)?;
         }
         Ok(found)
@@ -83,7 +81,7 @@ impl page::Claimed {
     /// The rows whose text is none, by position; without their keys.
     fn damaged(&self) -> BTreeMap<i32, Failure> {
         let failure = |e| Failure {
-            key: Value::Null,
+            key: "null".to_owned(),
             is_skip: false,
             class: text::INVALID.to_owned(),
             attempts: 0,

@@ -173,7 +173,7 @@ impl Worker {
 
     /// A row whose input changed while it was asked about is claimed again by the next pass, with its new text; but not
     /// for ever.
-    fn came_too_late(&mut self, key: serde_json::Value, attempts: u32) {
+    fn came_too_late(&mut self, key: String, attempts: u32) {
         let times = self.late.entry(key.to_string()).or_default();
         *times += attempts.max(1);
         self.claimed_in_pass = self.claimed_in_pass.max(1);
