@@ -892,6 +892,41 @@ fn whose_default_model_it_is() {
     ] {
         assert_eq!(asked_of(&bed, mallory, sql), "fake-his", "{sql}");
     }
+    // Views of one over views of another that are changed through: each condition is its view's owner's.
+    let asks = |model: &str| format!("llm_filter(body, 'Is it so?', '{{\"reuse\": false{model}}}')");
+    let (unnamed, its_own) = (asks(""), asks(", \"model\": \"m\""));
+    run(
+        carol,
+        "CREATE VIEW hers AS SELECT * FROM texts WHERE id > 0 AND id < 9;
+         GRANT SELECT, UPDATE ON hers TO mallory",
+    );
+    run(
+        mallory,
+        &format!(
+            "CREATE TABLE his_texts (id int, body text, done bool); INSERT INTO his_texts VALUES (1, '#r900001:yes#');
+             CREATE VIEW over_hers AS SELECT * FROM hers WHERE {unnamed};
+             CREATE VIEW over_hers_barrier WITH (security_barrier) AS SELECT * FROM hers WHERE {unnamed};
+             CREATE VIEW his AS SELECT * FROM his_texts WHERE {unnamed} AND id > 0; GRANT SELECT, UPDATE ON his TO carol"
+        ),
+    );
+    run(
+        carol,
+        &format!(
+            "CREATE VIEW over_his AS SELECT * FROM his WHERE id > 0 AND {unnamed};
+             CREATE VIEW over_his_barrier WITH (security_barrier) AS SELECT * FROM his WHERE {unnamed};
+             CREATE VIEW over_his_named AS SELECT * FROM his WHERE {its_own};
+             GRANT SELECT, UPDATE ON over_his, over_his_barrier, over_his_named TO mallory"
+        ),
+    );
+    run(mallory, "SET llm_batch.default_model = 'his'");
+    for sql in ["UPDATE over_hers SET done = true", "UPDATE over_hers_barrier SET done = true WHERE id < 5 AND id > 0"]
+    {
+        assert_eq!(asked_of(&bed, mallory, sql), "fake-his", "{sql}");
+    }
+    for sql in ["UPDATE over_his SET done = true WHERE id < 5", "UPDATE over_his_barrier SET done = true"] {
+        refused(mallory, sql, "the outer view's");
+    }
+    run(mallory, "UPDATE over_his_named SET done = true WHERE id < 5");
     // Who has a definer's or an author's rights may say for them where texts go: superusers, and the role itself.
     for session in [&mut *client, &mut *carol] {
         run(session, "SET llm_batch.default_model = 'his'");

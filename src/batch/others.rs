@@ -6,6 +6,7 @@
 
 use std::cell::Cell;
 use std::ffi::c_void;
+use std::ptr::null_mut;
 
 use pgrx::prelude::*;
 
@@ -61,12 +62,19 @@ impl Walk {
             let query = &mut *query;
             let tables = list::<pg_sys::RangeTblEntry>(query.rtable);
             let outer = (self.relation.get(), self.changed.get());
-            let is_view = |rte: &*mut pg_sys::RangeTblEntry| {
-                (**rte).rtekind == pg_sys::RTEKind::RTE_RELATION && (**rte).relkind as u8 == pg_sys::RELKIND_VIEW
+            // Views that were changed through stay among the tables, the outermost first, and their conditions become the
+            // query's.
+            let is_view = |rte: &&*mut pg_sys::RangeTblEntry| {
+                (***rte).rtekind == pg_sys::RTEKind::RTE_RELATION && (***rte).relkind as u8 == pg_sys::RELKIND_VIEW
             };
-            // A view that was changed through stays among the tables, and its conditions become the query's.
-            if let Some(view) = tables.iter().rev().find(|rte| is_view(rte)) {
-                self.relation.set(Some((**view).relid));
+            let views: Vec<pg_sys::Oid> = tables.iter().filter(is_view).map(|rte| (**rte).relid).collect();
+            if let Some(view) = views.last() {
+                self.relation.set(Some(*view));
+                if views.iter().any(|other| owner_of(*other) != owner_of(*view)) {
+                    self.conditions(query, &tables, &views);
+                    // Whose the rest is can't be told.
+                    self.relation.set(Some(pg_sys::InvalidOid));
+                }
             }
             let changed = usize::try_from(query.resultRelation - 1).ok().and_then(|at| tables.get(at));
             self.changed.set(changed.map(|rte| (**rte).relid));
@@ -103,6 +111,41 @@ impl Walk {
         }
     }
 
+    /// Marks the conditions of views of several owners that a query changes through. Those of the outermost view were added
+    /// first: to what the query asks for itself, which is not marked, or, of a security barrier, to those of the table.
+    unsafe fn conditions(&self, query: &pg_sys::Query, tables: &[*mut pg_sys::RangeTblEntry], views: &[pg_sys::Oid]) {
+        // SAFETY: see query(); views are relations that it has locked.
+        unsafe {
+            let views: Vec<(pg_sys::Oid, View)> = views.iter().map(|view| (*view, View::of(*view))).collect();
+            // A column that asks a model may stand in any condition further out.
+            if views.iter().any(|(_, view)| view.has_asking_column) {
+                return;
+            }
+            let mark = |view: pg_sys::Oid, condition: *mut pg_sys::Node| {
+                self.relation.set(Some(view));
+                visit(condition, (&raw const *self).cast_mut().cast::<c_void>());
+            };
+            let target = usize::try_from(query.resultRelation - 1).ok().and_then(|at| tables.get(at));
+            let mut barriers = target.map(|rte| list::<pg_sys::Node>((**rte).securityQuals)).unwrap_or_default();
+            for (view, _) in views.iter().filter(|(_, view)| view.has_condition && view.is_barrier) {
+                mark(*view, barriers.pop().unwrap_or(null_mut()));
+            }
+            let mut plain: Vec<pg_sys::Oid> = Vec::new();
+            plain.extend(views.iter().filter(|(_, v)| v.has_condition && !v.is_barrier).map(|(view, _)| view));
+            let mut conditions = query.jointree.as_ref().map_or(null_mut(), |from| from.quals);
+            while let Some(view) = plain.pop() {
+                let both = cast::<pg_sys::BoolExpr>(conditions, T::T_BoolExpr).map(|both| list((*both).args));
+                match both.as_deref() {
+                    Some([others, its_own]) if !plain.is_empty() => {
+                        mark(view, *its_own);
+                        conditions = *others;
+                    }
+                    _ => mark(view, conditions),
+                }
+            }
+        }
+    }
+
     unsafe fn mark(&self, call: *mut pg_sys::FuncExpr) {
         // SAFETY: a part of the query. Its position is used for nothing else.
         unsafe {
@@ -114,6 +157,54 @@ impl Walk {
                 (*call).location = number.map_or(i32::MIN, |number| STORED - number);
             }
         }
+    }
+}
+
+/// What the definition of a view says.
+struct View {
+    has_condition: bool,
+    is_barrier: bool,
+    has_asking_column: bool,
+}
+
+impl View {
+    /// # Safety
+    /// `view` is a view.
+    unsafe fn of(view: pg_sys::Oid) -> Self {
+        // SAFETY: its definition is looked at while it is open.
+        unsafe {
+            let relation = pg_sys::relation_open(view, pg_sys::AccessShareLock as i32);
+            let query = &*pg_sys::get_view_query(relation);
+            let mut has_asking_column = false;
+            asks(query.targetList.cast(), (&raw mut has_asking_column).cast());
+            let view = Self {
+                has_condition: query.jointree.as_ref().is_some_and(|from| !from.quals.is_null()),
+                is_barrier: (*relation)
+                    .rd_options
+                    .cast::<pg_sys::ViewOptions>()
+                    .as_ref()
+                    .is_some_and(|options| options.security_barrier),
+                has_asking_column,
+            };
+            pg_sys::relation_close(relation, pg_sys::NoLock as i32);
+            view
+        }
+    }
+}
+
+/// Whether a call in a node, or below it, asks the default model: sets the bool.
+#[pg_guard]
+unsafe extern "C-unwind" fn asks(node: *mut pg_sys::Node, found: *mut c_void) -> bool {
+    // SAFETY: a node of a view's definition, or NULL; View::of() hands on its bool.
+    unsafe {
+        if let Some(query) = cast::<pg_sys::Query>(node, T::T_Query) {
+            return pg_sys::query_tree_walker(query, Some(asks), found, 0);
+        }
+        if cast::<pg_sys::FuncExpr>(node, T::T_FuncExpr).is_some_and(|call| asks_default_model((*call).funcid)) {
+            *found.cast::<bool>() = true;
+            return true;
+        }
+        !node.is_null() && pg_sys::expression_tree_walker(node, Some(asks), found)
     }
 }
 
