@@ -5,6 +5,8 @@ use fastrand::Rng;
 use crate::Fault;
 use crate::prompt::{Asked, RowId, Shape, Task};
 use crate::tokens::{first_tokens, tokens};
+use crate::values::{Wanted, write_fields};
+use serde_json::Value;
 
 const PROSE: &str = "These tickets are about many things, and it is hard to say which is which.";
 const REFUSAL: &str = "I'm sorry, I can't help with that.";
@@ -41,8 +43,13 @@ pub(crate) fn compose(
     fault: &mut Option<Fault>,
     rng: &mut Rng,
 ) -> Answer {
+    // A schema of values is not looked into.
+    let enforced = enforced.filter(|_| task.wanted.is_none());
     let mut items: Vec<Item> = task.rows.iter().map(|row| right(row, enforced)).collect();
     spoil(&mut items, task, enforced, fault, rng);
+    if let Some(wanted) = &task.wanted {
+        spoil_values(&mut items, wanted, fault, rng);
+    }
     let (mut text, ends) = write(task.shape, &items);
     let mut answered: Vec<(usize, RowId)> =
         ends.into_iter().zip(items).filter_map(|(end, item)| Some((end, item.answers?))).collect();
@@ -67,6 +74,15 @@ pub(crate) fn compose(
         Some(Fault::OnlyProse) => {
             PROSE.clone_into(&mut text);
             answered.clear();
+        }
+        Some(Fault::SmartQuotes) => {
+            text = text.replace("\":", "\u{201d}:").replace(",\"", ",\u{201c}").replace("{\"", "{\u{201c}");
+            answered.clear();
+        }
+        Some(Fault::CutInString) => {
+            let cut = text.rfind('"').map_or(0, |end| text.floor_char_boundary(end.saturating_sub(2)));
+            text.truncate(cut);
+            finish_reason = "length";
         }
         Some(Fault::Prose) => {
             const BEFORE: &str = "Sure! Here are the labels:\n```json\n";
@@ -149,6 +165,74 @@ fn spoil(items: &mut Vec<Item>, task: &Task, enforced: Option<&[String]>, fault:
     }
 }
 
+/// Applies the faults that change the values of one row.
+fn spoil_values(items: &mut [Item], wanted: &Wanted, fault: &mut Option<Fault>, rng: &mut Rng) {
+    let (Some(of), false) = (fault.clone().filter(Fault::is_of_values), items.is_empty()) else { return };
+    let pick = rng.usize(..items.len());
+    let item = &mut items[pick];
+    let Wanted::Fields(fields) = wanted else {
+        // The only value may be of the wrong type, or in quotes.
+        match (of, wanted) {
+            (Fault::WrongType, Wanted::Text) => "12".clone_into(&mut item.code),
+            (Fault::WrongType, _) => "\"high\"".clone_into(&mut item.code),
+            (Fault::NumbersAsStrings, Wanted::Score(..)) => item.code = format!("\"{}\"", item.code),
+            _ => {
+                *fault = None;
+                return;
+            }
+        }
+        item.answers = item.answers.filter(|_| *fault == Some(Fault::NumbersAsStrings));
+        return;
+    };
+    let mut fields = fields.clone();
+    let mut values = values_of(&item.code);
+    let at = rng.usize(..values.len().max(1));
+    match of {
+        Fault::DropField => {
+            fields.remove(at);
+            values.remove(at);
+        }
+        Fault::AddField => {
+            let key = fields.iter().any(|f| f.key.is_some()).then(|| "x".to_owned());
+            let mut added = fields[at].clone();
+            added.key = key;
+            fields.push(added);
+            values.push("1".to_owned());
+        }
+        Fault::DoubleField => {
+            fields.push(fields[at].clone());
+            values.push(values[at].clone());
+        }
+        Fault::RenameField => fields[at].key = fields[at].key.as_ref().map(|_| "renamed".to_owned()),
+        Fault::SwapFields => values.rotate_left(1),
+        Fault::WrongType => values[at] = if values[at].starts_with('"') { "12".to_owned() } else { "\"twelve\"".to_owned() },
+        Fault::NumbersAsStrings => {
+            for value in values.iter_mut().filter(|v| v.parse::<f64>().is_ok()) {
+                *value = format!("\"{value}\"");
+            }
+        }
+        _ => values[at] = "\"the second of March\"".to_owned(),
+    }
+    let written = write_fields(&fields, &values);
+    let is_same = written == item.code;
+    // Numbers in quotes are right all the same, and so is what a fault has not changed.
+    item.answers = item.answers.filter(|_| is_same || of == Fault::NumbersAsStrings);
+    item.code = written;
+    if is_same {
+        *fault = None;
+    }
+}
+
+/// The values of a row's answer.
+fn values_of(code: &str) -> Vec<String> {
+    let all: Value = serde_json::from_str(code).unwrap_or_default();
+    match all {
+        Value::Array(values) => values.iter().map(Value::to_string).collect(),
+        Value::Object(values) => values.values().map(Value::to_string).collect(),
+        other => vec![other.to_string()],
+    }
+}
+
 /// A code the legend lacks.
 fn unknown(task: &Task) -> String {
     let mut code = "zz".to_owned();
@@ -162,7 +246,7 @@ fn unknown(task: &Task) -> String {
 fn write(shape: Shape, items: &[Item]) -> (String, Vec<usize>) {
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
     let (open, close) = match shape {
-        Shape::Map => ("{", "}"),
+        Shape::Map | Shape::Values => ("{", "}"),
         Shape::Objects | Shape::Strings => ("{\"r\":[", "]}"),
         Shape::Plain => ("", ""),
         Shape::Probe => ("ok", ""),
@@ -176,6 +260,7 @@ fn write(shape: Shape, items: &[Item]) -> (String, Vec<usize>) {
         }
         text.push_str(&match shape {
             Shape::Map => format!("{}:{}", quoted(index), quoted(code)),
+            Shape::Values => format!("{}:{code}", quoted(index)),
             Shape::Objects => format!("{{\"i\":{index},\"c\":{}}}", quoted(code)),
             Shape::Strings => quoted(&format!("{index}{code}")),
             Shape::Plain | Shape::Probe => code.clone(),

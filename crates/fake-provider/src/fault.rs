@@ -63,6 +63,27 @@ pub enum Fault {
     Refusal,
     /// The answer is withheld: `finish_reason` is `content_filter`, no content.
     ContentFilter,
+
+    /// A value of one row is left out.
+    DropField,
+    /// One row gets a value more.
+    AddField,
+    /// One row gets a value twice.
+    DoubleField,
+    /// One row gets a value under another key.
+    RenameField,
+    /// The values of one row change places.
+    SwapFields,
+    /// One row gets a value of another type.
+    WrongType,
+    /// The numbers of one row are in quotes.
+    NumbersAsStrings,
+    /// One row gets a date in words.
+    DatesInWords,
+    /// The quotes of the JSON are typographic ones.
+    SmartQuotes,
+    /// The text ends within its last string; `finish_reason` is `length`.
+    CutInString,
 }
 
 impl Fault {
@@ -83,8 +104,22 @@ impl Fault {
         Self::Prose,
     ];
 
+    /// Those of the values of a row, for tasks that are not answered by a code.
+    pub const OF_VALUES: [Self; 10] = [
+        Self::DropField,
+        Self::AddField,
+        Self::DoubleField,
+        Self::RenameField,
+        Self::SwapFields,
+        Self::WrongType,
+        Self::NumbersAsStrings,
+        Self::DatesInWords,
+        Self::SmartQuotes,
+        Self::CutInString,
+    ];
+
     /// The faults without parameters.
-    const PLAIN: [Self; 21] = [
+    const PLAIN: [Self; 31] = [
         Self::Http500,
         Self::Http503,
         Self::RateLimit429,
@@ -106,6 +141,16 @@ impl Fault {
         Self::OnlyProse,
         Self::Refusal,
         Self::ContentFilter,
+        Self::DropField,
+        Self::AddField,
+        Self::DoubleField,
+        Self::RenameField,
+        Self::SwapFields,
+        Self::WrongType,
+        Self::NumbersAsStrings,
+        Self::DatesInWords,
+        Self::SmartQuotes,
+        Self::CutInString,
     ];
 
     /// Name of the variant, as [`Stats::faults`](crate::Stats::faults) has it.
@@ -135,7 +180,22 @@ impl Fault {
             Self::OnlyProse => "OnlyProse",
             Self::Refusal => "Refusal",
             Self::ContentFilter => "ContentFilter",
+            Self::DropField => "DropField",
+            Self::AddField => "AddField",
+            Self::DoubleField => "DoubleField",
+            Self::RenameField => "RenameField",
+            Self::SwapFields => "SwapFields",
+            Self::WrongType => "WrongType",
+            Self::NumbersAsStrings => "NumbersAsStrings",
+            Self::DatesInWords => "DatesInWords",
+            Self::SmartQuotes => "SmartQuotes",
+            Self::CutInString => "CutInString",
         }
+    }
+
+    /// Whether the fault changes the values of one row.
+    pub(crate) fn is_of_values(&self) -> bool {
+        Self::OF_VALUES.contains(self) && !matches!(self, Self::SmartQuotes | Self::CutInString)
     }
 
     /// Whether the fault comes before admission.

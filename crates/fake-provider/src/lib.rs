@@ -47,6 +47,7 @@ mod server;
 mod state;
 mod stats;
 mod tokens;
+mod values;
 mod window;
 
 pub use config::{Config, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};

@@ -10,14 +10,17 @@
 use std::fmt;
 
 use crate::request::Chat;
+use crate::values::Wanted;
 
 /// The longest row text kept as a marker's label, in bytes.
 const MAX_LABEL_BYTES: usize = 200;
 
 /// A prompt that was understood.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Task {
     pub(crate) shape: Shape,
+    /// What is asked, if it is not a code.
+    pub(crate) wanted: Option<Wanted>,
     /// The codes of the legend, in its order.
     pub(crate) codes: Vec<String>,
     pub(crate) rows: Vec<Asked>,
@@ -30,7 +33,7 @@ pub(crate) struct Asked {
     pub(crate) index: String,
     /// The id of its marker, if it has one.
     pub(crate) id: Option<RowId>,
-    /// The right code.
+    /// The right code, or the right answer in JSON if the task wants none.
     pub(crate) code: String,
 }
 
@@ -58,6 +61,8 @@ impl fmt::Display for RowId {
 pub(crate) enum Shape {
     /// `{"417":"billing"}`
     Map,
+    /// `{"417":["billing",12.5]}`: values in JSON
+    Values,
     /// `{"r":[{"i":417,"c":"billing"}]}`
     Objects,
     /// `{"r":["417billing"]}`
@@ -70,19 +75,23 @@ pub(crate) enum Shape {
 
 impl Task {
     pub(crate) fn read(chat: &Chat) -> Self {
-        let legend = legend(&chat.system);
+        let wanted = Wanted::read(&chat.system);
+        let legend = if wanted.is_some() { Vec::new() } else { legend(&chat.system) };
         let ask = |index: &str, text: &str| {
             let marker = markers(text).next();
-            Asked {
-                index: index.to_owned(),
-                id: marker.and_then(|(id, _)| RowId::read(id)),
-                code: right_code(&legend, marker.map(|(_, label)| label)),
-            }
+            let (id, label) = (marker.and_then(|(id, _)| RowId::read(id)), marker.map(|(_, label)| label));
+            let code = match &wanted {
+                Some(wanted) => wanted.right(marker.and_then(|(id, _)| id.parse().ok()).unwrap_or(0), label, text),
+                None => right_code(&legend, label),
+            };
+            Asked { index: index.to_owned(), id, code }
         };
         let mut rows: Vec<Asked> =
             chat.user.split('\n').filter_map(numbered).map(|(index, text)| ask(index, &text)).collect();
         let shape = if !rows.is_empty() {
-            if chat.system.contains(r#"{"r":[{"i":"#) {
+            if wanted.is_some() {
+                Shape::Values
+            } else if chat.system.contains(r#"{"r":[{"i":"#) {
                 Shape::Objects
             } else if chat.system.contains(r#"{"r":[""#) {
                 Shape::Strings
@@ -95,7 +104,7 @@ impl Task {
         } else {
             Shape::Probe
         };
-        Self { shape, codes: legend.into_iter().map(|(code, _)| code).collect(), rows }
+        Self { shape, wanted, codes: legend.into_iter().map(|(code, _)| code).collect(), rows }
     }
 }
 
@@ -135,6 +144,8 @@ fn numbered(line: &str) -> Option<(&str, String)> {
     if !is_number || (index.len() > 1 && index.starts_with('0')) {
         return None;
     }
+    // What was wrong with the answer before may follow.
+    let text = text.rfind("\" (asked again: ").and_then(|end| text.get(..=end)).filter(|_| text.ends_with(')')).unwrap_or(text);
     Some((index, serde_json::from_str(text).ok()?))
 }
 

@@ -138,13 +138,13 @@ impl State {
 
     /// A request waited for a connection in vain. Nothing of it was sent, so nobody is charged and no provider is in trouble.
     fn had_no_place(&mut self, now: u64, request: InFlight, answered: &Answered) {
-        let InFlight { lane: lane_key, group, rows, grant, worst, .. } = request;
+        let InFlight { lane: lane_key, group, rows, grant, asked, .. } = request;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         lane.limiter.settle(grant, Tokens::default(), left(&answered.said));
-        if let Some(purse) = lane.group(&group).and_then(|g| g.purse.as_mut()) {
-            purse.give_back(worst, Tokens::default());
+        if let Some(purse) = lane.group(group).and_then(|g| g.purse.as_mut()) {
+            purse.give_back(asked.worst, Tokens::default());
         }
-        self.put_back(&lane_key, &group, rows);
+        self.put_back(&lane_key, group, rows);
         if let Err(report) = &answered.result {
             self.notice(now, &lane_key, "no place", &format!("{}; its rows are queued again", report.message));
         }
