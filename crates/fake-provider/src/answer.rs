@@ -205,13 +205,19 @@ fn spoil_values(items: &mut [Item], wanted: &Wanted, fault: &mut Option<Fault>, 
         }
         Fault::RenameField => fields[at].key = fields[at].key.as_ref().map(|_| "renamed".to_owned()),
         Fault::SwapFields => values.rotate_left(1),
-        Fault::WrongType => values[at] = if values[at].starts_with('"') { "12".to_owned() } else { "\"twelve\"".to_owned() },
+        Fault::WrongType => {
+            values[at] = if values[at].starts_with('"') { "12".to_owned() } else { "\"twelve\"".to_owned() }
+        }
         Fault::NumbersAsStrings => {
             for value in values.iter_mut().filter(|v| v.parse::<f64>().is_ok()) {
                 *value = format!("\"{value}\"");
             }
         }
-        _ => values[at] = "\"the second of March\"".to_owned(),
+        _ => {
+            if let Some(date) = values.iter_mut().find(|value| value.starts_with("\"20")) {
+                "\"the second of March\"".clone_into(date);
+            }
+        }
     }
     let written = write_fields(&fields, &values);
     let is_same = written == item.code;

@@ -145,7 +145,11 @@ fn numbered(line: &str) -> Option<(&str, String)> {
         return None;
     }
     // What was wrong with the answer before may follow.
-    let text = text.rfind("\" (asked again: ").and_then(|end| text.get(..=end)).filter(|_| text.ends_with(')')).unwrap_or(text);
+    let text = text
+        .rfind("\" (asked again: ")
+        .and_then(|end| text.get(..=end))
+        .filter(|_| text.ends_with(')'))
+        .unwrap_or(text);
     Some((index, serde_json::from_str(text).ok()?))
 }
 

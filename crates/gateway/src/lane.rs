@@ -101,51 +101,68 @@ impl Learned {
     }
 }
 
+/// How the answers to a task relate to what is planned for them.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sizes {
+    /// Tokens of an answer for each that is planned.
+    answer: Ratio,
+    /// Tokens of recent answers: as the mean over all answers has it, and in truth.
+    means: (f64, f64),
+    /// Answers that were seen, up to enough.
+    seen: u32,
+}
+
+impl Sizes {
+    /// Takes an answer into account: tokens planned, in the mean, and actual.
+    pub fn observe(&mut self, planned: u64, mean: f64, actual: u64) {
+        self.answer.observe(planned, actual);
+        self.means = (self.means.0 * RECENT + mean, self.means.1 * RECENT + actual as f64);
+        self.seen = (self.seen + 1).min(ENOUGH_ANSWERS);
+    }
+
+    /// Tokens of an answer for each that is planned.
+    pub fn ratio(&self) -> f64 {
+        self.answer.apply(1000) as f64 / 1000.0
+    }
+}
+
 /// How a server's tokens and answers relate to what we count and expect.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub struct Measured {
     /// Tokens of prompts as it counts them, for each that we count.
     pub prompt: Ratio,
-    /// Tokens of an answer for each that we expect.
-    pub answer: Ratio,
+    /// A prompt has been measured.
+    pub has_prompt: bool,
     /// What it thinks before it answers.
     pub thinking: Thinking,
-    /// Tokens of recent answers: as the mean over the labels has it, and in truth.
-    means: (f64, f64),
-    /// Answers that were seen, up to enough.
-    answers: u32,
+    /// Of the task at hand; of the lane: of the task that was answered last.
+    pub sizes: Sizes,
 }
 
 impl Measured {
-    /// Takes an answer into account: its tokens, and those of the prompt; expected and actual, without what was `thought`
-    /// before it. `mean`: its tokens if all labels were equally frequent.
-    pub fn observe(&mut self, expected: Tokens, mean: f64, actual: Tokens, thought: u64, is_cut: bool) {
-        self.prompt.observe(expected.input, actual.input);
-        if !is_cut {
-            let answer = actual.output.saturating_sub(thought);
-            self.answer.observe(expected.output, answer);
-            self.means = (self.means.0 * RECENT + mean, self.means.1 * RECENT + answer as f64);
-            self.answers = (self.answers + 1).min(ENOUGH_ANSWERS);
-        }
+    /// Takes the prompt of an answer into account.
+    pub fn observe(&mut self, expected: u64, actual: u64) {
+        self.prompt.observe(expected, actual);
+        self.has_prompt = true;
     }
 
-    /// Tokens that an answer will have where the mean over the labels has so many.
+    /// Tokens that an answer will have where the mean over all answers has so many.
     pub fn usual_answer(&self, mean: f64) -> u64 {
-        let (means, actual) = self.means;
+        let (means, actual) = self.sizes.means;
         (if means > 0.0 { mean * actual / means } else { mean }).round() as u64 + self.thinking.usual()
     }
 
     /// Tokens of an answer at most, as answers have been so far, without what is thought before; by our count they are so
     /// many.
     pub fn expected_answer(&self, counted: u64) -> u64 {
-        let expected = self.answer.apply(counted);
-        if self.answers < ENOUGH_ANSWERS { expected * 2 } else { expected }
+        let expected = self.sizes.answer.apply(counted);
+        if self.sizes.seen < ENOUGH_ANSWERS { expected * 2 } else { expected }
     }
 
     /// The cap of an answer of so many tokens by our count: loose until answers have been seen.
     pub fn most_answer(&self, counted: u64, spare: u64) -> u64 {
         let expected = self.expected_answer(counted);
-        let looser = if self.answers < ENOUGH_ANSWERS { 48 } else { expected / 4 };
+        let looser = if self.sizes.seen < ENOUGH_ANSWERS { 48 } else { expected / 4 };
         expected + looser + self.spared(spare)
     }
 
@@ -157,7 +174,7 @@ impl Measured {
     /// Tokens of a prompt at the worst: a measured relation is good to some percent, a guessed one to a factor.
     pub fn most_prompt(&self, counted: u64) -> u64 {
         let expected = self.prompt.apply(counted);
-        16 + if self.answers > 0 { expected + expected / 10 } else { expected * 2 }
+        16 + if self.has_prompt { expected + expected / 10 } else { expected * 2 }
     }
 }
 
@@ -227,13 +244,7 @@ impl Lane {
                 most_answer_tokens: u64::MAX,
                 most_request_tokens: u64::MAX,
             },
-            measured: Measured {
-                prompt: Ratio::default(),
-                answer: Ratio::default(),
-                thinking: Thinking::default(),
-                means: (0.0, 0.0),
-                answers: 0,
-            },
+            measured: Measured::default(),
             standings: Standings::default(),
             concurrency: Concurrency::default(),
             max_concurrent: None,

@@ -7,6 +7,7 @@ use llm_batch_core::options::Options;
 use llm_batch_core::patience::Patience;
 
 use crate::cache::TextKey;
+use crate::lane::Sizes;
 
 /// Tasks that are remembered for a model.
 const MOST: usize = 1024;
@@ -19,6 +20,8 @@ pub struct Standing {
     pub patience: Patience,
     /// What the answers in each form of `response_format` are like.
     pub forms: Forms,
+    /// How large its answers are.
+    pub sizes: Sizes,
     /// A request was answered with a 2xx.
     pub is_accepted: bool,
     /// Numbers of the requests of which a single row was refused, until one is accepted.
@@ -60,6 +63,11 @@ impl Standing {
 pub struct Standings(HashMap<TextKey, Standing>);
 
 impl Standings {
+    /// How large the answers to a task are, if it was ever asked.
+    pub fn sizes(&self, scope: TextKey) -> Option<Sizes> {
+        self.0.get(&scope).map(|standing| standing.sizes)
+    }
+
     pub fn of(&mut self, now: u64, scope: TextKey) -> &mut Standing {
         if self.0.len() >= MOST && !self.0.contains_key(&scope) {
             let idle = self.0.iter().filter(|(_, s)| s.patience.in_flight() == 0);

@@ -35,7 +35,7 @@ impl State {
                     share: usage.share,
                     reported_left: usage.reported_left,
                     token_ratio: lane.measured.prompt.apply(1000) as f64 / 1000.0,
-                    answer_ratio: lane.measured.answer.apply(1000) as f64 / 1000.0,
+                    answer_ratio: lane.measured.sizes.ratio(),
                     latency_ms: lane.concurrency.latency(),
                     thinking_tokens: lane.measured.thinking.usual(),
                     rows_reused: lane.rows_reused,

@@ -348,7 +348,12 @@ fn learn(
     }
     // What was not measured teaches nothing.
     if let Some(usage) = reply.usage.whole() {
-        lane.measured.observe(asked.estimate, group.mean_answer(rows), usage, thought, is_cut);
+        lane.measured.observe(asked.estimate.input, usage.input);
+        if !is_cut {
+            let sizes = &mut lane.standings.of(now, asked.scope).sizes;
+            sizes.observe(asked.estimate.output, group.mean_answer(rows), usage.output.saturating_sub(thought));
+            lane.measured.sizes = *sizes;
+        }
     }
     lane.concurrency.answered(asked.sent, now, reply.usage.or(asked.estimate), in_flight);
     let options = &group.stream.task.options;

@@ -5,6 +5,7 @@ use llm_batch_core::patience::Way;
 use super::State;
 use super::send::{Draft, rows_of};
 use crate::group::{Group, Next};
+use crate::lane::Measured;
 use crate::protocol::{Estimate, Item};
 
 impl State {
@@ -18,6 +19,7 @@ impl State {
         let (learned, measured) = (lane.learned, lane.measured);
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(stream.model.max_request_tokens);
         let mut group = Group::new(stream, &self.keys);
+        let measured = Measured { sizes: lane.standings.sizes(group.scope).unwrap_or(measured.sizes), ..measured };
         if let Some(known) = lane.group(group_id) {
             group.size = known.size;
         }

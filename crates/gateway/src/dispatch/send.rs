@@ -331,7 +331,7 @@ impl State {
             let terms = Terms {
                 numbers: &self.numbers,
                 learned,
-                measured: *measured,
+                measured: Measured { sizes: standing.sizes, ..*measured },
                 configured,
                 set,
                 largest,

@@ -1,0 +1,100 @@
+//! Tasks of every kind: right values in their own columns, whatever goes wrong on the way; packs by the length of answers.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::collections::BTreeMap;
+
+use llm_batch_core::task::Spec;
+use llm_batch_gateway::protocol::*;
+use llm_fake_provider::{Config, FakeProvider, Fault};
+use serde_json::{Value, json};
+use support::*;
+
+const ROWS: u64 = 600;
+
+/// Tasks, and what they are called.
+fn tasks() -> [(&'static str, &'static str, Value); 5] {
+    let fields = json!({
+        "kind": {"labels": LABELS}, "amount": "numeric", "due": "date", "tags": {"type": "text[]", "max_items": 3},
+    });
+    let alike = json!({
+        "from": "date", "to": "date", "name": {"type": "text", "max_words": 30}, "note": {"type": "text", "max_words": 30},
+    });
+    [
+        ("a text", "generate", json!({"instruction": "Explain.", "max_words": 30})),
+        ("a text of any length", "generate", json!({"instruction": "Explain."})),
+        ("a score", "score", json!({"instruction": "How urgent?", "low": 0, "high": 10})),
+        ("fields in an array", "extract", json!({"fields": fields})),
+        ("fields with keys", "extract", json!({"fields": alike})),
+    ]
+}
+
+fn ask(provider: &FakeProvider, kind: &str, spec: &Value) -> (BTreeMap<u64, Verdict>, Spent) {
+    let setup = Setup::with_cache(0);
+    let mut client = setup.client(provider, |s| {
+        s.task.spec = Spec::from_json(kind, spec).unwrap();
+        s.task.options.max_attempts = 10;
+    });
+    client.rows(0..ROWS);
+    client.outcomes(ROWS as usize)
+}
+
+#[test]
+fn values_are_right_whatever_goes_wrong() {
+    for (name, kind, spec) in tasks() {
+        let (right, _) = ask(&provider(Config::default()), kind, &spec);
+        assert!(right.values().all(|v| matches!(v, Verdict::Answer(_))), "{name}: {right:?}");
+        let faults = Fault::PASSING.into_iter().chain(Fault::OF_VALUES).map(|fault| (fault, 0.02)).collect();
+        let troubled = provider(Config { faults, ..Config::default() });
+        let (got, _) = ask(&troubled, kind, &spec);
+        for (n, verdict) in &got {
+            assert_eq!(Some(verdict), right.get(n), "{name}: row {n}");
+        }
+    }
+}
+
+#[test]
+fn each_fault_of_values_is_found() {
+    for (name, kind, spec) in tasks() {
+        let (right, _) = ask(&provider(Config::default()), kind, &spec);
+        for fault in Fault::OF_VALUES {
+            let troubled = provider(Config { faults: vec![(fault.clone(), 0.3)], ..Config::default() });
+            let (got, _) = ask(&troubled, kind, &spec);
+            assert!(got.iter().all(|(n, verdict)| right.get(n) == Some(verdict)), "{name}: {fault}");
+        }
+    }
+}
+
+#[test]
+fn a_row_is_told_what_was_wrong_and_nothing_of_what_was_written() {
+    let setup = Setup::with_cache(0);
+    let provider = provider(Config::default());
+    provider.script([Some(Fault::DatesInWords)]);
+    let mut client = setup.client(&provider, |s| {
+        s.task.spec = Spec::from_json("extract", &json!({"fields": {"due": "date"}})).unwrap();
+    });
+    client.rows(0..1);
+    let (got, _) = client.answers(1);
+    assert!(matches!(got[&0].verdict, Verdict::Answer(_)) && got[&0].attempts == 2, "{got:?}");
+    let body = provider.bodies().pop().unwrap();
+    let user = body["messages"][1]["content"].as_str().unwrap();
+    assert!(user.contains("(asked again: the field \"due\" must be a date as \"2026-01-31\")"), "{user}");
+    assert!(!user.contains("March"), "{user}");
+}
+
+#[test]
+fn packs_of_texts_are_full_and_not_cut() {
+    let setup = Setup::with_cache(0);
+    let provider = provider(Config::default());
+    let mut client = setup.client(&provider, |s| {
+        s.task.spec = Spec::from_json("generate", &json!({"instruction": "Explain.", "max_words": 100})).unwrap();
+        s.model.max_concurrent_requests = Some(1);
+    });
+    client.rows(0..2_000);
+    let (got, _) = client.answers(2_000);
+    assert!(got.values().all(|o| matches!(o.verdict, Verdict::Answer(_)) && o.attempts == 1), "a row was asked twice");
+    // Once their length is known, packs are full.
+    let requests = provider.stats().admitted;
+    assert!(requests <= 2_000 / 50 + 4, "{requests} requests");
+}
