@@ -67,6 +67,9 @@ impl Dice {
             11 => format!("ARRAY[{}, {}]::text", self.value(from, depth - 1), self.value(from, depth - 1)),
             12 => format!("greatest({}, {a}.note)", self.value(from, depth - 1)),
             13 => format!("({})::text || {a}.id", self.condition(from, depth - 1)),
+            11 => format!("llm_extract({input}, ARRAY['amount numeric', 'due date'])->>'due'"),
+            12 => format!("llm_generate({input}, 'Explain it.')"),
+            13 => format!("llm_score({input}, 'How urgent is it?')::text"),
             _ => format!("llm_classify({input}, 'topic')"),
         }
     }
