@@ -38,6 +38,8 @@ pub struct Group {
     pub held: Vec<(Row, Verdict)>,
     /// The waiters of each row, queued or under way; the first pays.
     waiters: HashMap<TextKey, Vec<Waiter>>,
+    /// Clients of which more rows are just being taken in.
+    pub coming: usize,
     /// Requests under way.
     pub in_flight: usize,
     /// How many rows go into a request.
@@ -96,6 +98,7 @@ impl Group {
             retry: VecDeque::new(),
             held: Vec::new(),
             waiters: HashMap::new(),
+            coming: 0,
             in_flight: 0,
             size: Size::new(most_rows),
             purse: None,
@@ -234,7 +237,7 @@ impl Group {
         if !retry_ready || fresh_first {
             let ready = Ready {
                 now,
-                is_idle: self.in_flight == 0,
+                is_idle: self.in_flight == 0 && self.coming == 0,
                 rows: most,
                 tokens: tokens.saturating_sub(self.prefix_tokens + self.answer_frame),
             };

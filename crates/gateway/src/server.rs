@@ -219,7 +219,15 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
 }
 
 /// Takes rows. Their tokens are counted, which takes time: others have their turn in between.
+/// Until all are there, those that are do not make up a request that is not full.
 async fn take_rows(shared: &Shared, conn: u64, items: Vec<Item>) -> Result<(), String> {
+    let group = shared.state.borrow_mut().rows_come(conn);
+    let taken = take_parts(shared, conn, items).await;
+    shared.state.borrow_mut().rows_came(group);
+    taken
+}
+
+async fn take_parts(shared: &Shared, conn: u64, items: Vec<Item>) -> Result<(), String> {
     let (mut part, mut bytes) = (Vec::new(), 0);
     for item in items {
         failure_point!("poison-gateway", &item.text);

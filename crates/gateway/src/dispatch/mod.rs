@@ -351,6 +351,21 @@ impl State {
         }
     }
 
+    /// Rows of a client begin to come, perhaps in parts: for which group.
+    pub fn rows_come(&mut self, conn: u64) -> Option<(LaneKey, GroupId)> {
+        let (lane, group, _) = self.conns.get(&conn)?.stream.clone()?;
+        self.lanes.get_mut(&lane)?.group(group)?.coming += 1;
+        Some((lane, group))
+    }
+
+    /// All of them have come.
+    pub fn rows_came(&mut self, group: Option<(LaneKey, GroupId)>) {
+        let group = group.and_then(|(lane, group)| self.lanes.get_mut(&lane)?.group(group));
+        if let Some(group) = group {
+            group.coming = group.coming.saturating_sub(1);
+        }
+    }
+
     pub fn items(&mut self, now: u64, conn: u64, items: Vec<Item>) -> Result<(), String> {
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
         c.came = now;
