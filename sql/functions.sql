@@ -36,11 +36,11 @@ COMMENT ON FUNCTION llm_batch.alter_model IS 'changes the given settings of a mo
 CREATE FUNCTION llm_batch.drop_model(name text) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'drop_model_wrapper';
-COMMENT ON FUNCTION llm_batch.drop_model IS 'drops a model that no classifier uses';
+COMMENT ON FUNCTION llm_batch.drop_model IS 'drops a model that no task uses';
 
--- Classifiers
+-- Tasks
 
--- Labels in each form that has one. A literal without a type is text, by the rules for overloaded functions. json is stored
+-- Labels and fields in each form that has one. A literal without a type is text, by the rules for overloaded functions. json is stored
 -- as its text, so that it goes where text goes.
 
 CREATE FUNCTION llm_batch.create_classifier(
@@ -75,7 +75,7 @@ CREATE FUNCTION llm_batch.create_classifier(
     RETURN llm_batch.create_classifier(name, pg_catalog.to_json(labels)::pg_catalog.text, model, instruction, examples, options);
 COMMENT ON FUNCTION llm_batch.create_classifier(text, text[], text, text, jsonb, jsonb) IS 'the same with labels without descriptions';
 
--- One form without labels, so that it is clear which one is called.
+-- One form without labels or fields, so that it is clear which one is called.
 
 CREATE FUNCTION llm_batch.alter_classifier(
     name text, labels text DEFAULT NULL, model text DEFAULT NULL, instruction text DEFAULT NULL,
@@ -109,17 +109,97 @@ CREATE FUNCTION llm_batch.alter_classifier(
     RETURN llm_batch.alter_classifier(name, pg_catalog.to_json(labels)::pg_catalog.text, model, instruction, examples, options);
 COMMENT ON FUNCTION llm_batch.alter_classifier(text, text[], text, text, jsonb, jsonb) IS 'the same with labels without descriptions';
 
-CREATE FUNCTION llm_batch.drop_classifier(name text) RETURNS void
+CREATE FUNCTION llm_batch.create_extractor(
+    name text, fields text, model text DEFAULT NULL, instruction text DEFAULT '',
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
+) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
-    AS 'MODULE_PATHNAME', 'drop_classifier_wrapper';
-COMMENT ON FUNCTION llm_batch.drop_classifier IS 'drops a classifier that no unfinished job uses';
+    AS 'MODULE_PATHNAME', 'create_extractor_wrapper';
+COMMENT ON FUNCTION llm_batch.create_extractor(text, text, text, text, jsonb, jsonb) IS 'creates an extractor: fields (JSON) with their types, in the order in which the model sees them; an instruction, a model';
+
+CREATE FUNCTION llm_batch.create_extractor(
+    name text, fields json, model text DEFAULT NULL, instruction text DEFAULT '',
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'create_extractor_wrapper';
+COMMENT ON FUNCTION llm_batch.create_extractor(text, json, text, text, jsonb, jsonb) IS 'the same with fields of the type json';
+
+CREATE FUNCTION llm_batch.create_extractor(
+    name text, fields jsonb, model text DEFAULT NULL, instruction text DEFAULT '',
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
+) RETURNS void
+    LANGUAGE sql PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    RETURN llm_batch.create_extractor(name, fields::pg_catalog.text, model, instruction, examples, options);
+COMMENT ON FUNCTION llm_batch.create_extractor(text, jsonb, text, text, jsonb, jsonb) IS 'the same with fields of the type jsonb, which sorts the keys of an object by length: an array keeps its order';
+
+CREATE FUNCTION llm_batch.alter_extractor(
+    name text, fields text DEFAULT NULL, model text DEFAULT NULL, instruction text DEFAULT NULL,
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_extractor_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_extractor(text, text, text, text, jsonb, jsonb) IS 'changes the given settings of an extractor; fields are JSON';
+
+CREATE FUNCTION llm_batch.alter_extractor(
+    name text, fields json, model text DEFAULT NULL, instruction text DEFAULT NULL,
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_extractor_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_extractor(text, json, text, text, jsonb, jsonb) IS 'the same with fields of the type json';
+
+CREATE FUNCTION llm_batch.alter_extractor(
+    name text, fields jsonb, model text DEFAULT NULL, instruction text DEFAULT NULL,
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
+) RETURNS void
+    LANGUAGE sql PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    RETURN llm_batch.alter_extractor(name, fields::pg_catalog.text, model, instruction, examples, options);
+COMMENT ON FUNCTION llm_batch.alter_extractor(text, jsonb, text, text, jsonb, jsonb) IS 'the same with fields of the type jsonb, which sorts the keys of an object by length: an array keeps its order';
+
+CREATE FUNCTION llm_batch.create_generator(
+    name text, instruction text, model text DEFAULT NULL,
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'create_generator_wrapper';
+COMMENT ON FUNCTION llm_batch.create_generator IS 'creates a generator: the instruction says what to write about each text; options may hold max_words, max_output_tokens and language';
+
+CREATE FUNCTION llm_batch.alter_generator(
+    name text, instruction text DEFAULT NULL, model text DEFAULT NULL,
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_generator_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_generator IS 'changes the given settings of a generator';
+
+CREATE FUNCTION llm_batch.create_scorer(
+    name text, instruction text, low numeric DEFAULT 0, high numeric DEFAULT 1, model text DEFAULT NULL,
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'create_scorer_wrapper';
+COMMENT ON FUNCTION llm_batch.create_scorer IS 'creates a scorer: the instruction says what the number from low to high tells of each text';
+
+CREATE FUNCTION llm_batch.alter_scorer(
+    name text, instruction text DEFAULT NULL, low numeric DEFAULT NULL, high numeric DEFAULT NULL, model text DEFAULT NULL,
+    examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_scorer_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_scorer IS 'changes the given settings of a scorer';
+
+CREATE FUNCTION llm_batch.drop_task(name text) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'drop_task_wrapper';
+COMMENT ON FUNCTION llm_batch.drop_task IS 'drops a task that no unfinished job uses; llm_batch.task_history keeps its last version';
 
 -- Owners
 
 CREATE FUNCTION llm_batch.set_owner(kind text, name text, new_owner regrole) RETURNS void
     LANGUAGE c STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'set_owner_wrapper';
-COMMENT ON FUNCTION llm_batch.set_owner(text, text, regrole) IS 'changes the owner of a model or a classifier; kind is model or classifier';
+COMMENT ON FUNCTION llm_batch.set_owner(text, text, regrole) IS 'changes the owner of a model or a task; kind is model or task';
 
 CREATE FUNCTION llm_batch.set_owner(job_id bigint, new_owner regrole) RETURNS void
     LANGUAGE c STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp

@@ -57,20 +57,39 @@ COMMENT ON COLUMN llm_batch.model.request_timeout IS 'maximum duration of a requ
 COMMENT ON COLUMN llm_batch.model.max_request_tokens IS 'maximum number of tokens of a request, prompt and answer together';
 COMMENT ON COLUMN llm_batch.model.parameters IS 'additional parameters of each request, such as {"temperature": 0}';
 
-CREATE TABLE llm_batch.classifier (
+CREATE TABLE llm_batch.task (
     name        text PRIMARY KEY,
     owner       oid NOT NULL,
     owner_name  name NOT NULL,
     home        text NOT NULL,
+    kind        text NOT NULL,
     model       text NOT NULL REFERENCES llm_batch.model (name),
-    instruction text NOT NULL,
-    labels      jsonb NOT NULL,
-    examples    jsonb NOT NULL,
-    options     jsonb NOT NULL
+    spec        jsonb NOT NULL,
+    options     jsonb NOT NULL,
+    version     integer NOT NULL DEFAULT 1
 );
-COMMENT ON TABLE llm_batch.classifier IS 'classification tasks; managed by llm_batch.create_classifier(), alter_classifier() and drop_classifier()';
-COMMENT ON COLUMN llm_batch.classifier.labels IS 'array of {"label", "description"}';
-COMMENT ON COLUMN llm_batch.classifier.examples IS 'array of {"input", "label"}';
+COMMENT ON TABLE llm_batch.task IS 'tasks; managed by llm_batch.create_classifier() and the like, alter_classifier() and the like, and drop_task()';
+COMMENT ON COLUMN llm_batch.task.kind IS 'classify, extract, generate or score';
+COMMENT ON COLUMN llm_batch.task.spec IS 'what is asked, by the kind: instruction, labels, fields, range, examples';
+COMMENT ON COLUMN llm_batch.task.options IS 'how it is asked; jobs and functions can override it';
+COMMENT ON COLUMN llm_batch.task.version IS 'raised by each change of the task; llm_batch.task_history keeps the versions before';
+
+CREATE TABLE llm_batch.task_history (
+    name        text NOT NULL,
+    version     integer NOT NULL,
+    owner       oid NOT NULL,
+    owner_name  name NOT NULL,
+    home        text NOT NULL,
+    kind        text NOT NULL,
+    model       text NOT NULL,
+    spec        jsonb NOT NULL,
+    options     jsonb NOT NULL,
+    replaced_at timestamptz NOT NULL DEFAULT now(),
+    PRIMARY KEY (name, version)
+);
+COMMENT ON TABLE llm_batch.task_history IS 'versions of tasks before the last, and of tasks that were dropped';
+COMMENT ON COLUMN llm_batch.task_history.owner_name IS 'name of the owner when the version was replaced';
+COMMENT ON COLUMN llm_batch.task_history.replaced_at IS 'when the next version was made, or the task was dropped';
 
 -- What a job is to do, and what its owner wants of it. Its worker writes only to job_state, so that an open
 -- transaction with a pause() in it blocks no worker.
@@ -164,10 +183,11 @@ SELECT pg_catalog.pg_extension_config_dump('llm_batch.model', $$WHERE false UNIO
       FROM llm_batch.model m
       LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) llm_batch.owner_now(m.owner, m.owner_name, m.home)
       LEFT JOIN pg_catalog.pg_foreign_server s ON s.oid OPERATOR(pg_catalog.=) llm_batch.server_now(m.server, m.server_name, m.home)$$);
-SELECT pg_catalog.pg_extension_config_dump('llm_batch.classifier', $$WHERE false UNION ALL
-    SELECT (pg_catalog.jsonb_populate_record(c, pg_catalog.jsonb_build_object('owner_name', COALESCE(r.rolname, c.owner_name)))).*
-      FROM llm_batch.classifier c
-      LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) llm_batch.owner_now(c.owner, c.owner_name, c.home)$$);
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.task', $$WHERE false UNION ALL
+    SELECT (pg_catalog.jsonb_populate_record(t, pg_catalog.jsonb_build_object('owner_name', COALESCE(r.rolname, t.owner_name)))).*
+      FROM llm_batch.task t
+      LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) llm_batch.owner_now(t.owner, t.owner_name, t.home)$$);
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.task_history', '');
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.job', $$WHERE false UNION ALL
     SELECT (pg_catalog.jsonb_populate_record(j, pg_catalog.jsonb_build_object(
                'owner_name', COALESCE(r.rolname, j.owner_name), 'relation',

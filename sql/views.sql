@@ -16,7 +16,7 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
        p.last_error, p.started_at, p.updated_at
   FROM (
     SELECT j.id AS job_id, COALESCE(r.rolname, j.owner_name) AS owner,
-           COALESCE(t.oid::pg_catalog.regclass::pg_catalog.text, j.relation_name) AS relation, j.target, j.task, c.model,
+           COALESCE(t.oid::pg_catalog.regclass::pg_catalog.text, j.relation_name) AS relation, j.target, j.task, k.model,
            CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN 'cancelled'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN s.status
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'paused'
@@ -48,7 +48,7 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
       -- Asked once, as the answer may be another one in the next moment.
       CROSS JOIN LATERAL (SELECT CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'running' AND (s.epoch OPERATOR(pg_catalog.<>) j.epoch OR s.status OPERATOR(pg_catalog.=) 'running')
                                       THEN llm_batch.waits_for(j.id) END) w (reason)
-      LEFT JOIN llm_batch.classifier c ON c.name OPERATOR(pg_catalog.=) j.task
+      LEFT JOIN llm_batch.task k ON k.name OPERATOR(pg_catalog.=) j.task
      WHERE pg_catalog.pg_has_role(o.owner, 'USAGE') OR pg_catalog.pg_has_role(t.relowner, 'USAGE')
         OR pg_catalog.pg_has_role('pg_monitor', 'USAGE')
   ) p;
@@ -157,6 +157,6 @@ COMMENT ON PROCEDURE llm_batch.wait IS 'waits until a job is done; raises an err
 GRANT USAGE ON SCHEMA llm_batch TO PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA llm_batch FROM PUBLIC;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA llm_batch FROM PUBLIC;
-GRANT SELECT ON llm_batch.model, llm_batch.classifier, llm_batch.progress, llm_batch.failure, llm_batch.activity TO PUBLIC;
+GRANT SELECT ON llm_batch.model, llm_batch.task, llm_batch.task_history, llm_batch.progress, llm_batch.failure, llm_batch.activity TO PUBLIC;
 
 SET LOCAL search_path TO @extschema@, pg_temp;

@@ -28,13 +28,18 @@ pub fn new_name(name: Option<&str>) -> Result<&str> {
 }
 
 /// 42710.
-pub fn exists(kind: &str, name: &str) -> Error {
-    Error::new(PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT, format!("{kind} \"{name}\" already exists"))
+pub fn exists(what: &str, name: &str, kind: &str) -> Error {
+    Error::new(PgSqlErrorCode::ERRCODE_DUPLICATE_OBJECT, format!("{what} \"{name}\" already exists"))
         .hint(format!("Change it with llm_batch.alter_{kind}()."))
 }
 
 /// 42704.
-pub fn unknown(kind: &str, name: &str) -> Error {
-    Error::unknown(format!("{kind} \"{name}\" does not exist"))
-        .hint(format!("Create it with llm_batch.create_{kind}()."))
+pub fn unknown(what: &str, name: &str) -> Error {
+    let hint = match what {
+        "task" => {
+            "Create it with llm_batch.create_classifier(), create_extractor(), create_generator() or create_scorer()."
+        }
+        _ => "Create it with llm_batch.create_model().",
+    };
+    Error::unknown(format!("{what} \"{name}\" does not exist")).hint(hint)
 }

@@ -9,10 +9,10 @@ use llm_batch_gateway::protocol::{
 };
 
 use crate::budget::UNLIMITED;
-use crate::classifier::Asked;
 use crate::client::{Client, LostInVain, Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::statement::Purse;
+use crate::task::Asked;
 
 /// Bytes of their text.
 const WINDOW_BYTES: usize = 4 << 20;

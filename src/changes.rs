@@ -75,7 +75,7 @@ pub fn of_tables() -> u32 {
     CATALOGS.load(Relaxed)
 }
 
-/// The commit of this transaction tells that models or classifiers have changed.
+/// The commit of this transaction tells that models or tasks have changed.
 pub fn tell() {
     for name in NAMES {
         let oid = relation(name);

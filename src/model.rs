@@ -306,7 +306,7 @@ fn create_model(
         )
     })?;
     if made == 0 {
-        return Err(exists("model", name).into());
+        return Err(exists("model", name, "model").into());
     }
     Ok(())
 }
@@ -385,14 +385,13 @@ fn alter_model(
 fn drop_model(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
     owner::check("model", name)?;
-    let user =
-        sql::one::<String>("SELECT c.name FROM llm_batch.classifier c WHERE c.model = $1 ORDER BY 1", &[name.into()])?;
-    if let Some(classifier) = user {
+    let user = sql::one::<String>("SELECT t.name FROM llm_batch.task t WHERE t.model = $1 ORDER BY 1", &[name.into()])?;
+    if let Some(task) = user {
         return Err(Error::new(
             PgSqlErrorCode::ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST,
-            format!("cannot drop model \"{name}\" because classifier \"{classifier}\" uses it"),
+            format!("cannot drop model \"{name}\" because task \"{task}\" uses it"),
         )
-        .hint("Drop the classifier, or give it another model with llm_batch.alter_classifier().")
+        .hint("Drop the task with llm_batch.drop_task(), or give it another model.")
         .into());
     }
     txn::as_extension_owner(|| sql::run("DELETE FROM llm_batch.model WHERE name = $1", &[name.into()]))?;

@@ -54,8 +54,8 @@ pub fn of_job(mut options: Value) -> Result<(Value, Option<String>)> {
     Ok((options, isolation))
 }
 
-/// Of a classifier: nothing but the task's.
-pub fn check_of_classifier(options: &Value) -> Result<()> {
+/// Of a task: nothing but the task's.
+pub fn check_of_task(options: &Value) -> Result<()> {
     refuse_isolation(options)?;
     refuse_budget(options)?;
     Options::from_json([options])?;

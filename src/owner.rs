@@ -1,4 +1,4 @@
-//! Owners of models, classifiers and jobs: who has the rights of an owner, and who may become one. The rules are those of
+//! Owners of models, tasks and jobs: who has the rights of an owner, and who may become one. The rules are those of
 //! `ALTER … OWNER TO`.
 
 use pgrx::pg_sys::panic::ErrorReport;
@@ -33,7 +33,7 @@ pub fn denied(owner: Option<pg_sys::Oid>, what: &str) -> Error {
         .hint("A superuser can set another owner with llm_batch.set_owner().")
 }
 
-/// Refuses a caller without the rights of the owner of a model or classifier. Its table has the name of its kind.
+/// Refuses a caller without the rights of the owner of a model or task. Its table has the name of its kind.
 pub fn check(kind: &str, name: &str) -> Result<()> {
     client::check_here()?;
     let owner = sql::row(
@@ -82,9 +82,9 @@ pub fn check_login() -> Result<()> {
 
 #[pg_extern(sql = false)]
 fn set_owner(kind: &str, name: &str, new_owner: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
-    if !["model", "classifier"].contains(&kind) {
+    if !["model", "task"].contains(&kind) {
         return Err(Error::invalid(format!("unrecognized kind \"{kind}\""))
-            .hint("Valid kinds are model and classifier. For a job, call llm_batch.set_owner(job_id, new_owner).")
+            .hint("Valid kinds are model and task. For a job, call llm_batch.set_owner(job_id, new_owner).")
             .into());
     }
     check(kind, name)?;

@@ -6,7 +6,7 @@ use llm_batch_gateway::protocol::{Allowance, Verdict};
 use pgrx::prelude::*;
 use serde_json::Value;
 
-use crate::classifier::{self, Asked, Known};
+use crate::task::{self, Asked, Known};
 use crate::error::{Error, Result};
 use crate::options::{OfCall, of_call, of_question};
 use crate::process::current_user;
@@ -51,7 +51,7 @@ impl Question {
         }
         let name = self.subject.first().cloned().flatten().unwrap_or_default();
         let OfCall { task: options, limit } = of_call(self.options.clone())?;
-        let known = classifier::load(&name, &options).map_err(|e| match self.verb {
+        let known = task::load(&name, &options).map_err(|e| match self.verb {
             Verb::ClassifyTask | Verb::ExtractTask if name.trim_start().starts_with(['{', '[']) => {
                 e.hint("A text names a task. To ask without one, write an array, such as ARRAY['billing', 'other'].")
             }

@@ -11,7 +11,7 @@ use pgrx::{AnyArray, FromDatum, name};
 
 use crate::ask::{Asking, ask, has_text};
 use crate::asking;
-use crate::classifier::{self, Asked};
+use crate::task::{self, Asked};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::isolation;
@@ -93,7 +93,7 @@ fn answers_of(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> Res
     Ok(answers.into_inner())
 }
 
-fn answers_of_query(query: &str, known: classifier::Known, limit: Allowance) -> Result<Vec<Row<String>>> {
+fn answers_of_query(query: &str, known: task::Known, limit: Allowance) -> Result<Vec<Row<String>>> {
     let asked = known.stream(current_user(), true)?;
     let mut ids = Vec::new();
     let answers = Spi::connect(|client| -> Result<_> {
@@ -123,7 +123,7 @@ fn answers_of_query(query: &str, known: classifier::Known, limit: Allowance) -> 
 fn answers_of_array(
     ids: AnyArray,
     inputs: Vec<Option<Text>>,
-    known: classifier::Known,
+    known: task::Known,
     limit: Allowance,
 ) -> Result<Vec<Row<AnyElement>>> {
     let ids = elements(ids);
@@ -199,12 +199,12 @@ fn as_rows<Id>(ids: Vec<Option<Id>>, answers: Vec<Answer>) -> Vec<Row<Id>> {
 }
 
 /// The task of this name, which must be one that the verb asks, and what the statement may spend.
-fn named(verb: Verb, task: Text, options: Json) -> Result<(classifier::Known, Allowance)> {
+fn named(verb: Verb, task: Text, options: Json) -> Result<(task::Known, Allowance)> {
     asking::check()?;
     check_usable()?;
     let OfCall { task: options, limit } = of_call(options.0)?;
     let name = task.checked()?;
-    let known = classifier::load(&name, &options)?;
+    let known = task::load(&name, &options)?;
     check_kind(verb, &name, &known.task.spec)?;
     Ok((known, limit))
 }

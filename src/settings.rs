@@ -112,7 +112,7 @@ fn define_of_server() {
 fn define_of_sessions() {
     GucRegistry::define_string_guc(
         DEFAULT_MODEL_NAME,
-        c"Model of llm_classify() with labels, and of classifiers that name none.",
+        c"Model of llm_classify() with labels, and of tasks that name none.",
         c"A name given to llm_batch.create_model().",
         &DEFAULT_MODEL,
         GucContext::Userset,

@@ -19,7 +19,8 @@ const SMALL: &str = "options => '{\"max_rows_per_request\": 10}'";
 const ALL: &str = "
     SELECT concat_ws(E'\n',
       (SELECT string_agg(to_jsonb(m)::text, E'\n' ORDER BY name) FROM llm_batch.model m),
-      (SELECT string_agg(to_jsonb(c)::text, E'\n' ORDER BY name) FROM llm_batch.classifier c),
+      (SELECT string_agg(to_jsonb(c)::text, E'\n' ORDER BY name) FROM llm_batch.task c),
+      (SELECT string_agg(to_jsonb(h)::text, E'\n' ORDER BY name, version) FROM llm_batch.task_history h),
       (SELECT string_agg(to_jsonb(j)::text, E'\n' ORDER BY id) FROM llm_batch.job j),
       (SELECT string_agg(to_jsonb(s)::text, E'\n' ORDER BY job_id) FROM llm_batch.job_state s),
       (SELECT string_agg(to_jsonb(f)::text, E'\n' ORDER BY job_id, key) FROM llm_batch.row_failure f),
@@ -30,7 +31,7 @@ const ALL: &str = "
 fn everywhere(all: &str) -> String {
     let own = |line: &str| {
         let Ok(serde_json::Value::Object(mut row)) = serde_json::from_str(line) else { return line.to_owned() };
-        if row.contains_key("server") || row.contains_key("labels") {
+        if row.contains_key("server") || row.contains_key("spec") {
             row.retain(|name, _| name != "home" && name != "server");
         }
         serde_json::Value::Object(row).to_string()

@@ -457,9 +457,9 @@ fn names_and_options() {
     let bed = Bed::new("errors_names");
     let client = &mut bed.connect();
     tickets(client, "tickets", 1..=100);
-    refused(client, &call("task => 'nothing'"), "42704", &["classifier \"nothing\"", "create_classifier"]);
-    refused(client, "SELECT llm_classify('x', 'nothing')", "42704", &["classifier \"nothing\""]);
-    refused(client, "SELECT llm_classify_batch('SELECT 1, 2', 'nothing')", "42704", &["classifier \"nothing\""]);
+    refused(client, &call("task => 'nothing'"), "42704", &["task \"nothing\"", "create_classifier"]);
+    refused(client, "SELECT llm_classify('x', 'nothing')", "42704", &["task \"nothing\""]);
+    refused(client, "SELECT llm_classify_batch('SELECT 1, 2', 'nothing')", "42704", &["task \"nothing\""]);
     refused(client, "SELECT llm_classify('x', ARRAY['a', 'b'])", "22023", &["no model", "llm_batch.default_model"]);
     refused(
         client,
@@ -513,12 +513,7 @@ fn names_and_options() {
     refused(client, "SELECT llm_batch.alter_model('m', reset => ARRAY['name'])", "22023", &["input_price"]);
     refused(client, "SELECT llm_batch.alter_model('m', server => 'gone')", "42704", &["gone"]);
     refused(client, "SELECT llm_batch.drop_model('gone')", "42704", &["gone", "create_model"]);
-    refused(
-        client,
-        "SELECT llm_batch.drop_model('m')",
-        "2BP01",
-        &["\"m\"", "classifier \"topic\"", "alter_classifier"],
-    );
+    refused(client, "SELECT llm_batch.drop_model('m')", "2BP01", &["\"m\"", "task \"topic\"", "drop_task"]);
 
     let classifier = |labels: &str, more: &str| {
         format!("SELECT llm_batch.create_classifier('x', labels => '{labels}', model => 'm'{more})")
@@ -566,7 +561,7 @@ fn names_and_options() {
     refused(client, "SELECT llm_batch.create_classifier('x', '[\"a\", \"b\"]')", "22023", &["llm_batch.default_model"]);
     let (code, ..) = error(client, "SELECT llm_batch.alter_classifier('gone')");
     assert_eq!(code, "42704");
-    let (code, ..) = error(client, "SELECT llm_batch.drop_classifier('gone')");
+    let (code, ..) = error(client, "SELECT llm_batch.drop_task('gone')");
     assert_eq!(code, "42704");
     // An example's label must not be taken away.
     run(client, &classifier(r#"["a", "b"]"#, r#", examples => '[{"input": "x", "label": "a"}]'"#));
@@ -742,11 +737,11 @@ fn waiting_and_controlling() {
     run(client, "ROLLBACK");
     let (code, ..) = error(client, &format!("DO $$ BEGIN PERFORM 1; EXECUTE 'CALL llm_batch.wait({job})'; END $$"));
     assert_eq!(code, "2D000");
-    refused(client, "SELECT llm_batch.drop_classifier('topic')", "55006", &["topic", &format!("job {job}"), "cancel"]);
+    refused(client, "SELECT llm_batch.drop_task('topic')", "55006", &["topic", &format!("job {job}"), "cancel"]);
     run(client, &format!("SELECT llm_batch.pause({job})"));
     refused(client, &format!("CALL llm_batch.wait({job})"), "55000", &["paused (user)", "resume"]);
     assert_eq!(text(client, &format!("SELECT llm_batch.pause({job})")), "f");
-    refused(client, "SELECT llm_batch.drop_classifier('topic')", "55006", &[&format!("job {job}")]);
+    refused(client, "SELECT llm_batch.drop_task('topic')", "55006", &[&format!("job {job}")]);
     run(client, &format!("SELECT llm_batch.cancel({job})"));
     refused(client, &format!("CALL llm_batch.wait({job})"), "55000", &["cancelled", "backfill"]);
     assert_eq!(text(client, &format!("SELECT llm_batch.cancel({job})")), "f");
@@ -779,7 +774,7 @@ fn waiting_and_controlling() {
     for verb in ["pause", "resume"] {
         refused(client, &format!("SELECT llm_batch.{verb}({job})"), "55000", &["is done"]);
     }
-    run(client, "SELECT llm_batch.drop_classifier('topic')");
+    run(client, "SELECT llm_batch.drop_task('topic')");
     run(client, "SELECT llm_batch.drop_model('m')");
 }
 
@@ -953,7 +948,8 @@ fn keys_are_never_shown() {
         );
         shown += &format!("{:?}", failures(client, job));
     }
-    for view in ["progress", "activity", "failure", "job", "job_state", "model", "classifier", "row_failure"] {
+    for view in ["progress", "activity", "failure", "job", "job_state", "model", "task", "task_history", "row_failure"]
+    {
         shown += &text(client, &format!("SELECT coalesce(string_agg(x::text, ' '), '') FROM llm_batch.{view} x"));
     }
     shown +=

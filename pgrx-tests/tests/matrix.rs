@@ -56,11 +56,32 @@ const ROWS: &[Row] = &[
     ("llm_batch.alter_classifier(text,text[],text,text,jsonb,jsonb)",
      "SELECT llm_batch.alter_classifier('hers', ARRAY['a', 'b'])", HERS),
     ("", "SELECT llm_batch.alter_classifier('topic', instruction => 'x')", SUPERUSERS),
-    ("llm_batch.drop_classifier(text)", "SELECT llm_batch.drop_classifier('hers')", HERS),
-    ("", "SELECT llm_batch.drop_classifier('spare')", SUPERUSERS),
+    // Tasks of other kinds
+    ("llm_batch.create_extractor(text,text,text,text,jsonb,jsonb)",
+     "SELECT llm_batch.create_extractor('new', fields => '{\"a\": \"date\"}', model => 'm')", USAGE),
+    ("llm_batch.create_extractor(text,json,text,text,jsonb,jsonb)",
+     "SELECT llm_batch.create_extractor('new', fields => '{\"a\": \"date\"}'::json, model => 'm')", USAGE),
+    ("llm_batch.create_extractor(text,jsonb,text,text,jsonb,jsonb)",
+     "SELECT llm_batch.create_extractor('new', fields => '{\"a\": \"date\"}'::jsonb, model => 'm')", USAGE),
+    ("llm_batch.alter_extractor(text,text,text,text,jsonb,jsonb)",
+     "SELECT llm_batch.alter_extractor('parts', instruction => 'x')", HERS),
+    ("llm_batch.alter_extractor(text,json,text,text,jsonb,jsonb)",
+     "SELECT llm_batch.alter_extractor('parts', '{\"a\": \"text\"}'::json)", HERS),
+    ("llm_batch.alter_extractor(text,jsonb,text,text,jsonb,jsonb)",
+     "SELECT llm_batch.alter_extractor('parts', '{\"a\": \"text\"}'::jsonb)", HERS),
+    ("llm_batch.create_generator(text,text,text,jsonb,jsonb)",
+     "SELECT llm_batch.create_generator('new', 'Explain it.', 'm')", USAGE),
+    ("llm_batch.alter_generator(text,text,text,jsonb,jsonb)",
+     "SELECT llm_batch.alter_generator('words', 'x')", HERS),
+    ("llm_batch.create_scorer(text,text,numeric,numeric,text,jsonb,jsonb)",
+     "SELECT llm_batch.create_scorer('new', 'How angry?', model => 'm')", USAGE),
+    ("llm_batch.alter_scorer(text,text,numeric,numeric,text,jsonb,jsonb)",
+     "SELECT llm_batch.alter_scorer('stars', high => 10)", HERS),
+    ("llm_batch.drop_task(text)", "SELECT llm_batch.drop_task('hers')", HERS),
+    ("", "SELECT llm_batch.drop_task('spare')", SUPERUSERS),
     // Owners, by the rules of ALTER … OWNER TO
     ("llm_batch.set_owner(text,text,regrole)", "SELECT llm_batch.set_owner('model', 'hers', 'alice')", HERS),
-    ("", "SELECT llm_batch.set_owner('classifier', 'hers', 'other')", SUPERUSERS),
+    ("", "SELECT llm_batch.set_owner('task', 'hers', 'other')", SUPERUSERS),
     ("", "SELECT llm_batch.set_owner('model', 'm', 'alice')", SUPERUSERS),
     ("llm_batch.set_owner(bigint,regrole)", "SELECT llm_batch.set_owner(2, 'alice')", HERS),
     ("", "SELECT llm_batch.set_owner(2, 'member')", [NO, NO, NO, NO, NO, "ok", "ok"]),
@@ -102,7 +123,7 @@ const ROWS: &[Row] = &[
     ("llm_batch.gateway_activity()",
      "SELECT count(*) FROM jsonb_array_elements(llm_batch.gateway_activity()) a WHERE a->>'model' = 'fake-hers'", SEEN),
     ("", "SELECT count(*) FROM llm_batch.model WHERE name = 'hers'", ["=1"; 7]),
-    ("", "SELECT count(*) FROM llm_batch.classifier WHERE name = 'hers'", ["=1"; 7]),
+    ("", "SELECT count(*) FROM llm_batch.task WHERE name = 'hers'", ["=1"; 7]),
     // Keys: what Postgres shows of them, alone.
     ("", "SELECT count(*) FROM pg_user_mappings WHERE usename = 'alice' AND umoptions IS NOT NULL",
      ["=0", "=0", "=0", "=0", "=1", "=0", "=1"]),
@@ -187,7 +208,9 @@ fn prepare(bed: &Bed) -> Client {
         &mut alice,
         "SELECT llm_batch.create_model('hers', server => 'fake', model => 'fake-hers');
          SELECT llm_batch.create_model('spare', server => 'fake', model => 'x');
-         SELECT llm_batch.create_classifier('hers', labels => '[\"bug\", \"b\"]', model => 'hers');",
+         SELECT llm_batch.create_classifier('hers', labels => '[\"bug\", \"b\"]', model => 'hers');
+         SELECT llm_batch.create_extractor('parts', '{\"a\": \"date\"}', 'hers'), llm_batch.create_generator('words', 'Explain it.', 'hers'),
+                llm_batch.create_scorer('stars', 'How angry?', model => 'hers');",
     );
     assert_eq!(one(&mut alice, "SELECT llm_batch.backfill('tickets', 'body', 'topic', 'topic')"), 1);
     let p = bed.done(1);
@@ -288,7 +311,7 @@ fn what_is_the_extensions() {
                 continue;
             }
             let column = column.unwrap();
-            let is_read = ["model", "classifier", "progress", "failure", "activity"].contains(&name.as_str());
+            let is_read = ["model", "task", "task_history", "progress", "failure", "activity"].contains(&name.as_str());
             let read: &[&str] = if is_read { &["ok"] } else { &[NO] };
             expect(&format!("SELECT * FROM {table}"), read);
             // A view is refused as what it is, or for the right that lacks.

@@ -188,7 +188,7 @@ fn a_superuser_fills_a_minefield() {
         "SELECT llm_batch.create_model('x', server => 'fake', model => 'x', request_timeout => '5 s')",
         "SELECT llm_batch.alter_model('x', requests_per_minute => 5, reset => '{input_price}'), llm_batch.drop_model('x')",
         "SELECT llm_batch.create_classifier('x', labels => '[\"a\", \"b\"]', model => 'm')",
-        "SELECT llm_batch.alter_classifier('x', instruction => 'y'), llm_batch.drop_classifier('x')",
+        "SELECT llm_batch.alter_classifier('x', instruction => 'y'), llm_batch.drop_task('x')",
         "SELECT public.llm_classify('#r900001:bug#', 'topic')",
         "SELECT * FROM public.llm_classify_batch('SELECT 1, ''#r900002:bug#''', 'topic')",
         "SET llm_batch.statement_max_cost = 1; SELECT public.llm_classify('#r900003:bug#', 'topic')",

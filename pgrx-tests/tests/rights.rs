@@ -115,8 +115,8 @@ fn objects_and_jobs_of_others() {
     for role in [&mut *alice, &mut *watcher] {
         denied(role, "SELECT llm_batch.alter_model('m', requests_per_minute => 1)", "must be owner of model \"m\"");
         denied(role, "SELECT llm_batch.drop_model('m')", "must be owner of model");
-        denied(role, "SELECT llm_batch.alter_classifier('topic', instruction => 'x')", "must be owner of classifier");
-        denied(role, "SELECT llm_batch.drop_classifier('topic')", "must be owner of classifier");
+        denied(role, "SELECT llm_batch.alter_classifier('topic', instruction => 'x')", "must be owner of task");
+        denied(role, "SELECT llm_batch.drop_task('topic')", "must be owner of task");
     }
     run(alice, "SELECT llm_batch.create_model('mine', server => 'fake', model => 'fake-mine')");
     denied(bob, "SELECT llm_batch.alter_model('mine', requests_per_minute => 1)", "must be owner");
@@ -184,7 +184,8 @@ fn our_tables_are_written_by_nobody() {
             ("job", "wanted"),
             ("job_state", "status"),
             ("model", "server"),
-            ("classifier", "labels"),
+            ("task", "spec"),
+            ("task_history", "spec"),
             ("row_failure", "class"),
         ] {
             denied(session, &format!("UPDATE llm_batch.{table} SET {column} = {column}"), "permission denied");

@@ -88,7 +88,7 @@ fn arrays_with_ids_of_any_type() {
         &["\"ids\" has 3, \"inputs\" has 2", "array_agg"],
     );
     refused(&bed, &call("ARRAY[]::int[], ARRAY['a'], 'topic'"), "2202E", &["\"ids\" has 0"]);
-    refused(&bed, &call("ARRAY[1], ARRAY['a'], 'nothing'"), "42704", &["classifier \"nothing\""]);
+    refused(&bed, &call("ARRAY[1], ARRAY['a'], 'nothing'"), "42704", &["task \"nothing\""]);
     refused(&bed, &call("ARRAY[1], ARRAY['a'], 'topic', '{\"rows\": 5}'"), "22023", &["rows", "max_rows_per_request"]);
     refused(&bed, &call("ARRAY[1], ARRAY['a'], 'topic', '{\"isolation\": \"x\"}'"), "22023", &["third column"]);
     // A budget holds here too.
@@ -149,7 +149,7 @@ fn labels_in_every_form() {
     let order = |name: &str| {
         format!(
             "SELECT string_agg(l->>'label' || coalesce(nullif('=' || (l->>'description'), '='), ''), ' ' ORDER BY n)
-               FROM llm_batch.classifier, jsonb_array_elements(labels) WITH ORDINALITY x (l, n) WHERE name = '{name}'"
+               FROM llm_batch.task, jsonb_array_elements(spec->'labels') WITH ORDINALITY x (l, n) WHERE name = '{name}'"
         )
     };
     let object = r#"'{"zebra": "striped", "b": "", "aa": null}'"#;

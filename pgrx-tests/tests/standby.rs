@@ -76,7 +76,7 @@ fn nothing_runs_on_a_standby() {
         "llm_batch.drop_model('m')",
         "llm_batch.create_classifier('c', '[\"a\",\"b\"]', 'm')",
         "llm_batch.alter_classifier('topic', instruction => '')",
-        "llm_batch.drop_classifier('topic')",
+        "llm_batch.drop_task('topic')",
     ] {
         let e = error(there, &format!("SELECT * FROM {call}"));
         assert_eq!(e.0, "25006", "{call}: {e:?}");

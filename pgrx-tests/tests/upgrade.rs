@@ -79,9 +79,9 @@ fn old_bed(name: &str) -> (Bed, Client) {
              CREATE USER MAPPING FOR PUBLIC SERVER fake OPTIONS (api_key 'sk-test-0123456789abcdef');
              INSERT INTO llm_batch.model (name, owner, owner_name, home, server, server_name, model, request_timeout, max_request_tokens, parameters)
              SELECT 'm', 10, 'postgres', llm_batch.home(), oid, srvname, 'fake-m', '1 minute', 16000, '{{}}' FROM pg_foreign_server;
-             INSERT INTO llm_batch.classifier (name, owner, owner_name, home, model, instruction, labels, examples, options)
-             SELECT 'topic', 10, 'postgres', llm_batch.home(), 'm', 'Tickets.',
-                    jsonb_agg(jsonb_build_object('label', l, 'description', '')), '[]', '{{\"reuse\": false}}'
+             INSERT INTO llm_batch.task (name, owner, owner_name, home, kind, model, spec, options)
+             SELECT 'topic', 10, 'postgres', llm_batch.home(), 'classify', 'm',
+                    jsonb_build_object('instruction', 'Tickets.', 'labels', jsonb_agg(l)), '{{\"reuse\": false}}'
                FROM unnest('{{{}}}'::text[]) l",
             bed.provider.base_url(),
             common::LABELS.join(",")
@@ -143,7 +143,7 @@ fn an_update_ends_where_a_new_installation_begins() {
         "llm_batch.drop_model('m')",
         "llm_batch.create_classifier('c', '[\"a\",\"b\"]', 'm')",
         "llm_batch.alter_classifier('topic', instruction => '')",
-        "llm_batch.drop_classifier('topic')",
+        "llm_batch.drop_task('topic')",
     ] {
         refused(client, call, update);
     }

@@ -7,12 +7,12 @@ use serde_json::{Value, json};
 
 use crate::args::{from_name, required};
 use crate::catalog::{self, Target, Use};
-use crate::classifier::{self, Asked};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::json::Json;
 use crate::options::of_job;
 use crate::process::current_user;
+use crate::task::{self, Asked};
 use crate::{asking, isolation, sql, txn};
 
 /// What to fill, from what, with what.
@@ -57,7 +57,7 @@ impl<'a> Given<'a> {
         check_usable()?;
         let target = catalog::target(self.relation, &self.column)?;
         let owner = owner_of(&target)?;
-        let asked = classifier::load(self.task, &self.task_options)?.stream(owner, false)?;
+        let asked = task::load(self.task, &self.task_options)?.stream(owner, false)?;
         check_rights(&target, owner, is_to_write)?;
         catalog::check_owners(target.relation, owner, &target.name)?;
         // A domain's CHECK and a table's expressions may call functions of their owners: never with more rights

@@ -10,7 +10,7 @@ use super::{Budget, check_alone, store, wake_at_commit};
 use crate::args::required;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
-use crate::{catalog, classifier, model, owner, sql, txn};
+use crate::{catalog, model, owner, sql, task, txn};
 
 /// What its owner wants of a job is changed by `change`, which returns whether it changed anything. `starts`: it may have to
 /// be started for that; else a worker that runs is told.
@@ -107,7 +107,7 @@ fn alter_job(
         return Err(ended(&status).into());
     }
     if max_cost.is_some() {
-        let model = classifier::load(&status.task, &json!({}))?.model;
+        let model = task::load(&status.task, &json!({}))?.model;
         model::load(&model)?.price.check(&model)?;
     }
     txn::as_extension_owner(|| {

@@ -13,9 +13,9 @@ use pgrx::prelude::*;
 use super::check::Given;
 use super::plan::{Rows, cut};
 use crate::budget::Price;
-use crate::classifier::Asked;
 use crate::error::{Error, Result};
 use crate::json::Json;
+use crate::task::Asked;
 use crate::text::Text;
 use crate::{asking, client, shared, sql, txn};
 

@@ -21,9 +21,9 @@ use pgrx::{PgXactCallbackEvent, register_xact_callback};
 use self::check::Given;
 use crate::args::required;
 use crate::catalog::Target;
-use crate::classifier::Asked;
 use crate::error::{Error, Result};
 use crate::json::Json;
+use crate::task::Asked;
 use crate::{client, shared, sql, txn};
 
 /// What a job may spend.

@@ -6,8 +6,8 @@ use pgrx::prelude::*;
 use serde_json::Value;
 
 use crate::budget::{self, Funds, Price, UNLIMITED};
-use crate::classifier::Asked;
 use crate::error::{Error, Result};
+use crate::task::Asked;
 use crate::{isolation, owner, settings, sql, txn, version};
 
 /// A job as its owner sees it.
@@ -137,7 +137,7 @@ fn forget_old() -> Result<()> {
     old.into_iter().try_for_each(|id| forget(id, ", as llm_batch.keep_finished_jobs says"))
 }
 
-/// Enters what roles, servers and tables are called today, and makes models and classifiers that a dump has brought at home
+/// Enters what roles, servers and tables are called today, and makes models and tasks that a dump has brought at home
 /// here once all of theirs is found: from then on they follow owner and server when these are renamed. A job is at home with
 /// `resume()`. A copy of the files, such as a template's, has these names. What others hold locked waits.
 fn note_names() -> Result<()> {
@@ -179,8 +179,8 @@ fn note_names() -> Result<()> {
         &[],
     )?;
     sql::run(
-        "UPDATE llm_batch.classifier c SET owner = n.owner, owner_name = n.rolname, home = llm_batch.home()
-           FROM (SELECT x.name, r.oid AS owner, r.rolname FROM llm_batch.classifier x
+        "UPDATE llm_batch.task c SET owner = n.owner, owner_name = n.rolname, home = llm_batch.home()
+           FROM (SELECT x.name, r.oid AS owner, r.rolname FROM llm_batch.task x
                    JOIN pg_roles r ON r.oid = llm_batch.owner_now(x.owner, x.owner_name, x.home)
                   WHERE x.home <> llm_batch.home() OR x.owner_name <> r.rolname
                     FOR UPDATE OF x SKIP LOCKED) n

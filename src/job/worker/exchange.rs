@@ -9,7 +9,6 @@ use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::rights::Rights;
 use super::{AGAIN, CONTROL, CRASH, HEAR, LATER, MOST_STARTS, Worker};
-use crate::classifier::Asked;
 use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
@@ -18,6 +17,7 @@ use crate::job::plan::{self as statements, Plan, Table};
 use crate::job::settle::{Answer, FEW};
 use crate::job::store::{self, Failure, Job, Outcome};
 use crate::process::{self, report};
+use crate::task::Asked;
 use crate::{shared, sql, text, txn};
 
 /// Rows claimed at first, and at most, at a time: as many as stay below `WINDOW_BYTES`.

@@ -22,7 +22,6 @@ use self::labels::Suspects;
 use self::money::Money;
 use self::rights::Rights;
 use self::trouble::{Kind, Trouble};
-use crate::classifier::{self, Asked};
 use crate::client::Client;
 use crate::error::Result;
 use crate::failure::failure_point;
@@ -32,6 +31,7 @@ use crate::job::settle::Answer;
 use crate::job::store::{self, Failure, Job, Outcome};
 use crate::process::{self, handle_signals, my_database, my_pid, reload_if_asked, report};
 use crate::shared::{self, End};
+use crate::task::{self, Asked};
 use crate::{asking, changes, owner, settings, sql, txn, worker};
 
 /// How often locked rows are tried again, and transactions that failed in passing.
@@ -252,7 +252,7 @@ impl Worker {
     fn ready(job: &Job) -> Result<(Asked, plan::Table, Plan)> {
         txn::check_writable()?;
         owner::check_login()?;
-        let mut asked = classifier::load(&job.task, &job.options)?.stream(me(), false)?;
+        let mut asked = task::load(&job.task, &job.options)?.stream(me(), false)?;
         if job.budget != (None, None) {
             asked = asked.with_budget(job.budget.0.is_some())?;
         }

@@ -1,0 +1,396 @@
+//! Tasks: what to ask.
+
+use llm_batch_core::options::Options;
+use llm_batch_core::task::{Spec, Task};
+use llm_batch_gateway::protocol::Stream;
+use pgrx::datum::{DatumWithOid, JsonB};
+use pgrx::pg_sys::panic::ErrorReport;
+use pgrx::prelude::*;
+use serde_json::{Value, json};
+
+use crate::args::{exists, new_name, required, unknown};
+use crate::budget::Price;
+use crate::client::check_here;
+use crate::error::{Error, Result};
+use crate::json::Json;
+use crate::options::check_of_task;
+use crate::process::{current_user, my_database};
+use crate::text::Text;
+use crate::{changes, model, owner, sql, txn};
+
+/// A task and the name of the model it is asked of.
+pub struct Known {
+    pub task: Task,
+    pub model: String,
+}
+
+/// Looks a task of any kind up; `options` override its own.
+pub fn load(name: &str, options: &Value) -> Result<Known> {
+    let found = sql::row(
+        "SELECT t.kind, t.model, t.spec, t.options FROM llm_batch.task t WHERE t.name OPERATOR(pg_catalog.=) $1",
+        &[name.into()],
+        |row| {
+            Ok(Known {
+                model: row.get("model")?,
+                task: Task {
+                    spec: Spec::from_json(&row.get::<String>("kind")?, &row.get::<JsonB>("spec")?.0)?,
+                    options: Options::from_json([&row.get::<JsonB>("options")?.0, options])?,
+                },
+            })
+        },
+    )?;
+    found.ok_or_else(|| unknown("task", name))
+}
+
+/// A task as a stream, with what its model is called and costs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Asked {
+    pub stream: Stream,
+    pub model: String,
+    pub price: Price,
+}
+
+impl Asked {
+    /// The same as a stream that spends only what it is allowed to.
+    pub fn with_budget(mut self, is_in_dollars: bool) -> Result<Self> {
+        if is_in_dollars {
+            self.price.check(&self.model)?;
+        }
+        self.stream.budget = Some(self.price.rates.filter(|_| is_in_dollars).unwrap_or_default());
+        Ok(self)
+    }
+}
+
+impl Known {
+    /// The task as a stream on behalf of a role, with the settings of this moment.
+    pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<Asked> {
+        let known = model::load(&self.model)?;
+        let stream = Stream {
+            database: my_database(),
+            role: role.to_u32(),
+            interactive,
+            endpoint: crate::provider::endpoint(known.server, role)?,
+            model: known.model,
+            task: self.task,
+            budget: None,
+        };
+        Ok(Asked { stream, model: self.model, price: known.price })
+    }
+}
+
+/// What a task of a kind is called, as in the names of its functions.
+const NOUNS: [(&str, &str); 4] =
+    [("classify", "classifier"), ("extract", "extractor"), ("generate", "generator"), ("score", "scorer")];
+
+fn noun(kind: &str) -> &str {
+    NOUNS.iter().find(|(known, _)| *known == kind).map_or("task", |(_, noun)| noun)
+}
+
+fn a(noun: &str) -> String {
+    let article = if noun.starts_with(['a', 'e', 'i', 'o']) { "an" } else { "a" };
+    format!("{article} {noun}")
+}
+
+/// 42809, for a task that is not of the kind that a function is for.
+fn wrong_kind(name: &str, wanted: &str) -> Error {
+    Error::new(PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE, format!("task \"{name}\" is not {}", a(noun(wanted))))
+}
+
+fn kind_of(name: &str) -> Result<String> {
+    let kind = sql::one::<String>(
+        "SELECT t.kind FROM llm_batch.task t WHERE t.name OPERATOR(pg_catalog.=) $1",
+        &[name.into()],
+    )?;
+    kind.ok_or_else(|| unknown("task", name))
+}
+
+/// What a task's row holds: its specification and its options.
+struct Stored {
+    spec: Value,
+    options: Value,
+}
+
+impl Stored {
+    /// With what a user gives, where that is not NULL. Options that belong to the specification of the kind go there;
+    /// options that are given replace all that there were.
+    fn with(mut self, kind: &str, members: Value, options: Option<Json>) -> Result<Self> {
+        let (Value::Object(spec), Value::Object(members)) = (&mut self.spec, members) else {
+            return Err(Error::invalid("a task's specification must be an object"));
+        };
+        spec.extend(members.into_iter().filter(|(_, value)| !value.is_null()));
+        if let Some(Json(mut options)) = options.filter(|options| !options.0.is_null()) {
+            for key in Spec::options(kind)? {
+                spec.remove(*key);
+                if let Some(value) = options.as_object_mut().and_then(|options| options.remove(*key)) {
+                    spec.insert((*key).to_owned(), value);
+                }
+            }
+            self.options = options;
+        }
+        Ok(self)
+    }
+
+    /// As it is stored. Members may name one another, such as examples labels, so all of it is checked together.
+    fn checked(self, kind: &str) -> Result<Self> {
+        check_of_task(&self.options)?;
+        let mut spec = serde_json::to_value(Spec::from_json(kind, &self.spec)?).unwrap_or_default();
+        if let Some(spec) = spec.as_object_mut() {
+            spec.shift_remove("kind");
+        }
+        Ok(Self { spec, options: self.options })
+    }
+}
+
+fn check_model(name: &str) -> Result<()> {
+    let known = model::load(name)?;
+    crate::provider::endpoint(known.server, current_user()).map(|_| ())
+}
+
+/// Creates a task. `members`: those of its specification, NULL for what is not given.
+fn create(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, options: Option<Json>) -> Result<()> {
+    check_here()?;
+    let name = new_name(name)?;
+    let model = match model {
+        Some(model) => model.to_owned(),
+        None => model::default(None)?,
+    };
+    let stored = Stored { spec: json!({}), options: json!({}) }.with(kind, members, options)?.checked(kind)?;
+    check_model(&model)?;
+    if let Ok(kind) = kind_of(name) {
+        return Err(exists("task", name, noun(&kind)));
+    }
+    let args: Vec<DatumWithOid> = vec![
+        name.into(),
+        current_user().into(),
+        kind.into(),
+        model.into(),
+        JsonB(stored.spec).into(),
+        JsonB(stored.options).into(),
+    ];
+    txn::as_extension_owner(|| {
+        let made = sql::run(
+            "INSERT INTO llm_batch.task (name, owner, owner_name, home, kind, model, spec, options)
+             VALUES ($1, $2, pg_get_userbyid($2), llm_batch.home(), $3, $4, $5, $6) ON CONFLICT (name) DO NOTHING RETURNING 1",
+            &args,
+        )?;
+        if made == 0 {
+            return Err(exists("task", name, noun(kind)));
+        }
+        // A statement of its own: the one above may have waited for who dropped the last one of this name.
+        sql::run(
+            "UPDATE llm_batch.task SET version = h.version + 1
+               FROM (SELECT max(version) AS version FROM llm_batch.task_history WHERE name = $1) h
+              WHERE name = $1 AND h.version IS NOT NULL",
+            &[name.into()],
+        )
+    })?;
+    Ok(())
+}
+
+/// Keeps a task's version before another one takes its place.
+fn keep(name: &str) -> Result<()> {
+    sql::run(
+        "INSERT INTO llm_batch.task_history (name, version, owner, owner_name, home, kind, model, spec, options)
+         SELECT name, version, owner, owner_name, home, kind, model, spec, options FROM llm_batch.task WHERE name = $1",
+        &[name.into()],
+    )
+    .map(|_| ())
+}
+
+/// Makes the next version of a task. `members` as of [`create`].
+fn alter(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, options: Option<Json>) -> Result<()> {
+    let name = required(name, "name")?;
+    owner::check("task", name)?;
+    let is = kind_of(name)?;
+    if is != kind {
+        let is = noun(&is);
+        return Err(wrong_kind(name, kind).hint(format!("It is {}: change it with llm_batch.alter_{is}().", a(is))));
+    }
+    if let Some(model) = model {
+        check_model(model)?;
+    }
+    txn::as_extension_owner(|| {
+        let now = sql::rows_mut(
+            "SELECT spec, options FROM llm_batch.task WHERE name = $1 AND kind = $2 FOR UPDATE",
+            &[name.into(), kind.into()],
+            |row| Ok(Stored { spec: row.get::<JsonB>("spec")?.0, options: row.get::<JsonB>("options")?.0 }),
+        )?;
+        let now = now.into_iter().next().ok_or_else(|| unknown("task", name))?;
+        let new = now.with(kind, members, options)?.checked(kind)?;
+        keep(name)?;
+        sql::run(
+            "UPDATE llm_batch.task SET model = coalesce($2, model), spec = $3, options = $4, version = version + 1
+              WHERE name = $1",
+            &[name.into(), model.into(), JsonB(new.spec).into(), JsonB(new.options).into()],
+        )?;
+        changes::tell();
+        Ok(())
+    })
+}
+
+/// JSON as text, whose objects keep their order: the model is shown labels and fields in it.
+fn read(text: Option<Text>, what: &str, sample: &str) -> Result<Value> {
+    let Some(text) = text else { return Ok(Value::Null) };
+    serde_json::from_str(&text.checked()?).map_err(|e| {
+        Error::new(PgSqlErrorCode::ERRCODE_INVALID_TEXT_REPRESENTATION, format!("{what} given as text must be JSON"))
+            .detail(format!("The text is not JSON: {e}."))
+            .hint(format!("Write {sample}."))
+    })
+}
+
+fn labels(text: Option<Text>) -> Result<Value> {
+    read(text, "labels", "'[\"billing\", \"other\"]' or ARRAY['billing', 'other']")
+}
+
+fn fields(text: Option<Text>) -> Result<Value> {
+    read(text, "fields", "'{\"amount\": \"numeric\", \"due\": \"date\"}'")
+}
+
+fn value(given: Option<Json>) -> Value {
+    given.map_or(Value::Null, |given| given.0)
+}
+
+/// A bound of scores.
+fn bound(given: Option<AnyNumeric>, name: &str) -> Result<Value> {
+    let Some(given) = given else { return Ok(Value::Null) };
+    let text = given.to_string();
+    serde_json::from_str(&text).map_err(|_| Error::invalid(format!("\"{name}\" cannot be {text}")))
+}
+
+#[pg_extern(sql = false)]
+fn create_classifier(
+    name: Option<&str>,
+    labels: Option<Text>,
+    model: Option<&str>,
+    instruction: Option<&str>,
+    examples: Option<Json>,
+    options: Option<Json>,
+) -> std::result::Result<(), ErrorReport> {
+    let labels = self::labels(Some(required(labels, "labels")?))?;
+    let members = json!({"instruction": instruction, "labels": labels, "examples": value(examples)});
+    Ok(create("classify", name, members, model, options)?)
+}
+
+#[pg_extern(sql = false)]
+fn alter_classifier(
+    name: Option<&str>,
+    labels: Option<Text>,
+    model: Option<&str>,
+    instruction: Option<&str>,
+    examples: Option<Json>,
+    options: Option<Json>,
+) -> std::result::Result<(), ErrorReport> {
+    let members = json!({"instruction": instruction, "labels": self::labels(labels)?, "examples": value(examples)});
+    Ok(alter("classify", name, members, model, options)?)
+}
+
+#[pg_extern(sql = false)]
+fn create_extractor(
+    name: Option<&str>,
+    fields: Option<Text>,
+    model: Option<&str>,
+    instruction: Option<&str>,
+    examples: Option<Json>,
+    options: Option<Json>,
+) -> std::result::Result<(), ErrorReport> {
+    let fields = self::fields(Some(required(fields, "fields")?))?;
+    let members = json!({"instruction": instruction, "fields": fields, "examples": value(examples)});
+    Ok(create("extract", name, members, model, options)?)
+}
+
+#[pg_extern(sql = false)]
+fn alter_extractor(
+    name: Option<&str>,
+    fields: Option<Text>,
+    model: Option<&str>,
+    instruction: Option<&str>,
+    examples: Option<Json>,
+    options: Option<Json>,
+) -> std::result::Result<(), ErrorReport> {
+    let members = json!({"instruction": instruction, "fields": self::fields(fields)?, "examples": value(examples)});
+    Ok(alter("extract", name, members, model, options)?)
+}
+
+#[pg_extern(sql = false)]
+fn create_generator(
+    name: Option<&str>,
+    instruction: Option<&str>,
+    model: Option<&str>,
+    examples: Option<Json>,
+    options: Option<Json>,
+) -> std::result::Result<(), ErrorReport> {
+    let members = json!({"instruction": required(instruction, "instruction")?, "examples": value(examples)});
+    Ok(create("generate", name, members, model, options)?)
+}
+
+#[pg_extern(sql = false)]
+fn alter_generator(
+    name: Option<&str>,
+    instruction: Option<&str>,
+    model: Option<&str>,
+    examples: Option<Json>,
+    options: Option<Json>,
+) -> std::result::Result<(), ErrorReport> {
+    let members = json!({"instruction": instruction, "examples": value(examples)});
+    Ok(alter("generate", name, members, model, options)?)
+}
+
+#[pg_extern(sql = false)]
+fn create_scorer(
+    name: Option<&str>,
+    instruction: Option<&str>,
+    low: Option<AnyNumeric>,
+    high: Option<AnyNumeric>,
+    model: Option<&str>,
+    examples: Option<Json>,
+    options: Option<Json>,
+) -> std::result::Result<(), ErrorReport> {
+    let members = json!({
+        "instruction": required(instruction, "instruction")?,
+        "low": bound(Some(required(low, "low")?), "low")?,
+        "high": bound(Some(required(high, "high")?), "high")?,
+        "examples": value(examples),
+    });
+    Ok(create("score", name, members, model, options)?)
+}
+
+#[pg_extern(sql = false)]
+fn alter_scorer(
+    name: Option<&str>,
+    instruction: Option<&str>,
+    low: Option<AnyNumeric>,
+    high: Option<AnyNumeric>,
+    model: Option<&str>,
+    examples: Option<Json>,
+    options: Option<Json>,
+) -> std::result::Result<(), ErrorReport> {
+    let members = json!({
+        "instruction": instruction,
+        "low": bound(low, "low")?,
+        "high": bound(high, "high")?,
+        "examples": value(examples),
+    });
+    Ok(alter("score", name, members, model, options)?)
+}
+
+#[pg_extern(sql = false)]
+fn drop_task(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
+    let name = required(name, "name")?;
+    owner::check("task", name)?;
+    txn::as_extension_owner(|| {
+        let job = sql::one::<i64>(
+            "SELECT job_id FROM llm_batch.progress WHERE task = $1 AND status IN ('running', 'paused') ORDER BY 1",
+            &[name.into()],
+        )?;
+        if let Some(job) = job {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+                format!("cannot drop task \"{name}\" because job {job} uses it"),
+            )
+            .hint(format!("Wait for the job, or end it with llm_batch.cancel({job}).")));
+        }
+        keep(name)?;
+        sql::run("DELETE FROM llm_batch.task WHERE name = $1", &[name.into()])
+    })?;
+    Ok(())
+}
