@@ -42,7 +42,7 @@ impl Dice {
     fn value(&mut self, from: &[&str], depth: usize) -> String {
         let input = self.input(from);
         let a = self.pick(from);
-        match self.roll(if depth == 0 { 4 } else { 14 }) {
+        match self.roll(if depth == 0 { 4 } else { 17 }) {
             0 => format!("llm_classify({input}, ARRAY['bug', 'spam', 'billing'])"),
             4 => format!("coalesce({a}.note, {})", self.value(from, depth - 1)),
             5 => format!(
@@ -67,9 +67,9 @@ impl Dice {
             11 => format!("ARRAY[{}, {}]::text", self.value(from, depth - 1), self.value(from, depth - 1)),
             12 => format!("greatest({}, {a}.note)", self.value(from, depth - 1)),
             13 => format!("({})::text || {a}.id", self.condition(from, depth - 1)),
-            11 => format!("llm_extract({input}, ARRAY['amount numeric', 'due date'])->>'due'"),
-            12 => format!("llm_generate({input}, 'Explain it.')"),
-            13 => format!("llm_score({input}, 'How urgent is it?')::text"),
+            14 => format!("llm_extract({input}, ARRAY['amount numeric', 'due date'])->>'due'"),
+            15 => format!("llm_generate({input}, 'Explain it.')"),
+            16 => format!("llm_score({input}, 'How urgent is it?')::text"),
             _ => format!("llm_classify({input}, 'topic')"),
         }
     }
