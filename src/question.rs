@@ -6,10 +6,10 @@ use llm_batch_gateway::protocol::{Allowance, Verdict};
 use pgrx::prelude::*;
 use serde_json::Value;
 
-use crate::task::{self, Asked, Known};
 use crate::error::{Error, Result};
 use crate::options::{OfCall, of_call, of_question};
 use crate::process::current_user;
+use crate::task::{self, Asked, Known};
 use crate::verb::Verb;
 use crate::{model, settings};
 

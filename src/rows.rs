@@ -11,7 +11,6 @@ use pgrx::{AnyArray, FromDatum, name};
 
 use crate::ask::{Asking, ask, has_text};
 use crate::asking;
-use crate::task::{self, Asked};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::isolation;
@@ -20,6 +19,7 @@ use crate::options::{OfCall, of_call};
 use crate::process::current_user;
 use crate::question::{ad_hoc, check_kind};
 use crate::scalar::author;
+use crate::task::{self, Asked};
 use crate::text::{self, Text};
 use crate::verb::Verb;
 
