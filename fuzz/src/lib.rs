@@ -85,7 +85,7 @@ fn check(spec: &Spec, answer: &Answer) {
 /// A status (two bytes, big endian) and a body.
 pub fn outcome(data: &[u8]) {
     let Some((status, body)) = data.split_first_chunk::<2>() else { return };
-    match trouble::outcome(u16::from_be_bytes(*status) % 600, body, None) {
+    match trouble::outcome(u16::from_be_bytes(*status) % 600, body, None, &[]) {
         Ok(reply) => {
             let usage = reply.usage.or(Default::default());
             assert!(usage.input < 1 << 32 && usage.output < 1 << 32 && reply.cached_input <= usage.input);

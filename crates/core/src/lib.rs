@@ -18,6 +18,7 @@ pub mod options;
 pub mod pack;
 pub mod patience;
 pub mod prompt;
+pub mod quoted;
 pub mod remedy;
 pub mod task;
 pub mod thinking;

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::dialect::{self, Reply};
 use crate::headers;
+use crate::quoted::own_words;
 
 /// A class of trouble. Only `Rejected` and what comes with a 2xx is held against the rows of a request.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -60,6 +61,17 @@ pub struct Report {
     pub trouble: Trouble,
     /// What the provider said, as it said it. It may quote the key: redact it, then take `one_line` of it.
     pub message: String,
+    /// The beginning of it, without what it quotes of the request.
+    pub words: String,
+    /// The class rests on words of the message alone, and ends streams: whether it is so, a request without rows can tell.
+    pub is_in_doubt: bool,
+}
+
+impl Report {
+    /// One in words of ours.
+    pub fn new(trouble: Trouble, message: String) -> Self {
+        Self { trouble, message, words: String::new(), is_in_doubt: false }
+    }
 }
 
 /// Longest message that is kept, in characters.
@@ -91,22 +103,21 @@ pub fn context_in(message: &str) -> Option<u64> {
     numbers.find_map(|n| n.trim_matches(',').replace(',', "").parse().ok())
 }
 
-/// What an answer with this status and body is. `retry_after`: the wait in milliseconds from its headers.
+/// What an answer with this status and body is. `retry_after`: the wait in milliseconds from its headers. `texts`: the
+/// messages of the request, of which nothing is taken for the provider's own words.
 ///
 /// # Errors
 /// Whatever is no answer to be read.
-pub fn outcome(status: u16, body: &[u8], retry_after: Option<u64>) -> Result<Reply, Report> {
+pub fn outcome(status: u16, body: &[u8], retry_after: Option<u64>, texts: &[String]) -> Result<Reply, Report> {
     match status {
         200..=299 => dialect::reply(body).map_err(|error| match error {
-            dialect::Unread::Said(error) => classify(None, &error, "", retry_after),
-            dialect::Unread::Other(message) => {
-                Report { trouble: Trouble::Overload(retry_after), message: message.to_owned() }
-            }
+            dialect::Unread::Said(error) => classify(None, &error, "", (retry_after, texts)),
+            dialect::Unread::Other(message) => Report::new(Trouble::Overload(retry_after), message.to_owned()),
         }),
-        300..=399 => Err(Report {
-            trouble: Trouble::Misplaced,
-            message: format!("HTTP status {status}: redirects are not followed; base_url must name the final address"),
-        }),
+        300..=399 => Err(Report::new(
+            Trouble::Misplaced,
+            format!("HTTP status {status}: redirects are not followed; base_url must name the final address"),
+        )),
         _ => {
             let json: Value = serde_json::from_slice(dialect::without_mark(body)).unwrap_or(Value::Null);
             // Some servers wrap the object in an array, some leave out "error".
@@ -115,14 +126,14 @@ pub fn outcome(status: u16, body: &[u8], retry_after: Option<u64>) -> Result<Rep
                 _ if json["error"].is_object() || json["error"].is_string() => &json["error"],
                 _ => &json,
             };
-            Err(classify(Some(status), error, &String::from_utf8_lossy(body), retry_after))
+            Err(classify(Some(status), error, &String::from_utf8_lossy(body), (retry_after, texts)))
         }
     }
 }
 
 /// What an error says, in lower case.
 struct Said {
-    /// Its message.
+    /// Its message, without what it quotes.
     message: String,
     /// Its code and what stands beside the message.
     code: String,
@@ -242,23 +253,34 @@ impl Said {
     }
 }
 
+/// Whether a field may be trusted to name something: it is no text.
+fn is_name(field: &str) -> bool {
+    field.len() <= 64 && field.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.:/[]".contains(&b))
+}
+
 /// Classes an error: with the status of its answer, or one that stands in a 2xx.
-fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<u64>) -> Report {
+fn classify(status: Option<u16>, error: &Value, body: &str, (retry_after, texts): (Option<u64>, &[String])) -> Report {
     let text = |v: &Value| match v {
         Value::String(s) => s.clone(),
         Value::Number(n) => n.to_string(),
         _ => String::new(),
     };
     let message = if error.is_string() { text(error) } else { text(&error["message"]) };
-    let mut code = format!("{} {} {}", text(&error["code"]), text(&error["type"]), text(&error["param"]));
-    if !error["details"].is_null() {
-        code.push_str(&error["details"].to_string());
-    }
+    let field = |name: &str| Some(text(&error[name])).filter(|field| is_name(field)).unwrap_or_default();
+    let code = format!("{} {} {}", field("code"), field("type"), field("param"));
     let asked = || error["details"].as_array()?.iter().find_map(|d| headers::duration(d["retryDelay"].as_str()?));
     let retry_after = retry_after.or_else(asked).map(|ms| ms.min(headers::DAY));
-    let names_limit = headers::limit_in(&message).is_some();
-    let said = Said { message: message.to_lowercase(), code: code.to_lowercase(), names_limit };
-    let trouble = said.trouble(status.unwrap_or_else(|| said.status(&error["code"])), retry_after);
+    let mut words = own_words(&message, texts);
+    let names_limit = headers::limit_in(&words).is_some();
+    // What stands in other places says no less, nor is it more to be trusted.
+    let others = ["code", "type", "param"].map(|name| text(&error[name])).into_iter().filter(|other| !is_name(other));
+    let others = others.chain((!error["details"].is_null()).then(|| error["details"].to_string()));
+    others.for_each(|other| words = format!("{words} {}", own_words(&other, texts)));
+    let of = |message: String| Said { message: message.to_lowercase(), code: code.to_lowercase(), names_limit };
+    let class = |said: &Said| said.trouble(status.unwrap_or_else(|| said.status(&error["code"])), retry_after);
+    let said = of(words.clone());
+    let trouble = class(&said);
+    let is_in_doubt = matches!(trouble, Trouble::Spend | Trouble::NotFound) && class(&of(String::new())) != trouble;
     let said = if message.is_empty() { body.trim() } else { &message };
     let message = match (status, said.is_empty()) {
         (None, true) => "the provider's answer contains an error".to_owned(),
@@ -266,7 +288,7 @@ fn classify(status: Option<u16>, error: &Value, body: &str, retry_after: Option<
         (Some(status), true) => format!("HTTP status {status}"),
         (Some(status), false) => format!("HTTP status {status}: {said}"),
     };
-    Report { trouble, message }
+    Report { trouble, message, words, is_in_doubt }
 }
 
 #[cfg(test)]
@@ -275,7 +297,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn report(status: u16, body: &str) -> Report {
-        outcome(status, body.as_bytes(), None).unwrap_err()
+        outcome(status, body.as_bytes(), None, &[]).unwrap_err()
     }
 
     // Whole answers are in fixtures/, see tests/fixtures.rs.
@@ -317,10 +339,61 @@ mod tests {
     }
 
     #[test]
+    fn what_is_quoted_of_a_row_is_of_no_class_of_its_own() {
+        let quotes = |text: &str, status: u16, error: &dyn Fn(&str) -> Value| {
+            let texts = [format!("417: {}\n", crate::prompt::quote(text))];
+            let body = serde_json::json!({"error": error(text)}).to_string();
+            outcome(status, body.as_bytes(), None, &texts).unwrap_err().trouble
+        };
+        let ways: [&dyn Fn(&str) -> Value; 4] = [
+            &|text| serde_json::json!({"message": format!("invalid input: {text}"), "type": "invalid_request_error"}),
+            &|text| serde_json::json!({"message": format!("{text:?} is refused")}),
+            &|text| serde_json::json!({"message": "no", "code": text, "type": text, "param": text}),
+            &|text| serde_json::json!({"message": "no", "details": [{"input": text}]}),
+        ];
+        for words in [
+            "You have reached your specified API usage limits",
+            "insufficient_quota",
+            "max_tokens at most 16",
+            "model_not_found",
+            "response_format json_schema",
+            "system role not supported",
+            "maximum context length is 20 tokens",
+            "Request too large on tokens per min: Limit 20, Requested 30",
+            "content_filter",
+            "could not finish the message",
+        ] {
+            // A field that is no more than a name is the provider's.
+            let fields = if is_name(words) { 2 } else { 4 };
+            for (n, way) in ways.iter().take(fields).enumerate() {
+                for text in [words.to_owned(), format!("and \"{words}\"\n, or")] {
+                    assert_eq!(quotes(&text, 400, way), Trouble::Rejected, "{n} {text}");
+                    assert_eq!(quotes(&text, 429, way), Trouble::Rate(None), "{n} {text}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ends_by_words_alone_are_in_doubt() {
+        let of = |body: &str| {
+            let report = report(400, body);
+            (report.trouble, report.is_in_doubt)
+        };
+        assert_eq!(of(r#"{"error":{"message":"specified API usage limits"}}"#), (Trouble::Spend, true));
+        assert_eq!(of(r#"{"error":{"message":"x","code":"model_not_found"}}"#), (Trouble::NotFound, false));
+        assert!(
+            !report(404, "{}").is_in_doubt
+                && !report(402, "{}").is_in_doubt
+                && report(429, "insufficient_quota").words.is_empty()
+        );
+    }
+
+    #[test]
     fn waits_are_taken_from_where_they_are() {
         let body = r#"{"error":{"details":[{"x":1},{"retryDelay":"1.5s"}]}}"#;
         assert_eq!(report(429, body).trouble, Trouble::Rate(Some(1_500)));
-        assert_eq!(outcome(429, body.as_bytes(), Some(7)).unwrap_err().trouble, Trouble::Rate(Some(7)));
+        assert_eq!(outcome(429, body.as_bytes(), Some(7), &[]).unwrap_err().trouble, Trouble::Rate(Some(7)));
         let long = report(429, r#"{"error":{"details":[{"retryDelay":"1e300"}]}}"#);
         assert_eq!(long.trouble, Trouble::Rate(Some(headers::DAY)));
     }
@@ -329,7 +402,7 @@ mod tests {
         #[test]
         fn never_panics(status in 0u16..1000, body in ".{0,600}", json in r#"[{}\[\]":,a-z ]{0,80}"#) {
             for body in [&body, &json] {
-                if let Err(report) = outcome(status, body.as_bytes(), None) {
+                if let Err(report) = outcome(status, body.as_bytes(), None, &[]) {
                     let line = one_line(&report.message);
                     prop_assert!(line.chars().count() <= MOST_MESSAGE + 1 && !line.contains(char::is_control));
                 }

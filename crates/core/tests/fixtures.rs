@@ -40,7 +40,7 @@ fn each_answer_is_of_its_class() {
     assert!(all.len() > 60);
     for f in all {
         let said = headers::read(|name| f.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str()));
-        let (class, message) = match trouble::outcome(f.status, &f.body, said.wait) {
+        let (class, message) = match trouble::outcome(f.status, &f.body, said.wait, &[]) {
             Ok(reply) => (format!("{:?}", reply.finish), String::new()),
             Err(report) => (format!("{:?}", report.trouble), report.message),
         };

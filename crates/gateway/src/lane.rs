@@ -94,11 +94,6 @@ impl Learned {
             *now = (*now - *now / 64).max(SPARE_ANSWER_TOKENS);
         }
     }
-
-    /// A cap of an answer was refused: this one may not be.
-    pub fn answer_cap(&mut self, cap: u64) {
-        self.most_answer_tokens = self.most_answer_tokens.min(cap);
-    }
 }
 
 /// How the answers to a task relate to what is planned for them.
@@ -166,6 +161,11 @@ impl Measured {
         expected + looser + self.spared(spare)
     }
 
+    /// The cap that an answer of so many tokens by our count needs, with what is thought before it.
+    pub fn least_cap(&self, counted: u64) -> u64 {
+        self.expected_answer(counted) + self.thinking.reserved()
+    }
+
     /// Tokens of a cap beyond what is expected of the answer itself.
     pub fn spared(&self, spare: u64) -> u64 {
         spare.max(self.thinking.room())
@@ -197,6 +197,8 @@ pub struct Lane {
     pub level: [f64; 2],
     pub learned: Learned,
     pub measured: Measured,
+    /// Until when (ms) no larger cap of an answer is tried than is known not to be refused.
+    smaller_cap: u64,
     pub standings: Standings,
     pub concurrency: Concurrency,
     /// As the model sets it.
@@ -245,6 +247,7 @@ impl Lane {
                 most_request_tokens: u64::MAX,
             },
             measured: Measured::default(),
+            smaller_cap: 0,
             standings: Standings::default(),
             concurrency: Concurrency::default(),
             max_concurrent: None,
@@ -344,9 +347,9 @@ impl Lane {
     /// A request is too large that was written by what had been learnt `before`, of so many tokens by our count and with
     /// this cap of its answer. Whether that is the cap's fault, which has grown for what is thought: then the next is
     /// smaller.
-    pub fn takes_less_answer(&mut self, message: &str, before: Learned, estimate: Tokens, cap: u64) -> bool {
+    pub fn takes_less_answer(&mut self, now: u64, message: &str, before: Learned, estimate: Tokens, cap: u64) -> bool {
         let prompt = self.measured.prompt.apply(estimate.input);
-        let least = self.measured.expected_answer(estimate.output) + self.measured.thinking.reserved();
+        let least = self.measured.least_cap(estimate.output);
         if self.measured.thinking.usual() == 0 || cap <= least {
             return false;
         }
@@ -357,9 +360,22 @@ impl Lane {
                 self.learned.most_request_tokens = context;
             }
             Some(_) => return false,
-            None => self.learned.answer_cap((cap / 2).max(least)),
+            None => self.answer_cap(now, (cap / 2).max(least)),
         }
         true
+    }
+
+    /// A cap of an answer was refused: this one may not be. After a while larger ones are tried again.
+    pub fn answer_cap(&mut self, now: u64, cap: u64) {
+        self.learned.most_answer_tokens = self.learned.most_answer_tokens.min(cap);
+        self.smaller_cap = now + SMALLER_FOR;
+    }
+
+    /// What was learnt a while ago, and may be otherwise by now, is forgotten.
+    pub fn forget(&mut self, now: u64) {
+        if self.smaller_cap <= now {
+            self.learned.most_answer_tokens = u64::MAX;
+        }
     }
 
     /// A request was answered with a 2xx.

@@ -64,9 +64,23 @@ pub struct Answered {
 impl Answered {
     /// The result of a request that broke off.
     pub fn broke_off(message: String, is_unsure: bool) -> Self {
-        let report = Report { trouble: Trouble::Overload(None), message: trouble::one_line(&message) };
+        let report = Report::new(Trouble::Overload(None), trouble::one_line(&message));
         let result = Err(report);
         Self { result, said: Reported::default(), is_unsure, has_begun: false, has_no_place: false, connection: None }
+    }
+
+    /// What came of a request that was refused in words that may be its rows', by what came of one without rows.
+    pub fn confirmed(self, bare: Self) -> Self {
+        use Trouble::{Auth, Misplaced, NotFound, Overload, Quota, Rate, Spend};
+        match (&bare.result, self.result) {
+            (Err(report), _)
+                if matches!(report.trouble, Auth | Misplaced | NotFound | Overload(_) | Quota(_) | Rate(_) | Spend) =>
+            {
+                Self { is_unsure: false, ..bare }
+            }
+            (_, Err(report)) => Self { result: Err(Report { trouble: Trouble::Rejected, ..report }), ..self },
+            (_, result) => Self { result, ..self },
+        }
     }
 
     /// The connection has not the right answer to a request: it is used for no other.
@@ -98,6 +112,12 @@ pub async fn send(client: Result<HttpClient, String>, answer: Answer, question: 
         }
         Err(_) => Answered::broke_off(TIMED_OUT.to_owned(), false),
     }
+}
+
+/// The messages of a request.
+fn texts(body: &Value) -> Vec<String> {
+    let messages = body["messages"].as_array().into_iter().flatten();
+    messages.filter_map(|message| message["content"].as_str().map(str::to_owned)).collect()
 }
 
 /// How far a request has come.
@@ -184,10 +204,10 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
         // Nothing was asked for that needs to be unpacked, and what is small may unpack to anything.
         Some(encoding) if status.is_success() => {
             let message = format!("the provider's answer has an encoding that was not requested: \"{encoding}\"");
-            Err(Report { trouble: Trouble::Overload(None), message })
+            Err(Report::new(Trouble::Overload(None), message))
         }
-        Some(_) => trouble::outcome(status.as_u16(), b"", said.wait),
-        None => trouble::outcome(status.as_u16(), &answer.bytes, said.wait),
+        Some(_) => trouble::outcome(status.as_u16(), b"", said.wait, &[]),
+        None => trouble::outcome(status.as_u16(), &answer.bytes, said.wait, &texts(question.body)),
     };
     let result = result.map_err(|report| {
         let mut message = presentable(&report.message, key);

@@ -29,6 +29,8 @@ pub struct Row {
     pub cut: u32,
     /// What its answer should have been, if it was something else.
     pub wanted: Option<String>,
+    /// The largest cap of its answer that is not known to be refused where it was alone, tokens.
+    pub most_answer: u64,
     /// The last request of several rows that was refused, this one among them.
     pub refused_in: Option<u64>,
     /// Not before this time (ms).
@@ -57,6 +59,7 @@ impl Row {
             most_rows,
             cut: 0,
             wanted: None,
+            most_answer: u64::MAX,
             refused_in: None,
             not_before: 0,
         }

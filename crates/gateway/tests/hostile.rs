@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::*;
 use llm_fake_provider::{Config, Fault, RateHeaders};
-use support::relay::twice;
+use serde_json::json;
+use support::relay::{answer, before, twice};
 use support::*;
 
 #[test]
@@ -255,4 +256,123 @@ fn a_limit_that_a_row_shows_not_to_be_one_is_given_up() {
     let (got, _) = client.answers(1);
     assert!(is_right(5, &got[&5].verdict), "{got:?}");
     assert_eq!(client.only_activity().tokens_limit, None);
+}
+
+/// A text that a provider refuses, and quotes.
+const POISON: &str = "POISON";
+
+/// The texts that are refused, in a request.
+fn poisoned(texts: &str) -> Option<String> {
+    let line = texts.lines().find(|line| line.contains(POISON) && line.starts_with(|c: char| c.is_ascii_digit()))?;
+    serde_json::from_str(line.split_once(": ")?.1).ok()
+}
+
+/// Rows of two roles, one of them with a text that is refused: whatever is said of that, it fails alone.
+#[track_caller]
+fn only_the_row_is_rejected(what: &str, words: &str, refuse: fn(&str) -> Option<Vec<u8>>) {
+    let setup = Setup::new(64 << 20);
+    let provider = provider(Config::default());
+    let url = before(&provider, refuse);
+    let of = |role: u32| {
+        let url = url.clone();
+        move |s: &mut Stream| (s.role, s.endpoint.base_url) = (role, url)
+    };
+    let mut other = setup.client(&provider, of(1));
+    other.rows(0..50);
+    assert!(other.answers(50).0.iter().all(|(n, o)| is_right(*n, &o.verdict)));
+    let mut client = setup.client(&provider, of(2));
+    client.rows(1_000..1_020);
+    let item = Item { n: 1_020, text: format!("{} {POISON} {words}", text(1_020)), isolation: None };
+    client.say(&ToGateway::Items(vec![item]));
+    client.rows(1_021..1_040);
+    for first in [100, 2_000, 4_000] {
+        other.rows(first..first + 500);
+        let got = other.answers(500).0;
+        assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict) && o.attempts == 1), "{what}: {words}: {got:?}");
+    }
+    let (got, _) = client.answers(40);
+    for (n, outcome) in got {
+        if n == 1_020 {
+            assert!(
+                matches!(&outcome.verdict, Verdict::Fail { class, .. } if class == "rejected"),
+                "{what}: {words}: {outcome:?}"
+            );
+        } else {
+            assert!(is_right(n, &outcome.verdict), "{what}: {words}: {n} {outcome:?}");
+        }
+    }
+    // Nothing was learnt of it either. Requests without rows do not count.
+    let mut bodies = provider.bodies();
+    bodies.retain(|b| b["messages"][1]["content"] != "Say ok.");
+    assert!(bodies.iter().all(|b| b["max_tokens"].as_u64().is_some_and(|cap| cap > 16)), "{words}");
+    assert!(bodies.iter().all(|b| b["messages"][0]["role"] == "system"), "{words}");
+    assert!(bodies.iter().all(|b| !b["response_format"].is_null()), "{words}");
+}
+
+#[test]
+fn a_row_that_is_quoted_in_a_refusal_harms_no_other() {
+    for words in [
+        "insufficient_quota",
+        "billing_error, and max_tokens at most 16",
+        "max_tokens at most 16",
+        "model_not_found",
+        "response_format json_schema not supported",
+        "system role not supported",
+    ] {
+        only_the_row_is_rejected("quoted", words, |texts| {
+            let text = poisoned(texts)?;
+            let error =
+                json!({"error": {"message": format!("invalid input: {text}"), "type": "invalid_request_error"}});
+            Some(answer(400, &error.to_string()))
+        });
+        only_the_row_is_rejected("quoted as JSON", words, |texts| {
+            let message = format!("refused: {}", json!({"input": poisoned(texts)?}));
+            Some(answer(422, &json!({"error": {"message": message}}).to_string()))
+        });
+    }
+}
+
+#[test]
+fn who_says_in_words_alone_that_all_is_over_is_asked_without_rows() {
+    for (words, refuse) in [
+        (
+            "1",
+            (|texts| poisoned(texts).map(|_| answer(400, r#"{"error": {"message": "insufficient_quota"}}"#)))
+                as fn(&str) -> _,
+        ),
+        ("2", |texts| poisoned(texts).map(|_| answer(400, r#"{"error": {"message": "model_not_found"}}"#))),
+    ] {
+        only_the_row_is_rejected("not quoted", words, refuse);
+    }
+    // Of all requests it is believed.
+    let setup = Setup::new(64 << 20);
+    let provider = provider(Config::default());
+    let spent =
+        |_: &str| Some(answer(400, r#"{"error": {"message": "You have reached your specified API usage limits."}}"#));
+    let url = before(&provider, spent);
+    let mut client = setup.client(&provider, |s| s.endpoint.base_url = url);
+    client.rows(0..10);
+    let stop = loop {
+        match client.hear("a stop") {
+            Some(FromGateway::Stopped(stop)) => break stop,
+            Some(FromGateway::Outcomes { .. }) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(stop.reason, StopReason::Spend, "{stop:?}");
+}
+
+#[test]
+fn a_cap_that_is_said_to_be_absurdly_small_takes_no_row() {
+    let setup = Setup::new(64 << 20);
+    for rows in [1, 60] {
+        for words in ["max_tokens is too large: at most 1", "max_tokens is too large: 400 exceeds the maximum of 17"] {
+            let provider = provider(Config::default());
+            let mut client = setup.client(&provider, |s| s.model.model = format!("{words}{rows}"));
+            provider.script([Some(says(400, "", words))]);
+            client.rows(0..rows);
+            let (got, _) = client.answers(rows as usize);
+            assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict) && o.attempts == 1), "{words}: {got:?}");
+        }
+    }
 }

@@ -92,6 +92,7 @@ impl State {
             return self.end_probe(now, probing, answered);
         }
         let Some(request) = self.in_flight.remove(&id) else { return };
+        let Some((request, answered)) = self.doubted(request, answered) else { return };
         let Some(lane) = self.lanes.get_mut(&request.lane) else { return };
         let in_flight = lane.in_flight;
         lane.in_flight = lane.in_flight.saturating_sub(1);
@@ -168,7 +169,7 @@ impl State {
             if lane.standings.of(now, request.asked.scope).patience.is_proven(now) {
                 let message = "the answer belongs to another request: most of its row numbers were not in this request"
                     .to_owned();
-                let report = Report { trouble: Trouble::Overload(None), message };
+                let report = Report::new(Trouble::Overload(None), message);
                 return self.troubled(now, request, &report, &came.said, (true, true));
             }
         }

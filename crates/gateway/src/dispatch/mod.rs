@@ -41,6 +41,7 @@ use crate::protocol::{
     Allowance, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop, StopReason,
     Stream, Verdict, encode,
 };
+use crate::request::Answered;
 use crate::row::{Row, Waiter};
 
 /// Lanes without streams beyond this number are forgotten.
@@ -90,6 +91,8 @@ pub struct InFlight {
     abandoned: Rc<Notify>,
     /// What it may have taken was told the last of them.
     is_accounted: bool,
+    /// How it was refused; whether that is so of requests without rows too is being asked.
+    in_doubt: Option<Answered>,
 }
 
 /// How a request was asked.
@@ -137,6 +140,8 @@ pub struct State {
     in_flight: HashMap<u64, InFlight>,
     /// Probes of endpoints that are under way.
     probing: HashMap<u64, Probing>,
+    /// Requests without rows that are to be sent, in place of those that were refused.
+    doubts: Vec<Launch>,
     keys: Keys,
     numbers: Numbers,
     cache: Cache,
@@ -158,6 +163,7 @@ impl State {
             circuits: BTreeMap::new(),
             in_flight: HashMap::new(),
             probing: HashMap::new(),
+            doubts: Vec::new(),
             keys: Keys::default(),
             numbers: Numbers::default(),
             cache: Cache::default(),

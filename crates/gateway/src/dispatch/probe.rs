@@ -10,10 +10,10 @@ use llm_batch_core::trouble::{Report, Trouble};
 use serde_json::Value;
 use tokio::sync::Notify;
 
-use super::State;
+use super::{InFlight, Launch, State};
 use crate::lane::Lane;
 use crate::protocol::{Endpoint, Stop, StopReason, Stream};
-use crate::request::TIMED_OUT;
+use crate::request::{Answered, TIMED_OUT};
 
 /// The cap of a probe's answer, tokens.
 const PROBE_ANSWER_TOKENS: u64 = 16;
@@ -41,6 +41,11 @@ pub(super) fn request(now: u64, lane: &mut Lane, stream: &Stream) -> Result<(Val
         Err(Refusal::Until { at, .. }) => return Err(at),
         Err(Refusal::TooLarge) => {}
     }
+    Ok(bare(lane, stream))
+}
+
+/// A request without rows, and how long it may take.
+fn bare(lane: &Lane, stream: &Stream) -> (Value, Duration) {
     let body = dialect::body(&dialect::Request {
         model: &stream.model.model,
         system: "Answer with one word.",
@@ -51,10 +56,32 @@ pub(super) fn request(now: u64, lane: &mut Lane, stream: &Stream) -> Result<(Val
         response_format: None,
         parameters: &stream.model.parameters,
     });
-    Ok((body, Duration::from_millis(stream.model.request_timeout_ms.min(60_000))))
+    (body, Duration::from_millis(stream.model.request_timeout_ms.min(60_000)))
 }
 
 impl State {
+    /// A request that was refused in words that may be those of its rows is held, and one without rows goes in its place.
+    /// With the end of that one it has an end; `None` until then.
+    pub(super) fn doubted(
+        &mut self,
+        mut request: InFlight,
+        answered: Option<Answered>,
+    ) -> Option<(InFlight, Option<Answered>)> {
+        if let Some(refused) = request.in_doubt.take() {
+            return Some((request, answered.map(|probe| refused.confirmed(probe))));
+        }
+        let is_in_doubt = |a: &Answered| a.result.as_ref().is_err_and(|report| report.is_in_doubt);
+        let found = self.lanes.get_mut(&request.lane).filter(|_| answered.as_ref().is_some_and(is_in_doubt));
+        let Some((lane, group)) = found.map(|lane| (lane, request.group)) else { return Some((request, answered)) };
+        let Some(stream) = lane.group(group).map(|g| Rc::clone(&g.stream)) else { return Some((request, answered)) };
+        let (body, timeout) = bare(lane, &stream);
+        let (id, abandoned) = (request.id, Rc::clone(&request.abandoned));
+        self.doubts.push(Launch { id, stream, body, timeout, most_tokens: PROBE_READ_TOKENS, abandoned });
+        request.in_doubt = answered;
+        self.in_flight.insert(id, request);
+        None
+    }
+
     /// Prepares a probe of a client's model.
     pub fn probe(&mut self, now: u64, conn: u64) -> Option<Probe> {
         let left = Rc::clone(&self.conns.get(&conn)?.left);

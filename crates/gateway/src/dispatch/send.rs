@@ -57,7 +57,10 @@ impl Draft {
         let prompt = measured.prompt.apply(estimate.input);
         let expected = measured.expected_answer(estimate.output);
         // What is spared must not make a request too large that would not be without.
-        let most = largest.saturating_sub(prompt).max(expected).min(learned.most_answer_tokens);
+        // No cap that is said to be the largest is believed to be too small for the rows, but for one that was tried alone.
+        let said = learned.most_answer_tokens.max(measured.least_cap(estimate.output));
+        let said = rows.iter().map(|row| row.most_answer).fold(said, u64::min);
+        let most = largest.saturating_sub(prompt).max(expected).min(said);
         let most_answer = measured.most_answer(estimate.output, learned.spare_answer_tokens).min(most);
         let reserved = expected + measured.thinking.reserved();
         Self {
@@ -255,7 +258,7 @@ impl State {
 
     /// What can be sent at `now` (ms), and when to look again.
     pub fn pump(&mut self, now: u64) -> (Vec<Launch>, Option<u64>) {
-        let mut launches = Vec::new();
+        let mut launches = std::mem::take(&mut self.doubts);
         let mut wake: Option<u64> = None;
         self.probe_circuits(now, &mut launches, &mut wake);
         // The next place is the lane's that has the fewest requests under way; of several, whose last one is the oldest.
@@ -301,6 +304,7 @@ impl State {
         let most = self.room(key);
         let Some(lane) = self.lanes.get_mut(key) else { return Look::Nothing };
         lane.order();
+        lane.forget(now);
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
         let largest_answer = lane.limiter.largest_answer();
@@ -411,6 +415,7 @@ impl State {
             grant,
             abandoned,
             is_accounted: false,
+            in_doubt: None,
         };
         self.in_flight.insert(self.next_id, request);
         Some(launch)

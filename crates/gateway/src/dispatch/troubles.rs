@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use llm_batch_core::forms::Form;
 use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::Tokens;
 use llm_batch_core::remedy::{End, Known, Remedy};
@@ -36,8 +37,9 @@ struct Failed {
     /// For whom it was.
     role: Option<u32>,
     asked: Asked,
-    /// What went wrong, in words.
+    /// What went wrong, in words; and in those of the provider alone, without what it quotes.
     message: String,
+    words: String,
 }
 
 impl State {
@@ -66,8 +68,8 @@ impl State {
             && matches!(rows.as_slice(), [row] if standing.row_is_refused(row.refused_in.unwrap_or(id)));
         let is_accepted = standing.is_accepted;
         let remedy = Remedy::of(&report.trouble, Known { is_wrong, cap: asked.worst.output, can_grow: asked.can_grow });
-        let message = report.message.clone();
-        let failed = Failed { lane: lane_key, group, rows, role, asked, message };
+        let (message, words) = (report.message.clone(), report.words.clone());
+        let failed = Failed { lane: lane_key, group, rows, role, asked, message, words };
         match remedy {
             Remedy::Stop(end) => self.end(now, failed, end),
             Remedy::Wait(wait) => self.throttled(now, failed, wait),
@@ -128,11 +130,25 @@ impl State {
         }
     }
 
-    /// The cap of the answer is larger than the model allows.
+    /// The cap of the answer is larger than the model allows. What others ask is capped by that only as far as their rows
+    /// allow it.
     fn cap_refused(&mut self, now: u64, failed: Failed) {
-        let Failed { lane: lane_key, group, rows, asked, message, .. } = failed;
+        let Failed { lane: lane_key, group, mut rows, asked, message, words, .. } = failed;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        lane.learned.answer_cap(thought::cap_in(&message, asked.worst.output).max(1));
+        let cap = thought::cap_in(&words, asked.worst.output).max(1);
+        let is_least = asked.worst.output <= lane.measured.least_cap(asked.estimate.output);
+        lane.answer_cap(now, cap);
+        match rows.as_mut_slice() {
+            [row] if is_least => row.most_answer = cap,
+            rows if is_least => {
+                let most_rows = rows.len().div_ceil(2);
+                rows.iter_mut().for_each(|row| row.most_rows = most_rows);
+                if let Some(group) = lane.group(group) {
+                    group.size.observe(rows.len(), rows.len() / 2, false);
+                }
+            }
+            _ => {}
+        }
         self.put_back(&lane_key, group, rows);
         self.notice(now, &lane_key, "cap", &format!("{message}; continuing with a smaller cap"));
     }
@@ -140,14 +156,14 @@ impl State {
     /// The request is larger than a limit of the account, or else than the model's context.
     fn larger(&mut self, now: u64, failed: Failed, is_limit: bool) {
         let Some(lane) = self.lanes.get_mut(&failed.lane) else { return };
-        let Failed { asked, ref message, .. } = failed;
+        let Failed { asked, ref words, .. } = failed;
         if is_limit && failed.rows.len() == 1 {
             return self.row_over_limit(now, failed);
         }
-        if !is_limit && lane.takes_less_answer(message, asked.learned, asked.estimate, asked.worst.output) {
+        if !is_limit && lane.takes_less_answer(now, words, asked.learned, asked.estimate, asked.worst.output) {
             return self.put_back(&failed.lane, failed.group, failed.rows);
         }
-        let alone = is_limit && lane.refuses_as_over_limit(now, message);
+        let alone = is_limit && lane.refuses_as_over_limit(now, words);
         let Failed { lane: lane_key, group, mut rows, message, .. } = failed;
         let size = rows.len();
         self.notice_smaller(now, &lane_key, "too large", &message, size);
@@ -159,10 +175,10 @@ impl State {
 
     /// A row is refused alone as larger than a limit of the account.
     fn row_over_limit(&mut self, now: u64, failed: Failed) {
-        let Failed { lane: ref lane_key, group, asked, ref message, .. } = failed;
+        let Failed { lane: ref lane_key, group, asked, ref message, ref words, .. } = failed;
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
         let prompt = lane.measured.prompt.apply(asked.estimate.input);
-        let is_so = lane.is_over_limit(message, prompt + asked.worst.output);
+        let is_so = lane.is_over_limit(words, prompt + asked.worst.output);
         let key = failed.rows.first().map_or(0, |row| row.key);
         if is_so || !lane.refuses_all_as_over_limit(key) {
             self.notice(now, lane_key, "over limit", message);
@@ -186,7 +202,7 @@ impl State {
         {
             self.put_back(lane_key, group, failed.rows);
             self.notice(now, lane_key, "unsupported", &format!("{message}; continuing without it"));
-        } else if parameter == Parameter::SystemRole {
+        } else if parameter == Parameter::SystemRole || is_form && asked.learned.form(&options) == Form::Plain {
             // There is none in the request: these are words of a row that is quoted.
             self.refused(now, (lane_key, group), failed.rows, (id, is_accepted), message);
         } else {

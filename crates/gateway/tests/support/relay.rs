@@ -78,3 +78,39 @@ fn relay(mut client: TcpStream, mut server: TcpStream, at_once: bool) {
         }
     }
 }
+
+/// Stands before a provider and gives answers of its own to requests that it wants to. It is given the whole request: its
+/// texts with a line for each row.
+pub fn before(provider: &FakeProvider, own: impl Fn(&str) -> Option<Vec<u8>> + Clone + Send + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", listener.local_addr().unwrap());
+    let to = provider.base_url().trim_start_matches("http://").trim_end_matches("/v1").to_owned();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (mut client, mut server, own) = (client.unwrap(), TcpStream::connect(&to).unwrap(), own.clone());
+            std::thread::spawn(move || -> Option<()> {
+                let mut requests = BufReader::new(client.try_clone().ok()?);
+                let mut answers = BufReader::new(server.try_clone().ok()?);
+                loop {
+                    let (first, head, body) = message(&mut requests)?;
+                    let json: serde_json::Value = serde_json::from_slice(&body).ok()?;
+                    let texts: Vec<&str> =
+                        json["messages"].as_array()?.iter().filter_map(|m| m["content"].as_str()).collect();
+                    if let Some(answer) = own(&texts.join("\n")) {
+                        client.write_all(&answer).ok()?;
+                        continue;
+                    }
+                    server.write_all(&[first.as_bytes(), head.as_bytes(), &body].concat()).ok()?;
+                    let (first, head, body) = message(&mut answers)?;
+                    client.write_all(&[first.as_bytes(), head.as_bytes(), &body].concat()).ok()?;
+                }
+            });
+        }
+    });
+    url
+}
+
+/// An answer with this status and body.
+pub fn answer(status: u16, body: &str) -> Vec<u8> {
+    format!("HTTP/1.1 {status} X\r\ncontent-length: {}\r\n\r\n{body}", body.len()).into_bytes()
+}
