@@ -1,7 +1,7 @@
 //! Tasks: what to ask.
 
 use llm_batch_core::options::Options;
-use llm_batch_core::task::{Spec, Task};
+use llm_batch_core::task::{Spec, Task, Type};
 use llm_batch_gateway::protocol::Stream;
 use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
@@ -216,7 +216,12 @@ fn alter(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, op
             |row| Ok(Stored { spec: row.get::<JsonB>("spec")?.0, options: row.get::<JsonB>("options")?.0 }),
         )?;
         let now = now.into_iter().next().ok_or_else(|| unknown("task", name))?;
+        let before = shape(kind, &now.spec)?;
         let new = now.with(kind, members, options)?.checked(kind)?;
+        if shape(kind, &new.spec)? != before {
+            // What it has asked for may still be on its way.
+            refuse_in_use(name, "change the fields of")?;
+        }
         keep(name)?;
         sql::run(
             "UPDATE llm_batch.task SET model = coalesce($2, model), spec = $3, options = $4, version = version + 1
@@ -225,6 +230,27 @@ fn alter(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, op
         )?;
         changes::tell();
         Ok(())
+    })
+}
+
+/// The values of an answer: their names and types.
+fn shape(kind: &str, spec: &Value) -> Result<Vec<(String, Type, bool)>> {
+    let columns = Spec::from_json(kind, spec)?.columns();
+    Ok(columns.into_iter().map(|c| (c.name, c.of, c.is_array)).collect())
+}
+
+/// Refuses to do something with a task that an unfinished job uses.
+fn refuse_in_use(name: &str, what: &str) -> Result<()> {
+    let job = sql::one::<i64>(
+        "SELECT job_id FROM llm_batch.progress WHERE task = $1 AND status IN ('running', 'paused') ORDER BY 1",
+        &[name.into()],
+    )?;
+    job.map_or(Ok(()), |job| {
+        Err(Error::new(
+            PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
+            format!("cannot {what} task \"{name}\" because job {job} uses it"),
+        )
+        .hint(format!("Wait for the job, or end it with llm_batch.cancel({job}).")))
     })
 }
 
@@ -378,17 +404,7 @@ fn drop_task(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
     owner::check("task", name)?;
     txn::as_extension_owner(|| {
-        let job = sql::one::<i64>(
-            "SELECT job_id FROM llm_batch.progress WHERE task = $1 AND status IN ('running', 'paused') ORDER BY 1",
-            &[name.into()],
-        )?;
-        if let Some(job) = job {
-            return Err(Error::new(
-                PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
-                format!("cannot drop task \"{name}\" because job {job} uses it"),
-            )
-            .hint(format!("Wait for the job, or end it with llm_batch.cancel({job}).")));
-        }
+        refuse_in_use(name, "drop")?;
         keep(name)?;
         sql::run("DELETE FROM llm_batch.task WHERE name = $1", &[name.into()])
     })?;

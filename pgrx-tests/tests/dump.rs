@@ -57,7 +57,10 @@ impl Jobs {
         run(
             client,
             "CREATE ROLE app LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO app; CREATE SCHEMA app AUTHORIZATION app;
-             SELECT llm_batch.alter_model('m', max_concurrent_requests => 2, max_request_tokens => 2000)",
+             SELECT llm_batch.alter_model('m', max_concurrent_requests => 2, max_request_tokens => 2000);
+             SELECT llm_batch.alter_classifier('topic', instruction => 'Tickets.'),
+                    llm_batch.create_extractor('bill', '{\"due\": \"date\", \"a\": \"numeric\"}', 'm'), llm_batch.create_scorer('s', 'x', model => 'm');
+             SELECT llm_batch.drop_task('s')",
         );
         // Columns dropped before leave gaps in the numbers, which a restored table does not have.
         tickets(client, "a", 1..=ROWS);
@@ -126,6 +129,13 @@ impl Jobs {
         for table in ["a", "app.\"B b\""] {
             assert_eq!((wrong(there, table), left(there, table)), (0, 0), "{table}");
         }
+        // Tasks go on counting their versions.
+        run(
+            there,
+            "SELECT llm_batch.alter_extractor('bill', instruction => 'x'), llm_batch.create_generator('s', 'x', 'm')",
+        );
+        let versions = "SELECT string_agg(concat(name, version), ' ' ORDER BY name) FROM llm_batch.task";
+        assert_eq!(text(there, versions), "bill2 s2 topic2");
         // What could not be done is asked again, and new jobs have new numbers.
         run(there, "UPDATE c SET body = left(body, 40) WHERE id > 2018");
         run(there, &format!("SELECT llm_batch.retry_failed({})", self.done));

@@ -9,6 +9,7 @@ use crate::args::{from_name, required};
 use crate::catalog::{self, Target, Use};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
+use crate::job::fit;
 use crate::json::Json;
 use crate::options::of_job;
 use crate::process::current_user;
@@ -70,9 +71,7 @@ impl<'a> Given<'a> {
             if let Some(isolation) = &self.isolation {
                 catalog::check_expression(&target, isolation, Use::Isolation)?;
             }
-            for column in asked.stream.task.spec.columns() {
-                catalog::check_labels(&target, column.values.iter().flatten().map(String::as_str))?;
-            }
+            fit::check(&asked.stream.task.spec, &target)?;
             sql::rows(
                 &format!(
                     "SELECT ({}\n)::pg_catalog.text, {}, {} FROM ONLY {} WHERE ({}\n) LIMIT 0",

@@ -4,6 +4,7 @@ mod check;
 mod control;
 mod estimate;
 mod finder;
+mod fit;
 mod page;
 mod plan;
 mod settle;

@@ -3,11 +3,13 @@
 //!
 //! Keys come as arrays `$1 … $k`, one a column; a row is a position in them.
 
+use llm_batch_core::task::Spec;
 use pgrx::pg_sys;
 
 use crate::ask::has_text_sql;
 use crate::error::{Error, Result};
 use crate::isolation::digest_sql;
+use crate::job::fit::Fit;
 use crate::job::store::Job;
 use crate::process::{current_user, my_database};
 use crate::sql::name;
@@ -30,6 +32,8 @@ pub struct Plan {
     /// inputs' hashes `$k+3`. Of each row that could be locked: position, whether the target was NULL, the input's hash,
     /// NULL; of each that was written: position, NULL, NULL, whether the target is still NULL.
     pub write: String,
+    /// What of an answer is written.
+    pub fit: Fit,
     /// Looks at rows `$k+1`: position, whether the target is NULL, the input's hash.
     pub look: String,
     /// Whether row `$k+1` can be locked: raises if another transaction holds it, returns no row if it is out of reach.
@@ -232,7 +236,7 @@ impl Rows {
 impl Plan {
     /// The statements for the table as it is named now; `target_type` as the statements may write it, texts cut to
     /// `most_text` characters.
-    pub fn new(job: &Job, table: &Table, target_type: &str, most_text: usize) -> Self {
+    pub fn new(job: &Job, table: &Table, spec: &Spec, target_type: &str, most_text: usize) -> Self {
         let Table { full, bare, is_partitioned, has_triggers } = table;
         let (filter, isolation) = (job.filter.as_deref(), job.isolation.as_deref());
         let rows = Rows::new(full, *is_partitioned, &job.input, &job.target, filter, isolation);
@@ -244,6 +248,7 @@ impl Plan {
             job,
             bare,
         };
+        let (fit, value) = Fit::new(spec, job.target_type, "\"llm_batch l\".l", target_type);
         Self {
             most_text,
             search_path: format!("{}, pg_temp", job.search_path),
@@ -251,7 +256,8 @@ impl Plan {
             count: rows.count(),
             claim_first: parts.claim("", 1, most_text),
             claim_next: parts.claim(&parts.after(), parts.keys.len() + 2, most_text),
-            write: parts.write(target_type),
+            write: parts.write(&value),
+            fit,
             look: parts.look(),
             try_lock: parts.try_lock(),
             may_update: format!(
@@ -331,14 +337,8 @@ impl Parts<'_> {
 
     /// One statement, and so one transaction id: a row that is locked under one and updated under another has a multixact
     /// made for it.
-    fn write(&self, target_type: &str) -> String {
+    fn write(&self, value: &str) -> String {
         let Self { target, hash, bare, rows: Rows { from, .. }, .. } = self;
-        let label = "\"llm_batch l\".l";
-        let label = if catalog::is_json(self.job.target_type) {
-            format!("pg_catalog.to_json({label})")
-        } else {
-            label.to_owned()
-        };
         format!(
             "WITH \"llm_batch l\" (i, l, e, n, h) AS MATERIALIZED (
                  SELECT {POSITION}, \"llm_batch u\".\"llm_batch l\", \"llm_batch u\".\"llm_batch h\", {target} IS NULL, {hash}
@@ -346,7 +346,7 @@ impl Parts<'_> {
                    JOIN {from} ON {}
                     FOR NO KEY UPDATE OF {bare} SKIP LOCKED),
              \"llm_batch w\" (i, n) AS (
-                 UPDATE {from} SET {} = {label}::{target_type}
+                 UPDATE {from} SET {} = {value}
                    FROM \"llm_batch l\"
                   WHERE {} AND {target} IS NULL AND \"llm_batch l\".n
                     AND \"llm_batch l\".l IS NOT NULL AND \"llm_batch l\".h OPERATOR(pg_catalog.=) \"llm_batch l\".e

@@ -334,7 +334,7 @@ impl Worker {
             }
             self.has_answered = true;
             let label = match &o.verdict {
-                Verdict::Answer(answer) => answer.0.first().cloned().flatten(),
+                Verdict::Answer(answer) => self.plan.fit.text(answer),
                 _ => None,
             };
             self.answers.push(Answer {

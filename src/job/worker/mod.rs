@@ -25,6 +25,7 @@ use self::trouble::{Kind, Trouble};
 use crate::client::Client;
 use crate::error::Result;
 use crate::failure::failure_point;
+use crate::job::fit;
 use crate::job::page::Page;
 use crate::job::plan::{self, Plan};
 use crate::job::settle::Answer;
@@ -526,5 +527,8 @@ fn make_plan(job: &Job, table: &plan::Table, stream: &Stream) -> Result<Plan> {
           WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) $2",
         &[job.relation.into(), job.target_attnum.into()],
     )?;
-    Ok(Plan::new(job, table, &target_type.unwrap_or_default(), most_text(stream.model.max_request_tokens)))
+    // The task may be another one by now.
+    fit::check_types(&stream.task.spec, &job.target, job.target_type)?;
+    let most_text = most_text(stream.model.max_request_tokens);
+    Ok(Plan::new(job, table, &stream.task.spec, &target_type.unwrap_or_default(), most_text))
 }

@@ -116,12 +116,14 @@ impl Spec {
         }
     }
 
+    /// Whether the values of an answer have names, even if there is one alone.
+    pub fn has_names(&self) -> bool {
+        matches!(self, Self::Extract(_))
+    }
+
     /// An answer as one text: its only value, or the JSON of all.
     pub fn to_text(&self, answer: &Answer) -> Option<String> {
-        match self {
-            Self::Extract(_) => Some(self.to_json(answer)),
-            _ => answer.0.first().cloned().flatten(),
-        }
+        if self.has_names() { Some(self.to_json(answer)) } else { answer.0.first().cloned().flatten() }
     }
 
     /// An answer as JSON, an object by the columns' names if there may be several. Numbers keep their digits.
@@ -129,13 +131,12 @@ impl Spec {
         let columns = self.columns();
         let mut values =
             columns.iter().zip(&answer.0).map(|(column, text)| (&column.name, column.json(text.as_deref())));
-        match self {
-            Self::Extract(_) => {
-                let members: Vec<String> =
-                    values.map(|(name, value)| format!("{}:{value}", Value::from(name.as_str()))).collect();
-                format!("{{{}}}", members.join(","))
-            }
-            _ => values.next().map_or_else(|| "null".to_owned(), |(_, value)| value),
+        if self.has_names() {
+            let members: Vec<String> =
+                values.map(|(name, value)| format!("{}:{value}", Value::from(name.as_str()))).collect();
+            format!("{{{}}}", members.join(","))
+        } else {
+            values.next().map_or_else(|| "null".to_owned(), |(_, value)| value)
         }
     }
 }
