@@ -1,6 +1,6 @@
 //! What a process of Postgres is, for workers and sessions alike: its signals, what it waits for, what it is connected to.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, Ordering};
 use std::time::Duration;
 
 use pgrx::bgworkers::{BackgroundWorker, SignalWakeFlags};
@@ -12,23 +12,40 @@ unsafe extern "C-unwind" {
     fn die(signal: std::ffi::c_int);
     /// Postgres' own handler of SIGINT: cancels the statement. `lock_timeout` sends that signal too.
     fn StatementCancelHandler(signal: std::ffi::c_int);
+    fn GetCurrentTimestamp() -> pg_sys::TimestampTz;
+    fn RegisterTimeout(timeout: std::ffi::c_int, handler: extern "C-unwind" fn()) -> std::ffi::c_int;
     fn enable_timeout_after(timeout: std::ffi::c_int, milliseconds: std::ffi::c_int);
+    fn enable_timeout_every(timeout: std::ffi::c_int, first: pg_sys::TimestampTz, milliseconds: std::ffi::c_int);
+    fn disable_timeout(timeout: std::ffi::c_int, keeps_indicator: bool);
 }
 
 /// The timeout that cancels a statement: of `TimeoutId`, in all versions.
 const STATEMENT_TIMEOUT: std::ffi::c_int = 3;
+/// As `RegisterTimeout()` is asked for one of an extension's own, in all versions: it takes the next that is free.
+const OWN_TIMEOUT: std::ffi::c_int = 16;
+/// How often a process that holds on looks whether it has done so for too long, milliseconds.
+const LOOK: std::ffi::c_int = 500;
+/// How long it may hold on after a SIGTERM, microseconds: longer than it takes to write what it has. A function of a user
+/// may catch each cancellation of its statement; what `die()` raises it cannot catch.
+const LONGEST_HOLD: i64 = 6_000_000;
 
 static IN_TRANSACTION: AtomicBool = AtomicBool::new(false);
 static TOLD_TO_END: AtomicBool = AtomicBool::new(false);
+/// When that was first, microseconds.
+static TOLD_AT: AtomicI64 = AtomicI64::new(0);
+/// The timeout that looks at it.
+static HOLD_TIMEOUT: AtomicI32 = AtomicI32::new(0);
 static HOLDS_ON: AtomicBool = AtomicBool::new(false);
 static WRITES_LAST: AtomicBool = AtomicBool::new(false);
 
 /// SIGTERM ends the process as it does any of Postgres. It is remembered, so that the end does not count as a death. A
 /// process that has something to write first is woken, and its statement is cancelled.
 extern "C-unwind" fn terminate(signal: std::ffi::c_int) {
-    TOLD_TO_END.store(true, Ordering::Relaxed);
-    // SAFETY: the handlers that Postgres itself installs; they set flags and the latch.
+    // SAFETY: the handlers that Postgres itself installs; they set flags and the latch. The clock is read.
     unsafe {
+        if !TOLD_TO_END.swap(true, Ordering::Relaxed) {
+            TOLD_AT.store(GetCurrentTimestamp(), Ordering::Relaxed);
+        }
         if !HOLDS_ON.load(Ordering::Relaxed) {
             die(signal);
         } else if WRITES_LAST.load(Ordering::Relaxed) {
@@ -37,6 +54,17 @@ extern "C-unwind" fn terminate(signal: std::ffi::c_int) {
             StatementCancelHandler(signal);
         } else {
             pg_sys::SetLatch(pg_sys::MyLatch);
+        }
+    }
+}
+
+/// A process that was told to end, and holds on still, ends.
+extern "C-unwind" fn look_at_hold() {
+    // SAFETY: called by Postgres' handler of SIGALRM; reads the clock, and sets flags and the latch.
+    unsafe {
+        if TOLD_TO_END.load(Ordering::Relaxed) && TOLD_AT.load(Ordering::Relaxed) + LONGEST_HOLD < GetCurrentTimestamp()
+        {
+            die(pg_sys::SIGTERM as i32);
         }
     }
 }
@@ -80,9 +108,21 @@ extern "C-unwind" fn cancel(signal: std::ffi::c_int) {
     }
 }
 
-/// Whether a statement may be cancelled now. A cancellation that came too late is forgotten.
+/// Whether a statement may be cancelled now. A cancellation that came too late is forgotten. In a transaction code of
+/// users may run: a process that holds on does so for a bounded time.
 pub fn set_in_transaction(value: bool) {
     IN_TRANSACTION.store(value, Ordering::Relaxed);
+    let timeout = HOLD_TIMEOUT.load(Ordering::Relaxed);
+    if timeout != 0 {
+        // SAFETY: on the main thread; the timeout is registered.
+        unsafe {
+            if value && HOLDS_ON.load(Ordering::Relaxed) {
+                enable_timeout_every(timeout, GetCurrentTimestamp() + i64::from(LOOK) * 1_000, LOOK);
+            } else {
+                disable_timeout(timeout, false);
+            }
+        }
+    }
     if !value {
         // SAFETY: a flag that the handler above sets and that is read on the main thread.
         unsafe { pg_sys::QueryCancelPending = 0 };
@@ -104,6 +144,7 @@ pub fn handle_signals() {
             pg_sys::pqsignal_be(pg_sys::SIGTERM as i32, Some(terminate));
             pg_sys::pqsignal_be(pg_sys::SIGINT as i32, Some(cancel));
         }
+        HOLD_TIMEOUT.store(RegisterTimeout(OWN_TIMEOUT, look_at_hold), Ordering::Relaxed);
     }
     BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP);
 }

@@ -25,6 +25,9 @@ const START: i64 = 5_000_000;
 const RESTART: i64 = 1_000_000;
 /// Longest such wait, microseconds.
 const MOST_RESTART: i64 = 300_000_000;
+/// A worker that has not looked at its row so long (microseconds) after its job was cancelled is ended: code of a user
+/// keeps it, such as a trigger.
+const DEAF: i64 = 15_000_000;
 /// A worker that lived so long (microseconds) was well.
 const WELL: i64 = 60_000_000;
 
@@ -53,6 +56,8 @@ pub struct Entry {
     pub no_slot: bool,
     /// Its row in `llm_batch.job` was changed.
     poked: bool,
+    /// It was cancelled then (microseconds), or 0.
+    cancelled: i64,
     /// The worker before was told to end: it did not die of its work.
     pub told: bool,
 }
@@ -67,8 +72,16 @@ const FREE: Entry = Entry {
     deaths: 0,
     no_slot: false,
     poked: false,
+    cancelled: 0,
     told: false,
 };
+
+impl Entry {
+    /// It was cancelled, and its worker has not looked at its row since.
+    fn waits_for_its_worker(&self) -> bool {
+        self.phase == Phase::Running && self.poked && self.cancelled != 0
+    }
+}
 
 #[derive(Clone, Copy)]
 struct Table {
@@ -211,15 +224,32 @@ pub fn want(database: u32, job: i64, owner: u32, at: i64) {
     set_latch(pids.1);
 }
 
-/// Tells a job that runs to look at its row again. As with `want()`, raises nothing.
-pub fn poke(database: u32, job: i64) {
+/// Tells a job that runs to look at its row again; `is_cancelled`: and to end. As with `want()`, raises nothing.
+pub fn poke(database: u32, job: i64, is_cancelled: bool) {
     let mut table = TABLE.exclusive();
+    let launcher = table.launcher;
     if let Some(e) = table.find(database, job).filter(|e| e.phase != Phase::Wanted) {
         e.poked = true;
+        if is_cancelled {
+            e.cancelled = now();
+        }
         let pid = e.pid;
         drop(table);
         set_latch(pid);
+        if is_cancelled {
+            set_latch(launcher);
+        }
     }
+}
+
+/// Processes of jobs that were cancelled a while ago and have not noticed it. Each is named once.
+pub fn deaf(now: i64) -> Vec<i32> {
+    let is_deaf = |e: &&mut Entry| e.waits_for_its_worker() && e.cancelled + DEAF <= now;
+    let deaf = |e: &mut Entry| {
+        e.cancelled = 0;
+        e.pid
+    };
+    TABLE.exclusive().entries.iter_mut().filter(is_deaf).map(deaf).collect()
 }
 
 /// Wants a job that a search has found to run, if nobody does yet. What is wanted, waits or runs is left alone.
@@ -370,9 +400,13 @@ pub fn take_missed() -> bool {
     std::mem::take(&mut TABLE.exclusive().missed)
 }
 
-/// When the next entry is due.
+/// When the next entry is due, or a worker that does not notice that its job was cancelled is to be ended.
 pub fn next_due() -> Option<i64> {
-    TABLE.share().entries.iter().filter(|e| e.phase == Phase::Wanted).map(|e| e.at).min()
+    let due = |e: &Entry| match e.phase {
+        Phase::Wanted => Some(e.at),
+        _ => e.waits_for_its_worker().then_some(e.cancelled + DEAF),
+    };
+    TABLE.share().entries.iter().filter_map(due).min()
 }
 
 /// The launcher is about to start an entry; or could not, and tries again at `again`.
@@ -431,7 +465,7 @@ pub fn comes_up(database: u32, job: i64, pid: i32) -> Option<Entry> {
         return None;
     }
     let before = *e;
-    (e.phase, e.at, e.pid, e.poked, e.told) = (Phase::Running, now(), pid, false, false);
+    (e.phase, e.at, e.pid, e.poked, e.cancelled, e.told) = (Phase::Running, now(), pid, false, 0, false);
     Some(before)
 }
 

@@ -325,3 +325,42 @@ fn an_idle_server_is_quiet() {
         assert!(!log.contains(word), "{word} in\n{log}");
     }
 }
+
+/// Code of a user that catches every cancellation runs in a job's worker: the worker still ends when it is told to, when
+/// its job is cancelled, and with the server.
+#[test]
+fn a_trigger_that_does_not_let_go() {
+    let mut bed = Bed::new("kills_trigger");
+    let client = &mut bed.connect();
+    tickets(client, "tickets", 1..=10);
+    run(
+        client,
+        "CREATE FUNCTION hang() RETURNS trigger LANGUAGE plpgsql AS $$
+         BEGIN LOOP BEGIN PERFORM pg_sleep(1000); EXCEPTION WHEN query_canceled THEN NULL; END; END LOOP; END $$;
+         CREATE TRIGGER hang BEFORE UPDATE ON tickets FOR EACH ROW EXECUTE FUNCTION hang()",
+    );
+    let hangs = |client: &mut Client| {
+        let sql = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'llm_batch job' AND wait_event = 'PgSleep'";
+        let found = || client.query(sql, &[]).unwrap().iter().map(|r| r.get::<_, i32>(0)).collect::<Vec<_>>();
+        wait_until("the trigger sleeps", PATIENCE, found, |pids| pids.len() == 1)[0]
+    };
+    let job = backfill(client, "tickets");
+    let worker = hangs(client);
+    terminate(client, worker);
+    let again = hangs(client);
+    assert_ne!(again, worker);
+    run(client, &format!("SELECT llm_batch.cancel({job})"));
+    wait_until("the slot is free", PATIENCE, || pids(client, "llm_batch job"), Vec::is_empty);
+    let job = backfill(client, "tickets");
+    hangs(client);
+    let start = std::time::Instant::now();
+    bed.cluster.restart();
+    println!("stopped and started after {:?}", start.elapsed());
+    let client = &mut bed.connect();
+    hangs(client);
+    run(client, &format!("SELECT llm_batch.cancel({job})"));
+    wait_until("the slot is free", PATIENCE, || pids(client, "llm_batch job"), Vec::is_empty);
+    run(client, "DROP TRIGGER hang ON tickets");
+    let job = backfill(client, "tickets");
+    assert_eq!(bed.done(job).counts(), (10, 10, 0, 0, 0, 0));
+}

@@ -6,11 +6,14 @@ use serde_json::json;
 
 use super::check::check_login;
 use super::store::Status;
-use super::{Budget, check_alone, store, wake_at_commit};
+use super::{Budget, Wake, check_alone, store, wake_at_commit};
 use crate::args::required;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::{catalog, model, owner, sql, task, txn};
+
+/// What `cancel()` changes.
+const CANCELLED: &str = "wanted = 'cancelled'";
 
 /// What its owner wants of a job is changed by `change`, which returns whether it changed anything. `starts`: it may have to
 /// be started for that; else a worker that runs is told.
@@ -26,7 +29,12 @@ fn control(
     txn::as_extension_owner(|| {
         sql::run(&format!("UPDATE llm_batch.job SET {assignment} WHERE id = $1"), &[job_id.into()])
     })?;
-    wake_at_commit(job_id, status.owner.filter(|_| starts));
+    let wake = match status.owner.filter(|_| starts) {
+        Some(owner) => Wake::Start(owner),
+        None if assignment == CANCELLED => Wake::Cancel,
+        None => Wake::Tell,
+    };
+    wake_at_commit(job_id, wake);
     Ok(true)
 }
 
@@ -86,7 +94,7 @@ fn cancel(job_id: i64) -> std::result::Result<bool, ErrorReport> {
     let changed = control(job_id, false, Status::by_owner_or_tables, |s| match s.status.as_str() {
         "running" | "paused" => {
             pgrx::log!("llm_batch job {job_id} is cancelled: {}", store::account(job_id)?);
-            Ok(Some("wanted = 'cancelled'".to_owned()))
+            Ok(Some(CANCELLED.to_owned()))
         }
         _ => Ok(None),
     })?;
@@ -117,7 +125,7 @@ fn alter_job(
         )
     })?;
     // A worker that runs looks at it at once.
-    wake_at_commit(job_id, None);
+    wake_at_commit(job_id, Wake::Tell);
     Ok(())
 }
 
@@ -176,7 +184,7 @@ fn set_job_owner(job_id: i64, new_owner: pg_sys::Oid) -> std::result::Result<(),
             &[job_id.into(), new_owner.into(), role.into()],
         )
     })?;
-    wake_at_commit(job_id, Some(new_owner));
+    wake_at_commit(job_id, Wake::Start(new_owner));
     Ok(())
 }
 

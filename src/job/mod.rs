@@ -85,7 +85,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
         _ => Ok(None),
     })?;
     let id = insert(&target, owner, given, budget)?;
-    wake_at_commit(id, Some(owner));
+    wake_at_commit(id, Wake::Start(owner));
     Ok(id)
 }
 
@@ -167,13 +167,23 @@ fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> 
     required(id, "id")
 }
 
-/// Wakes a job when the transaction commits; without an owner only a worker that runs is told. After a commit nothing may
-/// raise: this writes to shared memory alone.
-fn wake_at_commit(job: i64, owner: Option<pg_sys::Oid>) {
+/// Who is told of a change of a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wake {
+    /// A worker of this role, which is started if none runs.
+    Start(pg_sys::Oid),
+    /// A worker that runs.
+    Tell,
+    /// A worker that runs, and that is to end soon.
+    Cancel,
+}
+
+/// Wakes a job when the transaction commits. After a commit nothing may raise: this writes to shared memory alone.
+fn wake_at_commit(job: i64, wake: Wake) {
     let database = crate::process::my_database();
-    register_xact_callback(PgXactCallbackEvent::Commit, move || match owner {
-        Some(owner) => shared::want(database, job, owner.to_u32(), shared::now()),
-        None => shared::poke(database, job),
+    register_xact_callback(PgXactCallbackEvent::Commit, move || match wake {
+        Wake::Start(owner) => shared::want(database, job, owner.to_u32(), shared::now()),
+        Wake::Tell | Wake::Cancel => shared::poke(database, job, wake == Wake::Cancel),
     });
     // A prepared transaction is committed by another session, which knows nothing of this: a search finds the job.
     register_xact_callback(PgXactCallbackEvent::Prepare, move || {

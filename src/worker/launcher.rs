@@ -44,6 +44,9 @@ pub extern "C-unwind" fn llm_batch_launcher_main(_arg: pg_sys::Datum) {
         reload_if_asked();
         let now = shared::now();
         shared::bury(now, PATIENCE);
+        for pid in shared::deaf(now) {
+            terminate(pid);
+        }
         if settings::enabled() {
             launcher.turn(now);
         }
@@ -172,6 +175,17 @@ impl Launcher {
             );
         }
         false
+    }
+}
+
+/// Ends a job's worker as `pg_terminate_backend()` does.
+fn terminate(pid: i32) {
+    // SAFETY: finds a process of Postgres or none, on the main thread; a signal to one that has just gone reaches nobody.
+    unsafe {
+        if !pg_sys::BackendPidGetProc(pid).is_null() {
+            pgrx::log!("llm_batch ends the worker of a job that was cancelled and does not notice it: process {pid}");
+            libc::kill(pid, libc::SIGTERM);
+        }
     }
 }
 
