@@ -114,7 +114,7 @@ CREATE PROCEDURE llm_batch.wait(job_id bigint, timeout interval DEFAULT NULL)
     LANGUAGE plpgsql AS $$
 DECLARE
     deadline CONSTANT pg_catalog.timestamptz := pg_catalog.clock_timestamp() OPERATOR(pg_catalog.+) timeout;
-    job      record;
+    job      pg_catalog.record;
     pauses   pg_catalog.float8 := 0.05;
     said     pg_catalog.text := '';
 BEGIN
