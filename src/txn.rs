@@ -17,6 +17,8 @@ fn caught(e: CaughtError) -> Error {
 
 /// What a worker's transaction is, whatever its role, its database or a trigger of the transaction before has set.
 const SETTINGS: &[(&CStr, &CStr)] = &[
+    // The role that the process connected as.
+    (c"role", c"none"),
     (c"default_transaction_isolation", c"read committed"),
     (c"default_transaction_read_only", c"off"),
     (c"default_transaction_deferrable", c"off"),

@@ -352,6 +352,24 @@ fn a_job_has_its_owners_rights_and_no_more() {
     let job = one(bob, &call("filter => 'true'"));
     let p = bed.done(job);
     assert_eq!(p.counts(), (50, 50, 0, 0, 0, 0));
+    // Who waits for a job runs nothing of another role's, whatever stands first in the search_path.
+    run(
+        client,
+        "CREATE SCHEMA bobs AUTHORIZATION bob; SET ROLE bob;
+         CREATE FUNCTION bobs.run(text) RETURNS boolean LANGUAGE plpgsql AS $$BEGIN RAISE 'run as %', current_user; END $$;
+         CREATE DOMAIN bobs.status AS text CHECK (bobs.run(value));
+         CREATE TYPE bobs.record AS (status bobs.status, reason bobs.status, last_error text, rows_left bigint);
+         RESET ROLE; SET search_path = bobs, pg_catalog",
+    );
+    run(client, &format!("CALL llm_batch.wait({job})"));
+    run(client, "RESET search_path");
+    // A session of the owner's begins as another role: a job of the owner's does not.
+    run(
+        client,
+        "UPDATE small SET topic = NULL; CREATE ROLE clerk; GRANT clerk TO bob; ALTER ROLE bob SET role = 'clerk'",
+    );
+    let job = one(bob, &call("filter => 'true'"));
+    assert_eq!(bed.done(job).counts(), (50, 50, 0, 0, 0, 0));
     // SELECT on the key is needed too.
     run(client, "UPDATE small SET topic = NULL; REVOKE SELECT (id) ON small FROM bob");
     denied(bob, &call("filter => 'true'"), "id");

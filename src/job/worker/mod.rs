@@ -23,7 +23,7 @@ use self::money::Money;
 use self::rights::Rights;
 use self::trouble::{Kind, Trouble};
 use crate::client::Client;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::failure::failure_point;
 use crate::job::fit;
 use crate::job::page::Page;
@@ -109,6 +109,10 @@ fn begin(id: i64, told: bool) -> Result<Option<Job>> {
     // A start for nothing, such as one whose cause was rolled back to a savepoint, changes nothing.
     let Some(mut job) = store::load(id)?.filter(|job| job.is_due) else { return Ok(None) };
     if job.owner != Some(me()) {
+        if worker::orders().is_some_and(|(.., owner)| job.owner.is_some_and(|o| o.to_u32() == owner)) {
+            // As by a setting of the role: the next worker would be the same.
+            return Err(Error::state("the worker of the job does not run as the job's owner"));
+        }
         // It was given another owner while this process was on its way.
         shared::want(my_database(), id, job.owner.unwrap_or_else(me).to_u32(), shared::now());
         return Ok(None);
