@@ -35,6 +35,7 @@ fn wrong_object(message: String) -> Error {
 pub fn target(relation: pg_sys::Oid, column: &str) -> Result<Target> {
     let Table { name, short, root, owner, is_partitioned } = table(relation)?;
     check_partitions(relation, &short)?;
+    check_rules(relation, &short)?;
     let Column { attnum, type_oid, typmod } = self::column(relation, column, &name, &short)?;
     let (key_names, key_attnums) = key(relation, attnum, &short)?;
     Ok(Target {
@@ -116,6 +117,21 @@ fn check_partitions(relation: pg_sys::Oid, short: &str) -> Result<()> {
     foreign.map_or(Ok(()), |partition| {
         Err(wrong_object(format!("cannot fill a column of \"{short}\""))
             .detail(format!("Its partition {partition} is a foreign table.")))
+    })
+}
+
+/// Refuses a table whose rules make another statement of an UPDATE, or more of them: a job could not tell what it wrote.
+fn check_rules(relation: pg_sys::Oid, short: &str) -> Result<()> {
+    let rule = sql::one::<String>(
+        "SELECT r.rulename::pg_catalog.text FROM pg_catalog.pg_rewrite r
+          WHERE r.ev_class OPERATOR(pg_catalog.=) $1 AND r.ev_type OPERATOR(pg_catalog.=) '2'
+            AND r.ev_enabled OPERATOR(pg_catalog.<>) 'D' AND r.ev_enabled OPERATOR(pg_catalog.<>) 'R' ORDER BY r.rulename LIMIT 1",
+        &[relation.into()],
+    )?;
+    rule.map_or(Ok(()), |rule| {
+        Err(wrong_object(format!("cannot fill a column of \"{short}\""))
+            .detail(format!("It has the rule \"{rule}\" ON UPDATE."))
+            .hint("Remove it with DROP RULE; a trigger may do the same."))
     })
 }
 

@@ -137,6 +137,10 @@ fn tables_that_cannot_be_filled() {
          CREATE FOREIGN TABLE a_foreign (id bigint, body text, topic text) SERVER nothing;
          CREATE TABLE parted (id bigint, body text, topic text) PARTITION BY RANGE (id);
          CREATE FOREIGN TABLE parted_foreign PARTITION OF parted FOR VALUES FROM (0) TO (9) SERVER nothing;
+         CREATE TABLE rule_instead (id bigint PRIMARY KEY, body text, topic text);
+         CREATE RULE nothing AS ON UPDATE TO rule_instead DO INSTEAD NOTHING;
+         CREATE TABLE rule_also (id bigint PRIMARY KEY, body text, topic text);
+         CREATE RULE also AS ON UPDATE TO rule_also DO ALSO NOTIFY changed;
          CREATE TYPE mood AS ENUM ('billing', 'bug');
          CREATE DOMAIN short AS text CHECK (length(value) < 5);
          ALTER TABLE tickets ADD n int, ADD m mood, ADD v varchar(4), ADD s short, ADD b bool;",
@@ -150,6 +154,9 @@ fn tables_that_cannot_be_filled() {
         refused(client, &relation(name), "42809", &["topic", "NOT NULL"]);
     }
     refused(client, &relation("generated"), "42809", &["topic", "generated"]);
+    for (name, rule) in [("rule_instead", "nothing"), ("rule_also", "also")] {
+        refused(client, &relation(name), "42809", &[name, rule, "ON UPDATE", "DROP RULE"]);
+    }
     for (name, what) in [
         ("a_view", "a view"),
         ("a_matview", "a materialized view"),
