@@ -7,6 +7,7 @@ use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
+use llm_batch_core::task::MAX_SPEC_BYTES;
 use llm_batch_gateway::protocol::{FromGateway, Stream, ToGateway, decode, encode};
 use pgrx::prelude::*;
 
@@ -67,6 +68,9 @@ impl Drop for File {
         unsafe { pg_sys::ReleaseExternalFD() };
     }
 }
+
+/// Most bytes of what opens a stream: a task of the largest size, and as much beside it.
+const MOST_OPENING: usize = 2 * MAX_SPEC_BYTES;
 
 /// A connection to the gateway.
 pub struct Client {
@@ -190,6 +194,17 @@ pub fn ask<T>(
     }
 }
 
+/// A message as it is sent.
+fn frame(message: &ToGateway) -> Result<Vec<u8>> {
+    let frame = encode(message).map_err(|e| Error::new(PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED, e))?;
+    // The gateway hangs up on what is no text. Its length comes first.
+    let body = frame.get(4..).unwrap_or_default();
+    if std::str::from_utf8(body).is_err() {
+        Text::new(body.to_vec()).checked()?;
+    }
+    Ok(frame)
+}
+
 impl Client {
     /// Connects. The gateway may be about to start, or to come back: that is waited for.
     pub fn connect() -> Result<Self> {
@@ -215,23 +230,31 @@ impl Client {
 
     /// Connects, and says what will be asked.
     pub fn open(stream: &Stream) -> Result<Self> {
+        let frame = frame(&ToGateway::Open(Box::new(stream.clone())))?;
+        // It stays in the gateway's memory, with what users write anywhere: task, parameters, key.
+        let bytes = frame.len();
+        if bytes > MOST_OPENING {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+                format!("the task and its model have {bytes} bytes, and may have {MOST_OPENING}"),
+            )
+            .hint("Shorten the task, the parameters of the model, or the options of its server and user mapping."));
+        }
         let mut client = Self::connect()?;
-        client.send(&ToGateway::Open(Box::new(stream.clone())))?;
+        client.queue(&frame);
         Ok(client)
     }
 
     /// Queues a message and writes as much as goes at once; `receive` writes the rest.
     pub fn send(&mut self, message: &ToGateway) -> Result<()> {
-        let frame = encode(message).map_err(|e| Error::new(PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED, e))?;
-        // The gateway hangs up on what is no text. Its length comes first.
-        let body = frame.get(4..).unwrap_or_default();
-        if std::str::from_utf8(body).is_err() {
-            Text::new(body.to_vec()).checked()?;
-        }
-        self.outgoing.extend_from_slice(&frame);
+        self.queue(&frame(message)?);
+        Ok(())
+    }
+
+    fn queue(&mut self, frame: &[u8]) {
+        self.outgoing.extend_from_slice(frame);
         // A lost connection is noticed by receive().
         self.write();
-        Ok(())
     }
 
     fn write(&mut self) -> bool {

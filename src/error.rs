@@ -116,7 +116,16 @@ impl Error {
                 "sessions ask too much at the same time",
                 format!("The llm_batch gateway serves {n} connections, and all are at work."),
             ),
+            Full::Memory(bytes) => (
+                "sessions ask tasks that are too large at the same time",
+                format!("Their instructions, labels and examples take {} kB in the llm_batch gateway.", bytes >> 10),
+            ),
         };
+        if let Full::Memory(_) = full {
+            return Self::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES, message)
+                .detail(detail)
+                .hint("Try again when some have been answered, or raise llm_batch.gateway_memory.");
+        }
         Self::new(PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES, message).detail(detail).hint(
             "Try again when some have been answered. With a higher limit of open files at its start (ulimit -Hn, \
              LimitNOFILE) the server takes more.",
@@ -147,9 +156,11 @@ impl From<Error> for ErrorReport {
 
 impl From<llm_batch_core::Error> for Error {
     fn from(e: llm_batch_core::Error) -> Self {
-        let mut error = Error::invalid(e.message);
-        error.hint = e.hint;
-        error
+        let code = match e.is_too_large {
+            true => PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED,
+            false => PgSqlErrorCode::ERRCODE_INVALID_PARAMETER_VALUE,
+        };
+        Self { hint: e.hint, ..Self::new(code, e.message) }
     }
 }
 

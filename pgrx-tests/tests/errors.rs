@@ -522,6 +522,24 @@ fn names_and_options() {
     refused(client, "SELECT llm_batch.drop_model('gone')", "42704", &["gone", "create_model"]);
     refused(client, "SELECT llm_batch.drop_model('m')", "2BP01", &["\"m\"", "task \"topic\"", "drop_task"]);
 
+    // What a stream holds stays in the gateway's memory, whoever wrote it and wherever.
+    for sql in [
+        "SELECT llm_classify('x', ARRAY['a', 'b'], jsonb_build_object('model', 'm', 'instruction', repeat('x ', 200000)))",
+        "SELECT llm_generate('x', repeat('words ', 100000), '{\"model\": \"m\"}')",
+        "SELECT llm_batch.create_classifier('x', jsonb_build_object('a', repeat('x', 300000), 'b', ''), 'm')",
+        "SELECT llm_batch.alter_classifier('topic', examples => jsonb_build_array(
+            jsonb_build_object('input', repeat('x', 300000), 'label', 'bug')))",
+    ] {
+        refused(client, sql, "54000", &["262144", "Shorten"]);
+    }
+    run(
+        client,
+        "SELECT llm_batch.create_model('large', 'fake', 'x', parameters => jsonb_build_object('x', repeat('x', 600000)))",
+    );
+    let ask = "SELECT llm_classify('x', ARRAY['a', 'b'], '{\"model\": \"large\"}')";
+    refused(client, ask, "54000", &["524288", "parameters"]);
+    run(client, "SELECT llm_batch.drop_model('large')");
+
     let classifier = |labels: &str, more: &str| {
         format!("SELECT llm_batch.create_classifier('x', labels => '{labels}', model => 'm'{more})")
     };

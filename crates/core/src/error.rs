@@ -9,11 +9,17 @@ pub struct Error {
     pub message: String,
     /// The action that a user can take, as a sentence.
     pub hint: Option<String>,
+    /// Nothing is wrong but its size.
+    pub is_too_large: bool,
 }
 
 impl Error {
     pub(crate) fn new(message: impl Into<String>) -> Self {
-        Self { message: message.into(), hint: None }
+        Self { message: message.into(), hint: None, is_too_large: false }
+    }
+
+    pub(crate) fn too_large(message: impl Into<String>) -> Self {
+        Self { is_too_large: true, ..Self::new(message) }
     }
 
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {

@@ -27,6 +27,8 @@ pub struct Group {
     /// Stands for what an answer depends on, beside the text: rows with the same scope and text have the same answer.
     pub scope: TextKey,
     system: String,
+    /// Memory that it takes beside its rows, about: the stream, and what was made of it.
+    pub bytes: usize,
     /// Tokens of the fixed prefix.
     prefix_tokens: usize,
     /// Tokens of an answer beside its rows.
@@ -86,9 +88,11 @@ impl Group {
             task.spec,
             task.options.answer_shape,
             task.options.too_long,
-        ]);
+        ])
+        .to_string();
         Self {
-            scope: keys.of(0, &scope.to_string()),
+            scope: keys.of(0, &scope),
+            bytes: 2 * scope.len(),
             prefix_tokens: tokens::count(&system) + FRAME_TOKENS,
             system,
             answer_frame: prompt::tokens_of_the_frame(&tokens::count),

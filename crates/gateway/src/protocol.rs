@@ -259,6 +259,8 @@ pub enum Full {
     Role(usize),
     /// So many clients are.
     Gateway(usize),
+    /// What they ask takes this memory, bytes.
+    Memory(usize),
 }
 
 /// The state of one account and model.

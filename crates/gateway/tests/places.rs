@@ -7,6 +7,7 @@ use std::io::Write;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use llm_batch_core::task::Spec;
 use llm_batch_gateway::Places;
 use llm_batch_gateway::protocol::*;
 use llm_fake_provider::{Config, FakeProvider, Latency};
@@ -277,6 +278,51 @@ fn an_idle_session_gives_way() {
     // The third one still has its place.
     clients[2].rows(30..31);
     assert_eq!(clients[2].outcomes(1).0.len(), 1);
+}
+
+/// What sessions ask is kept as long as their streams are open: that of idle ones is let go, and there is a bound.
+#[test]
+fn large_tasks_leave_room_for_others() {
+    let _alone = alone();
+    let provider = provider(Config::default());
+    let setup = Setup::new(4 << 20);
+    let open = |n: u64| {
+        let mut client = setup.client(&provider, |s| {
+            role(1)(s);
+            if let Spec::Classify(task) = &mut s.task.spec {
+                task.instruction = format!("{n} {}", "Tickets of a web shop. ".repeat(10_000));
+            }
+        });
+        client.rows(n..n + 1);
+        client
+    };
+    provider.hold();
+    let mut busy: Vec<Client> = Vec::new();
+    let full = loop {
+        let mut client = open(busy.len() as u64);
+        client.say(&ToGateway::Activity);
+        match client.hear("the activity or a refusal") {
+            Some(FromGateway::Activity(_)) => busy.push(client),
+            Some(FromGateway::Full(full)) => break full,
+            other => panic!("{other:?}"),
+        }
+        assert!(busy.len() < 20, "there is no bound");
+    };
+    println!("{} streams, {full:?}", busy.len());
+    assert!(busy.len() > 1 && full == Full::Memory(4 << 20), "{full:?}");
+    provider.release();
+    for client in &mut busy {
+        assert_eq!(client.outcomes(1).0.len(), 1);
+    }
+    wait(
+        "one gives way",
+        || {
+            let mut client = open(100);
+            client.say(&ToGateway::Activity);
+            !matches!(client.hear("an answer"), Some(FromGateway::Full(_)))
+        },
+        |is_in| *is_in,
+    );
 }
 
 /// A provider has a request under way that hangs, and connections without one.

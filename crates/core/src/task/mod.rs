@@ -26,6 +26,10 @@ pub use generate::Generate;
 pub use score::Score;
 pub use value::{Type, array_literal};
 
+/// Most bytes of a specification, as JSON: instruction, labels or fields, examples. That is some 60,000 tokens of prose,
+/// sent with every request; and each stream that asks it is kept in memory.
+pub const MAX_SPEC_BYTES: usize = 256 << 10;
+
 /// A task: what to ask, and how.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Task {
@@ -69,13 +73,19 @@ impl Spec {
     /// Reads what a user has written of a task of this kind: an object, of which `null` members count as not there.
     ///
     /// # Errors
-    /// An unknown kind, or what the kind does not take.
+    /// An unknown kind, what the kind does not take, or more than [`MAX_SPEC_BYTES`].
     pub fn from_json(kind: &str, spec: &Value) -> Result<Self, Error> {
         let known = known(kind)?;
         let mut map =
             spec.as_object().cloned().ok_or_else(|| Error::new("a task's specification must be an object"))?;
         map.retain(|key, value| key != "kind" && !value.is_null());
-        (known.read)(&map)
+        let spec = (known.read)(&map)?;
+        let bytes = serde_json::to_string(&map).map_or(0, |text| text.len());
+        if bytes > MAX_SPEC_BYTES {
+            return Err(Error::too_large(format!("the task has {bytes} bytes, and may have {MAX_SPEC_BYTES}"))
+                .hint("Shorten the instruction, the descriptions or the examples: they are sent with every request."));
+        }
+        Ok(spec)
     }
 
     /// Members of a specification that a user writes among the options of the task.

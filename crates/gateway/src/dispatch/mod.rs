@@ -76,6 +76,11 @@ impl Conn {
         let has_budget = self.stream.as_ref().is_some_and(|(_, _, stream)| stream.budget.is_some());
         self.outstanding == 0 && self.frames.is_empty() && !has_budget
     }
+
+    /// It has been idle for long enough.
+    fn gives_way(&self, now: u64) -> bool {
+        self.is_idle() && self.came + IDLE <= now
+    }
 }
 
 /// A request under way.
@@ -292,6 +297,8 @@ impl State {
         let lane = self.lanes.entry(lane_key.clone()).or_insert_with(new);
         self.next_id += 1;
         let group_id = lane.open(GroupId(self.next_id), conn, &stream, &self.keys);
+        // Clients that ask the same keep it once.
+        let stream = lane.group(group_id).map_or(stream, |group| Rc::clone(&group.stream));
         let before = c.stream.replace((lane_key.clone(), group_id, stream));
         self.tidy(now, &lane_key);
         if let Some((old, _, _)) = before {
@@ -308,6 +315,13 @@ impl State {
 
     /// Why there is no place for the stream of a session. Those that are idle give way.
     fn full(&mut self, now: u64, conn: u64, role: u32) -> Option<Full> {
+        while self.lanes.values().flat_map(|l| &l.groups).map(|(_, g)| g.bytes).sum::<usize>() > self.settings.memory {
+            let idle = self.conns.iter().filter(|(id, c)| **id != conn && c.session().is_some() && c.gives_way(now));
+            let Some(idlest) = idle.min_by_key(|(_, c)| c.came).map(|(id, _)| *id) else {
+                return Some(Full::Memory(self.settings.memory));
+            };
+            self.hang_up(now, idlest);
+        }
         let Places { of_a_role, sessions, .. } = self.places;
         for (full, most) in [(Full::Role(of_a_role), of_a_role), (Full::Gateway(sessions), sessions)] {
             let counts = |stream: &Stream| full == Full::Gateway(sessions) || stream.role == role;
@@ -315,7 +329,7 @@ impl State {
             let (mut count, mut idlest) = (0, None);
             for (id, c) in others {
                 count += 1;
-                if c.is_idle() && c.came + IDLE <= now && idlest.is_none_or(|(came, _)| c.came < came) {
+                if c.gives_way(now) && idlest.is_none_or(|(came, _)| c.came < came) {
                     idlest = Some((c.came, *id));
                 }
             }
