@@ -17,9 +17,16 @@ use pgrx::{PGRXSharedMemory, PgLwLock, pg_shmem_init};
 const ENTRIES: usize = if cfg!(feature = "failure_points") { 64 } else { 256 };
 /// As many of these are reserved for finders that are to run soon: jobs and finders that wait do not get them.
 const FOR_FINDERS: usize = 16;
+/// Most entries that the jobs of one role take.
+const OF_A_ROLE: usize = (ENTRIES - FOR_FINDERS) / 4 * 3;
 
 /// The launcher comes up so soon after the server (microseconds), or never.
 const START: i64 = 5_000_000;
+
+/// How long a worker that was asked to give way (microseconds) is waited for before another one is asked.
+const GIVES_WAY: i64 = 30_000_000;
+/// A job that waits for a slot is looked at so often (microseconds).
+pub const WAITS: i64 = 1_000_000;
 
 /// First wait before what died is started again, microseconds; doubled each time it dies young and without progress.
 const RESTART: i64 = 1_000_000;
@@ -58,6 +65,8 @@ pub struct Entry {
     poked: bool,
     /// It was cancelled then (microseconds), or 0.
     cancelled: i64,
+    /// Since when (microseconds) its worker is to make room for another role's job, or 0.
+    gives_way: i64,
     /// The worker before was told to end: it did not die of its work.
     pub told: bool,
 }
@@ -73,6 +82,7 @@ const FREE: Entry = Entry {
     no_slot: false,
     poked: false,
     cancelled: 0,
+    gives_way: 0,
     told: false,
 };
 
@@ -150,11 +160,13 @@ impl Table {
     }
 
     /// `None` if there is no room, which is remembered.
-    fn find_or_add(&mut self, database: u32, job: i64) -> Option<(&mut Entry, bool)> {
+    fn find_or_add(&mut self, database: u32, job: i64, owner: u32) -> Option<(&mut Entry, bool)> {
         if self.find(database, job).is_some() {
             return self.find(database, job).map(|e| (e, false));
         }
-        if self.free() <= if job == 0 { 0 } else { FOR_FINDERS } {
+        let is_own = |e: &&Entry| e.phase != Phase::Free && e.job != 0 && e.owner == owner;
+        let has_share = job == 0 || self.entries.iter().filter(is_own).count() < OF_A_ROLE;
+        if !has_share || self.free() <= if job == 0 { 0 } else { FOR_FINDERS } {
             self.missed = true;
             return None;
         }
@@ -179,7 +191,7 @@ impl Table {
         died(e, now, told);
         let Entry { database, job, at, .. } = *e;
         if job != 0
-            && let Some((finder, true)) = self.find_or_add(database, 0)
+            && let Some((finder, true)) = self.find_or_add(database, 0, 0)
         {
             *finder = Entry { database, phase: Phase::Wanted, at: at - 1_000_000, ..FREE };
         }
@@ -206,7 +218,7 @@ pub fn want(database: u32, job: i64, owner: u32, at: i64) {
     let mut pids = (0, 0);
     {
         let mut table = TABLE.exclusive();
-        if let Some((entry, is_new)) = table.find_or_add(database, job) {
+        if let Some((entry, is_new)) = table.find_or_add(database, job, owner) {
             // It may have been given another owner.
             entry.owner = owner;
             if is_new {
@@ -256,7 +268,7 @@ pub fn deaf(now: i64) -> Vec<i32> {
 pub fn found(database: u32, job: i64, owner: u32) {
     let mut table = TABLE.exclusive();
     let launcher = table.launcher;
-    if let Some((entry, true)) = table.find_or_add(database, job) {
+    if let Some((entry, true)) = table.find_or_add(database, job, owner) {
         *entry = Entry { database, job, owner, phase: Phase::Wanted, at: now(), ..FREE };
         drop(table);
         set_latch(launcher);
@@ -357,10 +369,10 @@ pub fn was_gateway_told() -> bool {
 
 /// What is to be started, and what there is.
 pub struct Due {
-    /// Finders first.
+    /// Finders first. Jobs that wait for a slot are due as soon as one is free.
     pub entries: Vec<Entry>,
-    /// Jobs that are starting or running.
-    pub jobs: usize,
+    /// The owners of jobs that are starting or running, one for each job.
+    pub owners: Vec<u32>,
     /// Finders that are.
     pub finders: usize,
     /// Jobs and finders that are starting.
@@ -370,17 +382,16 @@ pub struct Due {
 /// What is due at `now`.
 pub fn due(now: i64) -> Due {
     let table = TABLE.share();
+    let is_due = |e: &&Entry| e.at <= now || (e.job != 0 && e.no_slot && e.at <= now + WAITS);
     let mut entries: Vec<Entry> =
-        table.entries.iter().filter(|e| e.phase == Phase::Wanted && e.at <= now).copied().collect();
+        table.entries.iter().filter(|e| e.phase == Phase::Wanted).filter(is_due).copied().collect();
     entries.sort_by_key(|e| (e.job != 0, e.at));
-    let count = |is: fn(&Entry) -> bool| {
-        table.entries.iter().filter(|e| matches!(e.phase, Phase::Starting | Phase::Running) && is(e)).count()
-    };
+    let busy = || table.entries.iter().filter(|e| matches!(e.phase, Phase::Starting | Phase::Running));
     Due {
         entries,
-        jobs: count(|e| e.job != 0),
-        finders: count(|e| e.job == 0),
-        starting: count(|e| e.phase == Phase::Starting),
+        owners: busy().filter(|e| e.job != 0).map(|e| e.owner).collect(),
+        finders: busy().filter(|e| e.job == 0).count(),
+        starting: busy().filter(|e| e.phase == Phase::Starting).count(),
     }
 }
 
@@ -420,6 +431,28 @@ pub fn no_slot(database: u32, job: i64, again: i64) {
     if let Some(e) = TABLE.exclusive().find(database, job) {
         (e.phase, e.at, e.no_slot) = (Phase::Wanted, again, true);
     }
+}
+
+/// Asks a job of this role, which has several workers, to give one back: the one that came up last. It queues again.
+/// Nobody is asked while one that was asked has not gone.
+pub fn ask_to_give_way(owner: u32, now: i64) {
+    let mut table = TABLE.exclusive();
+    let runs = |e: &Entry| e.phase == Phase::Running && e.job != 0;
+    if table.entries.iter().any(|e| runs(e) && e.gives_way + GIVES_WAY > now) {
+        return;
+    }
+    let own = table.entries.iter_mut().filter(|e| runs(e) && e.owner == owner && e.gives_way == 0);
+    if let Some(e) = own.max_by_key(|e| e.at) {
+        e.gives_way = now;
+        let pid = e.pid;
+        drop(table);
+        set_latch(pid);
+    }
+}
+
+/// Whether the caller's job is to make room for another role's.
+pub fn gives_way(database: u32, job: i64) -> bool {
+    TABLE.exclusive().find(database, job).is_some_and(|e| e.gives_way != 0)
 }
 
 /// Whether a background worker was free for what was started last.
@@ -465,7 +498,16 @@ pub fn comes_up(database: u32, job: i64, pid: i32) -> Option<Entry> {
         return None;
     }
     let before = *e;
-    (e.phase, e.at, e.pid, e.poked, e.cancelled, e.told) = (Phase::Running, now(), pid, false, 0, false);
+    *e = Entry {
+        phase: Phase::Running,
+        at: now(),
+        pid,
+        poked: false,
+        cancelled: 0,
+        gives_way: 0,
+        told: false,
+        ..before
+    };
     Some(before)
 }
 

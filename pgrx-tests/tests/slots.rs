@@ -256,3 +256,44 @@ fn more_jobs_than_are_kept_in_mind() {
     println!("{JOBS} jobs after {:?}", start.elapsed());
     assert_eq!(said(), 1);
 }
+
+/// A role whose jobs go on for hours, and are more than the table in shared memory has entries, leaves a slot and an entry
+/// for the job of another role.
+#[test]
+fn one_role_leaves_room_for_others() {
+    const JOBS: i64 = 60;
+    let cluster = Cluster::builder("slots_roles").conf("llm_batch.max_job_workers", "2");
+    let bed = Bed::build(cluster, Config::default());
+    let client = &mut bed.connect();
+    common::model(client, "slow", "");
+    common::classifier(client, "slowly", &labels_json(&common::LABELS), "slow", "{\"max_rows_per_request\": 5}");
+    for i in 1..=JOBS {
+        tickets(client, &format!("t{i}"), 100 * i..=100 * i + 49);
+    }
+    tickets(client, "tickets", 900_001..=900_010);
+    run(client, "CREATE ROLE ben LOGIN; ALTER TABLE tickets OWNER TO ben; GRANT USAGE ON FOREIGN SERVER fake TO ben");
+    run(
+        client,
+        &format!(
+            "SELECT llm_batch.backfill(format('t%s', i)::regclass, input => 'body', target => 'topic', task => 'slowly')
+               FROM generate_series(1, {JOBS}) i;
+             SELECT llm_batch.alter_model('slow', requests_per_minute => 1)"
+        ),
+    );
+    // Alone it has all of them.
+    let workers = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'llm_batch job'";
+    wait_until("all slots are taken", PATIENCE, || one(client, workers), |n| *n == 2);
+    let ben = &mut bed.cluster.connect_as("postgres", "ben");
+    for _ in 0..2 {
+        let start = Instant::now();
+        let job = backfill(ben, "tickets");
+        assert_eq!(wait_status(ben, job, "done").counts(), (10, 10, 0, 0, 0, 0));
+        println!("another role's job was done after {:?}", start.elapsed());
+        wait_until("all slots are taken again", PATIENCE, || one(client, workers), |n| *n == 2);
+        run(ben, "UPDATE tickets SET topic = NULL");
+    }
+    // What gave its slot back is as it was: nothing of it failed, nothing was asked twice.
+    let odd = "SELECT count(*) FROM llm_batch.progress WHERE owner <> 'ben' AND (rows_failed > 0 OR status NOT IN ('running', 'paused'))";
+    assert_eq!(one(client, odd), 0);
+    assert!(bed.provider.stats().rows.values().all(|r| r.asked <= 2));
+}

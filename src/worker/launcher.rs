@@ -114,26 +114,44 @@ impl Launcher {
     }
 
     fn launch(&mut self, open: &[Database], now: i64) {
-        let Due { entries, mut jobs, mut finders, mut starting } = shared::due(now);
-        for entry in entries {
-            let is_job = entry.job != 0;
-            if !is_open(open, entry.database) {
+        let Due { mut entries, mut owners, mut finders, mut starting } = shared::due(now);
+        entries.retain(|entry| {
+            let is_open = is_open(open, entry.database);
+            if !is_open {
                 // Dropped, or closed to connections: a job there is found again should it be opened.
                 shared::unwant(entry.database, entry.job);
-                continue;
             }
-            if is_job && jobs >= settings::max_job_workers() {
-                shared::no_slot(entry.database, entry.job, now + 1_000_000);
-                continue;
-            }
-            if !is_job && !may_search(&entry, finders, starting, now) {
-                continue;
-            }
-            if self.start(&entry, now) {
-                jobs += usize::from(is_job);
-                finders += usize::from(!is_job);
+            is_open
+        });
+        let (mut jobs, searches): (Vec<Entry>, Vec<Entry>) = entries.into_iter().partition(|e| e.job != 0);
+        for entry in searches {
+            if may_search(&entry, finders, starting, now) && self.start(&entry, now) {
+                finders += 1;
                 starting += 1;
             }
+        }
+        let mut waiting = Vec::new();
+        while owners.len() < settings::max_job_workers() {
+            // The role with the fewest workers has the next, and of its jobs the one that has waited already.
+            let turn = |e: &Entry| (held(&owners, e.owner), !e.no_slot, e.at);
+            let next = jobs.iter().enumerate().min_by_key(|(_, e)| turn(e)).map(|(i, _)| i);
+            let Some(entry) = next.map(|i| jobs.remove(i)) else { break };
+            if self.start(&entry, now) {
+                owners.push(entry.owner);
+            } else {
+                waiting.push(entry.owner);
+            }
+        }
+        for entry in jobs {
+            shared::no_slot(entry.database, entry.job, now + shared::WAITS);
+            waiting.push(entry.owner);
+        }
+        // A role that has none is not to wait for one that has several, which may be at it for days.
+        if waiting.iter().any(|owner| held(&owners, *owner) == 0)
+            && let Some(owner) = owners.iter().copied().max_by_key(|owner| held(&owners, *owner))
+            && held(&owners, owner) > 1
+        {
+            shared::ask_to_give_way(owner, now);
         }
     }
 
@@ -187,6 +205,11 @@ fn terminate(pid: i32) {
             libc::kill(pid, libc::SIGTERM);
         }
     }
+}
+
+/// How many workers a role has.
+fn held(owners: &[u32], owner: u32) -> usize {
+    owners.iter().filter(|o| **o == owner).count()
 }
 
 fn is_open(open: &[Database], oid: u32) -> bool {

@@ -197,7 +197,7 @@ struct Worker {
     looked: Instant,
     look_now: bool,
     /// The run ends without an outcome, and another one goes on later: `llm_batch.enabled` is off, the job has another
-    /// owner, or the gateway has no place for it.
+    /// owner, the gateway has no place for it, or its worker makes room for another role's job.
     put_off: bool,
 }
 
@@ -272,7 +272,8 @@ impl Worker {
                 self.farewell();
             }
             reload_if_asked();
-            if !settings::enabled() && !self.put_off {
+            let gives_way = || self.stopping.is_none() && shared::gives_way(my_database(), self.job.id);
+            if !self.put_off && (!settings::enabled() || gives_way()) {
                 self.put_off = true;
                 self.withdraw();
             }
