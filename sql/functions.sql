@@ -40,8 +40,8 @@ COMMENT ON FUNCTION llm_batch.drop_model IS 'drops a model that no task uses';
 
 -- Tasks
 
--- Labels and fields in each form that has one. A literal without a type is text, by the rules for overloaded functions. json is stored
--- as its text, so that it goes where text goes.
+-- Labels and fields in each form that has one. A literal without a type is text, by the rules for overloaded functions. json
+-- is stored as its text, so that it goes where text goes.
 
 CREATE FUNCTION llm_batch.create_classifier(
     name text, labels text, model text DEFAULT NULL, instruction text DEFAULT '',

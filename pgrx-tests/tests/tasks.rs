@@ -6,7 +6,8 @@ mod common;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-use common::{Bed, error, failures, one, run, text};
+use common::{Bed, PATIENCE, error, failures, one, run, text};
+use pg_llm_batch_e2e::wait_until;
 use postgres::Client;
 use serde_json::{Value, json};
 
@@ -41,6 +42,7 @@ fn every_function_in_every_form() {
     extractors(c);
     generators_and_scorers(c);
     versions(c);
+    changed_by_two(&bed, c);
     kinds_are_kept_apart(c);
 }
 
@@ -208,6 +210,24 @@ fn versions(c: &mut Client) {
     assert_eq!((version(c), history(c).split(", ").last()), (6, Some("5 score five")));
 }
 
+/// Two sessions that change a task at the same time: the second waits, and keeps what the first has changed.
+fn changed_by_two(bed: &Bed, c: &mut Client) {
+    run(c, "SELECT llm_batch.create_scorer('two', 'one', 0, 1)");
+    run(c, "BEGIN; SELECT llm_batch.alter_scorer('two', 'two')");
+    std::thread::scope(|s| {
+        let second = s.spawn(|| run(&mut bed.connect(), "SELECT llm_batch.alter_scorer('two', high => 5)"));
+        let waiting =
+            "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%high => 5%'";
+        wait_until("the second waits", PATIENCE, || one(&mut bed.connect(), waiting), |n| *n > 0);
+        run(c, "COMMIT");
+        second.join().unwrap();
+    });
+    let all = "SELECT string_agg(concat_ws(' ', version, spec->>'instruction', spec->>'high'), ', ' ORDER BY version)
+                 FROM (SELECT version, spec FROM llm_batch.task_history WHERE name = 'two'
+                       UNION ALL SELECT version, spec FROM llm_batch.task WHERE name = 'two') x";
+    assert_eq!(text(c, all), "1 one 1, 2 two 1, 3 two 5");
+}
+
 fn kinds_are_kept_apart(c: &mut Client) {
     run(c, "SELECT llm_batch.create_extractor('e', '{\"a\": \"date\"}')");
     for (call, says) in [
@@ -309,6 +329,7 @@ fn jobs_of_every_kind() {
              SELECT llm_batch.create_extractor('due', '{{\"due\": \"date\"}}', 'e');
              SELECT llm_batch.create_extractor('tags', '{{\"tags\": {{\"type\": \"text[]\"}}}}', 'e');
              SELECT llm_batch.create_extractor('bill', '{{\"amount\": \"numeric\", \"due\": \"date\", \"paid\": \"boolean\", \"tags\": \"text[]\"}}', 'e');
+             SELECT llm_batch.create_extractor('marks', '{{\"marks\": {{\"type\": \"labels[]\", \"labels\": [\"x\", \"y\"]}}}}', 'e', options => '{{\"codes\": \"words\"}}');
              CREATE DOMAIN short AS varchar(5);
              CREATE TABLE t (id bigint PRIMARY KEY, body text, s text, v varchar(5), d short, i int, n numeric(6,2), r real, b boolean,
                              dt date, ts timestamp, ta text[], j jsonb, js json, u uuid)",
@@ -346,6 +367,9 @@ fn jobs_of_every_kind() {
         ("ts", "due", r#"["2026-02-28"]"#, "2026-02-28 00:00:00"),
         ("s", "due", r#"["2026-02-28"]"#, "2026-02-28"),
         ("j", "due", r#"["2026-02-28"]"#, r#"{"due": "2026-02-28"}"#),
+        ("ta", "marks", r#"[["x","y"]]"#, "{x,y}"),
+        ("s", "marks", r#"[["x","y"]]"#, r#"["x","y"]"#),
+        ("s", "tags", r#"[["a"]]"#, r#"["a"]"#),
         ("ta", "tags", r#"[["a","b \"c\\d","{}"]]"#, r#"{a,"b \"c\\d","{}"}"#),
         ("js", "tags", r#"[["a"]]"#, r#"{"tags":["a"]}"#),
         ("j", "bill", bill_row, bill),

@@ -37,7 +37,7 @@ impl Fit {
             return (Self::Value, cast(&json));
         }
         // By assignment: a text that is too long for its column raises, where a cast would cut it.
-        if is_string(type_oid) && only.of != Type::Labels {
+        if is_string(type_oid) && (only.is_array || only.of != Type::Labels) {
             return (Self::Value, value.to_owned());
         }
         let fit = if only.is_array { Self::Array } else { Self::Value };
