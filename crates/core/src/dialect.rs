@@ -176,16 +176,18 @@ pub fn reply(body: &[u8]) -> Result<Reply, Unread> {
     if !json["error"].is_null() {
         return Err(Unread::Said(json["error"].clone()));
     }
-    let choice = &json["choices"][0];
+    let choice = json["choices"].as_array().and_then(|all| all.iter().find(|choice| is_first(choice)));
+    let choice = choice.unwrap_or(&Value::Null);
     if !choice["error"].is_null() || choice["finish_reason"] == "error" {
         return Err(Unread::Said(choice["error"].clone()));
     }
     let message = &choice["message"];
     let text = match &message["content"] {
         Value::String(s) => s.clone(),
-        Value::Array(parts) => parts.iter().filter_map(|p| p["text"].as_str()).collect(),
+        Value::Array(parts) => parts.iter().filter(|p| !is_thought(p)).filter_map(|p| p["text"].as_str()).collect(),
         _ => String::new(),
     };
+    let has_thought_part = message["content"].as_array().is_some_and(|parts| parts.iter().any(is_thought));
     let finish = match choice["finish_reason"].as_str() {
         Some("length" | "model_length" | "max_tokens") => Finish::Length,
         Some("content_filter" | "refusal" | "safety") => Finish::Refused,
@@ -193,16 +195,27 @@ pub fn reply(body: &[u8]) -> Result<Reply, Unread> {
         _ => Finish::Complete,
     };
     let reasoning = ["reasoning_content", "reasoning", "reasoning_details", "thinking"];
-    let has_reasoning = reasoning.iter().any(|name| match &message[*name] {
+    let says_reasoning = |name: &str| match message.get(name).unwrap_or(&Value::Null) {
         Value::String(s) => !s.trim().is_empty(),
         Value::Array(parts) => !parts.is_empty(),
         _ => false,
-    });
+    };
+    let has_reasoning = has_thought_part || reasoning.into_iter().any(says_reasoning);
     let usage = usage(&json["usage"], !text.is_empty());
     let cached = json["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
     let cached_input = usage.input.map_or(0, |input| cached.min(input));
     let thought = json["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64();
     Ok(Reply { text, finish, has_reasoning, usage, thought, cached_input })
+}
+
+/// One answer is asked for. Of several, that without a number or with the first one is it.
+fn is_first(choice: &Value) -> bool {
+    choice["index"].as_u64().is_none_or(|index| index == 0)
+}
+
+/// Whether a part of a content is thought, and not said.
+fn is_thought(part: &Value) -> bool {
+    part["type"].as_str().is_some_and(|kind| kind.contains("think") || kind.contains("reason"))
 }
 
 /// Reads what a request took. A number that no request can have is none: no tokens of a prompt, or of an answer that
@@ -279,6 +292,26 @@ mod tests {
                 cached_input: 4
             }
         );
+        let of = |body: Value| reply(body.to_string().as_bytes()).unwrap();
+        let (mine, other) = (json!({"content": "mine"}), json!({"content": "other"}));
+        let several = json!([{"index": 1, "message": other}, {"index": 0, "message": mine}, {"message": other}]);
+        assert_eq!(of(json!({"choices": several})).text, "mine");
+        let unnumbered = json!([{"message": mine}, {"message": other}]);
+        assert_eq!(of(json!({"choices": unnumbered})).text, "mine");
+        let parts = json!([
+            {"type": "thinking", "text": "thought"}, {"type": "text", "text": "said"}, {"type": "reasoning", "text": "x"},
+        ]);
+        let parted = of(json!({"choices": [{"message": {"content": parts}}]}));
+        assert_eq!((parted.text.as_str(), parted.has_reasoning), ("said", true));
+        let events = [
+            json!({"choices": [{"index": 1, "delta": {"content": "no"}}, {"index": 0, "delta": {"content": "sa"}}]}),
+            json!({"choices": [{"index": 1, "delta": {"content": "no"}, "finish_reason": "length"}]}),
+            json!({"choices": [{"index": 0, "delta": {"content": parts}, "finish_reason": "stop"}]}),
+        ];
+        let streamed: String = events.map(|event| format!("data: {event}\n\n")).concat();
+        let streamed = reply(streamed.as_bytes()).unwrap();
+        assert_eq!((streamed.text.as_str(), streamed.has_reasoning), ("sasaid", true));
+        assert_eq!(streamed.finish, Finish::Complete);
         let refusal = br#"{"choices":[{"message":{"content":null,"refusal":"no"},"finish_reason":"stop"}]}"#;
         assert_eq!(reply(refusal).unwrap().finish, Finish::Refused);
         assert_eq!(reply(br#"{"choices":[{"finish_reason":"length"}]}"#).unwrap().finish, Finish::Length);

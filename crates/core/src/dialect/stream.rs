@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::Unread;
+use super::{Unread, is_first, is_thought};
 
 /// Fields of a delta whose texts add up.
 const FIELDS: [&str; 5] = ["content", "refusal", "reasoning_content", "reasoning", "thinking"];
@@ -39,7 +39,8 @@ pub(super) fn whole(body: &[u8]) -> Result<Value, Unread> {
         if event["usage"].is_object() {
             usage = event["usage"].take();
         }
-        let Some(choice) = event.pointer_mut("/choices/0").filter(|c| c.is_object()) else { continue };
+        let choices = event.get_mut("choices").and_then(Value::as_array_mut).into_iter().flatten();
+        let Some(choice) = choices.filter(|c| c.is_object()).find(|c| is_first(c)) else { continue };
         if !choice["error"].is_null() {
             return Err(Unread::Said(choice["error"].take()));
         }
@@ -51,7 +52,11 @@ pub(super) fn whole(body: &[u8]) -> Result<Value, Unread> {
             match choice.pointer(&format!("/{part}/{field}")) {
                 Some(Value::String(text)) => sum.push_str(text),
                 Some(Value::Array(parts)) => {
-                    parts.iter().filter_map(|p| p["text"].as_str()).for_each(|t| sum.push_str(t))
+                    let (thoughts, said): (Vec<&Value>, Vec<&Value>) = parts.iter().partition(|p| is_thought(p));
+                    said.iter().filter_map(|p| p["text"].as_str()).for_each(|t| sum.push_str(t));
+                    if !thoughts.is_empty() {
+                        details = json!([true]);
+                    }
                 }
                 _ => {}
             }
