@@ -92,11 +92,7 @@ pub fn ad_hoc(
 pub fn check_kind(verb: Verb, name: &str, spec: &Spec) -> Result<()> {
     match verb.kind().filter(|kind| *kind != spec.kind()) {
         None => Ok(()),
-        Some(_) => Err(Error::new(
-            PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
-            format!("the kind of task \"{name}\" is {}", spec.kind()),
-        )
-        .hint("llm_run() asks tasks of every kind.")),
+        Some(kind) => Err(task::wrong_kind(name, kind).hint("llm_run() asks tasks of every kind.")),
     }
 }
 

@@ -92,7 +92,7 @@ fn a(noun: &str) -> String {
 }
 
 /// 42809, for a task that is not of the kind that a function is for.
-fn wrong_kind(name: &str, wanted: &str) -> Error {
+pub fn wrong_kind(name: &str, wanted: &str) -> Error {
     Error::new(PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE, format!("task \"{name}\" is not {}", a(noun(wanted))))
 }
 

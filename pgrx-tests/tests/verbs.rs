@@ -111,7 +111,7 @@ fn odd_arguments_are_refused_at_once() {
     for (call, code, words) in [
         ("llm_classify('x', '{a,b}')", "42704", "ARRAY["),
         ("llm_extract('x', '[\"a\"]')", "42704", "ARRAY["),
-        ("llm_extract('x', 'topic')", "42809", "classify"),
+        ("llm_extract('x', 'topic')", "42809", "is not an extractor"),
         ("llm_extract('x', ARRAY['due dates'])", "22023", "dates"),
         ("llm_extract('x', ARRAY['a', 'a'])", "22023", "twice"),
         ("llm_extract('x', ARRAY['118 date'])", "22023", "118"),
