@@ -61,6 +61,7 @@ COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the s
 COMMENT ON COLUMN llm_batch.progress.rows_superseded IS 'rows that were filled, changed or deleted by others while the job ran';
 COMMENT ON COLUMN llm_batch.progress.rows_reused IS 'rows in rows_done that got the answer of another row with the same text';
 COMMENT ON COLUMN llm_batch.progress.cached_input_tokens IS 'tokens in input_tokens that the provider had cached';
+COMMENT ON COLUMN llm_batch.progress.requests IS 'requests that were sent; one that carries rows of several jobs is counted for one of them, its tokens for each by its rows';
 COMMENT ON COLUMN llm_batch.progress.cost IS 'dollars, by the model''s prices and the tokens that the provider reported';
 COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'maximum cost in dollars of requests whose usage is unknown because they broke off';
 COMMENT ON COLUMN llm_batch.progress.max_cost IS 'budget in dollars; cost and cost_unconfirmed count against it';
