@@ -302,7 +302,17 @@ CREATE FUNCTION llm_batch.backfill(
 ) RETURNS bigint
     LANGUAGE c VOLATILE PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'backfill_wrapper';
-COMMENT ON FUNCTION llm_batch.backfill IS 'creates a job that fills a column where it is NULL, and returns its id; the job starts at commit';
+COMMENT ON FUNCTION llm_batch.backfill(regclass, text, name, text, text, numeric, bigint, jsonb) IS 'creates a job that fills a column where it is NULL, and returns its id; the job starts at commit';
+
+-- A literal without a type names a column, by the rules for overloaded functions.
+
+CREATE FUNCTION llm_batch.backfill(
+    relation regclass, input text, targets jsonb, task text, filter text DEFAULT NULL,
+    max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL, options jsonb DEFAULT '{}'
+) RETURNS bigint
+    LANGUAGE c VOLATILE PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'backfill_targets_wrapper';
+COMMENT ON FUNCTION llm_batch.backfill(regclass, text, jsonb, text, text, numeric, bigint, jsonb) IS 'the same for several columns at once: "targets" is an object of columns and the fields that fill them';
 
 CREATE FUNCTION llm_batch.estimate(
     relation regclass, input text, target name, task text, filter text DEFAULT NULL, options jsonb DEFAULT '{}',
@@ -313,7 +323,18 @@ CREATE FUNCTION llm_batch.estimate(
 )
     LANGUAGE c VOLATILE PARALLEL UNSAFE ROWS 1
     AS 'MODULE_PATHNAME', 'estimate_wrapper';
-COMMENT ON FUNCTION llm_batch.estimate IS 'estimates requests, tokens, cost and duration of llm_batch.backfill() from a sample of the rows; sends nothing';
+COMMENT ON FUNCTION llm_batch.estimate(regclass, text, name, text, text, jsonb, integer) IS 'estimates requests, tokens, cost and duration of llm_batch.backfill() from a sample of the rows; sends nothing';
+
+CREATE FUNCTION llm_batch.estimate(
+    relation regclass, input text, targets jsonb, task text, filter text DEFAULT NULL, options jsonb DEFAULT '{}',
+    sample_rows integer DEFAULT 1000
+) RETURNS TABLE (
+    rows bigint, requests bigint, input_tokens bigint, output_tokens bigint, cost numeric, duration interval,
+    sample_rows bigint, example_request jsonb
+)
+    LANGUAGE c VOLATILE PARALLEL UNSAFE ROWS 1
+    AS 'MODULE_PATHNAME', 'estimate_targets_wrapper';
+COMMENT ON FUNCTION llm_batch.estimate(regclass, text, jsonb, text, text, jsonb, integer) IS 'the same for several columns at once';
 
 CREATE FUNCTION llm_batch.alter_job(job_id bigint, max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL) RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp

@@ -100,11 +100,13 @@ CREATE TABLE llm_batch.job (
     relation      oid NOT NULL,
     -- Schema and name, quoted.
     relation_name text NOT NULL,
-    target        name NOT NULL,
-    target_attnum smallint NOT NULL,
-    target_type   oid NOT NULL,
-    target_type_name text NOT NULL,
-    target_typmod integer NOT NULL,
+    -- The columns to fill, and the field of each: NULL is the whole answer.
+    targets       name[] NOT NULL,
+    target_attnums smallint[] NOT NULL,
+    target_types  oid[] NOT NULL,
+    target_type_names text[] NOT NULL,
+    target_typmods integer[] NOT NULL,
+    fields        text[] NOT NULL,
     key_names     name[] NOT NULL,
     key_attnums   smallint[] NOT NULL,
     input         text NOT NULL,
@@ -171,6 +173,14 @@ CREATE TABLE llm_batch.row_failure (
 );
 COMMENT ON TABLE llm_batch.row_failure IS 'rows that a job could not fill; see llm_batch.failure';
 
+CREATE TABLE llm_batch.row_null (
+    job_id   bigint NOT NULL REFERENCES llm_batch.job (id) ON DELETE CASCADE,
+    -- Of the row's key as JSON, seeded with the hash of its input.
+    key_hash bigint NOT NULL,
+    PRIMARY KEY (job_id, key_hash)
+);
+COMMENT ON TABLE llm_batch.row_null IS 'rows for which NULL is an answer that a job has had: it does not ask them again';
+
 -- A dump keeps what users made; jobs wake up paused where it is restored, since job.home tells it apart. Names are those of
 -- the moment of the dump: pg_dump puts the condition behind "SELECT … FROM ONLY table", and jsonb_populate_record() gives
 -- the columns in their order. What is gone, 0 stands for: its name may be another's where the dump is restored. A dropped
@@ -194,8 +204,10 @@ SELECT pg_catalog.pg_extension_config_dump('llm_batch.job', $$WHERE false UNION 
                CASE WHEN t.oid IS NULL AND j.home OPERATOR(pg_catalog.=) llm_batch.home() THEN 0::pg_catalog.oid ELSE j.relation END,
                'relation_name', CASE WHEN t.oid IS NULL THEN j.relation_name
                    ELSE pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(t.relname)) END,
-               'target_type_name', CASE WHEN j.home OPERATOR(pg_catalog.=) llm_batch.home()
-                                        THEN pg_catalog.format_type(j.target_type, NULL) ELSE j.target_type_name END))).*
+               'target_type_names', CASE WHEN j.home OPERATOR(pg_catalog.=) llm_batch.home()
+                                         THEN (SELECT pg_catalog.array_agg(pg_catalog.format_type(u.t, NULL) ORDER BY u.n)
+                                                 FROM pg_catalog.unnest(j.target_types) WITH ORDINALITY u (t, n))
+                                         ELSE j.target_type_names END))).*
       FROM llm_batch.job j
       LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) llm_batch.owner_now(j.owner, j.owner_name, j.home)
       LEFT JOIN (pg_catalog.pg_class t JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) t.relnamespace)
@@ -203,3 +215,4 @@ SELECT pg_catalog.pg_extension_config_dump('llm_batch.job', $$WHERE false UNION 
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_state', '');
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.row_failure', '');
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.row_null', '');

@@ -16,7 +16,8 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
        p.last_error, p.started_at, p.updated_at
   FROM (
     SELECT j.id AS job_id, COALESCE(r.rolname, j.owner_name) AS owner,
-           COALESCE(t.oid::pg_catalog.regclass::pg_catalog.text, j.relation_name) AS relation, j.target, j.task, k.model,
+           COALESCE(t.oid::pg_catalog.regclass::pg_catalog.text, j.relation_name) AS relation,
+           pg_catalog.array_to_string(j.targets, ', ') AS target, j.task, k.model,
            CASE WHEN j.wanted OPERATOR(pg_catalog.=) 'cancelled' THEN 'cancelled'
                 WHEN s.epoch OPERATOR(pg_catalog.=) j.epoch AND s.status IN ('done', 'failed') THEN s.status
                 WHEN j.wanted OPERATOR(pg_catalog.=) 'paused' THEN 'paused'
@@ -55,6 +56,7 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
 COMMENT ON VIEW llm_batch.progress IS 'jobs that the current user owns or whose tables it owns; all jobs for pg_monitor';
 COMMENT ON COLUMN llm_batch.progress.owner IS 'role with whose rights the job runs';
 COMMENT ON COLUMN llm_batch.progress.relation IS 'current name of the table';
+COMMENT ON COLUMN llm_batch.progress.target IS 'the columns that the job fills';
 COMMENT ON COLUMN llm_batch.progress.status IS 'running, paused, done, failed or cancelled';
 COMMENT ON COLUMN llm_batch.progress.reason IS 'why the job is paused. Until resume(): user, budget, auth, spend, no_answers, owner, label, restored, table. Until the cause is gone: provider_down, quota, read_only, write_error, no_worker_slot, disabled, no_connections. While running: locked, if it waits for a lock on the table';
 COMMENT ON COLUMN llm_batch.progress.rows_total IS 'rows that were NULL at the start, and rows added since; NULL until they are counted';

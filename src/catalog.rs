@@ -9,7 +9,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use crate::sql;
 
-/// A table and the column to fill.
+/// A table and the columns to fill.
 #[derive(Debug, Clone)]
 pub struct Target {
     pub relation: pg_sys::Oid,
@@ -19,10 +19,7 @@ pub struct Target {
     pub name: String,
     pub is_partitioned: bool,
     pub owner: pg_sys::Oid,
-    pub column: String,
-    pub attnum: i16,
-    pub type_oid: pg_sys::Oid,
-    pub typmod: i32,
+    pub columns: Vec<Column>,
     pub key_names: Vec<String>,
     pub key_attnums: Vec<i16>,
 }
@@ -31,26 +28,14 @@ fn wrong_object(message: String) -> Error {
     Error::new(PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE, message)
 }
 
-/// Looks at a table and its column.
-pub fn target(relation: pg_sys::Oid, column: &str) -> Result<Target> {
+/// Looks at a table and its columns.
+pub fn target(relation: pg_sys::Oid, columns: &[String]) -> Result<Target> {
     let Table { name, short, root, owner, is_partitioned } = table(relation)?;
     check_partitions(relation, &short)?;
     check_rules(relation, &short)?;
-    let Column { attnum, type_oid, typmod } = self::column(relation, column, &name, &short)?;
-    let (key_names, key_attnums) = key(relation, attnum, &short)?;
-    Ok(Target {
-        relation,
-        root,
-        name,
-        is_partitioned,
-        owner,
-        column: column.to_owned(),
-        attnum,
-        type_oid,
-        typmod,
-        key_names,
-        key_attnums,
-    })
+    let columns = columns.iter().map(|c| column(relation, c, &name, &short)).collect::<Result<Vec<_>>>()?;
+    let (key_names, key_attnums) = key(relation, columns.iter().map(|c| c.attnum).collect(), &short)?;
+    Ok(Target { relation, root, name, is_partitioned, owner, columns, key_names, key_attnums })
 }
 
 /// A table that a job may fill, as of `Target`.
@@ -135,11 +120,13 @@ fn check_rules(relation: pg_sys::Oid, short: &str) -> Result<()> {
     })
 }
 
-/// A column that a job may fill, as of `Target`.
-struct Column {
-    attnum: i16,
-    type_oid: pg_sys::Oid,
-    typmod: i32,
+/// A column that a job may fill.
+#[derive(Debug, Clone)]
+pub struct Column {
+    pub name: String,
+    pub attnum: i16,
+    pub type_oid: pg_sys::Oid,
+    pub typmod: i32,
 }
 
 fn column(relation: pg_sys::Oid, column: &str, table: &str, short: &str) -> Result<Column> {
@@ -152,8 +139,8 @@ fn column(relation: pg_sys::Oid, column: &str, table: &str, short: &str) -> Resu
             AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped",
         &[relation.into(), column.into()],
         |r| {
-            let column = Column { attnum: r.get("attnum")?, type_oid: r.get("atttypid")?, typmod: r.get("atttypmod")? };
-            Ok((column, r.maybe::<String>("unfit")?))
+            let (attnum, type_oid, typmod) = (r.get("attnum")?, r.get("atttypid")?, r.get("atttypmod")?);
+            Ok((Column { name: column.to_owned(), attnum, type_oid, typmod }, r.maybe::<String>("unfit")?))
         },
     )?;
     match found {
@@ -164,13 +151,16 @@ fn column(relation: pg_sys::Oid, column: &str, table: &str, short: &str) -> Resu
             PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
             format!("column \"{column}\" of relation \"{short}\" does not exist"),
         )
-        .hint(format!("Add it with ALTER TABLE {table} ADD COLUMN {} text.", sql::name(column)))),
+        .hint(match column.trim_start().starts_with('{') {
+            true => "A text names one column. To fill several, write targets => '{\"column\": \"field\"}'.".to_owned(),
+            false => format!("Add it with ALTER TABLE {table} ADD COLUMN {} text.", sql::name(column)),
+        })),
     }
 }
 
 /// The columns by which rows are told apart and read in order: the primary key, or else a unique index that is as good.
 /// Each column must compare by operators of pg_catalog and have an array type, since pages of keys are arrays.
-fn key(relation: pg_sys::Oid, target: i16, short: &str) -> Result<(Vec<String>, Vec<i16>)> {
+fn key(relation: pg_sys::Oid, targets: Vec<i16>, short: &str) -> Result<(Vec<String>, Vec<i16>)> {
     let key = sql::row(
         "SELECT k.names, k.attnums
            FROM pg_catalog.pg_index i
@@ -180,7 +170,7 @@ fn key(relation: pg_sys::Oid, target: i16, short: &str) -> Result<(Vec<String>, 
             SELECT pg_catalog.array_agg(a.attname::pg_catalog.text ORDER BY u.n) AS names,
                    pg_catalog.array_agg(a.attnum ORDER BY u.n) AS attnums,
                    pg_catalog.bool_and(
-                     a.attnotnull AND a.attnum OPERATOR(pg_catalog.>) 0 AND a.attnum OPERATOR(pg_catalog.<>) $2
+                     a.attnotnull AND a.attnum OPERATOR(pg_catalog.>) 0 AND a.attnum OPERATOR(pg_catalog.<>) ALL ($2)
                      AND i.indoption[u.n] OPERATOR(pg_catalog.=) 0
                      AND i.indcollation[u.n] OPERATOR(pg_catalog.=) a.attcollation
                      AND t.typarray OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
@@ -201,7 +191,7 @@ fn key(relation: pg_sys::Oid, target: i16, short: &str) -> Result<(Vec<String>, 
           WHERE i.indrelid OPERATOR(pg_catalog.=) $1 AND i.indisunique AND i.indisvalid AND i.indimmediate
             AND i.indpred IS NULL AND i.indexprs IS NULL AND am.amname OPERATOR(pg_catalog.=) 'btree' AND k.fits
           ORDER BY i.indisprimary DESC, i.indnkeyatts, i.indexrelid LIMIT 1",
-        &[relation.into(), target.into()],
+        &[relation.into(), targets.into()],
         |r| Ok((r.get::<Vec<Option<String>>>(1)?, r.get::<Vec<Option<i16>>>(2)?)),
     )?;
     let Some((names, attnums)) = key else {
@@ -429,30 +419,34 @@ pub fn is_json(type_oid: pg_sys::Oid) -> bool {
 }
 
 /// Checks that every label casts to the target's type by assignment. Raises what the type's input function raises.
-pub fn check_labels<'a>(target: &Target, labels: impl Iterator<Item = &'a str>) -> Result<()> {
-    let is_json = is_json(target.type_oid);
+pub fn check_labels<'a>(column: &Column, labels: impl Iterator<Item = &'a str>) -> Result<()> {
+    let is_json = is_json(column.type_oid);
     for label in labels {
         let text = if is_json { Value::from(label).to_string() } else { label.to_owned() };
         let text = CString::new(text).map_err(|_| Error::invalid("a label contains a zero byte"))?;
-        let cast = crate::txn::sub(|| {
-            // SAFETY: the input function of an existing type, on the main thread inside a subtransaction; it may raise.
-            unsafe {
-                let (mut function, mut parameter) = (pg_sys::InvalidOid, pg_sys::InvalidOid);
-                pg_sys::getTypeInputInfo(target.type_oid, &mut function, &mut parameter);
-                pg_sys::OidInputFunctionCall(function, text.as_ptr().cast_mut(), parameter, target.typmod);
-            }
-            Ok(())
-        });
-        if let Err(e) = cast {
+        if let Err(e) = read_value(&text, column.type_oid, column.typmod) {
             return Err(Error {
                 code: e.code,
-                message: format!("label \"{label}\" does not fit column \"{}\"", target.column),
+                message: format!("label \"{label}\" does not fit column \"{}\"", column.name),
                 detail: Some(e.one_line()),
                 hint: Some("Every label must be a value of the column's type.".to_owned()),
             });
         }
     }
     Ok(())
+}
+
+/// Reads a text as a value of a type, as its input function does; raises what that raises.
+pub fn read_value(text: &CStr, type_oid: pg_sys::Oid, typmod: i32) -> Result<()> {
+    crate::txn::sub(|| {
+        // SAFETY: the input function of an existing type, on the main thread inside a subtransaction; it may raise.
+        unsafe {
+            let (mut function, mut parameter) = (pg_sys::InvalidOid, pg_sys::InvalidOid);
+            pg_sys::getTypeInputInfo(type_oid, &mut function, &mut parameter);
+            pg_sys::OidInputFunctionCall(function, text.as_ptr().cast_mut(), parameter, typmod);
+        }
+        Ok(())
+    })
 }
 
 /// Refuses a superuser's job on a table that another role owns, or one of its partitions: what the owner has put on it

@@ -92,9 +92,9 @@ fn old_bed(name: &str) -> (Bed, Client) {
         run(
             &mut client,
             &format!(
-                "INSERT INTO llm_batch.job (owner, owner_name, relation, relation_name, target, target_attnum, target_type,
-                     target_type_name, target_typmod, key_names, key_attnums, input, task, options, search_path, home, wanted)
-                 VALUES (10, 'postgres', 't{n}'::regclass, 'public.t{n}', 'topic', 4, 'text'::regtype, 'text', -1, '{{id}}', '{{1}}',
+                "INSERT INTO llm_batch.job (owner, owner_name, relation, relation_name, targets, target_attnums, target_types,
+                     target_type_names, target_typmods, fields, key_names, key_attnums, input, task, options, search_path, home, wanted)
+                 VALUES (10, 'postgres', 't{n}'::regclass, 'public.t{n}', '{{topic}}', '{{4}}', ARRAY['text'::regtype], '{{text}}', '{{-1}}', '{{label}}', '{{id}}', '{{1}}',
                          'body', 'topic', '{{}}', 'public', llm_batch.home(), '{wanted}');
                  INSERT INTO llm_batch.job_state (job_id) VALUES ({n})"
             ),

@@ -9,7 +9,7 @@ use crate::args::{from_name, required};
 use crate::catalog::{self, Target, Use};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
-use crate::job::fit;
+use crate::job::target;
 use crate::json::Json;
 use crate::options::of_job;
 use crate::process::current_user;
@@ -20,7 +20,8 @@ use crate::{asking, isolation, sql, txn};
 pub struct Given<'a> {
     relation: pg_sys::Oid,
     pub input: &'a str,
-    column: String,
+    /// Columns, and the field of each if it was named.
+    columns: Vec<(String, Option<String>)>,
     pub task: &'a str,
     pub filter: Option<&'a str>,
     /// As they were given.
@@ -33,7 +34,7 @@ impl<'a> Given<'a> {
     pub fn new(
         relation: Option<pg_sys::Oid>,
         input: Option<&'a str>,
-        column: Option<&CStr>,
+        columns: Vec<(String, Option<String>)>,
         task: Option<&'a str>,
         filter: Option<&'a str>,
         options: Option<Json>,
@@ -43,7 +44,7 @@ impl<'a> Given<'a> {
         Ok(Self {
             relation: required(relation, "relation")?,
             input: required(input, "input")?,
-            column: from_name(required(column, "target")?),
+            columns,
             task: required(task, "task")?,
             filter,
             options,
@@ -52,14 +53,17 @@ impl<'a> Given<'a> {
         })
     }
 
-    /// The table, the role to run as, and the stream, if all is well.
-    pub fn check(&self, is_to_write: bool) -> Result<(Target, pg_sys::Oid, Asked)> {
+    /// Checks all of it.
+    pub fn check(&self, is_to_write: bool) -> Result<Checked> {
         asking::check()?;
         check_usable()?;
-        let target = catalog::target(self.relation, &self.column)?;
+        let names: Vec<String> = self.columns.iter().map(|(name, _)| name.clone()).collect();
+        let target = catalog::target(self.relation, &names)?;
         let owner = owner_of(&target)?;
         let asked = task::load(self.task, &self.task_options)?.stream(owner, false)?;
         check_rights(&target, owner, is_to_write)?;
+        let spec = &asked.stream.task.spec;
+        let fields = target::fields(&self.columns, spec)?;
         catalog::check_owners(target.relation, owner, &target.name)?;
         // A domain's CHECK and a table's expressions may call functions of their owners: never with more rights
         // than the job will have. To parse an expression is enough, since its literals are read then.
@@ -71,13 +75,15 @@ impl<'a> Given<'a> {
             if let Some(isolation) = &self.isolation {
                 catalog::check_expression(&target, isolation, Use::Isolation)?;
             }
-            fit::check(&asked.stream.task.spec, &target)?;
+            for (column, field) in target.columns.iter().zip(&fields) {
+                target::check(column, field.as_deref(), spec)?;
+            }
             sql::rows(
                 &format!(
                     "SELECT ({}\n)::pg_catalog.text, {}, {} FROM ONLY {} WHERE ({}\n) LIMIT 0",
                     self.input,
                     isolation::digest_sql(self.isolation.as_deref()),
-                    sql::name(&self.column),
+                    names.iter().map(|name| sql::name(name)).collect::<Vec<_>>().join(", "),
                     target.name,
                     self.filter.unwrap_or("true")
                 ),
@@ -86,8 +92,35 @@ impl<'a> Given<'a> {
             )
         };
         asking::refused(|| txn::as_role(owner, look))?;
-        Ok((target, owner, asked))
+        Ok(Checked { target, fields, owner, asked })
     }
+}
+
+/// What a job needs, if all is well.
+pub struct Checked {
+    pub target: Target,
+    /// The field of each column; `None` is the whole answer.
+    pub fields: Vec<Option<String>>,
+    /// The role to run as.
+    pub owner: pg_sys::Oid,
+    pub asked: Asked,
+}
+
+/// One column, filled with the answer.
+pub fn one_column(target: Option<&CStr>) -> Result<Vec<(String, Option<String>)>> {
+    Ok(vec![(from_name(required(target, "target")?), None)])
+}
+
+/// Columns and the field of each.
+pub fn several_columns(targets: Option<Json>) -> Result<Vec<(String, Option<String>)>> {
+    let targets = required(targets, "targets")?.0;
+    let column = |(column, field): (&String, &Value)| Some((column.clone(), Some(field.as_str()?.to_owned())));
+    let columns = targets.as_object().filter(|map| !map.is_empty()).and_then(|map| map.iter().map(column).collect());
+    columns.ok_or_else(|| {
+        Error::invalid("\"targets\" must be a JSON object of columns and fields").hint(
+            "Write '{\"topic\": \"category\", \"amount\": \"amount\"}': each column, and the field that fills it.",
+        )
+    })
 }
 
 /// A job runs as its caller. A superuser's job on another role's table runs as that table's owner, since triggers and
@@ -123,7 +156,8 @@ pub fn check_login(owner: pg_sys::Oid) -> Result<()> {
 
 fn check_rights(target: &Target, owner: pg_sys::Oid, is_to_write: bool) -> Result<()> {
     let reads = target.key_names.iter().map(|name| (name, "SELECT"));
-    for (column, right) in is_to_write.then_some((&target.column, "UPDATE")).into_iter().chain(reads) {
+    let writes = target.columns.iter().filter(|_| is_to_write).map(|column| (&column.name, "UPDATE"));
+    for (column, right) in writes.chain(reads) {
         let may = sql::one::<bool>(
             "SELECT pg_catalog.has_column_privilege($1, $2, $3, $4)",
             &[owner.into(), target.relation.into(), column.as_str().into(), right.into()],

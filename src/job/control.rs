@@ -45,9 +45,10 @@ fn here(owner: pg_sys::Oid, relation: pg_sys::Oid) -> String {
     let (owner, relation) = (owner.to_u32(), relation.to_u32());
     let column = |what: &str| {
         format!(
-            "target_{what} = CASE WHEN home = llm_batch.home() THEN target_{what} ELSE coalesce(
-                 (SELECT a.{} FROM pg_attribute a WHERE a.attrelid = {relation} AND a.attname = target
-                     AND format_type(a.atttypid, NULL) = target_type_name), 0) END",
+            "target_{what}s = CASE WHEN home = llm_batch.home() THEN target_{what}s ELSE
+                 (SELECT array_agg(coalesce(a.{}, 0) ORDER BY u.n) FROM unnest(targets, target_type_names) WITH ORDINALITY u (name, type, n)
+                    LEFT JOIN pg_attribute a ON a.attrelid = {relation} AND a.attname = u.name
+                         AND format_type(a.atttypid, NULL) = u.type) END",
             if what == "type" { "atttypid" } else { "attnum" }
         )
     };
@@ -143,7 +144,7 @@ fn retry_failed(job_id: i64) -> std::result::Result<bool, ErrorReport> {
         }
         let (owner, relation) = s.check_complete()?;
         if s.status == "done" {
-            let target = catalog::target(relation, &s.target)?;
+            let target = catalog::target(relation, &s.targets)?;
             check_alone(&target, job_id)?;
         }
         Ok(Some(format!("wanted = 'running', epoch = epoch + 1, retry_epoch = epoch + 1, {}", here(owner, relation))))

@@ -10,7 +10,7 @@ use pgrx::name;
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use super::check::Given;
+use super::check::{Checked, Given, one_column, several_columns};
 use super::plan::{Rows, cut};
 use crate::budget::Price;
 use crate::error::{Error, Result};
@@ -133,10 +133,11 @@ fn estimate_of(given: &Given, most_rows: i32) -> Result<(Population, Estimate, A
     if !(1..=MOST_ROWS).contains(&most_rows) {
         return Err(Error::invalid("\"sample_rows\" must be between 1 and 4000"));
     }
-    let (target, owner, asked) = given.check(false)?;
+    let Checked { target, owner, asked, .. } = given.check(false)?;
     let stream = &asked.stream;
     let (input, filter, isolation) = (given.input, given.filter, given.isolation.as_deref());
-    let rows = Rows::new(&target.name, target.is_partitioned, input, &target.column, filter, isolation);
+    let names = target.columns.iter().map(|c| c.name.as_str());
+    let rows = Rows::new(&target.name, target.is_partitioned, input, names, filter, isolation);
     let options = &stream.task.options;
     let pack = i64::from(options.max_rows_per_request.max(1));
     let most_text = most_text(stream.model.max_request_tokens);
@@ -174,6 +175,22 @@ fn duration(model: &Model, requests: i64, input: i64, output: i64) -> Option<Int
     Interval::new(0, 0, ((minutes * 60.0).ceil() * 1e6) as i64).ok()
 }
 
+/// What `estimate()` returns.
+type Estimated = (i64, i64, i64, i64, Option<AnyNumeric>, Option<Interval>, i64, Option<JsonB>);
+
+fn estimated(given: &Given, sample_rows: Option<i32>) -> Result<Estimated> {
+    let (population, estimate, asked) = estimate_of(given, sample_rows.unwrap_or(DEFAULT_ROWS))?;
+    let sample = population.sample.len() as i64;
+    let scale = |n: u64| (n as i128 * i128::from(population.sent) / i128::from(sample.max(1))) as i64;
+    // The last request may be small, and is one nevertheless.
+    let requests = scale(estimate.requests).max(i64::from(estimate.requests > 0));
+    let (input, output) = (scale(estimate.input_tokens), scale(estimate.output_tokens));
+    let example = estimate.example.and_then(|text| serde_json::from_str(&text).ok()).map(JsonB);
+    let cost = cost(&asked.price, input, output)?;
+    let duration = duration(&asked.stream.model, requests, input, output);
+    Ok((population.rows, requests, input, output, cost, duration, sample, example))
+}
+
 // pgrx reads the columns off the signature, so that it can't be an alias.
 #[allow(clippy::type_complexity)]
 #[allow(clippy::too_many_arguments)]
@@ -202,15 +219,38 @@ fn estimate(
     >,
     ErrorReport,
 > {
-    let given = Given::new(relation, input, target, task, filter, options)?;
-    let (population, estimate, asked) = estimate_of(&given, sample_rows.unwrap_or(DEFAULT_ROWS))?;
-    let sample = population.sample.len() as i64;
-    let scale = |n: u64| (n as i128 * i128::from(population.sent) / i128::from(sample.max(1))) as i64;
-    // The last request may be small, and is one nevertheless.
-    let requests = scale(estimate.requests).max(i64::from(estimate.requests > 0));
-    let (input, output) = (scale(estimate.input_tokens), scale(estimate.output_tokens));
-    let example = estimate.example.and_then(|text| serde_json::from_str(&text).ok()).map(JsonB);
-    let cost = cost(&asked.price, input, output)?;
-    let duration = duration(&asked.stream.model, requests, input, output);
-    Ok(TableIterator::once((population.rows, requests, input, output, cost, duration, sample, example)))
+    let given = Given::new(relation, input, one_column(target)?, task, filter, options)?;
+    Ok(TableIterator::once(estimated(&given, sample_rows)?))
+}
+
+// pgrx reads the columns off the signature, so that it can't be an alias.
+#[allow(clippy::type_complexity)]
+#[allow(clippy::too_many_arguments)]
+#[pg_extern(sql = false)]
+fn estimate_targets(
+    relation: Option<pg_sys::Oid>,
+    input: Option<&str>,
+    targets: Option<Json>,
+    task: Option<&str>,
+    filter: Option<&str>,
+    options: Option<Json>,
+    sample_rows: Option<i32>,
+) -> std::result::Result<
+    TableIterator<
+        'static,
+        (
+            name!(rows, i64),
+            name!(requests, i64),
+            name!(input_tokens, i64),
+            name!(output_tokens, i64),
+            name!(cost, Option<AnyNumeric>),
+            name!(duration, Option<Interval>),
+            name!(sample_rows, i64),
+            name!(example_request, Option<JsonB>),
+        ),
+    >,
+    ErrorReport,
+> {
+    let given = Given::new(relation, input, several_columns(targets)?, task, filter, options)?;
+    Ok(TableIterator::once(estimated(&given, sample_rows)?))
 }

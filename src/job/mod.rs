@@ -4,13 +4,14 @@ mod check;
 mod control;
 mod estimate;
 mod finder;
-mod fit;
 mod page;
 mod plan;
 mod settle;
 mod store;
+mod target;
 mod worker;
 
+use std::collections::BTreeSet;
 use std::ffi::CStr;
 
 use llm_batch_gateway::protocol::{FromGateway, ToGateway};
@@ -19,7 +20,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{PgXactCallbackEvent, register_xact_callback};
 
-use self::check::Given;
+use self::check::{Checked, Given};
 use crate::args::required;
 use crate::catalog::Target;
 use crate::error::{Error, Result};
@@ -58,7 +59,23 @@ fn backfill(
     max_tokens: Option<i64>,
     options: Option<Json>,
 ) -> std::result::Result<i64, ErrorReport> {
-    let given = Given::new(relation, input, target, task, filter, options)?;
+    let given = Given::new(relation, input, check::one_column(target)?, task, filter, options)?;
+    Ok(start(given, Budget::new(max_cost, max_tokens)?)?)
+}
+
+#[allow(clippy::too_many_arguments)]
+#[pg_extern(sql = false)]
+fn backfill_targets(
+    relation: Option<pg_sys::Oid>,
+    input: Option<&str>,
+    targets: Option<Json>,
+    task: Option<&str>,
+    filter: Option<&str>,
+    max_cost: Option<AnyNumeric>,
+    max_tokens: Option<i64>,
+    options: Option<Json>,
+) -> std::result::Result<i64, ErrorReport> {
+    let given = Given::new(relation, input, check::several_columns(targets)?, task, filter, options)?;
     Ok(start(given, Budget::new(max_cost, max_tokens)?)?)
 }
 
@@ -72,7 +89,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
         )
         .hint("Call it in a READ COMMITTED transaction."));
     }
-    let (target, owner, Asked { stream, model, price }) = given.check(true)?;
+    let Checked { target, fields, owner, asked: Asked { stream, model, price } } = given.check(true)?;
     if budget.max_cost.is_some() {
         price.check(&model)?;
     }
@@ -84,7 +101,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
         FromGateway::Probed(Some(stop)) | FromGateway::Stopped(stop) => Err(Error::from_stop(&stop, &model)),
         _ => Ok(None),
     })?;
-    let id = insert(&target, owner, given, budget)?;
+    let id = insert(&target, fields, owner, given, budget)?;
     wake_at_commit(id, Wake::Start(owner));
     Ok(id)
 }
@@ -100,31 +117,37 @@ fn search_path() -> Result<String> {
     Ok(path.unwrap_or_else(|| "pg_catalog".to_owned()))
 }
 
-/// One job a column: refuses a second one on the same column of the same partition tree. Holds a lock until the
+/// One job a column: refuses a second one on one of the columns of the same partition tree. Holds locks until the
 /// transaction ends, so that two can't start at the same time.
 fn check_alone(target: &Target, except: i64) -> Result<()> {
     // Not an advisory lock: anyone could take that, and hold up others' jobs for ever. Two names with the same hash wait
     // for each other in vain, and no longer than that.
-    let name = target.column.bytes().fold(0u16, |hash, byte| hash.wrapping_mul(31).wrapping_add(u16::from(byte)));
-    // SAFETY: takes a lock on the main thread inside a transaction; may raise. Relations themselves are locked by other
-    // tags, so that this one is ours alone.
-    unsafe {
-        pg_sys::LockDatabaseObject(pg_sys::RelationRelationId, target.root, name, pg_sys::ExclusiveLock as i32);
+    let hash = |name: &str| name.bytes().fold(0u16, |hash, byte| hash.wrapping_mul(31).wrapping_add(u16::from(byte)));
+    let names: Vec<String> = target.columns.iter().map(|c| c.name.clone()).collect();
+    // In one order, so that no two wait for each other.
+    let hashes: BTreeSet<u16> = names.iter().map(|name| hash(name)).collect();
+    for name in hashes {
+        // SAFETY: takes a lock on the main thread inside a transaction; may raise. Relations themselves are locked by
+        // other tags, so that this one is ours alone.
+        unsafe {
+            pg_sys::LockDatabaseObject(pg_sys::RelationRelationId, target.root, name, pg_sys::ExclusiveLock as i32);
+        }
     }
     // As a statement that writes: it has a snapshot of its own, of after the lock.
     let other = txn::as_extension_owner(|| {
-        sql::one_mut::<i64>(
-            "SELECT j.id FROM llm_batch.job j JOIN llm_batch.progress p ON p.job_id = j.id
+        sql::rows_mut(
+            "SELECT j.id, (SELECT min(c) FROM unnest(j.targets::text[]) c WHERE c = ANY ($2)) FROM llm_batch.job j JOIN llm_batch.progress p ON p.job_id = j.id
               CROSS JOIN LATERAL (SELECT llm_batch.relation_now(j.relation, j.relation_name, j.home)) n (relation)
-              WHERE coalesce(pg_partition_root(n.relation)::oid, n.relation) = $1 AND j.target = $2::name
+              WHERE coalesce(pg_partition_root(n.relation)::oid, n.relation) = $1 AND j.targets::text[] && $2
                 AND p.status IN ('running', 'paused') AND j.id <> $3 LIMIT 1",
-            &[target.root.into(), target.column.as_str().into(), except.into()],
+            &[target.root.into(), names.into(), except.into()],
+            |r| Ok((r.get::<i64>(1)?, r.get::<String>(2)?)),
         )
     })?;
-    if let Some(other) = other {
+    if let Some((other, column)) = other.into_iter().next() {
         return Err(Error::new(
             PgSqlErrorCode::ERRCODE_OBJECT_IN_USE,
-            format!("job {other} already fills column \"{}\" of {}", target.column, target.name),
+            format!("job {other} already fills column \"{column}\" of {}", target.name),
         )
         .hint(format!(
             "Wait for the job with CALL llm_batch.wait({other}), or cancel it with llm_batch.cancel({other})."
@@ -133,15 +156,21 @@ fn check_alone(target: &Target, except: i64) -> Result<()> {
     Ok(())
 }
 
-fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> Result<i64> {
+fn insert(
+    target: &Target,
+    fields: Vec<Option<String>>,
+    owner: pg_sys::Oid,
+    given: Given,
+    budget: Budget,
+) -> Result<i64> {
     let args: Vec<DatumWithOid> = vec![
         owner.into(),
         target.relation.into(),
         target.name.as_str().into(),
-        target.column.as_str().into(),
-        target.attnum.into(),
-        target.type_oid.into(),
-        target.typmod.into(),
+        target.columns.iter().map(|c| c.name.clone()).collect::<Vec<String>>().into(),
+        target.columns.iter().map(|c| c.attnum).collect::<Vec<i16>>().into(),
+        target.columns.iter().map(|c| c.type_oid).collect::<Vec<pg_sys::Oid>>().into(),
+        target.columns.iter().map(|c| c.typmod).collect::<Vec<i32>>().into(),
         target.key_names.clone().into(),
         target.key_attnums.clone().into(),
         given.input.into(),
@@ -151,14 +180,16 @@ fn insert(target: &Target, owner: pg_sys::Oid, given: Given, budget: Budget) -> 
         search_path()?.into(),
         budget.max_cost.into(),
         budget.max_tokens.into(),
+        fields.into(),
     ];
     let id = txn::as_extension_owner(|| {
         let id = sql::one_mut::<i64>(
-            "INSERT INTO llm_batch.job (owner, owner_name, relation, relation_name, target, target_attnum, target_type,
-                 target_type_name, target_typmod, key_names, key_attnums, input, filter, task, options, search_path, home,
-                 max_cost, max_tokens)
-             VALUES ($1, pg_get_userbyid($1), $2, $3, $4::name, $5, $6, format_type($6, NULL), $7, $8::name[], $9, $10, $11, $12,
-                     $13, $14, llm_batch.home(), $15, $16) RETURNING id",
+            "INSERT INTO llm_batch.job (owner, owner_name, relation, relation_name, targets, target_attnums, target_types,
+                 target_type_names, target_typmods, key_names, key_attnums, input, filter, task, options, search_path, home,
+                 max_cost, max_tokens, fields)
+             VALUES ($1, pg_get_userbyid($1), $2, $3, $4::name[], $5, $6,
+                     (SELECT array_agg(format_type(u.t, NULL) ORDER BY u.n) FROM unnest($6) WITH ORDINALITY u (t, n)), $7, $8::name[], $9, $10, $11, $12,
+                     $13, $14, llm_batch.home(), $15, $16, $17) RETURNING id",
             &args,
         )?;
         sql::run("INSERT INTO llm_batch.job_state (job_id) VALUES ($1)", &[id.into()])?;

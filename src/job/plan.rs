@@ -3,13 +3,11 @@
 //!
 //! Keys come as arrays `$1 … $k`, one a column; a row is a position in them.
 
-use llm_batch_core::task::Spec;
 use pgrx::pg_sys;
 
 use crate::ask::has_text_sql;
 use crate::error::{Error, Result};
 use crate::isolation::digest_sql;
-use crate::job::fit::Fit;
 use crate::job::store::Job;
 use crate::process::{current_user, my_database};
 use crate::sql::name;
@@ -20,6 +18,10 @@ use crate::{catalog, sql};
 pub struct Plan {
     /// Bytes of a text that are sent at the most.
     pub most_text: usize,
+    /// How many columns are filled.
+    pub targets: usize,
+    /// The values are labels, each of which may be at fault.
+    pub has_labels: bool,
     /// The search_path under which input and filter are read.
     pub search_path: String,
     /// How many rows are to fill, and how many of them have no text.
@@ -28,20 +30,20 @@ pub struct Plan {
     pub claim_first: String,
     /// The page after row `$k+1` of the keys; `$k+2` is its size.
     pub claim_next: String,
-    /// Locks rows `$k+1` (positions), looks at them, and writes labels `$k+2` to those that are as they were, by the
-    /// inputs' hashes `$k+3`. Of each row that could be locked: position, whether the target was NULL, the input's hash,
-    /// NULL; of each that was written: position, NULL, NULL, whether the target is still NULL.
+    /// Locks rows `$k+1` (positions), looks at them, and writes values `$k+3 …`, one array a target, to those that are as
+    /// they were, by the inputs' hashes `$k+2`: each where its target is NULL. Of each row that could be locked: position,
+    /// whether a target was NULL, the input's hash, whether there was something to write, NULL; of each that was written:
+    /// position, NULL, NULL, NULL, whether something of it is NULL.
     pub write: String,
-    /// What of an answer is written.
-    pub fit: Fit,
-    /// Looks at rows `$k+1`: position, whether the target is NULL, the input's hash.
+    /// Looks at rows `$k+1`: position, whether a target is NULL, the input's hash.
     pub look: String,
     /// Whether row `$k+1` can be locked: raises if another transaction holds it, returns no row if it is out of reach.
     pub try_lock: String,
-    /// Whether we may write the target at all.
+    /// Whether we may write the targets at all.
     pub may_update: String,
-    /// Which of the rows `$k+1` are NULL still: position. A trigger may have emptied the column again.
-    pub still_null: Option<String>,
+    /// Which targets of the rows `$k+1` are NULL: position, and an array in their order. A trigger may have emptied them
+    /// again.
+    pub nulls: Option<String>,
     /// The keys of rows `$k+1` as the text of JSON: position, key.
     pub describe: String,
 }
@@ -118,9 +120,9 @@ pub fn lockers(job: &Job) -> Result<String> {
 
 /// The table, if it and all columns are still what they were when the job was made; else what is wrong.
 pub fn table(job: &Job) -> Result<Table> {
-    let target = (&job.target, job.target_attnum, Some(job.target_type));
+    let targets = job.targets.iter().map(|t| (&t.name, t.attnum, Some(t.type_oid)));
     let keys = job.key_names.iter().zip(&job.key_attnums).map(|(name, attnum)| (name, *attnum, None));
-    let columns: Vec<_> = keys.chain([target]).collect();
+    let columns: Vec<_> = keys.chain(targets).collect();
     // One statement: it runs with each transaction that writes.
     let found = sql::row(
         "SELECT pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)) AS full_name,
@@ -185,6 +187,11 @@ pub fn cut(text: &str, most: usize) -> String {
     )
 }
 
+/// Whether one of these columns is NULL.
+fn any_null(columns: impl Iterator<Item = String>) -> String {
+    columns.map(|column| format!("{column} IS NULL")).collect::<Vec<_>>().join(" OR ")
+}
+
 /// What all statements over a table's rows have in common.
 pub struct Rows {
     /// The table, as it stands in a FROM clause.
@@ -200,11 +207,11 @@ pub struct Rows {
 }
 
 impl Rows {
-    pub fn new(
+    pub fn new<'a>(
         table: &str,
         is_partitioned: bool,
         input: &str,
-        target: &str,
+        targets: impl Iterator<Item = &'a str>,
         filter: Option<&str>,
         isolation: Option<&str>,
     ) -> Self {
@@ -212,7 +219,7 @@ impl Rows {
         let input = format!("(({input}\n))::pg_catalog.text");
         Self {
             from: format!("{}{table}", if is_partitioned { "" } else { "ONLY " }),
-            todo: format!("{} IS NULL AND ({}\n)", name(target), filter.unwrap_or("true")),
+            todo: format!("({}) AND ({}\n)", any_null(targets.map(name)), filter.unwrap_or("true")),
             has_text: has_text_sql(&input),
             isolation: digest_sql(isolation),
             input,
@@ -234,38 +241,35 @@ impl Rows {
 }
 
 impl Plan {
-    /// The statements for the table as it is named now; `target_type` as the statements may write it, texts cut to
-    /// `most_text` characters.
-    pub fn new(job: &Job, table: &Table, spec: &Spec, target_type: &str, most_text: usize) -> Self {
+    /// The statements for the table as it is named now; `casts` of the targets' values, texts cut to `most_text`
+    /// characters.
+    pub fn new(job: &Job, table: &Table, casts: &[String], has_labels: bool, most_text: usize) -> Self {
         let Table { full, bare, is_partitioned, has_triggers } = table;
         let (filter, isolation) = (job.filter.as_deref(), job.isolation.as_deref());
-        let rows = Rows::new(full, *is_partitioned, &job.input, &job.target, filter, isolation);
+        let names = job.targets.iter().map(|t| t.name.as_str());
+        let rows = Rows::new(full, *is_partitioned, &job.input, names, filter, isolation);
         let parts = Parts {
             keys: job.key_names.iter().map(|n| name(n)).collect(),
-            target: format!("{bare}.{}", name(&job.target)),
+            targets: job.targets.iter().map(|t| format!("{bare}.{}", name(&t.name))).collect(),
             hash: rows.hash(0),
             rows: &rows,
             job,
             bare,
         };
-        let (fit, value) = Fit::new(spec, job.target_type, "\"llm_batch l\".l", target_type);
         Self {
             most_text,
+            targets: job.targets.len(),
+            has_labels,
             search_path: format!("{}, pg_temp", job.search_path),
             // Rows without text are counted at the start, and never claimed.
             count: rows.count(),
             claim_first: parts.claim("", 1, most_text),
             claim_next: parts.claim(&parts.after(), parts.keys.len() + 2, most_text),
-            write: parts.write(&value),
-            fit,
+            write: parts.write(casts),
             look: parts.look(),
             try_lock: parts.try_lock(),
-            may_update: format!(
-                "SELECT pg_catalog.has_column_privilege({}::pg_catalog.oid, {}::pg_catalog.int2, 'UPDATE')",
-                job.relation.to_u32(),
-                job.target_attnum
-            ),
-            still_null: has_triggers.then(|| parts.still_null()),
+            may_update: format!("SELECT {}", parts.may_update()),
+            nulls: has_triggers.then(|| parts.nulls()),
             describe: parts.describe(),
         }
     }
@@ -282,8 +286,8 @@ struct Parts<'a> {
     bare: &'a str,
     /// The key's columns, quoted.
     keys: Vec<String>,
-    /// The target, quoted and qualified.
-    target: String,
+    /// The targets, quoted and qualified.
+    targets: Vec<String>,
     /// The input's hash.
     hash: String,
 }
@@ -337,45 +341,68 @@ impl Parts<'_> {
 
     /// One statement, and so one transaction id: a row that is locked under one and updated under another has a multixact
     /// made for it.
-    fn write(&self, value: &str) -> String {
-        let Self { target, hash, bare, rows: Rows { from, .. }, .. } = self;
+    fn write(&self, casts: &[String]) -> String {
+        let Self { targets, hash, bare, rows: Rows { from, .. }, .. } = self;
+        let each = |f: &dyn Fn(usize, &String) -> String, separator: &str| {
+            targets.iter().enumerate().map(|(i, target)| f(i, target)).collect::<Vec<_>>().join(separator)
+        };
+        let values = each(&|i, _| format!("\"llm_batch v{i}\""), ", ");
+        let is_missing = each(&|i, target| format!("({target} IS NULL AND \"llm_batch v{i}\" IS NOT NULL)"), " OR ");
+        let value = |i: usize, target: &String| {
+            let (column, cast) = (self.job.targets.get(i), casts.get(i));
+            let column = name(column.map_or("", |t| t.name.as_str()));
+            // What somebody has filled meanwhile stays, and so does what has no value.
+            format!("{column} = COALESCE({target}, \"llm_batch v{i}\"{})", cast.map_or("", String::as_str))
+        };
+        let arrays = each(&|i, _| format!(", pg_catalog.unnest({}::pg_catalog.text[])", self.parameter(3 + i)), "");
         format!(
-            "WITH \"llm_batch l\" (i, l, e, n, h) AS MATERIALIZED (
-                 SELECT {POSITION}, \"llm_batch u\".\"llm_batch l\", \"llm_batch u\".\"llm_batch h\", {target} IS NULL, {hash}
-                   FROM ROWS FROM (pg_catalog.unnest({}::pg_catalog.int4[]), pg_catalog.unnest({}::pg_catalog.text[]), pg_catalog.unnest({}::pg_catalog.int8[])) \"llm_batch u\" (\"llm_batch i\", \"llm_batch l\", \"llm_batch h\")
+            "WITH \"llm_batch l\" (\"llm_batch i\", {values}, \"llm_batch e\", \"llm_batch n\", \"llm_batch h\", \"llm_batch w\") AS MATERIALIZED (
+                 SELECT {POSITION}, {values}, \"llm_batch u\".\"llm_batch e\", {any_null}, {hash}, {is_missing}
+                   FROM ROWS FROM (pg_catalog.unnest({}::pg_catalog.int4[]), pg_catalog.unnest({}::pg_catalog.int8[]){arrays}) \"llm_batch u\" (\"llm_batch i\", \"llm_batch e\", {values})
                    JOIN {from} ON {}
                     FOR NO KEY UPDATE OF {bare} SKIP LOCKED),
              \"llm_batch w\" (i, n) AS (
-                 UPDATE {from} SET {} = {value}
+                 UPDATE {from} SET {}
                    FROM \"llm_batch l\"
-                  WHERE {} AND {target} IS NULL AND \"llm_batch l\".n
-                    AND \"llm_batch l\".l IS NOT NULL AND \"llm_batch l\".h OPERATOR(pg_catalog.=) \"llm_batch l\".e
-              RETURNING \"llm_batch l\".i, {target} IS NULL)
-             SELECT i, n, h, NULL::pg_catalog.bool FROM \"llm_batch l\"
-             UNION ALL SELECT i, NULL, NULL, n FROM \"llm_batch w\"",
+                  WHERE {} AND ({is_missing}) AND \"llm_batch l\".\"llm_batch n\"
+                    AND \"llm_batch l\".\"llm_batch h\" OPERATOR(pg_catalog.=) \"llm_batch l\".\"llm_batch e\"
+              RETURNING \"llm_batch l\".\"llm_batch i\", {is_missing})
+             SELECT \"llm_batch i\", \"llm_batch n\", \"llm_batch h\", \"llm_batch w\", NULL::pg_catalog.bool FROM \"llm_batch l\"
+             UNION ALL SELECT i, NULL, NULL, NULL, n FROM \"llm_batch w\"",
             self.parameter(1),
             self.parameter(2),
-            self.parameter(3),
             self.matches(POSITION),
-            name(&self.job.target),
-            self.matches("\"llm_batch l\".i"),
+            each(&value, ", "),
+            self.matches("\"llm_batch l\".\"llm_batch i\""),
+            any_null = any_null(targets.iter().cloned()),
         )
     }
 
+    fn may_update(&self) -> String {
+        let may = |attnum: i16| {
+            format!(
+                "pg_catalog.has_column_privilege({}::pg_catalog.oid, {attnum}::pg_catalog.int2, 'UPDATE')",
+                self.job.relation.to_u32()
+            )
+        };
+        self.job.targets.iter().map(|t| may(t.attnum)).collect::<Vec<_>>().join(" AND ")
+    }
+
     fn look(&self) -> String {
-        let Self { target, hash, rows: Rows { from, .. }, .. } = self;
+        let Self { targets, hash, rows: Rows { from, .. }, .. } = self;
         let (positions, matches) = (self.positions(), self.matches(POSITION));
-        format!("SELECT {POSITION}, {target} IS NULL, {hash} FROM {positions} JOIN {from} ON {matches}")
+        let is_null = any_null(targets.iter().cloned());
+        format!("SELECT {POSITION}, {is_null}, {hash} FROM {positions} JOIN {from} ON {matches}")
     }
 
     fn try_lock(&self) -> String {
         format!("SELECT 1 FROM {} WHERE {} FOR NO KEY UPDATE NOWAIT", self.rows.from, self.matches(&self.parameter(1)))
     }
 
-    fn still_null(&self) -> String {
-        let Self { target, rows: Rows { from, .. }, .. } = self;
+    fn nulls(&self) -> String {
         let (positions, matches) = (self.positions(), self.matches(POSITION));
-        format!("SELECT {POSITION} FROM {positions} JOIN {from} ON {matches} WHERE {target} IS NULL")
+        let nulls: Vec<String> = self.targets.iter().map(|target| format!("{target} IS NULL")).collect();
+        format!("SELECT {POSITION}, ARRAY[{}] FROM {positions} JOIN {} ON {matches}", nulls.join(", "), self.rows.from)
     }
 
     fn describe(&self) -> String {

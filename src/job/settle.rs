@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::job::page::{self, Page};
 use crate::job::plan::Plan;
 use crate::job::store::Failure;
+use crate::job::worker::Cause;
 use crate::{process, sql, txn};
 
 /// An answer to write: which row, what became of it.
@@ -21,8 +22,8 @@ pub struct Answer {
     /// The row's position in the page, from 1.
     pub position: i32,
     pub verdict: Verdict,
-    /// The label, by name: what the task's labels are may change before it is written.
-    pub label: Option<String>,
+    /// The value of each target, if there is an answer: what the task's fields are may change before it is written.
+    pub values: Option<Vec<Option<String>>>,
     pub attempts: u32,
     /// It was paid for with another row.
     pub reused: bool,
@@ -49,9 +50,11 @@ pub struct Settled {
     /// Rows among those done whose answer was paid for with another row.
     pub reused: i64,
     pub failures: Vec<Failure>,
-    /// Labels that were written, and rows that the UPDATE of a label raised for: the label's fault, or the row's.
+    /// Rows that have had NULL as an answer: their keys and inputs' hashes.
+    pub nulls: Vec<(String, i64)>,
+    /// Labels that were written, and rows that the UPDATE raised for: its cause's fault, or the row's.
     pub written: BTreeSet<String>,
-    pub raised: Vec<(String, Failure)>,
+    pub raised: Vec<(Cause, Failure)>,
     /// The row is locked by another transaction, or can't be written for another reason that should pass: to be tried again.
     pub locked: Vec<Answer>,
     /// The input has changed since it was sent: the answer is for a text that is no more.
@@ -186,8 +189,8 @@ struct Listed {
     class: String,
     attempts: u32,
     detail: String,
-    /// The label that the UPDATE raised for.
-    raised: Option<String>,
+    /// What the UPDATE raised for.
+    raised: Option<Cause>,
 }
 
 impl Listed {
@@ -203,18 +206,23 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
     let hash = |position: i32| page.hashes.get(position as usize - 1).copied();
     let todo: Vec<Todo> = by_position
         .values()
-        .map(|a| Todo { position: a.position, label: a.label.clone(), hash: hash(a.position).unwrap_or_default() })
+        .map(|a| Todo {
+            position: a.position,
+            values: a.values.clone().unwrap_or_else(|| vec![None; plan.targets]),
+            hash: hash(a.position).unwrap_or_default(),
+        })
         .collect();
     let mut tried = write(plan, &page, &todo, hindered)?;
-    still_null(plan, &page, &mut tried)?;
+    find_nulls(plan, &page, &by_position, &mut tried)?;
 
-    let mut missing = Vec::new();
+    let mut missing: Vec<i32> = Vec::new();
     let mut changed: Vec<(i32, u32)> = Vec::new();
     let mut listed: Vec<Listed> = Vec::new();
+    let mut nulls: Vec<i32> = Vec::new();
     for (position, answer) in &by_position {
-        if let Some(detail) = tried.raised.remove(position) {
-            let raised = answer.label.clone();
-            listed.push(Listed { raised, ..Listed::new(answer, "write_error", detail) });
+        if let Some(e) = tried.raised.remove(position) {
+            let raised = Some(Cause::of(plan, answer, &e));
+            listed.push(Listed { raised, ..Listed::new(answer, "write_error", sqlstate_and_text(&e)) });
         } else if let Some(e) = tried.refused.remove(position) {
             hindered.refused.push(((*answer).clone(), e));
         } else if tried.blocked.contains(position) {
@@ -229,7 +237,10 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
             } else if *found != hash(*position) {
                 changed.push((*position, answer.attempts));
             } else {
-                note(answer, tried.written.get(position).copied(), settled, &mut listed);
+                let written = tried.written.get(position).copied();
+                if note(answer, written, tried.missing.contains(position), settled, &mut listed) {
+                    nulls.push(*position);
+                }
             }
         } else {
             missing.push(*position);
@@ -253,7 +264,12 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
             }
         }
     }
-    name_rows(plan, &page, listed, changed, settled)
+    name_rows(plan, &page, listed, changed, settled)?;
+    if !nulls.is_empty() {
+        let keys = page::describe(&plan.describe, &page, nulls)?;
+        settled.nulls.extend(keys.into_iter().filter_map(|(position, key)| Some((key, hash(position)?))));
+    }
+    Ok(())
 }
 
 /// Whether a row has been tried again for long enough.
@@ -266,22 +282,33 @@ fn is_over(since: Option<Instant>) -> bool {
     since.elapsed() > PATIENCE
 }
 
-/// What became of a row that was as it had been. `written`: whether it is still NULL after the UPDATE.
-fn note(answer: &Answer, written: Option<bool>, settled: &mut Settled, listed: &mut Vec<Listed>) {
+/// What became of a row that was as it had been. `written`: whether something of it is NULL after the UPDATE;
+/// `is_missing`: there was something to write. Whether the row is done, and yet has a NULL that was the answer.
+fn note(
+    answer: &Answer,
+    written: Option<bool>,
+    is_missing: bool,
+    settled: &mut Settled,
+    listed: &mut Vec<Listed>,
+) -> bool {
+    let values = answer.values.as_deref().unwrap_or_default();
     match (&answer.verdict, written) {
         (Verdict::Answer(_), Some(false)) => {
             settled.done += 1;
             settled.reused += i64::from(answer.reused);
-            settled.written.extend(answer.label.clone());
+            settled.written.insert(values.first().cloned().flatten().unwrap_or_default());
+            return values.contains(&None);
+        }
+        (Verdict::Answer(_), None) if !is_missing => {
+            settled.done += 1;
+            settled.reused += i64::from(answer.reused);
+            return true;
         }
         (Verdict::Answer(_), Some(true)) => listed.push(Listed::new(
             answer,
             "not_written",
             "the column is still NULL after the UPDATE; a trigger may have set it",
         )),
-        (Verdict::Answer(_), None) if answer.label.is_none() => {
-            listed.push(Listed::new(answer, "unknown_code", "no such label"));
-        }
         (Verdict::Answer(_), None) => listed.push(Listed::new(
             answer,
             "not_written",
@@ -293,6 +320,7 @@ fn note(answer: &Answer, written: Option<bool>, settled: &mut Settled, listed: &
         (Verdict::Fail { class, detail }, _) => listed.push(Listed::new(answer, class, detail)),
         (Verdict::Withdrawn, _) => {}
     }
+    false
 }
 
 /// Gives rows that are listed or have changed their keys.
@@ -312,7 +340,7 @@ fn name_rows(
     for Listed { position, is_skip, class, attempts, detail, raised } in listed {
         let failure = Failure { key: key(position), is_skip, class, attempts, detail };
         match raised {
-            Some(label) => settled.raised.push((label, failure)),
+            Some(cause) => settled.raised.push((cause, failure)),
             None => settled.failures.push(failure),
         }
     }
@@ -337,8 +365,8 @@ fn is_out_of_reach(plan: &Plan, page: &Page, position: i32) -> Result<bool> {
 /// A row to write.
 struct Todo {
     position: i32,
-    /// None: it is only looked at.
-    label: Option<String>,
+    /// Without any it is only looked at.
+    values: Vec<Option<String>>,
     hash: i64,
 }
 
@@ -346,10 +374,12 @@ struct Todo {
 #[derive(Default)]
 struct Tried {
     seen: BTreeMap<i32, Look>,
-    /// Whether the target was NULL after the UPDATE.
+    /// Rows that there was something to write to.
+    missing: BTreeSet<i32>,
+    /// Whether something that was written is NULL after the UPDATE.
     written: BTreeMap<i32, bool>,
     /// What the UPDATE raised.
-    raised: BTreeMap<i32, String>,
+    raised: BTreeMap<i32, Error>,
     /// The write alone raised what should pass.
     refused: BTreeMap<i32, Error>,
     /// The write waited for a lock of someone else's in vain, or was not tried any more.
@@ -369,7 +399,10 @@ fn write(plan: &Plan, page: &Page, rows: &[Todo], hindered: &mut Hindered) -> Re
         let e = match txn::sub(|| write_part(plan, page, part)) {
             Ok(found) => {
                 for (position, look, is_still_null) in found {
-                    look.map(|look| tried.seen.insert(position, look));
+                    if let Some((look, is_missing)) = look {
+                        tried.seen.insert(position, look);
+                        tried.missing.extend(is_missing.then_some(position));
+                    }
                     is_still_null.map(|is| tried.written.insert(position, is));
                 }
                 continue;
@@ -400,7 +433,7 @@ fn write(plan: &Plan, page: &Page, rows: &[Todo], hindered: &mut Hindered) -> Re
         match part {
             [one] if is_lock => drop(tried.blocked.insert(one.position)),
             [one] if passes => drop(tried.refused.insert(one.position, e)),
-            [one] => drop(tried.raised.insert(one.position, sqlstate_and_text(&e))),
+            [one] => drop(tried.raised.insert(one.position, e)),
             _ => {
                 let (first, second) = part.split_at(part.len() / 2);
                 todo.push(second);
@@ -411,27 +444,33 @@ fn write(plan: &Plan, page: &Page, rows: &[Todo], hindered: &mut Hindered) -> Re
     Ok(tried)
 }
 
-type Found = (i32, Option<Look>, Option<bool>);
+type Found = (i32, Option<(Look, bool)>, Option<bool>);
 
 fn write_part(plan: &Plan, page: &Page, part: &[Todo]) -> Result<Vec<Found>> {
     sql::set_local("search_path", &plan.search_path)?;
     let mut args: Vec<DatumWithOid> = page.args();
     args.push(part.iter().map(|t| t.position).collect::<Vec<i32>>().into());
-    args.push(part.iter().map(|t| t.label.clone()).collect::<Vec<Option<String>>>().into());
     args.push(part.iter().map(|t| t.hash).collect::<Vec<i64>>().into());
+    for target in 0..plan.targets {
+        let value = |t: &Todo| t.values.get(target).cloned().flatten();
+        args.push(part.iter().map(value).collect::<Vec<Option<String>>>().into());
+    }
     sql::rows_mut(&plan.write, &args, |r| {
-        let look = r.maybe::<bool>(2)?.map(|is_null| Ok::<_, Error>((is_null, r.maybe::<i64>(3)?))).transpose()?;
-        Ok((r.get::<i32>(1)?, look, r.maybe::<bool>(4)?))
+        let look = |is_null| Ok::<_, Error>(((is_null, r.maybe::<i64>(3)?), r.get::<bool>(4)?));
+        Ok((r.get::<i32>(1)?, r.maybe::<bool>(2)?.map(look).transpose()?, r.maybe::<bool>(5)?))
     })
 }
 
 /// What a trigger made NULL again after the UPDATE would be asked again for ever.
-fn still_null(plan: &Plan, page: &Page, tried: &mut Tried) -> Result<()> {
-    let Some(query) = plan.still_null.as_ref().filter(|_| !tried.written.is_empty()) else { return Ok(()) };
+fn find_nulls(plan: &Plan, page: &Page, answers: &BTreeMap<i32, &Answer>, tried: &mut Tried) -> Result<()> {
+    let Some(query) = plan.nulls.as_ref().filter(|_| !tried.written.is_empty()) else { return Ok(()) };
     let mut args = page.args();
     args.push(tried.written.keys().copied().collect::<Vec<i32>>().into());
-    for position in sql::rows_mut(query, &args, |r| r.get::<i32>(1))? {
-        tried.written.insert(position, true);
+    for (position, nulls) in sql::rows_mut(query, &args, |r| Ok((r.get::<i32>(1)?, r.get::<Vec<Option<bool>>>(2)?)))? {
+        let values = answers.get(&position).and_then(|a| a.values.as_deref()).unwrap_or_default();
+        if values.iter().zip(nulls).any(|(value, is_null)| value.is_some() && is_null == Some(true)) {
+            tried.written.insert(position, true);
+        }
     }
     Ok(())
 }
@@ -447,7 +486,7 @@ fn sqlstate_and_text(e: &Error) -> String {
 }
 
 /// The five characters of an SQLSTATE.
-fn sqlstate(code: Code) -> String {
+pub fn sqlstate(code: Code) -> String {
     let mut packed = code as i32;
     (0..5)
         .map(|_| {

@@ -7,6 +7,8 @@ use serde_json::Value;
 
 use crate::budget::{self, Funds, Price, UNLIMITED};
 use crate::error::{Error, Result};
+use crate::job::target::Target;
+use crate::sql::Row;
 use crate::task::Asked;
 use crate::{isolation, owner, settings, sql, txn, version};
 
@@ -20,7 +22,7 @@ pub struct Status {
     pub relation: Option<pg_sys::Oid>,
     table_owner: Option<pg_sys::Oid>,
     pub table: String,
-    pub target: String,
+    pub targets: Vec<String>,
     pub task: String,
     pub status: String,
     /// It is paused, and yet goes on by itself, or has a worker that keeps answers.
@@ -64,7 +66,7 @@ impl Status {
 pub fn status(id: i64) -> Result<Status> {
     let found = txn::as_extension_owner(|| {
         sql::row(
-            "SELECT n.owner, t.oid, t.relowner, p.relation, p.target::text, p.task, p.status,
+            "SELECT n.owner, t.oid, t.relowner, p.relation, j.targets::text[], p.task, p.status,
                     llm_batch.goes_on(p.reason) OR coalesce(p.reason = 'owner', false)
                FROM llm_batch.progress p JOIN llm_batch.job j ON j.id = p.job_id
               CROSS JOIN LATERAL (SELECT llm_batch.owner_now(j.owner, j.owner_name, j.home),
@@ -78,7 +80,7 @@ pub fn status(id: i64) -> Result<Status> {
                     relation: r.maybe(2)?,
                     table_owner: r.maybe(3)?,
                     table: r.get(4)?,
-                    target: r.get(5)?,
+                    targets: r.get::<Vec<Option<String>>>(5)?.into_iter().flatten().collect(),
                     task: r.get(6)?,
                     status: r.get(7)?,
                     has_hope: r.get(8)?,
@@ -153,16 +155,17 @@ fn note_names() -> Result<()> {
     )?;
     sql::run(
         "UPDATE llm_batch.job j
-            SET owner_name = n.owner_name, relation = n.relation, relation_name = n.relation_name, target_type_name = n.type_name
+            SET owner_name = n.owner_name, relation = n.relation, relation_name = n.relation_name, target_type_names = n.type_names
            FROM (SELECT x.id, v.* FROM llm_batch.job x
                    LEFT JOIN pg_roles r ON r.oid = x.owner
                    LEFT JOIN (pg_class t JOIN pg_namespace s ON s.oid = t.relnamespace) ON t.oid = x.relation
                   CROSS JOIN LATERAL (SELECT coalesce(r.rolname, x.owner_name), coalesce(t.oid, 0),
                         CASE WHEN t.oid IS NULL THEN x.relation_name ELSE concat(quote_ident(s.nspname), '.', quote_ident(t.relname)) END,
-                        format_type(x.target_type, NULL)) v (owner_name, relation, relation_name, type_name)
+                        (SELECT array_agg(format_type(u.t, NULL) ORDER BY u.n)
+                           FROM unnest(x.target_types) WITH ORDINALITY u (t, n))) v (owner_name, relation, relation_name, type_names)
                   WHERE x.home = llm_batch.home()
-                    AND (x.owner_name, x.relation, x.relation_name, x.target_type_name)
-                        <> (v.owner_name, v.relation, v.relation_name, v.type_name)
+                    AND (x.owner_name, x.relation, x.relation_name, x.target_type_names)
+                        <> (v.owner_name, v.relation, v.relation_name, v.type_names)
                     FOR UPDATE OF x SKIP LOCKED) n
           WHERE j.id = n.id",
         &[],
@@ -197,9 +200,7 @@ pub struct Job {
     /// `None`: it was dropped.
     pub owner: Option<pg_sys::Oid>,
     pub relation: pg_sys::Oid,
-    pub target: String,
-    pub target_attnum: i16,
-    pub target_type: pg_sys::Oid,
+    pub targets: Vec<Target>,
     pub key_names: Vec<String>,
     pub key_attnums: Vec<i16>,
     pub input: String,
@@ -222,6 +223,8 @@ pub struct Job {
     pub is_counted: bool,
     pub retried_epoch: i32,
     pub has_failures: bool,
+    /// NULL has been an answer.
+    pub has_nulls: bool,
     pub max_attempts: u32,
     /// The run before could write nothing.
     pub was_unwritable: bool,
@@ -236,13 +239,14 @@ pub fn load(id: i64) -> Result<Option<Job>> {
     }
     txn::as_extension_owner(|| {
         sql::row(
-            "SELECT j.relation::oid, j.target::text, j.target_attnum, j.target_type::oid, j.key_names::text[], j.key_attnums,
+            "SELECT j.relation::oid, j.targets::text[], j.target_attnums, j.target_types, j.key_names::text[], j.key_attnums,
                     j.input, j.filter, j.task, j.options, j.search_path, j.wanted, j.epoch, j.retry_epoch,
                     j.wanted = 'running' AND (s.epoch < j.epoch OR s.status = 'running'
                         OR (s.status = 'paused' AND s.resume_at IS NOT NULL AND s.resume_at <= clock_timestamp())),
                     s.rows_total IS NOT NULL, s.retried_epoch,
                     EXISTS (SELECT FROM llm_batch.row_failure f WHERE f.job_id = j.id),
-                    j.max_cost::text, j.max_tokens, j.home, llm_batch.owner_now(j.owner, j.owner_name, j.home)
+                    j.max_cost::text, j.max_tokens, j.home, llm_batch.owner_now(j.owner, j.owner_name, j.home),
+                    j.fields, EXISTS (SELECT FROM llm_batch.row_null n WHERE n.job_id = j.id)
                FROM llm_batch.job j JOIN llm_batch.job_state s ON s.job_id = j.id
               WHERE j.id = $1 AND j.home = llm_batch.home()",
             &[id.into()],
@@ -252,9 +256,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     id,
                     owner: r.maybe(22)?,
                     relation: r.get(1)?,
-                    target: r.get(2)?,
-                    target_attnum: r.get(3)?,
-                    target_type: r.get(4)?,
+                    targets: targets(r)?,
                     key_names: r.get::<Vec<Option<String>>>(5)?.into_iter().flatten().collect(),
                     key_attnums: r.get::<Vec<Option<i16>>>(6)?.into_iter().flatten().collect(),
                     input: r.get(7)?,
@@ -272,6 +274,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     is_counted: r.get(16)?,
                     retried_epoch: r.get(17)?,
                     has_failures: r.get(18)?,
+                    has_nulls: r.get(24)?,
                     max_attempts: 3,
                     was_unwritable: false,
                     starts: 0,
@@ -279,6 +282,16 @@ pub fn load(id: i64) -> Result<Option<Job>> {
             },
         )
     })
+}
+
+/// The columns of the job that `load()` reads.
+fn targets(r: &Row) -> Result<Vec<Target>> {
+    let names = r.get::<Vec<Option<String>>>(2)?.into_iter().flatten();
+    let attnums = r.get::<Vec<Option<i16>>>(3)?.into_iter().flatten();
+    let types = r.get::<Vec<Option<pg_sys::Oid>>>(4)?.into_iter().flatten();
+    let fields = r.get::<Vec<Option<String>>>(23)?;
+    let all = names.zip(attnums).zip(types).zip(fields);
+    Ok(all.map(|(((name, attnum), type_oid), field)| Target::new(name, attnum, type_oid, field)).collect())
 }
 
 /// Counts a run that is about to begin, before anything can kill it: how many there were since one did a row, and the
@@ -386,6 +399,33 @@ pub fn failed_among(id: i64, keys: Vec<Option<String>>) -> Result<Vec<i64>> {
     })
 }
 
+/// Which of these rows, by their keys (JSON) and their inputs' hashes, have had NULL as an answer; by position from 1.
+pub fn null_among(id: i64, keys: Vec<Option<String>>, hashes: Vec<i64>) -> Result<Vec<i64>> {
+    txn::as_extension_owner(|| {
+        sql::rows(
+            "SELECT u.i FROM ROWS FROM (unnest($2::text[]), unnest($3::bigint[])) WITH ORDINALITY u (key, hash, i)
+               JOIN llm_batch.row_null n ON n.job_id = $1 AND n.key_hash = hashtextextended(u.key COLLATE \"C\", u.hash)",
+            &[id.into(), keys.into(), hashes.into()],
+            |r| r.get::<i64>(1),
+        )
+    })
+}
+
+/// Notes rows, by their keys and their inputs' hashes, that have had NULL as an answer.
+fn note_nulls(id: i64, rows: &[(String, i64)]) -> Result<()> {
+    if rows.is_empty() {
+        return Ok(());
+    }
+    let (keys, hashes): (Vec<String>, Vec<i64>) = rows.iter().cloned().unzip();
+    sql::run(
+        "INSERT INTO llm_batch.row_null (job_id, key_hash)
+         SELECT $1, hashtextextended(u.key COLLATE \"C\", u.hash)
+           FROM ROWS FROM (unnest($2::text[]), unnest($3::bigint[])) u (key, hash) ON CONFLICT DO NOTHING",
+        &[id.into(), keys.into(), hashes.into()],
+    )
+    .map(|_| ())
+}
+
 /// How many rows are listed that killed what worked on them.
 pub fn crashes(id: i64) -> Result<i64> {
     txn::as_extension_owner(|| {
@@ -411,6 +451,8 @@ pub struct Delta {
     pub done: i64,
     pub superseded: i64,
     pub reused: i64,
+    /// Rows that have had NULL as an answer.
+    pub nulls: Vec<(String, i64)>,
     pub spent: Spent,
     pub rows_per_second: f64,
     pub tokens_per_minute: f64,
@@ -426,6 +468,7 @@ pub fn write<'a>(
     failures: impl IntoIterator<Item = &'a Failure>,
 ) -> Result<Option<Account>> {
     txn::as_extension_owner(|| {
+        note_nulls(id, &delta.nulls)?;
         let (skipped, failed) = list(id, failures)?;
         let count = |n: u64| DatumWithOid::from(i64::try_from(n).unwrap_or(i64::MAX));
         let spent = &delta.spent;

@@ -42,7 +42,7 @@ const MOST_LOCKED: usize = 1_000;
 struct Found {
     /// The key of the row that every run before may have died of.
     suspect: Option<String>,
-    /// The positions of those that have failed before.
+    /// The positions of those that have failed before, or had NULL as an answer.
     gone: Vec<i64>,
     damaged: BTreeMap<i32, Failure>,
 }
@@ -50,7 +50,7 @@ struct Found {
 impl Found {
     fn of(claimed: &page::Claimed, job: &Job, plan: &Plan, is_last_start: bool) -> Result<Self> {
         let mut found = Self { damaged: claimed.damaged(), ..Self::default() };
-        if !is_last_start && !job.has_failures && found.damaged.is_empty() {
+        if !is_last_start && !job.has_failures && !job.has_nulls && found.damaged.is_empty() {
             return Ok(found);
         }
         let page = &claimed.page;
@@ -59,9 +59,12 @@ impl Found {
         for (position, failure) in &mut found.damaged {
             failure.key = keys.get(position).cloned().unwrap_or_default();
         }
+        let keys: Vec<Option<String>> = (1..=page.len as i32).map(|i| keys.remove(&i)).collect();
+        if job.has_nulls {
+            found.gone = store::null_among(job.id, keys.clone(), page.hashes.clone())?;
+        }
         if job.has_failures {
-            let keys = (1..=page.len as i32).map(|i| keys.remove(&i)).collect();
-            found.gone = store::failed_among(job.id, keys)?;
+            found.gone.extend(store::failed_among(job.id, keys)?);
         }
         Ok(found)
     }
@@ -326,6 +329,8 @@ impl Worker {
     fn take(&mut self, outcomes: Vec<protocol::Outcome>, spent: &Spent) {
         self.spent.add(spent);
         self.money.spent(spent);
+        let spec = &self.asked.stream.task.spec;
+        let fields = spec.columns();
         for o in outcomes {
             let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
             self.outstanding_bytes -= bytes;
@@ -333,14 +338,16 @@ impl Worker {
                 continue;
             }
             self.has_answered = true;
-            let label = match &o.verdict {
-                Verdict::Answer(answer) => self.plan.fit.text(answer),
+            let values = match &o.verdict {
+                Verdict::Answer(answer) => {
+                    Some(self.job.targets.iter().map(|target| target.value(spec, &fields, answer)).collect())
+                }
                 _ => None,
             };
             self.answers.push(Answer {
                 page,
                 position,
-                label,
+                values,
                 verdict: o.verdict,
                 attempts: o.attempts,
                 reused: o.reused,

@@ -1,9 +1,9 @@
 //! A job's process: claims rows, hands them to the gateway, writes what comes back. Between its short transactions it
 //! holds nothing: no transaction, no snapshot, no lock.
 
+mod causes;
 mod end;
 mod exchange;
-mod labels;
 mod money;
 mod rights;
 mod trouble;
@@ -17,19 +17,20 @@ use llm_batch_gateway::protocol::{Spent, Stream, ToGateway, most_text};
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::prelude::*;
 
+pub use self::causes::Cause;
+use self::causes::Suspects;
 use self::end::{outcome_of, says_nothing};
-use self::labels::Suspects;
 use self::money::Money;
 use self::rights::Rights;
 use self::trouble::{Kind, Trouble};
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
-use crate::job::fit;
 use crate::job::page::Page;
 use crate::job::plan::{self, Plan};
 use crate::job::settle::Answer;
 use crate::job::store::{self, Failure, Job, Outcome};
+use crate::job::target;
 use crate::process::{self, handle_signals, my_database, my_pid, reload_if_asked, report};
 use crate::shared::{self, End};
 use crate::task::{self, Asked};
@@ -169,7 +170,7 @@ struct Worker {
     most_at_once: usize,
     /// What is in the way of writing.
     trouble: Option<Trouble>,
-    /// Rows whose UPDATE raised: perhaps their label's fault.
+    /// Rows whose UPDATE raised: perhaps not their own fault.
     suspects: Suspects,
     /// Outcomes of rows that others hold locked.
     locked: Vec<Answer>,
@@ -428,7 +429,7 @@ impl Worker {
             if let Some(trouble) = &mut self.trouble {
                 trouble.next = Instant::now();
             }
-            // A label that was at fault may be mended. Its rows are asked again.
+            // What was at fault may be mended. Its rows are asked again.
             self.suspects = Suspects::default();
             self.job.has_failures = job.has_failures && job.retry_epoch <= job.retried_epoch;
             // There may be rows behind that are to be asked again: not before the end of this pass, since what is open
@@ -508,7 +509,7 @@ impl Worker {
         let is_idle =
             self.outstanding.is_empty() && self.waiting.is_empty() && self.answers.is_empty() && self.locked.is_empty();
         if self.pass_ended && is_idle && self.stopping.is_none() {
-            // Too few to say that it is their labels' fault.
+            // Too few to say that it is not their own fault.
             self.too_late.append(&mut self.suspects.take());
             if self.claimed_in_pass == 0 && self.too_late.is_empty() {
                 self.stopping = Some(Outcome::Done);
@@ -525,15 +526,9 @@ fn me() -> pg_sys::Oid {
 }
 
 fn make_plan(job: &Job, table: &plan::Table, stream: &Stream) -> Result<Plan> {
-    // With nothing but pg_catalog in the path every other type is written with its schema.
-    sql::set_local("search_path", "pg_catalog, pg_temp")?;
-    let target_type = sql::one::<String>(
-        "SELECT pg_catalog.format_type(a.atttypid, a.atttypmod) FROM pg_catalog.pg_attribute a
-          WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) $2",
-        &[job.relation.into(), job.target_attnum.into()],
-    )?;
-    // The task may be another one by now.
-    fit::check_types(&stream.task.spec, &job.target, job.target_type)?;
-    let most_text = most_text(stream.model.max_request_tokens);
-    Ok(Plan::new(job, table, &stream.task.spec, &target_type.unwrap_or_default(), most_text))
+    let spec = &stream.task.spec;
+    let casts = target::casts(&job.targets, spec)?;
+    // Of several columns each value may be at fault.
+    let has_labels = job.targets.len() == 1 && spec.columns().iter().all(|field| field.values.is_some());
+    Ok(Plan::new(job, table, &casts, has_labels, most_text(stream.model.max_request_tokens)))
 }

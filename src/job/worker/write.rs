@@ -98,6 +98,7 @@ impl Worker {
                 done: settled.done,
                 superseded: settled.superseded,
                 reused: settled.reused,
+                nulls: settled.nulls.clone(),
                 spent,
                 rows_per_second,
                 tokens_per_minute,
@@ -137,10 +138,11 @@ impl Worker {
         if !settled.failures.is_empty() || !listed.is_empty() {
             self.job.has_failures = true;
         }
+        self.job.has_nulls |= !settled.nulls.is_empty();
         let verdicts = self.suspects.judge(&settled.written, settled.raised);
         self.too_late.extend(verdicts.rows);
-        if let Some((label, says)) = verdicts.label {
-            let text = format!("rows with label \"{label}\" cannot be written: {says}");
+        if let Some((cause, says)) = verdicts.guilty {
+            let text = format!("rows with {cause} cannot be written: {says}");
             self.stop(Outcome::Paused("label", Some(text), None));
         }
         self.sample(settled.done + settled.failures.len() as i64, (spent.input_tokens + spent.output_tokens) as i64);

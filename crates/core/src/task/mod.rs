@@ -173,7 +173,8 @@ pub struct Column {
 }
 
 impl Column {
-    fn json(&self, text: Option<&str>) -> String {
+    /// A value as JSON.
+    pub fn json(&self, text: Option<&str>) -> String {
         match text {
             None => "null".to_owned(),
             Some(text) if self.is_array || self.of.is_json() => text.to_owned(),

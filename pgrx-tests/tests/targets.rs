@@ -1,0 +1,326 @@
+//! Several columns from one pass: a row is written whole or not at all, each value in its own column, and NULL is an answer.
+
+mod common;
+
+use std::process::Command;
+
+use common::{
+    Bed, PATIENCE, error, failures, labels_json, one, pids, progress, reconnect, run, slow, text, wait_status,
+};
+use llm_fake_provider::{Config, Fault};
+use pg_llm_batch_e2e::wait_until;
+use postgres::Client;
+
+/// The columns of a table and the fields that fill them.
+const TARGETS: &str = r#"{"topic": "category", "amount": "amount", "due_on": "due", "tags": "tags"}"#;
+
+/// What the provider makes a value of: the row's id and the field's name.
+fn n(field: &str) -> String {
+    format!("(id + {})", field.bytes().map(i64::from).sum::<i64>() % 7)
+}
+
+fn date(field: &str) -> String {
+    let n = n(field);
+    format!("make_date(2026, ({n} / 28 % 12 + 1)::int, ({n} % 28 + 1)::int)")
+}
+
+/// The text that the provider writes of a number.
+const WORDS: &str = "CREATE FUNCTION words(n bigint) RETURNS text LANGUAGE sql AS
+    $$SELECT concat(n, ' ', string_agg(('{the,text,is,about,row}'::text[])[1 + i % 5], ' ' ORDER BY i)) FROM generate_series(1, 4 + n % 16) i$$";
+
+/// How many rows have a value that is not theirs. `all`: NULL is such a value, but where the text says so.
+fn wrong(client: &mut Client, table: &str, all: bool) -> i64 {
+    let columns = [
+        ("topic", "category", "want".to_owned()),
+        ("amount", "amount", format!("{} + 0.25", n("amount"))),
+        ("due_on", "due", date("due")),
+        ("tags", "tags", format!("ARRAY[words({0}), words({0} + 1)]", n("tags"))),
+    ];
+    let is_wrong = columns.map(|(column, field, want)| {
+        let want = format!("CASE WHEN body NOT LIKE '%no {field}%' THEN {want} END");
+        if all {
+            format!("{column} IS DISTINCT FROM {want}")
+        } else {
+            format!("({column} IS NOT NULL AND {column} IS DISTINCT FROM {want})")
+        }
+    });
+    one(client, &format!("SELECT count(*) FROM {table} WHERE {}", is_wrong.join(" OR ")))
+}
+
+#[track_caller]
+fn tickets(client: &mut Client, table: &str, first: i64, last: i64, more: &str) {
+    run(
+        client,
+        &format!(
+            "CREATE TABLE {table} (id bigint PRIMARY KEY, body text, want text, topic text, amount numeric(12, 2), due_on date, tags text[]);
+             INSERT INTO {table} (id, body, want)
+             SELECT id, concat('My order #r', lpad(id::text, 6, '0'), ':', l, '# is not what I wanted', {more}), l
+               FROM generate_series({first}, {last}) id, LATERAL (SELECT ('{{{}}}'::text[])[1 + id % 8]) x (l)",
+            common::LABELS.join(",")
+        ),
+    );
+}
+
+#[track_caller]
+fn extractor(client: &mut Client, name: &str, fields: &str) {
+    run(
+        client,
+        &format!("SELECT llm_batch.create_extractor('{name}', '{fields}', 'm', options => '{{\"reuse\": false}}')"),
+    );
+}
+
+fn bed(name: &str, config: Config) -> (Bed, Client) {
+    let bed = Bed::with(name, config);
+    let mut client = bed.connect();
+    run(&mut client, WORDS);
+    let labels = labels_json(&common::LABELS);
+    extractor(
+        &mut client,
+        "ticket",
+        &format!(r#"{{"category": {{"labels": {labels}}}, "amount": "numeric", "due": "date", "tags": "text[]"}}"#),
+    );
+    (bed, client)
+}
+
+#[track_caller]
+fn backfill(client: &mut Client, table: &str) -> i64 {
+    one(client, &format!("SELECT llm_batch.backfill('{table}', 'body', targets => '{TARGETS}', task => 'ticket')"))
+}
+
+#[test]
+fn several_columns_from_one_pass() {
+    let (bed, mut c) = bed("targets_one_pass", Config::default());
+    let c = &mut c;
+    tickets(c, "t", 1, 400, "''");
+    assert_eq!(
+        one(c, &format!("SELECT rows FROM llm_batch.estimate('t', 'body', targets => '{TARGETS}', task => 'ticket')")),
+        400
+    );
+    let job = backfill(c, "t");
+    let p = bed.done(job);
+    assert_eq!((p.counts(), wrong(c, "t", true)), ((400, 400, 0, 0, 0, 0), 0));
+    assert_eq!(text(c, "SELECT target FROM llm_batch.progress"), "tags, topic, amount, due_on");
+    // Once each.
+    assert_eq!(bed.provider.stats().rows.values().map(|r| r.asked).max(), Some(1));
+
+    // Positions and names, types and none: a text names a column, jsonb several.
+    tickets(c, "forms", 1001, 1010, "''");
+    let jsonb = format!("'{TARGETS}'::jsonb");
+    for call in [
+        "'forms', 'body', 'topic', 'topic'".to_owned(),
+        "'forms', 'body', target => 'topic', task => 'topic'".to_owned(),
+        "'forms', 'body', 'topic'::text, 'topic'".to_owned(),
+        "'forms', 'body', 'topic'::name, 'topic', 'true'".to_owned(),
+        "'forms', 'body', targets => '{\"topic\": \"label\"}', task => 'topic'".to_owned(),
+        format!("'forms', 'body', {jsonb}, 'ticket'"),
+        format!("'forms', 'body', targets => '{TARGETS}', task => 'ticket', filter => 'true'"),
+        format!("relation => 'forms', input => 'body', targets => {jsonb}, task => 'ticket', options => '{{}}'"),
+    ] {
+        run(c, "UPDATE forms SET topic = NULL, amount = NULL, due_on = NULL, tags = NULL");
+        assert_eq!(one(c, &format!("SELECT rows FROM llm_batch.estimate({call})")), 10, "{call}");
+        let job = one(c, &format!("SELECT llm_batch.backfill({call})"));
+        assert_eq!(bed.done(job).counts(), (10, 10, 0, 0, 0, 0), "{call}");
+        assert_eq!(one(c, "SELECT count(*) FROM forms WHERE topic IS DISTINCT FROM want"), 0, "{call}");
+    }
+
+    // A whole answer goes into a column of JSON; one of the type of a domain, or to which there is a cast, takes a value.
+    run(
+        c,
+        "CREATE DOMAIN price AS numeric(10, 1) CHECK (VALUE > 0);
+         CREATE TABLE other (id bigint PRIMARY KEY, body text, whole jsonb, price price, n bigint, day timestamp, tags varchar(99)[],
+                             list jsonb, words text);
+         INSERT INTO other SELECT id, body FROM t WHERE id <= 20",
+    );
+    let whole = one(c, "SELECT llm_batch.backfill('other', 'body', 'whole', 'ticket')");
+    assert_eq!(bed.done(whole).counts(), (20, 20, 0, 0, 0, 0));
+    assert_eq!(
+        one(
+            c,
+            "SELECT count(*) FROM other JOIN t USING (id) WHERE whole = jsonb_build_object('category', topic, 'amount', amount, 'due', due_on, 'tags', t.tags)"
+        ),
+        20
+    );
+    for (targets, is_right) in [
+        (
+            r#"{"price": "amount", "day": "due", "tags": "tags"}"#,
+            "price = round(amount, 1) AND day = due_on AND other.tags::text[] = t.tags",
+        ),
+        (
+            r#"{"n": "amount", "list": "tags", "words": "due"}"#,
+            "n = round(amount) AND list = to_jsonb(t.tags) AND words = due_on::text",
+        ),
+    ] {
+        let job =
+            one(c, &format!("SELECT llm_batch.backfill('other', 'body', targets => '{targets}', task => 'ticket')"));
+        assert_eq!(bed.done(job).counts(), (20, 20, 0, 0, 0, 0), "{:?}", failures(c, job));
+        assert_eq!(one(c, &format!("SELECT count(*) FROM other JOIN t USING (id) WHERE {is_right}")), 20, "{targets}");
+    }
+}
+
+#[test]
+fn what_cannot_be_filled_is_refused() {
+    let (bed, mut c) = bed("targets_refused", Config::default());
+    let c = &mut c;
+    tickets(c, "t", 1, 10, "''");
+    run(
+        c,
+        "ALTER TABLE t ADD n int, ADD never text GENERATED ALWAYS AS (want) STORED, ADD flag boolean, ADD short varchar(3);
+         CREATE ROLE app LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO app;
+         GRANT SELECT ON t TO app; GRANT UPDATE (topic) ON t TO app",
+    );
+    let call =
+        |targets: &str| format!("SELECT llm_batch.backfill('t', 'body', targets => '{targets}', task => 'ticket')");
+    let mut refused = |sql: &str, state: &str, words: &[&str]| {
+        let e = error(c, sql);
+        let all = format!("{} | {} | {}", e.1, e.2, e.3);
+        assert!(e.0 == state && words.iter().all(|word| all.contains(word)), "{sql}: {e:?}");
+    };
+    for (targets, state, words) in [
+        ("[]", "22023", &["targets", "object"][..]),
+        ("{}", "22023", &["targets"]),
+        ("{\"topic\": 1}", "22023", &["targets"]),
+        ("{\"topic\": \"nothing\"}", "42704", &["\"nothing\"", "category, amount, due, tags"]),
+        ("{\"nothing\": \"amount\"}", "42703", &["\"nothing\"", "ADD COLUMN"]),
+        ("{\"amount\": \"amount\", \"n\": \"amount\"}", "22023", &["\"amount\"", "\"n\""]),
+        ("{\"id\": \"amount\"}", "42809", &["\"id\""]),
+        ("{\"never\": \"category\"}", "42809", &["generated"]),
+        ("{\"n\": \"category\"}", "22P02", &["billing", "\"n\""]),
+        ("{\"short\": \"category\"}", "22001", &["billing", "\"short\""]),
+        ("{\"due_on\": \"amount\"}", "42804", &["\"amount\" (numeric)", "\"due_on\" (date)"]),
+        ("{\"amount\": \"due\"}", "42804", &["\"due\" (date)", "\"amount\" (numeric)"]),
+        ("{\"flag\": \"amount\"}", "42804", &["numeric", "boolean"]),
+        ("{\"tags\": \"due\"}", "42804", &["date", "text[]"]),
+        ("{\"n\": \"tags\"}", "42804", &["text[]", "integer"]),
+    ] {
+        refused(&call(targets), state, words);
+        refused(&call(targets).replace("SELECT llm_batch.backfill", "SELECT * FROM llm_batch.estimate"), state, words);
+    }
+    refused(&call("{}").replace("'{}'", "NULL"), "22004", &["targets"]);
+    // A text names a column, whatever is in it.
+    refused(
+        "SELECT llm_batch.backfill('t', 'body', '{\"topic\":\"category\"}', 'ticket')",
+        "42703",
+        &["does not exist", "targets =>"],
+    );
+    // One column does not hold several fields, unless it is JSON.
+    refused("SELECT llm_batch.backfill('t', 'body', 'topic', 'ticket')", "42804", &["\"topic\" (text)", "targets =>"]);
+    assert_eq!(bed.provider.stats().requests, 0);
+
+    // The owner needs UPDATE on all of them.
+    let app = &mut bed.cluster.connect_as("postgres", "app");
+    let e = error(app, &call("{\"topic\": \"category\", \"amount\": \"amount\"}"));
+    assert!(e.0 == "42501" && e.1.contains("\"amount\""), "{e:?}");
+
+    // One job a column.
+    bed.provider.hold_after(1);
+    let job = one(c, &call("{\"topic\": \"category\", \"amount\": \"amount\"}"));
+    let e = error(c, &call("{\"due_on\": \"due\", \"amount\": \"amount\"}"));
+    assert!(e.0 == "55006" && e.1.contains(&format!("job {job}")) && e.1.contains("\"amount\""), "{e:?}");
+    let e = error(c, "SELECT llm_batch.backfill('t', 'body', 'topic', 'topic')");
+    assert!(e.0 == "55006" && e.1.contains("\"topic\""), "{e:?}");
+    bed.provider.release();
+    bed.done(job);
+}
+
+/// What somebody fills meanwhile stays, and the rest of the row is written; NULL is asked once; all of it survives a dump.
+#[test]
+fn null_is_an_answer() {
+    let (bed, mut c) = bed("targets_nulls", Config::default());
+    let c = &mut c;
+    let more = "CASE WHEN id % 3 = 0 THEN ' no amount' END, CASE WHEN id % 5 = 0 THEN ' no category no amount no due no tags' END";
+    tickets(c, "t", 1, 300, more);
+    run(c, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 1)");
+    bed.provider.hold_after(3);
+    let job = one(
+        c,
+        &format!(
+            "SELECT llm_batch.backfill('t', 'body', targets => '{TARGETS}', task => 'ticket', options => '{{\"max_rows_per_request\": 20}}')"
+        ),
+    );
+    let asked = |bed: &Bed| bed.provider.stats().rows.values().map(|r| u64::from(r.asked)).sum::<u64>();
+    wait_until(
+        "some rows are written",
+        PATIENCE,
+        || (bed.provider.holds(), progress(c, job).done),
+        |p| p.0 && p.1 >= 40,
+    );
+    // Of rows that are with the provider, or will be.
+    run(
+        c,
+        "UPDATE t SET due_on = '1999-01-01' WHERE id > 200 AND id <= 250; UPDATE t SET topic = 'mine', amount = 1, due_on = '1999-01-01', tags = '{}' WHERE id > 250",
+    );
+    run(c, &format!("SELECT llm_batch.pause({job})"));
+    bed.provider.release();
+    wait_status(c, job, "paused");
+    let (before, noted) = (asked(&bed), one(c, "SELECT count(*) FROM llm_batch.row_null"));
+    assert!(noted > 0 && before < 300, "{noted} {before}");
+
+    // A copy knows what was answered with NULL.
+    run(c, "CREATE DATABASE copy");
+    let dump = bed.cluster.run_program("pg_dump", &["-d", "postgres"]);
+    let dump = String::from_utf8(dump.stdout).unwrap();
+    let out = bed.cluster.psql("copy", &dump);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let there = &mut bed.cluster.connect("copy");
+    let all = "SELECT concat(to_jsonb(j) - 'home', (SELECT array_agg(key_hash ORDER BY 1) FROM llm_batch.row_null)) FROM llm_batch.job j";
+    assert_eq!(text(there, all).replace("copy", ""), text(c, all).replace("copy", ""));
+
+    for (client, is_first) in [(&mut *c, true), (there, false)] {
+        let before = asked(&bed);
+        run(client, &format!("SELECT llm_batch.resume({job})"));
+        let p = wait_status(client, job, "done");
+        p.adds_up();
+        assert_eq!((p.failed, p.skipped, p.left), (0, 0, 0), "{p:?}");
+        // What the rows of others say.
+        assert_eq!(
+            one(client, "SELECT count(*) FROM t WHERE id > 250 AND topic = 'mine' AND amount = 1 AND tags = '{}'"),
+            50
+        );
+        assert_eq!(one(client, "SELECT count(*) FROM t WHERE id BETWEEN 201 AND 250 AND due_on = '1999-01-01'"), 50);
+        run(client, "DELETE FROM t WHERE id > 250; UPDATE t SET due_on = NULL WHERE id > 200 AND body LIKE '%no due%'");
+        run(client, &format!("UPDATE t SET due_on = {} WHERE id > 200 AND body NOT LIKE '%no due%'", date("due")));
+        assert_eq!(wrong(client, "t", true), 0);
+        if is_first {
+            // Each row once, but those that came back from the pause.
+            assert!(asked(&bed) <= 250, "{}", asked(&bed));
+        } else {
+            assert!(asked(&bed) - before < 250, "{} {before}", asked(&bed));
+        }
+    }
+    // The job is done, and stays so: it asks nothing again that had NULL as an answer.
+    run(c, "INSERT INTO t (id, body, want) SELECT -id, replace(body, '#r00', '#r90'), want FROM t WHERE id < 20");
+    let again =
+        one(c, "SELECT llm_batch.backfill('t', 'body', targets => '{\"amount\": \"amount\"}', task => 'ticket')");
+    let p = bed.done(again);
+    assert!(p.done > 19 && p.failed == 0, "{p:?}");
+}
+
+#[test]
+fn faults_of_values_and_deaths_harm_no_row() {
+    let (bed, mut c) = bed("targets_faults", Config { seed: 11, ..slow(20) });
+    tickets(&mut c, "t", 1, 3000, "CASE WHEN id % 4 = 0 THEN ' no amount' END");
+    run(&mut c, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 4)");
+    let job = one(
+        &mut c,
+        &format!(
+            "SELECT llm_batch.backfill('t', 'body', targets => '{TARGETS}', task => 'ticket', options => '{{\"max_rows_per_request\": 10, \"max_attempts\": 10}}')"
+        ),
+    );
+    let faults = Fault::OF_VALUES.into_iter().chain(Fault::PASSING);
+    bed.provider.configure(|config| config.faults = faults.map(|fault| (fault, 0.02)).collect());
+    for part in [200, 900, 1700] {
+        wait_until("rows are done", PATIENCE, || progress(&mut c, job).done, |done| *done >= part);
+        let pid = wait_until("a worker", PATIENCE, || pids(&mut c, "llm_batch job"), |p| p.len() == 1)[0];
+        // The server ends all sessions, and recovers.
+        assert!(Command::new("kill").args(["-9", &pid.to_string()]).status().unwrap().success());
+        wait_until("the session ends", PATIENCE, || c.simple_query("SELECT 1").is_err(), |is_over| *is_over);
+        c = reconnect(&bed);
+        let half = "num_nulls(topic, due_on, tags) IN (1, 2) OR (num_nulls(topic, due_on, tags) = 0) <> (amount IS NOT NULL OR id % 4 = 0) AND id % 4 > 0";
+        assert_eq!(one(&mut c, &format!("SELECT count(*) FROM t WHERE {half}")), 0);
+        assert_eq!(wrong(&mut c, "t", false), 0);
+    }
+    let c = &mut c;
+    let p = bed.done(job);
+    assert_eq!(p.counts(), (3000, 3000, 0, 0, 0, 0), "{:?}", failures(c, job));
+    assert_eq!(wrong(c, "t", true), 0);
+}

@@ -1,0 +1,223 @@
+//! The columns that a job fills: which field of an answer goes into each, and in which form.
+
+use llm_batch_core::task::{Answer, Column as Field, Spec, Type, array_literal};
+use pgrx::prelude::*;
+
+use crate::catalog::{self, Column, is_json};
+use crate::error::{Error, Result};
+use crate::sql;
+
+/// A column that a job fills.
+#[derive(Debug, Clone)]
+pub struct Target {
+    pub name: String,
+    pub attnum: i16,
+    pub type_oid: pg_sys::Oid,
+    /// `None`: the whole answer.
+    pub field: Option<String>,
+    form: Form,
+}
+
+/// How a column takes a value.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Plain,
+    Json,
+    Array,
+}
+
+impl Form {
+    fn of(type_oid: pg_sys::Oid) -> Self {
+        if is_json(type_oid) {
+            return Self::Json;
+        }
+        if element(type_oid).is_some() { Self::Array } else { Self::Plain }
+    }
+}
+
+impl Target {
+    /// As the catalogs know it now, on the main thread inside a transaction.
+    pub fn new(name: String, attnum: i16, type_oid: pg_sys::Oid, field: Option<String>) -> Self {
+        Self { name, attnum, type_oid, field, form: Form::of(type_oid) }
+    }
+
+    /// What of an answer goes into the column, as its type reads it.
+    pub fn value(&self, spec: &Spec, fields: &[Field], answer: &Answer) -> Option<String> {
+        let Some(name) = &self.field else { return Some(spec.to_json(answer)) };
+        let at = fields.iter().position(|f| f.name == *name)?;
+        let (field, text) = (fields.get(at)?, answer.0.get(at)?.as_deref()?);
+        match self.form {
+            Form::Json => Some(field.json(Some(text))),
+            Form::Array if field.is_array => array_literal(text),
+            _ => Some(text.to_owned()),
+        }
+    }
+
+    /// The field of a task that fills the column; an error if the task has none of this name, or not any more.
+    fn field<'a>(&self, fields: &'a [Field]) -> Result<Option<&'a Field>> {
+        let Some(name) = &self.field else { return Ok(None) };
+        fields.iter().find(|f| f.name == *name).map(Some).ok_or_else(|| unknown(name, fields))
+    }
+}
+
+fn unknown(name: &str, fields: &[Field]) -> Error {
+    let names: Vec<&str> = fields.iter().map(|f| f.name.as_str()).collect();
+    Error::new(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, format!("field \"{name}\" does not exist"))
+        .hint(format!("Valid fields are: {}.", names.join(", ")))
+}
+
+/// The field that each of these columns takes: that which is given for it, or the task's only one. A column alone takes
+/// all fields, as an object.
+pub fn fields(given: &[(String, Option<String>)], spec: &Spec) -> Result<Vec<Option<String>>> {
+    let fields = spec.columns();
+    let only = |field: &Field| Some(field.name.clone());
+    let field = |(_, name): &(String, Option<String>)| match name {
+        Some(name) if fields.iter().any(|f| f.name == *name) => Ok(Some(name.clone())),
+        Some(name) => Err(unknown(name, &fields)),
+        None => Ok(fields.first().filter(|_| fields.len() == 1).and_then(only)),
+    };
+    let all: Vec<Option<String>> = given.iter().map(field).collect::<Result<_>>()?;
+    for (i, name) in all.iter().enumerate() {
+        if let Some(earlier) = all.iter().take(i).position(|other| other == name) {
+            let column = |i: usize| given.get(i).map_or("", |(column, _)| column.as_str());
+            let name = name.as_deref().unwrap_or_default();
+            return Err(Error::invalid(format!(
+                "columns \"{}\" and \"{}\" cannot both take field \"{name}\"",
+                column(earlier),
+                column(i)
+            ))
+            .hint("Give each column a field of its own."));
+        }
+    }
+    Ok(all)
+}
+
+/// Checks that the values of a field go into a column.
+pub fn check(column: &Column, field: Option<&str>, spec: &Spec) -> Result<()> {
+    let fields = spec.columns();
+    let target = Target::new(column.name.clone(), column.attnum, column.type_oid, field.map(str::to_owned));
+    through(&target, &fields)?;
+    let Some(field) = target.field(&fields)? else { return Ok(()) };
+    let Some(labels) = &field.values else { return Ok(()) };
+    if field.is_array && target.form != Form::Array {
+        return Ok(());
+    }
+    let mut one = column.clone();
+    if field.is_array {
+        one.type_oid = element(column.type_oid).unwrap_or(column.type_oid);
+    }
+    catalog::check_labels(&one, labels.iter().map(String::as_str))
+}
+
+/// The casts of values: of each column the type of the task's field, if values are read as such first, and the column's,
+/// as the statements may write them. Values that do not fit are refused.
+pub fn casts(targets: &[Target], spec: &Spec) -> Result<Vec<String>> {
+    let fields = spec.columns();
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    let bases: Vec<pg_sys::Oid> = targets.iter().map(|t| unsafe { pg_sys::getBaseType(t.type_oid) }).collect();
+    // With nothing but pg_catalog in the path every other type is written with its schema. Without a modifier an
+    // explicit cast cuts nothing off; that of a column, or of a domain, is applied by the assignment.
+    sql::set_local("search_path", "pg_catalog, pg_temp")?;
+    let names = sql::rows(
+        "SELECT pg_catalog.format_type(u.t, -1) FROM pg_catalog.unnest($1) WITH ORDINALITY u (t, n) ORDER BY u.n",
+        &[bases.into()],
+        |r| r.get::<String>(1),
+    )?;
+    let cast = |(target, name): (&Target, String)| {
+        Ok(through(target, &fields)?.map_or_else(|| format!("::{name}"), |field| format!("::{field}::{name}")))
+    };
+    targets.iter().zip(names).map(cast).collect()
+}
+
+/// The type by which values of a field become those of a column, if the column's input function does not read them as
+/// they are.
+fn through(target: &Target, fields: &[Field]) -> Result<Option<String>> {
+    let misfit = |of: &str| {
+        let name = target.field.as_deref().unwrap_or_default();
+        let what = if name.is_empty() { "the fields of the task".to_owned() } else { format!("field \"{name}\"") };
+        let e = Error::new(
+            PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
+            format!("{what} ({of}) cannot fill column \"{}\" ({})", target.name, type_name(target.type_oid)),
+        );
+        match name.is_empty() {
+            true => e.hint(
+                "A column of type jsonb takes all fields. To fill one column a field, write targets => '{\"column\": \"field\"}'.",
+            ),
+            false => e.hint("A column's type must be the field's, or one to which the field's is cast by assignment."),
+        }
+    };
+    let Some(field) = target.field(fields)? else {
+        return if target.form == Form::Json { Ok(None) } else { Err(misfit("several")) };
+    };
+    // SAFETY: catalog lookups on the main thread inside a transaction.
+    let base = unsafe { pg_sys::getBaseType(target.type_oid) };
+    let of = format!("{}{}", field.of.name(), if field.is_array { "[]" } else { "" });
+    if target.form == Form::Json || is_text(base) {
+        return Ok(None);
+    }
+    let to = match (field.is_array, target.form == Form::Array) {
+        (true, true) => element(base).unwrap_or(base),
+        (false, is_array) if !is_array || field.values.is_some() => base,
+        _ => return Err(misfit(&of)),
+    };
+    let Some(from) = type_oid(field.of) else { return Ok(None) };
+    // SAFETY: as above.
+    let is_cast = unsafe {
+        let to = pg_sys::getBaseType(to);
+        if from == to || is_text(to) {
+            return Ok(None);
+        }
+        let mut function = pg_sys::InvalidOid;
+        pg_sys::find_coercion_pathway(to, from, pg_sys::CoercionContext::COERCION_ASSIGNMENT, &mut function)
+            != pg_sys::CoercionPathType::COERCION_PATH_NONE
+    };
+    if !is_cast {
+        return Err(misfit(&of));
+    }
+    Ok(Some(format!("pg_catalog.{}{}", pg_name(field.of), if field.is_array { "[]" } else { "" })))
+}
+
+/// Labels have no type of their own.
+fn type_oid(of: Type) -> Option<pg_sys::Oid> {
+    Some(match of {
+        Type::Labels => return None,
+        Type::Text => pg_sys::TEXTOID,
+        Type::Integer => pg_sys::INT4OID,
+        Type::Bigint => pg_sys::INT8OID,
+        Type::Numeric => pg_sys::NUMERICOID,
+        Type::Real => pg_sys::FLOAT4OID,
+        Type::Boolean => pg_sys::BOOLOID,
+        Type::Date => pg_sys::DATEOID,
+        Type::Timestamptz => pg_sys::TIMESTAMPTZOID,
+        Type::Jsonb => pg_sys::JSONBOID,
+    })
+}
+
+fn pg_name(of: Type) -> &'static str {
+    match of {
+        Type::Integer => "int4",
+        Type::Bigint => "int8",
+        Type::Real => "float4",
+        Type::Boolean => "bool",
+        of => of.name(),
+    }
+}
+
+/// Whether a type takes any text.
+fn is_text(base: pg_sys::Oid) -> bool {
+    matches!(base, pg_sys::TEXTOID | pg_sys::VARCHAROID | pg_sys::BPCHAROID | pg_sys::NAMEOID)
+}
+
+/// The type of an array's elements.
+fn element(type_oid: pg_sys::Oid) -> Option<pg_sys::Oid> {
+    // SAFETY: catalog lookups on the main thread inside a transaction.
+    let element = unsafe { pg_sys::get_base_element_type(type_oid) };
+    (element != pg_sys::InvalidOid).then_some(element)
+}
+
+/// A type's name, for messages.
+fn type_name(type_oid: pg_sys::Oid) -> String {
+    // SAFETY: a catalog lookup on the main thread inside a transaction; what comes back is a C string.
+    let name = unsafe { std::ffi::CStr::from_ptr(pg_sys::format_type_be(type_oid)) };
+    name.to_string_lossy().into_owned()
+}
