@@ -28,6 +28,11 @@ enum Form {
 
 impl Form {
     fn of(type_oid: pg_sys::Oid) -> Self {
+        // The type may be gone, or none that a restored table has: what then, is told where the table is looked at.
+        // SAFETY: a catalog lookup on the main thread inside a transaction.
+        if unsafe { pg_sys::get_typtype(type_oid) } == 0 {
+            return Self::Plain;
+        }
         if is_json(type_oid) {
             return Self::Json;
         }
