@@ -77,8 +77,36 @@ impl Report {
 /// Longest message that is kept, in characters.
 const MOST_MESSAGE: usize = 300;
 
-/// One line of at most 300 characters. Nothing in it moves a terminal's cursor, and Postgres takes it for text.
+/// Whether a character has no look of its own and changes that of others: it turns the direction of a text, or hides in it.
+/// These are Unicode's format characters (Cf), and those of its plane of tags.
+pub fn is_format(c: char) -> bool {
+    matches!(
+        u32::from(c),
+        0xad | 0x600..=0x605
+            | 0x61c
+            | 0x6dd
+            | 0x70f
+            | 0x890..=0x891
+            | 0x8e2
+            | 0x180e
+            | 0x200b..=0x200f
+            | 0x202a..=0x202e
+            | 0x2060..=0x206f
+            | 0xfeff
+            | 0xfff9..=0xfffb
+            | 0x110bd
+            | 0x110cd
+            | 0x1_3430..=0x1_343f
+            | 0x1_bca0..=0x1_bca3
+            | 0x1_d173..=0x1_d17a
+            | 0xe_0000..=0xe_0fff
+    )
+}
+
+/// One line of at most 300 characters. Nothing in it moves a terminal's cursor or changes how the rest looks, and Postgres
+/// takes it for text.
 pub fn one_line(text: &str) -> String {
+    let text: String = text.chars().filter(|c| !is_format(*c)).collect();
     let words = text.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
     let mut out: String = words.collect::<Vec<_>>().join(" ");
     if let Some((end, _)) = out.char_indices().nth(MOST_MESSAGE) {
@@ -308,6 +336,8 @@ mod tests {
             one_line(&report(500, r#"{"error":"a\n b\u0000c\u001b[2Jd"}"#).message),
             "HTTP status 500: a b c [2Jd"
         );
+        let hidden = "a\u{202e}b\u{2066}c\u{e0041}\u{200b} \u{feff}d\u{ad}";
+        assert_eq!(one_line(hidden), "abc d");
         assert_eq!(one_line(&report(200, r#"{"error":{}}"#).message), "the provider's answer contains an error");
         assert!(one_line(&"ä".repeat(1000)).chars().count() == MOST_MESSAGE + 1);
     }

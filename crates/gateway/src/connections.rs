@@ -3,7 +3,7 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
@@ -30,6 +30,11 @@ const LOOK: Duration = Duration::from_millis(100);
 /// have had their turn is one that sends too many of them given up.
 const TURN: (usize, usize) = (512, 16 << 10);
 
+/// Answers up to this size (bytes) are read whatever memory is left.
+pub const SMALL_ANSWER: usize = 4 << 10;
+/// Largest head of an answer, bytes.
+pub const MAX_HEAD: usize = 16 << 10;
+
 tokio::task_local! {
     /// Whether the request at hand waits for a place.
     pub static WAITS: Arc<AtomicBool>;
@@ -41,11 +46,45 @@ pub struct Places {
     places: Arc<Semaphore>,
     all: Mutex<Vec<Weak<Use>>>,
     most: usize,
+    pub reading: Arc<Reading>,
+}
+
+/// Bytes of all answers that are being read: of their heads, as far as they may be heads, and of their bodies.
+#[derive(Debug)]
+pub struct Reading {
+    bytes: AtomicUsize,
+    pub memory: AtomicUsize,
+}
+
+impl Reading {
+    /// Takes bytes of an answer that has so many with them.
+    ///
+    /// # Errors
+    /// If it is not small, and memory is full.
+    pub fn add(&self, bytes: usize, length: usize) -> Result<(), String> {
+        let all = self.bytes.load(Ordering::Relaxed).saturating_add(bytes);
+        // A small answer never has to go without.
+        if length > SMALL_ANSWER && all > self.memory.load(Ordering::Relaxed) {
+            return Err("answers that are being read use all of llm_batch.gateway_memory".to_owned());
+        }
+        self.bytes.store(all, Ordering::Relaxed);
+        Ok(())
+    }
+
+    #[cfg(test)]
+    pub fn all(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    pub fn give_back(&self, bytes: usize) {
+        self.bytes.store(self.bytes.load(Ordering::Relaxed).saturating_sub(bytes), Ordering::Relaxed);
+    }
 }
 
 impl Places {
-    pub fn new(most: usize) -> Arc<Self> {
-        Arc::new(Self { places: Arc::new(Semaphore::new(most)), all: Mutex::default(), most })
+    pub fn new(most: usize, memory: usize) -> Arc<Self> {
+        let reading = Arc::new(Reading { bytes: AtomicUsize::new(0), memory: AtomicUsize::new(memory) });
+        Arc::new(Self { places: Arc::new(Semaphore::new(most)), all: Mutex::default(), most, reading })
     }
 
     /// A place, as soon as there is one.
@@ -86,10 +125,13 @@ impl Places {
 }
 
 /// Whether a connection has a request.
-pub struct Use(Mutex<State>);
+pub struct Use(Mutex<State>, Arc<Reading>);
 
 #[derive(Default)]
 struct State {
+    /// Bytes that were read since its request, whatever they are, and most of them; 0: as many as come.
+    read: usize,
+    most: usize,
     /// From when on it may be closed; `None`: it has a request.
     free_from: Option<Instant>,
     is_closing: bool,
@@ -104,7 +146,31 @@ impl Use {
 
     /// The answer to its request has come, whole.
     pub fn is_free(&self) {
-        self.state().free_from = Some(Instant::now());
+        let mut state = self.state();
+        self.1.give_back(std::mem::take(&mut state.read).min(MAX_HEAD));
+        (state.free_from, state.most) = (Some(Instant::now()), 0);
+    }
+
+    /// An answer of so many bytes is expected on it.
+    pub fn expects(&self, bytes: usize) {
+        // What is between the parts of an answer is not more than they are, but for servers that harm.
+        self.state().most = bytes.saturating_mul(2).saturating_add(2 * MAX_HEAD);
+    }
+
+    /// So many bytes of the answer to its request were read.
+    fn reads(&self, bytes: usize) -> Result<(), String> {
+        let mut state = self.state();
+        if state.free_from.is_some() {
+            return Ok(());
+        }
+        let before = state.read.min(MAX_HEAD);
+        let read = state.read + bytes;
+        if state.most > 0 && read > state.most {
+            return Err("the provider sends far more bytes than its answer may have".to_owned());
+        }
+        self.1.add(read.min(MAX_HEAD) - before, read)?;
+        state.read = read;
+        Ok(())
     }
 
     /// To who reads it looks as if the other side had closed it. A request that is on its way to it goes to another one:
@@ -145,7 +211,7 @@ impl Service<Uri> for Connector {
             waits.store(true, Ordering::Relaxed);
             let place = places.place().await?;
             waits.store(false, Ordering::Relaxed);
-            let usage = Arc::new(Use(Mutex::default()));
+            let usage = Arc::new(Use(Mutex::default(), Arc::clone(&places.reading)));
             places.add(&usage);
             let placing = Placing { tcp, place: Some((place, Arc::clone(&usage))) };
             let connecting = HttpsConnector::from((placing, tls)).call(uri);
@@ -193,8 +259,18 @@ pub struct Placed {
 impl Placed {
     /// A request is being sent: the beginning of an answer comes next.
     fn is_written(&mut self) {
-        self.usage.state().free_from = None;
+        let mut state = self.usage.state();
+        if state.free_from.take().is_some() {
+            self.usage.1.give_back(std::mem::take(&mut state.read).min(MAX_HEAD));
+        }
+        drop(state);
         self.turn = TURN.0;
+    }
+}
+
+impl Drop for Placed {
+    fn drop(&mut self) {
+        self.usage.1.give_back(std::mem::take(&mut self.usage.state().read).min(MAX_HEAD));
     }
 }
 
@@ -227,6 +303,7 @@ impl Read for Placed {
         let mut part = ReadBuf::new(part.get_mut(..left).unwrap_or_default());
         let read = Pin::new(&mut self.stream).poll_read(cx, part.unfilled());
         buffer.put_slice(part.filled());
+        self.usage.reads(part.filled().len()).map_err(io::Error::other)?;
         self.read = if read.is_ready() { self.read + part.filled().len() } else { 0 };
         read
     }
@@ -302,11 +379,16 @@ mod tests {
         });
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let places = Places::new(1);
+            let places = Places::new(1, usize::MAX);
             let place = places.place().await.unwrap();
             let stream = TokioIo::new(TcpStream::connect(address).await.unwrap());
-            let mut placed =
-                Placed { stream, usage: Arc::new(Use(Mutex::default())), read: 0, turn: TURN.0, _place: place };
+            let mut placed = Placed {
+                stream,
+                usage: Arc::new(Use(Mutex::default(), Arc::clone(&places.reading))),
+                read: 0,
+                turn: TURN.0,
+                _place: place,
+            };
             let (mut all, mut most) = (0, TURN.0);
             while all < ALL {
                 let woken = Arc::<Woken>::default();

@@ -1,13 +1,12 @@
 //! The HTTP clients, and which addresses they may connect to. Names are resolved here, so that the address that was
 //! checked is the one that is connected to.
 
-use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -21,7 +20,7 @@ use llm_batch_core::url::{self, LOCALHOST, is_loopback, is_reserved, may_be_clea
 use rustls_platform_verifier::BuilderVerifierExt;
 use tower_service::Service;
 
-use crate::connections::{Connector, Places};
+use crate::connections::{Connector, MAX_HEAD, Places, Reading};
 use crate::files;
 use crate::protocol::{Endpoint, Secret};
 
@@ -33,10 +32,6 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often the other side of a silent connection is asked whether it is there, and how long it may stay silent.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(30));
-/// Answers up to this size (bytes) are read whatever memory is left.
-const SMALL_ANSWER: usize = 64 << 10;
-/// Largest head of an answer, bytes.
-const MAX_HEAD: usize = 64 << 10;
 
 /// An HTTP client with connections of its own. It follows no redirects and uses no proxy.
 pub type HttpClient = Client<Connector, Full<Bytes>>;
@@ -62,9 +57,6 @@ pub struct Clients {
     uses: u64,
     /// For connections of all of them.
     places: Arc<Places>,
-    /// Bytes of all answers that are being read, and most of them.
-    reading: Rc<Cell<usize>>,
-    pub memory: usize,
 }
 
 /// What requests on the same connections have in common.
@@ -84,8 +76,8 @@ impl Clients {
     }
 
     fn with(tls: rustls::ClientConfig, lookup: Arc<dyn Lookup>, memory: usize, connections: usize) -> Self {
-        let places = Places::new(connections);
-        Self { tls, lookup, pools: BTreeMap::new(), uses: 0, places, reading: Rc::default(), memory }
+        let places = Places::new(connections, memory);
+        Self { tls, lookup, pools: BTreeMap::new(), uses: 0, places }
     }
 
     /// The client for an endpoint. What its options allow and its `ca_file` are looked at anew each time.
@@ -136,7 +128,12 @@ impl Clients {
 
     /// An answer of at most so many bytes.
     pub fn answer(&self, most: usize) -> Answer {
-        Answer { bytes: Vec::new(), all: Rc::clone(&self.reading), most, memory: self.memory }
+        Answer { bytes: Vec::new(), all: Arc::clone(&self.places.reading), most }
+    }
+
+    /// Most bytes of all answers that are being read.
+    pub fn set_memory(&self, memory: usize) {
+        self.places.reading.memory.store(memory, Ordering::Relaxed);
     }
 
     fn client(&self, tls: rustls::ClientConfig, reach: Reach) -> HttpClient {
@@ -159,10 +156,9 @@ impl Clients {
 #[derive(Debug)]
 pub struct Answer {
     pub bytes: Vec<u8>,
-    all: Rc<Cell<usize>>,
-    /// Most bytes of this one, and of all.
-    most: usize,
-    memory: usize,
+    all: Arc<Reading>,
+    /// Most bytes of it.
+    pub most: usize,
 }
 
 impl Answer {
@@ -171,15 +167,11 @@ impl Answer {
     /// # Errors
     /// If it is not to be read on.
     pub fn push(&mut self, part: &[u8]) -> Result<(), String> {
-        let (length, all) = (self.bytes.len() + part.len(), self.all.get() + part.len());
+        let length = self.bytes.len() + part.len();
         if length > self.most {
             return Err(format!("the provider's answer is larger than {} bytes", self.most));
         }
-        // A small answer never has to go without.
-        if length > SMALL_ANSWER && all > self.memory {
-            return Err("answers that are being read use all of llm_batch.gateway_memory".to_owned());
-        }
-        self.all.set(all);
+        self.all.add(part.len(), length)?;
         self.bytes.extend_from_slice(part);
         Ok(())
     }
@@ -187,7 +179,7 @@ impl Answer {
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        self.all.set(self.all.get().saturating_sub(self.bytes.len()));
+        self.all.give_back(self.bytes.len());
     }
 }
 
@@ -267,6 +259,7 @@ impl Service<Name> for Resolver {
 mod own_network;
 #[cfg(test)]
 mod tests {
+    use crate::connections::SMALL_ANSWER;
     use std::io::{Read, Write};
     use std::net::{IpAddr, TcpListener};
     use std::sync::Mutex;
@@ -327,7 +320,8 @@ mod tests {
         // Most of these names are not this machine's.
         endpoint.allow_http = true;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let question = Question { endpoint: &endpoint, body: &json!({}), timeout: Duration::from_secs(20) };
+        let question =
+            Question { endpoint: &endpoint, body: &json!({}), timeout: Duration::from_secs(20), most_tokens: 100 };
         runtime.block_on(request::send(clients.of(&endpoint), clients.answer(9_000), &question))
     }
 
@@ -393,7 +387,8 @@ mod tests {
         for (path, key) in [("v1", "a"), ("v1", "a"), ("v1", "b"), ("v2", "b"), ("v1", "a"), ("v1", "b"), ("v2", "b")] {
             endpoint.base_url = format!("http://localhost:{port}/{path}");
             endpoint.api_key = Some(Secret(key.to_owned()));
-            let question = Question { endpoint: &endpoint, body: &json!({}), timeout: Duration::from_secs(20) };
+            let question =
+                Question { endpoint: &endpoint, body: &json!({}), timeout: Duration::from_secs(20), most_tokens: 100 };
             let (client, answer) = (clients.of(&endpoint), clients.answer(9_000));
             let answered = runtime.block_on(request::send(client, answer, &question));
             assert!(message(&answered).contains("500"), "{answered:?}");
@@ -414,8 +409,8 @@ mod tests {
         assert!(small.push(&[b'x'; 10]).is_ok() && small.push(b"x").is_err());
         drop(first);
         assert!(second.push(&part).is_ok());
-        assert_eq!(clients.reading.get(), 2 * SMALL_ANSWER + 10);
+        assert_eq!(clients.places.reading.all(), 2 * SMALL_ANSWER + 10);
         drop((second, small));
-        assert_eq!(clients.reading.get(), 0);
+        assert_eq!(clients.places.reading.all(), 0);
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
+use std::sync::Arc;
 
 use llm_batch_core::dialect::FRAME_TOKENS;
 use llm_batch_core::limiter::{Class, Tokens};
@@ -9,7 +10,7 @@ use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::patience::Way;
 use llm_batch_core::prompt;
-use llm_batch_core::task::Kind;
+use llm_batch_core::task::{Kind, Span};
 use serde_json::Value;
 
 use crate::cache::{Keys, TextKey};
@@ -23,7 +24,7 @@ use crate::tokens;
 #[derive(Debug)]
 pub struct Group {
     pub stream: Rc<Stream>,
-    pub kind: Rc<dyn Kind>,
+    pub kind: Arc<dyn Kind>,
     /// Stands for what an answer depends on, beside the text: rows with the same scope and text have the same answer.
     pub scope: TextKey,
     system: String,
@@ -50,6 +51,48 @@ pub struct Group {
     pub purse: Option<Purse>,
     /// Rows sent, divided by priority: the group with the least goes next.
     pub served: f64,
+}
+
+/// By what a text becomes a line of a request. For a long text that is done on another thread.
+#[derive(Debug)]
+pub struct Ruler {
+    kind: Arc<dyn Kind>,
+    most_bytes: usize,
+    /// Tokens of a line and its answer.
+    most: usize,
+    too_long: TooLong,
+}
+
+/// A text as it stands in a request.
+#[derive(Debug)]
+pub struct Line {
+    /// As a JSON string; empty: it is larger than a request may be.
+    quoted: String,
+    tokens: usize,
+    answer: Span,
+}
+
+impl Ruler {
+    pub fn line(&self, text: &str) -> Line {
+        let tokens_of = |quoted: &str| tokens::count(&prompt::row(417, quoted, None));
+        let answer = |tokens: usize| self.kind.tokens(tokens);
+        // Counting a text that can't fit anyway would be wasted work.
+        let hopeless = text.len() >= self.most_bytes;
+        let mut quoted = if hopeless { String::new() } else { prompt::quote(text) };
+        let mut tokens = tokens_of(&quoted);
+        if hopeless || tokens + answer(tokens).planned > self.most {
+            let cut = match self.too_long {
+                TooLong::Skip => "",
+                TooLong::Truncate => {
+                    let most = self.most.saturating_sub(answer(self.most).planned);
+                    tokens::beginning(text, most.saturating_sub(tokens_of("")))
+                }
+            };
+            quoted = if cut.is_empty() { String::new() } else { prompt::quote(cut) };
+            tokens = tokens_of(&quoted);
+        }
+        Line { quoted, tokens, answer: answer(tokens) }
+    }
 }
 
 /// What a group has to send.
@@ -114,39 +157,39 @@ impl Group {
         if self.stream.interactive { Class::Interactive } else { Class::Bulk }
     }
 
-    /// Queues a row, cut if it has to be and may be. Rows with the same key are sent once.
-    pub fn push(&mut self, now: u64, conn: u64, item: Item, compartment: TextKey, key: TextKey) -> Pushed {
+    /// By what texts become lines.
+    pub fn ruler(&self) -> Ruler {
+        let most_tokens = self.stream.model.max_request_tokens;
+        Ruler {
+            kind: Arc::clone(&self.kind),
+            most_bytes: most_text(most_tokens),
+            most: (most_tokens as usize).saturating_sub(self.prefix_tokens + self.answer_frame),
+            too_long: self.stream.task.options.too_long,
+        }
+    }
+
+    /// Queues a row, cut if it has to be and may be. Rows with the same key are sent once. `line`: its line, if it was made
+    /// before.
+    pub fn push(
+        &mut self,
+        now: u64,
+        conn: u64,
+        (item, line): (Item, Option<Line>),
+        compartment: TextKey,
+        key: TextKey,
+    ) -> Pushed {
         let waiter = Waiter { conn, n: item.n, bytes: item.text.len() };
         if let Some(waiters) = self.waiters.get_mut(&key) {
             waiters.push(waiter);
             return Pushed::Joined;
         }
-        let options = &self.stream.task.options;
-        let most_tokens = self.stream.model.max_request_tokens;
-        let most = (most_tokens as usize).saturating_sub(self.prefix_tokens + self.answer_frame);
-        let line = |quoted: &str| tokens::count(&prompt::row(417, quoted, None));
-        let answer = |tokens: usize| self.kind.tokens(tokens);
-        // Counting a text that can't fit anyway would be wasted work.
-        let hopeless = item.text.len() >= most_text(most_tokens);
-        let mut quoted = if hopeless { String::new() } else { prompt::quote(&item.text) };
-        let mut tokens = line(&quoted);
-        if hopeless || tokens + answer(tokens).planned > most {
-            let cut = match options.too_long {
-                TooLong::Skip => "",
-                TooLong::Truncate => {
-                    let most = most.saturating_sub(answer(most).planned);
-                    tokens::beginning(&item.text, most.saturating_sub(line("")))
-                }
-            };
-            if cut.is_empty() {
-                return Pushed::TooLong;
-            }
-            quoted = prompt::quote(cut);
-            tokens = line(&quoted);
+        let Line { quoted, tokens, answer } = line.unwrap_or_else(|| self.ruler().line(&item.text));
+        if quoted.is_empty() {
+            return Pushed::TooLong;
         }
         self.waiters.insert(key, vec![waiter]);
-        let most_rows = options.max_rows_per_request as usize;
-        self.fresh.push(now, Row::new(key, compartment, conn, quoted, (tokens, answer(tokens)), most_rows));
+        let most_rows = self.stream.task.options.max_rows_per_request as usize;
+        self.fresh.push(now, Row::new(key, compartment, conn, quoted, (tokens, answer), most_rows));
         Pushed::Queued
     }
 
@@ -349,9 +392,9 @@ mod tests {
     fn clients_of_a_group_take_turns() {
         let mut g = group();
         for n in 0..100 {
-            g.push(0, 1, item(n), 0, n.into());
+            g.push(0, 1, (item(n), None), 0, n.into());
         }
-        g.push(0, 2, item(1_000), 0, 1_000);
+        g.push(0, 2, (item(1_000), None), 0, 1_000);
         let first = rows(g.next(0, 100_000, Way::AsEver));
         assert_eq!(first.len(), 50);
         assert!(first.iter().take(2).any(|r| r.key == 1_000));
@@ -360,8 +403,8 @@ mod tests {
     #[test]
     fn the_same_text_is_sent_once_and_goes_on_for_who_stays() {
         let mut g = group();
-        assert_eq!(g.push(0, 1, item(7), 0, 7), Pushed::Queued);
-        assert_eq!(g.push(0, 2, item(7), 0, 7), Pushed::Joined);
+        assert_eq!(g.push(0, 1, (item(7), None), 0, 7), Pushed::Queued);
+        assert_eq!(g.push(0, 2, (item(7), None), 0, 7), Pushed::Joined);
         assert_eq!(g.queued(), 1);
         let gone = g.withdraw(&|conn| conn == 1);
         assert_eq!((gone.len(), g.queued()), (1, 1));
@@ -384,7 +427,7 @@ mod tests {
     fn rows_that_are_asked_again_are_not_joined_by_others_either() {
         let mut g = group();
         for n in 0..40 {
-            g.push(0, 1, item(n), u128::from(n % 4), n.into());
+            g.push(0, 1, (item(n), None), u128::from(n % 4), n.into());
         }
         let mut all: Vec<Row> = (0..4).flat_map(|_| rows(g.next(0, 100_000, Way::AsEver))).collect();
         all.sort_by_key(|row| row.key);
@@ -393,7 +436,7 @@ mod tests {
             row.attempts = 1;
             g.push_again(row);
         }
-        g.push(0, 1, item(40), 0, 40);
+        g.push(0, 1, (item(40), None), 0, 40);
         let mut seen = 0;
         while g.queued() > 0 {
             let pack = rows(g.next(1_000, 100_000, Way::AsEver));
@@ -408,14 +451,14 @@ mod tests {
     #[test]
     fn rows_wait_for_company_only_while_others_are_under_way_and_keep_coming() {
         let mut g = group();
-        g.push(100, 1, item(1), 0, 1);
+        g.push(100, 1, (item(1), None), 0, 1);
         let first = rows(g.next(100, 100_000, Way::AsEver));
         assert_eq!(first.len(), 1);
         g.count_served(100, &first);
-        g.push(100, 1, item(2), 0, 2);
+        g.push(100, 1, (item(2), None), 0, 2);
         assert!(matches!(g.next(105, 100_000, Way::AsEver), Next::Until(120)));
         for at in [115, 130, 145, 160, 175] {
-            g.push(at, 1, item(at), 0, at.into());
+            g.push(at, 1, (item(at), None), 0, at.into());
         }
         assert!(matches!(g.next(179, 100_000, Way::AsEver), Next::Until(180)));
         assert_eq!(rows(g.next(180, 100_000, Way::AsEver)).len(), 6);

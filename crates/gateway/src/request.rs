@@ -11,7 +11,7 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
 use hyper::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, USER_AGENT};
 use hyper::http::Extensions;
-use hyper_util::client::legacy::connect::{CaptureConnection, capture_connection};
+use hyper_util::client::legacy::connect::{CaptureConnection, Connected, capture_connection};
 use llm_batch_core::dialect::Reply;
 use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::trouble::{self, Report, Trouble};
@@ -28,6 +28,10 @@ const MAX_ANSWER: usize = 4 << 20;
 const LEAST_ANSWER: usize = 32 << 10;
 /// Bytes of an answer for each of its tokens. A server that streams has an event for each.
 const BYTES_PER_TOKEN: usize = 512;
+/// Bytes of an answer's text for each of its tokens; prose has four or five.
+const TEXT_PER_TOKEN: usize = 8;
+/// Bytes of a body that takes some time to read.
+const LARGE: usize = 64 << 10;
 /// Most interim answers (1xx) to a request.
 const MOST_INTERIM: u32 = 16;
 
@@ -37,12 +41,19 @@ pub fn most_bytes(tokens: u64) -> usize {
     tokens.saturating_mul(BYTES_PER_TOKEN).saturating_add(LEAST_ANSWER).min(MAX_ANSWER)
 }
 
+/// Most bytes of the text of an answer of so many tokens. Some servers do not count what is thought.
+fn most_text(tokens: u64) -> usize {
+    usize::try_from(tokens).unwrap_or(usize::MAX).saturating_mul(TEXT_PER_TOKEN).saturating_add(LEAST_ANSWER)
+}
+
 /// A request to send.
 #[derive(Debug)]
 pub struct Question<'a> {
     pub endpoint: &'a Endpoint,
     pub body: &'a Value,
     pub timeout: Duration,
+    /// The cap of its answer, tokens.
+    pub most_tokens: u64,
 }
 
 /// What came of a request.
@@ -114,6 +125,37 @@ pub async fn send(client: Result<HttpClient, String>, answer: Answer, question: 
     }
 }
 
+fn usage(connected: Option<&Connected>) -> Option<Arc<Use>> {
+    let mut extras = Extensions::new();
+    connected?.get_extras(&mut extras);
+    extras.get().cloned()
+}
+
+/// Tells the connection, once there is one, how large an answer is expected. Has no end.
+async fn expect(mut connection: CaptureConnection, bytes: usize) {
+    let found = usage(connection.wait_for_connection_metadata().await.as_ref());
+    found.inspect(|usage| usage.expects(bytes));
+    std::future::pending().await
+}
+
+/// Reads an answer, a large one on another thread. What is longer than its tokens can be is none.
+async fn outcome(status: u16, answer: Answer, wait: Option<u64>, question: &Question<'_>) -> Result<Reply, Report> {
+    let texts = texts(question.body);
+    let is_large = answer.bytes.len() > LARGE;
+    let read = move || trouble::outcome(status, &answer.bytes, wait, &texts);
+    let reply = if !is_large {
+        read()?
+    } else {
+        let internal = |e| Err(Report::new(Trouble::Overload(None), format!("internal error: {e}")));
+        tokio::task::spawn_blocking(read).await.unwrap_or_else(internal)?
+    };
+    if reply.text.len() > most_text(question.most_tokens) {
+        let message = "the provider's answer is longer than its tokens can be".to_owned();
+        return Err(Report::new(Trouble::Overload(None), message));
+    }
+    Ok(reply)
+}
+
 /// The messages of a request.
 fn texts(body: &Value) -> Vec<String> {
     let messages = body["messages"].as_array().into_iter().flatten();
@@ -172,6 +214,8 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
             return Answered::broke_off("the provider sends too many interim responses".to_owned(), true);
         }
         response = client.request(request) => response,
+        // Set before anything can be read: what is sent on a connection is so only after this.
+        () = expect(connection.clone(), answer.most) => return Answered::broke_off(TIMED_OUT.to_owned(), true),
     };
     let response = match response {
         Ok(response) => response,
@@ -192,10 +236,8 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
             return Answered::broke_off(e, true);
         }
     }
-    if let Some(connected) = connection.connection_metadata().as_ref() {
-        let mut extras = Extensions::new();
-        connected.get_extras(&mut extras);
-        extras.get::<Arc<Use>>().inspect(|connection| connection.is_free());
+    if let Some(usage) = usage(connection.connection_metadata().as_ref()) {
+        usage.is_free();
     }
     // Providers quote keys in what they say. What they say is read first (JSON may hide a key behind escapes) and cut
     // to size last (a key cut in two is not found).
@@ -207,7 +249,7 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
             Err(Report::new(Trouble::Overload(None), message))
         }
         Some(_) => trouble::outcome(status.as_u16(), b"", said.wait, &[]),
-        None => trouble::outcome(status.as_u16(), &answer.bytes, said.wait, &texts(question.body)),
+        None => outcome(status.as_u16(), answer, said.wait, question).await,
     };
     let result = result.map_err(|report| {
         let mut message = presentable(&report.message, key);
@@ -236,6 +278,8 @@ const MOST_SAID: usize = 16 << 10;
 /// What a provider says, without keys, on a line.
 pub fn presentable(said: &str, key: &str) -> String {
     // On a line first: then what the cut leaves of a key, which may not be found, is too far behind to be shown.
+    // What is dropped later on would join the parts of a key that it stands between.
+    let said: String = said.chars().filter(|c| !trouble::is_format(*c)).collect();
     let words = said.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
     let line = words.collect::<Vec<_>>().join(" ");
     let head = line.get(..line.floor_char_boundary(MOST_SAID)).unwrap_or_default();
@@ -397,6 +441,8 @@ mod tests {
                 assert!(!shown.is_empty());
             }
         }
+        let hidden: Vec<String> = key.chars().map(String::from).collect();
+        assert_eq!(presentable(&format!("a {} b", hidden.join("\u{200b}")), key), "a [redacted] b");
         assert_eq!(presentable(&format!("HTTP status 500: {}", "[".repeat(MAX_ANSWER)), key).chars().count(), 301);
     }
 

@@ -16,6 +16,7 @@ use crate::dispatch::{Launch, PROBE_READ_TOKENS, Probe, State, disabled};
 use crate::egress::{Answer, Clients, HttpClient};
 use crate::failure_point;
 use crate::frames::Frames;
+use crate::group::Line;
 use crate::kept::Kept;
 use crate::places::Places;
 use crate::protocol::{Endpoint, FromGateway, Item, ToGateway, decode, encode};
@@ -29,6 +30,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Rows, and bytes of text, that are taken in of one client before others have their turn.
 const TURN: (usize, usize) = (32, 4 << 10);
+
+/// Bytes of a text whose tokens take long to count.
+const LONG: usize = 16 << 10;
 
 /// What all tasks share. All of them run on one thread.
 struct Shared {
@@ -96,7 +100,7 @@ pub async fn run(
                     return;
                 }
                 let new = settings.borrow_and_update().clone();
-                shared.clients.borrow_mut().memory = new.memory;
+                shared.clients.borrow().set_memory(new.memory);
                 shared.state.borrow_mut().configure(new);
                 shared.room.notify_waiters();
             }
@@ -133,7 +137,7 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
     let mut sending = spawn_local(async move {
         failure_point!("net-send");
-        let question = Question { endpoint: &stream.endpoint, body: &body, timeout };
+        let question = Question { endpoint: &stream.endpoint, body: &body, timeout, most_tokens };
         request::send(client, answer, &question).await
     });
     let result = tokio::select! {
@@ -232,7 +236,7 @@ async fn take_parts(shared: &Shared, conn: u64, items: Vec<Item>) -> Result<(), 
     for item in items {
         failure_point!("poison-gateway", &item.text);
         bytes += item.text.len();
-        part.push(item);
+        part.push(line(shared, conn, item).await?);
         if part.len() >= TURN.0 || bytes >= TURN.1 {
             bytes = 0;
             shared.state.borrow_mut().items(shared.now(), conn, std::mem::take(&mut part))?;
@@ -240,6 +244,20 @@ async fn take_parts(shared: &Shared, conn: u64, items: Vec<Item>) -> Result<(), 
         }
     }
     shared.state.borrow_mut().items(shared.now(), conn, part)
+}
+
+/// A row with its line, if that takes long to make: it is made on another thread.
+async fn line(shared: &Shared, conn: u64, item: Item) -> Result<(Item, Option<Line>), String> {
+    if item.text.len() < LONG {
+        return Ok((item, None));
+    }
+    let ruler = shared.state.borrow_mut().ruler(conn);
+    let Some(ruler) = ruler else { return Ok((item, None)) };
+    let making = tokio::task::spawn_blocking(move || {
+        let line = ruler.line(&item.text);
+        (item, Some(line))
+    });
+    making.await.map_err(|e| format!("internal error: {e}"))
 }
 
 async fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), String> {
@@ -253,7 +271,11 @@ async fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<()
             ToGateway::Abandon => state().abandon(conn),
             ToGateway::Allow(more) => state().allow(conn, more),
             ToGateway::Estimate(items) => {
-                let estimate = state().estimate(conn, items);
+                let mut lines = Vec::new();
+                for item in items {
+                    lines.push(line(shared, conn, item).await?);
+                }
+                let estimate = state().estimate(conn, lines);
                 state().say(conn, &FromGateway::Estimated(estimate));
             }
             ToGateway::Activity => {
@@ -283,7 +305,7 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
             Some(Probe::Send(endpoint, body, timeout, left)) => {
                 tries += 1;
                 let (client, answer) = way(&shared, &endpoint, PROBE_READ_TOKENS);
-                let question = Question { endpoint: &endpoint, body: &body, timeout };
+                let question = Question { endpoint: &endpoint, body: &body, timeout, most_tokens: PROBE_READ_TOKENS };
                 let result = tokio::select! {
                     answered = request::send(client, answer, &question) => answered.result,
                     () = left.notified() => return,

@@ -228,7 +228,7 @@ pub struct Span {
 }
 
 /// A task that is ready to be asked.
-pub trait Kind: fmt::Debug {
+pub trait Kind: fmt::Debug + Send + Sync {
     /// Names that the values of a row's answer may be written under, if it has names.
     fn names(&self) -> Vec<&str> {
         Vec::new()

@@ -4,13 +4,13 @@ use llm_batch_core::patience::Way;
 
 use super::State;
 use super::send::{Draft, rows_of};
-use crate::group::{Group, Next};
+use crate::group::{Group, Line, Next};
 use crate::lane::Measured;
 use crate::protocol::{Estimate, Item};
 
 impl State {
     /// What rows would take if they were sent, by what is known of the client's model.
-    pub fn estimate(&mut self, conn: u64, items: Vec<Item>) -> Estimate {
+    pub fn estimate(&mut self, conn: u64, items: Vec<(Item, Option<Line>)>) -> Estimate {
         let mut sum = Estimate::default();
         let Some((lane_key, group_id, stream)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else {
             return sum;
@@ -24,10 +24,10 @@ impl State {
             group.size = known.size;
         }
         let reuse = group.stream.task.options.reuse;
-        for (i, item) in items.into_iter().enumerate() {
+        for (i, (item, line)) in items.into_iter().enumerate() {
             let compartment = group.compartment(&self.keys, &item);
             let key = if reuse { self.keys.of(compartment, &item.text) } else { i as u128 };
-            group.push(0, conn, item, compartment, key);
+            group.push(0, conn, (item, line), compartment, key);
         }
         while let Next::Rows(rows) = group.next(u64::MAX / 2, rows_of(learned, measured, largest) as usize, Way::AsEver)
         {

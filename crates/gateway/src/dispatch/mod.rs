@@ -30,7 +30,7 @@ pub use self::probe::{PROBE_READ_TOKENS, Probe};
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
 use crate::frames::Frames;
-use crate::group::Pushed;
+use crate::group::{Line, Pushed, Ruler};
 use crate::kept::Kept;
 use crate::key::{GroupId, LaneKey};
 use crate::lane::{Lane, Learned};
@@ -386,7 +386,13 @@ impl State {
         }
     }
 
-    pub fn items(&mut self, now: u64, conn: u64, items: Vec<Item>) -> Result<(), String> {
+    /// By what texts of a client become lines.
+    pub fn ruler(&mut self, conn: u64) -> Option<Ruler> {
+        let (lane, group, _) = self.conns.get(&conn)?.stream.clone()?;
+        Some(self.lanes.get_mut(&lane)?.group(group)?.ruler())
+    }
+
+    pub fn items(&mut self, now: u64, conn: u64, items: Vec<(Item, Option<Line>)>) -> Result<(), String> {
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
         c.came = now;
         let Some((lane, group, _)) = c.stream.clone() else {
@@ -396,7 +402,7 @@ impl State {
         if let Some(l) = self.lanes.get_mut(&lane) {
             l.wake(group);
         }
-        for item in items {
+        for (item, line) in items {
             let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
             if c.outstanding >= MAX_OUTSTANDING_ITEMS
                 || (c.outstanding > 0 && c.outstanding_bytes + item.text.len() > MAX_OUTSTANDING_BYTES)
@@ -423,7 +429,7 @@ impl State {
                 self.outcome(waiter, 0, Verdict::Answer(answer), true);
                 continue;
             }
-            if g.push(now, conn, item, compartment, key) == Pushed::TooLong {
+            if g.push(now, conn, (item, line), compartment, key) == Pushed::TooLong {
                 let most = g.stream.model.max_request_tokens;
                 self.outcome(waiter, 0, too_long(&format!("max_request_tokens of the model is {most}")), false);
             }
