@@ -177,6 +177,11 @@ impl Patience {
         self.in_bounds(now, next)
     }
 
+    /// Nothing is sent for a while, and one request after that.
+    pub fn holds(&mut self) {
+        self.paid = self.paid.min(MOST_PAID - 1);
+    }
+
     /// It was given up: the next stream begins anew.
     pub fn begin_anew(&mut self) {
         *self = Self { in_flight: self.in_flight, turn: self.turn + 1, ..Self::default() };

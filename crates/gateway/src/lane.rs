@@ -212,6 +212,8 @@ pub struct Lane {
     /// Those of requests that were sent after the one before had been refused, and when (ms) that was last.
     pub refused_in_vain: u32,
     pub refused_at: u64,
+    /// Since when (ms) requests without rows are answered, and none with rows.
+    pub vouched: Option<u64>,
     /// When (ms) a request was last answered with a 2xx.
     pub last_success: Option<u64>,
     pub requests_total: u64,
@@ -257,6 +259,7 @@ impl Lane {
             refusals: 0,
             refused_in_vain: 0,
             refused_at: 0,
+            vouched: None,
             last_success: None,
             requests_total: 0,
             rows_total: 0,
@@ -384,8 +387,15 @@ impl Lane {
         self.last_success = Some(now);
     }
 
-    /// A request failed that was sent at `sent` (ms), for a role.
-    pub fn fails(&mut self, now: u64, (grant, sent): (Grant, u64), report: &Report, left: Left, role: Option<u32>) {
+    /// A request failed that was sent at `sent` (ms), for a role. `is_own`: that says nothing of other requests.
+    pub fn fails(
+        &mut self,
+        now: u64,
+        (grant, sent): (Grant, u64),
+        report: &Report,
+        left: Left,
+        (role, is_own): (Option<u32>, bool),
+    ) {
         match report.trouble {
             Trouble::Rate(_) => self.throttled += 1,
             Trouble::Unsupported(_) | Trouble::TooLarge | Trouble::OverLimit | Trouble::AnswerCap | Trouble::CutOff => {
@@ -401,7 +411,7 @@ impl Lane {
             Trouble::Overload(_) => drop(grant),
             _ => self.limiter.settle(grant, Tokens::default(), left),
         }
-        if matches!(report.trouble, Trouble::Overload(_))
+        if (matches!(report.trouble, Trouble::Overload(_)) && !is_own)
             || (matches!(report.trouble, Trouble::Rate(_)) && !self.limiter.is_limited())
         {
             self.concurrency.troubled(sent, now);

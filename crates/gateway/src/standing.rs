@@ -14,6 +14,12 @@ const MOST: usize = 1024;
 /// Requests of which single rows were refused, while none was ever accepted: then it is the request that is wrong.
 const MOST_REFUSED: usize = 3;
 
+/// Requests in a row that are not answered, while those without rows are, until nothing is sent for a while.
+const MOST_UNANSWERED: u32 = 20;
+/// How long (ms) that is at first, doubled each time, and at most.
+const FIRST_PAUSE: u64 = 30_000;
+const LONGEST_PAUSE: u64 = 900_000;
+
 /// A task's standing with a model.
 #[derive(Debug, Default)]
 pub struct Standing {
@@ -26,6 +32,10 @@ pub struct Standing {
     pub is_accepted: bool,
     /// Numbers of the requests of which a single row was refused, until one is accepted.
     refused: Vec<u64>,
+    /// Requests in a row that were not answered although one without rows was; and how often nothing was sent for a while
+    /// for that, or since as many as are risked may have been paid for.
+    unanswered: u32,
+    held: u32,
     /// When (ms) it was last looked for.
     used: u64,
 }
@@ -48,6 +58,31 @@ impl Standing {
     pub fn accepts(&mut self) {
         self.is_accepted = true;
         self.refused.clear();
+    }
+
+    /// A request is to be sent. After a pause it is one at a time.
+    pub fn may_send(&self, now: u64) -> bool {
+        self.patience.may_send(now) && (self.held == 0 || self.patience.in_flight() == 0)
+    }
+
+    /// A request was not answered although one without rows was. Whether they are enough.
+    pub fn is_unanswered(&mut self) -> bool {
+        self.unanswered += 1;
+        self.unanswered >= MOST_UNANSWERED
+    }
+
+    /// Nothing is to be sent for so long (ms).
+    pub fn hold(&mut self) -> u64 {
+        self.unanswered = MOST_UNANSWERED - 1;
+        self.patience.holds();
+        let wait = (FIRST_PAUSE << self.held.min(10)).min(LONGEST_PAUSE);
+        self.held += 1;
+        wait
+    }
+
+    /// A request was answered, be it with a refusal.
+    pub fn is_answered(&mut self) {
+        (self.unanswered, self.held) = (0, 0);
     }
 
     /// The next stream after a stop begins anew.

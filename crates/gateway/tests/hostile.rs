@@ -376,3 +376,105 @@ fn a_cap_that_is_said_to_be_absurdly_small_takes_no_row() {
         }
     }
 }
+
+/// What a client is told at the end of all it asked.
+#[track_caller]
+fn stop(client: &mut Client) -> Stop {
+    loop {
+        match client.hear("a stop") {
+            Some(FromGateway::Stopped(stop)) => return stop,
+            Some(FromGateway::Outcomes { outcomes, .. }) => {
+                assert!(outcomes.iter().all(|o| o.verdict == Verdict::Withdrawn), "{outcomes:?}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// Chunk sizes, extensions and blanks without end never come to what is in a chunk.
+#[test]
+fn what_is_between_the_parts_of_an_answer_has_an_end() {
+    let setup = Setup::new(64 << 20);
+    let provider = provider(Config::default());
+    for (n, pour) in [("zeros", b'0'), ("blanks", b' ')] {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = format!("http://{}/v1", listener.local_addr().unwrap());
+        let (sender, receiver) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            use std::io::Write;
+            let mut stream = listener.accept().unwrap().0;
+            let mut requests = std::io::BufReader::new(stream.try_clone().unwrap());
+            support::relay::message(&mut requests).unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5").unwrap();
+            let start = Instant::now();
+            let mut sent = 0;
+            while start.elapsed() < Duration::from_secs(10) {
+                match stream.write(&[pour; 4096]) {
+                    Ok(n) => sent += n,
+                    Err(_) => break,
+                }
+            }
+            sender.send((sent, start.elapsed())).unwrap();
+        });
+        let mut client = setup.client(&provider, |s| (s.endpoint.base_url, s.model.model) = (url, n.into()));
+        client.rows(0..10);
+        let (sent, took) = receiver.recv().unwrap();
+        // Buffers of both sides included.
+        assert!(sent < 16 << 20 && took < Duration::from_secs(5), "{n}: {sent} bytes in {took:?}");
+    }
+}
+
+#[test]
+fn who_answers_probes_and_nothing_else_is_left_alone_and_that_is_said() {
+    for (what, own) in [
+        ("500", answer(500, r#"{"error": {"message": "boom"}}"#)),
+        ("no head", b"HTTP/1.1 2".to_vec()),
+        ("no status", b"HTTP/1.1 099 x\r\ncontent-length: 0\r\n\r\n".to_vec()),
+    ] {
+        let setup = Setup::new(64 << 20);
+        let provider = provider(Config::default());
+        let requests = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+        let count = std::sync::Arc::clone(&requests);
+        let url = before(&provider, move |texts| {
+            (!texts.contains("Say ok.")).then(|| {
+                count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                own.clone()
+            })
+        });
+        let change = |s: &mut Stream| (s.endpoint.base_url, s.model.request_timeout_ms) = (url.clone(), 500);
+        let mut client = setup.client(&provider, change);
+        client.rows(0..500);
+        let first = stop(&mut client);
+        assert_eq!(first.reason, StopReason::ProviderDown, "{what}: {first:?}");
+        let wait = first.retry_after_ms.unwrap_or_default();
+        assert!((1_000..=60_000).contains(&wait), "{what}: {first:?}");
+        let sent = requests.load(std::sync::atomic::Ordering::Relaxed);
+        assert!(sent <= 60, "{what}: {sent}");
+        let mut other = setup.client(&provider, |s| s.role = 11);
+        assert!(other.activity().iter().any(|a| a.last_error.is_some()), "{what}");
+        println!("{what}: {sent} requests; {first:?}");
+    }
+}
+
+#[test]
+fn who_has_no_patience_harms_no_other() {
+    let setup = Setup::new(64 << 20);
+    let provider = provider(Config::default());
+    provider.configure(|c| c.latency = llm_fake_provider::Latency { base: Duration::from_millis(50), ..c.latency });
+    let mut other = setup.client(&provider, |s| s.role = 1);
+    other.rows(0..10);
+    other.answers(10);
+    let mut hasty = setup.client(&provider, |s| (s.role, s.model.request_timeout_ms) = (2, 1));
+    hasty.rows(5_000..5_003);
+    for first in (100..1_000).step_by(100) {
+        other.rows(first..first + 100);
+        let (got, _) = other.answers(100);
+        assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict)), "{got:?}");
+        let seen = other.only_activity();
+        assert_eq!(seen.breaker, llm_batch_core::breaker::State::Closed);
+    }
+    let (got, _) = hasty.answers(3);
+    for outcome in got.values() {
+        assert!(matches!(&outcome.verdict, Verdict::Fail { class, .. } if class == "provider_error"), "{outcome:?}");
+    }
+}

@@ -120,6 +120,8 @@ impl State {
                     lane.serves(now, &answered.said, took);
                 }
                 if !matches!(&answered.result, Err(report) if matches!(report.trouble, Trouble::Overload(_))) {
+                    lane.vouched = None;
+                    lane.standings.of(now, request.asked.scope).is_answered();
                     self.answers(now, &lane_key, request.group);
                 }
                 match &answered.result {

@@ -168,13 +168,19 @@ impl State {
                 if let Some(lane) = self.lanes.get_mut(&lane(&key, &model)) {
                     lane.errors += 1;
                     lane.last_error = Some(words.clone());
+                    lane.vouched = None;
                 }
                 if let Some(circuits) = self.circuits.get_mut(&key) {
                     circuits.words = words;
                 }
                 ProbeEnd::Failed { asked }
             }
-            Some(_) => return self.endpoint_answers(now, &key, &model),
+            Some(_) => {
+                if let Some(lane) = self.lanes.get_mut(&lane(&key, &model)) {
+                    lane.vouched.get_or_insert(now);
+                }
+                return self.endpoint_answers(now, &key, &model);
+            }
         };
         let Some(Circuits { breakers, words }) = self.circuits.get_mut(&key) else { return };
         let Some(down) = breakers.end_probe(now, &model, end) else { return };

@@ -89,12 +89,27 @@ impl State {
     pub(super) fn give_up(&mut self, now: u64, lane_key: &LaneKey, scope: TextKey, last: &str) {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
         lane.standings.of(now, scope).begin_anew();
-        let groups: Vec<GroupId> = lane.groups.iter().filter(|(_, g)| g.scope == scope).map(|(id, _)| *id).collect();
         let message = format!("no answer has a valid row, whichever way the model is asked; the last answer is {last}");
         self.notice(now, lane_key, "stopped", &message);
         let stop = Stop { reason: StopReason::NoAnswers, message, retry_after_ms: None };
+        self.stop_task(lane_key, scope, &stop, None);
+    }
+
+    /// Stops all who ask this task of this model for a while: of its requests none is answered.
+    pub(super) fn hold(&mut self, now: u64, lane_key: &LaneKey, scope: TextKey, last: &str, role: Option<u32>) {
+        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
+        let wait = lane.standings.of(now, scope).hold();
+        let message = format!("no request with rows is answered: {last}");
+        self.notice(now, lane_key, "stopped", &message);
+        let stop = Stop { reason: StopReason::ProviderDown, message, retry_after_ms: Some(wait) };
+        self.stop_task(lane_key, scope, &stop, role);
+    }
+
+    fn stop_task(&mut self, lane_key: &LaneKey, scope: TextKey, stop: &Stop, role: Option<u32>) {
+        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
+        let groups: Vec<GroupId> = lane.groups.iter().filter(|(_, g)| g.scope == scope).map(|(id, _)| *id).collect();
         for group in groups {
-            self.stop(lane_key, Some(group), &stop, None);
+            self.stop(lane_key, Some(group), stop, role);
         }
     }
 

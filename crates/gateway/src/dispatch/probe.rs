@@ -22,6 +22,10 @@ pub const PROBE_READ_TOKENS: u64 = 8_192;
 /// Tokens a probe reserves.
 const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
 
+/// How long it may take, ms: what it finds out is of who has more patience too.
+const LEAST_TIMEOUT: u64 = 10_000;
+const MOST_TIMEOUT: u64 = 60_000;
+
 /// What a probe is to do.
 pub enum Probe {
     /// The model answered a moment ago.
@@ -56,7 +60,7 @@ fn bare(lane: &Lane, stream: &Stream) -> (Value, Duration) {
         response_format: None,
         parameters: &stream.model.parameters,
     });
-    (body, Duration::from_millis(stream.model.request_timeout_ms.min(60_000)))
+    (body, Duration::from_millis(stream.model.request_timeout_ms.clamp(LEAST_TIMEOUT, MOST_TIMEOUT)))
 }
 
 impl State {

@@ -324,7 +324,7 @@ impl State {
                 return Look::Nothing;
             }
             let standing = standings.of(now, group.scope);
-            if !standing.patience.may_send(now) {
+            if !standing.may_send(now) {
                 continue;
             }
             let (way, turn) = standing.patience.way();

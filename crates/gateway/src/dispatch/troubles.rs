@@ -1,6 +1,7 @@
 //! Everything else that comes back, by its class of trouble.
 
 use std::collections::HashSet;
+use std::rc::Rc;
 
 use llm_batch_core::forms::Form;
 use llm_batch_core::headers::Reported;
@@ -57,9 +58,10 @@ impl State {
             self.unsure(&request);
         }
         let InFlight { id, lane: lane_key, group, rows, grant, asked, .. } = request;
+        let is_own = report.message == TIMED_OUT && self.is_impatient(&lane_key, group);
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         let role = lane.group(group).map(|g| g.stream.role);
-        lane.fails(now, (grant, asked.sent), report, left(said), role);
+        lane.fails(now, (grant, asked.sent), report, left(said), (role, is_own));
         if !is_unsure && let Some(purse) = lane.group(group).and_then(|g| g.purse.as_mut()) {
             purse.give_back(asked.worst, Tokens::default());
         }
@@ -81,7 +83,7 @@ impl State {
                 let Failed { lane, group, rows, message, .. } = failed;
                 self.refused(now, (&lane, group), rows, (id, is_accepted), &message);
             }
-            Remedy::Again(wait) => self.unanswered(now, failed, wait, has_begun),
+            Remedy::Again(wait) => self.unanswered(now, failed, wait, (is_unsure, has_begun, is_own)),
         }
     }
 
@@ -210,9 +212,28 @@ impl State {
         }
     }
 
+    /// Whether others ask the same endpoint who wait longer for an answer: a request of this group that took too long may
+    /// have been served to them.
+    fn is_impatient(&mut self, lane: &LaneKey, group: GroupId) -> bool {
+        let Some(own) = self.lanes.get_mut(lane).and_then(|l| l.group(group)).map(|g| Rc::clone(&g.stream)) else {
+            return false;
+        };
+        let lanes = self.lanes.iter().filter(|(other, _)| other.account == lane.account);
+        lanes.flat_map(|(_, lane)| &lane.groups).any(|(_, g)| {
+            let is_longer = g.stream.model.request_timeout_ms > own.model.request_timeout_ms;
+            is_longer && g.stream.endpoint.base_url == own.endpoint.base_url
+        })
+    }
+
     /// The provider is overloaded or broken, or not reached.
-    fn unanswered(&mut self, now: u64, failed: Failed, wait: Option<u64>, has_begun: bool) {
-        let Failed { lane: lane_key, group, rows, asked, message, .. } = failed;
+    fn unanswered(
+        &mut self,
+        now: u64,
+        failed: Failed,
+        wait: Option<u64>,
+        (is_unsure, has_begun, is_own): (bool, bool, bool),
+    ) {
+        let Failed { lane: lane_key, group, rows, role, asked, message, .. } = failed;
         let size = rows.len();
         let points = if message == TIMED_OUT { 2 } else { 1 };
         if let (Some(wait), Some(lane)) = (wait, self.lanes.get_mut(&lane_key)) {
@@ -220,13 +241,19 @@ impl State {
         }
         let said = format!("a request failed and is sent again: {message}");
         self.notice(now, &lane_key, "unanswered", &said);
-        // Paid for like an answer, most likely; and the probes are answered.
-        if has_begun && self.weigh(now, &lane_key, group, asked, Said::Cut) {
+        // Paid for like an answer, or it may have been.
+        let is_enough = (has_begun || is_unsure) && self.weigh(now, &lane_key, group, asked, Said::Cut);
+        if is_enough && has_begun {
             self.put_back(&lane_key, group, rows);
             self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
             return;
         }
-        if self.fails(now, &lane_key, group, points, &message) {
+        if is_enough || self.is_left_alone(now, &lane_key, asked) {
+            self.put_back(&lane_key, group, rows);
+            self.hold(now, &lane_key, asked.scope, &message, role);
+            return;
+        }
+        if !is_own && self.fails(now, &lane_key, group, points, &message) {
             // Whether it is these rows or the provider, a probe will tell.
             self.put_back(&lane_key, group, rows);
             return;
@@ -239,6 +266,12 @@ impl State {
             row.not_before = not_before;
             self.row_in_trouble(now, &lane_key, group, row, size, &message);
         }
+    }
+
+    /// Whether probes are answered, and so many requests of a task are not that it is left alone for a while.
+    fn is_left_alone(&mut self, now: u64, lane: &LaneKey, asked: Asked) -> bool {
+        let Some(lane) = self.lanes.get_mut(lane) else { return false };
+        lane.vouched.is_some_and(|at| asked.sent >= at) && lane.standings.of(now, asked.scope).is_unanswered()
     }
 
     /// Something in these rows is refused: they go into smaller requests, until the row is found. As long as nothing was
