@@ -101,7 +101,7 @@ pub fn fields(given: &[(String, Option<String>)], spec: &Spec) -> Result<Vec<Opt
 pub fn check(column: &Column, field: Option<&str>, spec: &Spec) -> Result<()> {
     let fields = spec.columns();
     let target = Target::new(column.name.clone(), column.attnum, column.type_oid, field.map(str::to_owned));
-    through(&target, &fields)?;
+    through(&target, spec)?;
     let Some(field) = target.field(&fields)? else { return Ok(()) };
     let Some(labels) = &field.values else { return Ok(()) };
     if field.is_array && target.form != Form::Array {
@@ -117,7 +117,6 @@ pub fn check(column: &Column, field: Option<&str>, spec: &Spec) -> Result<()> {
 /// The casts of values: of each column the type of the task's field, if values are read as such first, and the column's,
 /// as the statements may write them. Values that do not fit are refused.
 pub fn casts(targets: &[Target], spec: &Spec) -> Result<Vec<String>> {
-    let fields = spec.columns();
     // SAFETY: a catalog lookup on the main thread inside a transaction.
     let bases: Vec<pg_sys::Oid> = targets.iter().map(|t| unsafe { pg_sys::getBaseType(t.type_oid) }).collect();
     // With nothing but pg_catalog in the path every other type is written with its schema. Without a modifier an
@@ -129,30 +128,31 @@ pub fn casts(targets: &[Target], spec: &Spec) -> Result<Vec<String>> {
         |r| r.get::<String>(1),
     )?;
     let cast = |(target, name): (&Target, String)| {
-        Ok(through(target, &fields)?.map_or_else(|| format!("::{name}"), |field| format!("::{field}::{name}")))
+        Ok(through(target, spec)?.map_or_else(|| format!("::{name}"), |field| format!("::{field}::{name}")))
     };
     targets.iter().zip(names).map(cast).collect()
 }
 
 /// The type by which values of a field become those of a column, if the column's input function does not read them as
 /// they are.
-fn through(target: &Target, fields: &[Field]) -> Result<Option<String>> {
-    let misfit = |of: &str| {
-        let name = target.field.as_deref().unwrap_or_default();
-        let what = if name.is_empty() { "the fields of the task".to_owned() } else { format!("field \"{name}\"") };
-        let e = Error::new(
-            PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
-            format!("{what} ({of}) cannot fill column \"{}\" ({})", target.name, type_name(target.type_oid)),
-        );
-        match name.is_empty() {
-            true => e.hint(
-                "A column of type jsonb takes all fields. To fill one column a field, write targets => '{\"column\": \"field\"}'.",
-            ),
-            false => e.hint("A column's type must be the field's, or one to which the field's is cast by assignment."),
-        }
+fn through(target: &Target, spec: &Spec) -> Result<Option<String>> {
+    let fields = spec.columns();
+    let mismatch = |what: String| {
+        let column = format!("column \"{}\" is of type {}", target.name, type_name(target.type_oid));
+        Error::new(PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH, format!("{what} but {column}"))
     };
-    let Some(field) = target.field(fields)? else {
-        return if target.form == Form::Json { Ok(None) } else { Err(misfit("several")) };
+    let Some(field) = target.field(&fields)? else {
+        if target.form == Form::Json {
+            return Ok(None);
+        }
+        return Err(mismatch(format!("an answer has {} fields", fields.len())).hint(
+            "A column of type jsonb takes all fields. To fill one column a field, write targets => '{\"column\": \"field\"}'.",
+        ));
+    };
+    let misfit = |of: &str| {
+        let what = if spec.has_names() { format!("field \"{}\"", field.name) } else { "the answer".to_owned() };
+        let fits = if of == "text" { of.to_owned() } else { format!("{of}, text") };
+        mismatch(format!("{what} is of type {of}")).hint(format!("Fill a column of type {fits} or jsonb."))
     };
     // SAFETY: catalog lookups on the main thread inside a transaction.
     let base = unsafe { pg_sys::getBaseType(target.type_oid) };

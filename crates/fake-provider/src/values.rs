@@ -94,7 +94,7 @@ impl Field {
         match told {
             _ if told.starts_with("a whole number") => id.to_string(),
             _ if told.starts_with("a number") => format!("{id}.25"),
-            _ if told.starts_with("true or false") => (id % 2 == 0).to_string(),
+            _ if told.starts_with("true or false") => id.is_multiple_of(2).to_string(),
             _ if told.starts_with("a date") => format!("\"{date}\""),
             _ if told.starts_with("a time") => format!("\"{date}T12:00:00Z\""),
             _ if told.starts_with("JSON") => format!("{{\"id\":{id}}}"),
