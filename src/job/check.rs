@@ -63,7 +63,7 @@ impl<'a> Given<'a> {
         let asked = task::load(self.task, &self.task_options)?.stream(owner, false)?;
         check_rights(&target, owner, is_to_write)?;
         let spec = &asked.stream.task.spec;
-        let fields = target::fields(&self.columns, spec)?;
+        let fields = target::fields(&self.columns, &target.columns, spec)?;
         catalog::check_owners(target.relation, owner, &target.name)?;
         // A domain's CHECK and a table's expressions may call functions of their owners: never with more rights
         // than the job will have. To parse an expression is enough, since its literals are read then.

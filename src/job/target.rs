@@ -72,14 +72,18 @@ fn unknown(name: &str, fields: &[Field]) -> Error {
 }
 
 /// The field that each of these columns takes: that which is given for it, or the task's only one. A column alone takes
-/// all fields, as an object.
-pub fn fields(given: &[(String, Option<String>)], spec: &Spec) -> Result<Vec<Option<String>>> {
+/// all fields, as an object; of json or jsonb also where there is one field with a name.
+pub fn fields(given: &[(String, Option<String>)], columns: &[Column], spec: &Spec) -> Result<Vec<Option<String>>> {
     let fields = spec.columns();
     let only = |field: &Field| Some(field.name.clone());
-    let field = |(_, name): &(String, Option<String>)| match name {
+    let takes_all = |name: &str| {
+        let is_json = columns.iter().find(|c| c.name == name).is_some_and(|c| is_json(c.type_oid));
+        fields.len() > 1 || (is_json && spec.has_names())
+    };
+    let field = |(column, name): &(String, Option<String>)| match name {
         Some(name) if fields.iter().any(|f| f.name == *name) => Ok(Some(name.clone())),
         Some(name) => Err(unknown(name, &fields)),
-        None => Ok(fields.first().filter(|_| fields.len() == 1).and_then(only)),
+        None => Ok(fields.first().filter(|_| !takes_all(column)).and_then(only)),
     };
     let all: Vec<Option<String>> = given.iter().map(field).collect::<Result<_>>()?;
     for (i, name) in all.iter().enumerate() {
