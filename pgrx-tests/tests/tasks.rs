@@ -423,6 +423,6 @@ fn used_by_jobs(bed: &Bed, c: &mut Client) {
     run(c, "SELECT llm_batch.drop_task('due'); SELECT llm_batch.create_generator('due', 'Explain it.', 'e')");
     run(c, &format!("UPDATE t SET body = '\"2026-02-28\"' WHERE id = 2; SELECT llm_batch.retry_failed({job})"));
     let e = error(c, &format!("CALL llm_batch.wait({job})"));
-    assert!(e.1.contains(&format!("job {job} is")) && e.2.contains("the answer is of type text"), "{e:?}");
+    assert!(e.1.contains(&format!("job {job} is")) && e.2.contains("field \"due\" does not exist"), "{e:?}");
     assert_eq!(one(c, "SELECT count(*) FROM t WHERE dt IS NULL"), 1);
 }

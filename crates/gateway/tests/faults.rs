@@ -72,7 +72,7 @@ fn fixtures() -> Vec<(String, String, Vec<u8>)> {
 fn every_answer_of_the_fixtures_does_what_its_class_says() {
     let setup = Setup::new(64 << 20);
     let provider = provider(Config::default());
-    let mut seen = 0;
+    let (mut seen, mut doubted) = (0, 0);
     for (name, class, wire) in fixtures() {
         let wait = class.strip_prefix("Rate(Some(").and_then(|rest| rest.strip_suffix("))")?.parse().ok());
         // No answers here, and no waits that only take time.
@@ -108,11 +108,18 @@ fn every_answer_of_the_fixtures_does_what_its_class_says() {
             }
             other => panic!("{name} is of class {other}"),
         };
+        // What words alone say is asked again by a request without rows, which this provider answers.
+        if end.stop.is_none() && matches!(reason, StopReason::Spend | StopReason::NotFound) {
+            all_right(&end, &name);
+            assert!((3..=5).contains(&requests), "{name}: {requests}");
+            doubted += 1;
+            continue;
+        }
         all_came_back(&end, reason, &name);
         assert_eq!(requests, 1, "{name}");
         assert!(end.stop.is_some_and(|s| s.message.contains("HTTP status") || s.message.contains("error: ")), "{name}");
     }
-    assert!(seen > 55, "{seen}");
+    assert!(seen > 55 && (1..=5).contains(&doubted), "{seen}, {doubted}");
 }
 
 #[test]
