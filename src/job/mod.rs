@@ -1,5 +1,6 @@
 //! Jobs: `backfill()` and all it checks. See README.md in this folder.
 
+mod cause;
 mod check;
 mod control;
 mod estimate;

@@ -9,10 +9,10 @@ use pgrx::PgSqlErrorCode as Code;
 use pgrx::datum::DatumWithOid;
 
 use crate::error::{Error, Result};
+use crate::job::cause::{Cause, sqlstate};
 use crate::job::page::{self, Page};
 use crate::job::plan::Plan;
 use crate::job::store::Failure;
-use crate::job::worker::Cause;
 use crate::{process, sql, txn};
 
 /// An answer to write: which row, what became of it.
@@ -75,6 +75,11 @@ pub fn is_passing(code: Code) -> bool {
             | Code::ERRCODE_INSUFFICIENT_RESOURCES
             | Code::ERRCODE_QUERY_CANCELED
     )
+}
+
+/// Whether an error says nothing about the job: the same may succeed the next time.
+pub fn says_nothing(code: Code) -> bool {
+    is_passing(code) || code == Code::ERRCODE_INTERNAL_ERROR
 }
 
 /// What should pass has kept rows of a settlement from being written.
@@ -221,7 +226,8 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
     let mut nulls: Vec<i32> = Vec::new();
     for (position, answer) in &by_position {
         if let Some(e) = tried.raised.remove(position) {
-            let raised = Some(Cause::of(plan, answer, &e));
+            let values = answer.values.as_ref().filter(|_| plan.has_labels);
+            let raised = Some(Cause::of(values.and_then(|values| values.first()?.as_ref()), e.code));
             listed.push(Listed { raised, ..Listed::new(answer, "write_error", sqlstate_and_text(&e)) });
         } else if let Some(e) = tried.refused.remove(position) {
             hindered.refused.push(((*answer).clone(), e));
@@ -483,16 +489,4 @@ fn is_of_the_table(plan: &Plan, code: Code) -> Result<bool> {
 
 fn sqlstate_and_text(e: &Error) -> String {
     format!("{}: {}", sqlstate(e.code), e.message)
-}
-
-/// The five characters of an SQLSTATE.
-pub fn sqlstate(code: Code) -> String {
-    let mut packed = code as i32;
-    (0..5)
-        .map(|_| {
-            let c = char::from(((packed & 0x3F) as u8).wrapping_add(b'0'));
-            packed >>= 6;
-            c
-        })
-        .collect()
 }

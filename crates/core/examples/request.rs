@@ -7,8 +7,8 @@ use std::io::BufRead;
 use llm_batch_core::answer::{self, Verdict};
 use llm_batch_core::forms::Forms;
 use llm_batch_core::options::Options;
-use llm_batch_core::prompt;
 use llm_batch_core::task::Spec;
+use llm_batch_core::{prompt, request};
 use serde_json::{Value, json};
 
 fn reply(line: &str) -> Result<Value, Box<dyn std::error::Error>> {
@@ -32,9 +32,9 @@ fn reply(line: &str) -> Result<Value, Box<dyn std::error::Error>> {
     let Options { answer_shape, structured_output, .. } = options;
     let form = Forms::default().next(answer_shape, structured_output);
     Ok(json!({
-        "system": prompt::system(&*kind),
+        "system": request::system(&*kind),
         "user": user,
-        "response_format": prompt::response_format(answer_shape, form, &*kind, &ids),
+        "response_format": request::response_format(answer_shape, form, &*kind, &ids),
     }))
 }
 

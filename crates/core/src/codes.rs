@@ -6,12 +6,23 @@
 
 use std::collections::{HashMap, HashSet};
 
+use serde::{Deserialize, Serialize};
+
 use crate::CountTokens;
 use crate::options::Codes;
-use crate::task::Label;
 
 /// A beginning shorter than this many characters tells a model too little.
 const SHORTEST_BEGINNING: usize = 3;
+
+/// A label and what it means.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Label {
+    /// The text that is written to the target.
+    pub label: String,
+    /// What the model is told about it; empty if nothing.
+    #[serde(default)]
+    pub description: String,
+}
 
 /// The codes of a task's labels, in the labels' order.
 #[derive(Debug, Clone)]

@@ -20,6 +20,7 @@ pub mod patience;
 pub mod prompt;
 pub mod quoted;
 pub mod remedy;
+pub mod request;
 pub mod task;
 pub mod thinking;
 pub mod thought;

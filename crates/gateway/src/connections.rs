@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower_service::Service;
 
-use crate::egress::Resolver;
+use crate::resolver::Resolver;
 
 /// How long connecting may take with TLS, once there is a place.
 const WHOLE_TIMEOUT: Duration = Duration::from_secs(30);

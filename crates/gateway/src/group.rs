@@ -9,8 +9,8 @@ use llm_batch_core::limiter::{Class, Tokens};
 use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::patience::Way;
-use llm_batch_core::prompt;
 use llm_batch_core::task::{Kind, Span};
+use llm_batch_core::{prompt, request};
 use serde_json::Value;
 
 use crate::cache::{Keys, TextKey};
@@ -117,7 +117,7 @@ impl Group {
     pub fn new(stream: Rc<Stream>, keys: &Keys) -> Self {
         let task = &stream.task;
         let kind = task.spec.prepare(&task.options, &tokens::count);
-        let system = prompt::system(&*kind);
+        let system = request::system(&*kind);
         let most_rows = task.options.max_rows_per_request as usize;
         let model = &stream.model;
         let scope = serde_json::json!([

@@ -17,6 +17,7 @@ use crate::kept::KeptLane;
 use crate::key::GroupId;
 use crate::protocol::{Stream, Words};
 use crate::purse::Purse;
+use crate::sizes::{ENOUGH_ANSWERS, Sizes};
 use crate::standing::Standings;
 
 /// Requests of sessions that may be under way beyond what is allowed to jobs.
@@ -27,10 +28,6 @@ const SPARE_ANSWER_TOKENS: u64 = 16;
 pub const MOST_SPARE_ANSWER_TOKENS: u64 = 131_072;
 /// What a cap that did not suffice is multiplied with.
 const GROWTH: u64 = 4;
-/// What a sum keeps with each further answer.
-const RECENT: f64 = 0.99;
-/// Answers after which we know how long they are.
-const ENOUGH_ANSWERS: u32 = 3;
 
 /// How long (ms) requests are kept as small as a refusal said.
 const SMALLER_FOR: u64 = 60_000;
@@ -93,31 +90,6 @@ impl Learned {
         } else {
             *now = (*now - *now / 64).max(SPARE_ANSWER_TOKENS);
         }
-    }
-}
-
-/// How the answers to a task relate to what is planned for them.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Sizes {
-    /// Tokens of an answer for each that is planned.
-    answer: Ratio,
-    /// Tokens of recent answers: as the mean over all answers has it, and in truth.
-    means: (f64, f64),
-    /// Answers that were seen, up to enough.
-    seen: u32,
-}
-
-impl Sizes {
-    /// Takes an answer into account: tokens planned, in the mean, and actual.
-    pub fn observe(&mut self, planned: u64, mean: f64, actual: u64) {
-        self.answer.observe(planned, actual);
-        self.means = (self.means.0 * RECENT + mean, self.means.1 * RECENT + actual as f64);
-        self.seen = (self.seen + 1).min(ENOUGH_ANSWERS);
-    }
-
-    /// Tokens of an answer for each that is planned.
-    pub fn ratio(&self) -> f64 {
-        self.answer.apply(1000) as f64 / 1000.0
     }
 }
 

@@ -21,8 +21,10 @@ pub mod protocol;
 mod purse;
 mod queue;
 mod request;
+mod resolver;
 mod row;
 mod server;
+mod sizes;
 mod standing;
 mod tokens;
 

@@ -7,7 +7,7 @@ use llm_batch_core::options::Options;
 use llm_batch_core::patience::Patience;
 
 use crate::cache::TextKey;
-use crate::lane::Sizes;
+use crate::sizes::Sizes;
 
 /// Tasks that are remembered for a model.
 const MOST: usize = 1024;

@@ -6,7 +6,7 @@ use pgrx::PgSqlErrorCode as Code;
 use super::trouble::Kind;
 use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, MOST_INTERNAL, Worker, me};
 use crate::error::Error;
-use crate::job::settle::{self, Answer};
+use crate::job::settle::{self, Answer, says_nothing};
 use crate::job::store::{self, Delta, Outcome};
 use crate::process::{self, my_database};
 use crate::shared::{self, End};
@@ -113,11 +113,6 @@ impl Worker {
         }
         Some(End::Finished)
     }
-}
-
-/// Whether an error says nothing about the job: the same may succeed the next time.
-pub(super) fn says_nothing(code: Code) -> bool {
-    settle::is_passing(code) || code == Code::ERRCODE_INTERNAL_ERROR
 }
 
 /// The state in which an error leaves a job.

@@ -1,11 +1,11 @@
 //! A job's process: claims rows, hands them to the gateway, writes what comes back. Between its short transactions it
 //! holds nothing: no transaction, no snapshot, no lock.
 
-mod causes;
 mod end;
 mod exchange;
 mod money;
 mod rights;
+mod suspects;
 mod trouble;
 mod write;
 
@@ -17,18 +17,17 @@ use llm_batch_gateway::protocol::{Spent, Stream, ToGateway, most_text};
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::prelude::*;
 
-pub use self::causes::Cause;
-use self::causes::Suspects;
-use self::end::{outcome_of, says_nothing};
+use self::end::outcome_of;
 use self::money::Money;
 use self::rights::Rights;
+use self::suspects::Suspects;
 use self::trouble::{Kind, Trouble};
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
 use crate::job::page::Page;
 use crate::job::plan::{self, Plan};
-use crate::job::settle::Answer;
+use crate::job::settle::{Answer, says_nothing};
 use crate::job::store::{self, Failure, Job, Outcome};
 use crate::job::target;
 use crate::process::{self, handle_signals, my_database, my_pid, reload_if_asked, report};

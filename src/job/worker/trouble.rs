@@ -6,12 +6,11 @@ use std::time::{Duration, Instant};
 use llm_batch_gateway::protocol::Spent;
 use pgrx::PgSqlErrorCode as Code;
 
-use super::end::says_nothing;
 use super::write::rates;
 use super::{AGAIN, LATER, Worker};
 use crate::error::{Error, Result};
 use crate::job::plan;
-use crate::job::settle::FEW;
+use crate::job::settle::{FEW, says_nothing};
 use crate::job::store::{self, Delta, Outcome};
 use crate::{process, shared, sql, txn};
 

@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::{Answer, Column, Kind, Span, Type, Unfit, one_line, only, shown, text};
-use crate::codes::Legend;
+use super::kind::{Answer, Column, Kind, Span, Unfit, one_line, only, shown, text};
+use super::value::Type;
+use crate::codes::{Label, Legend};
 use crate::options::Options;
 use crate::{CountTokens, Error, prompt};
 
@@ -16,16 +17,6 @@ pub const MIN_LABELS: usize = 2;
 /// Most labels of a classifier: what one enum of a strict schema may hold without further limits
 /// (OpenAI, "Structured Outputs", 250 values).
 pub const MAX_LABELS: usize = 250;
-
-/// A label and what it means.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Label {
-    /// The text that is written to the target.
-    pub label: String,
-    /// What the model is told about it; empty if nothing.
-    #[serde(default)]
-    pub description: String,
-}
 
 /// A text whose label is known.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

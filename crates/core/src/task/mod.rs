@@ -6,23 +6,22 @@
 mod classify;
 mod extract;
 mod generate;
+mod kind;
 mod score;
 mod value;
 
-use std::fmt;
-
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::value::RawValue;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::codes::Legend;
 use crate::options::Options;
 use crate::{CountTokens, Error};
 
-pub use classify::{Classify, Example as LabelExample, Label, check_labels, labels_from_json};
+pub use crate::codes::Label;
+pub use classify::{Classify, Example as LabelExample, check_labels, labels_from_json};
 pub use extract::{Extract, fields_from_names};
 pub use generate::Generate;
+pub(crate) use kind::Members;
+pub use kind::{Answer, Column, Example, Kind, Span, Unfit};
 pub use score::Score;
 pub use value::{Type, array_literal};
 
@@ -157,181 +156,4 @@ fn known(kind: &str) -> Result<&'static Known, Error> {
         Error::new(format!("unrecognized kind of task \"{kind}\""))
             .hint(format!("Valid kinds are: {}.", names.join(", ")))
     })
-}
-
-/// A column of an answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Column {
-    /// Its name: a field's, or that of the only value.
-    pub name: String,
-    /// What its values are.
-    pub of: Type,
-    /// A value is a list of these.
-    pub is_array: bool,
-    /// All its values, if they are known beforehand.
-    pub values: Option<Vec<String>>,
-}
-
-impl Column {
-    /// A value as JSON.
-    pub fn json(&self, text: Option<&str>) -> String {
-        match text {
-            None => "null".to_owned(),
-            Some(text) if self.is_array || self.of.is_json() => text.to_owned(),
-            Some(text) => Value::from(text).to_string(),
-        }
-    }
-}
-
-/// The answer of one row: a text for each column, `None` is NULL. Lists are texts of JSON.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Answer(pub Vec<Option<String>>);
-
-/// Why the value that an answer gives for a row is none.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unfit {
-    /// `unknown_code`, `bad_value`
-    pub class: &'static str,
-    /// What it should have been, for the model that is asked again: nothing of what it wrote.
-    pub wanted: String,
-    /// In words, for the user.
-    pub detail: String,
-}
-
-impl Unfit {
-    /// An answer that is none of the labels.
-    pub(crate) fn unknown_code() -> Self {
-        let detail = "the model answered with something that is not a label".to_owned();
-        Self { class: "unknown_code", wanted: "the answer must be one of the labels".into(), detail }
-    }
-
-    fn bad_value(wanted: impl Into<String>) -> Self {
-        let wanted = wanted.into();
-        Self { class: "bad_value", detail: wanted.clone(), wanted }
-    }
-
-    /// With what was given instead, cut.
-    fn not(mut self, given: &str) -> Self {
-        let cut: String = given.chars().take(60).collect();
-        self.detail.push_str(&format!(", not {cut}"));
-        self
-    }
-}
-
-/// Tokens of one row's answer, with its number and the signs around it.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Span {
-    /// As it is in the mean.
-    pub mean: f64,
-    /// As it is planned for, before anything is known of the task's answers: what they take is learnt in relation to it.
-    pub planned: usize,
-}
-
-/// A task that is ready to be asked.
-pub trait Kind: fmt::Debug + Send + Sync {
-    /// Names that the values of a row's answer may be written under, if it has names.
-    fn names(&self) -> Vec<&str> {
-        Vec::new()
-    }
-    /// What the model is told first: the instruction, what answers mean, examples.
-    fn head(&self) -> String;
-    /// What is asked for: "Answer with … for every number, in JSON on one line …".
-    fn asks_for(&self) -> String;
-    /// Two answers in JSON, as examples of the form.
-    fn samples(&self) -> [String; 2];
-    /// The JSON schema of one row's answer.
-    fn schema(&self) -> Value;
-    /// Tokens of the answer to a row of so many tokens.
-    fn tokens(&self, input: usize) -> Span;
-    /// Reads one row's answer, as [`Self::samples`] writes it.
-    ///
-    /// # Errors
-    /// What is wrong with it.
-    fn read(&self, value: &RawValue) -> Result<Answer, Unfit>;
-    /// The codes, if an answer is one of them: then answers of other forms can be read too.
-    fn legend(&self) -> Option<&Legend> {
-        None
-    }
-}
-
-/// The members of an object as they are written, none of them lost.
-pub(crate) struct Members<'a>(pub Vec<(String, &'a RawValue)>);
-
-impl<'de> Deserialize<'de> for Members<'de> {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct All;
-        impl<'de> Visitor<'de> for All {
-            type Value = Members<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("an object")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
-                let mut all = Vec::new();
-                while let Some(member) = map.next_entry()? {
-                    all.push(member);
-                }
-                Ok(Members(all))
-            }
-        }
-        d.deserialize_map(All)
-    }
-}
-
-/// A text and its answer.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Example {
-    /// The text.
-    pub input: String,
-    /// Its answer, in the form of the kind.
-    pub answer: Value,
-}
-
-/// Takes a string from a specification.
-fn text(map: &Map<String, Value>, key: &str) -> Result<String, Error> {
-    match map.get(key) {
-        None => Ok(String::new()),
-        Some(Value::String(text)) => Ok(text.trim().to_owned()),
-        Some(other) => Err(Error::new(format!("\"{key}\" must be a text, not {other}"))),
-    }
-}
-
-/// Takes a whole number within a range from a specification.
-fn whole(map: &Map<String, Value>, key: &str, least: u64, most: u64) -> Result<Option<u64>, Error> {
-    let Some(value) = map.get(key) else { return Ok(None) };
-    value.as_u64().filter(|n| (least..=most).contains(n)).map(Some).ok_or_else(|| {
-        Error::new(format!("invalid value for option \"{key}\": {value}"))
-            .hint(format!("It must be a whole number from {least} to {most}."))
-    })
-}
-
-/// Refuses members that the kind does not take.
-fn only(map: &Map<String, Value>, keys: &[&str]) -> Result<(), Error> {
-    match map.keys().find(|key| !keys.contains(&key.as_str())) {
-        Some(key) => {
-            Err(Error::new(format!("unrecognized option \"{key}\""))
-                .hint(format!("Valid ones are: {}.", keys.join(", "))))
-        }
-        None => Ok(()),
-    }
-}
-
-/// Takes the examples from a specification: an array of `{"input", "answer"}`.
-fn examples(map: &Map<String, Value>, sample: &str) -> Result<Vec<Example>, Error> {
-    let Some(value) = map.get("examples") else { return Ok(Vec::new()) };
-    Deserialize::deserialize(value).map_err(|_| {
-        Error::new("examples must be a JSON array of objects with \"input\" and \"answer\"")
-            .hint(format!("Write '[{{\"input\": \"I was charged twice\", \"answer\": {sample}}}]'."))
-    })
-}
-
-/// Examples as the model is shown them.
-fn shown<'a>(examples: impl IntoIterator<Item = (&'a str, String)>) -> String {
-    let lines: String =
-        examples.into_iter().map(|(input, answer)| format!("{} -> {answer}\n", crate::prompt::quote(input))).collect();
-    if lines.is_empty() { lines } else { format!("\nExamples:\n{lines}") }
-}
-
-/// A description on one line: one that spans lines would look like more of what it describes.
-fn one_line(text: &str) -> String {
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
 }

@@ -4,8 +4,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Number, Value, json};
 
+use super::kind::{Answer, Example, Kind, Span, Unfit, examples, only, shown, text};
 use super::value::Type;
-use super::{Answer, Example, Kind, Span, Unfit, examples, only, shown, text};
 use crate::{CountTokens, Error, prompt};
 
 /// What a scorer is made of.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use llm_batch_core::dialect::{self, Counts};
 use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Tokens};
 use llm_batch_core::patience::Way;
-use llm_batch_core::prompt;
+use llm_batch_core::request;
 use serde_json::Value;
 use tokio::sync::Notify;
 
@@ -52,7 +52,7 @@ impl Draft {
         let options = &group.stream.task.options;
         let ids = numbers.draw(rows.len());
         let form = learned.form(options);
-        let response_format = prompt::response_format(options.answer_shape, form, &*group.kind, &ids);
+        let response_format = request::response_format(options.answer_shape, form, &*group.kind, &ids);
         let estimate = group.tokens(rows, response_format.as_ref());
         let prompt = measured.prompt.apply(estimate.input);
         let expected = measured.expected_answer(estimate.output);

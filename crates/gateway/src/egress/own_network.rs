@@ -1,6 +1,7 @@
 //! Models on one's own network: what `http` may reach, and who may sign a certificate.
 
 use std::fs;
+use std::net::IpAddr;
 use std::path::PathBuf;
 
 use llm_fake_provider::{CA, Config, FakeProvider, OTHER_CA, TlsFront, private_address};

@@ -2,51 +2,14 @@
 //! of the error, which ends the run before all such rows are paid for.
 
 use std::collections::{BTreeSet, HashMap};
-use std::fmt;
 
-use crate::error::Error;
-use crate::job::plan::Plan;
-use crate::job::settle::{Answer, sqlstate};
+use crate::job::cause::Cause;
 use crate::job::store::Failure;
 
 /// Rows of a cause that could not be written, one after the other, until it is at fault.
 const ENOUGH: usize = 3;
 /// The same for a cause of which a row was written after such a row: then it was the row.
 const ENOUGH_MIXED: usize = 30;
-
-/// What may be at fault, beside the row.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum Cause {
-    /// A label.
-    Label(String),
-    /// Where values are not labels: the error's SQLSTATE.
-    State(String),
-}
-
-impl Cause {
-    /// Of an answer whose UPDATE raised.
-    pub fn of(plan: &Plan, answer: &Answer, e: &Error) -> Self {
-        let label = answer.values.as_ref().filter(|_| plan.has_labels).and_then(|values| values.first().cloned());
-        label.flatten().map_or_else(|| Self::State(sqlstate(e.code)), Self::Label)
-    }
-
-    /// Whether a row that has these values would have met it too.
-    fn is_refuted(&self, written: &BTreeSet<String>) -> bool {
-        match self {
-            Self::Label(label) => written.contains(label),
-            Self::State(_) => !written.is_empty(),
-        }
-    }
-}
-
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
-        match self {
-            Self::Label(label) => write!(f, "label \"{label}\""),
-            Self::State(state) => write!(f, "error {state}"),
-        }
-    }
-}
 
 #[derive(Default)]
 struct Suspect {

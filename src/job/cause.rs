@@ -1,0 +1,51 @@
+//! What a row that could not be written may have in common with others.
+
+use std::collections::BTreeSet;
+use std::fmt;
+
+use pgrx::PgSqlErrorCode as Code;
+
+/// What may be at fault, beside the row.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub enum Cause {
+    /// A label.
+    Label(String),
+    /// Where values are not labels: the error's SQLSTATE.
+    State(String),
+}
+
+impl Cause {
+    /// Of an answer whose UPDATE raised; its label, if it is one.
+    pub fn of(label: Option<&String>, code: Code) -> Self {
+        label.map_or_else(|| Self::State(sqlstate(code)), |label| Self::Label(label.clone()))
+    }
+
+    /// Whether a row that has these values would have met it too.
+    pub fn is_refuted(&self, written: &BTreeSet<String>) -> bool {
+        match self {
+            Self::Label(label) => written.contains(label),
+            Self::State(_) => !written.is_empty(),
+        }
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        match self {
+            Self::Label(label) => write!(f, "label \"{label}\""),
+            Self::State(state) => write!(f, "error {state}"),
+        }
+    }
+}
+
+/// The five characters of an SQLSTATE.
+pub fn sqlstate(code: Code) -> String {
+    let mut packed = code as i32;
+    (0..5)
+        .map(|_| {
+            let c = char::from(((packed & 0x3F) as u8).wrapping_add(b'0'));
+            packed >>= 6;
+            c
+        })
+        .collect()
+}
