@@ -285,6 +285,7 @@ impl Group {
             let ready = Ready {
                 now,
                 is_idle: self.in_flight == 0 && self.coming == 0,
+                is_coming: self.coming > 0,
                 rows: most,
                 tokens: tokens.saturating_sub(self.prefix_tokens + self.answer_frame),
             };

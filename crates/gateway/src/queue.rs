@@ -8,6 +8,8 @@ use crate::row::Row;
 /// How long rows wait for company while their task has a request under way, ms: as long as others keep coming, but not
 /// longer than the second time.
 const GATHER: (u64, u64) = (20, 80);
+/// How long rows wait for the rest of their message, ms: it is taken in by parts.
+const COMING: u64 = 1_000;
 /// So many compartments of a client are looked at for one that may be sent: those behind have not waited longer.
 const LOOKED_AT: usize = 32;
 
@@ -68,6 +70,8 @@ pub struct Ready {
     pub now: u64,
     /// Nothing of the task is under way: there is no company to wait for.
     pub is_idle: bool,
+    /// More rows of a message are just being taken in.
+    pub is_coming: bool,
     /// Rows, and tokens by our count, that fill a request.
     pub rows: usize,
     pub tokens: usize,
@@ -127,7 +131,7 @@ impl Queue {
             for key in keys.iter().take(LOOKED_AT) {
                 let Some(c) = compartments.get(key).filter(|c| c.count > 0) else { continue };
                 let is_full = c.count >= ready.rows || c.tokens >= ready.tokens;
-                let at = c.gathered_at();
+                let at = if ready.is_coming { c.waiting_since + COMING } else { c.gathered_at() };
                 if ready.is_idle || is_full || ready.now >= at {
                     return Ok(*key);
                 }
@@ -189,7 +193,7 @@ mod tests {
     }
 
     fn at(now: u64, is_idle: bool) -> Ready {
-        Ready { now, is_idle, rows: 50, tokens: 10_000 }
+        Ready { now, is_idle, is_coming: false, rows: 50, tokens: 10_000 }
     }
 
     /// Takes the next pack, and says whose rows and which compartment it has.
