@@ -3,6 +3,8 @@
 //! Many quote the text that they refuse, and a text may say anything. Letters and digits alone are compared, since quotes
 //! are escaped in many ways.
 
+use std::collections::HashSet;
+
 /// So many letters and digits in a row that stand in a text too are quoted from it.
 const RUN: usize = 12;
 /// A shorter text is quoted where it stands as a whole, if it has at least so many.
@@ -97,11 +99,15 @@ impl Runs {
         Self { all, bits }
     }
 
+    /// Whether a run may stand somewhere.
+    fn has(&self, run: u128) -> bool {
+        let (word, mask) = bit(run);
+        self.bits.get(word).is_some_and(|word| word & mask != 0)
+    }
+
     /// The numbers of the first letters of a run, wherever it stands.
     fn find(&self, run: u128) -> impl Iterator<Item = usize> {
-        let (word, mask) = bit(run);
-        let may_be = self.bits.get(word).is_some_and(|word| word & mask != 0);
-        let first = if may_be { self.all.partition_point(|(other, _)| *other < run) } else { self.all.len() };
+        let first = if self.has(run) { self.all.partition_point(|(other, _)| *other < run) } else { self.all.len() };
         let rest = self.all.get(first..).unwrap_or_default();
         rest.iter().take_while(move |(other, _)| *other == run).map(|(_, at)| *at)
     }
@@ -120,19 +126,23 @@ pub fn own_words(message: &str, texts: &[String]) -> String {
             part.fill(true);
         }
     };
+    // What was blanked once is not looked for again: a text may repeat one run without end.
+    let (mut runs_seen, mut words_seen) = (HashSet::new(), HashSet::new());
     for line in texts.iter().flat_map(|text| text.lines()) {
         // The number of a row is no part of its text.
         let line = line.split_once(": ").filter(|(n, _)| n.bytes().all(|b| b.is_ascii_digit())).map_or(line, |l| l.1);
         let (mut run, mut length) = (0, 0);
         for mark in marks(line) {
             (run, length) = (longer(run, mark.byte), length + 1);
-            if length >= RUN {
+            if length >= RUN && runs.has(run) && runs_seen.insert(run) {
                 runs.find(run).for_each(|at| blank(at, RUN));
             }
         }
         if (SHORTEST..RUN).contains(&length) {
             let word: Vec<u8> = marks(line).map(|mark| mark.byte).collect();
-            whole(message, &letters, &word).for_each(|at| blank(at, length));
+            if words_seen.insert(word.clone()) {
+                whole(message, &letters, &word).for_each(|at| blank(at, length));
+            }
         }
     }
     message.char_indices().map(|(at, c)| if is_quoted.get(at) == Some(&true) { ' ' } else { c }).collect()

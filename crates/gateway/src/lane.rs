@@ -319,12 +319,18 @@ impl Lane {
         }
     }
 
-    /// A request is too large that was written by what had been learnt `before`, of so many tokens by our count and with
-    /// this cap of its answer. Whether that is the cap's fault, which has grown for what is thought: then the next is
+    /// A request is too large that was written by what had been learnt `before`, of so many tokens of its prompt by our
+    /// count and with this cap of its answer, of which its rows need the `least`. Whether that is the cap's fault, which has grown for what is thought: then the next is
     /// smaller.
-    pub fn takes_less_answer(&mut self, now: u64, message: &str, before: Learned, estimate: Tokens, cap: u64) -> bool {
-        let prompt = self.measured.prompt.apply(estimate.input);
-        let least = self.measured.least_cap(estimate.output);
+    pub fn takes_less_answer(
+        &mut self,
+        now: u64,
+        message: &str,
+        before: Learned,
+        input: u64,
+        (cap, least): (u64, u64),
+    ) -> bool {
+        let prompt = self.measured.prompt.apply(input);
         if self.measured.thinking.usual() == 0 || cap <= least {
             return false;
         }

@@ -213,8 +213,15 @@ impl Reader<'_> {
 
 /// The next line that begins with an object.
 fn next_line(text: &str) -> Option<&str> {
-    let starts = text.match_indices('\n').map(|(at, _)| text.get(at..).unwrap_or_default().trim_start());
-    starts.into_iter().find(|line| line.starts_with('{'))
+    let mut at = 0;
+    for line in text.split_inclusive('\n') {
+        let start = at + line.len() - line.trim_start().len();
+        if at > 0 && line.trim_start().starts_with('{') {
+            return text.get(start..);
+        }
+        at += line.len();
+    }
+    None
 }
 
 /// Where a string that has been opened ends.

@@ -129,7 +129,7 @@ impl Type {
         let string = || serde_json::from_str::<String>(json).ok();
         let bare = || match string() {
             None => Some(json.trim().to_owned()),
-            Some(inner) => (!is_strict).then(|| inner.trim().to_owned()),
+            Some(inner) => (!is_strict).then(|| without_zeros(inner.trim())),
         };
         let read = match self {
             Self::Text => string().map(|text| cleaned(&text)),
@@ -175,13 +175,22 @@ fn whole(number: &str) -> Option<String> {
     (is_whole && !bare.is_empty() && bare.bytes().all(|b| b.is_ascii_digit())).then(|| digits.to_owned())
 }
 
+/// Digits without the zeros before them, which JSON does not write.
+fn without_zeros(number: &str) -> String {
+    let (sign, digits) = number.strip_prefix('-').map_or(("", number), |digits| ("-", digits));
+    let bare = digits.trim_start_matches('0');
+    let zero = if bare.starts_with(|c: char| c.is_ascii_digit()) { "" } else { "0" };
+    if bare.len() == digits.len() { number.to_owned() } else { format!("{sign}{zero}{bare}") }
+}
+
 /// A number as JSON writes it, of a size that can be meant.
 pub fn is_number(text: &str) -> bool {
     if text.len() > MOST_NUMBER || !text.bytes().all(|b| b.is_ascii_digit() || b"+-.eE".contains(&b)) {
         return false;
     }
     let exponent = text.split_once(['e', 'E']).map_or(Ok(0), |(_, exponent)| exponent.parse::<i32>());
-    text.ends_with(|c: char| c.is_ascii_digit())
+    serde_json::from_str::<&RawValue>(text).is_ok()
+        && text.ends_with(|c: char| c.is_ascii_digit())
         && text.trim_start_matches('-').starts_with(|c: char| c.is_ascii_digit())
         && text.parse::<f64>().is_ok()
         && exponent.is_ok_and(|e| e.abs() <= MOST_EXPONENT)
@@ -282,6 +291,10 @@ mod tests {
         taken(Type::Numeric, "1e3");
         taken(Type::Boolean, "true");
         assert_eq!(read(Type::Integer, "12.0").as_deref(), Some("12"));
+        for (json, number) in [("\"00123\"", "123"), ("\"-007\"", "-7"), ("\"000\"", "0"), ("\"00.50\"", "0.50")] {
+            assert_eq!(read(Type::Numeric, json).as_deref(), Some(number));
+        }
+        assert_eq!((read(Type::Numeric, "\"1.e5\""), read(Type::Integer, "\"01234\"")), (None, Some("1234".into())));
         assert_eq!(read(Type::Timestamptz, "\"2026-01-31T12:00Z\"").as_deref(), Some("2026-01-31 12:00Z"));
         let local = Type::Timestamptz.read("\"2026-01-31 12:00:00.5\"", Some("Europe/Berlin"), true);
         assert_eq!(local.as_deref(), Ok("2026-01-31 12:00:00.5 Europe/Berlin"));

@@ -14,6 +14,7 @@ use super::answers::left;
 use super::doubts::Said;
 use super::{Asked, InFlight, State, too_long};
 use crate::key::{GroupId, LaneKey};
+use crate::lane::Measured;
 use crate::protocol::{Stop, StopReason, Verdict};
 use crate::request::TIMED_OUT;
 use crate::row::Row;
@@ -138,7 +139,8 @@ impl State {
         let Failed { lane: lane_key, group, mut rows, asked, message, words, .. } = failed;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         let cap = thought::cap_in(&words, asked.worst.output).max(1);
-        let is_least = asked.worst.output <= lane.measured.least_cap(asked.estimate.output);
+        let sizes = lane.standings.of(now, asked.scope).sizes;
+        let is_least = asked.worst.output <= Measured { sizes, ..lane.measured }.least_cap(asked.estimate.output);
         lane.answer_cap(now, cap);
         match rows.as_mut_slice() {
             [row] if is_least => row.most_answer = cap,
@@ -162,7 +164,10 @@ impl State {
         if is_limit && failed.rows.len() == 1 {
             return self.row_over_limit(now, failed);
         }
-        if !is_limit && lane.takes_less_answer(now, words, asked.learned, asked.estimate, asked.worst.output) {
+        let sizes = lane.standings.of(now, asked.scope).sizes;
+        let least = Measured { sizes, ..lane.measured }.least_cap(asked.estimate.output);
+        let caps = (asked.worst.output, least);
+        if !is_limit && lane.takes_less_answer(now, words, asked.learned, asked.estimate.input, caps) {
             return self.put_back(&failed.lane, failed.group, failed.rows);
         }
         let alone = is_limit && lane.refuses_as_over_limit(now, words);
