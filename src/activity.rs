@@ -30,7 +30,7 @@ fn waits_for(job_id: i64) -> Option<&'static str> {
     }
 }
 
-/// What tells this database, and the extension in it, from any other that a dump or a template may come from or go to.
+/// Identifies this database and the extension in it: a dump or a template may carry our tables elsewhere.
 #[pg_extern(sql = false)]
 fn home() -> String {
     // SAFETY: the identifier is read from the control file at the start of the server; a catalog lookup on the main

@@ -29,7 +29,7 @@ pub fn refused<T>(f: impl FnOnce() -> T) -> T {
     f()
 }
 
-/// What every function that asks looks at first.
+/// Checks whether a model can be asked here.
 pub fn check() -> Result<()> {
     let refuse = |message: &str| Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, message);
     if IS_REFUSED.get() {
@@ -39,7 +39,7 @@ pub fn check() -> Result<()> {
     }
     // SAFETY: read on the main thread.
     if unsafe { pg_sys::ParallelWorkerNumber } >= 0 {
-        // What its leader is doing is not known here.
+        // The leader's state is not known here.
         return Err(refuse("a model can't be asked by a parallel worker")
             .hint("Declare the function that asks it PARALLEL RESTRICTED."));
     }

@@ -30,7 +30,7 @@ impl Price {
             .hint("Set the prices with llm_batch.alter_model(), or use a budget in tokens: max_tokens."))
     }
 
-    /// What was paid, with cached tokens at their own price; no cost where the prices are not known.
+    /// The amount paid, with cached tokens at their own price. No cost where the prices are not known.
     pub fn paid(&self, spent: &Spent) -> Allowance {
         let rates = self.rates.unwrap_or_default();
         let cached = spent.cached_input_tokens.min(spent.input_tokens);
@@ -43,18 +43,18 @@ impl Price {
 /// Where there is no limit.
 pub const UNLIMITED: u64 = u64::MAX;
 
-/// What a budget has.
+/// The state of a budget.
 #[derive(Debug, Clone, Copy)]
 pub struct Funds {
-    /// What can still be granted, `UNLIMITED` where there is no limit.
+    /// The amount that can still be granted, `UNLIMITED` where there is no limit.
     pub free: Allowance,
-    /// What is granted, and not known to be spent.
+    /// The amount granted, and not known to be spent.
     pub reserved: Allowance,
 }
 
-/// What a stream should have at hand when a full request may take so much: what pays for all rows that can be with the
-/// gateway, or for two and a half times the requests that can be under way, if that is less. Then nobody waits for a
-/// grant. Not more, since all of it counts as spent after a crash.
+/// The grant that a stream should have at hand when a full request may take so much. It pays for all rows that can be with
+/// the gateway, or for two and a half times the requests that can be under way, if that is less. Then no stream waits for a
+/// grant. It is not larger, since all of it counts as spent after a crash.
 pub fn chunk(full: Allowance, stream: &Stream) -> Allowance {
     let rows = u64::from(stream.task.options.max_rows_per_request.max(1));
     let requests = WINDOW_ROWS as u64 / rows + 1;
@@ -99,7 +99,7 @@ fn part(free: u64, wanted: u64) -> u64 {
     if free == UNLIMITED { UNLIMITED } else { free.min(wanted) }
 }
 
-/// What the gateway has taken from an allowance: cached tokens at the full price, since it knows no other.
+/// The gateway's charge to an allowance. Cached tokens are at the full price, since it knows no other.
 pub fn taken(spent: &Spent, prices: Prices) -> Allowance {
     let input = spent.input_tokens + spent.unconfirmed_input_tokens;
     let output = spent.output_tokens + spent.unconfirmed_output_tokens;
@@ -109,7 +109,7 @@ pub fn taken(spent: &Spent, prices: Prices) -> Allowance {
     }
 }
 
-/// What a request that is too large for a budget would take, in words.
+/// The size of a request that is too large for a budget, in words.
 pub fn next_request(least: Allowance) -> String {
     let cost = if least.cost == 0 { String::new() } else { format!("{} and ", dollars(least.cost)) };
     format!("the next request may take {cost}{} tokens", least.tokens)

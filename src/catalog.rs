@@ -205,7 +205,7 @@ fn key(relation: pg_sys::Oid, targets: Vec<i16>, short: &str) -> Result<(Vec<Str
     Ok((names.into_iter().flatten().collect(), attnums.into_iter().flatten().collect()))
 }
 
-/// What an expression is for.
+/// The use of an expression.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Use {
     Input,

@@ -80,7 +80,7 @@ pub struct Client {
     outgoing: Vec<u8>,
 }
 
-/// What came of waiting.
+/// The result of a wait.
 pub enum Received {
     Message(FromGateway),
     /// The time was up, or something else woke the process.
@@ -140,7 +140,7 @@ pub fn check_came_up(process: Process) -> Result<()> {
     Ok(())
 }
 
-/// What every function of ours that does something needs.
+/// Checks the conditions that every function needs.
 pub fn check_usable() -> Result<()> {
     check_loaded()?;
     check_here()
@@ -276,7 +276,7 @@ impl Client {
             if let Some(message) = self.take()? {
                 return Ok(Received::Message(message));
             }
-            // Of a connection that was closed the last words are read.
+            // The last messages on a closed connection are read.
             let is_there = (self.write(), self.read());
             if is_there != (true, true) {
                 return Ok(self.take()?.map_or(Received::Lost, Received::Message));

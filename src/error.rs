@@ -50,7 +50,7 @@ impl Error {
         self
     }
 
-    /// What a provider's refusal means to a user.
+    /// The error for a provider's refusal.
     pub fn from_stop(stop: &Stop, model: &str) -> Self {
         use PgSqlErrorCode as C;
         let (code, message, hint) = match stop.reason {

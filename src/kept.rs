@@ -50,7 +50,7 @@ pub fn put(stock: &Stock) {
     }
 }
 
-/// What the last gateway has left, as it stands now.
+/// The notes of the last gateway.
 pub fn get() -> Stock {
     let table = TABLE.share();
     if table.at == 0 {

@@ -1,4 +1,4 @@
-//! What a process of Postgres is, for workers and sessions alike: its signals, what it waits for, what it is connected to.
+//! The process, for workers and sessions alike: its signals, its waits, its connection.
 
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicI64, Ordering};
 use std::time::Duration;
@@ -149,7 +149,7 @@ pub fn handle_signals() {
     BackgroundWorker::attach_signal_handlers(SignalWakeFlags::SIGHUP);
 }
 
-/// What is waited for besides the latch.
+/// A socket to wait for besides the latch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Socket {
     pub descriptor: i32,
@@ -190,7 +190,7 @@ pub fn reload_if_asked() {
     }
 }
 
-/// What `pg_stat_activity` shows.
+/// Sets the state and text in `pg_stat_activity`.
 pub fn report(state: pg_sys::BackendState::Type, text: &str) {
     if let Ok(text) = std::ffi::CString::new(text) {
         // SAFETY: the text is copied.

@@ -184,7 +184,7 @@ pub fn default_model_set_by() -> Option<pg_sys::Oid> {
     }
 }
 
-/// What Postgres knows of a setting, or NULL.
+/// Postgres' record of a setting, or NULL.
 unsafe fn record(name: &CStr) -> *mut pg_sys::config_generic {
     // SAFETY: on the main thread; the table of settings has as many records as Postgres says, whose names are C strings.
     unsafe {

@@ -367,7 +367,7 @@ pub fn was_gateway_told() -> bool {
     TABLE.share().gateway_told
 }
 
-/// What is to be started, and what there is.
+/// The workers to start, and the load.
 pub struct Due {
     /// Finders first. Jobs that wait for a slot are due as soon as one is free.
     pub entries: Vec<Entry>,
@@ -379,7 +379,7 @@ pub struct Due {
     pub starting: usize,
 }
 
-/// What is due at `now`.
+/// The workers to start at `now`.
 pub fn due(now: i64) -> Due {
     let table = TABLE.share();
     let is_due = |e: &&Entry| e.at <= now || (e.job != 0 && e.no_slot && e.at <= now + WAITS);
@@ -460,7 +460,7 @@ pub fn set_no_slot(value: bool) {
     TABLE.exclusive().no_slot = value;
 }
 
-/// What was started a while ago and never came up (it could not connect) has died.
+/// Removes workers that were started a while ago and never came up: they could not connect.
 pub fn bury(now: i64, patience: i64) {
     let mut table = TABLE.exclusive();
     for i in 0..ENTRIES {

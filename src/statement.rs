@@ -10,13 +10,13 @@ use pgrx::prelude::*;
 use crate::budget::{self, Funds, Price, UNLIMITED, dollars};
 use crate::error::{Error, Result};
 
-/// What the statement of this moment has spent so far.
+/// The spending of the current statement so far.
 #[derive(Debug, Clone, Copy)]
 struct Totals {
     /// When it began: no two of a session begin at the same time.
     began: i64,
     spent: Allowance,
-    /// What its open streams are allowed, and are not known to have spent.
+    /// Granted to its open streams, and not known to be spent.
     reserved: Allowance,
     /// Rows that were answered.
     rows: u64,
@@ -83,16 +83,16 @@ fn subtract(sum: &mut Allowance, less: Allowance) {
     sum.tokens = sum.tokens.saturating_sub(less.tokens);
 }
 
-/// What an open stream spends of its statement's budget.
+/// The part of its statement's budget that an open stream may spend.
 pub struct Purse {
     began: i64,
     limit: Allowance,
     price: Price,
-    /// What the gateway reckons with, if it keeps a budget.
+    /// The gateway's prices, if it keeps a budget.
     prices: Option<Prices>,
-    /// What the stream is allowed, and is not known to have spent.
+    /// Granted to the stream, and not known to be spent.
     reserved: Allowance,
-    /// What it should have at hand, if there is enough, once the gateway has said what requests take.
+    /// The grant it should have at hand, if there is enough, once the gateway has reported the size of requests.
     chunk: Option<Allowance>,
     /// The gateway asked for more, got nothing, and nothing was spent since.
     in_vain: bool,
@@ -103,7 +103,7 @@ impl Purse {
         Self { began: Totals::now().began, limit, price, prices, reserved: NOTHING, chunk: None, in_vain: false }
     }
 
-    /// What it spends from now on is counted to the statement that runs: a cursor may be read by several.
+    /// Counts further spending to the statement that runs: several statements may read one cursor.
     pub fn move_on(&mut self) {
         let mut totals = Totals::now();
         if self.began != totals.began {
@@ -113,7 +113,7 @@ impl Purse {
         }
     }
 
-    /// What one was allowed, the other may spend.
+    /// Whether the other may spend this one's grants.
     pub fn is_same(&self, other: &Self) -> bool {
         (self.began, self.limit) == (other.began, other.limit)
     }

@@ -44,7 +44,7 @@ impl Text {
     }
 }
 
-/// What a row with this error is listed with.
+/// The detail of a row with this error.
 pub fn detail(e: &Error) -> String {
     format!("22021: {}", e.message)
 }

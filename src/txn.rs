@@ -10,12 +10,12 @@ use pgrx::prelude::*;
 use crate::error::{Error, Result};
 use crate::{process, sql};
 
-/// What a caught error is turned into: ours, or one of Postgres.
+/// Turns a caught error into ours.
 fn caught(e: CaughtError) -> Error {
     Error::from(e)
 }
 
-/// What a worker's transaction is, whatever its role, its database or a trigger of the transaction before has set.
+/// Settings of each worker's transaction. They replace those of its role, its database or an earlier trigger.
 const SETTINGS: &[(&CStr, &CStr)] = &[
     // The role that the process connected as.
     (c"role", c"none"),

@@ -29,7 +29,7 @@ pub fn check() -> Result<()> {
     }
 }
 
-/// What is wrong, and who has to catch up.
+/// The error for a difference, with a hint on the older side.
 pub fn differs(version: &str) -> Error {
     let numbers = |v: &str| v.split('.').map(|n| n.parse().unwrap_or(0)).collect::<Vec<u32>>();
     let hint = if numbers(version) < numbers(LIBRARY) {

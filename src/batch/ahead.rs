@@ -28,7 +28,7 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Rows read at first where it is not known how many are wanted.
 const FIRST: u64 = 10;
 
-/// What became of a call in a row.
+/// The state of a call in a row.
 enum Fate {
     /// It was not looked at yet.
     Unknown,
@@ -217,7 +217,7 @@ impl Ahead {
             let row = self.rows.pop_front();
             self.bytes -= row.as_ref().map_or(0, |r| r.bytes);
             if self.rows.is_empty() && !pg_sys::tuplestore_in_memory(self.store) {
-                // What is on disk is freed all at once, or never.
+                // Rows on disk are freed all at once, or never.
                 pg_sys::tuplestore_clear(self.store);
                 self.stored = 0;
             }
@@ -312,7 +312,7 @@ impl Ahead {
     }
 
     /// Whether a client may read the result in parts, as drivers do that fetch so many rows at a time: it has a name then.
-    /// What row security allows may be something else at the next.
+    /// Whether the rows are fetched in parts: row security may allow other rows at the next.
     unsafe fn is_in_parts(&self) -> bool {
         // SAFETY: what runs now, if anything; names are C strings. Those that Postgres makes up are loops of functions.
         unsafe {

@@ -22,14 +22,14 @@ pub struct Asked {
     pub conclude: Conclude,
 }
 
-/// What became of a text that was asked about.
+/// The result for a text that was asked about.
 pub struct Answer {
     pub asked: Rc<Asked>,
     pub input: String,
     pub verdict: Verdict,
 }
 
-/// What calls find.
+/// The answers that calls find.
 #[derive(Default)]
 struct Row {
     answers: Vec<Rc<Answer>>,

@@ -267,7 +267,7 @@ impl Finder {
 
     /// Goes on where it was before guards were entered.
     fn leave(&mut self, outer: Option<usize>) {
-        // What was found behind them need not be evaluated any more; guards have higher numbers than those around them.
+        // Calls found behind them need no evaluation any more. Guards have higher numbers than those around them.
         while let Some((_, call)) = self.order.pop_if(|(guard, _)| *guard > outer) {
             self.passed.remove(&call);
         }
@@ -290,7 +290,7 @@ impl Finder {
             }
             let args = list::<pg_sys::Node>((*f).args);
             let Some((input, others)) = args.split_first() else { return };
-            // What is asked must be the same for all rows.
+            // The question must be the same for all rows.
             let mut is_fixed =
                 |arg: *mut pg_sys::Node| !nodes::has_columns(arg) && !has_calls(arg) && self.level(arg).is_some();
             if !others.iter().all(|arg| is_fixed(*arg)) {

@@ -52,7 +52,7 @@ impl Effects<'_> {
         }
     }
 
-    /// What a node reads, where it does not read all of it in any case.
+    /// The effects below a node that may stop before it has read all of its input.
     unsafe fn below(&self, plan: *mut pg_sys::Plan) -> bool {
         // SAFETY: as of of_plan().
         unsafe {

@@ -29,8 +29,8 @@ pub unsafe fn explain(
             pgrx::check_for_interrupts!();
             pg_sys::ExplainOpenGroup(c"Call".as_ptr(), std::ptr::null(), true, es);
             text(c"Call", &deparse(&site.call, context, with_prefix), es);
-            // What is asked is known before the statement runs if it is written there. It can't be looked up where a log is
-            // written of a statement that is over.
+            // A task that is written in the statement is known before it runs. It can't be looked up where a log describes a
+            // statement that has ended.
             let others = list::<pg_sys::Node>((*site.call.call).args).into_iter().skip(1);
             let is_constant = |arg: *mut pg_sys::Node| (*arg).type_ == pg_sys::NodeTag::T_Const;
             let model = match site.model() {

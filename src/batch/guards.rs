@@ -5,7 +5,7 @@ use std::ptr::null_mut;
 
 use pgrx::prelude::*;
 
-/// What has to hold of a condition: true, false or NULL; of a value of another type, whether it is NULL.
+/// The test that a condition has to pass: true, false or NULL. A value of another type is tested for NULL alone.
 #[derive(Debug, Clone, Copy)]
 pub enum Test {
     True,
@@ -54,7 +54,7 @@ struct Gate {
 struct Condition {
     /// NULL if no call is behind it.
     state: *mut pg_sys::ExprState,
-    /// What it gave, once it was evaluated.
+    /// Its value, once it was evaluated.
     value: Option<Option<bool>>,
 }
 
@@ -125,7 +125,7 @@ impl Guards {
     }
 }
 
-/// What a condition gives; some value that is not NULL if it is of another type than boolean and not NULL.
+/// Evaluates a condition. A value of another type than boolean gives some value that is not NULL, unless it is NULL.
 unsafe fn evaluate(state: *mut pg_sys::ExprState, econtext: *mut pg_sys::ExprContext) -> Option<bool> {
     // SAFETY: a compiled expression, in the context of its node. What it gives by reference is freed with the row's memory.
     unsafe {

@@ -29,7 +29,7 @@ pub unsafe fn decide(stmt: *mut pg_sys::PlannedStmt) {
             return;
         }
         let cost = (*plan).total_cost - ours;
-        // What the planner has not set for the whole cost is not set for less.
+        // A flag that the planner has not set for the whole cost is not set for less.
         let is_below = |limit: f64| limit < 0.0 || cost <= limit;
         let cleared = if is_below(pg_sys::jit_above_cost) {
             flags
@@ -87,7 +87,7 @@ impl Costs {
                 T::T_NestLoop | T::T_MergeJoin | T::T_HashJoin => {
                     filter += self.of_row((*plan.cast::<pg_sys::Join>()).joinqual.cast());
                 }
-                // What is aggregated is computed for the rows that come in.
+                // Arguments of aggregates are computed for the rows that come in.
                 T::T_Agg if !(*plan).lefttree.is_null() => {
                     let mut aggregated = 0.0;
                     any((*plan).targetlist.cast(), &mut |node| {

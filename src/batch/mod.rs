@@ -40,7 +40,7 @@ unsafe extern "C-unwind" {
     ) -> *mut pg_sys::PlannedStmt;
 }
 
-/// What plans: another extension's hook, or Postgres.
+/// The planner below: another extension's hook, or Postgres.
 static NEXT_PLANNER: OnceLock<Planner> = OnceLock::new();
 
 /// Has plans made with batch scans in them.

@@ -247,7 +247,7 @@ pub unsafe fn replace_case_test(condition: *mut pg_sys::Node, value: *mut pg_sys
     unsafe {
         mutate(condition, &mut |node| match (*node).type_ {
             pg_sys::NodeTag::T_CaseTestExpr => Some(value),
-            // What is in there stands for another value.
+            // Expressions within it stand for another value.
             pg_sys::NodeTag::T_CaseExpr | pg_sys::NodeTag::T_ArrayCoerceExpr => Some(node),
             _ => None,
         })

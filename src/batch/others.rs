@@ -15,7 +15,7 @@ use super::nodes::{cast, list};
 use crate::process::current_user;
 use pg_sys::NodeTag as T;
 
-/// What is written in a query has its position there; what comes out of the catalogs has none.
+/// The position of an expression that comes out of the catalogs. One written in the query has its place there.
 const STORED: i32 = -1;
 
 /// Marks the calls of others. Whether policies hold for the query.
@@ -49,7 +49,7 @@ struct Walk {
     definer: Option<pg_sys::Oid>,
     /// The view, or the table with the policy, whose expressions are being looked at.
     relation: Cell<Option<pg_sys::Oid>>,
-    /// What the query at hand changes.
+    /// The relation that the query changes.
     changed: Cell<Option<pg_sys::Oid>>,
     has_policies: Cell<bool>,
 }
@@ -160,7 +160,7 @@ impl Walk {
     }
 }
 
-/// What the definition of a view says.
+/// Properties of a view's definition.
 struct View {
     has_condition: bool,
     is_barrier: bool,

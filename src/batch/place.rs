@@ -183,7 +183,7 @@ impl Placer {
                 (*plan).targetlist = to_list(columns.entries());
                 if let (Some(join), Some(kept)) = (join, kept_of_join) {
                     (*join).joinqual = to_list(kept);
-                    // What is kept need not be what makes them unique.
+                    // The columns that are kept need not be those that make the rows unique.
                     (*join).inner_unique = false;
                 }
                 (*plan).qual = to_list(kept);

@@ -34,12 +34,12 @@ pub struct Site {
     pub waiting: BTreeMap<u64, (u64, String)>,
     /// Why it can't go on: told when a row's turn comes that has no answer.
     pub failed: Option<Error>,
-    /// What former streams did.
+    /// The counts of former streams.
     done: Done,
     model: Option<Model>,
 }
 
-/// What was asked last.
+/// The model that was asked last.
 pub struct Model {
     pub name: String,
     pub price: Price,
@@ -97,7 +97,7 @@ impl Site {
         Ok(self.asker.as_mut())
     }
 
-    /// What is asked of all rows.
+    /// The question, which is the same for all rows.
     ///
     /// # Safety
     /// The arguments besides the text do not depend on the row.
@@ -149,7 +149,7 @@ impl Site {
         self.asked = None;
     }
 
-    /// What its streams did so far.
+    /// The counts of its streams so far.
     pub fn done(&self) -> Done {
         let mut done = self.done;
         if let Some(asker) = &self.asker {

@@ -36,7 +36,7 @@ fn bind() -> std::io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// What lies in the socket's place: device and number of the file.
+/// The file in the socket's place: its device and number.
 fn file() -> Option<(u64, u64)> {
     std::fs::symlink_metadata(SOCKET).ok().map(|m| (m.dev(), m.ino()))
 }
@@ -63,7 +63,7 @@ fn raise_files() -> u64 {
     limit.rlim_cur.into()
 }
 
-/// What there is room for with the files that this process may have.
+/// The places that the file limit of this process leaves.
 fn places() -> Places {
     let files = raise_files();
     let places = Places::within(files);
@@ -93,7 +93,7 @@ fn without_signals<T>(f: impl FnOnce() -> T) -> T {
     }
 }
 
-/// What the gateway of this process knows of limits.
+/// Notes on limits of this process' gateway.
 static KEPT: OnceLock<Kept> = OnceLock::new();
 
 /// Clients look into why it has gone, which they notice after this.
@@ -153,7 +153,7 @@ pub extern "C-unwind" fn llm_batch_gateway_main(_arg: pg_sys::Datum) {
 }
 
 unsafe extern "C-unwind" {
-    /// Who is at the other end of a Unix socket; the server has it on every platform.
+    /// The user at the other end of a Unix socket. The server has this function on every platform.
     fn getpeereid(socket: libc::c_int, uid: *mut libc::uid_t, gid: *mut libc::gid_t) -> libc::c_int;
 }
 

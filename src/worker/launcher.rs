@@ -56,7 +56,7 @@ pub extern "C-unwind" fn llm_batch_launcher_main(_arg: pg_sys::Datum) {
     }
 }
 
-/// What only the launcher knows; another one begins anew.
+/// State that the launcher alone has. The next launcher begins anew.
 #[derive(Default)]
 struct Launcher {
     /// Databases to be searched, one after the other. However many there are, each has its turn.

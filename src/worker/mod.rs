@@ -34,7 +34,7 @@ pub fn register() {
         .load();
 }
 
-/// What the launcher tells a worker: database, job, owner.
+/// The launcher's orders to a worker: database, job, owner.
 pub fn orders() -> Option<(u32, i64, u32)> {
     let mut words = BackgroundWorker::get_extra().split(' ');
     Some((words.next()?.parse().ok()?, words.next()?.parse().ok()?, words.next()?.parse().ok()?))

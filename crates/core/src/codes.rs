@@ -19,7 +19,7 @@ const SHORTEST_BEGINNING: usize = 3;
 pub struct Label {
     /// The text that is written to the target.
     pub label: String,
-    /// What the model is told about it; empty if nothing.
+    /// Its description for the model, or empty.
     #[serde(default)]
     pub description: String,
 }

@@ -37,7 +37,7 @@ const CLOSING: [&str; 11] = [
 /// How an answer looks whose marks of channels a server has dropped, and not the words between them.
 const BARE: (&str, &str) = ("analysis", "assistantfinal");
 
-/// What ends the head of a channel, and how far behind the channel's name it is at most.
+/// The mark that ends the head of a channel, and its greatest distance (bytes) from the channel's name.
 const MESSAGE: &[u8] = b"<|message|>";
 const MOST_HEAD: usize = 48;
 

@@ -135,7 +135,7 @@ struct State {
     /// From when on it may be closed; `None`: it has a request.
     free_from: Option<Instant>,
     is_closing: bool,
-    /// Who waits for something to read.
+    /// The reader that waits.
     reader: Option<Waker>,
 }
 
@@ -153,7 +153,7 @@ impl Use {
 
     /// An answer of so many bytes is expected on it.
     pub fn expects(&self, bytes: usize) {
-        // What is between the parts of an answer is not more than they are, but for servers that harm.
+        // Framing between the parts of an answer is no larger than the parts, except from a harmful server.
         self.state().most = bytes.saturating_mul(2).saturating_add(2 * MAX_HEAD);
     }
 
@@ -395,7 +395,7 @@ mod tests {
                 let read = turn(&mut placed, &woken);
                 assert!(read <= most, "{read} bytes in a turn, after {all}");
                 if read == most {
-                    // Who stops before all was read comes again.
+                    // A reader that stops before the end is woken again.
                     assert!(woken.0.load(Ordering::Relaxed));
                     most = TURN.1.min(2 * most);
                 }

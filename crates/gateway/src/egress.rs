@@ -54,7 +54,7 @@ pub struct Clients {
     places: Arc<Places>,
 }
 
-/// What requests on the same connections have in common.
+/// The properties that requests on one connection have in common.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct PoolKey {
     base_url: String,
@@ -211,7 +211,7 @@ mod tests {
         Clients::with(tls().unwrap(), lookup, usize::MAX, 100)
     }
 
-    /// Of a server that closes each connection.
+    /// The head of a server that closes each connection.
     pub(super) const CLOSING: &str = "content-length: 0\r\nconnection: close\r\n";
 
     /// A server that answers with a 500 of this head, and counts connections; its port.
@@ -294,7 +294,7 @@ mod tests {
     #[test]
     fn a_name_is_looked_at_each_time_it_is_resolved() {
         let (port, count) = server(CLOSING);
-        // What was fine the first time (this machine, by its name) is something else the next time.
+        // A name that resolves to this machine the first time resolves to a link-local address the next time.
         let mut rebound = clients(&[&["127.0.0.1"], &["169.254.169.254"]]);
         assert!(message(&ask(&mut rebound, "localhost", port, false)).contains("500"));
         assert!(message(&ask(&mut rebound, "localhost", port, false)).contains("may not reach"));

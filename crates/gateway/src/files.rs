@@ -16,7 +16,7 @@ const MOST_CA: u64 = 1 << 20;
 /// # Errors
 /// If it can't be read.
 pub fn read(path: &str, most: u64) -> Result<Vec<u8>, String> {
-    // Of a pipe or a device opening may wait for ever, and reading too: neither waits here, and both are turned down.
+    // Opening or reading a pipe or a device may wait for ever. This does not wait, and both are refused.
     let file = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path).map_err(|e| e.to_string())?;
     let about = file.metadata().map_err(|e| e.to_string())?;
     if !about.is_file() {

@@ -11,7 +11,7 @@ use crate::key::LaneKey;
 
 /// Most lanes that are kept; those that were used last.
 pub const MOST_LANES: usize = 64;
-/// What was sent longer ago (ms) counts no more.
+/// Amounts sent longer ago (ms) count no more.
 const COUNTS_FOR: u64 = 61_000;
 /// Time 0 of the gateway lies this far (ms) before its start, so that windows before the start can be reckoned with.
 pub(crate) const BEFORE_START: u64 = 3_600_000;
@@ -22,7 +22,7 @@ pub struct KeptLane {
     key: u64,
     /// When (ms) this was so; outside of the gateway how long ago.
     at: u64,
-    /// What answers have said of limits.
+    /// The limits that answers have reported.
     pub(crate) reported: Limits,
     limiter: limiter::Kept,
 }
@@ -59,7 +59,7 @@ struct Notes {
     lanes: Vec<KeptLane>,
 }
 
-/// What the network thread notes and the process' main thread reads.
+/// Notes of the network thread, read by the process' main thread.
 #[derive(Debug, Clone)]
 pub struct Kept {
     started: Instant,
@@ -88,7 +88,7 @@ impl Kept {
         self.notes().known_since
     }
 
-    /// What is known of a lane.
+    /// The note on a lane.
     pub(crate) fn lane(&self, key: &LaneKey) -> Option<KeptLane> {
         let key = hash(key);
         self.notes().lanes.iter().find(|lane| lane.key == key).copied()
@@ -104,7 +104,7 @@ impl Kept {
             if notes.lanes.len() >= MOST_LANES
                 && let Some(oldest) = (0..notes.lanes.len()).min_by_key(|i| notes.lanes.get(*i).map(|lane| lane.at))
             {
-                // What it sent may count still, and nobody will know.
+                // Its amounts may still count, and no note says so any more.
                 if notes.lanes.swap_remove(oldest).at + COUNTS_FOR > now {
                     notes.known_since = now;
                 }

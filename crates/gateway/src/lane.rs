@@ -26,7 +26,7 @@ const INTERACTIVE_EXTRA: usize = 2;
 const SPARE_ANSWER_TOKENS: u64 = 16;
 /// Most that grows to; a request's tokens and what the model allows bound it further.
 pub const MOST_SPARE_ANSWER_TOKENS: u64 = 131_072;
-/// What a cap that did not suffice is multiplied with.
+/// The factor by which a cap grows that was too small.
 const GROWTH: u64 = 4;
 
 /// How long (ms) requests are kept as small as a refusal said.
@@ -35,7 +35,7 @@ const SMALLER_FOR: u64 = 60_000;
 /// requests of several rows, until single rows are tried.
 const MOST_OVER_LIMIT: usize = 3;
 
-/// What a server was found to refuse.
+/// The forms that a server was found to refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Learned {
     /// Forms of `response_format`; what its answers in them are like is each task's matter.
@@ -100,9 +100,9 @@ pub struct Measured {
     pub prompt: Ratio,
     /// A prompt has been measured.
     pub has_prompt: bool,
-    /// What it thinks before it answers.
+    /// Its thinking before it answers.
     pub thinking: Thinking,
-    /// Of the task at hand; of the lane: of the task that was answered last.
+    /// The sizes of this task's answers. In a lane: those of the task that was answered last.
     pub sizes: Sizes,
 }
 
@@ -154,7 +154,7 @@ impl Measured {
 #[derive(Debug)]
 pub struct Lane {
     pub limiter: Limiter,
-    /// What the models of the open streams allow, and what the provider's answers say it does.
+    /// The limits of the open streams' models, and those that the provider's answers state.
     pub configured: Limits,
     pub stated: Stated,
     /// Tokens of the largest request that was served.
@@ -352,7 +352,7 @@ impl Lane {
         self.smaller_cap = now + SMALLER_FOR;
     }
 
-    /// What was learnt a while ago, and may be otherwise by now, is forgotten.
+    /// Forgets facts that were learnt a while ago and may have changed.
     pub fn forget(&mut self, now: u64) {
         if self.smaller_cap <= now {
             self.learned.most_answer_tokens = u64::MAX;
@@ -416,7 +416,7 @@ impl Lane {
     }
 
     /// Opens a stream of a client: its group is the one whose stream is the same, else a new one with the number `new`.
-    /// What a request costs is one purse's matter, so a stream with a budget shares the group with no other client.
+    /// One purse pays for a request, so a stream with a budget shares its group with no other client.
     pub fn open(&mut self, new: GroupId, conn: u64, stream: &Rc<Stream>, keys: &Keys) -> GroupId {
         let is_it = |g: &Group| g.stream == *stream && g.purse.as_ref().is_none_or(|purse| purse.conn == conn);
         let (id, group) = match self.groups.iter_mut().find(|(_, g)| is_it(g)) {

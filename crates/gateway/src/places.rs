@@ -1,9 +1,9 @@
 //! How many there may be of what takes a file. A process has a limit of open files, and one that has reached it serves
 //! nobody: it takes no client, reaches no provider and finds no name.
 
-/// Of a higher limit no more is used.
+/// The most files in use, however high the limit is.
 const MOST_FILES: u64 = 16_384;
-/// What the process has open itself: files of the server, what the runtime takes.
+/// Files that the process itself has open: the server's and the runtime's.
 const OWN_FILES: usize = 32;
 
 /// Places for clients, requests and connections.

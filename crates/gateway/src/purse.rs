@@ -1,5 +1,5 @@
-//! What a stream with a budget may still spend. The worst case of a request is taken out before it is sent; the unused
-//! part comes back with its answer.
+//! The money that a stream with a budget may still spend. The worst case of a request is taken out before it is sent; the
+//! unused part comes back with its answer.
 
 use llm_batch_core::limiter::Tokens;
 
@@ -16,7 +16,7 @@ pub struct Purse {
     tokens_left: i128,
     /// The client was told that it does not suffice, and has not said anything to that.
     has_asked: bool,
-    /// What came then is all there is: requests are cut to it.
+    /// The last grant is all there is: requests are cut to it.
     is_last: bool,
 }
 
@@ -37,7 +37,7 @@ impl Purse {
         Self { conn, prices, cost_left: 0, tokens_left: 0, has_asked: false, is_last: false }
     }
 
-    /// What so many tokens are worth.
+    /// The price of so many tokens.
     pub fn worth(&self, tokens: Tokens) -> Allowance {
         let cost = tokens.input.saturating_mul(self.prices.input);
         Allowance {

@@ -34,7 +34,7 @@ const TURN: (usize, usize) = (32, 4 << 10);
 /// Bytes of a text whose tokens take long to count.
 const LONG: usize = 16 << 10;
 
-/// What all tasks share. All of them run on one thread.
+/// The state that all tasks share. All of them run on one thread.
 struct Shared {
     state: RefCell<State>,
     /// Something changed: look again what can be sent.
@@ -43,7 +43,7 @@ struct Shared {
     room: Notify,
     clients: RefCell<Clients>,
     kept: Kept,
-    /// Who we are: clients are the same.
+    /// The user of this process. Clients must have the same.
     uid: u32,
     /// A task has panicked.
     broken: Cell<bool>,

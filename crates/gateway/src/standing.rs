@@ -1,4 +1,4 @@
-//! What is known of a task with a model, as long as the gateway runs: it outlives the streams that ask.
+//! The gateway's knowledge of a task with a model. It outlives the streams that ask.
 
 use std::collections::HashMap;
 
@@ -24,7 +24,7 @@ const LONGEST_PAUSE: u64 = 900_000;
 #[derive(Debug, Default)]
 pub struct Standing {
     pub patience: Patience,
-    /// What the answers in each form of `response_format` are like.
+    /// The record of answers in each form of `response_format`.
     pub forms: Forms,
     /// How large its answers are.
     pub sizes: Sizes,

@@ -23,8 +23,8 @@ static PLACES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/o200k.places"))
 /// its length.
 const MOST_PIECE: usize = 4096;
 
-/// What o200k's pieces of text look like. Of what the second one matches the last character belongs to the next piece:
-/// it stands for a negative look-ahead.
+/// The pieces of text of o200k. The last character of a match of the second pattern belongs to the next piece: the
+/// pattern stands for a negative look-ahead.
 static PIECES: LazyLock<Option<Regex>> = LazyLock::new(|| {
     let words = [
         r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
@@ -76,7 +76,7 @@ fn merged(piece: &[u8]) -> usize {
     }
     let mut count = n;
     while let Some(Reverse((_, start, end))) = pairs.pop() {
-        // What was merged otherwise meanwhile is no pair any more: what begins here ends where the next one begins.
+        // A part that was merged otherwise meanwhile is no longer this pair: a part ends where the next one begins.
         let Some(middle) = ends.get(start).copied() else { continue };
         if ends.get(middle) != Some(&end) {
             continue;
@@ -139,7 +139,7 @@ pub fn beginning(text: &str, most: usize) -> &str {
     let quoted = |text: &str| count(&llm_batch_core::prompt::quote(text));
     // A token is at least one byte; so what is looked at is bounded, whatever the text.
     let text = text.get(..text.floor_char_boundary(most.saturating_mul(32))).unwrap_or_default();
-    // What fits of it: whole parts.
+    // The whole parts that fit.
     let (mut end, mut tokens) = (0, 0);
     let part = |from: usize, to: usize| text.get(from..to).unwrap_or_default();
     let mut high = loop {

@@ -25,7 +25,7 @@ const FIRST_WAIT: u64 = 2_000;
 /// The longest it gets, ms.
 const LONGEST_WAIT: u64 = 30_000;
 
-/// What may be sent.
+/// The requests that may be sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
@@ -123,7 +123,7 @@ pub enum ProbeEnd {
     },
 }
 
-/// What a failed probe says is down.
+/// The part that is down by a failed probe.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Down {
     /// All of the endpoint.
@@ -148,7 +148,7 @@ impl Breakers {
         [self.endpoint, self.models.get(model).copied().unwrap_or_default()]
     }
 
-    /// What may be sent for this model.
+    /// The state of the breaker that stands before this model.
     pub fn state(&self, model: &str) -> State {
         self.of(model).map(Breaker::state).into_iter().max().unwrap_or(State::Closed)
     }
@@ -182,7 +182,7 @@ impl Breakers {
     /// A request for this model was not answered, or with a 5xx.
     pub fn failed(&mut self, now: u64, model: &str, points: u32) {
         let own = self.models.entry(model.to_owned()).or_default();
-        // What is known of a model says nothing new of its endpoint.
+        // A model that is known to fail says nothing new about its endpoint.
         if own.state() == State::Closed {
             self.endpoint.failed(now, points);
         }

@@ -49,7 +49,7 @@ fn failures_count_only_in_a_row_and_a_moment_is_waited() {
     assert_eq!((b.state("a"), b.state("c"), b.until("a")), (State::Open, State::Open, Some(8_000)));
     b.answered("c");
     assert_eq!((b.state("a"), b.state("b")), (State::Closed, State::Closed));
-    // Whoever takes long to fail is not waited for once more.
+    // An endpoint that takes long to fail is not waited for again.
     b = Breakers::default();
     b.failed(0, "a", 1);
     b.failed(60_000, "a", 4);
@@ -138,7 +138,7 @@ proptest! {
         let [requests, probes, answers] =
             run(models, latency, up + 100_000, |now, m| !(20_000..up).contains(&now) && broken != Some(m));
         let within = |all: &[(u64, usize)]| all.iter().filter(|(at, _)| (20_000..up).contains(at)).count() as u64;
-        // What was under way, and what is sent until five have failed.
+        // The requests under way, and those sent until five have failed.
         prop_assert!(within(&requests) <= models as u64 * 8, "{} requests", within(&requests));
         // One after the other: 2, 4, 8, 16, 30, 30, … s; a model that is broken by itself has its own.
         let most = (5 + down / LONGEST_WAIT) * (1 + u64::from(broken.is_some()));

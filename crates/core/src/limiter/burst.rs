@@ -8,7 +8,7 @@
 
 use super::{Amounts, Caps, Grant, Left, Limits, MINUTE, SHORTEST, Window};
 
-/// What was let through is reckoned a little lower: a part of it was only reserved.
+/// Amounts that were let through count a little less: a part was only reserved.
 const CERTAIN: f64 = 0.99;
 /// Our windows are so many times as long as the provider's: a request may be slower on its way than the one before. With
 /// less (1.03) simulated windows of 10 s refuse a request now and then.
@@ -126,7 +126,7 @@ impl Burst {
         }
         if grant.beyond && !known.is_shorter {
             let least = known.limits.caps().into_iter().enumerate().filter_map(|(kind, limit)| {
-                // Of what was sent within some time, the rest may have come back in it.
+                // A part of the amounts sent may have come back within the same time.
                 let (rate, mut sum, mut most) = (limit? as f64 / MINUTE as f64, 0.0, 0.0_f64);
                 for (at, amounts) in minute.sent().rev().filter(|(at, _)| Window::slot(*at) <= grant.slot + 1) {
                     sum += amounts.get(kind).copied().unwrap_or(0) as f64 / rate;

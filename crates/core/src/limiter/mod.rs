@@ -3,7 +3,7 @@
 //! `reserve` before a request, `settle` with what it really took, `refused` and `penalize` when the provider says no.
 //! Time is a parameter: milliseconds of a monotonic clock.
 //!
-//! What was sent is kept in two rolling windows: a minute, and a shorter one with the same part of the limit where the
+//! Two rolling windows keep the amounts that were sent: a minute, and a shorter one with the same part of the limit where the
 //! limit is large enough for that. What holds in every 6 s holds in every minute, for providers that look at shorter
 //! windows than they say, and requests are spread instead of sent in one burst. Within the short window requests are
 //! paced: each is followed by the time its tokens take to come back.
@@ -88,7 +88,7 @@ impl Limits {
     }
 }
 
-/// What a request takes, in tokens.
+/// The size of a request, tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Tokens {
     /// Of its prompt.
@@ -97,7 +97,7 @@ pub struct Tokens {
     pub output: u64,
 }
 
-/// What a provider says is left of its limits.
+/// The rest of its limits that a provider reports.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Left {
     /// Requests.
@@ -119,7 +119,7 @@ fn amounts(requests: u64, tokens: Tokens) -> Amounts {
     [requests, tokens.input + tokens.output, tokens.input, tokens.output]
 }
 
-/// Who wants to send.
+/// The class of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Class {
     /// Somebody waits: bursts are let through, and room is kept for the next one.
@@ -151,7 +151,7 @@ pub struct Grant {
     tokens: Tokens,
     /// When (ms) it was sent.
     at: u64,
-    /// What we thought was left then.
+    /// Our own estimate of the rest at that time.
     left: Caps,
     /// With it more went within 6 s than they let through.
     beyond: bool,
@@ -182,9 +182,9 @@ const MOST_SPARE: u64 = 50;
 const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.
 const TRIMMED: f64 = 0.9;
-/// What is reserved to find out whether a limit is one is this part of it at most.
+/// A trial whether a limit exists reserves at most the limit divided by this.
 const TRIAL: u64 = 4;
-/// Of what the provider says is left, this part of a request is to stay.
+/// The part of a request that is to stay of the reported rest.
 const AIM: f64 = 0.3;
 /// The longest pause (ms) for what others may use; what is left is looked at then.
 const MOST_GAP: f64 = 6_000.0;
@@ -259,7 +259,7 @@ impl Limiter {
         self.limits.largest_request()
     }
 
-    /// What is reserved for a request that is larger than the limits are said to be, to find out: a part of them.
+    /// The reservation of a request that is larger than the reported limits, as a trial: a part of them.
     pub fn trial(&self, tokens: Tokens) -> Tokens {
         let [_, all, input, output] = self.windows[0].caps.map(|cap| cap.map_or(u64::MAX, |cap| cap / TRIAL));
         Tokens { input: tokens.input.min(input).min(all / 2), output: tokens.output.min(output).min(all / 2) }
@@ -331,7 +331,7 @@ impl Limiter {
         }
     }
 
-    /// What is left by what the provider said, kind by kind, as long as that counts.
+    /// The rest by the provider's reports, for each kind, as long as the reports count.
     fn left_as_reported(&self, now: u64) -> [Option<(&Reported, f64)>; KINDS] {
         if now >= self.crowded_until {
             return [None; KINDS];
@@ -358,7 +358,7 @@ impl Limiter {
         at
     }
 
-    /// What is to stay free for the next interactive request.
+    /// The amounts to keep free for the next interactive request.
     fn spare(&self, now: u64, class: Class) -> Amounts {
         match self.interactive {
             Some((at, took)) if class == Class::Bulk && now < at + SPARE_FOR => {
@@ -464,7 +464,7 @@ impl Limiter {
         } else if now < self.crowded_until {
             self.share.refused(now, share::TRIM);
         }
-        // What we supposed of the time before the start is no longer needed: now we know better.
+        // The assumptions about the time before the start are replaced by this knowledge.
         for window in &mut self.windows {
             window.forget_supposed();
         }
@@ -474,7 +474,7 @@ impl Limiter {
         }
     }
 
-    /// What is left of what has a limit: some say 0 of what they do not limit.
+    /// The reported rest of the kinds that have a limit: some providers report 0 for the others.
     fn limited(&self, left: Left) -> Left {
         let [requests, tokens, input, output] = self.limits.caps().map(|cap| cap.is_some());
         Left {

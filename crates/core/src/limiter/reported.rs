@@ -1,30 +1,30 @@
-//! What the provider says is left, carried forward to now.
+//! The rest of the limit that the provider reports, carried forward to now.
 //!
-//! What it says with an answer was true when the request came to it, a latency ago. Since then we have sent more, some
-//! of the limit has come back, and others may have used it: how fast it comes back to us, net of what others take, is
-//! measured from one answer to the next. Nothing is assumed of how the provider counts, by window or by bucket.
+//! A report was true when the request reached the provider, a latency ago. Since then we have sent more, some of the limit
+//! has come back, and others may have used it. The rate at which it comes back to us, net of the others' use, is measured
+//! from one answer to the next. The provider may count by window or by bucket: neither is assumed.
 
 /// How long (ms) a measurement of what comes back has weight.
 const MEMORY: f64 = 5_000.0;
 /// Answers nearer to each other than this (ms) measure only noise.
 const APART: u64 = 100;
-/// What was said longer ago (ms) does not count.
+/// A report older than this (ms) does not count.
 const STALE: u64 = 60_000;
-/// Of what comes back usually, this part is always reckoned with.
+/// The divisor of the usual rate that gives the least rate to reckon with.
 const PROBE: f64 = 10.0;
 /// In so much time (ms) a surplus is to be used, or a lack made good.
 const EVEN_OUT: f64 = 6_000.0;
 
-/// What was said of one kind of amount.
+/// The last report on one kind of amount.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Reported {
     /// When (ms) the request it was said of was sent.
     pub at: u64,
     left: u64,
-    /// What comes back to us, a millisecond; and since when (ms) that is measured.
+    /// The rate at which the limit comes back to us, per millisecond, and the start of its measurement (ms).
     inflow: f64,
     since: u64,
-    /// What the limit gives back a millisecond, were it ours alone.
+    /// The rate at which the limit comes back, per millisecond, when nobody else uses it.
     usual: f64,
 }
 
@@ -51,7 +51,7 @@ impl Reported {
         }
     }
 
-    /// What is left at `now` (ms), when we have `sent` so much since. `None` if the last word is too old.
+    /// The rest at `now` (ms), after we have `sent` so much since. `None` if the last report is too old.
     pub fn left(&self, now: u64, sent: u64) -> Option<f64> {
         let age = now.saturating_sub(self.at);
         (age < STALE).then(|| self.left as f64 + self.at_least() * age as f64 - sent as f64)
@@ -68,7 +68,7 @@ impl Reported {
         (more / self.at_least()).ceil().clamp(10.0, 500.0) as u64
     }
 
-    /// What comes back, but something: without a request now and then nothing more would be heard.
+    /// The rate at which the limit comes back, above zero: a request now and then brings the next report.
     fn at_least(&self) -> f64 {
         self.inflow.max(self.usual / PROBE).max(1e-3)
     }

@@ -26,7 +26,7 @@ pub(super) struct Provider {
     cap: u64,
     log: VecDeque<(u64, u64)>,
     sum: u64,
-    /// Of the bucket.
+    /// The bucket's level.
     level: f64,
     pub at: u64,
     other: f64,
