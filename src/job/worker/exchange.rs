@@ -29,8 +29,8 @@ const WINDOW_BYTES: usize = 4 << 20;
 /// as much as fifty rows. Enough is so many, or this part of the rows with the gateway if that is less: if the server is
 /// killed, they are asked again.
 const GATHER: Duration = Duration::from_millis(50);
-const GATHER_ENOUGH: Duration = Duration::from_millis(500);
-const ENOUGH: usize = 64;
+const GATHER_ENOUGH: Duration = Duration::from_secs(1);
+const ENOUGH: usize = 128;
 const ENOUGH_OF: usize = 8;
 /// Bytes of text in one message.
 const MESSAGE_BYTES: usize = 1 << 20;
