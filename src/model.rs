@@ -2,7 +2,7 @@
 
 use std::ffi::CStr;
 
-use llm_batch_core::dialect::RESERVED_PARAMETERS;
+use llm_batch_core::dialect::Api;
 use llm_batch_gateway::protocol::{MAX_REQUEST_TOKENS, Model, Prices};
 use pgrx::datum::{DatumWithOid, Interval, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
@@ -174,9 +174,10 @@ impl Settings {
         ]
     }
 
-    fn check(&self) -> Result<()> {
+    /// `api`: the dialect of the model's server.
+    fn check(&self, api: Api) -> Result<()> {
         for (name, _, given) in self.table() {
-            given.check(name)?;
+            given.check(name, api)?;
         }
         if self.max_request_tokens.is_some_and(|n| n as u64 > MAX_REQUEST_TOKENS) {
             return Err(Error::invalid(format!("\"max_request_tokens\" must be at most {MAX_REQUEST_TOKENS}")));
@@ -186,7 +187,7 @@ impl Settings {
 }
 
 impl Given<'_> {
-    fn check(&self, name: &str) -> Result<()> {
+    fn check(&self, name: &str, api: Api) -> Result<()> {
         match self {
             Self::Number(Some(n)) if *n < 1 => Err(Error::invalid(format!("\"{name}\" must be greater than zero"))),
             Self::Price(Some(price)) => check_price(name, price),
@@ -200,7 +201,7 @@ impl Given<'_> {
                 }
                 Ok(())
             }
-            Self::Parameters(Some(Json(parameters))) => check_parameters(name, parameters),
+            Self::Parameters(Some(Json(parameters))) => check_parameters(name, parameters, api),
             _ => Ok(()),
         }
     }
@@ -228,13 +229,13 @@ fn check_price(name: &str, price: &AnyNumeric) -> Result<()> {
     Ok(())
 }
 
-fn check_parameters(name: &str, parameters: &Value) -> Result<()> {
+fn check_parameters(name: &str, parameters: &Value, api: Api) -> Result<()> {
     let Value::Object(map) = parameters else {
         return Err(
             Error::invalid(format!("\"{name}\" must be a JSON object")).hint("Write it as '{\"temperature\": 0}'.")
         );
     };
-    match map.keys().find(|k| RESERVED_PARAMETERS.contains(&k.as_str())) {
+    match map.keys().find(|k| api.dialect().reserved().contains(&k.as_str())) {
         Some(key) => Err(Error::invalid(format!("parameter \"{key}\" cannot be set"))
             .detail("pg_llm_batch sets it for each request.")),
         None => Ok(()),
@@ -285,7 +286,7 @@ fn create_model(
         max_request_tokens,
         parameters,
     };
-    settings.check()?;
+    settings.check(provider::api_of(server)?)?;
     check_place(Some(server), Some(model))?;
     let mut args: Vec<DatumWithOid> =
         vec![name.into(), current_user().into(), server.into(), server_name.into(), model.into()];
@@ -346,7 +347,11 @@ fn alter_model(
         max_request_tokens,
         parameters,
     };
-    settings.check()?;
+    let place = match &server {
+        Some((server, _)) => Some(*server),
+        None => sql::one::<pg_sys::Oid>("SELECT m.server FROM llm_batch.model m WHERE m.name = $1", &[name.into()])?,
+    };
+    settings.check(place.map_or(Ok(Api::default()), provider::api_of)?)?;
     check_place(server.as_ref().map(|s| s.0), model)?;
     let reset: Vec<String> = reset.unwrap_or_default().into_iter().flatten().collect();
     let names = settings.table().map(|(column, ..)| column);

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use llm_batch_core::dialect::Counts;
+use llm_batch_core::dialect::{Api, Counts};
 use llm_batch_core::url;
 use llm_batch_gateway::files;
 use llm_batch_gateway::protocol::{Endpoint, Secret};
@@ -13,7 +13,7 @@ use pgrx::prelude::*;
 use crate::error::{Error, Result};
 use crate::{settings, sql};
 
-const SERVER_OPTIONS: &str = "api, base_url, account, counts, api_key_file, allow_http, ca_file";
+const SERVER_OPTIONS: &str = "api, api_version, base_url, account, counts, api_key_file, allow_http, ca_file";
 const MAPPING_OPTIONS: &str = "api_key";
 /// Most bytes of a file that holds a key.
 const MOST_KEY: u64 = 4 * 1024;
@@ -29,7 +29,7 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
         Some(value) if catalog == pg_sys::ForeignServerRelationId => boolean("allow_http", &value)?,
         _ => false,
     };
-    let mut seen_url = false;
+    let (mut seen_url, mut named_api, mut version) = (false, None, None);
     for option in options.iter().flatten() {
         let (name, value) = option.split_once('=').unwrap_or((option, ""));
         if !valid.split(", ").any(|v| v == name) || valid.is_empty() {
@@ -55,11 +55,8 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
             }
             "ca_file" => check_superuser(name)?,
             "allow_http" if allow_http => check_superuser(name)?,
-            "api" if value != "openai" => {
-                return Err(bad_value(format!("invalid value for option \"api\": \"{value}\""))
-                    .hint("The valid value is: openai (any endpoint with OpenAI's /chat/completions).")
-                    .into());
-            }
+            "api" => named_api = Some(api(value)?),
+            "api_version" => version = Some(value.to_owned()),
             "base_url" => {
                 seen_url = true;
                 url::parse(value, allow_http).map_err(url_error)?;
@@ -76,12 +73,49 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
             _ => {}
         }
     }
+    if let Some(version) = version {
+        check_version(named_api.unwrap_or_default(), &version)?;
+    }
     if catalog == pg_sys::ForeignServerRelationId && !seen_url {
-        return Err(Error::new(PgSqlErrorCode::ERRCODE_FDW_OPTION_NAME_NOT_FOUND, "option \"base_url\" is missing")
-            .hint("Write OPTIONS (api 'openai', base_url 'https://api.openai.com/v1').")
-            .into());
+        check_has_place(named_api)?;
     }
     Ok(())
+}
+
+/// The dialect of a name.
+fn api(name: &str) -> Result<Api> {
+    Api::ALL.iter().find(|api| api.name() == name).copied().ok_or_else(|| {
+        let names: Vec<&str> = Api::ALL.iter().map(|api| api.name()).collect();
+        bad_value(format!("invalid value for option \"api\": \"{name}\"")).hint(format!(
+            "Valid values are: {}. Most other endpoints, such as those of vLLM and llama.cpp, speak openai.",
+            names.join(", ")
+        ))
+    })
+}
+
+/// Refuses a version where there is none, or one that could be anything but a version.
+fn check_version(api: Api, version: &str) -> Result<()> {
+    if !api.dialect().has_version() {
+        return Err(bad_value(format!("option \"api_version\" has no meaning with api '{}'", api.name()))
+            .hint("Drop the option. Where a version is part of the address, write it in base_url."));
+    }
+    if !version.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b)) {
+        return Err(bad_value("invalid value for option \"api_version\"".to_owned())
+            .hint("Write it as the provider does, such as '2024-10-21'."));
+    }
+    Ok(())
+}
+
+/// Refuses a server without an address where the dialect alone does not say it.
+fn check_has_place(named: Option<Api>) -> Result<()> {
+    let hint = match named {
+        Some(api) if api.dialect().base_url().is_some() => return Ok(()),
+        Some(api) => {
+            format!("Write OPTIONS (api '{}', base_url 'https://…'): each customer has an address.", api.name())
+        }
+        None => "Write OPTIONS (api 'openai', base_url 'https://api.openai.com/v1').".to_owned(),
+    };
+    Err(Error::new(PgSqlErrorCode::ERRCODE_FDW_OPTION_NAME_NOT_FOUND, "option \"base_url\" is missing").hint(hint))
 }
 
 fn bad_value(message: String) -> Error {
@@ -146,6 +180,17 @@ pub fn named(server: String) -> Result<(pg_sys::Oid, String)> {
     }
 }
 
+/// The dialect of a server.
+pub fn api_of(oid: pg_sys::Oid) -> Result<Api> {
+    let name = sql::one::<String>(
+        "SELECT o.option_value
+           FROM pg_catalog.pg_foreign_server s, pg_catalog.pg_options_to_table(s.srvoptions) o
+          WHERE s.oid OPERATOR(pg_catalog.=) $1 AND o.option_name OPERATOR(pg_catalog.=) 'api'",
+        &[oid.into()],
+    )?;
+    name.map_or(Ok(Api::default()), |name| api(&name))
+}
+
 /// The endpoint of a server for a role: USAGE, the allowed hosts and the key are looked at anew each time.
 pub fn endpoint(oid: pg_sys::Oid, role: pg_sys::Oid) -> Result<Endpoint> {
     let found = sql::row(
@@ -180,7 +225,11 @@ pub fn endpoint(oid: pg_sys::Oid, role: pg_sys::Oid) -> Result<Endpoint> {
         )));
     }
     let option = |name: &str| find(&options, name);
-    let base_url = option("base_url").ok_or_else(|| bad_value(format!("server \"{server}\" has no base_url")))?;
+    let api = option("api").map_or(Ok(Api::default()), |name| api(&name))?;
+    let dialect = api.dialect();
+    let base_url = option("base_url")
+        .or_else(|| dialect.base_url().map(str::to_owned))
+        .ok_or_else(|| bad_value(format!("server \"{server}\" has no base_url")))?;
     // SAFETY: a catalog lookup on the main thread inside a transaction.
     let trusted = unsafe { pg_sys::superuser_arg(owner) };
     let allow_http = option("allow_http").map_or(Ok(false), |value| boolean("allow_http", &value))?;
@@ -208,10 +257,20 @@ pub fn endpoint(oid: pg_sys::Oid, role: pg_sys::Oid) -> Result<Endpoint> {
     if let Some(path) = &ca_file {
         check_ca_file(server, path)?;
     }
-    let counts = option("counts").map_or(Ok(Counts::default()), |value| counts(&value))?;
+    let counts = option("counts").map_or(Ok(dialect.counts()), |value| counts(&value))?;
     // Servers with one account share its limits and its troubles: no role can join the account of another one.
     let account = option("account").map(|a| if trusted { a } else { format!("{a} (of role {})", owner.to_u32()) });
-    Ok(Endpoint { base_url, is_trusted: trusted, allow_http, ca_file, account, api_key: key.map(Secret), counts })
+    Ok(Endpoint {
+        api,
+        api_version: option("api_version"),
+        base_url,
+        is_trusted: trusted,
+        allow_http,
+        ca_file,
+        account,
+        api_key: key.map(Secret),
+        counts,
+    })
 }
 
 /// Refuses options that count only where a superuser owns the server.

@@ -6,6 +6,7 @@ use std::fmt::Debug;
 
 use llm_batch_core::answer::{self, Verdict};
 use llm_batch_core::codes::Legend;
+use llm_batch_core::dialect::Api;
 use llm_batch_core::options::{Codes, Options};
 use llm_batch_core::task::{Answer, Spec, Type};
 use llm_batch_core::trouble::{self, Trouble, one_line};
@@ -85,7 +86,11 @@ fn check(spec: &Spec, answer: &Answer) {
 /// A status (two bytes, big endian) and a body.
 pub fn outcome(data: &[u8]) {
     let Some((status, body)) = data.split_first_chunk::<2>() else { return };
-    match trouble::outcome(u16::from_be_bytes(*status) % 600, body, None, &[]) {
+    Api::ALL.iter().for_each(|api| outcome_in(*api, u16::from_be_bytes(*status) % 600, body));
+}
+
+fn outcome_in(api: Api, status: u16, body: &[u8]) {
+    match trouble::outcome(api, status, body, None, &[]) {
         Ok(reply) => {
             let usage = reply.usage.or(Default::default());
             assert!(usage.input < 1 << 32 && usage.output < 1 << 32 && reply.cached_input <= usage.input);

@@ -5,11 +5,12 @@
 use std::io::BufRead;
 
 use llm_batch_core::answer::{self, Verdict};
+use llm_batch_core::dialect::{Api, Ask};
 use llm_batch_core::forms::Forms;
 use llm_batch_core::options::Options;
 use llm_batch_core::task::Spec;
 use llm_batch_core::{prompt, request};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 fn reply(line: &str) -> Result<Value, Box<dyn std::error::Error>> {
     let mut said: Value = serde_json::from_str(line)?;
@@ -31,11 +32,19 @@ fn reply(line: &str) -> Result<Value, Box<dyn std::error::Error>> {
     let user: String = ids.iter().zip(&texts).map(|(id, text)| prompt::row(*id, &prompt::quote(text), None)).collect();
     let Options { answer_shape, structured_output, .. } = options;
     let form = Forms::default().next(answer_shape, structured_output);
-    Ok(json!({
-        "system": request::system(&*kind),
-        "user": user,
-        "response_format": request::response_format(answer_shape, form, &*kind, &ids),
-    }))
+    let (system, format) = (request::system(&*kind), request::format(answer_shape, form, &*kind, &ids));
+    let body = Api::Openai.dialect().body(&Ask {
+        model: "",
+        system: &system,
+        no_system_role: false,
+        user: &user,
+        max_tokens: 0,
+        max_completion_tokens: false,
+        context: 0,
+        format: format.as_ref(),
+        parameters: &Map::new(),
+    });
+    Ok(json!({"system": system, "user": user, "response_format": body["response_format"]}))
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {

@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use crate::dialect::Format;
 use crate::forms::Form;
 use crate::options::AnswerShape;
 use crate::prompt::answer;
@@ -19,12 +20,12 @@ pub fn system(kind: &dyn Kind) -> String {
     )
 }
 
-/// The `response_format` for the pack with these ids, or `None`.
-pub fn response_format(shape: AnswerShape, form: Form, kind: &dyn Kind, ids: &[u16]) -> Option<Value> {
+/// The form of the answer for the pack with these ids, or `None`.
+pub fn format(shape: AnswerShape, form: Form, kind: &dyn Kind, ids: &[u16]) -> Option<Format> {
     let one = || kind.schema();
     let (strict, schema) = match (form, shape) {
         (Form::Plain, _) => return None,
-        (Form::Object, _) => return Some(json!({"type": "json_object"})),
+        (Form::Object, _) => return Some(Format::Json),
         (Form::Schema, AnswerShape::Map) => (false, json!({"type": "object", "additionalProperties": one()})),
         (Form::Schema, AnswerShape::Properties) => {
             let keys: Vec<String> = ids.iter().map(u16::to_string).collect();
@@ -40,10 +41,7 @@ pub fn response_format(shape: AnswerShape, form: Form, kind: &dyn Kind, ids: &[u
             (true, schema)
         }
     };
-    Some(json!({
-        "type": "json_schema",
-        "json_schema": {"name": "answers", "strict": strict, "schema": schema},
-    }))
+    Some(Format::Schema { strict, schema })
 }
 
 #[cfg(test)]
@@ -75,12 +73,11 @@ mod tests {
     #[test]
     fn schemas_are_strict_where_they_name_every_key() {
         let kind = kind(Codes::Words);
-        let f = |shape, form| response_format(shape, form, &*kind, &[100, 101]);
-        assert_eq!(f(AnswerShape::Map, Form::Object), Some(json!({"type": "json_object"})));
-        assert_eq!(f(AnswerShape::Map, Form::Schema).unwrap()["json_schema"]["strict"], json!(false));
-        let p = f(AnswerShape::Properties, Form::Schema).unwrap();
-        assert_eq!(p["json_schema"]["strict"], json!(true));
-        assert_eq!(p["json_schema"]["schema"]["required"], json!(["100", "101"]));
+        let f = |shape, form| format(shape, form, &*kind, &[100, 101]);
+        assert_eq!(f(AnswerShape::Map, Form::Object), Some(Format::Json));
+        assert!(matches!(f(AnswerShape::Map, Form::Schema), Some(Format::Schema { strict: false, .. })));
+        let Some(Format::Schema { strict: true, schema }) = f(AnswerShape::Properties, Form::Schema) else { panic!() };
+        assert_eq!(schema["required"], json!(["100", "101"]));
         assert_eq!(f(AnswerShape::Map, Form::Plain), None);
     }
 }

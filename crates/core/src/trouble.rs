@@ -5,7 +5,7 @@
 
 use serde_json::Value;
 
-use crate::dialect::{self, Reply};
+use crate::dialect::{self, Api, Dialect, Reply};
 use crate::headers;
 use crate::quoted::own_words;
 
@@ -131,15 +131,22 @@ pub fn context_in(message: &str) -> Option<u64> {
     numbers.find_map(|n| n.trim_matches(',').replace(',', "").parse().ok())
 }
 
-/// What an answer with this status and body is. `retry_after`: the wait in milliseconds from its headers. `texts`: the
+/// What an answer with this status and body is, in this dialect. `retry_after`: the wait in milliseconds from its headers. `texts`: the
 /// messages of the request, of which nothing is taken for the provider's own words.
 ///
 /// # Errors
 /// Whatever is no answer to be read.
-pub fn outcome(status: u16, body: &[u8], retry_after: Option<u64>, texts: &[String]) -> Result<Reply, Report> {
+pub fn outcome(
+    api: Api,
+    status: u16,
+    body: &[u8],
+    retry_after: Option<u64>,
+    texts: &[String],
+) -> Result<Reply, Report> {
+    let dialect = api.dialect();
     match status {
-        200..=299 => dialect::reply(body).map_err(|error| match error {
-            dialect::Unread::Said(error) => classify(None, &error, "", (retry_after, texts)),
+        200..=299 => dialect.reply(body).map_err(|error| match error {
+            dialect::Unread::Said(error) => classify(dialect, None, &error, "", (retry_after, texts)),
             dialect::Unread::Other(message) => Report::new(Trouble::Overload(retry_after), message.to_owned()),
         }),
         300..=399 => Err(Report::new(
@@ -154,7 +161,7 @@ pub fn outcome(status: u16, body: &[u8], retry_after: Option<u64>, texts: &[Stri
                 _ if json["error"].is_object() || json["error"].is_string() => &json["error"],
                 _ => &json,
             };
-            Err(classify(Some(status), error, &String::from_utf8_lossy(body), (retry_after, texts)))
+            Err(classify(dialect, Some(status), error, &String::from_utf8_lossy(body), (retry_after, texts)))
         }
     }
 }
@@ -287,7 +294,13 @@ fn is_name(field: &str) -> bool {
 }
 
 /// Classes an error: with the status of its answer, or one that stands in a 2xx.
-fn classify(status: Option<u16>, error: &Value, body: &str, (retry_after, texts): (Option<u64>, &[String])) -> Report {
+fn classify(
+    dialect: &dyn Dialect,
+    status: Option<u16>,
+    error: &Value,
+    body: &str,
+    (retry_after, texts): (Option<u64>, &[String]),
+) -> Report {
     let text = |v: &Value| match v {
         Value::String(s) => s.clone(),
         Value::Number(n) => n.to_string(),
@@ -305,7 +318,10 @@ fn classify(status: Option<u16>, error: &Value, body: &str, (retry_after, texts)
     let others = others.chain((!error["details"].is_null()).then(|| error["details"].to_string()));
     others.for_each(|other| words = format!("{words} {}", own_words(&other, texts)));
     let of = |message: String| Said { message: message.to_lowercase(), code: code.to_lowercase(), names_limit };
-    let class = |said: &Said| said.trouble(status.unwrap_or_else(|| said.status(&error["code"])), retry_after);
+    let class = |said: &Said| {
+        let status = status.unwrap_or_else(|| said.status(&error["code"]));
+        dialect.trouble(status, error, &said.message).unwrap_or_else(|| said.trouble(status, retry_after))
+    };
     let said = of(words.clone());
     let trouble = class(&said);
     let is_in_doubt = matches!(trouble, Trouble::Spend | Trouble::NotFound) && class(&of(String::new())) != trouble;
@@ -325,7 +341,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn report(status: u16, body: &str) -> Report {
-        outcome(status, body.as_bytes(), None, &[]).unwrap_err()
+        outcome(Api::Openai, status, body.as_bytes(), None, &[]).unwrap_err()
     }
 
     // Whole answers are in fixtures/, see tests/fixtures.rs.
@@ -373,7 +389,7 @@ mod tests {
         let quotes = |text: &str, status: u16, error: &dyn Fn(&str) -> Value| {
             let texts = [format!("417: {}\n", crate::prompt::quote(text))];
             let body = serde_json::json!({"error": error(text)}).to_string();
-            outcome(status, body.as_bytes(), None, &texts).unwrap_err().trouble
+            outcome(Api::Openai, status, body.as_bytes(), None, &texts).unwrap_err().trouble
         };
         let ways: [&dyn Fn(&str) -> Value; 4] = [
             &|text| serde_json::json!({"message": format!("invalid input: {text}"), "type": "invalid_request_error"}),
@@ -423,7 +439,10 @@ mod tests {
     fn waits_are_taken_from_where_they_are() {
         let body = r#"{"error":{"details":[{"x":1},{"retryDelay":"1.5s"}]}}"#;
         assert_eq!(report(429, body).trouble, Trouble::Rate(Some(1_500)));
-        assert_eq!(outcome(429, body.as_bytes(), Some(7), &[]).unwrap_err().trouble, Trouble::Rate(Some(7)));
+        assert_eq!(
+            outcome(Api::Openai, 429, body.as_bytes(), Some(7), &[]).unwrap_err().trouble,
+            Trouble::Rate(Some(7))
+        );
         let long = report(429, r#"{"error":{"details":[{"retryDelay":"1e300"}]}}"#);
         assert_eq!(long.trouble, Trouble::Rate(Some(headers::DAY)));
     }
@@ -432,7 +451,8 @@ mod tests {
         #[test]
         fn never_panics(status in 0u16..1000, body in ".{0,600}", json in r#"[{}\[\]":,a-z ]{0,80}"#) {
             for body in [&body, &json] {
-                if let Err(report) = outcome(status, body.as_bytes(), None, &[]) {
+                for api in Api::ALL {
+                    let Err(report) = outcome(*api, status, body.as_bytes(), None, &[]) else { continue };
                     let line = one_line(&report.message);
                     prop_assert!(line.chars().count() <= MOST_MESSAGE + 1 && !line.contains(char::is_control));
                 }

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use llm_batch_core::dialect::Api;
 use llm_batch_core::headers;
 use llm_batch_core::trouble::{self, one_line};
 
@@ -34,13 +35,19 @@ fn fixtures() -> Vec<Fixture> {
     std::fs::read_dir(folder).unwrap().map(read).collect()
 }
 
+/// The dialect that a file's name begins with; of the others, that of most.
+fn api(name: &str) -> Api {
+    let is_its = |api: &&Api| name.split('-').next() == Some(api.name());
+    Api::ALL.iter().find(is_its).copied().unwrap_or_default()
+}
+
 #[test]
 fn each_answer_is_of_its_class() {
     let all = fixtures();
     assert!(all.len() > 60);
     for f in all {
         let said = headers::read(|name| f.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str()));
-        let (class, message) = match trouble::outcome(f.status, &f.body, said.wait, &[]) {
+        let (class, message) = match trouble::outcome(api(&f.name), f.status, &f.body, said.wait, &[]) {
             Ok(reply) => (format!("{:?}", reply.finish), String::new()),
             Err(report) => (format!("{:?}", report.trouble), report.message),
         };

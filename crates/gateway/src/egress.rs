@@ -244,8 +244,13 @@ mod tests {
         // Most of these names are not this machine's.
         endpoint.allow_http = true;
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let question =
-            Question { endpoint: &endpoint, body: &json!({}), timeout: Duration::from_secs(20), most_tokens: 100 };
+        let question = Question {
+            endpoint: &endpoint,
+            model: "m",
+            body: &json!({}),
+            timeout: Duration::from_secs(20),
+            most_tokens: 100,
+        };
         runtime.block_on(request::send(clients.of(&endpoint), clients.answer(9_000), &question))
     }
 
@@ -311,8 +316,13 @@ mod tests {
         for (path, key) in [("v1", "a"), ("v1", "a"), ("v1", "b"), ("v2", "b"), ("v1", "a"), ("v1", "b"), ("v2", "b")] {
             endpoint.base_url = format!("http://localhost:{port}/{path}");
             endpoint.api_key = Some(Secret(key.to_owned()));
-            let question =
-                Question { endpoint: &endpoint, body: &json!({}), timeout: Duration::from_secs(20), most_tokens: 100 };
+            let question = Question {
+                endpoint: &endpoint,
+                model: "m",
+                body: &json!({}),
+                timeout: Duration::from_secs(20),
+                most_tokens: 100,
+            };
             let (client, answer) = (clients.of(&endpoint), clients.answer(9_000));
             let answered = runtime.block_on(request::send(client, answer, &question));
             assert!(message(&answered).contains("500"), "{answered:?}");

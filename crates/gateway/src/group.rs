@@ -4,14 +4,13 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use llm_batch_core::dialect::FRAME_TOKENS;
+use llm_batch_core::dialect::{FRAME_TOKENS, Format};
 use llm_batch_core::limiter::{Class, Tokens};
 use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::patience::Way;
 use llm_batch_core::task::{Kind, Span};
 use llm_batch_core::{prompt, request};
-use serde_json::Value;
 
 use crate::cache::{Keys, TextKey};
 use crate::protocol::{Item, Stream, Verdict, most_text};
@@ -19,6 +18,9 @@ use crate::purse::Purse;
 use crate::queue::{Queue, Ready};
 use crate::row::{Row, Waiter};
 use crate::tokens;
+
+/// Tokens that stand around a schema.
+const SCHEMA_FRAME_TOKENS: usize = 12;
 
 /// Rows of the same stream settings: they may share requests, if their isolation is the same as well.
 #[derive(Debug)]
@@ -339,8 +341,11 @@ impl Group {
     }
 
     /// Tokens of a request with these rows, by our count.
-    pub fn tokens(&self, rows: &[Row], format: Option<&Value>) -> Tokens {
-        let schema = format.and_then(|f| f.get("json_schema")).map_or(0, |s| tokens::count(&s.to_string()));
+    pub fn tokens(&self, rows: &[Row], format: Option<&Format>) -> Tokens {
+        let schema = match format {
+            Some(Format::Schema { schema, .. }) => tokens::count(&schema.to_string()) + SCHEMA_FRAME_TOKENS,
+            _ => 0,
+        };
         let prompt = self.prefix_tokens + schema + rows.iter().map(|r| r.tokens).sum::<usize>();
         let answer = rows.iter().map(|r| r.answer.planned).sum::<usize>();
         Tokens { input: prompt as u64, output: (answer + self.answer_frame) as u64 }

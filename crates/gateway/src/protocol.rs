@@ -6,7 +6,7 @@
 use std::fmt;
 
 use llm_batch_core::breaker;
-use llm_batch_core::dialect::Counts;
+use llm_batch_core::dialect::{Api, Counts};
 use llm_batch_core::limiter::Limits;
 pub use llm_batch_core::remedy::StopReason;
 use llm_batch_core::task::{Answer, Task};
@@ -44,7 +44,12 @@ impl fmt::Debug for Secret {
 /// Where requests go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
-    /// Such as `https://api.openai.com/v1`; `/chat/completions` is added.
+    /// Which wire it speaks.
+    #[serde(default)]
+    pub api: Api,
+    /// The version of it, where the wire has several and it is not the usual one.
+    pub api_version: Option<String>,
+    /// Such as `https://api.openai.com/v1`; the dialect adds what follows.
     pub base_url: String,
     /// Whether a superuser owns the server, so that requests may go to any address. Otherwise names of this machine and of
     /// metadata services lead nowhere.
@@ -56,7 +61,7 @@ pub struct Endpoint {
     pub ca_file: Option<String>,
     /// Whose limits these are; by default the URL and the key.
     pub account: Option<String>,
-    /// The bearer token, if the endpoint wants one.
+    /// The key, if the endpoint wants one.
     pub api_key: Option<Secret>,
     /// What it counts against its limit of tokens.
     pub counts: Counts,
@@ -428,6 +433,8 @@ pub(crate) mod tests {
             role: 10,
             interactive: false,
             endpoint: Endpoint {
+                api: Api::default(),
+                api_version: None,
                 base_url: "http://127.0.0.1:1/v1".into(),
                 is_trusted: true,
                 allow_http: false,

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
 use hyper::body::Bytes;
-use hyper::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, USER_AGENT};
+use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, USER_AGENT};
 use hyper::http::Extensions;
 use hyper_util::client::legacy::connect::{CaptureConnection, Connected, capture_connection};
 use llm_batch_core::dialect::Reply;
@@ -50,6 +50,8 @@ fn most_text(tokens: u64) -> usize {
 #[derive(Debug)]
 pub struct Question<'a> {
     pub endpoint: &'a Endpoint,
+    /// The provider's name of the model.
+    pub model: &'a str,
     pub body: &'a Value,
     pub timeout: Duration,
     /// The cap of its answer, tokens.
@@ -142,7 +144,8 @@ async fn expect(mut connection: CaptureConnection, bytes: usize) {
 async fn outcome(status: u16, answer: Answer, wait: Option<u64>, question: &Question<'_>) -> Result<Reply, Report> {
     let texts = texts(question.body);
     let is_large = answer.bytes.len() > LARGE;
-    let read = move || trouble::outcome(status, &answer.bytes, wait, &texts);
+    let api = question.endpoint.api;
+    let read = move || trouble::outcome(api, status, &answer.bytes, wait, &texts);
     let reply = if !is_large {
         read()?
     } else {
@@ -158,8 +161,17 @@ async fn outcome(status: u16, answer: Answer, wait: Option<u64>, question: &Ques
 
 /// The messages of a request.
 fn texts(body: &Value) -> Vec<String> {
-    let messages = body["messages"].as_array().into_iter().flatten();
-    messages.filter_map(|message| message["content"].as_str().map(str::to_owned)).collect()
+    match body {
+        Value::Object(map) => {
+            let text = |(key, value): (&String, &Value)| match (key.as_str(), value) {
+                ("content" | "text" | "system", Value::String(text)) => vec![text.clone()],
+                (_, value) => texts(value),
+            };
+            map.iter().flat_map(text).collect()
+        }
+        Value::Array(items) => items.iter().flat_map(texts).collect(),
+        _ => Vec::new(),
+    }
 }
 
 /// How far a request has come.
@@ -178,16 +190,22 @@ impl Progress {
 
 /// The request of a question. What is notified if the answer never begins, for all the interim ones.
 fn request(question: &Question) -> Result<(hyper::Request<Full<Bytes>>, Arc<Notify>), String> {
-    let url = format!("{}/chat/completions", question.endpoint.base_url.trim_end_matches('/'));
+    let Question { endpoint, model, .. } = question;
+    let (dialect, version) = (endpoint.api.dialect(), endpoint.api_version.as_deref());
+    let url = dialect.url(endpoint.base_url.trim_end_matches('/'), model, version);
     let url = url::Url::parse(&url).map_err(|e| e.to_string())?;
     let bytes = serde_json::to_vec(question.body).map_err(|e| e.to_string())?;
     let mut request = hyper::Request::post(url.as_str())
         .header(CONTENT_TYPE, "application/json")
         .header(USER_AGENT, concat!("pg_llm_batch/", env!("CARGO_PKG_VERSION")));
-    if let Some(key) = &question.endpoint.api_key {
-        let mut bearer = HeaderValue::from_str(&format!("Bearer {}", key.0)).map_err(|_| "the key is no header")?;
-        bearer.set_sensitive(true);
-        request = request.header(AUTHORIZATION, bearer);
+    if let Some((name, value)) = dialect.version_header(version) {
+        request = request.header(name, value);
+    }
+    if let Some(key) = &endpoint.api_key {
+        let (name, before) = dialect.key_header();
+        let mut value = HeaderValue::from_str(&format!("{before}{}", key.0)).map_err(|_| "the key is no header")?;
+        value.set_sensitive(true);
+        request = request.header(name, value);
     }
     let mut request = request.body(Full::new(Bytes::from(bytes))).map_err(|e| e.to_string())?;
     let (never_begins, interim) = (Arc::new(Notify::new()), AtomicU32::new(0));
@@ -248,16 +266,16 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
             let message = format!("the provider's answer has an encoding that was not requested: \"{encoding}\"");
             Err(Report::new(Trouble::Overload(None), message))
         }
-        Some(_) => trouble::outcome(status.as_u16(), b"", said.wait, &[]),
+        Some(_) => trouble::outcome(endpoint.api, status.as_u16(), b"", said.wait, &[]),
         None => outcome(status.as_u16(), answer, said.wait, question).await,
     };
     let result = result.map_err(|report| {
         let mut message = presentable(&report.message, key);
         // Elsewhere most servers say no more than that there is nothing.
         if matches!(report.trouble, Trouble::NotFound | Trouble::Misplaced)
-            && !endpoint.base_url.trim_end_matches('/').ends_with("/v1")
+            && let Some(end) = usual_end(endpoint)
         {
-            message.push_str(" (base_url does not end in /v1, as most do)");
+            message.push_str(&format!(" (base_url does not end in {end}, as most do)"));
         }
         Report { message, ..report }
     });
@@ -268,6 +286,13 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
     };
     let is_unsure = result.as_ref().is_err_and(may_be_charged);
     Answered { is_unsure, result, said, has_begun: false, has_no_place: false, connection: Some(connection) }
+}
+
+/// What the path of a base URL usually ends in, if that of the endpoint does not.
+fn usual_end(endpoint: &Endpoint) -> Option<&'static str> {
+    let usual = endpoint.api.dialect().base_url()?;
+    let end = usual.get(usual.rfind("/v")?..)?;
+    (!endpoint.base_url.trim_end_matches('/').ends_with(end)).then_some(end)
 }
 
 const REDACTED: &str = "[redacted]";

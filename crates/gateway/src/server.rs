@@ -19,7 +19,7 @@ use crate::frames::Frames;
 use crate::group::Line;
 use crate::kept::Kept;
 use crate::places::Places;
-use crate::protocol::{Endpoint, FromGateway, Item, ToGateway, decode, encode};
+use crate::protocol::{Endpoint, FromGateway, Item, Stream, ToGateway, decode, encode};
 use crate::request::{self, Answered, Question};
 
 /// How long a client may be silent in the midst of a message, and before the first.
@@ -137,7 +137,8 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
     let mut sending = spawn_local(async move {
         failure_point!("net-send");
-        let question = Question { endpoint: &stream.endpoint, body: &body, timeout, most_tokens };
+        let Stream { endpoint, model, .. } = &*stream;
+        let question = Question { endpoint, model: &model.model, body: &body, timeout, most_tokens };
         request::send(client, answer, &question).await
     });
     let result = tokio::select! {
@@ -302,10 +303,12 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
             Some(Probe::Until(at)) => {
                 tokio::time::sleep(Duration::from_millis(at.saturating_sub(now).clamp(1, 1000))).await
             }
-            Some(Probe::Send(endpoint, body, timeout, left)) => {
+            Some(Probe::Send(stream, body, timeout, left)) => {
                 tries += 1;
-                let (client, answer) = way(&shared, &endpoint, PROBE_READ_TOKENS);
-                let question = Question { endpoint: &endpoint, body: &body, timeout, most_tokens: PROBE_READ_TOKENS };
+                let Stream { endpoint, model, .. } = &*stream;
+                let (client, answer) = way(&shared, endpoint, PROBE_READ_TOKENS);
+                let most_tokens = PROBE_READ_TOKENS;
+                let question = Question { endpoint, model: &model.model, body: &body, timeout, most_tokens };
                 let result = tokio::select! {
                     answered = request::send(client, answer, &question) => answered.result,
                     () = left.notified() => return,

@@ -183,7 +183,11 @@ impl State {
         lane.standings.of(now, asked.scope).accepts();
         let Some(is_prose) = learn(now, lane, (group_id, &rows), asked, &seen, in_flight) else { return };
         let Some(stream) = lane.group(group_id).map(|g| Rc::clone(&g.stream)) else { return };
-        let reserved = stream.endpoint.counts.settle(asked.reserved, reply.usage.or(asked.estimate));
+        let mut used = reply.usage.or(asked.estimate);
+        if !stream.endpoint.api.dialect().counts_cached() {
+            used.input -= reply.cached_input.min(used.input);
+        }
+        let reserved = stream.endpoint.counts.settle(asked.reserved, used);
         lane.limiter.settle(grant, reserved, left(&came.said));
         self.pay(now, (&lane_key, group_id), &rows, asked, reply);
         let weight = match seen.answers {

@@ -293,7 +293,11 @@ impl State {
         let lane_key = LaneKey::of(&stream);
         let stream = Rc::new(stream);
         let kept = &self.kept;
-        let new = || Lane::new(stream.model.limits(), kept.lane(&lane_key), kept.known_since(), now);
+        let new = || {
+            let mut lane = Lane::new(stream.model.limits(), kept.lane(&lane_key), kept.known_since(), now);
+            lane.learned.forms = stream.endpoint.api.dialect().forms();
+            lane
+        };
         let lane = self.lanes.entry(lane_key.clone()).or_insert_with(new);
         self.next_id += 1;
         let group_id = lane.open(GroupId(self.next_id), conn, &stream, &self.keys);

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use llm_batch_core::dialect::{self, Reply};
+use llm_batch_core::dialect::{Ask, Reply};
 use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
 use llm_batch_core::options::{Options, StructuredOutput};
 use llm_batch_core::trouble::{Report, Trouble};
@@ -12,7 +12,7 @@ use tokio::sync::Notify;
 
 use super::{InFlight, Launch, State};
 use crate::lane::Lane;
-use crate::protocol::{Endpoint, Stop, StopReason, Stream};
+use crate::protocol::{Stop, StopReason, Stream};
 use crate::request::{Answered, TIMED_OUT};
 
 /// The cap of a probe's answer, tokens.
@@ -35,7 +35,7 @@ pub enum Probe {
     /// Not before this time (ms).
     Until(u64),
     /// To whom, what, how long it may take; and what is woken if nobody waits for it any more.
-    Send(Endpoint, Value, Duration, Rc<Notify>),
+    Send(Rc<Stream>, Value, Duration, Rc<Notify>),
 }
 
 /// A probe's body and how long it may take; or when (ms) the limits let it go.
@@ -50,14 +50,15 @@ pub(super) fn request(now: u64, lane: &mut Lane, stream: &Stream) -> Result<(Val
 
 /// A request without rows, and how long it may take.
 fn bare(lane: &Lane, stream: &Stream) -> (Value, Duration) {
-    let body = dialect::body(&dialect::Request {
+    let body = stream.endpoint.api.dialect().body(&Ask {
         model: &stream.model.model,
         system: "Answer with one word.",
         no_system_role: lane.learned.no_system_role,
         user: "Say ok.",
         max_tokens: PROBE_ANSWER_TOKENS,
         max_completion_tokens: lane.learned.max_completion_tokens,
-        response_format: None,
+        context: stream.model.max_request_tokens,
+        format: None,
         parameters: &stream.model.parameters,
     });
     (body, Duration::from_millis(stream.model.request_timeout_ms.clamp(LEAST_TIMEOUT, MOST_TIMEOUT)))
@@ -98,7 +99,7 @@ impl State {
             return Some(Probe::Alive);
         }
         Some(match request(now, lane, &stream) {
-            Ok((body, timeout)) => Probe::Send(stream.endpoint.clone(), body, timeout, left),
+            Ok((body, timeout)) => Probe::Send(stream, body, timeout, left),
             Err(at) => Probe::Until(at),
         })
     }

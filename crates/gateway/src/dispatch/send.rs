@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
-use llm_batch_core::dialect::{self, Counts};
+use llm_batch_core::dialect::{Ask, Counts, Format};
 use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Tokens};
 use llm_batch_core::patience::Way;
 use llm_batch_core::request;
@@ -27,7 +27,7 @@ const LEAST_PART: usize = 4;
 /// A request as it would be sent.
 pub(super) struct Draft {
     ids: Vec<u16>,
-    response_format: Option<Value>,
+    format: Option<Format>,
     /// By our count.
     pub estimate: Tokens,
     /// What it may take at the worst: of its prompt; and the cap of its answer.
@@ -52,8 +52,8 @@ impl Draft {
         let options = &group.stream.task.options;
         let ids = numbers.draw(rows.len());
         let form = learned.form(options);
-        let response_format = request::response_format(options.answer_shape, form, &*group.kind, &ids);
-        let estimate = group.tokens(rows, response_format.as_ref());
+        let format = request::format(options.answer_shape, form, &*group.kind, &ids);
+        let estimate = group.tokens(rows, format.as_ref());
         let prompt = measured.prompt.apply(estimate.input);
         let expected = measured.expected_answer(estimate.output);
         // What is spared must not make a request too large that would not be without.
@@ -65,7 +65,7 @@ impl Draft {
         let reserved = expected + measured.thinking.reserved();
         Self {
             ids,
-            response_format,
+            format,
             estimate,
             worst: Tokens { input: measured.most_prompt(estimate.input), output: most_answer },
             reserve: group.stream.endpoint.counts.reserve(prompt, reserved.min(most_answer), most_answer),
@@ -107,14 +107,15 @@ impl Draft {
 
     pub fn body(&self, learned: Learned, group: &Group, rows: &[Row]) -> Value {
         let (system, user) = group.messages(rows, &self.ids);
-        dialect::body(&dialect::Request {
+        group.stream.endpoint.api.dialect().body(&Ask {
             model: &group.stream.model.model,
             system,
             no_system_role: learned.no_system_role,
             user: &user,
             max_tokens: self.worst.output,
             max_completion_tokens: learned.max_completion_tokens,
-            response_format: self.response_format.clone(),
+            context: group.stream.model.max_request_tokens,
+            format: self.format.as_ref(),
             parameters: &group.stream.model.parameters,
         })
     }

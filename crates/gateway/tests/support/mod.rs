@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use llm_batch_core::dialect::Counts;
+use llm_batch_core::dialect::{Api, Counts};
 use llm_batch_core::options::Options;
 use llm_batch_core::task::{Answer, Spec, Task};
 use llm_batch_gateway::protocol::*;
@@ -205,6 +205,8 @@ pub fn stream(provider: &FakeProvider) -> Stream {
         role: 10,
         interactive: false,
         endpoint: Endpoint {
+            api: Api::default(),
+            api_version: None,
             base_url: provider.base_url(),
             is_trusted: true,
             allow_http: false,

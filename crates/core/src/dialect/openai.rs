@@ -1,173 +1,66 @@
-//! The wire of OpenAI-compatible chat completions: requests and answers as data.
+//! OpenAI's chat completions, as many others speak them too.
 //!
 //! Source: OpenAI's published API description (`/chat/completions`); what other servers leave out or add is tolerated.
 
 mod stream;
 
-use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 
-use crate::limiter::Tokens;
+use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, without_mark};
 
-/// Parameters of a request that a user may not set for a model, because the gateway does.
-pub const RESERVED_PARAMETERS: [&str; 7] =
+pub(super) struct Openai;
+
+/// Parameters that the gateway sets.
+pub(super) const RESERVED: [&str; 7] =
     ["model", "messages", "response_format", "max_tokens", "max_completion_tokens", "stream", "n"];
 
-/// What goes into a request.
-#[derive(Debug)]
-pub struct Request<'a> {
-    /// The provider's name of the model.
-    pub model: &'a str,
-    /// The fixed prefix.
-    pub system: &'a str,
-    /// It stands at the head of the user's message: the server knows no role of the system.
-    pub no_system_role: bool,
-    /// The rows.
-    pub user: &'a str,
-    /// Most tokens of the answer.
-    pub max_tokens: u64,
-    /// Name that cap `max_completion_tokens`, as newer OpenAI models want it.
-    pub max_completion_tokens: bool,
-    /// The form of the answer.
-    pub response_format: Option<Value>,
-    /// Further parameters, as the user set them for the model.
-    pub parameters: &'a Map<String, Value>,
-}
+impl Dialect for Openai {
+    fn base_url(&self) -> Option<&'static str> {
+        Some("https://api.openai.com/v1")
+    }
 
-/// The body of a request.
-pub fn body(r: &Request) -> Value {
-    let cap = if r.max_completion_tokens { "max_completion_tokens" } else { "max_tokens" };
-    let messages = if r.no_system_role {
-        json!([{"role": "user", "content": format!("{}\n\n{}", r.system, r.user)}])
-    } else {
-        json!([{"role": "system", "content": r.system}, {"role": "user", "content": r.user}])
-    };
-    let mut body = json!({
-        "model": r.model,
-        "messages": messages,
-        cap: r.max_tokens,
-    });
-    if let Value::Object(map) = &mut body {
-        if let Some(format) = &r.response_format {
-            map.insert("response_format".into(), format.clone());
+    fn reserved(&self) -> &'static [&'static str] {
+        &RESERVED
+    }
+
+    fn url(&self, base: &str, _model: &str, _version: Option<&str>) -> String {
+        format!("{base}/chat/completions")
+    }
+
+    fn body(&self, ask: &Ask) -> Value {
+        let cap = if ask.max_completion_tokens { "max_completion_tokens" } else { "max_tokens" };
+        let mut messages = vec![json!({"role": "user", "content": ask.user()})];
+        if !ask.no_system_role {
+            messages.insert(0, json!({"role": "system", "content": ask.system}));
         }
-        for (key, value) in r.parameters {
-            if !RESERVED_PARAMETERS.contains(&key.as_str()) {
-                map.insert(key.clone(), value.clone());
-            }
+        let mut body = json!({"model": ask.model, "messages": messages, cap: ask.max_tokens});
+        if let Value::Object(map) = &mut body {
+            map.extend(ask.format.map(|format| ("response_format".to_owned(), response_format(format))));
+            map.extend(ask.others(&RESERVED));
         }
-    }
-    body
-}
-
-/// Tokens that a request has beside its texts: the frame of two messages and the beginning of the answer
-/// (OpenAI's cookbook, "How to count tokens with tiktoken": 3 a message and 3).
-pub const FRAME_TOKENS: usize = 9;
-
-/// What a provider counts against its limit of tokens for a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Counts {
-    /// What it took: of what is reserved before, the rest comes back with the answer.
-    #[default]
-    Used,
-    /// The prompt and the cap of the answer, however short the answer is (Azure's documents).
-    Reserved,
-    /// The larger of the prompt and the cap of the answer (OpenAI's guide to rate limits).
-    Larger,
-}
-
-impl Counts {
-    /// What to reserve for a request with this prompt, for whose answer so many tokens are expected, and at most asked
-    /// for.
-    pub fn reserve(self, prompt: u64, expected_answer: u64, most_answer: u64) -> Tokens {
-        match self {
-            Self::Used => Tokens { input: prompt, output: expected_answer },
-            Self::Reserved => Tokens { input: prompt, output: most_answer },
-            Self::Larger => Tokens { input: prompt, output: most_answer.saturating_sub(prompt) },
-        }
+        body
     }
 
-    /// What stays counted of a reservation when the request took `used`.
-    pub fn settle(self, reserved: Tokens, used: Tokens) -> Tokens {
-        if self == Self::Used { used } else { reserved }
+    fn reply(&self, body: &[u8]) -> Result<Reply, Unread> {
+        reply(body)
     }
 }
 
-/// How an answer ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Finish {
-    /// By itself.
-    Complete,
-    /// At the cap of tokens.
-    Length,
-    /// By the provider's filter, or the model refused.
-    Refused,
-}
-
-/// What the provider says a request took. What it does not say is missing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Usage {
-    /// Tokens of its prompt.
-    pub input: Option<u64>,
-    /// Tokens of its answer, thinking included.
-    pub output: Option<u64>,
-}
-
-impl Usage {
-    /// All of it, if nothing is missing.
-    pub fn whole(self) -> Option<Tokens> {
-        Some(Tokens { input: self.input?, output: self.output? })
+fn response_format(format: &Format) -> Value {
+    match format {
+        Format::Json => json!({"type": "json_object"}),
+        Format::Schema { strict, schema } => json!({
+            "type": "json_schema",
+            "json_schema": {"name": "answers", "strict": strict, "schema": schema},
+        }),
     }
-
-    /// With these in place of what is missing.
-    pub fn or(self, missing: Tokens) -> Tokens {
-        Tokens { input: self.input.unwrap_or(missing.input), output: self.output.unwrap_or(missing.output) }
-    }
-
-    /// That part of these which is missing.
-    pub fn missing(self, of: Tokens) -> Tokens {
-        let part = |known: Option<u64>, of: u64| if known.is_some() { 0 } else { of };
-        Tokens { input: part(self.input, of.input), output: part(self.output, of.output) }
-    }
-}
-
-/// The answer of a request with a status of 2xx.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reply {
-    /// The text; empty if there is none.
-    pub text: String,
-    /// How it ended.
-    pub finish: Finish,
-    /// There is reasoning beside the text.
-    pub has_reasoning: bool,
-    /// What it took.
-    pub usage: Usage,
-    /// Tokens of it that came before the answer, if the provider says.
-    pub thought: Option<u64>,
-    /// Tokens of the prompt that the provider had cached.
-    pub cached_input: u64,
-}
-
-/// Why the body of a 2xx holds no answer.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Unread {
-    /// It carries an error: a 200 is no success at every provider.
-    Said(Value),
-    /// What is wrong with it, in words of ours.
-    Other(&'static str),
-}
-
-/// A text without the byte order mark that some servers begin with.
-pub(crate) fn without_mark(body: &[u8]) -> &[u8] {
-    body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body)
 }
 
 /// Reads the body of a 2xx.
 ///
 /// # Errors
 /// If it is neither JSON nor a stream of it, is a stream that broke off, or carries an error.
-pub fn reply(body: &[u8]) -> Result<Reply, Unread> {
+fn reply(body: &[u8]) -> Result<Reply, Unread> {
     let body = without_mark(body);
     let json: Value = match serde_json::from_slice(body) {
         Ok(json) => json,
@@ -221,7 +114,7 @@ fn is_thought(part: &Value) -> bool {
 /// Reads what a request took. A number that no request can have is none: no tokens of a prompt, or of an answer that
 /// `has_text`.
 fn usage(said: &Value, has_text: bool) -> Usage {
-    let tokens = |name: &str| said[name].as_u64().filter(|n| *n < 1 << 32);
+    let tokens = |name: &str| super::tokens(&said[name]);
     let (input, output) = (tokens("prompt_tokens").filter(|n| *n > 0), tokens("completion_tokens"));
     let beyond = |part: u64| tokens("total_tokens").and_then(|total| total.checked_sub(part)).filter(|n| *n > 0);
     // Some leave what a model thinks out of the tokens of the completion, but not out of the total, nor of the bill.
@@ -232,6 +125,7 @@ fn usage(said: &Value, has_text: bool) -> Usage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limiter::Tokens;
     use proptest::prelude::*;
 
     #[test]
@@ -261,14 +155,15 @@ mod tests {
     #[test]
     fn user_parameters_are_added_but_cannot_replace_ours() {
         let Value::Object(parameters) = json!({"temperature": 0, "model": "other", "n": 5}) else { panic!() };
-        let b = body(&Request {
+        let b = Openai.body(&Ask {
             model: "m",
             system: "s",
             no_system_role: true,
             user: "u",
             max_tokens: 9,
             max_completion_tokens: true,
-            response_format: None,
+            context: 100,
+            format: None,
             parameters: &parameters,
         });
         assert_eq!(b["model"], "m");
