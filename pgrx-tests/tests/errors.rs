@@ -668,6 +668,22 @@ fn options_of_servers_and_mappings() {
     ] {
         refused(client, &server(&format!("base_url '{url}'")), "HV024", &["base_url", "https://host/path"]);
     }
+    // Each dialect has its own.
+    refused(client, &server("api 'azure'"), "HV00J", &["base_url", "azure", "https://"]);
+    let azure =
+        server("api 'azure', base_url 'https://x.openai.azure.com/openai/deployments/d?api-version=2024-10-21'");
+    refused(client, &azure, "HV024", &["it contains a query", "api_version", "deployment"]);
+    refused(client, &server("api 'openai', api_version '1'"), "HV024", &["api_version", "'openai'"]);
+    refused(client, &server("api 'anthropic', api_version 'a b'"), "HV024", &["\"api_version\"", "2024-10-21"]);
+    refused(client, &server("api 'Anthropic'"), "HV024", &["\"Anthropic\"", "anthropic", "gemini"]);
+    run(client, &server("api 'gemini'"));
+    let model = |name: &str, parameters: &str| {
+        format!("SELECT llm_batch.create_model('{name}', server => 'x', model => 'm', parameters => '{parameters}')")
+    };
+    refused(client, &model("g", r#"{"generationConfig": {}}"#), "22023", &["\"generationConfig\"", "for each request"]);
+    run(client, &model("g", r#"{"max_tokens": 5, "temperature": 0}"#));
+    refused(client, "SELECT llm_batch.alter_model('g', parameters => '{\"contents\": 1}')", "22023", &["\"contents\""]);
+    run(client, "SELECT llm_batch.drop_model('g'); DROP SERVER x");
     for option in ["api ''", "account ''", "api_key_file ' '"] {
         let (code, message, ..) = error(client, &server(&format!("base_url 'https://a/v1', {option}")));
         assert_eq!(code, "HV024", "{option}: {message}");

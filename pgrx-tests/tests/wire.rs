@@ -100,3 +100,59 @@ fn what_is_sent_is_what_openai_documents() {
     assert_eq!(bodies[0]["response_format"], bodies[1]["response_format"]);
     assert_ne!(bodies[0]["messages"][1], bodies[1]["messages"][1]);
 }
+
+/// What stands in a text between two others.
+fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
+    Some(text.split_once(before)?.1.split_once(after)?.0)
+}
+
+/// A job in each dialect, with the server and the model as the documents write them but for the address and the key.
+#[test]
+fn the_examples_of_providers_fill_a_table_each() {
+    const KEY: &str = "key-0123456789abcdef";
+    let provider = FakeProvider::start(Config { api_key: Some(KEY.to_owned()), ..Config::default() }).unwrap();
+    let cluster = Cluster::builder("dialects").start();
+    let mut c = cluster.connect("postgres");
+    run(&mut c, "CREATE EXTENSION pg_llm_batch");
+    let mut rows = 0;
+    for example in include_str!("../../docs/providers.md").split("```sql\n").skip(1) {
+        let example = example.split_once("```").unwrap().0;
+        let (api, model) = (between(example, "api '", "'").unwrap(), between(example, "create_model('", "'").unwrap());
+        let (server, here) = (between(example, "CREATE SERVER ", " ").unwrap(), provider.base_of(api));
+        let mut sql = match between(example, "base_url '", "'") {
+            Some(there) => example.replace(there, &here),
+            None => example.replace(&format!("api '{api}'"), &format!("api '{api}', base_url '{here}'")),
+        };
+        match between(example, "api_key '", "'") {
+            Some(key) => sql = sql.replace(&format!("api_key '{key}'"), &format!("api_key '{KEY}'")),
+            None => sql += &format!("; CREATE USER MAPPING FOR PUBLIC SERVER {server} OPTIONS (api_key '{KEY}')"),
+        }
+        run(&mut c, &sql);
+        classifier(&mut c, &format!("topic_{model}"), &labels_json(&LABELS), model, "{}");
+        run(&mut c, &format!("CREATE TABLE {server} (id int PRIMARY KEY, body text, want text, topic text)"));
+        let body = "format('No. %s: #r%s:%s#', n, lpad(n::text, 6, '0'), want)";
+        let (first, last) = (rows + 1, rows + 60);
+        run(
+            &mut c,
+            &format!(
+                "INSERT INTO {server} SELECT n, {body}, want
+                   FROM generate_series({first}, {last}) n, LATERAL (SELECT ('{{{}}}'::text[])[1 + n % 8]) l (want)",
+                LABELS.join(",")
+            ),
+        );
+        let job = one(
+            &mut c,
+            &format!(
+                "SELECT llm_batch.backfill('{server}', input => 'body', target => 'topic', task => 'topic_{model}')"
+            ),
+        );
+        let p = wait_status(&mut c, job, "done");
+        assert_eq!((p.total, p.done, p.left), (60, 60, 0), "{api}: {p:?}");
+        assert_eq!(one(&mut c, &format!("SELECT count(*) FROM {server} WHERE topic = want")), 60, "{api}");
+        rows = last;
+    }
+    assert!(rows >= 5 * 60, "{rows} rows of all examples");
+    let stats = provider.stats();
+    assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{:?}", stats.by_status);
+    assert!(!cluster.log().contains(KEY));
+}

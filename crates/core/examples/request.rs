@@ -43,6 +43,7 @@ fn reply(line: &str) -> Result<Value, Box<dyn std::error::Error>> {
         context: 0,
         format: format.as_ref(),
         parameters: &Map::new(),
+        no_sampling: false,
     });
     Ok(json!({"system": system, "user": user, "response_format": body["response_format"]}))
 }

@@ -123,8 +123,13 @@ mod tests {
             waits.clone().prop_map(Trouble::Rate),
             waits.clone().prop_map(Trouble::Quota),
             waits.prop_map(Trouble::Overload),
-            proptest::sample::select(&[Parameter::ResponseFormat, Parameter::SystemRole, Parameter::MaxTokens])
-                .prop_map(Trouble::Unsupported),
+            proptest::sample::select(&[
+                Parameter::ResponseFormat,
+                Parameter::SystemRole,
+                Parameter::MaxTokens,
+                Parameter::Sampling
+            ])
+            .prop_map(Trouble::Unsupported),
             proptest::sample::select(&[
                 Trouble::TooLarge,
                 Trouble::OverLimit,

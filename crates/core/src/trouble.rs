@@ -52,6 +52,8 @@ pub enum Parameter {
     SystemRole,
     /// `max_tokens`, where `max_completion_tokens` is wanted.
     MaxTokens,
+    /// What the user has set of how the model draws its words, such as `temperature`.
+    Sampling,
 }
 
 /// A trouble with the provider's own words about it.
@@ -236,6 +238,14 @@ impl Said {
         ])
     }
 
+    /// Many models draw their words in one way alone.
+    fn refuses_sampling(&self) -> bool {
+        let is_named = ["temperature", "top_p", "top_k", "topp", "topk", "seed"];
+        let is_refused =
+            ["not support", "unsupported", "deprecated", "not permitted", "not allowed", "only the default"];
+        self.any(&is_named) && self.any(&is_refused)
+    }
+
     fn refuses_answer_cap(&self) -> bool {
         let is_named =
             ["max_tokens", "max_completion_tokens", "max_new_tokens", "maxoutputtokens", "max_output_tokens"];
@@ -281,6 +291,7 @@ impl Said {
             400 if self.any(&["model_not_found"]) => Trouble::NotFound,
             400 if self.any(&["content_filter", "content management policy"]) => Trouble::Filtered,
             400 | 422 if self.any(&["max_completion_tokens"]) => Trouble::Unsupported(Parameter::MaxTokens),
+            400 | 422 if self.refuses_sampling() => Trouble::Unsupported(Parameter::Sampling),
             400 | 422 if self.refuses_response_format() => Trouble::Unsupported(Parameter::ResponseFormat),
             400 | 413 | 422 => Trouble::Rejected,
             _ => Trouble::Misplaced,
@@ -304,7 +315,8 @@ fn classify(
     let text = |v: &Value| match v {
         Value::String(s) => s.clone(),
         Value::Number(n) => n.to_string(),
-        _ => String::new(),
+        Value::Null | Value::Bool(_) => String::new(),
+        Value::Array(_) | Value::Object(_) => v.to_string(),
     };
     let message = if error.is_string() { text(error) } else { text(&error["message"]) };
     let field = |name: &str| Some(text(&error[name])).filter(|field| is_name(field)).unwrap_or_default();

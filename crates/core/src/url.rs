@@ -129,6 +129,12 @@ pub fn parse(base_url: &str, allow_http: bool) -> Result<Target, Error> {
     };
     let (authority, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let plain = |c: char| c.is_ascii_alphanumeric() || "-._~".contains(c);
+    if path.contains('?') {
+        return Err(bad("it contains a query").hint(
+            "Write it as https://host/path, without \"?\" and what follows. For Azure set api 'azure' and, if need be, \
+             api_version; the deployment is the name of the model.",
+        ));
+    }
     if !path.chars().all(|c| plain(c) || "/:%@+,=".contains(c)) {
         return Err(bad("the path contains a character that is not allowed"));
     }

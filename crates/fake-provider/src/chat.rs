@@ -9,12 +9,14 @@ use crate::amounts::{Amounts, Limit};
 use crate::answer::{self, Answer};
 use crate::date::{go_duration, unix_time};
 use crate::headers::{Header, Standing, per_minute, rate_headers, retry_headers};
+use crate::http::Request;
 use crate::limits::Full;
 use crate::prompt::Task;
 use crate::reply::Reply;
 use crate::request::{Chat, Format};
 use crate::state::State;
-use crate::{Config, Fault, Reserve};
+use crate::wire::{self, Wire};
+use crate::{Config, Fault, RateHeaders, Reserve};
 
 /// The decision about a request.
 pub(crate) enum Verdict {
@@ -44,14 +46,18 @@ pub(crate) struct Admitted {
 impl State {
     /// Takes a chat request in: checks it, draws its fault, holds it against
     /// the limits, and bills it (unless it hangs).
-    pub(crate) fn judge(&mut self, bearer: Option<&str>, body: &[u8]) -> Verdict {
+    pub(crate) fn judge(&mut self, (wire, model): (&dyn Wire, Option<&str>), request: &Request) -> Verdict {
+        let body = request.body.as_slice();
         let now = Instant::now();
         self.tally.arrived(now);
         self.limits.arrived(now);
         let checked = serde_json::from_slice(body)
             .map_err(|_| Reply::invalid("", "", "the body is not JSON"))
             .and_then(|body: Value| {
-                let chat = authorized(&self.config, bearer).and_then(|()| Chat::read(&body, &mut self.counts));
+                let read = |asked: Value| Chat::read(&asked, &mut self.counts);
+                let key = wire::key(wire, request);
+                let chat =
+                    authorized(&self.config, key).and_then(|()| asked(wire, request, model, &body)).and_then(read);
                 self.keep_body(body);
                 chat
             })
@@ -83,7 +89,8 @@ impl State {
         let rng = &mut self.rng;
         let answer = answer::compose(&task, enforced, chat.max_tokens, self.config.thinking_tokens, &mut fault, rng);
         let charge = charge(self.config.reserve, &chat, &answer);
-        let number = match self.admit(now, charge, &chat.model) {
+        let style = wire.headers(self.config.rate_headers).0;
+        let number = match self.admit(now, charge, &chat.model, style) {
             Ok(number) => number,
             // The script's entry waits for a request that is let in.
             Err(reply) => return Verdict::Refused(reply),
@@ -105,7 +112,7 @@ impl State {
             self.tally.billed(chat.prompt_tokens, cached_tokens, &answer);
         }
         let mut reply = self.completion(&chat, cached_tokens, &answer);
-        reply.headers.extend(self.rate_headers(now, charge));
+        reply.headers.extend(self.rate_headers(now, charge, style));
         Verdict::Admitted(Box::new(Admitted {
             reply,
             delay: self.delay(answer.completion_tokens),
@@ -130,7 +137,7 @@ impl State {
         None
     }
 
-    fn admit(&mut self, now: Instant, charge: Amounts, model: &str) -> Result<u64, Reply> {
+    fn admit(&mut self, now: Instant, charge: Amounts, model: &str, style: RateHeaders) -> Result<u64, Reply> {
         let config = &self.config;
         let full = match self.limits.admit(now, config, charge) {
             Ok(number) => return Ok(number),
@@ -149,15 +156,15 @@ impl State {
         };
         let mut reply = Reply::error(429, kind, "", "rate_limit_exceeded", &message);
         reply.headers.extend(wait.map(|wait| retry_headers(config.retry_after, wait)).unwrap_or_default());
-        reply.headers.extend(self.rate_headers(now, charge));
+        reply.headers.extend(self.rate_headers(now, charge, style));
         Err(reply)
     }
 
     /// How the limits stand, as of the last admission or refusal.
-    fn rate_headers(&self, now: Instant, charge: Amounts) -> Vec<Header> {
+    fn rate_headers(&self, now: Instant, charge: Amounts, style: RateHeaders) -> Vec<Header> {
         let config = &self.config;
         let caps = config.caps();
-        rate_headers(config.rate_headers, charge[Limit::Tokens as usize], |limit| {
+        rate_headers(style, charge[Limit::Tokens as usize], |limit| {
             let cap = caps[limit as usize]?;
             Some(Standing {
                 per_minute: per_minute(cap, config.window),
@@ -204,10 +211,19 @@ impl State {
     }
 }
 
-/// Whether the bearer token is the one asked for.
-pub(crate) fn authorized(config: &Config, bearer: Option<&str>) -> Result<(), Reply> {
+/// A request in OpenAI's shape.
+fn asked(wire: &dyn Wire, request: &Request, model: Option<&str>, body: &Value) -> Result<Value, Reply> {
+    let mut asked = wire.request(request, body).map_err(|message| Reply::invalid("", "", &message))?;
+    if let Some(model) = model {
+        asked["model"] = model.into();
+    }
+    Ok(asked)
+}
+
+/// Whether the key is the one asked for.
+pub(crate) fn authorized(config: &Config, given: Option<&str>) -> Result<(), Reply> {
     match &config.api_key {
-        Some(key) if bearer != Some(key) => {
+        Some(key) if given != Some(key) => {
             Err(Reply::error(401, "invalid_request_error", "", "invalid_api_key", "Incorrect API key provided."))
         }
         _ => Ok(()),

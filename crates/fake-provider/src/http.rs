@@ -24,9 +24,17 @@ pub(crate) struct Connection {
 pub(crate) struct Request {
     pub(crate) method: String,
     pub(crate) path: String,
-    pub(crate) bearer: Option<String>,
+    /// Those that dialects look at, with their names in lower case.
+    pub(crate) headers: Vec<(String, String)>,
     pub(crate) keep_alive: bool,
     pub(crate) body: Vec<u8>,
+}
+
+impl Request {
+    /// A header, if it is one of those that are kept.
+    pub(crate) fn header(&self, name: &str) -> Option<&str> {
+        self.headers.iter().find(|(own, _)| own == name).map(|(_, value)| value.as_str())
+    }
 }
 
 /// The next event on a connection.
@@ -138,7 +146,7 @@ fn parse_head(buffer: &[u8]) -> Result<Option<Head>, (u16, &'static str)> {
         request: Request {
             method: parsed.method.unwrap_or_default().to_owned(),
             path: parsed.path.unwrap_or_default().to_owned(),
-            bearer: None,
+            headers: Vec::new(),
             keep_alive: parsed.version == Some(1),
             body: Vec::new(),
         },
@@ -160,8 +168,8 @@ fn parse_head(buffer: &[u8]) -> Result<Option<Head>, (u16, &'static str)> {
             "connection" if value.eq_ignore_ascii_case("keep-alive") => {
                 head.request.keep_alive = true;
             }
-            "authorization" => {
-                head.request.bearer = value.strip_prefix("Bearer ").map(str::to_owned);
+            name @ ("authorization" | "x-api-key" | "api-key" | "x-goog-api-key" | "anthropic-version") => {
+                head.request.headers.push((name.to_owned(), value.to_owned()));
             }
             _ => {}
         }

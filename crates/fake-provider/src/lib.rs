@@ -49,6 +49,7 @@ mod stats;
 mod tokens;
 mod values;
 mod window;
+mod wire;
 
 pub use config::{Config, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 pub use fault::Fault;

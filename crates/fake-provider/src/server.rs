@@ -15,6 +15,7 @@ use crate::control;
 use crate::http::{Connection, Next, Request};
 use crate::reply::Reply;
 use crate::state::{Shared, State};
+use crate::wire::{self, Wire};
 use crate::{Config, Fault, Stats};
 
 /// A running provider. Dropping it closes every connection and frees the port.
@@ -51,6 +52,12 @@ impl FakeProvider {
     /// `http://127.0.0.1:PORT/v1`: what clients call the base URL.
     pub fn base_url(&self) -> String {
         format!("http://{}/v1", self.address)
+    }
+
+    /// The same for the dialect of this name; of one that it does not speak, where nothing is served.
+    pub fn base_of(&self, api: &str) -> String {
+        let wire = wire::WIRES.iter().find(|wire| wire.name() == api);
+        format!("http://{}{}", self.address, wire.map_or("/nowhere", |wire| wire.base()))
     }
 
     /// Where it listens.
@@ -148,9 +155,11 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
             }
         };
         let keep_alive = request.keep_alive;
-        let reply = match (request.method.as_str(), request.path.as_str()) {
-            ("POST", "/v1/chat/completions") => match chat(&shared, &request, &connection).await {
-                After::Reply(mut reply) => {
+        let found = wire::find(&request.path).filter(|_| request.method == "POST");
+        let reply = match found {
+            Some((wire, model)) => match chat(&shared, (wire, model), &request, &connection).await {
+                After::Reply(reply) => {
+                    let mut reply = wire::translate(wire, reply);
                     reply.extra_head.clone_from(&shared.lock().config.extra_head);
                     reply
                 }
@@ -158,7 +167,7 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
                 After::Broken(fault) => return connection.misbehave(&fault).await,
                 After::Left => return,
             },
-            _ => route(&shared, &request),
+            None => route(&shared, &request),
         };
         if connection.send(&reply, keep_alive).await.is_err() || !keep_alive {
             return;
@@ -179,7 +188,7 @@ fn route(shared: &Shared, request: &Request) -> Reply {
         },
         ("GET", "/v1/models") => {
             let state = shared.lock();
-            if let Err(reply) = authorized(&state.config, request.bearer.as_deref()) {
+            if let Err(reply) = authorized(&state.config, wire::key(wire::HOME, request)) {
                 return reply;
             }
             let default = vec!["fake-model".to_owned()];
@@ -215,10 +224,15 @@ enum After {
 
 /// Counts are kept up before the client sees the outcome: a test that has its
 /// answer can look at the stats.
-async fn chat(shared: &Shared, request: &Request, connection: &Connection) -> After {
+async fn chat(
+    shared: &Shared,
+    to: (&'static dyn Wire, Option<&str>),
+    request: &Request,
+    connection: &Connection,
+) -> After {
     let mut gate = shared.gate.subscribe();
     let releases_before = gate.borrow().releases;
-    let verdict = shared.lock().judge(request.bearer.as_deref(), &request.body);
+    let verdict = shared.lock().judge(to, request);
     let admitted = match verdict {
         Verdict::Refused(mut reply) => {
             let mut state = shared.lock();

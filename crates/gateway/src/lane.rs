@@ -44,6 +44,8 @@ pub struct Learned {
     pub no_system_role: bool,
     /// The cap of an answer must be called `max_completion_tokens`.
     pub max_completion_tokens: bool,
+    /// Parameters of how the model draws its words, such as `temperature`: they are left out.
+    pub no_sampling: bool,
     /// Tokens of answer beyond what is expected; grows when answers are cut off.
     pub spare_answer_tokens: u64,
     /// The largest cap of an answer that is not known to be refused.
@@ -69,6 +71,10 @@ impl Learned {
             Parameter::SystemRole => {
                 self.no_system_role = true;
                 !before.no_system_role
+            }
+            Parameter::Sampling => {
+                self.no_sampling = true;
+                !before.no_sampling
             }
             Parameter::ResponseFormat => {
                 let form = before.form(options);
@@ -216,6 +222,7 @@ impl Lane {
                 forms: Forms::default(),
                 no_system_role: false,
                 max_completion_tokens: false,
+                no_sampling: false,
                 spare_answer_tokens: SPARE_ANSWER_TOKENS,
                 most_answer_tokens: u64::MAX,
                 most_request_tokens: u64::MAX,

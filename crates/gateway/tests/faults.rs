@@ -8,6 +8,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::sync::Arc;
 
+use llm_batch_core::dialect::Api;
 use llm_batch_gateway::protocol::*;
 use llm_fake_provider::{Config, Fault};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
@@ -85,7 +86,13 @@ fn every_answer_of_the_fixtures_does_what_its_class_says() {
         provider.reset_stats();
         provider.script([Some(Fault::Raw(wire))]);
         // A lane of its own each time.
-        let mut client = setup.client(&provider, |s| s.model.model = name.clone());
+        let named = |api: &&Api| name.split('-').next() == Some(api.name());
+        let api = Api::ALL.iter().find(named).copied().unwrap_or_default();
+        let mut client = setup.client(&provider, |s| {
+            s.model.model = name.clone();
+            s.endpoint.api = api;
+            s.endpoint.base_url = provider.base_of(api.name());
+        });
         let end = fifty(&mut client, &name);
         let requests = provider.stats().requests;
         let reason = match class.split('(').next().unwrap() {

@@ -1,11 +1,16 @@
-//! Dialects: the wires of providers as data. A file each; what is common to them stands here.
+//! Dialects: the wires of providers as data. A file each; the common part stands here.
 //!
-//! A dialect says where a request goes, how it is written, how its answer is read, and what its provider does otherwise
-//! than others do. What a server refuses of a request is learnt for all of them alike ([`Ask`] says it), and so are the
-//! troubles ([`crate::trouble`]) and the limits in headers ([`crate::headers`]).
+//! A dialect says where a request goes, how it is written and how its answer is read, and in which points its provider
+//! differs from the others. The parts of a request that a server refuses are learnt for all dialects alike ([`Ask`] names
+//! them). Troubles ([`crate::trouble`]) and limits in headers ([`crate::headers`]) are read alike, too.
 //!
-//! A new one is a file, and its two lines here.
+//! A new dialect is a file, and its two lines here.
 
+mod anthropic;
+mod azure;
+mod cohere;
+mod gemini;
+mod mistral;
 mod openai;
 
 use serde::{Deserialize, Serialize};
@@ -34,7 +39,7 @@ macro_rules! dialects {
                 match self { $(Self::$name => stringify!($file),)* }
             }
 
-            /// What it is like.
+            /// Its wire.
             pub fn dialect(self) -> &'static dyn Dialect {
                 match self { $(Self::$name => &$file::$name,)* }
             }
@@ -45,11 +50,16 @@ macro_rules! dialects {
 dialects! {
     #[default]
     openai: Openai,
+    azure: Azure,
+    anthropic: Anthropic,
+    gemini: Gemini,
+    mistral: Mistral,
+    cohere: Cohere,
 }
 
 /// The wire of a provider.
 pub trait Dialect: Sync {
-    /// Where it is served, unless the option `base_url` says otherwise; `None`: every customer has an address of his own.
+    /// The address, unless the option `base_url` names another; `None` where each customer has an address.
     fn base_url(&self) -> Option<&'static str>;
 
     /// Whether the option `api_version` has a meaning.
@@ -57,7 +67,7 @@ pub trait Dialect: Sync {
         false
     }
 
-    /// What the provider counts against its limit of tokens, unless the option `counts` says otherwise.
+    /// The tokens that count against the provider's limit, unless the option `counts` says otherwise.
     fn counts(&self) -> Counts {
         Counts::Used
     }
@@ -70,7 +80,7 @@ pub trait Dialect: Sync {
     /// Parameters of a request that a user may not set for a model, because the gateway does.
     fn reserved(&self) -> &'static [&'static str];
 
-    /// Forms of answers that can't be asked for are out.
+    /// The forms of answers; those that the wire has no words for are out.
     fn forms(&self) -> Forms {
         Forms::default()
     }
@@ -78,7 +88,7 @@ pub trait Dialect: Sync {
     /// The address of a model. `base`: without a slash at its end.
     fn url(&self, base: &str, model: &str, version: Option<&str>) -> String;
 
-    /// The header with the key, and what stands before the key.
+    /// The name of the header with the key, and the prefix of the key in it.
     fn key_header(&self) -> (&'static str, &'static str) {
         ("authorization", "Bearer ")
     }
@@ -104,7 +114,7 @@ pub trait Dialect: Sync {
     }
 }
 
-/// What goes into a request.
+/// The contents of a request.
 #[derive(Debug)]
 pub struct Ask<'a> {
     /// The provider's name of the model.
@@ -125,17 +135,23 @@ pub struct Ask<'a> {
     pub format: Option<&'a Format>,
     /// Further parameters, as the user set them for the model.
     pub parameters: &'a Map<String, Value>,
+    /// Without those of how the model draws its words: it draws them in one way alone.
+    pub no_sampling: bool,
 }
 
+/// Parameters of how a model draws its words.
+const SAMPLING: [&str; 7] = ["temperature", "top_p", "top_k", "topP", "topK", "seed", "random_seed"];
+
 impl Ask<'_> {
-    /// What the user says, and the system before it if that has no role.
+    /// The text of the user's message. The instructions go before it where the system has no role.
     fn user(&self) -> String {
         if self.no_system_role { format!("{}\n\n{}", self.system, self.user) } else { self.user.to_owned() }
     }
 
     /// The user's parameters that are not among those that are set here.
     fn others(&self, reserved: &[&str]) -> impl Iterator<Item = (String, Value)> {
-        self.parameters.iter().filter(|(key, _)| !reserved.contains(&key.as_str())).map(|(k, v)| (k.clone(), v.clone()))
+        let is_out = |key: &str| reserved.contains(&key) || self.no_sampling && SAMPLING.contains(&key);
+        self.parameters.iter().filter(move |(key, _)| !is_out(key)).map(|(k, v)| (k.clone(), v.clone()))
     }
 }
 
@@ -242,6 +258,20 @@ pub struct Reply {
     pub cached_input: u64,
 }
 
+impl Reply {
+    /// What of it counts against the provider's limits, with these tokens in place of what it does not say.
+    pub fn counted(&self, api: Api, missing: Tokens) -> Tokens {
+        let all = self.usage.or(missing);
+        let free = if api.dialect().counts_cached() { 0 } else { self.cached_input };
+        Tokens { input: all.input.saturating_sub(free), ..all }
+    }
+
+    /// Of what the provider says that it took nothing contradicts the rest.
+    fn consistent(self) -> Self {
+        Self { cached_input: self.usage.input.map_or(0, |input| self.cached_input.min(input)), ..self }
+    }
+}
+
 /// Why the body of a 2xx holds no answer.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Unread {
@@ -259,4 +289,91 @@ pub(crate) fn without_mark(body: &[u8]) -> &[u8] {
 /// A number of tokens. One that no request can have is none.
 fn tokens(said: &Value) -> Option<u64> {
     said.as_u64().filter(|n| *n < 1 << 32)
+}
+
+/// The JSON of a 2xx.
+///
+/// # Errors
+/// If it is none, or carries an error.
+fn parsed(body: &[u8]) -> Result<Value, Unread> {
+    let json: Value =
+        serde_json::from_slice(without_mark(body)).map_err(|_| Unread::Other("the provider's answer is not JSON"))?;
+    if json["error"].is_null() { Ok(json) } else { Err(Unread::Said(json["error"].clone())) }
+}
+
+/// A name as a segment of a path.
+fn segment(name: &str) -> String {
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~".contains(&b);
+    let write = |b: u8| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") };
+    name.bytes().map(write).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    /// A plain request with these parameters.
+    pub fn ask(parameters: &Value) -> Ask<'_> {
+        Ask {
+            model: "m",
+            system: "s",
+            no_system_role: false,
+            user: "u",
+            max_tokens: 9,
+            max_completion_tokens: false,
+            context: 100,
+            format: None,
+            parameters: parameters.as_object().unwrap(),
+            no_sampling: false,
+        }
+    }
+
+    /// A form of an answer.
+    pub fn schema(strict: bool) -> Format {
+        Format::Schema { strict, schema: json!({"type": "object"}) }
+    }
+
+    #[test]
+    fn what_is_reserved_cannot_be_replaced_and_no_key_is_in_an_address() {
+        for api in Api::ALL {
+            let dialect = api.dialect();
+            let mut parameters = json!({"temperature": 0.5});
+            dialect.reserved().iter().for_each(|key| parameters[*key] = "theirs".into());
+            let body = dialect.body(&ask(&parameters)).to_string();
+            assert!(!body.contains("theirs") && body.contains("0.5"), "{api:?}: {body}");
+            let url = dialect.url("https://x/v1", "a b?key=#", None);
+            assert!(url.starts_with("https://x/") && !url.contains("key="), "{url}");
+            assert_eq!(serde_json::to_value(api).unwrap(), api.name());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(
+            bytes in proptest::collection::vec(any::<u8>(), 0..200),
+            picks in proptest::collection::vec((0_usize..16, 0_usize..8), 0..12),
+        ) {
+            // Members that the dialects read, with values of any kind, one in another.
+            let names = [
+                "content", "candidates", "message", "usage", "usageMetadata", "parts", "text", "finishReason", "done",
+                "promptFeedback", "stop_reason", "input_tokens", "candidatesTokenCount", "billed_units", "type", "choices",
+            ];
+            let inner = picks.iter().fold(json!({}), |inner, (name, kind)| {
+                let values =
+                    [json!(null), json!(-1), json!(1_u64 << 60), json!("x"), json!([inner]), inner.clone(), json!([]), json!(true)];
+                json!({ names[*name]: values[*kind], names[(name + 7) % 16]: inner })
+            });
+            for api in Api::ALL {
+                let _ = api.dialect().reply(&bytes);
+                if let Ok(reply) = api.dialect().reply(inner.to_string().as_bytes()) {
+                    prop_assert!(reply.cached_input <= reply.usage.input.unwrap_or(0));
+                }
+                let _ = api.dialect().trouble(400, &inner, "");
+                let _ = api.dialect().trouble(429, &inner, "");
+            }
+        }
+    }
 }

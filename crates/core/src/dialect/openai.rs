@@ -165,6 +165,7 @@ mod tests {
             context: 100,
             format: None,
             parameters: &parameters,
+            no_sampling: false,
         });
         assert_eq!(b["model"], "m");
         assert_eq!(b["messages"], json!([{"role": "user", "content": "s\n\nu"}]));

@@ -17,7 +17,7 @@ use super::doubts::{ONLY_THOUGHT, Said, shown};
 use super::{Asked, InFlight, State};
 use crate::key::{GroupId, LaneKey};
 use crate::lane::Lane;
-use crate::protocol::Verdict;
+use crate::protocol::{Endpoint, Verdict};
 use crate::request::Answered;
 use crate::row::Row;
 use crate::tokens;
@@ -183,11 +183,8 @@ impl State {
         lane.standings.of(now, asked.scope).accepts();
         let Some(is_prose) = learn(now, lane, (group_id, &rows), asked, &seen, in_flight) else { return };
         let Some(stream) = lane.group(group_id).map(|g| Rc::clone(&g.stream)) else { return };
-        let mut used = reply.usage.or(asked.estimate);
-        if !stream.endpoint.api.dialect().counts_cached() {
-            used.input -= reply.cached_input.min(used.input);
-        }
-        let reserved = stream.endpoint.counts.settle(asked.reserved, used);
+        let Endpoint { api, counts, .. } = &stream.endpoint;
+        let reserved = counts.settle(asked.reserved, reply.counted(*api, asked.estimate));
         lane.limiter.settle(grant, reserved, left(&came.said));
         self.pay(now, (&lane_key, group_id), &rows, asked, reply);
         let weight = match seen.answers {

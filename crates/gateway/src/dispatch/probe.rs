@@ -60,6 +60,7 @@ fn bare(lane: &Lane, stream: &Stream) -> (Value, Duration) {
         context: stream.model.max_request_tokens,
         format: None,
         parameters: &stream.model.parameters,
+        no_sampling: lane.learned.no_sampling,
     });
     (body, Duration::from_millis(stream.model.request_timeout_ms.clamp(LEAST_TIMEOUT, MOST_TIMEOUT)))
 }

@@ -117,6 +117,7 @@ impl Draft {
             context: group.stream.model.max_request_tokens,
             format: self.format.as_ref(),
             parameters: &group.stream.model.parameters,
+            no_sampling: learned.no_sampling,
         })
     }
 }

@@ -209,7 +209,9 @@ impl State {
         {
             self.put_back(lane_key, group, failed.rows);
             self.notice(now, lane_key, "unsupported", &format!("{message}; continuing without it"));
-        } else if parameter == Parameter::SystemRole || is_form && asked.learned.form(&options) == Form::Plain {
+        } else if matches!(parameter, Parameter::SystemRole | Parameter::Sampling)
+            || is_form && asked.learned.form(&options) == Form::Plain
+        {
             // There is none in the request: these are words of a row that is quoted.
             self.refused(now, (lane_key, group), failed.rows, (id, is_accepted), message);
         } else {

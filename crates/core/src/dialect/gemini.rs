@@ -1,0 +1,186 @@
+//! Gemini's generateContent.
+//!
+//! Source: Google's published API reference (`models.generateContent`, rate limits), late 2026. The key goes into a header,
+//! never into the URL.
+
+use serde_json::{Map, Value, json};
+
+use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, segment, tokens};
+use crate::trouble::{Parameter, Trouble};
+
+pub(super) struct Gemini;
+
+/// In both spellings that are taken there.
+const RESERVED: [&str; 13] = [
+    "model",
+    "contents",
+    "systemInstruction",
+    "system_instruction",
+    "generationConfig",
+    "generation_config",
+    "maxOutputTokens",
+    "max_output_tokens",
+    "responseMimeType",
+    "responseSchema",
+    "responseJsonSchema",
+    "candidateCount",
+    "stream",
+];
+
+/// Parameters of a request. All others are of its `generationConfig`.
+const OF_REQUEST: [&str; 7] =
+    ["safetySettings", "cachedContent", "serviceTier", "labels", "tools", "toolConfig", "store"];
+
+impl Dialect for Gemini {
+    fn base_url(&self) -> Option<&'static str> {
+        Some("https://generativelanguage.googleapis.com/v1beta")
+    }
+
+    fn reserved(&self) -> &'static [&'static str] {
+        &RESERVED
+    }
+
+    fn url(&self, base: &str, model: &str, _version: Option<&str>) -> String {
+        let model = model.strip_prefix("models/").unwrap_or(model);
+        format!("{base}/models/{}:generateContent", segment(model))
+    }
+
+    fn key_header(&self) -> (&'static str, &'static str) {
+        ("x-goog-api-key", "")
+    }
+
+    fn body(&self, ask: &Ask) -> Value {
+        let mut config = Map::new();
+        config.insert("maxOutputTokens".to_owned(), ask.max_tokens.into());
+        if let Some(format) = ask.format {
+            config.insert("responseMimeType".to_owned(), "application/json".into());
+            if let Format::Schema { schema, .. } = format {
+                config.insert("responseJsonSchema".to_owned(), schema.clone());
+            }
+        }
+        let mut body = Map::new();
+        if !ask.no_system_role {
+            body.insert("systemInstruction".to_owned(), json!({"parts": [{"text": ask.system}]}));
+        }
+        body.insert("contents".to_owned(), json!([{"role": "user", "parts": [{"text": ask.user()}]}]));
+        for (key, value) in ask.others(&RESERVED) {
+            if OF_REQUEST.contains(&key.as_str()) { &mut body } else { &mut config }.insert(key, value);
+        }
+        body.insert("generationConfig".to_owned(), config.into());
+        body.into()
+    }
+
+    fn reply(&self, body: &[u8]) -> Result<Reply, Unread> {
+        let said = parsed(body)?;
+        let candidate = said["candidates"].as_array().and_then(|all| all.first()).unwrap_or(&Value::Null);
+        let parts = candidate["content"]["parts"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let (thoughts, texts): (Vec<&Value>, Vec<&Value>) = parts.iter().partition(|part| part["thought"] == true);
+        let text: String = texts.iter().filter_map(|part| part["text"].as_str()).collect();
+        let finish = match candidate["finishReason"].as_str() {
+            Some("MAX_TOKENS") => Finish::Length,
+            Some("SAFETY" | "RECITATION" | "LANGUAGE" | "BLOCKLIST" | "PROHIBITED_CONTENT" | "SPII") => Finish::Refused,
+            None if !said["promptFeedback"]["blockReason"].is_null() => Finish::Refused,
+            _ => Finish::Complete,
+        };
+        let usage = &said["usageMetadata"];
+        let thought = tokens(&usage["thoughtsTokenCount"]);
+        let input = tokens(&usage["promptTokenCount"]).filter(|n| *n > 0);
+        let beyond = || tokens(&usage["totalTokenCount"])?.checked_sub(input?);
+        let written = tokens(&usage["candidatesTokenCount"]).map(|n| n + thought.unwrap_or(0)).or_else(beyond);
+        Ok(Reply {
+            finish,
+            has_reasoning: !thoughts.is_empty(),
+            usage: Usage { input, output: written.filter(|n| *n < 1 << 32 && (*n > 0 || text.is_empty())) },
+            thought,
+            cached_input: tokens(&usage["cachedContentTokenCount"]).unwrap_or(0),
+            text,
+        }
+        .consistent())
+    }
+
+    fn trouble(&self, status: u16, error: &Value, words: &str) -> Option<Trouble> {
+        let details = error["details"].as_array().map(Vec::as_slice).unwrap_or_default();
+        if status == 400 && details.iter().any(|d| d["reason"] == "API_KEY_INVALID") {
+            return Some(Trouble::Auth);
+        }
+        // The wait that is printed beside the quota of a day is not that of the day.
+        let is_of_day = |violation: &Value| violation["quotaId"].as_str().is_some_and(|id| id.contains("PerDay"));
+        let mut violations = details.iter().filter_map(|d| d["violations"].as_array()).flatten();
+        if status == 429 && violations.any(is_of_day) {
+            return Some(Trouble::Quota(None));
+        }
+        let of_form = ["response_mime_type", "responsemimetype", "response_schema", "response_json_schema"];
+        let is_of_form = || of_form.iter().chain(&["responseschema", "responsejsonschema"]).any(|w| words.contains(w));
+        (status == 400 && is_of_form()).then_some(Trouble::Unsupported(Parameter::ResponseFormat))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dialect::tests::{ask, schema};
+    use crate::limiter::Tokens;
+
+    #[test]
+    fn a_request_is_written_as_documented() {
+        let parameters = json!({
+            "temperature": 0, "thinkingConfig": {"thinkingBudget": 0}, "serviceTier": "flex", "maxOutputTokens": 1,
+            "generationConfig": {},
+        });
+        let format = schema(true);
+        let body = Gemini.body(&Ask { format: Some(&format), ..ask(&parameters) });
+        let want = json!({
+            "systemInstruction": {"parts": [{"text": "s"}]},
+            "contents": [{"role": "user", "parts": [{"text": "u"}]}],
+            "serviceTier": "flex",
+            "generationConfig": {
+                "maxOutputTokens": 9, "responseMimeType": "application/json", "responseJsonSchema": {"type": "object"},
+                "temperature": 0, "thinkingConfig": {"thinkingBudget": 0},
+            },
+        });
+        assert_eq!(body, want);
+        let parameters = json!({});
+        let body = Gemini.body(&Ask { no_system_role: true, format: Some(&Format::Json), ..ask(&parameters) });
+        assert_eq!(body.get("systemInstruction"), None);
+        assert_eq!(body["contents"][0]["parts"][0]["text"], "s\n\nu");
+        assert_eq!(body["generationConfig"], json!({"maxOutputTokens": 9, "responseMimeType": "application/json"}));
+        for model in ["gemini-3.8-flash", "models/gemini-3.8-flash"] {
+            assert_eq!(
+                Gemini.url("https://x/v1beta", model, None),
+                "https://x/v1beta/models/gemini-3.8-flash:generateContent"
+            );
+        }
+        assert_eq!(
+            Gemini.url("https://x", "a/../b?key=1#", None),
+            "https://x/models/a%2F..%2Fb%3Fkey%3D1%23:generateContent"
+        );
+    }
+
+    #[test]
+    fn answers_are_read() {
+        let of = |said: Value| Gemini.reply(said.to_string().as_bytes()).unwrap();
+        let reply = of(json!({
+            "candidates": [{"content": {"role": "model", "parts": [{"text": "hm", "thought": true}, {"text": "{}"}]},
+                            "finishReason": "STOP", "index": 0}],
+            "usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 20, "thoughtsTokenCount": 5,
+                              "cachedContentTokenCount": 8, "totalTokenCount": 35},
+            "modelVersion": "gemini-3.8-flash",
+        }));
+        assert_eq!((reply.text.as_str(), reply.finish, reply.has_reasoning), ("{}", Finish::Complete, true));
+        assert_eq!(reply.usage.whole(), Some(Tokens { input: 10, output: 25 }));
+        assert_eq!((reply.thought, reply.cached_input), (Some(5), 8));
+        for (reason, finish) in [
+            ("MAX_TOKENS", Finish::Length),
+            ("SAFETY", Finish::Refused),
+            ("PROHIBITED_CONTENT", Finish::Refused),
+            ("SOMETHING_NEW", Finish::Complete),
+        ] {
+            assert_eq!(of(json!({"candidates": [{"finishReason": reason}]})).finish, finish, "{reason}");
+        }
+        let blocked = of(json!({
+            "promptFeedback": {"blockReason": "PROHIBITED_CONTENT"},
+            "usageMetadata": {"promptTokenCount": 10, "totalTokenCount": 10},
+        }));
+        assert_eq!((blocked.finish, blocked.usage.whole()), (Finish::Refused, Some(Tokens { input: 10, output: 0 })));
+    }
+}

@@ -1,0 +1,108 @@
+//! Gemini's generateContent. It has no headers about limits, and says in an error's details how long to wait.
+
+use serde_json::{Value, json};
+
+use super::{Wire, message, only, parts};
+use crate::RateHeaders;
+use crate::http::Request;
+
+pub(crate) struct Gemini;
+
+impl Wire for Gemini {
+    fn name(&self) -> &'static str {
+        "gemini"
+    }
+
+    fn base(&self) -> &'static str {
+        "/v1beta"
+    }
+
+    fn chat<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
+        Some(Some(path.strip_prefix("/v1beta/models/")?.strip_suffix(":generateContent")?))
+    }
+
+    fn key_header(&self) -> &'static str {
+        "x-goog-api-key"
+    }
+
+    fn request(&self, _request: &Request, body: &Value) -> Result<Value, String> {
+        only(body, "", &["contents", "systemInstruction", "generationConfig", "safetySettings", "serviceTier"])?;
+        let config = &body["generationConfig"];
+        let known =
+            ["maxOutputTokens", "responseMimeType", "responseJsonSchema", "temperature", "seed", "thinkingConfig"];
+        only(config, "generation_config.", &known)?;
+        let mut messages: Vec<Value> = Vec::new();
+        if !body["systemInstruction"].is_null() {
+            messages.push(message("system", &body["systemInstruction"]["parts"]));
+        }
+        for content in body["contents"].as_array().ok_or("contents is not specified")? {
+            messages.push(message(if content["role"] == "model" { "assistant" } else { "user" }, &content["parts"]));
+        }
+        let mut asked = json!({"messages": messages, "max_tokens": config["maxOutputTokens"]});
+        let schema = &config["responseJsonSchema"];
+        match config["responseMimeType"].as_str() {
+            Some("application/json") if schema.is_null() => asked["response_format"] = json!({"type": "json_object"}),
+            Some("application/json") => {
+                let schema = json!({"name": "x", "strict": schema["additionalProperties"] == false, "schema": schema});
+                asked["response_format"] = json!({"type": "json_schema", "json_schema": schema});
+            }
+            Some(_) => return Err("response_mime_type: allowed mimetypes are application/json".to_owned()),
+            None if !schema.is_null() => {
+                return Err("response_json_schema is only supported with response_mime_type".to_owned());
+            }
+            None => {}
+        }
+        Ok(asked)
+    }
+
+    fn completion(&self, said: &Value) -> Value {
+        let (text, finish, [input, cached, output, thought]) = parts(said);
+        let usage = json!({
+            "promptTokenCount": input, "candidatesTokenCount": output - thought, "thoughtsTokenCount": thought,
+            "cachedContentTokenCount": cached, "totalTokenCount": input + output,
+        });
+        if finish == "content_filter" {
+            return json!({"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": usage});
+        }
+        let reason = match finish {
+            "length" => "MAX_TOKENS",
+            "refusal" => "SAFETY",
+            _ => "STOP",
+        };
+        let parts: Vec<Value> = text.map(|text| json!({"text": text})).into_iter().collect();
+        let content = json!({"role": "model", "parts": parts});
+        json!({
+            "candidates": [{"content": content, "finishReason": reason, "index": 0}],
+            "usageMetadata": usage, "modelVersion": said["model"],
+        })
+    }
+
+    fn error(&self, status: u16, error: &Value, wait: Option<u64>) -> (u16, Value) {
+        let of = |kind: &str, mut more: Value| {
+            more["@type"] = format!("type.googleapis.com/google.rpc.{kind}").into();
+            more
+        };
+        let (status, name, details) = match status {
+            401 => (400, "INVALID_ARGUMENT", vec![of("ErrorInfo", json!({"reason": "API_KEY_INVALID"}))]),
+            404 => (404, "NOT_FOUND", vec![]),
+            429 => {
+                let day = if error["code"] == "insufficient_quota" { "Day" } else { "Minute" };
+                let id = format!("GenerateRequestsPer{day}PerProjectPerModel");
+                let mut details = vec![of("QuotaFailure", json!({"violations": [{"quotaId": id}]}))];
+                let delay =
+                    |ms: u64| of("RetryInfo", json!({"retryDelay": format!("{}.{:03}s", ms / 1000, ms % 1000)}));
+                details.extend(wait.map(delay));
+                (429, "RESOURCE_EXHAUSTED", details)
+            }
+            500 => (500, "INTERNAL", vec![]),
+            503 => (503, "UNAVAILABLE", vec![]),
+            status => (status, "INVALID_ARGUMENT", vec![]),
+        };
+        let error = json!({"code": status, "message": error["message"], "status": name, "details": details});
+        (status, json!({"error": error}))
+    }
+
+    fn headers(&self, _configured: RateHeaders) -> (RateHeaders, bool) {
+        (RateHeaders::None, false)
+    }
+}
