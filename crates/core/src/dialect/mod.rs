@@ -11,6 +11,7 @@ mod azure;
 mod cohere;
 mod gemini;
 mod mistral;
+mod ollama;
 mod openai;
 
 use serde::{Deserialize, Serialize};
@@ -55,6 +56,7 @@ dialects! {
     gemini: Gemini,
     mistral: Mistral,
     cohere: Cohere,
+    ollama: Ollama,
 }
 
 /// The wire of a provider.

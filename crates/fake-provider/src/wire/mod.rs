@@ -6,6 +6,7 @@ mod azure;
 mod cohere;
 mod gemini;
 mod mistral;
+mod ollama;
 mod openai;
 
 use serde_json::{Map, Value, json};
@@ -57,6 +58,7 @@ pub(crate) const WIRES: &[&dyn Wire] = &[
     &gemini::Gemini,
     &mistral::Mistral,
     &cohere::Cohere,
+    &ollama::Ollama,
 ];
 
 /// The dialect of a path, and the model in it.
