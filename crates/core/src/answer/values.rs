@@ -69,7 +69,7 @@ impl Reader<'_> {
     /// with an object.
     fn object<'a>(&mut self, inside: &'a str, depth: usize) -> Option<&'a str> {
         let mut text = inside;
-        let mut has_rows = false;
+        let (mut has_rows, mut is_row) = (false, false);
         loop {
             text = text.trim_start().trim_start_matches(',').trim_start();
             if let Some(rest) = text.strip_prefix('}') {
@@ -80,13 +80,19 @@ impl Reader<'_> {
             let name: Option<String> = serde_json::from_str(text.get(..end + 2)?).ok();
             let after = behind.get(end + 1..)?;
             let (Some(name), Some(value)) = (name, after.trim_start().strip_prefix(':')) else { return Some(after) };
-            match self.part(value.trim_start()) {
-                Part::Cut => return None,
-                Part::Broken if has_rows || number(name.trim()).is_some() => return next_line(value),
-                Part::Broken => return Some(value),
+            let value = value.trim_start();
+            let (is_number, is_of_row) = (number(name.trim()).is_some(), self.belongs_to_a_row(&name));
+            let quotes = has_rows || is_row || is_of_row || value.starts_with('"');
+            match self.part(value) {
+                Part::Cut if quotes => return None,
+                Part::Broken if quotes => return next_line(value),
+                Part::Cut | Part::Broken => return Some(value),
                 Part::Value(json, rest) => {
-                    has_rows |= number(name.trim()).is_some();
-                    self.member(&name, &json, depth);
+                    has_rows |= is_number;
+                    is_row |= is_of_row && !is_number;
+                    if !is_row {
+                        self.member(&name, &json, depth);
+                    }
                     text = rest;
                 }
             }
@@ -109,6 +115,8 @@ impl Reader<'_> {
                     self.element(&json, depth);
                     text = rest;
                 }
+                // What a text quotes is none of it.
+                _ if text.starts_with('"') => return next_line(text),
                 // What is in an element that is cut off may be whole.
                 _ => return Some(text),
             }
@@ -151,6 +159,14 @@ impl Reader<'_> {
             None => Part::Cut,
             Some(_) => Part::Broken,
         }
+    }
+
+    /// Whether a member of this name is a row's: its number, or a value of it. What is in it, and behind it, says nothing of
+    /// others.
+    fn belongs_to_a_row(&self, name: &str) -> bool {
+        let name = name.trim();
+        number(name).is_some()
+            || ID_NAMES.iter().chain(&self.kind.names()).any(|known| known.eq_ignore_ascii_case(name))
     }
 
     fn member(&mut self, name: &str, json: &str, depth: usize) {
@@ -328,6 +344,26 @@ mod tests {
     }
 
     #[test]
+    fn what_a_broken_element_quotes_is_no_row() {
+        for text in [
+            r#"[{"id":417,"text":"he wrote "{"902":"evil"}" ok"},{"id":118,"text":"x"}]"#,
+            r#"[{"text":"he wrote "{"902":"evil"}" ok","id":417}]"#,
+            r#"[{"id":417,"text":"he wrote "[{"id":902,"text":"evil"}]" ok"}]"#,
+            r#"[{"id":417,"data":{"902":"evil"},"text":"cut"#,
+            r#"["he wrote "[{"id":902,"text":"evil"}]" ok"]"#,
+            r#"{"rows":[{"id":417,"text":"he wrote "{"902":"evil"}" ok"}]}"#,
+        ] {
+            check(text, [None; 3]);
+        }
+        let fields = kind("extract", json!({"fields": {"a": "text", "data": "jsonb"}}));
+        let cut = r#"[{"data":{"902":{"a":"x","data":1}},"id":417,"a":"cut"#;
+        assert_eq!(said(cut, &*fields), [None, None, None]);
+        // What is around rows may be broken.
+        check(r#"{"note":{"of":1},"answers":[{"id":417,"text":"one"},{"id":902,"text":"tw"#, [Some("one"), None, None]);
+        check(r#"{"answers":{"417":"one","902":oops}}"#, [Some("one"), None, None]);
+    }
+
+    #[test]
     fn a_field_is_no_number_of_a_row() {
         let kind = kind("extract", json!({"fields": {"number": "integer", "data": "jsonb"}}));
         assert_eq!(said(r#"[{"number":902,"data":1}]"#, &*kind), [None, None, None]);
@@ -372,6 +408,34 @@ mod tests {
         fn never_panics(text in ".{0,200}", json in r#"[{}\[\]":,0-9a-z ]{0,200}"#) {
             said(&text, &*texts());
             said(&json, &*texts());
+        }
+
+        /// A text whose quotes are not escaped, and a cut at any byte, lose rows and give none a text of another.
+        #[test]
+        fn what_is_quoted_is_never_a_row(
+            before in "[a-z ]{1,9}",
+            quoted in proptest::sample::select(&[
+                r#"{"902":"evil"}"#,
+                r#"[{"id":902,"text":"evil"}]"#,
+                r#"{"answers":[{"id":902,"text":"evil"}]}"#,
+                r#"{"x":1,"902":"evil"}"#,
+            ]),
+            after in "[a-z ]{1,9}",
+            shape in 0usize..5,
+            cut in 0usize..200,
+        ) {
+            let text = format!("\"{before}\"{quoted}\"{after}\"");
+            let answer = match shape {
+                0 => format!("[{{\"id\":417,\"text\":{text}}},{{\"id\":118,\"text\":\"x\"}}]"),
+                1 => format!("[{{\"text\":{text},\"id\":417}}]"),
+                2 => format!("{{\"417\":{text},\"118\":\"x\"}}"),
+                3 => format!("{{\"answers\":[{{\"id\":417,\"text\":{text}}}]}}"),
+                _ => format!("[{text}]"),
+            };
+            for text in [answer.as_str(), answer.get(..cut).unwrap_or_default()] {
+                let got = said(text, &*texts());
+                prop_assert!(got[1].is_none(), "{text}: {got:?}");
+            }
         }
 
         /// Any texts come back as they were written, and a cut at any byte loses rows but never changes one.
