@@ -69,14 +69,20 @@ impl Cache {
     pub fn put(&mut self, key: TextKey, answer: Answer, bytes: usize) {
         let half = bytes / 2;
         let size = bytes_of(&answer);
+        // The cache may have become smaller.
+        if self.young.bytes > half {
+            self.old = std::mem::take(&mut self.young);
+        }
+        if half < ENTRY {
+            self.old = Half::default();
+        }
+        if size > half || size > (ENTRY * 2).max(half / LARGEST_PART) {
+            return;
+        }
         if self.young.bytes + size > half {
             self.old = std::mem::take(&mut self.young);
         }
-        if size <= half && (size <= ENTRY * 2 || size <= half / LARGEST_PART) {
-            self.young.put(key, answer);
-        } else if half < ENTRY {
-            self.old = Half::default();
-        }
+        self.young.put(key, answer);
     }
 }
 
@@ -108,6 +114,16 @@ mod tests {
         c.put(2, answer("2"), 100_000);
         c.put(3, answer(&"x".repeat(1_000)), 100_000);
         assert_eq!((c.get(2, 100_000), c.get(3, 100_000)), (Some(answer("2")), None));
+    }
+
+    #[test]
+    fn an_answer_that_is_not_kept_drives_out_none() {
+        let (mut c, bytes) = (Cache::default(), 20 * bytes_of(&answer("10")));
+        (0..10u128).for_each(|key| c.put(key, answer("10"), bytes));
+        c.put(90, answer(&"x".repeat(bytes)), bytes);
+        c.put(91, answer(&"x".repeat(bytes / 4)), bytes);
+        assert!((0..10).all(|key| c.get(key, bytes).is_some()));
+        assert_eq!((c.get(90, bytes), c.get(91, bytes)), (None, None));
     }
 
     #[test]
