@@ -5,6 +5,9 @@
 
 use std::collections::HashSet;
 
+use serde::de::IgnoredAny;
+use serde_json::Deserializer;
+
 /// So many letters and digits in a row that stand in a text too are quoted from it.
 const RUN: usize = 12;
 /// A shorter text is quoted where it stands as a whole, if it has at least so many.
@@ -130,7 +133,8 @@ pub fn own_words(message: &str, texts: &[String]) -> String {
     let (mut runs_seen, mut words_seen) = (HashSet::new(), HashSet::new());
     for line in texts.iter().flat_map(|text| text.lines()) {
         // The number of a row is no part of its text.
-        let line = line.split_once(": ").filter(|(n, _)| n.bytes().all(|b| b.is_ascii_digit())).map_or(line, |l| l.1);
+        let row = line.split_once(": ").filter(|(n, _)| n.bytes().all(|b| b.is_ascii_digit()));
+        let line = row.map_or(line, |(_, row)| text_of(row));
         let (mut run, mut length) = (0, 0);
         for mark in marks(line) {
             (run, length) = (longer(run, mark.byte), length + 1);
@@ -146,6 +150,13 @@ pub fn own_words(message: &str, texts: &[String]) -> String {
         }
     }
     message.char_indices().map(|(at, c)| if is_quoted.get(at) == Some(&true) { ' ' } else { c }).collect()
+}
+
+/// The text of a row, without what stands behind it where it is asked again.
+fn text_of(row: &str) -> &str {
+    let mut values = Deserializer::from_str(row).into_iter::<IgnoredAny>();
+    let is_text = matches!(values.next(), Some(Ok(_)));
+    row.get(..values.byte_offset()).filter(|_| is_text).unwrap_or(row)
 }
 
 /// Where these letters stand as a word or words.
@@ -188,6 +199,11 @@ mod tests {
         let words = own_words("per day (RPD): Limit 5. No rpd_x, xrpd.", &texts("max"));
         assert_eq!(words, "per day (   ): Limit 5. No rpd_x, xrpd.");
         assert_eq!(own_words("max_tokens at most 16", &texts("max")), "max_tokens at most 16");
+        // What stands behind a text that is asked again is none of it.
+        let again = |text: &str| vec![crate::prompt::row(417, &crate::prompt::quote(text), Some("one of the labels"))];
+        assert_eq!(own_words("no rpd here", &again("rpd")), "no     here");
+        let text = "a\" (asked again: insufficient_quota";
+        assert!(!own_words(&format!("bad: {text}"), &again(text)).contains("quota"));
     }
 
     proptest! {
