@@ -70,7 +70,9 @@ impl Prepared {
 
 impl Kind for Prepared {
     fn head(&self) -> String {
-        let Generate { instruction, examples, max_words, language, .. } = &self.task;
+        let Generate { instruction, examples, max_words, max_output_tokens, language } = &self.task;
+        // A model counts words better than tokens.
+        let max_words = max_words.or(max_output_tokens.map(|n| ((n as f64 / WORD) as u64).max(1)));
         let language = if language.is_empty() { String::new() } else { format!(" in {language}") };
         let form = match max_words {
             Some(n) => format!("Write{language} at most {n} words for each text.\n"),
@@ -102,6 +104,11 @@ impl Kind for Prepared {
         };
         let planned = planned.min(most) + self.frame;
         Span { mean: planned as f64, planned }
+    }
+
+    fn most_tokens(&self) -> Option<usize> {
+        // Their tokens of the signs around a text may be more than ours.
+        self.task.max_output_tokens.map(|n| n as usize + 2 * self.frame)
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
@@ -164,6 +171,12 @@ mod tests {
         let frame = tokens(json!({"instruction": "x", "max_output_tokens": 1}), 100) - 1;
         assert_eq!(tokens(json!({"instruction": "x", "max_output_tokens": 40}), 100), 40 + frame);
         assert_eq!(tokens(json!({"instruction": "x", "max_words": 40}), 100), 60 + frame);
+        let kind = |value| spec(value).unwrap().prepare(&Options::default(), &|s| s.len());
+        let bounded = kind(json!({"instruction": "x", "max_output_tokens": 60}));
+        assert_eq!(bounded.most_tokens(), Some(60 + 2 * frame));
+        assert!(bounded.head().contains("at most 40 words"), "{}", bounded.head());
+        let plain = kind(json!({"instruction": "x", "max_words": 40}));
+        assert!(plain.most_tokens().is_none() && plain.head().contains("at most 40 words"));
         assert_eq!([10, 200, 9_000].map(|n| tokens(json!({"instruction": "x"}), n) - frame), [32, 100, 512]);
     }
 }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use super::value::Type;
 use crate::Error;
 use crate::codes::Legend;
+use crate::trouble;
 
 /// A column of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -64,7 +65,7 @@ impl Unfit {
 
     /// With what was given instead, cut.
     pub(super) fn not(mut self, given: &str) -> Self {
-        let cut: String = given.chars().take(60).collect();
+        let cut: String = trouble::one_line(given).chars().take(60).collect();
         self.detail.push_str(&format!(", not {cut}"));
         self
     }
@@ -95,6 +96,10 @@ pub trait Kind: fmt::Debug + Send + Sync {
     fn schema(&self) -> Value;
     /// Tokens of the answer to a row of so many tokens.
     fn tokens(&self, input: usize) -> Span;
+    /// Most tokens of the answer to a row, with its number and the signs around it, if its user has set them.
+    fn most_tokens(&self) -> Option<usize> {
+        None
+    }
     /// Reads one row's answer, as [`Self::samples`] writes it.
     ///
     /// # Errors
