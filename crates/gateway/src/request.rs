@@ -30,7 +30,7 @@ const LEAST_ANSWER: usize = 32 << 10;
 const BYTES_PER_TOKEN: usize = 512;
 /// Bytes of an answer's text for each of its tokens; prose has four or five.
 const TEXT_PER_TOKEN: usize = 8;
-/// Bytes of a body that takes some time to read.
+/// Bytes of a body, with those of the texts that it may quote, that take some time to read.
 const LARGE: usize = 64 << 10;
 /// Most interim answers (1xx) to a request.
 const MOST_INTERIM: u32 = 16;
@@ -91,6 +91,7 @@ impl Answered {
             {
                 Self { is_unsure: false, ..bare }
             }
+            (_, Err(report)) if report.trouble == Trouble::OverLimit => Self { result: Err(report), ..self },
             (_, Err(report)) => Self { result: Err(Report { trouble: Trouble::Rejected, ..report }), ..self },
             (_, result) => Self { result, ..self },
         }
@@ -143,7 +144,7 @@ async fn expect(mut connection: CaptureConnection, bytes: usize) {
 /// Reads an answer, a large one on another thread. What is longer than its tokens can be is none.
 async fn outcome(status: u16, answer: Answer, wait: Option<u64>, question: &Question<'_>) -> Result<Reply, Report> {
     let texts = texts(question.body);
-    let is_large = answer.bytes.len() > LARGE;
+    let is_large = answer.bytes.len() + texts.iter().map(String::len).sum::<usize>() > LARGE;
     let api = question.endpoint.api;
     let read = move || trouble::outcome(api, status, &answer.bytes, wait, &texts);
     let reply = if !is_large {
@@ -311,26 +312,77 @@ pub fn presentable(said: &str, key: &str) -> String {
     trouble::one_line(&redact(head, key))
 }
 
+/// A way in which a key may be written.
+struct Writing {
+    /// Each of its characters in all forms.
+    characters: Vec<Vec<String>>,
+    /// The bytes that it may begin with.
+    begins: [bool; 256],
+    /// So many of them are a part of a key.
+    part: usize,
+    /// What is behind it belongs to it too.
+    goes_on: bool,
+}
+
+/// A shorter key is quoted where it stands as a whole alone.
+const LONG_KEY: usize = 12;
+
+/// The ways to write a key: as it is; in base64 by itself, or behind a name as in `Basic`; in hex.
+fn writings(key: &str) -> Vec<Writing> {
+    let of = |text: &str, part: usize, goes_on: bool| {
+        let characters: Vec<Vec<String>> = text.chars().map(forms).collect();
+        let mut begins = [false; 256];
+        for byte in characters.iter().take(1).flatten().filter_map(|form| form.bytes().next()) {
+            begins[usize::from(byte.to_ascii_lowercase())] = true;
+            begins[usize::from(byte.to_ascii_uppercase())] = true;
+        }
+        Writing { characters, begins, part: if text.len() > LONG_KEY { part } else { usize::MAX }, goes_on }
+    };
+    let mut all = vec![of(key, 6, false)];
+    // What is shorter may stand anywhere.
+    let long = |text: &String| text.len() >= 8;
+    all.extend((0..3).map(|before| base64(key, before)).filter(long).map(|text| of(&text, 8, true)));
+    let hex: String = key.bytes().map(|byte| format!("{byte:02x}")).collect();
+    all.extend(Some(hex).filter(long).map(|text| of(&text, 16, true)));
+    all
+}
+
+/// The characters of base64 that stand for a key where so many bytes (modulo 3) are before it.
+fn base64(key: &str, before: usize) -> String {
+    const SIGNS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let bits: Vec<u8> = key.bytes().flat_map(|byte| (0..8).rev().map(move |bit| byte >> bit & 1)).collect();
+    // Those of the first sign that are not shared with what is before.
+    let first = (6 - before * 8 % 6) % 6;
+    let signs = bits.get(first..).unwrap_or_default().chunks_exact(6);
+    let sign = |bits: &[u8]| bits.iter().fold(0, |sum, bit| sum << 1 | usize::from(*bit));
+    signs.filter_map(|bits| SIGNS.get(sign(bits))).map(|sign| char::from(*sign)).collect()
+}
+
 /// Takes a key, and what looks like a part of one, out of a text.
 fn redact(text: &str, key: &str) -> String {
-    let key: Vec<Vec<String>> = key.chars().map(forms).collect();
+    let keys = if key.is_empty() { Vec::new() } else { writings(key) };
     let to_its_end =
         |rest: &str| rest.find(|c: char| c.is_whitespace() || "\"'`<>,;()".contains(c)).unwrap_or(rest.len());
     let mut out = String::with_capacity(text.len());
     let (mut rest, mut is_in_a_word) = (text, false);
     while let Some(c) = rest.chars().next() {
-        let (found, mut length) = beginning(rest, &key);
-        let is_whole = found > 0 && found == key.len();
-        let is_part = key.len() > 12 && found >= 6;
-        if !is_whole && !is_part {
-            length = if rest.starts_with("sk-") && !is_in_a_word { 3 } else { 0 };
-        }
+        let first = usize::from(rest.bytes().next().unwrap_or_default());
+        let found = keys.iter().filter(|key| key.begins[first]).find_map(|key| {
+            let (found, length) = beginning(rest, &key.characters);
+            let is_whole = found == key.characters.len();
+            (is_whole || found >= key.part).then_some((length, !is_whole || key.goes_on))
+        });
+        let (mut length, goes_on) = match found {
+            Some(found) => found,
+            None if rest.starts_with("sk-") && !is_in_a_word => (3, true),
+            None => (0, false),
+        };
         if length == 0 {
             out.push(c);
             length = c.len_utf8();
             is_in_a_word = c.is_alphanumeric();
         } else {
-            if !is_whole {
+            if goes_on {
                 length += to_its_end(rest.get(length..).unwrap_or_default());
             }
             if !out.ends_with(REDACTED) {
@@ -360,6 +412,9 @@ fn forms(c: char) -> Vec<String> {
         '>' => "&gt;",
         '"' => "&quot;",
         '\'' => "&apos;",
+        // In URLs base64 has other signs.
+        '+' => "-",
+        '/' => "_",
         _ => return forms,
     };
     forms.push(name.to_owned());
@@ -373,7 +428,7 @@ fn beginning(text: &str, key: &[Vec<String>]) -> (usize, usize) {
     // A key's backslash may be quoted or may quote what follows: all ways are tried.
     let (mut ends, mut longer) = (vec![0], Vec::new());
     for (n, forms) in key.iter().enumerate() {
-        for at in ends.drain(..) {
+        for at in ends.drain(..).flat_map(|at| [at, if n > 0 { behind_gap(text, at) } else { at }]) {
             longer.extend(forms.iter().filter(|form| is_here(at, form)).map(|form| at + form.len()));
         }
         longer.sort_unstable();
@@ -385,9 +440,24 @@ fn beginning(text: &str, key: &[Vec<String>]) -> (usize, usize) {
     found
 }
 
-/// Escapes are written in small or in capital letters.
+/// Most characters of white space that part a key.
+const MOST_GAP: usize = 8;
+
+/// Where a key goes on that is parted by white space, which may be escaped.
+fn behind_gap(text: &str, mut at: usize) -> usize {
+    for _ in 0..MOST_GAP {
+        at += match text.as_bytes().get(at..).unwrap_or_default() {
+            [b' ' | b'\t' | b'\n' | b'\r', ..] => 1,
+            [b'\\', b't' | b'n' | b'r', ..] => 2,
+            _ => break,
+        };
+    }
+    at
+}
+
+/// Escapes, hex and whole messages are written in small or in capital letters.
 fn is_form(bytes: &[u8], form: &str) -> bool {
-    if form.len() > 2 { bytes.eq_ignore_ascii_case(form.as_bytes()) } else { bytes == form.as_bytes() }
+    bytes.eq_ignore_ascii_case(form.as_bytes())
 }
 
 /// An error of the client's with its causes, without the URL (it is in the server's options).
@@ -447,6 +517,38 @@ mod tests {
         // With characters that end a part of a key elsewhere, at its beginning and further on.
         assert_eq!(redact("key \"secret*** is", "\"secret-0123456789\""), "key [redacted] is");
         assert_eq!(redact("key <a,b,c,d,e*** is", "<a,b,c,d,e,f,g,h>"), "key [redacted] is");
+    }
+
+    #[test]
+    fn keys_in_base64_and_hex_and_in_parts_are_redacted() {
+        let key = "secret-0123456789-abcdef";
+        let hex: String = key.bytes().map(|byte| format!("{byte:02X}")).collect();
+        for text in [
+            "SECRET-0123456789-ABCDEF",
+            "secret-0123\n456789-abcdef",
+            "secret-01234\\n  56789-abcdef",
+            "s e c r e t - 0 1 2 3 4 5 6 7 8 9 - a b c d e f",
+            "secret-012 3456***",
+            "c2VjcmV0LTAxMjM0NTY3ODktYWJjZGVm",
+            "c2VjcmV0LTAxMjM0NTY3ODktYWJjZGVm==",
+            "c2VjcmV0LTAxMjM0***",
+            hex.as_str(),
+            &hex.to_lowercase(),
+        ] {
+            assert_eq!(redact(&format!("the key {text} is"), key), "the key [redacted] is", "{text}");
+            assert_eq!(presentable(&format!("the key {text} is"), key), "the key [redacted] is", "{text}");
+        }
+        // "a:", "ab:" and "abc:" before it, and something behind.
+        for basic in [
+            "YTpzZWNyZXQtMDEyMzQ1Njc4OS1hYmNkZWY=",
+            "YWI6c2VjcmV0LTAxMjM0NTY3ODktYWJjZGVm",
+            "YWJjOnNlY3JldC0wMTIzNDU2Nzg5LWFiY2RlZiE=",
+        ] {
+            let redacted = redact(&format!("Authorization: Basic {basic} is"), key);
+            assert!(redacted.starts_with("Authorization: Basic YW") || redacted.contains("Basic YT"), "{redacted}");
+            assert!(redacted.ends_with("[redacted] is") && redacted.len() < 50, "{redacted}");
+        }
+        assert_eq!(redact("c2Vj is no secret", key), "c2Vj is no [redacted]");
     }
 
     #[test]
