@@ -902,15 +902,18 @@ fn requests_that_are_refused() {
     let job = held_job(&bed, client, 100, 2);
     bed.provider.configure(|c| c.models = Some(vec!["another".to_owned()]));
     bed.provider.release();
-    let p = common::wait_status(client, job, "failed");
+    let p = common::wait_status(client, job, "paused");
     let last = p.last_error.clone().unwrap();
-    assert!(last.contains("404") && last.contains("does not know model"), "{last}");
-    assert_eq!((p.done, p.left), (10, 90), "what was answered is written: {p:?}");
-    // A new job goes on with the rest.
+    assert!(last.contains("404") && last.contains("no such model"), "{last}");
+    assert_eq!(
+        (p.reason.as_deref(), p.done, p.left),
+        (Some("provider_down"), 10, 90),
+        "what was answered is written: {p:?}"
+    );
+    // It comes back, and the job goes on by itself.
     bed.provider.configure(|c| c.models = None);
-    let job = backfill(client, "tickets");
     let p = bed.done(job);
-    assert_eq!(p.counts(), (90, 90, 0, 0, 0, 0));
+    assert_eq!(p.counts(), (100, 100, 0, 0, 0, 0));
     assert_eq!(common::wrong(client, "tickets"), 0);
     assert!(bed.provider.stats().rows.values().all(|r| r.asked == 1));
 }

@@ -81,6 +81,11 @@ impl Patience {
         self.valid_at.is_some_and(|at| at + HOUR > now)
     }
 
+    /// Whether there ever was one, since it last was given up.
+    pub fn has_answered(&self) -> bool {
+        self.valid > 0
+    }
+
     /// The present way, and its number.
     pub fn way(&self) -> (Way, u32) {
         (self.way, self.turn)

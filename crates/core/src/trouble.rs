@@ -43,6 +43,15 @@ pub enum Trouble {
     Overload(Option<u64>),
 }
 
+impl Trouble {
+    /// What has been answered before is there: an address or a model that is gone now comes back, as that of a proxy does.
+    pub fn may_pass(&mut self) {
+        if matches!(self, Self::NotFound | Self::Misplaced) {
+            *self = Self::Overload(None);
+        }
+    }
+}
+
 /// A parameter of a request that a server may refuse.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Parameter {

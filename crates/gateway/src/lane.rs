@@ -306,6 +306,11 @@ impl Lane {
         rows.len() >= MOST_OVER_LIMIT
     }
 
+    /// Nothing was served as far as is known.
+    pub fn has_served_nothing(&self) -> bool {
+        self.largest_served == 0
+    }
+
     /// Whether a limit of tokens, or a context, does not contradict what was served.
     fn may_be_limit(&self, tokens: u64) -> bool {
         self.largest_served > 0 && tokens >= self.largest_served

@@ -4,6 +4,14 @@ use llm_batch_core::task::Span;
 
 use crate::cache::TextKey;
 
+/// Requests that may be paid for a row, for each time that it may be asked on its own account; and at least.
+const PAID: u32 = 3;
+const LEAST_PAID: u32 = 9;
+
+fn most_paid(max_attempts: u32) -> u32 {
+    max_attempts.saturating_mul(PAID).max(LEAST_PAID)
+}
+
 /// A row that waits or is under way. Its waiters are in its group.
 #[derive(Debug)]
 pub struct Row {
@@ -19,6 +27,8 @@ pub struct Row {
     pub answer: Span,
     /// Completed requests that contained it and gave no valid answer.
     pub attempts: u32,
+    /// Requests that contained it and were paid for, or may have been.
+    pub paid: u32,
     /// Points of trouble that were not the row's fault; see `State::row_in_trouble`.
     pub trouble: u32,
     /// How often it was refused alone as larger than a limit of the account.
@@ -54,6 +64,7 @@ impl Row {
             tokens,
             answer,
             attempts: 0,
+            paid: 0,
             trouble: 0,
             over_limit: 0,
             most_rows,
@@ -62,6 +73,27 @@ impl Row {
             most_answer: u64::MAX,
             refused_in: None,
             not_before: 0,
+        }
+    }
+
+    /// It was in no request so far.
+    pub fn is_new(&self) -> bool {
+        self.paid == 0 && self.attempts == 0 && self.trouble == 0
+    }
+
+    /// Nothing more is paid for it, where a task asks a row so often at most.
+    pub fn is_spent(&self, max_attempts: u32) -> bool {
+        self.paid >= most_paid(max_attempts)
+    }
+
+    /// A request of `size` rows that contained it may have been paid for, and was not answered: first it may be sent as it
+    /// is, then with a quarter of the rows, and before nothing more is paid for it alone.
+    pub fn is_unanswered(&mut self, size: usize, max_attempts: u32) {
+        let most = most_paid(max_attempts);
+        if self.paid + 2 >= most {
+            self.most_rows = 1;
+        } else if self.paid >= most / 3 {
+            self.most_rows = size.div_ceil(4);
         }
     }
 

@@ -228,7 +228,7 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
 async fn take_rows(shared: &Shared, conn: u64, items: Vec<Item>) -> Result<(), String> {
     let group = shared.state.borrow_mut().rows_come(conn);
     let taken = take_parts(shared, conn, items).await;
-    shared.state.borrow_mut().rows_came(group);
+    shared.state.borrow_mut().rows_came(conn, group);
     taken
 }
 

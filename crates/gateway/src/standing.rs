@@ -7,6 +7,7 @@ use llm_batch_core::options::Options;
 use llm_batch_core::patience::Patience;
 
 use crate::cache::TextKey;
+use crate::row::Row;
 use crate::sizes::Sizes;
 
 /// Tasks that are remembered for a model.
@@ -16,6 +17,10 @@ const MOST_REFUSED: usize = 3;
 
 /// Requests in a row that are not answered, while those without rows are, until nothing is sent for a while.
 const MOST_UNANSWERED: u32 = 20;
+/// Of so many new requests the part is taken that were paid for in vain.
+const RECENT: f64 = 4.0;
+/// So many rows may all be such that there is no answer.
+const FEW_ROWS: usize = 4;
 /// How long (ms) that is at first, doubled each time, and at most.
 const FIRST_PAUSE: u64 = 30_000;
 const LONGEST_PAUSE: u64 = 900_000;
@@ -28,6 +33,8 @@ pub struct Standing {
     pub forms: Forms,
     /// How large its answers are.
     pub sizes: Sizes,
+    /// The part of its new requests of late that may have been paid for, and of which no row was answered.
+    in_vain: f64,
     /// A request was answered with a 2xx.
     pub is_accepted: bool,
     /// Numbers of the requests of which a single row was refused, until one is accepted.
@@ -47,12 +54,34 @@ impl Standing {
         forms.left(options.answer_shape, options.structured_output).any(|other| other != form)
     }
 
+    /// A form is refused. Whether there is another one to try.
+    pub fn refuses(&mut self, form: Form, options: &Options) -> bool {
+        if form == Form::Plain {
+            return false;
+        }
+        self.forms.give_up(form);
+        self.forms.left(options.answer_shape, options.structured_output).next().is_some()
+    }
+
     /// A single row was refused that had been in the request of this number. Whether it is the request that is wrong.
     pub fn row_is_refused(&mut self, request: u64) -> bool {
         if !self.is_accepted && !self.refused.contains(&request) {
             self.refused.push(request);
         }
         self.refused.len() >= MOST_REFUSED
+    }
+
+    /// A request of these rows was paid for, or may have been. Whether that was in vain says something of others only if they
+    /// are new, and several: some rows are never answered.
+    pub fn is_paid(&mut self, rows: &[Row], is_in_vain: bool) {
+        if rows.len() > FEW_ROWS && rows.iter().all(Row::is_new) {
+            self.in_vain += (f64::from(u8::from(is_in_vain)) - self.in_vain) / RECENT;
+        }
+    }
+
+    /// Most of its new requests are not in vain: if a row is, it is its fault. What was never answered has its own bound.
+    pub fn is_well(&self) -> bool {
+        self.in_vain < 0.5 || !self.patience.has_answered()
     }
 
     pub fn accepts(&mut self) {

@@ -58,15 +58,18 @@ struct Seen<'a> {
 }
 
 impl<'a> Seen<'a> {
-    fn new(reply: &'a Reply, read: &[Read], asked: Asked) -> Self {
+    /// `is_bounded`: a user has set the cap of its rows' answers.
+    fn new(reply: &'a Reply, read: &[Read], asked: Asked, is_bounded: bool) -> Self {
         let spoken = thinking::spoken(&reply.text);
         let answers = read.iter().filter(|v| matches!(v, Read::Answer(_))).count();
         let is_cut = reply.finish == Finish::Length;
+        // What is longer than it may be gets no more; what is thought before it does.
+        let is_too_long = is_bounded && !spoken.trim().is_empty();
         let fills_cap = reply.usage.output.is_none_or(|n| n >= asked.worst.output * 9 / 10);
-        let is_at_cap = is_cut && (reply.text.is_empty() || fills_cap);
+        let is_at_cap = is_cut && (reply.text.is_empty() || fills_cap) && !is_too_long;
         let thought = match reply.usage.output {
             None => 0,
-            Some(output) if is_cut && answers == 0 => output,
+            Some(output) if is_cut && answers == 0 && !is_too_long => output,
             Some(output) => thought::thought(output, reply.thought, &spoken, tokens::count),
         };
         let is_thought = reply.finish == Finish::Complete
@@ -92,12 +95,18 @@ impl State {
             return self.end_probe(now, probing, answered);
         }
         let Some(request) = self.in_flight.remove(&id) else { return };
-        let Some((request, answered)) = self.doubted(request, answered) else { return };
+        let Some((request, mut answered)) = self.doubted(now, request, answered) else { return };
         let Some(lane) = self.lanes.get_mut(&request.lane) else { return };
         let in_flight = lane.in_flight;
         lane.in_flight = lane.in_flight.saturating_sub(1);
         lane.in_flight_rows = lane.in_flight_rows.saturating_sub(request.rows.len());
-        lane.standings.of(now, request.asked.scope).patience.ended();
+        let standing = lane.standings.of(now, request.asked.scope);
+        standing.patience.ended();
+        if let Some(Err(report)) = answered.as_mut().map(|answered| &mut answered.result)
+            && standing.patience.has_answered()
+        {
+            report.trouble.may_pass();
+        }
         if let Some(group) = lane.group(request.group) {
             group.in_flight = group.in_flight.saturating_sub(1);
         }
@@ -177,10 +186,14 @@ impl State {
         }
         let read = read.unwrap_or_else(|| vec![Read::Missing; request.rows.len()]);
         let InFlight { lane: lane_key, group: group_id, rows, asked, grant, .. } = request;
-        let seen = Seen::new(reply, &read, asked);
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
+        let is_bounded = lane.group(group_id).is_some_and(|g| g.kind.most_tokens().is_some());
+        let seen = Seen::new(reply, &read, asked, is_bounded);
         lane.answers(now);
-        lane.standings.of(now, asked.scope).accepts();
+        let standing = lane.standings.of(now, asked.scope);
+        standing.accepts();
+        standing.is_paid(&rows, seen.answers == 0);
+        let (is_well, is_proven) = (standing.is_well(), standing.patience.has_answered());
         let Some(is_prose) = learn(now, lane, (group_id, &rows), asked, &seen, in_flight) else { return };
         let Some(stream) = lane.group(group_id).map(|g| Rc::clone(&g.stream)) else { return };
         let Endpoint { api, counts, .. } = &stream.endpoint;
@@ -195,12 +208,16 @@ impl State {
         let is_given_up = self.weigh(now, &lane_key, group_id, asked, weight);
         let ended = Ended {
             finish: reply.finish,
-            is_no_fault: seen.grows || is_prose || is_of_another || (seen.answers == 0 && asked.way != Way::AsEver),
+            is_no_fault: seen.grows
+                || is_prose
+                || is_of_another
+                || !is_well
+                || (seen.answers == 0 && asked.way != Way::AsEver),
             is_thought: seen.is_thought,
             max_attempts: stream.task.options.max_attempts,
             cap: format!("{} tokens, {} of which went into thinking", asked.worst.output, seen.thought),
         };
-        self.verdicts(now, (&lane_key, group_id), rows.into_iter().zip(read).collect(), &ended);
+        let is_spent = self.verdicts(now, (&lane_key, group_id), rows.into_iter().zip(read).collect(), &ended);
         if is_prose {
             self.notice(now, &lane_key, "prose", "the model answers in prose although JSON was requested");
         }
@@ -208,6 +225,8 @@ impl State {
             let key = stream.endpoint.api_key.as_ref().map_or("", |k| &k.0);
             let last = if seen.answers == 0 { shown(reply, key, seen.thought, seen.is_thought) } else { String::new() };
             self.give_up(now, &lane_key, asked.scope, &last);
+        } else if is_spent && is_proven {
+            self.stop_paying(now, &lane_key, asked, "most answers have no valid row");
         }
     }
 
@@ -235,12 +254,19 @@ impl State {
         self.spend(&payers, sure, reply.cached_input, now.saturating_sub(sent));
     }
 
-    /// What becomes of the rows of an answer.
-    fn verdicts(&mut self, now: u64, (lane_key, group_id): (&LaneKey, GroupId), rows: Vec<(Row, Read)>, ended: &Ended) {
+    /// What becomes of the rows of an answer. Whether nothing more is paid for some of them, though it is not their fault.
+    fn verdicts(
+        &mut self,
+        now: u64,
+        (lane_key, group_id): (&LaneKey, GroupId),
+        rows: Vec<(Row, Read)>,
+        ended: &Ended,
+    ) -> bool {
         let Ended { finish, is_no_fault, is_thought, max_attempts, ref cap } = *ended;
         let size = rows.len();
         let (mut missing, mut uncharged) = (0, Vec::new());
         for (mut row, verdict) in rows {
+            row.paid += 1;
             if is_no_fault && row.cut < MOST_CUT && !matches!(verdict, Read::Answer(_)) {
                 row.cut += u32::from(finish == Finish::Length);
                 uncharged.push(row);
@@ -284,6 +310,7 @@ impl State {
             }
         }
         missing += uncharged.len();
+        let is_spent = uncharged.iter().any(|row| row.is_spent(max_attempts));
         self.put_back(lane_key, group_id, uncharged);
         if missing > 0 {
             let what = match finish {
@@ -294,6 +321,7 @@ impl State {
             let message = format!("{what}: {missing} of {size} rows are asked again");
             self.notice(now, lane_key, "incomplete", &message);
         }
+        is_spent
     }
 
     /// A request may have been charged or not.

@@ -161,7 +161,13 @@ impl State {
 
     pub(super) fn end_probe(&mut self, now: u64, probing: Probing, answered: Option<Answered>) {
         let Probing { endpoint: key, model, role, .. } = probing;
-        let end = match answered.filter(|a| !a.has_no_place).map(|a| a.result) {
+        let mut result = answered.filter(|a| !a.has_no_place).map(|a| a.result);
+        if let Some(Err(report)) = &mut result
+            && self.lanes.get(&lane(&key, &model)).is_some_and(|lane| lane.last_success.is_some())
+        {
+            report.trouble.may_pass();
+        }
+        let end = match result {
             None => ProbeEnd::Lost,
             Some(Err(report)) if let Trouble::Overload(asked) = report.trouble => {
                 let words = Words { role, message: report.message };

@@ -106,7 +106,7 @@ impl State {
         self.stop_task(lane_key, scope, &stop, role);
     }
 
-    fn stop_task(&mut self, lane_key: &LaneKey, scope: TextKey, stop: &Stop, role: Option<u32>) {
+    pub(super) fn stop_task(&mut self, lane_key: &LaneKey, scope: TextKey, stop: &Stop, role: Option<u32>) {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
         let groups: Vec<GroupId> = lane.groups.iter().filter(|(_, g)| g.scope == scope).map(|(id, _)| *id).collect();
         for group in groups {

@@ -12,6 +12,8 @@ mod doubts;
 mod estimate;
 mod probe;
 mod send;
+#[cfg(test)]
+mod tests;
 mod troubles;
 
 use std::collections::{BTreeMap, HashMap};
@@ -55,6 +57,8 @@ struct Conn {
     /// When (ms) it last opened a stream or sent rows.
     came: u64,
     stream: Option<(LaneKey, GroupId, Rc<Stream>)>,
+    /// Messages with rows that are being taken in.
+    coming: usize,
     outstanding: usize,
     outstanding_bytes: usize,
     outcomes: Vec<Outcome>,
@@ -74,7 +78,7 @@ impl Conn {
     /// Nothing is lost with it: it has got all answers, and what it may spend need not be taken for spent.
     fn is_idle(&self) -> bool {
         let has_budget = self.stream.as_ref().is_some_and(|(_, _, stream)| stream.budget.is_some());
-        self.outstanding == 0 && self.frames.is_empty() && !has_budget
+        self.outstanding == 0 && self.coming == 0 && self.frames.is_empty() && !has_budget
     }
 
     /// It has been idle for long enough.
@@ -192,6 +196,7 @@ impl State {
                 frames,
                 came: 0,
                 stream: None,
+                coming: 0,
                 outstanding: 0,
                 outstanding_bytes: 0,
                 outcomes: Vec::new(),
@@ -377,13 +382,18 @@ impl State {
 
     /// Rows of a client begin to come, perhaps in parts: for which group.
     pub fn rows_come(&mut self, conn: u64) -> Option<(LaneKey, GroupId)> {
-        let (lane, group, _) = self.conns.get(&conn)?.stream.clone()?;
+        let c = self.conns.get_mut(&conn)?;
+        c.coming += 1;
+        let (lane, group, _) = c.stream.clone()?;
         self.lanes.get_mut(&lane)?.group(group)?.coming += 1;
         Some((lane, group))
     }
 
     /// All of them have come.
-    pub fn rows_came(&mut self, group: Option<(LaneKey, GroupId)>) {
+    pub fn rows_came(&mut self, conn: u64, group: Option<(LaneKey, GroupId)>) {
+        if let Some(c) = self.conns.get_mut(&conn) {
+            c.coming = c.coming.saturating_sub(1);
+        }
         let group = group.and_then(|(lane, group)| self.lanes.get_mut(&lane)?.group(group));
         if let Some(group) = group {
             group.coming = group.coming.saturating_sub(1);

@@ -70,14 +70,25 @@ impl State {
     /// With the end of that one it has an end; `None` until then.
     pub(super) fn doubted(
         &mut self,
+        now: u64,
         mut request: InFlight,
         answered: Option<Answered>,
     ) -> Option<(InFlight, Option<Answered>)> {
         if let Some(refused) = request.in_doubt.take() {
+            if let Some((Answered { result: Ok(reply), said, .. }, lane)) =
+                answered.as_ref().zip(self.lanes.get_mut(&request.lane))
+            {
+                lane.serves(now, said, reply.usage.or(PROBE_TOKENS));
+            }
             return Some((request, answered.map(|probe| refused.confirmed(probe))));
         }
-        let is_in_doubt = |a: &Answered| a.result.as_ref().is_err_and(|report| report.is_in_doubt);
-        let found = self.lanes.get_mut(&request.lane).filter(|_| answered.as_ref().is_some_and(is_in_doubt));
+        // As long as nothing was served, a limit is not believed to be one.
+        let is_over = |lane: &Lane, report: &Report| {
+            report.trouble == Trouble::OverLimit && request.rows.len() == 1 && lane.has_served_nothing()
+        };
+        let report = answered.as_ref().and_then(|a| a.result.as_ref().err());
+        let found = self.lanes.get_mut(&request.lane);
+        let found = found.filter(|lane| report.is_some_and(|report| report.is_in_doubt || is_over(lane, report)));
         let Some((lane, group)) = found.map(|lane| (lane, request.group)) else { return Some((request, answered)) };
         let Some(stream) = lane.group(group).map(|g| Rc::clone(&g.stream)) else { return Some((request, answered)) };
         let (body, timeout) = bare(lane, &stream);

@@ -61,7 +61,9 @@ impl Draft {
         let said = learned.most_answer_tokens.max(measured.least_cap(estimate.output));
         let said = rows.iter().map(|row| row.most_answer).fold(said, u64::min);
         let most = largest.saturating_sub(prompt).max(expected).min(said);
-        let most_answer = measured.most_answer(estimate.output, learned.spare_answer_tokens).min(most);
+        let spare = learned.spare_answer_tokens;
+        let set = group.kind.most_tokens().map(|most| (rows.len() * most) as u64 + measured.spared(spare));
+        let most_answer = measured.most_answer(estimate.output, spare).min(set.unwrap_or(u64::MAX)).min(most);
         let reserved = expected + measured.thinking.reserved();
         Self {
             ids,

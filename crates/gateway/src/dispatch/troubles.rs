@@ -58,7 +58,7 @@ impl State {
         if is_unsure {
             self.unsure(&request);
         }
-        let InFlight { id, lane: lane_key, group, rows, grant, asked, .. } = request;
+        let InFlight { id, lane: lane_key, group, mut rows, grant, asked, .. } = request;
         let is_own = report.message == TIMED_OUT && self.is_impatient(&lane_key, group);
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         let role = lane.group(group).map(|g| g.stream.role);
@@ -67,6 +67,10 @@ impl State {
             purse.give_back(asked.worst, Tokens::default());
         }
         let standing = lane.standings.of(now, asked.scope);
+        if is_unsure || has_begun {
+            standing.is_paid(&rows, true);
+            rows.iter_mut().for_each(|row| row.paid += 1);
+        }
         let is_wrong = matches!(report.trouble, Trouble::Rejected | Trouble::CutOff)
             && matches!(rows.as_slice(), [row] if standing.row_is_refused(row.refused_in.unwrap_or(id)));
         let is_accepted = standing.is_accepted;
@@ -190,7 +194,7 @@ impl State {
         if is_so || !lane.refuses_all_as_over_limit(key) {
             self.notice(now, lane_key, "over limit", message);
             for row in failed.rows {
-                self.over_limit(now, lane_key, group, row, is_so, message);
+                self.over_limit(now, (lane_key, group), (row, is_so), asked, message);
             }
             return;
         }
@@ -202,11 +206,17 @@ impl State {
     fn unsupported(&mut self, now: u64, failed: Failed, parameter: Parameter, (id, is_accepted): (u64, bool)) {
         let Failed { lane: ref lane_key, group, asked, ref message, .. } = failed;
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let options = lane.group(group).map(|g| g.stream.task.options.clone()).unwrap_or_default();
+        let stream = lane.group(group).map(|g| Rc::clone(&g.stream));
+        let options = stream.as_ref().map(|s| s.task.options.clone()).unwrap_or_default();
         let is_form = parameter == Parameter::ResponseFormat;
-        if lane.learned.refused(parameter, asked.learned, &options)
-            || (is_form && self.form_is_refused(now, lane_key, group, asked))
-        {
+        // Where the user has set further parameters it may be refused for one of these.
+        let is_own = is_form && stream.is_some_and(|s| !s.model.parameters.is_empty());
+        let has_other = if is_own {
+            lane.standings.of(now, asked.scope).refuses(asked.learned.form(&options), &options)
+        } else {
+            lane.learned.refused(parameter, asked.learned, &options)
+        };
+        if has_other || (is_form && self.form_is_refused(now, lane_key, group, asked)) {
             self.put_back(lane_key, group, failed.rows);
             self.notice(now, lane_key, "unsupported", &format!("{message}; continuing without it"));
         } else if matches!(parameter, Parameter::SystemRole | Parameter::Sampling)
@@ -240,8 +250,12 @@ impl State {
         wait: Option<u64>,
         (is_unsure, has_begun, is_own): (bool, bool, bool),
     ) {
-        let Failed { lane: lane_key, group, rows, role, asked, message, .. } = failed;
+        let Failed { lane: lane_key, group, mut rows, role, asked, message, .. } = failed;
         let size = rows.len();
+        let most = self.max_attempts(now, &lane_key, group);
+        if is_unsure || has_begun {
+            rows.iter_mut().for_each(|row| row.is_unanswered(size, most));
+        }
         let points = if message == TIMED_OUT { 2 } else { 1 };
         if let (Some(wait), Some(lane)) = (wait, self.lanes.get_mut(&lane_key)) {
             lane.limiter.penalize(now + wait.min(MOST_BACKOFF));
@@ -260,7 +274,12 @@ impl State {
             self.hold(now, &lane_key, asked.scope, &message, role);
             return;
         }
-        if !is_own && self.fails(now, &lane_key, group, points, &message) {
+        let is_open = !is_own && self.fails(now, &lane_key, group, points, &message);
+        if rows.iter().any(|row| row.is_spent(most)) {
+            self.spent(now, (&lane_key, group), rows, asked, &message);
+            return;
+        }
+        if is_open {
             // Whether it is these rows or the provider, a probe will tell.
             self.put_back(&lane_key, group, rows);
             return;
@@ -271,8 +290,40 @@ impl State {
         for mut row in rows {
             row.trouble += points;
             row.not_before = not_before;
-            self.row_in_trouble(now, &lane_key, group, row, size, &message);
+            self.row_in_trouble(now, (&lane_key, group), (row, size), asked, &message);
         }
+    }
+
+    /// How often a row of this group may be asked, as far as that bounds what is paid for it: what was never answered has a
+    /// bound of its own.
+    fn max_attempts(&mut self, now: u64, lane: &LaneKey, group: GroupId) -> u32 {
+        let Some(lane) = self.lanes.get_mut(lane) else { return u32::MAX };
+        let Some((most, scope)) = lane.group(group).map(|g| (g.stream.task.options.max_attempts, g.scope)) else {
+            return u32::MAX;
+        };
+        if lane.standings.of(now, scope).patience.has_answered() { most } else { u32::MAX }
+    }
+
+    /// Nothing more is paid for some of these rows, whose request was not answered. If it was about a row alone, and others
+    /// are answered, that has failed; else it is no row's fault, and all who ask the task stop.
+    fn spent(&mut self, now: u64, (lane, group): (&LaneKey, GroupId), rows: Vec<Row>, asked: Asked, message: &str) {
+        let Some(l) = self.lanes.get_mut(lane) else { return };
+        let is_row = l.standings.of(now, asked.scope).is_well() || l.vouched.is_some_and(|at| asked.sent >= at);
+        if is_row && rows.len() == 1 {
+            let verdict = Verdict::Fail { class: "provider_error".into(), detail: message.to_owned() };
+            rows.into_iter().for_each(|row| self.conclude(now, lane, group, row, verdict.clone()));
+            return;
+        }
+        self.put_back(lane, group, rows);
+        self.stop_paying(now, lane, asked, message);
+    }
+
+    /// Stops all who ask a task: rows were paid for as often as they may be, and not answered.
+    pub(super) fn stop_paying(&mut self, now: u64, lane: &LaneKey, asked: Asked, last: &str) {
+        let message = format!("rows were paid for again and again and are not answered: {last}");
+        self.notice(now, lane, "stopped", &message);
+        let stop = Stop { reason: StopReason::NoAnswers, message, retry_after_ms: None };
+        self.stop_task(lane, asked.scope, &stop, None);
     }
 
     /// Whether probes are answered, and so many requests of a task are not that it is left alone for a while.
@@ -322,11 +373,17 @@ impl State {
 
     /// A row whose request was not answered, while others are: it waits, then its requests get smaller, then it is
     /// given up.
-    fn row_in_trouble(&mut self, now: u64, lane: &LaneKey, group: GroupId, mut row: Row, size: usize, message: &str) {
+    fn row_in_trouble(
+        &mut self,
+        now: u64,
+        (lane, group): (&LaneKey, GroupId),
+        (mut row, size): (Row, usize),
+        asked: Asked,
+        message: &str,
+    ) {
         if row.trouble >= MOST_TROUBLE {
             if size == 1 {
-                let verdict = Verdict::Fail { class: "provider_error".into(), detail: message.to_owned() };
-                self.conclude(now, lane, group, row, verdict);
+                self.spent(now, (lane, group), vec![row], asked, message);
                 return;
             }
             row.most_rows = size.div_ceil(2);
@@ -337,14 +394,21 @@ impl State {
 
     /// A row was refused alone as larger than a limit of the account. That is not taken for the row's fault at once, and only
     /// if all that was served says so too.
-    fn over_limit(&mut self, now: u64, lane: &LaneKey, group: GroupId, mut row: Row, is_so: bool, message: &str) {
+    fn over_limit(
+        &mut self,
+        now: u64,
+        (lane, group): (&LaneKey, GroupId),
+        (mut row, is_so): (Row, bool),
+        asked: Asked,
+        message: &str,
+    ) {
         row.over_limit += 1;
         row.trouble += 1;
         row.not_before = now + backoff(row.trouble);
         if is_so && row.over_limit >= MOST_OVER_LIMIT {
             self.done(lane, group, row, too_long(message));
         } else {
-            self.row_in_trouble(now, lane, group, row, 1, message);
+            self.row_in_trouble(now, (lane, group), (row, 1), asked, message);
         }
     }
 

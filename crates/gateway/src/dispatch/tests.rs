@@ -1,0 +1,302 @@
+//! What becomes of rows where time is simulated and each answer is made up.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use serde_json::json;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use super::*;
+use crate::kept::Stock;
+use crate::protocol::{self, decode};
+
+/// A request: the numbers of its rows and those of their texts, and all of it.
+struct Question {
+    rows: Vec<(u16, u64)>,
+    body: Value,
+}
+
+impl Question {
+    fn of(body: Value) -> Self {
+        let row = |line: &str| {
+            let (id, text) = line.split_once(": \"row ")?;
+            Some((id.parse().ok()?, text.split([' ', '"']).next()?.parse().ok()?))
+        };
+        let user = body["messages"][1]["content"].as_str().unwrap_or_default();
+        Self { rows: user.lines().filter_map(row).collect(), body }
+    }
+
+    fn right(&self) -> Answered {
+        let answers: Value =
+            self.rows.iter().map(|(id, _)| (id.to_string(), json!("a"))).collect::<serde_json::Map<_, _>>().into();
+        let text = if self.rows.is_empty() { "ok".to_owned() } else { answers.to_string() };
+        said(
+            200,
+            &json!({
+                "choices": [{"message": {"content": text}, "finish_reason": "stop"}],
+                "usage": {"prompt_tokens": 20, "completion_tokens": 5},
+            }),
+        )
+    }
+}
+
+/// An answer with this status and body.
+fn said(status: u16, body: &Value) -> Answered {
+    self::body(status, body.to_string().as_bytes())
+}
+
+fn body(status: u16, body: &[u8]) -> Answered {
+    let result = trouble::outcome(status, body, None, &[]);
+    let mut answered = Answered::broke_off(String::new(), false);
+    (answered.result, answered.has_begun) = (result, status == 200);
+    answered
+}
+
+/// A client of a gateway.
+struct Sim {
+    state: State,
+    now: u64,
+    conn: u64,
+    heard: UnboundedReceiver<Vec<u8>>,
+    unread: Rc<Cell<usize>>,
+    outcomes: BTreeMap<u64, Outcome>,
+    stop: Option<Stop>,
+    /// Requests that each text was in.
+    asked: BTreeMap<u64, u32>,
+    requests: u32,
+    _log: mpsc::Receiver<String>,
+}
+
+impl Sim {
+    fn new(change: impl FnOnce(&mut Stream)) -> Self {
+        let settings = Settings { enabled: true, memory: 64 << 20, cache: 0 };
+        let (log, _log) = mpsc::channel();
+        let kept = Kept::new(Stock::default());
+        let now = kept.now() + 120_000;
+        let mut state = State::new(settings, Places::within(16_384), kept, log);
+        let (queue, heard) = unbounded_channel();
+        let unread = Rc::new(Cell::new(0));
+        let conn = state.connect(Frames::new(queue, Rc::clone(&unread), Rc::new(Notify::new())));
+        let (outcomes, asked) = Default::default();
+        let mut sim = Self { state, now, conn, heard, unread, outcomes, stop: None, asked, requests: 0, _log };
+        sim.open(change);
+        sim
+    }
+
+    fn open(&mut self, change: impl FnOnce(&mut Stream)) {
+        let mut stream = protocol::tests::stream();
+        change(&mut stream);
+        self.state.open(self.now, self.conn, stream).unwrap();
+    }
+
+    /// Asks for rows, and what came of them.
+    fn ask(&mut self, rows: Range<u64>, long: &str, mut answer: impl FnMut(&Question) -> Answered) {
+        self.outcomes.clear();
+        (self.stop, self.requests) = (None, 0);
+        let count = rows.end - rows.start;
+        let item = |n| (Item { n, text: format!("row {n} {long}"), isolation: None }, None);
+        self.state.items(self.now, self.conn, rows.map(item).collect()).unwrap();
+        for _ in 0..100_000 {
+            while let Ok(mut frame) = self.heard.try_recv() {
+                match decode(&mut frame).unwrap() {
+                    Some(FromGateway::Outcomes { outcomes, .. }) => {
+                        self.outcomes.extend(outcomes.into_iter().map(|o| (o.n, o)));
+                    }
+                    Some(FromGateway::Stopped(stop)) => self.stop = Some(stop),
+                    other => panic!("{other:?}"),
+                }
+            }
+            self.unread.set(0);
+            if self.outcomes.len() as u64 == count {
+                return;
+            }
+            let (launches, wake) = self.state.pump(self.now);
+            let least = if launches.is_empty() { wake.unwrap_or(self.now) } else { 0 };
+            launches.iter().for_each(|launch| self.state.sent(self.now, launch.id));
+            self.now = (self.now + 100).max(least);
+            for launch in launches {
+                let question = Question::of(launch.body);
+                self.requests += 1;
+                question.rows.iter().for_each(|(_, n)| *self.asked.entry(*n).or_default() += 1);
+                self.state.finish(self.now, launch.id, Some(answer(&question)));
+            }
+        }
+        panic!("{} of {count} rows have an outcome: {:?}", self.outcomes.len(), self.state.lanes);
+    }
+
+    fn is_answered(&self) -> bool {
+        self.stop.is_none()
+            && self.outcomes.values().all(|o| matches!(o.verdict, Verdict::Answer(_)) && o.attempts == 1)
+    }
+
+    fn is_withdrawn(&self, reason: StopReason) -> bool {
+        self.stop.as_ref().is_some_and(|stop| stop.reason == reason)
+            && self.outcomes.values().all(|o| o.verdict == Verdict::Withdrawn && o.attempts == 0)
+    }
+}
+
+#[test]
+fn what_has_been_answered_is_not_failed_for_an_address_that_is_gone_for_a_while() {
+    for status in [302, 404, 405] {
+        let gone = || said(status, &json!({"error": {"message": "no such route", "code": "model_not_found"}}));
+        let mut sim = Sim::new(|_| {});
+        sim.ask(0..50, "", |_| gone());
+        assert!(
+            sim.requests == 1 && sim.stop.as_ref().is_some_and(|stop| stop.retry_after_ms.is_none()),
+            "{:?}",
+            sim.stop
+        );
+        sim.open(|_| {});
+        sim.ask(100..150, "", Question::right);
+        assert!(sim.is_answered());
+        // Once in the middle.
+        let mut n = 0;
+        sim.ask(200..300, "", |question| {
+            n += 1;
+            if n == 1 { gone() } else { question.right() }
+        });
+        assert!(sim.is_answered(), "{status}: {:?} {:?}", sim.stop, sim.outcomes);
+        // For long: it pauses, and goes on.
+        sim.ask(300..400, "", |_| gone());
+        assert!(sim.is_withdrawn(StopReason::ProviderDown), "{status}: {:?}", sim.stop);
+        let stop = sim.stop.clone().unwrap();
+        assert!(stop.message.contains(&status.to_string()) && sim.requests < 20, "{stop:?} {}", sim.requests);
+        sim.now += stop.retry_after_ms.unwrap();
+        sim.open(|_| {});
+        sim.ask(300..400, "", Question::right);
+        assert!(sim.is_answered(), "{:?}", sim.stop);
+    }
+}
+
+/// What came back as no answer at all may have been paid for like any other.
+#[test]
+fn what_a_row_may_cost_is_bounded() {
+    type Broken = fn(&Question) -> Answered;
+    let broken: [(&str, Broken); 3] = [
+        ("no JSON", |_| body(200, b"<html>")),
+        ("no text", |_| said(200, &json!({"choices": []}))),
+        ("broken off", |_| Answered::broke_off("the connection failed".into(), true)),
+    ];
+    for (what, broken) in broken {
+        let (mut most, mut failed, mut stops) = (0, 0, 0);
+        for seed in 0..20 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let mut sim = Sim::new(|s| s.task.options.max_rows_per_request = 20);
+            sim.ask(0..100, "", Question::right);
+            assert!(sim.is_answered());
+            sim.ask(1_000..1_400, "", |q| if random.f64() < 0.8 { broken(q) } else { q.right() });
+            most = sim.asked.values().copied().fold(most, u32::max);
+            let is_charged = |o: &&Outcome| matches!(o.verdict, Verdict::Fail { .. } | Verdict::Skip { .. });
+            failed += sim.outcomes.values().filter(is_charged).count();
+            stops += usize::from(sim.stop.is_some());
+        }
+        println!(
+            "{what}: a row is in up to {most} requests, {failed} of 8,000 rows are charged, {stops} of 20 jobs pause"
+        );
+        assert!(most <= 9 && failed <= 80 && stops > 15, "{what}: {most}, {failed}, {stops}");
+    }
+}
+
+/// Rows that are never answered are found, be they the last ones.
+#[test]
+fn rows_that_break_a_server_are_found_and_the_others_answered() {
+    for bad in [vec![1_017], vec![1_000, 1_199], (1_194..1_200).collect()] {
+        let mut sim = Sim::new(|_| {});
+        sim.ask(0..500, "", Question::right);
+        let broken = |question: &Question| question.rows.iter().any(|(_, n)| bad.contains(n));
+        let mut left: Vec<u64> = Vec::new();
+        sim.ask(1_000..1_200, "", |question| if broken(question) { body(200, b"<html>") } else { question.right() });
+        left.extend(sim.outcomes.values().filter(|o| !matches!(o.verdict, Verdict::Answer(_))).map(|o| o.n));
+        assert!(sim.stop.is_none() && left == bad, "{bad:?}: {:?} {left:?}", sim.stop);
+        assert!(sim.asked.values().all(|n| *n <= 9), "{:?}", sim.asked.values().max());
+    }
+}
+
+#[test]
+fn what_is_refused_with_parameters_of_ones_own_teaches_no_other() {
+    let refused = json!({"error": {"message": "response_format is not supported together with tools"}});
+    let mut sim = Sim::new(|s| s.model.parameters = serde_json::Map::from_iter([("tools".into(), json!([]))]));
+    let mut formats = Vec::new();
+    let mut answer = |question: &Question| {
+        let has_form = !question.body["response_format"].is_null();
+        formats.push(has_form);
+        if has_form && !question.body["tools"].is_null() { said(400, &refused) } else { question.right() }
+    };
+    sim.ask(0..20, "", &mut answer);
+    assert!(sim.is_answered(), "{:?}", sim.stop);
+    // It is known of them from then on.
+    sim.ask(20..40, "", &mut answer);
+    assert!(sim.is_answered() && sim.requests == 1);
+    sim.open(|_| {});
+    sim.ask(40..60, "", &mut answer);
+    assert!(sim.is_answered());
+    assert_eq!(formats.last(), Some(&true), "{formats:?}");
+}
+
+/// After a restart nothing is known of what was served.
+#[test]
+fn rows_larger_than_a_limit_are_told_from_a_limit_that_is_none() {
+    let over = |limit: u32| {
+        let message = format!("Request too large for m on tokens per min (TPM): Limit {limit}, Requested 9000.");
+        said(429, &json!({"error": {"message": message, "code": "rate_limit_exceeded", "type": "tokens"}}))
+    };
+    let long = "word ".repeat(3_000);
+    let mut sim = Sim::new(|s| s.task.options.max_rows_per_request = 1);
+    sim.ask(0..3, &long, |question| if question.rows.is_empty() { question.right() } else { over(1_000) });
+    assert!(sim.stop.is_none(), "{:?}", sim.stop);
+    let is_skip = |o: &Outcome| matches!(&o.verdict, Verdict::Skip { class, detail } if class == "too_long" && detail.contains("Limit 1000"));
+    assert!(sim.outcomes.values().all(is_skip), "{:?}", sim.outcomes);
+    // What nothing gets past is no row's fault.
+    let mut sim = Sim::new(|s| s.task.options.max_rows_per_request = 1);
+    sim.ask(0..5, &long, |_| over(1));
+    assert!(
+        sim.is_withdrawn(StopReason::Quota) && sim.requests <= 12,
+        "{:?} {} {:?}",
+        sim.stop,
+        sim.requests,
+        sim.outcomes
+    );
+}
+
+/// Counting the tokens of a long text takes longer than a session may be idle.
+#[test]
+fn a_session_whose_rows_are_coming_is_not_idle() {
+    let mut sim = Sim::new(|s| s.interactive = true);
+    let gives_way = |sim: &Sim, now| sim.state.conns[&sim.conn].gives_way(now);
+    assert!(gives_way(&sim, sim.now + IDLE));
+    let group = sim.state.rows_come(sim.conn);
+    assert!(!gives_way(&sim, sim.now + 60 * IDLE));
+    sim.state.rows_came(sim.conn, group);
+    assert!(gives_way(&sim, sim.now + IDLE));
+}
+
+#[test]
+fn a_text_gets_no_more_tokens_than_its_user_has_set() {
+    let task = json!({"instruction": "Explain it.", "max_output_tokens": 60});
+    let spec = |s: &mut Stream| s.task.spec = llm_batch_core::task::Spec::from_json("generate", &task).unwrap();
+    let mut caps = Vec::new();
+    let mut sim = Sim::new(spec);
+    sim.ask(0..1, "", |question| {
+        caps.push(question.body["max_tokens"].as_u64().unwrap());
+        question.right()
+    });
+    assert!(sim.is_answered() && caps.iter().all(|cap| (66..110).contains(cap)), "{caps:?}");
+    // What runs into it gets no more, and what only thinks does.
+    let long = format!("{{\"417\":\"{}", "It is long. ".repeat(100));
+    for (text, more) in [(long.as_str(), false), ("", true)] {
+        let (mut sim, mut caps) = (Sim::new(spec), Vec::new());
+        sim.ask(0..1, "", |question| {
+            let cap = question.body["max_tokens"].as_u64().unwrap();
+            caps.push(cap);
+            said(
+                200,
+                &json!({
+                    "choices": [{"message": {"content": text}, "finish_reason": "length"}],
+                    "usage": {"prompt_tokens": 20, "completion_tokens": cap},
+                }),
+            )
+        });
+        assert_eq!(caps.iter().max() > caps.first(), more, "{text}: {caps:?}");
+    }
+}
