@@ -904,7 +904,7 @@ fn requests_that_are_refused() {
     bed.provider.release();
     let p = common::wait_status(client, job, "paused");
     let last = p.last_error.clone().unwrap();
-    assert!(last.contains("404") && last.contains("no such model"), "{last}");
+    assert!(last.contains("404") && last.contains("does not exist"), "{last}");
     assert_eq!(
         (p.reason.as_deref(), p.done, p.left),
         (Some("provider_down"), 10, 90),
