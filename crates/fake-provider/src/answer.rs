@@ -5,7 +5,7 @@ use fastrand::Rng;
 use crate::Fault;
 use crate::prompt::{Asked, RowId, Shape, Task};
 use crate::tokens::{first_tokens, tokens};
-use crate::values::{Wanted, write_fields};
+use crate::values::{Field, Wanted, write_fields};
 use serde_json::Value;
 
 const PROSE: &str = "These tickets are about many things, and it is hard to say which is which.";
@@ -173,7 +173,7 @@ fn spoil_values(items: &mut [Item], wanted: &Wanted, fault: &mut Option<Fault>, 
     let Wanted::Fields(fields) = wanted else {
         // The only value may be of the wrong type, or in quotes.
         match (of, wanted) {
-            (Fault::WrongType, Wanted::Text) => "12".clone_into(&mut item.code),
+            (Fault::WrongType, Wanted::Text(..)) => "12".clone_into(&mut item.code),
             (Fault::WrongType, _) => "\"high\"".clone_into(&mut item.code),
             (Fault::NumbersAsStrings, Wanted::Score(..)) => item.code = format!("\"{}\"", item.code),
             _ => {
@@ -185,7 +185,7 @@ fn spoil_values(items: &mut [Item], wanted: &Wanted, fault: &mut Option<Fault>, 
         return;
     };
     let mut fields = fields.clone();
-    let mut values = values_of(&item.code);
+    let mut values = values_of(&fields, &item.code);
     let at = rng.usize(..values.len().max(1));
     match of {
         Fault::DropField => {
@@ -193,9 +193,8 @@ fn spoil_values(items: &mut [Item], wanted: &Wanted, fault: &mut Option<Fault>, 
             values.remove(at);
         }
         Fault::AddField => {
-            let key = fields.iter().any(|f| f.key.is_some()).then(|| "x".to_owned());
             let mut added = fields[at].clone();
-            added.key = key;
+            added.key = fields.iter().any(|f| f.key.is_some()).then(|| "x".to_owned());
             fields.push(added);
             values.push("1".to_owned());
         }
@@ -203,7 +202,10 @@ fn spoil_values(items: &mut [Item], wanted: &Wanted, fault: &mut Option<Fault>, 
             fields.push(fields[at].clone());
             values.push(values[at].clone());
         }
-        Fault::RenameField => fields[at].key = fields[at].key.as_ref().map(|_| "renamed".to_owned()),
+        Fault::RenameField => {
+            let keyed = fields.iter_mut().filter(|field| field.key.is_some());
+            keyed.for_each(|field| field.key = Some("renamed".to_owned()));
+        }
         Fault::SwapFields => values.rotate_left(1),
         Fault::WrongType => {
             values[at] = if values[at].starts_with('"') { "12".to_owned() } else { "\"twelve\"".to_owned() }
@@ -230,13 +232,13 @@ fn spoil_values(items: &mut [Item], wanted: &Wanted, fault: &mut Option<Fault>, 
 }
 
 /// The values of a row's answer.
-fn values_of(code: &str) -> Vec<String> {
-    let all: Value = serde_json::from_str(code).unwrap_or_default();
-    match all {
-        Value::Array(values) => values.iter().map(Value::to_string).collect(),
-        Value::Object(values) => values.values().map(Value::to_string).collect(),
-        other => vec![other.to_string()],
-    }
+fn values_of(fields: &[Field], code: &str) -> Vec<String> {
+    let all: Vec<Value> = serde_json::from_str(code).unwrap_or_default();
+    let value = |(field, element): (&Field, &Value)| match &field.key {
+        Some(key) => element[key].to_string(),
+        None => element.to_string(),
+    };
+    fields.iter().zip(&all).map(value).collect()
 }
 
 /// A code the legend lacks.

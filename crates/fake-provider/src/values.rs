@@ -6,12 +6,12 @@ use serde_json::Value;
 /// What is to be answered about each row.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Wanted {
-    /// Values of fields, with the keys of an object, or in an array.
+    /// Values of fields in an array, some of them under a key.
     Fields(Vec<Field>),
     /// A number from the first to the second.
     Score(f64, f64),
-    /// A text.
-    Text,
+    /// A text of at least and at most so many words.
+    Text(u64, u64),
 }
 
 /// A field, as the prompt describes it.
@@ -41,13 +41,16 @@ impl Wanted {
             let high = rest.split_once(".\n")?.0;
             return Some(Self::Score(low.parse().ok()?, high.parse().ok()?));
         }
-        system.contains("Answer with a text for every number").then_some(Self::Text)
+        system.contains("Answer with a text for every number").then(|| {
+            let most = system.split_once(" words for each text.").and_then(|(told, _)| told.rsplit(' ').next()?.parse().ok());
+            most.map_or(Self::Text(WORDS.0, WORDS.1), |most| Self::Text(u64::div_ceil(most, 2), most))
+        })
     }
 
     /// The answer to the row with this id, label and text, in JSON.
     pub(crate) fn right(&self, id: u64, label: Option<&str>, text: &str) -> String {
         match self {
-            Self::Text => Value::from(words(id)).to_string(),
+            Self::Text(least, most) => Value::from(words(id, (*least, *most))).to_string(),
             Self::Score(low, high) => Value::from(low + (high - low) * (id % 101) as f64 / 100.0).to_string(),
             Self::Fields(fields) => {
                 let values: Vec<String> = fields.iter().map(|field| field.right(id, label, text)).collect();
@@ -59,12 +62,11 @@ impl Wanted {
 
 /// A row's values as the prompt asks for them.
 pub(crate) fn write_fields(fields: &[Field], values: &[String]) -> String {
-    let member = |(field, value): (&Field, &String)| match &field.key {
-        Some(key) => format!("\"{key}\":{value}"),
+    let element = |(field, value): (&Field, &String)| match &field.key {
+        Some(key) => format!("{{\"{key}\":{value}}}"),
         None => value.clone(),
     };
-    let all = fields.iter().zip(values).map(member).collect::<Vec<_>>().join(",");
-    if fields.iter().any(|f| f.key.is_some()) { format!("{{{all}}}") } else { format!("[{all}]") }
+    format!("[{}]", fields.iter().zip(values).map(element).collect::<Vec<_>>().join(","))
 }
 
 impl Field {
@@ -98,19 +100,20 @@ impl Field {
             _ if told.starts_with("a date") => format!("\"{date}\""),
             _ if told.starts_with("a time") => format!("\"{date}T12:00:00Z\""),
             _ if told.starts_with("JSON") => format!("{{\"id\":{id}}}"),
-            _ => Value::from(words(id)).to_string(),
+            _ => Value::from(words(id, WORDS)).to_string(),
         }
     }
 }
 
-/// The text about the row with this id.
-fn words(id: u64) -> String {
-    let n = WORDS.0 + id % (WORDS.1 - WORDS.0 + 1);
+/// The text about the row with this id, of so many words.
+fn words(id: u64, (least, most): (u64, u64)) -> String {
+    let n = least + id % (most - least + 1);
     let words = (1..n).map(|i| ["the", "text", "is", "about", "row"][i as usize % 5]);
     format!("{id} {}", words.collect::<Vec<_>>().join(" "))
 }
 
-/// The lines behind `Fields:`: `name: …` or `key = name: …`, with the lines of a legend set in.
+/// The lines behind `Fields:`: `name: …` or `key = name: …`, with the lines of a legend set in; and which have a key, by
+/// the example of an answer.
 fn fields(system: &str) -> Vec<Field> {
     let mut fields: Vec<Field> = Vec::new();
     for line in system.lines().skip_while(|line| *line != "Fields:").skip(1).take_while(|line| !line.is_empty()) {
@@ -123,10 +126,19 @@ fn fields(system: &str) -> Vec<Field> {
             continue;
         }
         let Some((head, told)) = line.split_once(": ") else { continue };
-        let (key, name) = head.split_once(" = ").map_or((None, head), |(key, name)| (Some(key.to_owned()), name));
-        fields.push(Field { key, name: name.to_owned(), told: told.to_owned(), legend: Vec::new() });
+        let name = head.split_once(" = ").map_or(head, |(_, name)| name);
+        fields.push(Field { key: None, name: name.to_owned(), told: told.to_owned(), legend: Vec::new() });
+    }
+    for (field, element) in fields.iter_mut().zip(example(system)) {
+        field.key = element.as_object().and_then(|members| members.keys().next().cloned());
     }
     fields
+}
+
+/// The values of the first row of the example of an answer; `…` stands for some.
+fn example(system: &str) -> Vec<Value> {
+    let first = system.rsplit_once("{\"417\":").and_then(|(_, row)| row.split_once(",\"902\":"));
+    first.and_then(|(row, _)| serde_json::from_str(&row.replace('…', "null")).ok()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -146,9 +158,9 @@ mod tests {
         assert!(values[1].is_f64() && values[2].as_array().is_some_and(|tags| tags.len() == 2));
         let values: Vec<Value> = serde_json::from_str(&wanted.right(7, None, "no amount here")).unwrap();
         assert!(values[1].is_null() && values[0].is_string());
-        let keyed = Wanted::read("\nFields:\na = from: a date as\nb = to: a date as\n").unwrap();
-        let dates: Value = serde_json::from_str(&keyed.right(3, None, "")).unwrap();
-        assert!(dates["a"].is_string() && dates["a"] != dates["b"]);
+        let keyed = "\nFields:\nfrom: a date as\nb = to: a date as\n\nX {\"417\":[\"Y\",{\"b\":…}],\"902\":[…]}";
+        let dates: Value = serde_json::from_str(&Wanted::read(keyed).unwrap().right(3, None, "")).unwrap();
+        assert!(dates[0].is_string() && dates[1]["b"].is_string() && dates[0] != dates[1]["b"]);
     }
 
     #[test]
@@ -157,6 +169,8 @@ mod tests {
         assert_eq!((score.right(0, None, ""), score.right(50, None, "")), ("0.0".to_owned(), "5.0".to_owned()));
         let text = Wanted::read("X\nAnswer with a text for every number, as").unwrap();
         assert!(text.right(9, None, "").starts_with("\"9 "));
+        let text = Wanted::read("X\nWrite in German at most 30 words for each text.\nAnswer with a text for every number, as");
+        assert_eq!(text, Some(Wanted::Text(15, 30)));
         assert_eq!(Wanted::read("Labels:\na\nb\n"), None);
     }
 }

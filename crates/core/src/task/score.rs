@@ -80,7 +80,7 @@ impl Kind for Prepared {
     }
 
     fn samples(&self) -> [String; 2] {
-        [self.task.low.to_string(), self.task.high.to_string()]
+        [Type::Numeric; 2].map(|of| of.form().to_owned())
     }
 
     fn schema(&self) -> Value {
@@ -115,6 +115,7 @@ mod tests {
         for good in ["0", "1", "0.75", "\"0.5\""] {
             assert_eq!(read(good), Some(Answer(vec![Some(good.trim_matches('"').to_owned())])));
         }
+        assert!(RawValue::from_string(kind.samples()[0].clone()).is_err(), "a sample is no score");
         for bad in ["1.01", "-1", "null", "\"high\"", "[0.5]", "true", "\"NaN\"", "1e999"] {
             assert_eq!(read(bad), None, "{bad}");
         }

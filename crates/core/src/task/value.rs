@@ -87,14 +87,24 @@ impl Type {
             Self::Integer | Self::Bigint => "a whole number",
             Self::Numeric | Self::Real => "a number",
             Self::Boolean => "true or false",
-            Self::Date => "a date as \"2026-01-31\"",
-            Self::Timestamptz => "a time with its offset as \"2026-01-31T12:00:00+01:00\"",
+            Self::Date => "a date as YYYY-MM-DD",
+            Self::Timestamptz => "a time with its offset as YYYY-MM-DDThh:mm:ss+hh:mm",
             Self::Jsonb => "JSON",
             Self::Labels => "one of its labels",
         }
     }
 
-    /// An example of a value, in JSON.
+    /// The form of a value in an example. It is no value, so that a model that copies it has not answered.
+    pub fn form(self) -> &'static str {
+        match self {
+            Self::Text | Self::Labels => "\"…\"",
+            Self::Integer | Self::Bigint | Self::Numeric | Self::Real | Self::Boolean | Self::Jsonb => "…",
+            Self::Date => "\"YYYY-MM-DD\"",
+            Self::Timestamptz => "\"YYYY-MM-DDThh:mm:ss+hh:mm\"",
+        }
+    }
+
+    /// A value as long as most, in JSON.
     pub fn sample(self) -> &'static str {
         match self {
             Self::Text => "\"a text\"",
@@ -132,7 +142,7 @@ impl Type {
             Some(inner) => (!is_strict).then(|| without_zeros(inner.trim())),
         };
         let read = match self {
-            Self::Text => string().map(|text| cleaned(&text)),
+            Self::Text => string().map(|text| cleaned(&text)).filter(|text| !is_form(text)),
             Self::Integer => bare().and_then(|n| whole(&n)).filter(|n| n.parse::<i32>().is_ok()),
             Self::Bigint => bare().and_then(|n| whole(&n)).filter(|n| n.parse::<i64>().is_ok()),
             Self::Numeric => bare().filter(|n| is_number(n)),
@@ -149,6 +159,11 @@ impl Type {
         };
         read.ok_or_else(|| self.told().to_owned())
     }
+}
+
+/// Whether a text is the one that examples have in the place of a text.
+pub fn is_form(text: &str) -> bool {
+    text.trim() == "…"
 }
 
 /// A text without what Postgres or a terminal would stumble over: NUL and control characters other than tab and line
