@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import columns
 import special
 from cases import COLUMNS, Case, Goal, goals, row, run
 from lab import ROOT, lib
@@ -51,9 +52,19 @@ def cases_of(size: str) -> list[Case]:
     ]
 
 
+# Those of texts and columns that are measured with the standard set.
+STANDARD = ["one-pass", "objects", "texts", "faults", "texts-throughput", "nulls"]
+WITH_ROWS = [*STANDARD, "throughput", "million"]
 # Name, seconds it takes, function.
 SPECIALS: dict[str, tuple[float, Callable[..., special.Result]]] = {
+    "one-pass": (30, columns.one_pass),
+    "objects": (30, columns.objects),
+    "texts": (170, columns.texts),
+    "faults": (60, columns.faults),
     "throughput": (15, special.throughput),
+    "texts-throughput": (30, columns.texts_throughput),
+    "nulls": (60, columns.nulls),
+    "nulls-million": (400, lambda: columns.nulls(1_000_000)),
     "million": (60, special.million),
     "barrier": (30, special.barrier),
     "sql": (60, special.sql),
@@ -72,7 +83,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--full", action="store_true", help="more cases, and everything else")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is not met")
     parser.add_argument("--no-build", action="store_true", help="take the extension and the provider that are installed")
-    parser.add_argument("--rows", type=int, help="rows of one, throughput, million")
+    parser.add_argument("--rows", type=int, help=f"rows of one, {', '.join(WITH_ROWS)}")
     parser.add_argument("--tokens-per-minute", type=int, default=500_000)
     one = parser.add_argument_group("one")
     one.add_argument("--client", choices=["extension", "naive", "asyncio"], default="extension")
@@ -86,8 +97,8 @@ def arguments() -> argparse.Namespace:
     for what in args.what:
         if what not in ("cases", "one", *SPECIALS):
             parser.error(f"{what}: no such thing to measure")
-    if args.full and args.what == ["cases"]:
-        args.what = ["cases", *SPECIALS]
+    if args.what == ["cases"] and not args.quick:
+        args.what = ["cases", *(SPECIALS if args.full else STANDARD)]
     return args
 
 
@@ -211,7 +222,7 @@ def main() -> int:
         for case in cases:
             report.add_case(case)
         for name, (_, measure) in specials.items():
-            with_rows = args.rows and name in ("throughput", "million")
+            with_rows = args.rows and name in WITH_ROWS
             report.add_special(name, (lambda f=measure: f(args.rows)) if with_rows else measure)
     except BaseException:  # told to stop: what was measured is kept
         if report.result["cases"] or report.result["special"]:

@@ -23,7 +23,7 @@ def throughput(rows: int = 100_000) -> Result:
             cluster.wait(job, 600)
         cpu_ms = cpu.result() | {"fake provider": provider.cpu_ms() - provider_cpu}
         lost, wrong = cluster.lost_and_wrong()
-        seconds = _job_seconds(cluster, job)
+        seconds = job_seconds(cluster, job)
         result = {
             "rows": rows, "seconds": seconds, "rows_per_second": rows / seconds, "lost": lost, "wrong": wrong,
             "cpu_ms_per_row": {kind: ms / rows for kind, ms in sorted(cpu_ms.items(), key=lambda x: -x[1])},
@@ -60,7 +60,7 @@ def million(rows: int = 1_000_000) -> Result:
             cluster.wait(job, 3600)
         session.close()
         lost, wrong = cluster.lost_and_wrong()
-        seconds = _job_seconds(cluster, job)
+        seconds = job_seconds(cluster, job)
 
     # Without the very beginning and end, where the job counts rows and waits for the last answers.
     first, last = _rate(samples, 0.01 * rows, 0.1 * rows), _rate(samples, 0.9 * rows, 0.99 * rows)
@@ -229,7 +229,7 @@ def _quoted(number: int) -> str:
     return ticket(number).replace("'", "''")
 
 
-def _job_seconds(cluster: Cluster, job: int) -> float:
+def job_seconds(cluster: Cluster, job: int) -> float:
     return float(cluster.sql(f"SELECT extract(epoch FROM updated_at - started_at) FROM llm_batch.progress WHERE job_id = {job}"))
 
 

@@ -1,5 +1,6 @@
 """The script of somebody who takes care: asyncio, many rows a call, numbers and one-token codes in the answer, its own
 pacing by a rolling window, an estimate of tokens that is learnt from `usage`, answers checked, missing rows asked again.
+With --objects it asks for several fields, as compact objects with the fields' names.
 """
 
 import asyncio
@@ -11,6 +12,7 @@ from collections import deque
 import httpx
 
 from client import MODEL, arguments, read_rows, retry_after, writer
+from fields import SYSTEM_OBJECTS, TWO_DATES
 from tickets import LABELS, SYSTEM_PACK
 
 TRIES = 6
@@ -57,10 +59,11 @@ class Limiter:
 
 
 class Client:
-    def __init__(self, base_url: str, limiter: Limiter, concurrency: int, answers: str) -> None:
+    def __init__(self, base_url: str, limiter: Limiter, concurrency: int, answers: str, objects: bool) -> None:
         limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
         self.http = httpx.AsyncClient(base_url=base_url, timeout=120, limits=limits)
-        self.limiter = limiter
+        self.limiter, self.objects = limiter, objects
+        self.system = SYSTEM_OBJECTS if objects else SYSTEM_PACK
         self.tokens, self.bytes = 0.35, 1.0  # a guess at their relation, until the first bill
         self.write = writer(answers)
         self.lost = 0
@@ -72,20 +75,25 @@ class Client:
             tried += answers is not None
             missing = []
             for place, (number, text) in enumerate(rows, 1):
-                label = (answers or {}).get(str(place))
-                if isinstance(label, str) and label in LABELS:
-                    self.write(number, label)
+                answer = (answers or {}).get(str(place))
+                if self.is_valid(answer):
+                    self.write(number, json.dumps(answer) if self.objects else answer)
                 else:
                     missing.append((number, text))
             rows = missing
         self.lost += len(rows)
 
+    def is_valid(self, answer: object) -> bool:
+        if self.objects:
+            return isinstance(answer, dict) and list(answer) == TWO_DATES
+        return isinstance(answer, str) and answer in LABELS
+
     async def ask(self, rows: list[Row]) -> dict | None:
         """The answer by place; None if the request was refused or lost, which is no try."""
         lines = "".join(f"{place}: {json.dumps(text, ensure_ascii=False)}\n" for place, (_, text) in enumerate(rows, 1))
         body = {"model": MODEL, "response_format": {"type": "json_object"},
-                "messages": [{"role": "system", "content": SYSTEM_PACK}, {"role": "user", "content": lines}]}
-        size = len(SYSTEM_PACK) + len(lines)  # not bytes exactly, nor need it be
+                "messages": [{"role": "system", "content": self.system}, {"role": "user", "content": lines}]}
+        size = len(self.system) + len(lines)  # not bytes exactly, nor need it be
         entry = await self.limiter.reserve(size * self.tokens / self.bytes)
         try:
             response = await self.http.post("/chat/completions", json=body)
@@ -104,6 +112,9 @@ class Client:
             answers = json.loads(reply["choices"][0]["message"]["content"])
         except (TypeError, ValueError):
             return {}
+        if self.objects:
+            rows = answers.get("rows", []) if isinstance(answers, dict) else []
+            return {str(row.pop("id", None)): row for row in rows if isinstance(row, dict)}
         return answers if isinstance(answers, dict) else {}
 
 
@@ -113,9 +124,10 @@ async def main() -> None:
     parser.add_argument("--tokens", type=int, required=True, help="limit of tokens in a window")
     parser.add_argument("--window", type=float, required=True, help="its length in seconds")
     parser.add_argument("--concurrency", type=int, default=32)
+    parser.add_argument("--objects", action="store_true", help="several fields instead of a label")
     args = parser.parse_args()
     rows, n = read_rows(args.rows), args.rows_per_request
-    client = Client(args.base_url, Limiter(args.tokens, args.window), args.concurrency, args.answers)
+    client = Client(args.base_url, Limiter(args.tokens, args.window), args.concurrency, args.answers, args.objects)
     packs = (rows[at : at + n] for at in range(0, len(rows), n))
 
     async def worker() -> None:

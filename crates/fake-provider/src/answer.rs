@@ -5,8 +5,7 @@ use fastrand::Rng;
 use crate::Fault;
 use crate::prompt::{Asked, RowId, Shape, Task};
 use crate::tokens::{first_tokens, tokens};
-use crate::values::{Field, Wanted, write_fields};
-use serde_json::Value;
+use crate::values::Wanted;
 
 const PROSE: &str = "These tickets are about many things, and it is hard to say which is which.";
 const REFUSAL: &str = "I'm sorry, I can't help with that.";
@@ -185,25 +184,25 @@ fn spoil_values(items: &mut [Item], wanted: &Wanted, fault: &mut Option<Fault>, 
         return;
     };
     let mut fields = fields.clone();
-    let mut values = values_of(&fields, &item.code);
+    let mut values = fields.values(&item.code);
     let at = rng.usize(..values.len().max(1));
     match of {
         Fault::DropField => {
-            fields.remove(at);
+            fields.all.remove(at);
             values.remove(at);
         }
         Fault::AddField => {
-            let mut added = fields[at].clone();
-            added.key = fields.iter().any(|f| f.key.is_some()).then(|| "x".to_owned());
-            fields.push(added);
+            let mut added = fields.all[at].clone();
+            added.key = fields.all.iter().any(|f| f.key.is_some()).then(|| "x".to_owned());
+            fields.all.push(added);
             values.push("1".to_owned());
         }
         Fault::DoubleField => {
-            fields.push(fields[at].clone());
+            fields.all.push(fields.all[at].clone());
             values.push(values[at].clone());
         }
         Fault::RenameField => {
-            let keyed = fields.iter_mut().filter(|field| field.key.is_some());
+            let keyed = fields.all.iter_mut().filter(|field| field.key.is_some());
             keyed.for_each(|field| field.key = Some("renamed".to_owned()));
         }
         Fault::SwapFields => values.rotate_left(1),
@@ -221,7 +220,7 @@ fn spoil_values(items: &mut [Item], wanted: &Wanted, fault: &mut Option<Fault>, 
             }
         }
     }
-    let written = write_fields(&fields, &values);
+    let written = fields.write(&values);
     let is_same = written == item.code;
     // Numbers in quotes are right all the same, and so is what a fault has not changed.
     item.answers = item.answers.filter(|_| is_same || of == Fault::NumbersAsStrings);
@@ -229,16 +228,6 @@ fn spoil_values(items: &mut [Item], wanted: &Wanted, fault: &mut Option<Fault>, 
     if is_same {
         *fault = None;
     }
-}
-
-/// The values of a row's answer.
-fn values_of(fields: &[Field], code: &str) -> Vec<String> {
-    let all: Vec<Value> = serde_json::from_str(code).unwrap_or_default();
-    let value = |(field, element): (&Field, &Value)| match &field.key {
-        Some(key) => element[key].to_string(),
-        None => element.to_string(),
-    };
-    fields.iter().zip(&all).map(value).collect()
 }
 
 /// A code the legend lacks.
@@ -255,6 +244,7 @@ fn write(shape: Shape, items: &[Item]) -> (String, Vec<usize>) {
     let quoted = |text: &str| serde_json::Value::from(text).to_string();
     let (open, close) = match shape {
         Shape::Map | Shape::Values => ("{", "}"),
+        Shape::Rows => ("{\"rows\":[", "]}"),
         Shape::Objects | Shape::Strings => ("{\"r\":[", "]}"),
         Shape::Plain => ("", ""),
         Shape::Probe => ("ok", ""),
@@ -269,6 +259,7 @@ fn write(shape: Shape, items: &[Item]) -> (String, Vec<usize>) {
         text.push_str(&match shape {
             Shape::Map => format!("{}:{}", quoted(index), quoted(code)),
             Shape::Values => format!("{}:{code}", quoted(index)),
+            Shape::Rows => format!("{{\"id\":{index},{}", code.trim_start_matches('{')),
             Shape::Objects => format!("{{\"i\":{index},\"c\":{}}}", quoted(code)),
             Shape::Strings => quoted(&format!("{index}{code}")),
             Shape::Plain | Shape::Probe => code.clone(),

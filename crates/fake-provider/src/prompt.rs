@@ -63,6 +63,8 @@ pub(crate) enum Shape {
     Map,
     /// `{"417":["billing",12.5]}`: values in JSON
     Values,
+    /// `{"rows":[{"id":417,"label":"billing"}]}`: values in JSON by their names
+    Rows,
     /// `{"r":[{"i":417,"c":"billing"}]}`
     Objects,
     /// `{"r":["417billing"]}`
@@ -89,7 +91,9 @@ impl Task {
         let mut rows: Vec<Asked> =
             chat.user.split('\n').filter_map(numbered).map(|(index, text)| ask(index, &text)).collect();
         let shape = if !rows.is_empty() {
-            if wanted.is_some() {
+            if matches!(&wanted, Some(Wanted::Fields(fields)) if fields.is_object) {
+                Shape::Rows
+            } else if wanted.is_some() {
                 Shape::Values
             } else if chat.system.contains(r#"{"r":[{"i":"#) {
                 Shape::Objects

@@ -6,12 +6,21 @@ use serde_json::Value;
 /// What is to be answered about each row.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Wanted {
-    /// Values of fields in an array, some of them under a key.
-    Fields(Vec<Field>),
+    /// Values of fields, in an array or an object.
+    Fields(Fields),
     /// A number from the first to the second.
     Score(f64, f64),
     /// A text of at least and at most so many words.
     Text(u64, u64),
+}
+
+/// The fields of a row's answer.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Fields {
+    pub(crate) all: Vec<Field>,
+    /// The answer is a list of objects, `{"id":417,…}`, with all fields under their keys; else each field stands in a
+    /// row's array, behind its key if it has one.
+    pub(crate) is_object: bool,
 }
 
 /// A field, as the prompt describes it.
@@ -34,7 +43,7 @@ impl Wanted {
     /// Reads a system message; `None` if it asks for codes.
     pub(crate) fn read(system: &str) -> Option<Self> {
         if system.contains("\nFields:\n") {
-            return Some(Self::Fields(fields(system)));
+            return Some(Self::Fields(Fields::read(system)));
         }
         if let Some((_, range)) = system.split_once("\nA score is a number from ") {
             let (low, rest) = range.split_once(" to ")?;
@@ -53,20 +62,64 @@ impl Wanted {
             Self::Text(least, most) => Value::from(words(id, (*least, *most))).to_string(),
             Self::Score(low, high) => Value::from(low + (high - low) * (id % 101) as f64 / 100.0).to_string(),
             Self::Fields(fields) => {
-                let values: Vec<String> = fields.iter().map(|field| field.right(id, label, text)).collect();
-                write_fields(fields, &values)
+                let values: Vec<String> = fields.all.iter().map(|field| field.right(id, label, text)).collect();
+                fields.write(&values)
             }
         }
     }
 }
 
-/// A row's values as the prompt asks for them.
-pub(crate) fn write_fields(fields: &[Field], values: &[String]) -> String {
-    let element = |(field, value): (&Field, &String)| match &field.key {
-        Some(key) => format!("{{\"{key}\":{value}}}"),
-        None => value.clone(),
-    };
-    format!("[{}]", fields.iter().zip(values).map(element).collect::<Vec<_>>().join(","))
+impl Fields {
+    /// The lines behind `Fields:`: `name: …` or `key = name: …`, with the lines of a legend set in; and which have a key, by
+    /// the example of an answer.
+    fn read(system: &str) -> Self {
+        let mut all: Vec<Field> = Vec::new();
+        for line in system.lines().skip_while(|line| *line != "Fields:").skip(1).take_while(|line| !line.is_empty()) {
+            if let Some(line) = line.strip_prefix("  ") {
+                let head = line.split_once(": ").map_or(line, |(head, _)| head);
+                let (code, label) = head.split_once(" = ").unwrap_or((head, head));
+                if let Some(field) = all.last_mut() {
+                    field.legend.push((code.to_owned(), label.to_owned()));
+                }
+                continue;
+            }
+            let Some((head, told)) = line.split_once(": ") else { continue };
+            let (key, name) = head.split_once(" = ").unwrap_or((head, head));
+            all.push(Field { key: Some(key.to_owned()), name: name.to_owned(), told: told.to_owned(), legend: Vec::new() });
+        }
+        let example = example(system);
+        let is_object = example[0].get("id").is_some();
+        if !is_object {
+            let mut elements = example.as_array().into_iter().flatten().peekable();
+            for field in &mut all {
+                field.key = elements.next_if(|one| is_key(one)).and_then(Value::as_str).map(str::to_owned);
+                elements.next();
+            }
+        }
+        Self { all, is_object }
+    }
+
+    /// A row's values as the prompt asks for them.
+    pub(crate) fn write(&self, values: &[String]) -> String {
+        let member = |(field, value): (&Field, &String)| match (&field.key, self.is_object) {
+            (None, _) => value.clone(),
+            (Some(key), true) => format!("\"{key}\":{value}"),
+            (Some(key), false) => format!("\"{key}\",{value}"),
+        };
+        let all = self.all.iter().zip(values).map(member).collect::<Vec<_>>().join(",");
+        if self.is_object { format!("{{{all}}}") } else { format!("[{all}]") }
+    }
+
+    /// The values of a row's answer.
+    pub(crate) fn values(&self, written: &str) -> Vec<String> {
+        let all: Value = serde_json::from_str(written).unwrap_or_default();
+        let mut elements = all.as_array().into_iter().flatten();
+        let mut value = |field: &Field| match (&field.key, self.is_object) {
+            (Some(key), true) => all[key].to_string(),
+            (key, _) => elements.nth(usize::from(key.is_some())).map_or(String::new(), Value::to_string),
+        };
+        self.all.iter().map(|field| value(field)).collect()
+    }
 }
 
 impl Field {
@@ -112,33 +165,17 @@ fn words(id: u64, (least, most): (u64, u64)) -> String {
     format!("{id} {}", words.collect::<Vec<_>>().join(" "))
 }
 
-/// The lines behind `Fields:`: `name: …` or `key = name: …`, with the lines of a legend set in; and which have a key, by
-/// the example of an answer.
-fn fields(system: &str) -> Vec<Field> {
-    let mut fields: Vec<Field> = Vec::new();
-    for line in system.lines().skip_while(|line| *line != "Fields:").skip(1).take_while(|line| !line.is_empty()) {
-        if let Some(line) = line.strip_prefix("  ") {
-            let head = line.split_once(": ").map_or(line, |(head, _)| head);
-            let (code, label) = head.split_once(" = ").unwrap_or((head, head));
-            if let Some(field) = fields.last_mut() {
-                field.legend.push((code.to_owned(), label.to_owned()));
-            }
-            continue;
-        }
-        let Some((head, told)) = line.split_once(": ") else { continue };
-        let name = head.split_once(" = ").map_or(head, |(_, name)| name);
-        fields.push(Field { key: None, name: name.to_owned(), told: told.to_owned(), legend: Vec::new() });
-    }
-    for (field, element) in fields.iter_mut().zip(example(system)) {
-        field.key = element.as_object().and_then(|members| members.keys().next().cloned());
-    }
-    fields
+/// Whether an element of the example is a key: no form of a value.
+fn is_key(element: &Value) -> bool {
+    element.as_str().is_some_and(|text| !matches!(text, "LABEL" | "TEXT" | "…") && !text.starts_with("YYYY"))
 }
 
-/// The values of the first row of the example of an answer; `…` stands for some.
-fn example(system: &str) -> Vec<Value> {
-    let first = system.rsplit_once("{\"417\":").and_then(|(_, row)| row.split_once(",\"902\":"));
-    first.and_then(|(row, _)| serde_json::from_str(&row.replace('…', "null")).ok()).unwrap_or_default()
+/// The answer to the first row of the prompt's example. What stands for a value there may be no JSON.
+fn example(system: &str) -> Value {
+    let row = system.rsplit_once("exactly like {\"").and_then(|(_, example)| example.split_once("\":"));
+    let row = row.map_or(String::new(), |(_, row)| row.to_owned());
+    let row = ["NUMBER", "BOOLEAN", "JSON", "…"].iter().fold(row, |row, form| row.replace(form, "null"));
+    serde_json::Deserializer::from_str(&row).into_iter().next().and_then(Result::ok).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -146,21 +183,25 @@ mod tests {
     use super::*;
 
     const SYSTEM: &str = "Find.\n\nFields:\nkind: one of these codes\n  bill = billing: invoices\n  bug\namount: a number. euros\n\
-                          tags: a list of at most 5, each a text\n\nEach line";
+                          tags: a list of at most 5, each a text\n\nEach line … exactly like {\"417\":[\"LABEL\",NUMBER,[\"TEXT\"]]}";
 
     #[test]
     fn fields_are_read_and_answered() {
         let wanted = Wanted::read(SYSTEM).unwrap();
         let Wanted::Fields(fields) = &wanted else { panic!("{wanted:?}") };
-        assert_eq!(fields.iter().map(|f| f.name.as_str()).collect::<Vec<_>>(), ["kind", "amount", "tags"]);
+        assert_eq!(fields.all.iter().map(|f| f.name.as_str()).collect::<Vec<_>>(), ["kind", "amount", "tags"]);
         let values: Vec<Value> = serde_json::from_str(&wanted.right(7, Some("billing"), "x")).unwrap();
         assert_eq!(values[0], "bill");
         assert!(values[1].is_f64() && values[2].as_array().is_some_and(|tags| tags.len() == 2));
         let values: Vec<Value> = serde_json::from_str(&wanted.right(7, None, "no amount here")).unwrap();
         assert!(values[1].is_null() && values[0].is_string());
-        let keyed = "\nFields:\nfrom: a date as\nb = to: a date as\n\nX {\"417\":[\"Y\",{\"b\":…}],\"902\":[…]}";
-        let dates: Value = serde_json::from_str(&Wanted::read(keyed).unwrap().right(3, None, "")).unwrap();
-        assert!(dates[0].is_string() && dates[1]["b"].is_string() && dates[0] != dates[1]["b"]);
+        let keyed = |row: &str| format!("\nFields:\nfrom: a date as\nb = to: a date as\n\nX exactly like {{\"1\":{row},\"2\":…}}");
+        let right = |row: &str| -> Value {
+            serde_json::from_str(&Wanted::read(&keyed(row)).unwrap().right(3, None, "")).unwrap()
+        };
+        let dates = right(r#"["YYYY-MM-DD","b",NUMBER]"#);
+        assert!(dates[0].is_string() && dates[1] == "b" && dates[2].is_string() && dates[0] != dates[2]);
+        assert_eq!(right(r#"[{"id":1,"from":"Y","b":"Y"},{}]"#), serde_json::json!({"from": dates[0], "b": dates[2]}));
     }
 
     #[test]

@@ -80,7 +80,7 @@ impl Kind for Prepared {
     }
 
     fn samples(&self) -> [String; 2] {
-        [Type::Numeric; 2].map(|of| of.form().to_owned())
+        [Type::Numeric.form().into(), "…".into()]
     }
 
     fn schema(&self) -> Value {

@@ -87,18 +87,29 @@ impl Type {
             Self::Integer | Self::Bigint => "a whole number",
             Self::Numeric | Self::Real => "a number",
             Self::Boolean => "true or false",
-            Self::Date => "a date as YYYY-MM-DD",
-            Self::Timestamptz => "a time with its offset as YYYY-MM-DDThh:mm:ss+hh:mm",
+            Self::Date => "a date",
+            Self::Timestamptz => "a time with its offset",
             Self::Jsonb => "JSON",
             Self::Labels => "one of its labels",
+        }
+    }
+
+    /// What a value must be, for who wrote another one.
+    pub fn wanted(self) -> String {
+        match self {
+            Self::Date | Self::Timestamptz => format!("{} as {}", self.told(), self.form().trim_matches('"')),
+            of => of.told().to_owned(),
         }
     }
 
     /// The form of a value in an example. It is no value, so that a model that copies it has not answered.
     pub fn form(self) -> &'static str {
         match self {
-            Self::Text | Self::Labels => "\"…\"",
-            Self::Integer | Self::Bigint | Self::Numeric | Self::Real | Self::Boolean | Self::Jsonb => "…",
+            Self::Text => "\"TEXT\"",
+            Self::Labels => "\"LABEL\"",
+            Self::Integer | Self::Bigint | Self::Numeric | Self::Real => "NUMBER",
+            Self::Boolean => "BOOLEAN",
+            Self::Jsonb => "JSON",
             Self::Date => "\"YYYY-MM-DD\"",
             Self::Timestamptz => "\"YYYY-MM-DDThh:mm:ss+hh:mm\"",
         }
@@ -157,13 +168,13 @@ impl Type {
             }
             Self::Labels => None,
         };
-        read.ok_or_else(|| self.told().to_owned())
+        read.ok_or_else(|| self.wanted())
     }
 }
 
 /// Whether a text is the one that examples have in the place of a text.
 pub fn is_form(text: &str) -> bool {
-    text.trim() == "…"
+    text.trim() == Type::Text.form().trim_matches('"')
 }
 
 /// A text without what Postgres or a terminal would stumble over: NUL and control characters other than tab and line
