@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from cases import LATENCY, PYTHON, Goal
-from fields import DISTINCT, TEXT_INSTRUCTION, TWO_DATES, definitions, lacks, long_ticket, value, words
+from fields import DISTINCT, FIELDS, TEXT_INSTRUCTION, TWO_DATES, definitions, lacks, long_ticket, value, words
 from lab import GATEWAY, JOB, ROOT, Cluster, Provider, Watch
 from special import Result, job_seconds
 from tickets import INSTRUCTION, ticket
@@ -39,9 +39,9 @@ class Table:
         cluster.sql("VACUUM ANALYZE mail")
         cluster.sql("CHECKPOINT")
 
-    def fill(self, task: str, columns: list[str], most_seconds: float = 1200) -> tuple[int, str | None]:
-        """Fills columns by a job; its id, and what was wrong if it was not done in time."""
-        names = json.dumps({name: name for name in columns})
+    def fill(self, task: str, columns: list[str], most_seconds: float = 1200, field: str | None = None) -> tuple[int, str | None]:
+        """Fills columns by a job from fields of their names, or from this one; its id, and what was wrong if it was not done in time."""
+        names = json.dumps({name: field or name for name in columns})
         job = int(self.cluster.sql(f"SELECT llm_batch.backfill('mail', input => 'body', targets => '{names}'::jsonb, task => '{task}')"))
         try:
             self.cluster.wait(job, most_seconds)
@@ -107,8 +107,13 @@ def one_pass(rows: int = 10_000) -> Result:
         table.empty()
         provider.reset()
         for name in DISTINCT:
-            extractor(cluster, name, [name])
-            table.fill(name, [name])
+            if "labels" in FIELDS[name]:
+                cluster.sql(f"SELECT llm_batch.create_classifier('{name}', {quoted(json.dumps(FIELDS[name]['labels']))}::json, "
+                            f"model => 'fake', instruction => {quoted(INSTRUCTION)})")
+                table.fill(name, [name], field="label")
+            else:
+                extractor(cluster, name, [name])
+                table.fill(name, [name])
         apart = spent(provider)
         faults_apart = table.faults()
     result = {"rows": rows, "tokens_per_row": at_once["tokens"] / rows, "tokens_per_row_apart": apart["tokens"] / rows,

@@ -51,7 +51,8 @@ impl Wanted {
             return Some(Self::Score(low.parse().ok()?, high.parse().ok()?));
         }
         system.contains("Answer with a text for every number").then(|| {
-            let most = system.split_once(" words for each text.").and_then(|(told, _)| told.rsplit(' ').next()?.parse().ok());
+            let most =
+                system.split_once(" words for each text.").and_then(|(told, _)| told.rsplit(' ').next()?.parse().ok());
             most.map_or(Self::Text(WORDS.0, WORDS.1), |most| Self::Text(u64::div_ceil(most, 2), most))
         })
     }
@@ -85,7 +86,12 @@ impl Fields {
             }
             let Some((head, told)) = line.split_once(": ") else { continue };
             let (key, name) = head.split_once(" = ").unwrap_or((head, head));
-            all.push(Field { key: Some(key.to_owned()), name: name.to_owned(), told: told.to_owned(), legend: Vec::new() });
+            all.push(Field {
+                key: Some(key.to_owned()),
+                name: name.to_owned(),
+                told: told.to_owned(),
+                legend: Vec::new(),
+            });
         }
         let example = example(system);
         let is_object = example[0].get("id").is_some();
@@ -195,7 +201,9 @@ mod tests {
         assert!(values[1].is_f64() && values[2].as_array().is_some_and(|tags| tags.len() == 2));
         let values: Vec<Value> = serde_json::from_str(&wanted.right(7, None, "no amount here")).unwrap();
         assert!(values[1].is_null() && values[0].is_string());
-        let keyed = |row: &str| format!("\nFields:\nfrom: a date as\nb = to: a date as\n\nX exactly like {{\"1\":{row},\"2\":…}}");
+        let keyed = |row: &str| {
+            format!("\nFields:\nfrom: a date as\nb = to: a date as\n\nX exactly like {{\"1\":{row},\"2\":…}}")
+        };
         let right = |row: &str| -> Value {
             serde_json::from_str(&Wanted::read(&keyed(row)).unwrap().right(3, None, "")).unwrap()
         };
@@ -210,7 +218,8 @@ mod tests {
         assert_eq!((score.right(0, None, ""), score.right(50, None, "")), ("0.0".to_owned(), "5.0".to_owned()));
         let text = Wanted::read("X\nAnswer with a text for every number, as").unwrap();
         assert!(text.right(9, None, "").starts_with("\"9 "));
-        let text = Wanted::read("X\nWrite in German at most 30 words for each text.\nAnswer with a text for every number, as");
+        let text =
+            Wanted::read("X\nWrite in German at most 30 words for each text.\nAnswer with a text for every number, as");
         assert_eq!(text, Some(Wanted::Text(15, 30)));
         assert_eq!(Wanted::read("Labels:\na\nb\n"), None);
     }

@@ -612,7 +612,8 @@ mod tests {
 
     #[test]
     fn a_form_that_is_copied_is_no_answer() {
-        for of in ["text", "integer", "numeric", "real", "boolean", "date", "timestamptz", "jsonb", "text[]", "date[]"] {
+        for of in ["text", "integer", "numeric", "real", "boolean", "date", "timestamptz", "jsonb", "text[]", "date[]"]
+        {
             for fields in [json!({"a": of}), json!({"a": of, "b": of})] {
                 let kind = prepared(fields);
                 for form in kind.samples() {
@@ -658,7 +659,10 @@ mod tests {
         let form = |fields: Value| prepared(fields).samples()[0].clone();
         let labels = json!({"labels": ["x", "y"]});
         // The text alone resembles both others.
-        assert_eq!(form(json!({"text": "text", "kind": labels, "due": "date"})), r#"["text","TEXT","LABEL","YYYY-MM-DD"]"#);
+        assert_eq!(
+            form(json!({"text": "text", "kind": labels, "due": "date"})),
+            r#"["text","TEXT","LABEL","YYYY-MM-DD"]"#
+        );
         assert_eq!(form(json!({"data": "jsonb", "n": "integer"})), r#"["data",JSON,NUMBER]"#);
         assert_eq!(form(json!({"a": "date", "b": "date", "c": "date"})).matches("YYYY").count(), 3);
         // A name of many tokens is not written in full, unless its beginning is another's name.
