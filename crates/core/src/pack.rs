@@ -88,6 +88,8 @@ impl Default for Ratio {
 }
 
 impl Ratio {
+    /// The lowest relation: whatever is seen is higher.
+    pub const LOWEST: Self = Self(Self::RANGE.0);
     /// Lowest and highest relation that is believed.
     const RANGE: (f64, f64) = (0.2, 4.0);
     /// Fewer tokens than this say little: a server's own prompt may be longer.

@@ -21,7 +21,12 @@ pub struct Sizes {
 impl Sizes {
     /// Takes an answer into account: tokens planned, in the mean, and actual.
     pub fn observe(&mut self, planned: u64, mean: f64, actual: u64) {
-        self.answer.observe(planned, actual);
+        // What is planned is a guess, and takes a hundred answers to be forgotten: the first one takes its place.
+        let mut answer = if self.answer == Ratio::default() { Ratio::LOWEST } else { self.answer };
+        answer.observe(planned, actual);
+        if answer != Ratio::LOWEST {
+            self.answer = answer;
+        }
         self.means = (self.means.0 * RECENT + mean, self.means.1 * RECENT + actual as f64);
         self.seen = (self.seen + 1).min(ENOUGH_ANSWERS);
     }
@@ -29,5 +34,23 @@ impl Sizes {
     /// Tokens of an answer for each that is planned.
     pub fn ratio(&self) -> f64 {
         self.answer.apply(1000) as f64 / 1000.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_answer_takes_the_place_of_the_guess() {
+        let mut sizes = Sizes::default();
+        // Too short to tell.
+        sizes.observe(10, 10.0, 5);
+        assert!((sizes.ratio() - 1.0).abs() < 0.01);
+        sizes.observe(4_000, 4_000.0, 2_000);
+        assert!((sizes.ratio() - 0.5).abs() < 0.01);
+        sizes.observe(4_000, 4_000.0, 3_000);
+        sizes.observe(4_000, 4_000.0, 2_000);
+        assert!((sizes.ratio() - 0.745).abs() < 0.01);
     }
 }
