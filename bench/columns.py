@@ -231,14 +231,18 @@ def nulls(rows: int = 100_000) -> Result:
     again: dict[str, int] = {}
     found: dict[str, dict[str, int]] = {}
     memory: list[dict] = []
+
+    def text(number: int, word: str) -> str:
+        return ticket(number) + (f" There is {word} {name}." if (name := lacks(number)) else "")
+
     kinds: dict[str, tuple[Callable[[int], str], Callable[[str, int], str | None]]] = {
-        "without": (ticket, value),
-        "with": (lambda n: ticket(n) + (f" There is no {name}." if (name := lacks(n)) else ""),
+        "without": (lambda n: text(n, "a"), value),
+        "with": (lambda n: text(n, "no"),
                  lambda name, n: None if name == lacks(n) else value(name, n)),
     }
-    for kind, (text, right) in kinds.items():
+    for kind, (text_of, right) in kinds.items():
         with Provider([]) as provider, Cluster(provider, PACK, None) as cluster:
-            table = Table(cluster, rows, columns, right, text)
+            table = Table(cluster, rows, columns, right, text_of)
             extractor(cluster, "all", TWO_DATES)
             watch = memory if kind == "with" else []
             with Watch(0.5, lambda: watch.append(_memory(cluster))):
