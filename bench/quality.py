@@ -15,7 +15,6 @@ import re
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections import Counter, defaultdict
@@ -62,6 +61,11 @@ TASKS = {
     "mood": ("tweets", "classifier", {"labels": MOOD, "instruction": f"{TWEET} {FEELING}"}),
     "topic": ("headlines", "classifier", {"labels": TOPIC, "instruction": f"{HEADLINE} Pick the topic."}),
     "section": ("packages", "classifier", {"labels": SECTION, "instruction": f"{PACKAGE} Pick the section."}),
+    "rating": ("rated", "scorer", {"low": -4, "high": 4, "instruction":
+        f"{TWEET} Say how the feeling of the writer, or of what is told, is: -4 is very negative, 0 is neutral, 4 is very"
+        " positive, as most people would judge it."}),
+    "sentence": ("tweets", "generator", {"instruction":
+        f"{TWEET} Say in one plain sentence what the writer tells.", "options": {"max_words": 12, "language": "English"}}),
     "mood with others": ("tweets", "extractor", {"instruction": f"{TWEET} Fill in the fields for each.", "fields": {
         "mood": label(MOOD, description=FEELING),
         "rating": {"type": "integer", "description": "how the feeling is, from -4, very negative, to 4, very positive"},
@@ -74,11 +78,6 @@ TASKS = {
         "section": label(SECTION, description="the section"),
         "role": label(ROLE, description="what the package holds"),
         "library": {"type": "boolean", "description": "whether it is a library for programmers"}}}),
-    "rating": ("rated", "scorer", {"low": -4, "high": 4, "instruction":
-        f"{TWEET} Say how the feeling of the writer, or of what is told, is: -4 is very negative, 0 is neutral, 4 is very"
-        " positive, as most people would judge it."}),
-    "sentence": ("tweets", "generator", {"instruction":
-        f"{TWEET} Say in one plain sentence what the writer tells.", "options": {"max_words": 12, "language": "English"}}),
 }  # fmt: skip
 CELLS = [(task, size) for task in TASKS for size in SIZES if task != "sentence" or size < 20]
 
@@ -153,7 +152,6 @@ def literal(value):
 class Asker:
     def __init__(self, args, texts):
         self.command = [args.psql, "-X", "-q", "-At", "-v", "ON_ERROR_STOP=1", "-h", args.socket, "-U", "postgres", "quality"]
-        self.lock = threading.Lock()
         self.asked = Counter()
         base_url = f"http://127.0.0.1:{args.port}/v1"
         script = ["CREATE EXTENSION pg_llm_batch;",
@@ -205,28 +203,15 @@ def measure(args, texts, known):
     wanted = [(block, task, size) for block in range(args.blocks) for task, size in CELLS
               if task in args.tasks and (task, size, block) not in known
               and len(texts[TASKS[task][0]]) >= (block + 1) * BLOCK]  # fmt: skip
-    wanted.sort(key=lambda w: w[0])
     began = time.monotonic()
-
-    def work():
-        while True:
-            with asker.lock:
-                if not wanted or time.monotonic() - began > 60 * args.minutes:
-                    return
-                block, task, size = wanted.pop(0)
-            entry = asker.ask(task, size, block)
-            with asker.lock:
-                known[task, size, block] = entry
-                with open(RESULTS, "a", encoding="utf-8") as file:
-                    print(json.dumps(entry, ensure_ascii=False), file=file)
-                print(f"{time.monotonic() - began:6.0f} s  {task}, {size} a request, block {block}: {entry['seconds']} s,"
-                      f" {entry['requests']} requests", file=sys.stderr, flush=True)  # fmt: skip
-
-    workers = [threading.Thread(target=work) for _ in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    for block, task, size in wanted:
+        if time.monotonic() - began > 60 * args.minutes:
+            break
+        entry = known[task, size, block] = asker.ask(task, size, block)
+        with open(RESULTS, "a", encoding="utf-8") as file:
+            print(json.dumps(entry, ensure_ascii=False), file=file)
+        print(f"{time.monotonic() - began:6.0f} s  {task}, {size} a request, block {block}: {entry['seconds']} s,"
+              f" {entry['requests']} requests", file=sys.stderr, flush=True)  # fmt: skip
 
 
 # Counting

@@ -1,0 +1,40 @@
+-- Three columns more, and a task that gives all three. Variables: rows_a_request, filter.
+ALTER TABLE tweets
+    ADD COLUMN mood text,             -- as `sentiment`
+    ADD COLUMN topic text,            -- what it is about
+    ADD COLUMN gist text;             -- what it says, in twelve words at most
+
+\o /dev/null
+SELECT llm_batch.create_extractor('reading', model => 'qwen',
+    fields => '{
+        "mood":  {"labels": {"positive": "good feelings or good news", "negative": "bad feelings or bad news"},
+                  "description": "the feeling of the writer, or of what is told, as most people would judge it"},
+        "topic": {"labels": {"people": "friends, family, greetings, thanks", "fun": "music, films, television, games, sport",
+                             "news": "politics, business, technology", "daily life": "food, weather, work, school, health, travel"}},
+        "gist":  {"type": "text", "max_words": 12, "description": "what the writer says, in other words, in English"}}',
+    instruction => 'These are tweets. Fill in the fields for each.',
+    options => jsonb_build_object('max_rows_per_request', :rows_a_request));
+
+-- To compare: a task for each of the columns. Nothing is asked with them; estimate() says what their jobs would take.
+SELECT llm_batch.create_classifier('mood', model => 'qwen',
+    labels => '{"positive": "good feelings or good news", "negative": "bad feelings or bad news"}',
+    instruction => 'These are tweets. Pick the feeling of the writer, or of what is told, as most people would judge it.',
+    options => jsonb_build_object('max_rows_per_request', :rows_a_request));
+SELECT llm_batch.create_classifier('topic', model => 'qwen',
+    labels => '{"people": "friends, family, greetings, thanks", "fun": "music, films, television, games, sport",
+                "news": "politics, business, technology", "daily life": "food, weather, work, school, health, travel"}',
+    instruction => 'These are tweets. Pick what each is about.',
+    options => jsonb_build_object('max_rows_per_request', :rows_a_request));
+SELECT llm_batch.create_generator('gist', model => 'qwen',
+    instruction => 'These are tweets. Say what the writer says, in other words.',
+    options => jsonb_build_object('max_rows_per_request', :rows_a_request, 'max_words', 12, 'language', 'English'));
+
+CREATE TABLE plan AS
+SELECT 1 AS line, 'one pass, three columns' AS what, e.*
+  FROM llm_batch.estimate('tweets', input => 'body', targets => '{"mood": "mood", "topic": "topic", "gist": "gist"}',
+                          task => 'reading', filter => :'filter') e
+UNION ALL
+SELECT j.line, 'a job for ' || j.task, e.*
+  FROM (VALUES (2, 'mood'), (3, 'topic'), (4, 'gist')) j (line, task),
+       llm_batch.estimate('tweets', input => 'body', target => j.task, task => j.task, filter => :'filter') e;
+\o
