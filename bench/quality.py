@@ -162,9 +162,10 @@ class Asker:
             script.append(f"INSERT INTO texts VALUES {values};")
         for task, size in CELLS:
             # A model of its own for each cell: so that nothing is learnt from another, and `activity` counts each apart.
+            # A small model may write on and on: its answers are cut early.
             name = literal(f"{task} {size}")
             script.append(f"SELECT llm_batch.create_model({name}, server => 'local', model => {name},"
-                          " max_concurrent_requests => 2, parameters => '{\"temperature\": 0}');")  # fmt: skip
+                          f" max_concurrent_requests => 2, max_request_tokens => {500 + 100 * size}, parameters => '{{\"temperature\": 0}}');")  # fmt: skip
             _, kind, what = TASKS[task]
             options = {"max_rows_per_request": size, "reuse": False, **what.get("options", {})}
             more = "".join(f", {key} => {literal(value)}" for key, value in {**what, "options": options}.items())
@@ -201,7 +202,7 @@ class Asker:
 def measure(args, texts, known):
     asker = Asker(args, texts)
     wanted = [(block, task, size) for block in range(args.blocks) for task, size in CELLS
-              if task in args.tasks and (task, size, block) not in known
+              if task in args.tasks and size in args.rows and (task, size, block) not in known
               and len(texts[TASKS[task][0]]) >= (block + 1) * BLOCK]  # fmt: skip
     began = time.monotonic()
     for block, task, size in wanted:
@@ -393,6 +394,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no block after so many minutes")
     parser.add_argument("--blocks", type=int, default=5, help=f"blocks of {BLOCK} texts of each cell (default 5, at most {BLOCKS})")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="ask only these")
+    parser.add_argument("--rows", nargs="+", type=int, choices=SIZES, default=SIZES, help="only these numbers of rows a request")
     parser.add_argument("--report", action="store_true", help="print what is known, ask nothing")
     args = parser.parse_args()
     texts = all_texts()
