@@ -261,7 +261,7 @@ def faults(sentence, text):
         found.append("more than 12 words")
     if len(re.findall(r"[.!?…]+(?=\s|$)", sentence.strip().rstrip(".!?…") + ".")) > 1 or "\n" in sentence.strip():
         found.append("more than one sentence")
-    if re.search(r"[*_`#]\w|\w[*_`]|^\s*(?:[-*>•]|\d+[.)])\s|\]\(|^\s*[{\[]", sentence):
+    if re.search(r"\*\*|__\w|`|^#+ |^\s*(?:[-*>•]|\d+[.)])\s|\]\(|^\s*[{\[]", sentence):
         found.append("Markdown or JSON")
     letters = [c for c in sentence if c.isalpha()]
     if not letters or sum(c.isascii() for c in letters) < 0.9 * len(letters):
@@ -352,16 +352,19 @@ def report(known, texts):
     right.append(("role (packages, 3 labels), with two others", line("section with others", lambda cell: share(cell.hits("role").values()))))
     table("right, by rows a request", right)
 
+    def hits(how, size):
+        return {(name, id): hit for name in of if (name + how, size) in cells
+                for id, hit in cells[name + how, size].hits(name).items()}  # fmt: skip
+
+    # Of each number of rows a request the same texts: those that were asked at all of them.
     pooled = []
     for how in ("", " with others"):
-        def hits(size):
-            return {(name, id): hit for name in of if (name + how, size) in cells
-                    for id, hit in cells[name + how, size].hits(name).items()}  # fmt: skip
-        pooled.append((f"all three{how or ' alone'}", [share(hits(size).values()) if hits(size) else "-" for size in SIZES]))
-        pooled.append((f"all three{how or ' alone'}, points against 1", ["0"] + [versus(hits(1), hits(size)) for size in SIZES[1:]]))
-    def both(size, how):
-        return {(name, id): hit for name in of if (name + how, size) in cells for id, hit in cells[name + how, size].hits(name).items()}
-    pooled.append(("with others against alone, points", [versus(both(size, ""), both(size, " with others")) for size in SIZES]))
+        by_size = [hits(how, size) for size in SIZES]
+        same = set.intersection(*map(set, by_size))
+        by_size = [{key: got[key] for key in got if key in same} for got in by_size]
+        pooled.append((f"all three{how or ' alone'}", [share(got.values()) if got else "-" for got in by_size]))
+        pooled.append((f"all three{how or ' alone'}, points against 1", ["-"] + [versus(by_size[0], got) for got in by_size[1:]]))
+    pooled.append(("with others against alone, points", [versus(hits("", size), hits(" with others", size)) for size in SIZES]))
     table("the three sets together, by rows a request", pooled)
 
     table("rank correlation with the people's mean, by rows a request", [
