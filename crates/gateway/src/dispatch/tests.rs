@@ -47,7 +47,7 @@ fn said(status: u16, body: &Value) -> Answered {
 }
 
 fn body(status: u16, body: &[u8]) -> Answered {
-    let result = trouble::outcome(status, body, None, &[]);
+    let result = trouble::outcome(llm_batch_core::dialect::Api::Openai, status, body, None, &[]);
     let mut answered = Answered::broke_off(String::new(), false);
     (answered.result, answered.has_begun) = (result, status == 200);
     answered
