@@ -47,7 +47,7 @@ CREATE FUNCTION llm_batch.create_classifier(
     name text, labels text, model text DEFAULT NULL, instruction text DEFAULT '',
     examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'create_classifier_wrapper';
 COMMENT ON FUNCTION llm_batch.create_classifier(text, text, text, text, jsonb, jsonb) IS 'creates a classifier: labels (JSON) with their descriptions, in the order in which the model sees them; an instruction, a model';
 
@@ -55,7 +55,7 @@ CREATE FUNCTION llm_batch.create_classifier(
     name text, labels json, model text DEFAULT NULL, instruction text DEFAULT '',
     examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'create_classifier_wrapper';
 COMMENT ON FUNCTION llm_batch.create_classifier(text, json, text, text, jsonb, jsonb) IS 'the same with labels of the type json';
 
@@ -63,7 +63,7 @@ CREATE FUNCTION llm_batch.create_classifier(
     name text, labels jsonb, model text DEFAULT NULL, instruction text DEFAULT '',
     examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS void
-    LANGUAGE sql PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE sql PARALLEL UNSAFE
     RETURN llm_batch.create_classifier(name, labels::pg_catalog.text, model, instruction, examples, options);
 COMMENT ON FUNCTION llm_batch.create_classifier(text, jsonb, text, text, jsonb, jsonb) IS 'the same with labels of the type jsonb, which sorts the keys of an object by length: an array keeps its order';
 
@@ -71,7 +71,7 @@ CREATE FUNCTION llm_batch.create_classifier(
     name text, labels text[], model text DEFAULT NULL, instruction text DEFAULT '',
     examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS void
-    LANGUAGE sql PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE sql PARALLEL UNSAFE
     RETURN llm_batch.create_classifier(name, pg_catalog.to_json(labels)::pg_catalog.text, model, instruction, examples, options);
 COMMENT ON FUNCTION llm_batch.create_classifier(text, text[], text, text, jsonb, jsonb) IS 'the same with labels without descriptions';
 
@@ -81,7 +81,7 @@ CREATE FUNCTION llm_batch.alter_classifier(
     name text, labels text DEFAULT NULL, model text DEFAULT NULL, instruction text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'alter_classifier_wrapper';
 COMMENT ON FUNCTION llm_batch.alter_classifier(text, text, text, text, jsonb, jsonb) IS 'changes the given settings of a classifier; labels are JSON';
 
@@ -89,7 +89,7 @@ CREATE FUNCTION llm_batch.alter_classifier(
     name text, labels json, model text DEFAULT NULL, instruction text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'alter_classifier_wrapper';
 COMMENT ON FUNCTION llm_batch.alter_classifier(text, json, text, text, jsonb, jsonb) IS 'the same with labels of the type json';
 
@@ -97,7 +97,7 @@ CREATE FUNCTION llm_batch.alter_classifier(
     name text, labels jsonb, model text DEFAULT NULL, instruction text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
 ) RETURNS void
-    LANGUAGE sql PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE sql PARALLEL UNSAFE
     RETURN llm_batch.alter_classifier(name, labels::pg_catalog.text, model, instruction, examples, options);
 COMMENT ON FUNCTION llm_batch.alter_classifier(text, jsonb, text, text, jsonb, jsonb) IS 'the same with labels of the type jsonb, which sorts the keys of an object by length: an array keeps its order';
 
@@ -105,7 +105,7 @@ CREATE FUNCTION llm_batch.alter_classifier(
     name text, labels text[], model text DEFAULT NULL, instruction text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
 ) RETURNS void
-    LANGUAGE sql PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE sql PARALLEL UNSAFE
     RETURN llm_batch.alter_classifier(name, pg_catalog.to_json(labels)::pg_catalog.text, model, instruction, examples, options);
 COMMENT ON FUNCTION llm_batch.alter_classifier(text, text[], text, text, jsonb, jsonb) IS 'the same with labels without descriptions';
 
@@ -113,7 +113,7 @@ CREATE FUNCTION llm_batch.create_extractor(
     name text, fields text, model text DEFAULT NULL, instruction text DEFAULT '',
     examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'create_extractor_wrapper';
 COMMENT ON FUNCTION llm_batch.create_extractor(text, text, text, text, jsonb, jsonb) IS 'creates an extractor: fields (JSON) with their types, in the order in which the model sees them; an instruction, a model';
 
@@ -121,7 +121,7 @@ CREATE FUNCTION llm_batch.create_extractor(
     name text, fields json, model text DEFAULT NULL, instruction text DEFAULT '',
     examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'create_extractor_wrapper';
 COMMENT ON FUNCTION llm_batch.create_extractor(text, json, text, text, jsonb, jsonb) IS 'the same with fields of the type json';
 
@@ -129,7 +129,7 @@ CREATE FUNCTION llm_batch.create_extractor(
     name text, fields jsonb, model text DEFAULT NULL, instruction text DEFAULT '',
     examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS void
-    LANGUAGE sql PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE sql PARALLEL UNSAFE
     RETURN llm_batch.create_extractor(name, fields::pg_catalog.text, model, instruction, examples, options);
 COMMENT ON FUNCTION llm_batch.create_extractor(text, jsonb, text, text, jsonb, jsonb) IS 'the same with fields of the type jsonb, which sorts the keys of an object by length: an array keeps its order';
 
@@ -137,7 +137,7 @@ CREATE FUNCTION llm_batch.alter_extractor(
     name text, fields text DEFAULT NULL, model text DEFAULT NULL, instruction text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'alter_extractor_wrapper';
 COMMENT ON FUNCTION llm_batch.alter_extractor(text, text, text, text, jsonb, jsonb) IS 'changes the given settings of an extractor; fields are JSON';
 
@@ -145,7 +145,7 @@ CREATE FUNCTION llm_batch.alter_extractor(
     name text, fields json, model text DEFAULT NULL, instruction text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'alter_extractor_wrapper';
 COMMENT ON FUNCTION llm_batch.alter_extractor(text, json, text, text, jsonb, jsonb) IS 'the same with fields of the type json';
 
@@ -153,7 +153,7 @@ CREATE FUNCTION llm_batch.alter_extractor(
     name text, fields jsonb, model text DEFAULT NULL, instruction text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
 ) RETURNS void
-    LANGUAGE sql PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE sql PARALLEL UNSAFE
     RETURN llm_batch.alter_extractor(name, fields::pg_catalog.text, model, instruction, examples, options);
 COMMENT ON FUNCTION llm_batch.alter_extractor(text, jsonb, text, text, jsonb, jsonb) IS 'the same with fields of the type jsonb, which sorts the keys of an object by length: an array keeps its order';
 
@@ -161,7 +161,7 @@ CREATE FUNCTION llm_batch.create_generator(
     name text, instruction text, model text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'create_generator_wrapper';
 COMMENT ON FUNCTION llm_batch.create_generator IS 'creates a generator: the instruction says what to write about each text; options may hold max_words, max_output_tokens and language';
 
@@ -169,7 +169,7 @@ CREATE FUNCTION llm_batch.alter_generator(
     name text, instruction text DEFAULT NULL, model text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'alter_generator_wrapper';
 COMMENT ON FUNCTION llm_batch.alter_generator IS 'changes the given settings of a generator';
 
@@ -177,7 +177,7 @@ CREATE FUNCTION llm_batch.create_scorer(
     name text, instruction text, low numeric DEFAULT 0, high numeric DEFAULT 1, model text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT '{}'
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'create_scorer_wrapper';
 COMMENT ON FUNCTION llm_batch.create_scorer IS 'creates a scorer: the instruction says what the number from low to high tells of each text';
 
@@ -185,7 +185,7 @@ CREATE FUNCTION llm_batch.alter_scorer(
     name text, instruction text DEFAULT NULL, low numeric DEFAULT NULL, high numeric DEFAULT NULL, model text DEFAULT NULL,
     examples jsonb DEFAULT NULL, options jsonb DEFAULT NULL
 ) RETURNS void
-    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    LANGUAGE c PARALLEL UNSAFE
     AS 'MODULE_PATHNAME', 'alter_scorer_wrapper';
 COMMENT ON FUNCTION llm_batch.alter_scorer IS 'changes the given settings of a scorer';
 

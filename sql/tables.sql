@@ -66,12 +66,14 @@ CREATE TABLE llm_batch.task (
     model       text NOT NULL REFERENCES llm_batch.model (name),
     spec        jsonb NOT NULL,
     options     jsonb NOT NULL,
+    search_path text NOT NULL,
     version     integer NOT NULL DEFAULT 1
 );
 COMMENT ON TABLE llm_batch.task IS 'tasks; managed by llm_batch.create_classifier() and the like, alter_classifier() and the like, and drop_task()';
 COMMENT ON COLUMN llm_batch.task.kind IS 'classify, extract, generate or score';
 COMMENT ON COLUMN llm_batch.task.spec IS 'what is asked, by the kind: instruction, labels, fields, range, examples';
 COMMENT ON COLUMN llm_batch.task.options IS 'how it is asked; jobs and functions can override it';
+COMMENT ON COLUMN llm_batch.task.search_path IS 'search_path under which the expressions of the options are read: that of who wrote them';
 COMMENT ON COLUMN llm_batch.task.version IS 'raised by each change of the task; llm_batch.task_history keeps the versions before';
 
 CREATE TABLE llm_batch.task_history (
@@ -84,6 +86,7 @@ CREATE TABLE llm_batch.task_history (
     model       text NOT NULL,
     spec        jsonb NOT NULL,
     options     jsonb NOT NULL,
+    search_path text NOT NULL,
     replaced_at timestamptz NOT NULL DEFAULT now(),
     PRIMARY KEY (name, version)
 );

@@ -5,10 +5,13 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::{
-    Allowance, FromGateway, Item, Outcome, Spent, Stream, ToGateway, Verdict, most_text,
+    Again, Allowance, FromGateway, Item, Outcome, Spent, Stream, ToGateway, Verdict, most_text,
 };
 
+use pgrx::PgSqlErrorCode;
+
 use crate::budget::UNLIMITED;
+use crate::checks::{self, Checks, Judged};
 use crate::client::{Client, LostInVain, Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::statement::Purse;
@@ -18,6 +21,15 @@ use crate::task::Asked;
 const WINDOW_BYTES: usize = 4 << 20;
 /// Rows taken from their source at a time.
 const FETCH: usize = 100;
+
+/// Rows that are given up because their answers are refused, with none taken, until the statement is.
+const MOST_REFUSED: u32 = 20;
+
+fn never_taken(model: &str, class: &str, detail: &str) -> Error {
+    Error::new(PgSqlErrorCode::ERRCODE_DATA_EXCEPTION, format!("no answer of model \"{model}\" to this task is taken"))
+        .detail(format!("{class}: {detail}"))
+        .hint("Change the task's checks, or its instruction, so that the model can pass them.")
+}
 
 /// A text, and what keeps it apart from others.
 pub type Asking = (String, Option<String>);
@@ -70,6 +82,9 @@ pub struct Asker {
     client: Client,
     stream: Stream,
     model: String,
+    checks: Option<Checks>,
+    /// Rows whose last answer was refused; `None` once one was taken.
+    refused: Option<u32>,
     purse: Purse,
     most_text: usize,
     pending: BTreeMap<u64, Pending>,
@@ -117,7 +132,7 @@ impl Asker {
         if limit != (Allowance { cost: UNLIMITED, tokens: UNLIMITED }) {
             asked = asked.with_budget(limit.cost != UNLIMITED)?;
         }
-        let Asked { stream, model, price } = asked;
+        let Asked { stream, model, price, checks } = asked;
         let mut purse = Purse::new(limit, price, stream.budget);
         let client = match KEPT.take() {
             // What a stream was allowed holds for one budget.
@@ -142,6 +157,8 @@ impl Asker {
             most_text: most_text(stream.model.max_request_tokens),
             stream,
             model,
+            checks,
+            refused: Some(0),
             purse,
             pending: BTreeMap::new(),
             unsent: Vec::new(),
@@ -175,7 +192,7 @@ impl Asker {
         self.bytes += text.len();
         let n = self.next;
         self.next += 1;
-        let item = Item { n, text, isolation };
+        let item = Item { n, text, isolation, again: None };
         self.pending.insert(n, Pending { item: item.clone(), since: Instant::now() });
         self.unsent.push(item);
         n
@@ -196,7 +213,9 @@ impl Asker {
     pub fn receive(&mut self, timeout: Duration, sink: &mut dyn FnMut(u64, Verdict)) -> Result<bool> {
         match self.client.receive(timeout)? {
             Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
-                self.take(outcomes, &spent, sink);
+                self.take(outcomes, &spent, sink)?;
+                // Rows that are asked again.
+                self.flush()?;
                 if let Some(more) = self.purse.top_up() {
                     self.client.send(&ToGateway::Allow(more))?;
                 }
@@ -219,13 +238,37 @@ impl Asker {
         Ok(true)
     }
 
-    fn take(&mut self, outcomes: Vec<Outcome>, spent: &Spent, sink: &mut dyn FnMut(u64, Verdict)) {
+    fn take(&mut self, outcomes: Vec<Outcome>, spent: &Spent, sink: &mut dyn FnMut(u64, Verdict)) -> Result<()> {
         self.lost.answered();
         self.done.spent.add(spent);
         // What was withdrawn is followed by the reason: the stream is stopped.
         let outcomes: Vec<_> = outcomes.into_iter().filter(|o| o.verdict != Verdict::Withdrawn).collect();
         self.purse.spend(spent, outcomes.len() as u64);
-        for o in outcomes {
+        let judged = self.judge(&outcomes)?;
+        for (mut o, judged) in outcomes.into_iter().zip(judged) {
+            let Some(pending) = self.pending.get_mut(&o.n) else { continue };
+            match judged {
+                None => {}
+                Some(Ok(answer)) => {
+                    self.refused = None;
+                    o.verdict = Verdict::Answer(answer);
+                }
+                Some(Err(refused)) => {
+                    let before = pending.item.again.as_ref().map_or(0, |again| again.attempts);
+                    let attempts = o.attempts.max(before + 1);
+                    let is_last = attempts >= self.stream.task.options.max_attempts;
+                    if let Some(hint) = refused.hint.filter(|_| !is_last) {
+                        pending.item.again = Some(Again { attempts, hint });
+                        self.unsent.push(pending.item.clone());
+                        continue;
+                    }
+                    self.refused = self.refused.map(|n| n + 1);
+                    if self.refused.is_some_and(|n| n >= MOST_REFUSED) {
+                        return Err(never_taken(&self.model, refused.class, &refused.detail));
+                    }
+                    o.verdict = Verdict::Fail { class: refused.class.to_owned(), detail: refused.detail };
+                }
+            }
             if let Some(Pending { item, since }) = self.pending.remove(&o.n) {
                 self.bytes -= item.text.len();
                 self.done.rows += 1;
@@ -234,6 +277,34 @@ impl Asker {
                 sink(o.n, o.verdict);
             }
         }
+        Ok(())
+    }
+
+    /// What the types of the fields and the task's checks say of answers.
+    fn judge(&self, outcomes: &[Outcome]) -> Result<Vec<Option<Judged>>> {
+        let spec = &self.stream.task.spec;
+        let columns = spec.columns();
+        let mut judged: Vec<Option<Judged>> = Vec::with_capacity(outcomes.len());
+        let mut rows = Vec::new();
+        for o in outcomes {
+            judged.push(match (&o.verdict, self.pending.get(&o.n)) {
+                (Verdict::Answer(answer), Some(pending)) => match checks::unfit(&columns, spec.has_names(), answer)? {
+                    Some(refused) => Some(Err(refused)),
+                    None => {
+                        rows.push((pending.item.text.as_str(), answer));
+                        Some(Ok(answer.clone()))
+                    }
+                },
+                _ => None,
+            });
+        }
+        if let Some(checks) = &self.checks {
+            let taken = judged.iter_mut().filter(|judged| matches!(judged, Some(Ok(_))));
+            for (place, new) in taken.zip(checks.judge(&rows)?) {
+                *place = Some(new);
+            }
+        }
+        Ok(judged)
     }
 
     /// Ends the stream: what was not sent comes back, and the answers to what was are awaited.
@@ -244,7 +315,7 @@ impl Asker {
             match self.client.receive(Duration::from_secs(60))? {
                 Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
                     under_way = under_way.saturating_sub(outcomes.len());
-                    self.take(outcomes, &spent, sink);
+                    self.take(outcomes, &spent, sink)?;
                 }
                 Received::Message(_) | Received::Nothing => {}
                 Received::Lost => return Ok(self.done),
@@ -257,7 +328,7 @@ impl Asker {
     /// Whether it is open for what is asked now.
     pub fn is_for(&self, asked: &Asked) -> bool {
         let stream = Stream { budget: asked.stream.budget, ..self.stream.clone() };
-        stream == asked.stream
+        stream == asked.stream && self.checks == asked.checks
     }
 
     /// Allows more to a stream that has asked for it. A connection that is only kept holds on to nothing meanwhile.

@@ -221,22 +221,7 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
         Use::Filter => "filter",
         Use::Isolation => "isolation",
     };
-    let not_one = |detail: &str| {
-        Error::new(PgSqlErrorCode::ERRCODE_SYNTAX_ERROR, format!("{what} must be one expression over the row"))
-            .detail(detail.to_owned())
-            .hint("Write it as in a select list, such as 'body' or 'coalesce(title, '''') || body'.")
-    };
-    let c_string = |s: String| CString::new(s).map_err(|_| not_one("It contains a zero byte."));
-    // As it stands it must be one column of a select list; and in parentheses too, so that a parenthesis too many can't
-    // lead into other clauses, and no alias follows.
-    for alone in [format!("SELECT {text}\n"), format!("SELECT ({text}\n)")] {
-        let alone = c_string(alone)?;
-        // SAFETY: raw_parser runs on the main thread; it raises on bad syntax.
-        let is_one = unsafe { parse(&alone).is_some_and(|raw| is_one_expression(raw)) };
-        if !is_one {
-            return Err(not_one("It contains other clauses, or more than one expression."));
-        }
-    }
+    check_alone(text, what, "Write it as in a select list, such as 'body' or 'coalesce(title, '''') || body'.")?;
     // SAFETY: parser and analysis run on the main thread inside a transaction; they raise on errors, and what they
     // return lives in the current memory context.
     unsafe {
@@ -244,10 +229,8 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
             Use::Input | Use::Isolation => format!("SELECT ({text}\n)::pg_catalog.text FROM ONLY {}", target.name),
             Use::Filter => format!("SELECT 1 FROM ONLY {} WHERE ({text}\n)", target.name),
         };
-        let query = c_string(query)?;
-        let raw = parse(&query).ok_or_else(|| not_one("It contains more than one statement."))?;
-        let analyzed =
-            pg_sys::parse_analyze_fixedparams(raw, query.as_ptr(), std::ptr::null(), 0, std::ptr::null_mut());
+        let query = CString::new(query).map_err(|_| Error::invalid("an expression contains a zero byte"))?;
+        let analyzed = analyze(&query)?;
         let volatile = match usage {
             Use::Isolation => "a row's value must be the same each time.",
             _ => "when the answer comes, the input is computed again to see whether it has changed.",
@@ -268,6 +251,38 @@ pub fn check_expression(target: &Target, text: &str, usage: Use) -> Result<()> {
         Err(Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, format!("{what} can't be evaluated by a job"))
             .detail(wrong)
             .hint("Write it with the columns of the row, and with functions that are stable or immutable."))
+    }
+}
+
+/// Checks that `text` is one scalar expression, by its form.
+pub fn check_alone(text: &str, what: &str, hint: &str) -> Result<()> {
+    let not_one = |detail: &str| {
+        Error::new(PgSqlErrorCode::ERRCODE_SYNTAX_ERROR, format!("{what} must be one expression over the row"))
+            .detail(detail)
+            .hint(hint)
+    };
+    // As it stands it must be one column of a select list; and in parentheses too, so that a parenthesis too many can't
+    // lead into other clauses, and no alias follows.
+    for alone in [format!("SELECT {text}\n"), format!("SELECT ({text}\n)")] {
+        let alone = CString::new(alone).map_err(|_| not_one("It contains a zero byte."))?;
+        // SAFETY: raw_parser runs on the main thread; it raises on bad syntax.
+        let is_one = unsafe { parse(&alone).is_some_and(|raw| is_one_expression(raw)) };
+        if !is_one {
+            return Err(not_one("It contains other clauses, or more than one expression."));
+        }
+    }
+    Ok(())
+}
+
+/// The analysis of one statement without parameters.
+///
+/// # Safety
+/// On the main thread inside a transaction; raises on errors.
+pub unsafe fn analyze(query: &CStr) -> Result<*mut pg_sys::Query> {
+    // SAFETY: as the caller says; what comes back lives in the current memory context.
+    unsafe {
+        let raw = parse(query).ok_or_else(|| Error::invalid("an expression contains more than one statement"))?;
+        Ok(pg_sys::parse_analyze_fixedparams(raw, query.as_ptr(), std::ptr::null(), 0, std::ptr::null_mut()))
     }
 }
 

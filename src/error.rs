@@ -4,6 +4,8 @@ use llm_batch_gateway::protocol::{Full, Stop, StopReason};
 use pgrx::PgSqlErrorCode;
 use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
 
+use crate::job::cause::sqlstate;
+
 /// An error with its SQLSTATE; becomes an `ereport(ERROR)` when a SQL function returns it.
 #[derive(Debug, Clone)]
 pub struct Error {
@@ -48,6 +50,17 @@ impl Error {
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    /// With a hint, unless it has one.
+    pub fn hint_if_none(mut self, hint: impl Into<String>) -> Self {
+        self.hint.get_or_insert_with(|| hint.into());
+        self
+    }
+
+    /// Its SQLSTATE and message.
+    pub fn with_state(&self) -> String {
+        format!("{}: {}", sqlstate(self.code), self.message)
     }
 
     /// The error for a provider's refusal.

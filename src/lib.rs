@@ -15,6 +15,7 @@ mod batch;
 mod budget;
 mod catalog;
 mod changes;
+mod checks;
 mod client;
 mod error;
 mod failure;

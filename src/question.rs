@@ -85,7 +85,7 @@ pub fn ad_hoc(
     let (OfCall { mut task, limit }, named) = of_question(options)?;
     let spec = verb.spec(subject, &mut task)?;
     let task = Task { spec, options: Options::from_json([&task])? };
-    Ok((Known { model: named.map_or_else(|| model::default(author), Ok)?, task }, limit))
+    Ok((Known { model: named.map_or_else(|| model::default(author), Ok)?, task, checks: None }, limit))
 }
 
 /// Refuses a task of another kind.

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 
 use crate::args::{exists, new_name, required, unknown};
 use crate::budget::Price;
+use crate::checks::Checks;
 use crate::client::check_here;
 use crate::error::{Error, Result};
 use crate::json::Json;
@@ -22,24 +23,41 @@ use crate::{changes, model, owner, sql, txn};
 pub struct Known {
     pub task: Task,
     pub model: String,
+    pub checks: Option<Checks>,
 }
 
 /// Looks a task of any kind up; `options` override its own.
 pub fn load(name: &str, options: &Value) -> Result<Known> {
     let found = sql::row(
-        "SELECT t.kind, t.model, t.spec, t.options FROM llm_batch.task t WHERE t.name OPERATOR(pg_catalog.=) $1",
+        "SELECT t.kind, t.model, t.spec, t.options, t.search_path,
+                llm_batch.owner_now(t.owner, t.owner_name, t.home) AS owner
+           FROM llm_batch.task t WHERE t.name OPERATOR(pg_catalog.=) $1",
         &[name.into()],
         |row| {
-            Ok(Known {
-                model: row.get("model")?,
-                task: Task {
-                    spec: Spec::from_json(&row.get::<String>("kind")?, &row.get::<JsonB>("spec")?.0)?,
-                    options: Options::from_json([&row.get::<JsonB>("options")?.0, options])?,
-                },
-            })
+            let spec = Spec::from_json(&row.get::<String>("kind")?, &row.get::<JsonB>("spec")?.0)?;
+            let mut own = row.get::<JsonB>("options")?.0;
+            let checks = match Checks::take(&spec, &mut own)? {
+                None => None,
+                Some(checks) => {
+                    let owner = row.maybe("owner")?.ok_or_else(|| ownerless(name))?;
+                    Some(checks.of(owner, row.get("search_path")?))
+                }
+            };
+            let options = Options::from_json([&own, options])?;
+            Ok(Known { model: row.get("model")?, task: Task { spec, options }, checks })
         },
     )?;
     found.ok_or_else(|| unknown("task", name))
+}
+
+/// Its expressions run with the rights of its owner.
+fn ownerless(name: &str) -> Error {
+    Error::new(
+        PgSqlErrorCode::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
+        format!("the owner of task \"{name}\" does not exist"),
+    )
+    .detail("The task has checks, which run with the rights of its owner.")
+    .hint("A superuser can give it another one with llm_batch.set_owner('task', …).")
 }
 
 /// A task as a stream, with what its model is called and costs.
@@ -48,6 +66,8 @@ pub struct Asked {
     pub stream: Stream,
     pub model: String,
     pub price: Price,
+    /// What is done to its answers.
+    pub checks: Option<Checks>,
 }
 
 impl Asked {
@@ -74,7 +94,7 @@ impl Known {
             task: self.task,
             budget: None,
         };
-        Ok(Asked { stream, model: self.model, price: known.price })
+        Ok(Asked { stream, model: self.model, price: known.price, checks: self.checks })
     }
 }
 
@@ -131,9 +151,17 @@ impl Stored {
     }
 
     /// As it is stored. Members may name one another, such as examples labels, so all of it is checked together.
-    fn checked(self, kind: &str) -> Result<Self> {
-        check_of_task(&self.options)?;
-        let mut spec = serde_json::to_value(Spec::from_json(kind, &self.spec)?).unwrap_or_default();
+    /// Expressions are looked at as the owner.
+    fn checked(self, kind: &str, owner: Option<pg_sys::Oid>, search_path: &str) -> Result<Self> {
+        let spec = Spec::from_json(kind, &self.spec)?;
+        let mut options = self.options.clone();
+        let checks = Checks::take(&spec, &mut options)?;
+        check_of_task(&options)?;
+        if let Some(checks) = checks {
+            let owner = owner.ok_or_else(|| Error::unknown("the owner of the task does not exist"))?;
+            checks.of(owner, search_path.to_owned()).look()?;
+        }
+        let mut spec = serde_json::to_value(spec).unwrap_or_default();
         if let Some(spec) = spec.as_object_mut() {
             spec.shift_remove("kind");
         }
@@ -148,13 +176,26 @@ fn check_model(name: &str) -> Result<()> {
 
 /// Creates a task. `members`: those of its specification, NULL for what is not given.
 fn create(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, options: Option<Json>) -> Result<()> {
+    let search_path = txn::search_path()?;
+    txn::with_settings(txn::OWN_PATH, || create_under(kind, name, members, model, options, &search_path))
+}
+
+fn create_under(
+    kind: &str,
+    name: Option<&str>,
+    members: Value,
+    model: Option<&str>,
+    options: Option<Json>,
+    search_path: &str,
+) -> Result<()> {
     check_here()?;
     let name = new_name(name)?;
     let model = match model {
         Some(model) => model.to_owned(),
         None => model::default(None)?,
     };
-    let stored = Stored { spec: json!({}), options: json!({}) }.with(kind, members, options)?.checked(kind)?;
+    let none = Stored { spec: json!({}), options: json!({}) };
+    let stored = none.with(kind, members, options)?.checked(kind, Some(current_user()), search_path)?;
     check_model(&model)?;
     if let Ok(kind) = kind_of(name) {
         return Err(exists("task", name, noun(&kind)));
@@ -166,11 +207,12 @@ fn create(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, o
         model.into(),
         JsonB(stored.spec).into(),
         JsonB(stored.options).into(),
+        search_path.into(),
     ];
     txn::as_extension_owner(|| {
         let made = sql::run(
-            "INSERT INTO llm_batch.task (name, owner, owner_name, home, kind, model, spec, options)
-             VALUES ($1, $2, pg_get_userbyid($2), llm_batch.home(), $3, $4, $5, $6) ON CONFLICT (name) DO NOTHING RETURNING 1",
+            "INSERT INTO llm_batch.task (name, owner, owner_name, home, kind, model, spec, options, search_path)
+             VALUES ($1, $2, pg_get_userbyid($2), llm_batch.home(), $3, $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING 1",
             &args,
         )?;
         if made == 0 {
@@ -190,8 +232,8 @@ fn create(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, o
 /// Keeps a task's version before another one takes its place.
 fn keep(name: &str) -> Result<()> {
     sql::run(
-        "INSERT INTO llm_batch.task_history (name, version, owner, owner_name, home, kind, model, spec, options)
-         SELECT name, version, owner, owner_name, home, kind, model, spec, options FROM llm_batch.task WHERE name = $1",
+        "INSERT INTO llm_batch.task_history (name, version, owner, owner_name, home, kind, model, spec, options, search_path)
+         SELECT name, version, owner, owner_name, home, kind, model, spec, options, search_path FROM llm_batch.task WHERE name = $1",
         &[name.into()],
     )
     .map(|_| ())
@@ -199,6 +241,18 @@ fn keep(name: &str) -> Result<()> {
 
 /// Makes the next version of a task. `members` as of [`create`].
 fn alter(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, options: Option<Json>) -> Result<()> {
+    let search_path = txn::search_path()?;
+    txn::with_settings(txn::OWN_PATH, || alter_under(kind, name, members, model, options, search_path))
+}
+
+fn alter_under(
+    kind: &str,
+    name: Option<&str>,
+    members: Value,
+    model: Option<&str>,
+    options: Option<Json>,
+    search_path: String,
+) -> Result<()> {
     let name = required(name, "name")?;
     owner::check("task", name)?;
     let is = kind_of(name)?;
@@ -211,22 +265,28 @@ fn alter(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, op
     }
     txn::as_extension_owner(|| {
         let now = sql::rows_mut(
-            "SELECT spec, options FROM llm_batch.task WHERE name = $1 AND kind = $2 FOR UPDATE",
+            "SELECT spec, options, search_path, llm_batch.owner_now(owner, owner_name, home) AS owner
+               FROM llm_batch.task WHERE name = $1 AND kind = $2 FOR UPDATE",
             &[name.into(), kind.into()],
-            |row| Ok(Stored { spec: row.get::<JsonB>("spec")?.0, options: row.get::<JsonB>("options")?.0 }),
+            |row| {
+                let stored = Stored { spec: row.get::<JsonB>("spec")?.0, options: row.get::<JsonB>("options")?.0 };
+                Ok((stored, row.get::<String>("search_path")?, row.maybe::<pg_sys::Oid>("owner")?))
+            },
         )?;
-        let now = now.into_iter().next().ok_or_else(|| unknown("task", name))?;
+        let (now, path_before, owner) = now.into_iter().next().ok_or_else(|| unknown("task", name))?;
+        // Expressions are read as where they were written.
+        let search_path = if options.is_some() { search_path } else { path_before };
         let before = shape(kind, &now.spec)?;
-        let new = now.with(kind, members, options)?.checked(kind)?;
+        let new = now.with(kind, members, options)?.checked(kind, owner, &search_path)?;
         if shape(kind, &new.spec)? != before {
             // What it has asked for may still be on its way.
             refuse_in_use(name, "change the fields of")?;
         }
         keep(name)?;
         sql::run(
-            "UPDATE llm_batch.task SET model = coalesce($2, model), spec = $3, options = $4, version = version + 1
+            "UPDATE llm_batch.task SET model = coalesce($2, model), spec = $3, options = $4, search_path = $5, version = version + 1
               WHERE name = $1",
-            &[name.into(), model.into(), JsonB(new.spec).into(), JsonB(new.options).into()],
+            &[name.into(), model.into(), JsonB(new.spec).into(), JsonB(new.options).into(), search_path.into()],
         )?;
         changes::tell();
         Ok(())

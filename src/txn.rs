@@ -1,6 +1,6 @@
 //! Transactions of workers, subtransactions, and the switch to the extension's owner.
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::panic::AssertUnwindSafe;
 
 use pgrx::pg_sys;
@@ -77,6 +77,38 @@ pub fn run<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
 
 /// Runs `f` in a subtransaction; an error rolls it back and is returned.
 pub fn sub<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
+    subtransaction(true, f)
+}
+
+/// Whether there may be subtransactions here: beside parallel workers there may not, before Postgres 17.
+pub fn has_subtransactions() -> bool {
+    #[cfg(any(feature = "pg15", feature = "pg16"))]
+    // SAFETY: read on the main thread.
+    return !unsafe { pg_sys::IsInParallelMode() };
+    #[cfg(not(any(feature = "pg15", feature = "pg16")))]
+    true
+}
+
+/// Runs expressions of a role's, with its rights and search_path, so that nothing is left of it but the value: a
+/// security-restricted operation, which can write nothing, in a subtransaction that is rolled back with its locks and
+/// settings. Where there can't be one nothing can be written either, and an error ends the statement.
+pub fn restricted<T>(role: pg_sys::Oid, search_path: &str, f: impl FnOnce() -> Result<T>) -> Result<T> {
+    // Names of a temporary schema come last: it is of who asks.
+    let path = CString::new(format!("{search_path}, pg_temp"))
+        .map_err(|_| Error::invalid("a search_path can't have a zero byte"))?;
+    let run = || as_role(role, || with_settings(&[(c"search_path", &path)], f));
+    if !has_subtransactions() {
+        return run();
+    }
+    subtransaction(false, || {
+        // SAFETY: on the main thread inside a subtransaction, whose end restores it. As a setting it can't be local.
+        unsafe { pg_sys::XactReadOnly = true };
+        run()
+    })
+}
+
+/// Runs `f` in a subtransaction, which is rolled back after an error, and after all unless `keeps`.
+fn subtransaction<T>(keeps: bool, f: impl FnOnce() -> Result<T>) -> Result<T> {
     // SAFETY: called inside a transaction, on the main thread; context and owner are restored as PL/pgSQL does it
     // (pl_exec.c, exec_stmt_block), whether the subtransaction is released or rolled back.
     unsafe {
@@ -85,7 +117,7 @@ pub fn sub<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
         pg_sys::BeginInternalSubTransaction(std::ptr::null());
         pg_sys::MemoryContextSwitchTo(context);
         let result = PgTryBuilder::new(AssertUnwindSafe(f)).catch_others(|e| Err(caught(e))).execute();
-        if result.is_ok() {
+        if result.is_ok() && keeps {
             pg_sys::ReleaseCurrentSubTransaction();
         } else {
             pg_sys::MemoryContextSwitchTo(context);
@@ -105,8 +137,22 @@ pub fn as_extension_owner<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
         &[],
     )?
     .ok_or_else(|| Error::unknown("extension \"pg_llm_batch\" does not exist"))?;
-    as_role(owner, || with_settings(&[(c"search_path", c"pg_catalog, pg_temp")], f))
+    as_role(owner, || with_settings(OWN_PATH, f))
 }
+
+/// The caller's search_path, without temporary schemas, which are the session's alone.
+pub fn search_path() -> Result<String> {
+    let path = sql::one::<String>(
+        "SELECT pg_catalog.string_agg(pg_catalog.quote_ident(s.name), ', ' ORDER BY s.n)
+           FROM pg_catalog.unnest(pg_catalog.current_schemas(false)) WITH ORDINALITY s (name, n)
+          WHERE NOT pg_catalog.starts_with(s.name, 'pg_temp')",
+        &[],
+    )?;
+    Ok(path.unwrap_or_else(|| "pg_catalog".to_owned()))
+}
+
+/// A search_path that holds nothing of anyone's.
+pub const OWN_PATH: &[(&CStr, &CStr)] = &[(c"search_path", c"pg_catalog, pg_temp")];
 
 /// Runs `f` under these settings; then what was set before holds again.
 pub fn with_settings<T>(settings: &[(&CStr, &CStr)], f: impl FnOnce() -> Result<T>) -> Result<T> {

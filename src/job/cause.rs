@@ -10,6 +10,8 @@ use pgrx::PgSqlErrorCode as Code;
 pub enum Cause {
     /// A label.
     Label(String),
+    /// The task's checks or the columns' types, and the class of what they say.
+    Refused(String),
     /// Where values are not labels: the error's SQLSTATE.
     State(String),
 }
@@ -24,7 +26,7 @@ impl Cause {
     pub fn is_refuted(&self, written: &BTreeSet<String>) -> bool {
         match self {
             Self::Label(label) => written.contains(label),
-            Self::State(_) => !written.is_empty(),
+            Self::State(_) | Self::Refused(_) => !written.is_empty(),
         }
     }
 }
@@ -33,6 +35,7 @@ impl fmt::Display for Cause {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
             Self::Label(label) => write!(f, "label \"{label}\""),
+            Self::Refused(class) => write!(f, "{class}"),
             Self::State(state) => write!(f, "error {state}"),
         }
     }

@@ -145,7 +145,12 @@ fn estimate_of(given: &Given, most_rows: i32) -> Result<(Population, Estimate, A
     let population = asking::refused(|| {
         txn::as_role(owner, || look(&rows, stretch, options.reuse, most_text, pack, i64::from(most_rows)))
     })?;
-    let item = |((text, isolation), n): (&Sampled, u64)| Item { n, text: text.clone(), isolation: isolation.clone() };
+    let item = |((text, isolation), n): (&Sampled, u64)| Item {
+        n,
+        text: text.clone(),
+        isolation: isolation.clone(),
+        again: None,
+    };
     let items = population.sample.iter().zip(0..).map(item).collect();
     let estimate = client::ask(stream, &ToGateway::Estimate(items), |message| match message {
         FromGateway::Estimated(estimate) => Ok(Some(estimate)),

@@ -1,15 +1,16 @@
 //! Jobs: `backfill()` and all it checks. See README.md in this folder.
 
-mod cause;
+pub mod cause;
 mod check;
 mod control;
 mod estimate;
 mod finder;
+mod fit;
 mod page;
 mod plan;
-mod settle;
+pub mod settle;
 mod store;
-mod target;
+pub mod target;
 mod worker;
 
 use std::collections::BTreeSet;
@@ -90,7 +91,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
         )
         .hint("Call it in a READ COMMITTED transaction."));
     }
-    let Checked { target, fields, owner, asked: Asked { stream, model, price } } = given.check(true)?;
+    let Checked { target, fields, owner, asked: Asked { stream, model, price, .. } } = given.check(true)?;
     if budget.max_cost.is_some() {
         price.check(&model)?;
     }
@@ -105,17 +106,6 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
     let id = insert(&target, fields, owner, given, budget)?;
     wake_at_commit(id, Wake::Start(owner));
     Ok(id)
-}
-
-/// The caller's search_path, without temporary schemas, which are the session's alone.
-fn search_path() -> Result<String> {
-    let path = sql::one::<String>(
-        "SELECT pg_catalog.string_agg(pg_catalog.quote_ident(s.name), ', ' ORDER BY s.n)
-           FROM pg_catalog.unnest(pg_catalog.current_schemas(false)) WITH ORDINALITY s (name, n)
-          WHERE NOT pg_catalog.starts_with(s.name, 'pg_temp')",
-        &[],
-    )?;
-    Ok(path.unwrap_or_else(|| "pg_catalog".to_owned()))
 }
 
 /// One job a column: refuses a second one on one of the columns of the same partition tree. Holds locks until the
@@ -178,7 +168,7 @@ fn insert(
         given.filter.into(),
         given.task.into(),
         JsonB(given.options).into(),
-        search_path()?.into(),
+        txn::search_path()?.into(),
         budget.max_cost.into(),
         budget.max_tokens.into(),
         fields.into(),

@@ -3,12 +3,15 @@
 //!
 //! Keys come as arrays `$1 … $k`, one a column; a row is a position in them.
 
+use llm_batch_core::task::Task;
 use pgrx::pg_sys;
 
 use crate::ask::has_text_sql;
 use crate::error::{Error, Result};
 use crate::isolation::digest_sql;
+use crate::job::fit;
 use crate::job::store::Job;
+use crate::job::target::Target;
 use crate::process::{current_user, my_database};
 use crate::sql::name;
 use crate::{catalog, sql};
@@ -20,6 +23,10 @@ pub struct Plan {
     pub most_text: usize,
     /// How many columns are filled.
     pub targets: usize,
+    /// How values are converted for them.
+    pub columns: Vec<fit::Column>,
+    /// Answers to a row, until it is given up.
+    pub max_attempts: u32,
     /// The values are labels, each of which may be at fault.
     pub has_labels: bool,
     /// The search_path under which input and filter are read.
@@ -243,7 +250,7 @@ impl Rows {
 impl Plan {
     /// The statements for the table as it is named now; `casts` of the targets' values, texts cut to `most_text`
     /// characters.
-    pub fn new(job: &Job, table: &Table, casts: &[String], has_labels: bool, most_text: usize) -> Self {
+    pub fn new(job: &Job, table: &Table, casts: &[String], task: &Task, most_text: usize) -> Self {
         let Table { full, bare, is_partitioned, has_triggers } = table;
         let (filter, isolation) = (job.filter.as_deref(), job.isolation.as_deref());
         let names = job.targets.iter().map(|t| t.name.as_str());
@@ -256,10 +263,16 @@ impl Plan {
             job,
             bare,
         };
+        let spec = &task.spec;
+        let column =
+            |(target, cast): (&Target, &String)| fit::Column::new(job.relation, target, spec.has_names(), cast);
         Self {
             most_text,
             targets: job.targets.len(),
-            has_labels,
+            columns: job.targets.iter().zip(casts).map(column).collect(),
+            max_attempts: task.options.max_attempts,
+            // Of several columns each value may be at fault.
+            has_labels: job.targets.len() == 1 && spec.columns().iter().all(|field| field.values.is_some()),
             search_path: format!("{}, pg_temp", job.search_path),
             // Rows without text are counted at the start, and never claimed.
             count: rows.count(),

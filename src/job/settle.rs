@@ -8,8 +8,10 @@ use llm_batch_gateway::protocol::Verdict;
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::datum::DatumWithOid;
 
+use crate::checks::{self, Refused};
 use crate::error::{Error, Result};
-use crate::job::cause::{Cause, sqlstate};
+use crate::job::cause::Cause;
+use crate::job::fit;
 use crate::job::page::{self, Page};
 use crate::job::plan::Plan;
 use crate::job::store::Failure;
@@ -24,7 +26,13 @@ pub struct Answer {
     pub verdict: Verdict,
     /// The value of each target, if there is an answer: what the task's fields are may change before it is written.
     pub values: Option<Vec<Option<String>>>,
+    /// Answers to the row so far.
     pub attempts: u32,
+    /// What was sent, for a row that may have to be asked again.
+    pub text: String,
+    pub isolation: Option<String>,
+    /// The task's checks have taken it.
+    pub is_judged: bool,
     /// It was paid for with another row.
     pub reused: bool,
     /// Since when its row has been found locked.
@@ -57,6 +65,8 @@ pub struct Settled {
     pub raised: Vec<(Cause, Failure)>,
     /// The row is locked by another transaction, or can't be written for another reason that should pass: to be tried again.
     pub locked: Vec<Answer>,
+    /// A value does not fit its column, and the row may be asked again: what the model is told.
+    pub unfit: Vec<(Answer, String)>,
     /// The input has changed since it was sent: the answer is for a text that is no more.
     pub changed: Vec<(String, u32)>,
 }
@@ -150,7 +160,7 @@ pub fn settle(plan: &Plan, answers: &[Answer], others: Others) -> Result<Settled
     let are_few = hindered.are_few(others);
     for (mut answer, e) in hindered.refused {
         if is_over(answer.refused_since) && (are_few || !is_scarce(e.code)) {
-            let listed = Listed::new(&answer, "write_error", sqlstate_and_text(&e));
+            let listed = Listed::new(&answer, "write_error", e.with_state());
             name_rows(plan, &answer.page, vec![listed], Vec::new(), &mut settled)?;
         } else {
             answer.refused_since.get_or_insert_with(Instant::now);
@@ -194,7 +204,7 @@ struct Listed {
     class: String,
     attempts: u32,
     detail: String,
-    /// What the UPDATE raised for.
+    /// What the UPDATE raised for, or the task's checks refused.
     raised: Option<Cause>,
 }
 
@@ -226,9 +236,22 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
     let mut nulls: Vec<i32> = Vec::new();
     for (position, answer) in &by_position {
         if let Some(e) = tried.raised.remove(position) {
-            let values = answer.values.as_ref().filter(|_| plan.has_labels);
-            let raised = Some(Cause::of(values.and_then(|values| values.first()?.as_ref()), e.code));
-            listed.push(Listed { raised, ..Listed::new(answer, "write_error", sqlstate_and_text(&e)) });
+            // Labels were looked at before the job began: no other answer would fit.
+            let values = answer.values.as_deref().filter(|_| !plan.has_labels).unwrap_or_default();
+            match fit::unfit(&plan.columns, values)? {
+                Some(Refused { hint: Some(hint), .. }) if answer.attempts < plan.max_attempts => {
+                    settled.unfit.push(((*answer).clone(), hint));
+                }
+                Some(Refused { class, detail, .. }) => {
+                    let raised = Some(Cause::Refused(class.to_owned()));
+                    listed.push(Listed { raised, ..Listed::new(answer, class, detail) });
+                }
+                None => {
+                    let values = answer.values.as_ref().filter(|_| plan.has_labels);
+                    let raised = Some(Cause::of(values.and_then(|values| values.first()?.as_ref()), e.code));
+                    listed.push(Listed { raised, ..Listed::new(answer, "write_error", e.with_state()) });
+                }
+            }
         } else if let Some(e) = tried.refused.remove(position) {
             hindered.refused.push(((*answer).clone(), e));
         } else if tried.blocked.contains(position) {
@@ -323,7 +346,11 @@ fn note(
         (Verdict::Skip { class, detail }, _) => {
             listed.push(Listed { is_skip: true, ..Listed::new(answer, class, detail) });
         }
-        (Verdict::Fail { class, detail }, _) => listed.push(Listed::new(answer, class, detail)),
+        (Verdict::Fail { class, detail }, _) => {
+            let is_of_checks = [checks::FAILED, checks::RAISED].contains(&class.as_str());
+            let raised = is_of_checks.then(|| Cause::Refused(class.clone()));
+            listed.push(Listed { raised, ..Listed::new(answer, class, detail) });
+        }
         (Verdict::Withdrawn, _) => {}
     }
     false
@@ -485,8 +512,4 @@ fn find_nulls(plan: &Plan, page: &Page, answers: &BTreeMap<i32, &Answer>, tried:
 /// another matter. Table and columns were looked at in this transaction: what is missing else is missing in user code.
 fn is_of_the_table(plan: &Plan, code: Code) -> Result<bool> {
     Ok(code == Code::ERRCODE_INSUFFICIENT_PRIVILEGE && sql::one::<bool>(&plan.may_update, &[])? != Some(true))
-}
-
-fn sqlstate_and_text(e: &Error) -> String {
-    format!("{}: {}", sqlstate(e.code), e.message)
 }

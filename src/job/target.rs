@@ -183,11 +183,11 @@ fn through(target: &Target, spec: &Spec) -> Result<Option<String>> {
     if !is_cast {
         return Err(misfit(&of));
     }
-    Ok(Some(format!("pg_catalog.{}{}", pg_name(field.of), if field.is_array { "[]" } else { "" })))
+    Ok(Some(sql_type(field.of, field.is_array)))
 }
 
 /// Labels have no type of their own.
-fn type_oid(of: Type) -> Option<pg_sys::Oid> {
+pub fn type_oid(of: Type) -> Option<pg_sys::Oid> {
     Some(match of {
         Type::Labels => return None,
         Type::Text => pg_sys::TEXTOID,
@@ -202,14 +202,17 @@ fn type_oid(of: Type) -> Option<pg_sys::Oid> {
     })
 }
 
-fn pg_name(of: Type) -> &'static str {
-    match of {
+/// The type of a field's values as SQL writes it; labels are texts.
+pub fn sql_type(of: Type, is_array: bool) -> String {
+    let name = match of {
+        Type::Labels => "text",
         Type::Integer => "int4",
         Type::Bigint => "int8",
         Type::Real => "float4",
         Type::Boolean => "bool",
         of => of.name(),
-    }
+    };
+    format!("pg_catalog.{name}{}", if is_array { "[]" } else { "" })
 }
 
 /// Whether a type takes any text.

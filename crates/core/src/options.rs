@@ -107,7 +107,7 @@ impl Default for Options {
 }
 
 const KEYS: &str = "max_rows_per_request, max_attempts, priority, structured_output, codes, answer_shape, too_long, \
-                    reuse, on_error; of a job also isolation";
+                    reuse, on_error; of a task also repair, check, check_hint; of a job isolation";
 
 impl Options {
     /// Reads a JSON object. Later objects override earlier ones key by key.

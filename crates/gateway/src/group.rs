@@ -13,7 +13,7 @@ use llm_batch_core::task::{Kind, Span};
 use llm_batch_core::{prompt, request};
 
 use crate::cache::{Keys, TextKey};
-use crate::protocol::{Item, Stream, Verdict, most_text};
+use crate::protocol::{Again, Item, Stream, Verdict, most_text};
 use crate::purse::Purse;
 use crate::queue::{Queue, Ready};
 use crate::row::{Row, Waiter};
@@ -191,7 +191,16 @@ impl Group {
         }
         self.waiters.insert(key, vec![waiter]);
         let most_rows = self.stream.task.options.max_rows_per_request as usize;
-        self.fresh.push(now, Row::new(key, compartment, conn, quoted, (tokens, answer), most_rows));
+        let mut row = Row::new(key, compartment, conn, quoted, (tokens, answer), most_rows);
+        match item.again {
+            None => self.fresh.push(now, row),
+            Some(Again { attempts, hint }) => {
+                let most_attempts = self.stream.task.options.max_attempts;
+                row.most_rows = pack::rows_after(attempts, most_attempts, most_rows);
+                (row.attempts, row.wanted) = (attempts, Some(hint));
+                self.push_again(row);
+            }
+        }
         Pushed::Queued
     }
 
@@ -383,7 +392,7 @@ mod tests {
     }
 
     fn item(n: u64) -> Item {
-        Item { n, text: format!("text {n}"), isolation: None }
+        Item { n, text: format!("text {n}"), isolation: None, again: None }
     }
 
     fn rows(next: Next) -> Vec<Row> {

@@ -150,6 +150,18 @@ pub struct Item {
     /// nor with one that has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub isolation: Option<String>,
+    /// It was answered before, and the client refused the answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub again: Option<Again>,
+}
+
+/// Why a row is asked again. An answer that was kept for its text is not taken.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Again {
+    /// Its answers so far.
+    pub attempts: u32,
+    /// What its answer must be, for the model: nothing of what a model wrote, since other rows share the request.
+    pub hint: String,
 }
 
 /// What a client says.
@@ -474,7 +486,7 @@ pub(crate) mod tests {
     fn frames_survive_any_cut() {
         let messages = vec![
             ToGateway::Probe,
-            ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into(), isolation: None }]),
+            ToGateway::Items(vec![Item { n: 7, text: "ä\n\"".into(), isolation: None, again: None }]),
             ToGateway::Withdraw,
             ToGateway::Abandon,
         ];

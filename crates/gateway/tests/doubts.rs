@@ -253,6 +253,7 @@ fn rows_with_a_long_one(client: &mut Client, n: std::ops::Range<u64>, long: &[u6
         n,
         text: if long.contains(&n) { format!("{} {}", text(n), "x".repeat(2_500)) } else { text(n) },
         isolation: None,
+        again: None,
     };
     client.say(&ToGateway::Items(n.map(item).collect()));
 }

@@ -209,7 +209,7 @@ fn a_row_that_a_true_limit_has_no_room_for_is_skipped_and_says_which() {
         client.rows(0..5);
         client.answers(5);
         // 8,000 tokens, and a few small ones.
-        let large = Item { n: 5, text: format!("{} {}", text(5), "word ".repeat(8_000)), isolation: None };
+        let large = Item { n: 5, text: format!("{} {}", text(5), "word ".repeat(8_000)), isolation: None, again: None };
         client.say(&ToGateway::Items(vec![large]));
         client.rows(6..9);
         let (got, _) = client.answers(4);
@@ -236,7 +236,7 @@ fn no_row_is_too_long_that_was_not_sent_alone() {
         s.task.options.max_rows_per_request = 2;
         s.model.max_request_tokens = 100_000;
     });
-    let long = |n| Item { n, text: format!("{} {}", text(n), "word ".repeat(4_000)), isolation: None };
+    let long = |n| Item { n, text: format!("{} {}", text(n), "word ".repeat(4_000)), isolation: None, again: None };
     client.say(&ToGateway::Items((0..16).map(long).collect()));
     let (got, _) = client.answers(16);
     assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict)), "{got:?}");
@@ -252,7 +252,7 @@ fn a_limit_that_a_row_shows_not_to_be_one_is_given_up() {
     client.rows(0..5);
     client.answers(5);
     assert_eq!(client.only_activity().tokens_limit, Some(3_000));
-    let large = Item { n: 5, text: format!("{} {}", text(5), "word ".repeat(8_000)), isolation: None };
+    let large = Item { n: 5, text: format!("{} {}", text(5), "word ".repeat(8_000)), isolation: None, again: None };
     client.say(&ToGateway::Items(vec![large]));
     let (got, _) = client.answers(1);
     assert!(is_right(5, &got[&5].verdict), "{got:?}");
@@ -283,7 +283,7 @@ fn only_the_row_is_rejected(what: &str, words: &str, refuse: fn(&str) -> Option<
     assert!(other.answers(50).0.iter().all(|(n, o)| is_right(*n, &o.verdict)));
     let mut client = setup.client(&provider, of(2));
     client.rows(1_000..1_020);
-    let item = Item { n: 1_020, text: format!("{} {POISON} {words}", text(1_020)), isolation: None };
+    let item = Item { n: 1_020, text: format!("{} {POISON} {words}", text(1_020)), isolation: None, again: None };
     client.say(&ToGateway::Items(vec![item]));
     client.rows(1_021..1_040);
     for first in [100, 2_000, 4_000] {

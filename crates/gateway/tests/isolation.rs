@@ -97,7 +97,7 @@ fn an_estimate_counts_requests_by_value() {
     let (setup, provider) = (Setup::with_cache(0), provider(Config::default()));
     let mut client = setup.client(&provider, |_| {});
     for (values, requests) in [(1, 4), (10, 10), (100, 100), (200, 200)] {
-        let item = |n: u64| Item { n, text: text(n), isolation: Some((n % values).to_string()) };
+        let item = |n: u64| Item { n, text: text(n), isolation: Some((n % values).to_string()), again: None };
         client.say(&ToGateway::Estimate((0..200).map(item).collect()));
         match client.hear("the estimate") {
             Some(FromGateway::Estimated(estimate)) => assert_eq!((estimate.rows, estimate.requests), (200, requests)),

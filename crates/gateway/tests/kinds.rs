@@ -98,3 +98,35 @@ fn packs_of_texts_are_full_and_not_cut() {
     let requests = provider.stats().admitted;
     assert!(requests <= 2_000 / 50 + 4, "{requests} requests");
 }
+
+#[test]
+fn a_row_whose_answer_was_refused_is_asked_again_and_told_why() {
+    let setup = Setup::new(64 << 20);
+    let provider = provider(Config::default());
+    let mut client = setup.client(&provider, |s| {
+        s.task.spec = Spec::from_json("generate", &json!({"instruction": "Explain."})).unwrap();
+    });
+    let item = |n, again: Option<(u32, &str)>| {
+        let again = again.map(|(attempts, hint)| Again { attempts, hint: hint.into() });
+        ToGateway::Items(vec![Item { n, text: text(1), isolation: None, again }])
+    };
+    let requests = |provider: &FakeProvider| provider.stats().admitted;
+    client.say(&item(1, None));
+    assert_eq!(client.answers(1).0[&1].attempts, 1);
+    // What was kept for the text is what was refused.
+    client.say(&item(2, Some((1, "write in German"))));
+    let (got, _) = client.answers(1);
+    assert!(matches!(got[&2].verdict, Verdict::Answer(_)) && got[&2].attempts == 2 && !got[&2].reused, "{got:?}");
+    assert_eq!(requests(&provider), 2);
+    let user = provider.bodies().pop().unwrap()["messages"][1]["content"].as_str().unwrap().to_owned();
+    assert!(user.ends_with(" (asked again: write in German)\n"), "{user}");
+    // The same text that is told the same after as many answers shares the answer, and no other.
+    client.say(&item(3, Some((1, "write in German"))));
+    assert!(client.answers(1).0[&3].reused && requests(&provider) == 2);
+    client.say(&item(4, Some((2, "write in German"))));
+    client.say(&item(5, Some((1, "write in Greek"))));
+    assert!(client.answers(2).0.values().all(|o| !o.reused) && requests(&provider) == 4);
+    // What was asked as ever has its answer still.
+    client.say(&item(6, None));
+    assert!(client.answers(1).0[&6].reused && requests(&provider) == 4);
+}

@@ -188,7 +188,7 @@ fn role(role: u32) -> impl Fn(&mut Stream) {
 
 /// Who comes in vain has said more by then, or finds the connection closed.
 fn refused(client: &mut Client) -> Full {
-    let row = Item { n: 1, text: text(1), isolation: None };
+    let row = Item { n: 1, text: text(1), isolation: None, again: None };
     let _ = client.stream.write_all(&encode(&ToGateway::Items(vec![row])).unwrap());
     match client.hear("a refusal") {
         Some(FromGateway::Full(full)) => full,
@@ -295,7 +295,7 @@ fn large_tasks_leave_room_for_others() {
             }
         });
         // Who comes in vain may find the connection closed.
-        let row = Item { n, text: text(n), isolation: None };
+        let row = Item { n, text: text(n), isolation: None, again: None };
         for message in [ToGateway::Items(vec![row]), ToGateway::Activity] {
             let _ = client.stream.write_all(&encode(&message).unwrap());
         }

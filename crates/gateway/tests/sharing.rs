@@ -315,8 +315,8 @@ fn what_was_given_up_is_asked_again_and_no_answer_of_others() {
     for _ in 0..2 {
         let text = "long ".repeat(1_000);
         c.say(&ToGateway::Items(vec![
-            Item { n: 0, text: text.clone(), isolation: None },
-            Item { n: 1, text, isolation: None },
+            Item { n: 0, text: text.clone(), isolation: None, again: None },
+            Item { n: 1, text, isolation: None, again: None },
         ]));
         let (got, _) = c.answers(2);
         assert!(got.values().all(|o| matches!(&o.verdict, Verdict::Skip { class, .. } if class == "too_long")));

@@ -26,7 +26,7 @@ fn garbage_ends_its_own_connection_and_nothing_else() {
     honest.rows(0..100);
     wait("rows are under way", || provider.stats().rows_in_flight, |n| *n > 0);
 
-    let items = encode(&ToGateway::Items(vec![Item { n: 1, text: "x".into(), isolation: None }])).unwrap();
+    let items = encode(&ToGateway::Items(vec![Item { n: 1, text: "x".into(), isolation: None, again: None }])).unwrap();
     let mut two_opens = encode(&ToGateway::Open(Box::new(stream(&provider)))).unwrap();
     two_opens.extend_from_slice(&items);
     two_opens.extend_from_slice(&encode(&ToGateway::Open(Box::new(stream(&provider)))).unwrap());
@@ -57,7 +57,7 @@ fn garbage_ends_its_own_connection_and_nothing_else() {
     let mut early = setup.connect();
     early.say(&ToGateway::Withdraw);
     early.say(&ToGateway::Allow(Allowance { cost: u64::MAX, tokens: u64::MAX }));
-    early.say(&ToGateway::Estimate(vec![Item { n: 1, text: "x".into(), isolation: None }]));
+    early.say(&ToGateway::Estimate(vec![Item { n: 1, text: "x".into(), isolation: None, again: None }]));
     assert_eq!(early.hear("an estimate"), Some(FromGateway::Estimated(Estimate::default())));
     early.say(&ToGateway::Probe);
     assert_eq!(early.activity().len(), 1);

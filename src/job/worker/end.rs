@@ -65,7 +65,7 @@ impl Worker {
         }
         if (self.stopping.is_some() || self.put_off) && !self.suspects.is_empty() {
             let rows = self.suspects.take();
-            if !matches!(self.stopping, Some(Outcome::Paused("label", ..))) {
+            if !matches!(self.stopping, Some(Outcome::Paused("label" | "no_answers", ..))) {
                 self.too_late.extend(rows);
             }
         }

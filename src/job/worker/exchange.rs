@@ -8,7 +8,7 @@ use llm_batch_gateway::protocol::{self, FromGateway, Item, Spent, Stop, StopReas
 use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::rights::Rights;
-use super::{AGAIN, CONTROL, CRASH, HEAR, LATER, MOST_STARTS, Worker};
+use super::{AGAIN, Asking, CONTROL, CRASH, HEAR, LATER, MOST_STARTS, Worker};
 use crate::client::{Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
@@ -114,7 +114,7 @@ impl Worker {
     /// Rows that may be with the gateway. After runs that died without having done a row fewer and fewer, so that what
     /// may have killed them is found.
     fn window(&self) -> usize {
-        match self.job.starts {
+        let window = match self.job.starts {
             // Enough to tell whether it is a row's fault.
             _ if self.job.was_unwritable || self.lacks_others() => FEW,
             ..=2 => WINDOW_ROWS,
@@ -122,7 +122,8 @@ impl Worker {
             4 => 20,
             5 => 3,
             _ => 1,
-        }
+        };
+        window.min(self.doubted_window())
     }
 
     /// Whether a row may be handed over now.
@@ -223,7 +224,10 @@ impl Worker {
             }
             self.claimed_in_pass += 1;
             match text {
-                Ok(text) => self.waiting.push_back(((Rc::clone(&page), i as i32 + 1), text, isolation)),
+                Ok(text) => {
+                    let place = (Rc::clone(&page), i as i32 + 1);
+                    self.waiting.push_back(Asking { place, text, isolation, again: None });
+                }
                 Err(_) => self.too_late.extend(damaged.remove(&(i as i32 + 1))),
             }
         }
@@ -233,14 +237,16 @@ impl Worker {
         while self.client.is_some() && !self.waiting.is_empty() && self.may_hand_over() {
             let (mut items, mut bytes) = (Vec::new(), 0);
             while self.may_hand_over()
-                && let Some((place, text, isolation)) =
-                    self.waiting.pop_front_if(|(_, text, _)| bytes == 0 || bytes + text.len() <= MESSAGE_BYTES)
+                && let Some(row) =
+                    self.waiting.pop_front_if(|row| bytes == 0 || bytes + row.text.len() <= MESSAGE_BYTES)
             {
-                failure_point!("poison-worker", &text);
-                bytes += text.len();
-                self.outstanding_bytes += text.len();
-                self.outstanding.insert(self.next_n, (place, text.len()));
-                items.push(Item { n: self.next_n, text, isolation });
+                failure_point!("poison-worker", &row.text);
+                bytes += row.text.len();
+                self.outstanding_bytes += row.text.len();
+                let Asking { text, isolation, again, .. } = &row;
+                let (text, isolation, again) = (text.clone(), isolation.clone(), again.clone());
+                items.push(Item { n: self.next_n, text, isolation, again });
+                self.outstanding.insert(self.next_n, row);
                 self.next_n += 1;
             }
             failure_point!("hand-over");
@@ -329,11 +335,14 @@ impl Worker {
     fn take(&mut self, outcomes: Vec<protocol::Outcome>, spent: &Spent) {
         self.spent.add(spent);
         self.money.spent(spent);
+        self.doubt.spent(spent);
         let spec = &self.asked.stream.task.spec;
         let fields = spec.columns();
         for o in outcomes {
-            let Some(((page, position), bytes)) = self.outstanding.remove(&o.n) else { continue };
-            self.outstanding_bytes -= bytes;
+            let Some(Asking { place: (page, position), text, isolation, again }) = self.outstanding.remove(&o.n) else {
+                continue;
+            };
+            self.outstanding_bytes -= text.len();
             if o.verdict == Verdict::Withdrawn {
                 continue;
             }
@@ -349,7 +358,11 @@ impl Worker {
                 position,
                 values,
                 verdict: o.verdict,
-                attempts: o.attempts,
+                // An answer that was paid for with another row is one too.
+                attempts: again.map_or(o.attempts, |again| o.attempts.max(again.attempts + 1)),
+                text,
+                isolation,
+                is_judged: self.asked.checks.is_none(),
                 reused: o.reused,
                 locked_since: None,
                 refused_since: None,

@@ -1,6 +1,7 @@
 //! A job's process: claims rows, hands them to the gateway, writes what comes back. Between its short transactions it
 //! holds nothing: no transaction, no snapshot, no lock.
 
+mod doubt;
 mod end;
 mod exchange;
 mod money;
@@ -13,10 +14,11 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{Spent, Stream, ToGateway, most_text};
+use llm_batch_gateway::protocol::{Again, Spent, Stream, ToGateway, most_text};
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::prelude::*;
 
+use self::doubt::Doubt;
 use self::end::outcome_of;
 use self::money::Money;
 use self::rights::Rights;
@@ -140,6 +142,15 @@ fn begin(id: i64, told: bool) -> Result<Option<Job>> {
 /// A row that was handed over: its page and its position there, from 1.
 type Place = (Rc<Page>, i32);
 
+/// A row to ask about: its text, and what keeps it apart.
+struct Asking {
+    place: Place,
+    text: String,
+    isolation: Option<String>,
+    /// Its answer before was refused.
+    again: Option<Again>,
+}
+
 struct Worker {
     job: Job,
     asked: Asked,
@@ -155,13 +166,13 @@ struct Worker {
     /// The run ends as if it had been killed.
     dies: bool,
     /// Rows without an outcome, by the number they were handed over under.
-    outstanding: HashMap<u64, (Place, usize)>,
+    outstanding: HashMap<u64, Asking>,
     /// Bytes of their text.
     outstanding_bytes: usize,
     /// Rows of the next page.
     page_size: i64,
-    /// Rows claimed and not yet handed over: their text, and what keeps them apart.
-    waiting: VecDeque<(Place, String, Option<String>)>,
+    /// Rows claimed, or to be asked again, and not yet handed over.
+    waiting: VecDeque<Asking>,
     next_n: u64,
     /// Outcomes to write.
     answers: Vec<Answer>,
@@ -169,8 +180,10 @@ struct Worker {
     most_at_once: usize,
     /// What is in the way of writing.
     trouble: Option<Trouble>,
-    /// Rows whose UPDATE raised: perhaps not their own fault.
+    /// Rows whose UPDATE raised, or that checks refused: perhaps not their own fault.
     suspects: Suspects,
+    /// Whether any answer is taken.
+    doubt: Doubt,
     /// Outcomes of rows that others hold locked.
     locked: Vec<Answer>,
     /// When they were last tried.
@@ -233,6 +246,7 @@ impl Worker {
             most_at_once: usize::MAX,
             trouble: None,
             suspects: Suspects::default(),
+            doubt: Doubt::default(),
             locked: Vec::new(),
             locked_tried: Instant::now(),
             last: None,
@@ -371,7 +385,7 @@ impl Worker {
         if let Some(asked) = self.reopen.take() {
             self.job.max_attempts = asked.stream.task.options.max_attempts;
             self.asked = asked;
-            (self.client, self.money) = (None, Money::default());
+            (self.client, self.money, self.doubt) = (None, Money::default(), Doubt::default());
         }
         Ok(())
     }
@@ -525,9 +539,7 @@ fn me() -> pg_sys::Oid {
 }
 
 fn make_plan(job: &Job, table: &plan::Table, stream: &Stream) -> Result<Plan> {
-    let spec = &stream.task.spec;
-    let casts = target::casts(&job.targets, spec)?;
-    // Of several columns each value may be at fault.
-    let has_labels = job.targets.len() == 1 && spec.columns().iter().all(|field| field.values.is_some());
-    Ok(Plan::new(job, table, &casts, has_labels, most_text(stream.model.max_request_tokens)))
+    let task = &stream.task;
+    let casts = target::casts(&job.targets, &task.spec)?;
+    Ok(Plan::new(job, table, &casts, task, most_text(stream.model.max_request_tokens)))
 }

@@ -106,7 +106,7 @@ impl Worker {
     /// The rows that were claimed and have no outcome, by page.
     fn open_rows(&self) -> BTreeMap<*const Page, (Rc<Page>, Vec<i32>)> {
         let mut pages = BTreeMap::new();
-        let places = self.outstanding.values().map(|(place, _)| place).chain(self.waiting.iter().map(|(p, ..)| p));
+        let places = self.outstanding.values().chain(&self.waiting).map(|row| &row.place);
         for (page, position) in places {
             let (_, positions) = pages.entry(Rc::as_ptr(page)).or_insert_with(|| (Rc::clone(page), Vec::new()));
             positions.push(*position);

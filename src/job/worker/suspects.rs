@@ -1,4 +1,4 @@
-//! Finds out why the UPDATE of a row raised: because of the row, which is then listed, or because of its label or the kind
+//! Finds out why the UPDATE of a row raised, or the task's checks refused it: because of the row, which is then listed, or because of its label or the kind
 //! of the error, which ends the run before all such rows are paid for.
 
 use std::collections::{BTreeSet, HashMap};
@@ -31,8 +31,9 @@ pub(super) struct Verdicts {
 }
 
 impl Suspects {
-    /// `written`: first values of rows that were written; `raised`: rows that were not, and why.
-    pub fn judge(&mut self, written: &BTreeSet<String>, raised: Vec<(Cause, Failure)>) -> Verdicts {
+    /// `written`: first values of rows that were written; `raised`: rows that were not, and why; `is_taken`: the task's
+    /// checks have taken an answer.
+    pub fn judge(&mut self, written: &BTreeSet<String>, raised: Vec<(Cause, Failure)>, is_taken: bool) -> Verdicts {
         let mut verdicts = Verdicts { rows: Vec::new(), guilty: None };
         for (cause, failure) in raised {
             let suspect = self.0.entry(cause).or_default();
@@ -42,7 +43,7 @@ impl Suspects {
             }
         }
         for (cause, suspect) in self.0.iter_mut().filter(|(_, s)| !s.rows.is_empty()) {
-            if cause.is_refuted(written) {
+            if cause.is_refuted(written) || (is_taken && matches!(cause, Cause::Refused(_))) {
                 suspect.is_mixed = true;
                 verdicts.rows.append(&mut suspect.rows);
             }

@@ -12,11 +12,12 @@ use crate::budget;
 use crate::client::WINDOW_ROWS;
 use crate::error::Result;
 use crate::failure::failure_point;
+use crate::job::cause::Cause;
 use crate::job::plan;
 use crate::job::settle::{self, Answer, FEW, Others, Settled};
 use crate::job::store::{self, Delta, Failure, Outcome};
 use crate::process::{my_database, report};
-use crate::{changes, shared, sql, txn};
+use crate::{changes, checks, shared, sql, txn};
 
 /// The time over which rates are measured.
 const RATES: Duration = Duration::from_secs(60);
@@ -32,6 +33,7 @@ struct Written {
 
 impl Worker {
     pub(super) fn settle(&mut self, with_locked: bool) -> Result<()> {
+        self.judge()?;
         let mut batch = std::mem::take(&mut self.answers);
         if with_locked {
             self.locked_tried = Instant::now();
@@ -139,13 +141,22 @@ impl Worker {
             self.job.has_failures = true;
         }
         self.job.has_nulls |= !settled.nulls.is_empty();
-        let verdicts = self.suspects.judge(&settled.written, settled.raised);
+        if settled.done > 0 {
+            self.doubt.take();
+        }
+        let verdicts = self.suspects.judge(&settled.written, settled.raised, self.doubt.is_taken());
         self.too_late.extend(verdicts.rows);
-        if let Some((cause, says)) = verdicts.guilty {
+        if let Some((Cause::Refused(class), says)) = &verdicts.guilty {
+            self.stop_untaken(class, says);
+        } else if let Some((cause, says)) = verdicts.guilty {
             let text = format!("rows with {cause} cannot be written: {says}");
             self.stop(Outcome::Paused("label", Some(text), None));
         }
         self.sample(settled.done + settled.failures.len() as i64, (spent.input_tokens + spent.output_tokens) as i64);
+        for (answer, hint) in settled.unfit {
+            self.doubt.refuse(checks::BAD_VALUE, &hint);
+            self.ask_again(answer, hint);
+        }
         for (key, attempts) in settled.changed {
             self.came_too_late(key, attempts);
         }

@@ -437,10 +437,16 @@ impl State {
             let Some(g) = l.group(group) else { continue };
             let reuse = g.stream.task.options.reuse;
             let compartment = g.compartment(&self.keys, &item);
-            let key = if reuse { self.keys.of(compartment, &item.text) } else { unique };
+            let before = item.again.as_ref().map_or(0, |again| again.attempts);
+            // What was refused is not given again; who is told the same for the same text may have the same answer.
+            let scope = item
+                .again
+                .as_ref()
+                .map_or(compartment, |again| self.keys.of(compartment, &format!("{} {}", again.attempts, again.hint)));
+            let key = if reuse { self.keys.of(scope, &item.text) } else { unique };
             if reuse && let Some(answer) = self.cache.get(key, self.settings.cache) {
                 l.rows_reused += 1;
-                self.outcome(waiter, 0, Verdict::Answer(answer), true);
+                self.outcome(waiter, before, Verdict::Answer(answer), true);
                 continue;
             }
             if g.push(now, conn, (item, line), compartment, key) == Pushed::TooLong {

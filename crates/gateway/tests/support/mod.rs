@@ -142,13 +142,13 @@ impl Client {
     /// Rows: the number of each and that of its text.
     pub fn texts(&mut self, rows: impl IntoIterator<Item = (u64, u64)>) {
         self.say(&ToGateway::Items(
-            rows.into_iter().map(|(n, t)| Item { n, text: text(t), isolation: None }).collect(),
+            rows.into_iter().map(|(n, t)| Item { n, text: text(t), isolation: None, again: None }).collect(),
         ));
     }
 
     /// Rows that are kept apart: the number of each, that of its text, and its isolation.
     pub fn isolated(&mut self, rows: impl IntoIterator<Item = (u64, u64, Option<String>)>) {
-        let item = |(n, t, isolation)| Item { n, text: text(t), isolation };
+        let item = |(n, t, isolation)| Item { n, text: text(t), isolation, again: None };
         self.say(&ToGateway::Items(rows.into_iter().map(item).collect()));
     }
 

@@ -1,0 +1,384 @@
+//! Repairs and checks of answers: SQL expressions of a task's owner. They run with the owner's rights, whoever asks, and
+//! can change nothing.
+
+mod look;
+
+use std::cell::RefCell;
+use std::ffi::CString;
+use std::rc::Rc;
+
+use llm_batch_core::task::{Answer, Column, Spec, Type, array_literal};
+use pgrx::datum::DatumWithOid;
+use pgrx::pg_sys::PgOid;
+use pgrx::prelude::*;
+use pgrx::spi::{OwnedPreparedStatement, SpiClient};
+use serde_json::{Number, Value};
+
+use crate::error::{Error, Result};
+use crate::job::settle::is_passing;
+use crate::job::target::{sql_type, type_oid};
+use crate::{asking, catalog, sql, txn};
+
+/// The options: each is a text, or for an extractor an object of fields and texts.
+const OPTIONS: [&str; 3] = ["repair", "check", "check_hint"];
+/// Most bytes of what a model is told.
+const MOST_HINT: usize = 500;
+/// Most characters of an answer that are shown.
+const MOST_SHOWN: usize = 500;
+/// What a model is told where the task does not say it.
+const HINT: &str = "another answer is needed, the one before did not pass a check";
+
+/// Classes of answers that a task's expressions refuse.
+pub const FAILED: &str = "check_failed";
+pub const RAISED: &str = "check_error";
+/// The class of a value that its type does not take.
+pub const BAD_VALUE: &str = "bad_value";
+
+/// What is said of one value of an answer.
+#[derive(Debug, Clone, PartialEq, Default)]
+struct Rule {
+    repair: Option<String>,
+    check: Option<String>,
+    hint: Option<String>,
+}
+
+/// The expressions of a task, ready to run.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Checks {
+    owner: pg_sys::Oid,
+    search_path: String,
+    has_names: bool,
+    columns: Vec<Column>,
+    /// One a column.
+    rules: Vec<Rule>,
+    statement: String,
+}
+
+/// Why an answer is not taken.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Refused {
+    pub class: &'static str,
+    pub detail: String,
+    /// What the model is told if the row is asked again, which it is not without.
+    pub hint: Option<String>,
+}
+
+pub type Judged = std::result::Result<Answer, Refused>;
+
+impl Checks {
+    /// Takes the expressions out of a task's options; `None` if there are none.
+    pub fn take(spec: &Spec, options: &mut Value) -> Result<Option<Unowned>> {
+        let columns = spec.columns();
+        let mut rules = vec![Rule::default(); columns.len()];
+        for key in OPTIONS {
+            let Some(value) = options.as_object_mut().and_then(|o| o.remove(key)).filter(|v| !v.is_null()) else {
+                continue;
+            };
+            for (at, text) in by_column(key, &value, spec.has_names(), &columns)? {
+                let Some(rule) = rules.get_mut(at) else { continue };
+                match key {
+                    "repair" => rule.repair = Some(text),
+                    "check" => rule.check = Some(text),
+                    _ => rule.hint = Some(hint(&text)?),
+                }
+            }
+        }
+        if rules.iter().any(|rule| rule.hint.is_some() && rule.check.is_none()) {
+            return Err(Error::invalid("option \"check_hint\" has no \"check\"")
+                .hint("It is what the model is told about an answer that fails its check."));
+        }
+        let is_none = rules.iter().all(|rule| *rule == Rule::default());
+        Ok((!is_none).then(|| Unowned { has_names: spec.has_names(), columns, rules }))
+    }
+
+    /// Looks at the expressions as the task's owner.
+    pub fn look(&self) -> Result<()> {
+        self.restricted(|| {
+            let source = from(&self.columns, self.has_names, &nothing);
+            for (column, rule) in self.columns.iter().zip(&self.rules) {
+                for (key, text) in [("repair", &rule.repair), ("check", &rule.check)] {
+                    let Some(text) = text else { continue };
+                    let wanted = if key == "check" { pg_sys::BOOLOID } else { sql_oid(column) };
+                    look::expression(key, text, &source, wanted).map_err(|e| {
+                        let of = if self.has_names { format!(" of field \"{}\"", column.name) } else { String::new() };
+                        Error { message: format!("{key}{of}: {}", e.message), ..e }.hint_if_none(format!(
+                            "It is an SQL expression over {} and input.",
+                            if self.has_names { "the fields" } else { "answer" }
+                        ))
+                    })?;
+                }
+            }
+            Ok(())
+        })
+    }
+
+    /// Repairs answers, and checks them: each is taken, perhaps as another one, or refused.
+    pub fn judge(&self, rows: &[(&str, &Answer)]) -> Result<Vec<Judged>> {
+        let judged = RefCell::new(Vec::with_capacity(rows.len()));
+        loop {
+            let done = judged.borrow().len();
+            let Some((row, _)) = rows.get(done..).and_then(<[_]>::split_first) else { return Ok(judged.into_inner()) };
+            // As far as the first that raises.
+            let tried = self.restricted(|| {
+                for (input, answer) in rows.iter().skip(done) {
+                    let one = self.one(input, answer)?;
+                    judged.borrow_mut().push(one);
+                }
+                Ok(())
+            });
+            let Err(e) = tried else { continue };
+            if is_passing(e.code) {
+                return Err(e);
+            }
+            let done = judged.borrow().len();
+            let (input, answer) = rows.get(done).unwrap_or(row);
+            let _ = input;
+            // A value that its type does not take raises before any expression does.
+            let refused = unfit(&self.columns, self.has_names, answer)?.unwrap_or_else(|| Refused {
+                class: RAISED,
+                detail: e.with_state(),
+                hint: None,
+            });
+            judged.borrow_mut().push(Err(refused));
+        }
+    }
+
+    fn one(&self, input: &str, answer: &Answer) -> Result<Judged> {
+        let mut args: Vec<Option<String>> = vec![Some(input.to_owned())];
+        args.extend(self.columns.iter().zip(&answer.0).map(|(column, text)| {
+            let text = text.as_deref()?;
+            if column.is_array { array_literal(text) } else { Some(text.to_owned()) }
+        }));
+        let (values, passed) = self.run(args)?;
+        let mut repaired = answer.clone();
+        let all = self.columns.iter().zip(&self.rules).zip(repaired.0.iter_mut().zip(values));
+        for ((column, rule), (value, new)) in all {
+            if rule.repair.is_none() {
+                continue;
+            }
+            if let Some(new) = new.as_deref().filter(|new| !is_value(column, new)) {
+                let detail = format!("the repair gives {}, which cannot be a value", shown(new));
+                return Ok(Err(Refused { class: RAISED, detail, hint: None }));
+            }
+            *value = new;
+        }
+        let failed = self.rules.iter().zip(passed).position(|(rule, is)| rule.check.is_some() && is != Some(true));
+        let Some(at) = failed else { return Ok(Ok(repaired)) };
+        let told = self.rules.get(at).and_then(|rule| rule.hint.as_deref()).unwrap_or(HINT);
+        let named = self.columns.get(at).filter(|_| self.has_names);
+        let (field, hint) = match named {
+            Some(column) => (format!("field \"{}\": ", column.name), format!("the field \"{}\": {told}", column.name)),
+            None => (String::new(), told.to_owned()),
+        };
+        let value = repaired.0.get(at).and_then(Option::as_deref).map_or_else(|| "NULL".to_owned(), shown);
+        let detail = format!("{field}{value} is not what the check wants");
+        Ok(Err(Refused { class: FAILED, detail, hint: Some(hint) }))
+    }
+
+    /// The values after the repairs, and what the checks say of them.
+    fn run(&self, args: Vec<Option<String>>) -> Result<(Vec<Option<String>>, Vec<Option<bool>>)> {
+        let args: Vec<DatumWithOid> = args.into_iter().map(DatumWithOid::from).collect();
+        Spi::connect(|client| {
+            let plan = self.plan(client, args.len())?;
+            let row = client.select(&*plan, Some(1), &args)?.first();
+            Ok((row.get::<Vec<Option<String>>>(1)?.unwrap_or_default(), row.get(2)?.unwrap_or_default()))
+        })
+    }
+
+    fn plan(&self, client: &SpiClient<'_>, args: usize) -> Result<Rc<OwnedPreparedStatement>> {
+        let is_it = |(whose, statement): &(pg_sys::Oid, String)| *whose == self.owner && *statement == self.statement;
+        let known = PLAN.with_borrow(|kept| kept.as_ref().filter(|(of, _)| is_it(of)).map(|(_, plan)| Rc::clone(plan)));
+        if let Some(plan) = known {
+            return Ok(plan);
+        }
+        let types = vec![PgOid::from(pg_sys::TEXTOID); args];
+        let plan = Rc::new(client.prepare(self.statement.as_str(), &types)?.keep());
+        PLAN.set(Some(((self.owner, self.statement.clone()), Rc::clone(&plan))));
+        Ok(plan)
+    }
+
+    fn restricted<T>(&self, f: impl FnOnce() -> Result<T>) -> Result<T> {
+        asking::refused(|| txn::restricted(self.owner, &self.search_path, f))
+    }
+}
+
+/// Whose plan it is, and of which statement.
+type Kept = ((pg_sys::Oid, String), Rc<OwnedPreparedStatement>);
+
+thread_local! {
+    /// The plan of the task that was checked last.
+    static PLAN: RefCell<Option<Kept>> = const { RefCell::new(None) };
+}
+
+/// The expressions of a task, of which it is still to be said whose they are.
+pub struct Unowned {
+    has_names: bool,
+    columns: Vec<Column>,
+    rules: Vec<Rule>,
+}
+
+impl Unowned {
+    pub fn of(self, owner: pg_sys::Oid, search_path: String) -> Checks {
+        let Self { has_names, columns, rules } = self;
+        let statement = statement(&columns, &rules, has_names);
+        Checks { owner, search_path, has_names, columns, rules, statement }
+    }
+}
+
+/// The texts of an option by the positions of their columns.
+fn by_column(key: &str, value: &Value, has_names: bool, columns: &[Column]) -> Result<Vec<(usize, String)>> {
+    let wrong = || {
+        let hint = match has_names {
+            true => "It must be an object of fields and texts, such as {\"amount\": \"…\"}.",
+            false => "It must be a text.",
+        };
+        Error::invalid(format!("invalid value for option \"{key}\": {value}")).hint(hint)
+    };
+    match value {
+        Value::String(text) if !has_names => Ok(vec![(0, text.clone())]),
+        Value::Object(map) if has_names => map
+            .iter()
+            .map(|(name, text)| {
+                let at = columns.iter().position(|c| c.name == *name).ok_or_else(|| {
+                    let names: Vec<&str> = columns.iter().map(|c| c.name.as_str()).collect();
+                    Error::invalid(format!("option \"{key}\" names a field \"{name}\" that does not exist"))
+                        .hint(format!("Valid fields are: {}.", names.join(", ")))
+                })?;
+                Ok((at, text.as_str().ok_or_else(wrong)?.to_owned()))
+            })
+            .collect(),
+        _ => Err(wrong()),
+    }
+}
+
+/// It stands on the row's line, in a request that other rows share.
+fn hint(text: &str) -> Result<String> {
+    let text = text.trim();
+    if text.is_empty() || text.len() > MOST_HINT || text.chars().any(char::is_control) {
+        return Err(Error::invalid(format!("option \"check_hint\" must be one line of at most {MOST_HINT} bytes")));
+    }
+    Ok(text.to_owned())
+}
+
+/// How SQL calls a column of an answer.
+fn called(column: &Column, has_names: bool) -> String {
+    if has_names { sql::name(&column.name) } else { "answer".to_owned() }
+}
+
+fn sql_oid(column: &Column) -> pg_sys::Oid {
+    let of = type_oid(column.of).unwrap_or(pg_sys::TEXTOID);
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    if column.is_array { unsafe { pg_sys::get_array_type(of) } } else { of }
+}
+
+fn nothing(_: usize) -> String {
+    "NULL".to_owned()
+}
+
+/// The row that expressions read: its values come from `value`, by their numbers; the input has number 1.
+fn from(columns: &[Column], has_names: bool, value: &dyn Fn(usize) -> String) -> String {
+    let mut all = Vec::new();
+    // A field of this name is what is meant.
+    if !has_names || columns.iter().all(|c| c.name != "input") {
+        all.push(format!("{}::pg_catalog.text AS input", value(1)));
+    }
+    all.extend(columns.iter().zip(2..).map(|(column, i)| {
+        format!("{}::{} AS {}", value(i), sql_type(column.of, column.is_array), called(column, has_names))
+    }));
+    format!("(SELECT {} OFFSET 0) \"llm_batch row\"", all.join(", "))
+}
+
+/// Repairs see the answer as it came, checks as the repairs have left it. The line ends close comments.
+fn statement(columns: &[Column], rules: &[Rule], has_names: bool) -> String {
+    let all = || columns.iter().zip(rules);
+    let mut repaired: Vec<String> = all()
+        .map(|(column, rule)| {
+            let name = called(column, has_names);
+            match &rule.repair {
+                Some(repair) => format!("CAST(({repair}\n) AS {}) AS {name}", sql_type(column.of, column.is_array)),
+                None => name,
+            }
+        })
+        .collect();
+    if !has_names || columns.iter().all(|c| c.name != "input") {
+        repaired.push("input".to_owned());
+    }
+    let written = |(column, rule): (&Column, &Rule)| {
+        let name = called(column, has_names);
+        match column.of {
+            _ if rule.repair.is_none() => "NULL".to_owned(),
+            Type::Jsonb if !column.is_array => format!("{name}::pg_catalog.text"),
+            // Whatever DateStyle, TimeZone and the like say.
+            _ => format!("(pg_catalog.to_jsonb({name}) OPERATOR(pg_catalog.#>>) '{{}}')"),
+        }
+    };
+    let check = |(_, rule): (&Column, &Rule)| rule.check.as_ref().map_or("NULL".to_owned(), |c| format!("({c}\n)"));
+    format!(
+        "SELECT ARRAY[{}]::pg_catalog.text[], ARRAY[{}]::pg_catalog.bool[] FROM (SELECT {} FROM {} OFFSET 0) \"llm_batch row\"",
+        all().map(written).collect::<Vec<_>>().join(", "),
+        all().map(check).collect::<Vec<_>>().join(", "),
+        repaired.join(", "),
+        from(columns, has_names, &|i| format!("(${i})")),
+    )
+}
+
+/// Whether what a repair gives can stand for a value of the column.
+fn is_value(column: &Column, text: &str) -> bool {
+    if column.is_array {
+        return true;
+    }
+    if let Some(labels) = &column.values {
+        return labels.iter().any(|label| label == text);
+    }
+    match column.of {
+        // A type of Postgres has NaN and infinity, JSON has not.
+        Type::Numeric | Type::Real => serde_json::from_str::<Number>(text).is_ok(),
+        _ => true,
+    }
+}
+
+/// The first value that the input function of its field's type does not take: the forms were looked at, the range was not.
+pub fn unfit(columns: &[Column], has_names: bool, answer: &Answer) -> Result<Option<Refused>> {
+    if !txn::has_subtransactions() {
+        return Ok(None);
+    }
+    for (column, text) in columns.iter().zip(&answer.0) {
+        let Some(text) = text.as_deref().filter(|_| !matches!(column.of, Type::Text | Type::Labels | Type::Boolean))
+        else {
+            continue;
+        };
+        let literal = if column.is_array { array_literal(text) } else { Some(text.to_owned()) };
+        let Some(literal) = literal.and_then(|text| CString::new(text).ok()) else { continue };
+        if let Err(e) = catalog::read_value(&literal, sql_oid(column), -1) {
+            if is_passing(e.code) {
+                return Err(e);
+            }
+            let field = has_names.then_some(column.name.as_str());
+            let of = format!("{}{}", column.of.name(), if column.is_array { "[]" } else { "" });
+            return Ok(Some(Refused::bad_value(field, text, &of, &e)));
+        }
+    }
+    Ok(None)
+}
+
+impl Refused {
+    /// A value that its type does not take. The model is told the field and the type alone.
+    pub fn bad_value(field: Option<&str>, text: &str, of: &str, e: &Error) -> Self {
+        let (named, told) = match field {
+            Some(field) => (format!("field \"{field}\": "), format!("the field \"{field}\"")),
+            None => (String::new(), "the answer".to_owned()),
+        };
+        Self {
+            class: BAD_VALUE,
+            detail: format!("{named}{} is no value of type {of}: {}", shown(text), e.with_state()),
+            hint: Some(format!("{told} must be a value of PostgreSQL's type {of}")),
+        }
+    }
+}
+
+/// A value for people, cut.
+fn shown(text: &str) -> String {
+    let cut = text.char_indices().nth(MOST_SHOWN).map_or(text.len(), |(end, _)| end);
+    let dots = if cut < text.len() { "…" } else { "" };
+    format!("\"{}{dots}\"", text.get(..cut).unwrap_or_default())
+}
