@@ -62,23 +62,23 @@ fn answers_are_repaired_and_checked() {
     let job = backfill(c, "t", "tidy");
     let p = bed.done(job);
     assert_eq!((p.done, p.failed), (59, 1), "{p:?}");
-    assert_eq!(one(c, "SELECT count(*) FROM t WHERE answer = upper(answer) AND answer LIKE id || ' THE%'"), 59);
+    assert_eq!(one(c, "SELECT count(*) FROM t WHERE answer = upper(answer) AND answer LIKE id || ' TEXT%'"), 59);
     let listed = failures(c, job);
     let (_, state, class, attempts, detail) = &listed[0];
     assert_eq!((state.as_str(), class.as_str(), *attempts), ("failed", "check_failed", 3), "{listed:?}");
-    assert!(detail.contains("\"7 THE"), "{detail}");
+    assert!(detail.contains("\"7 TEXT"), "{detail}");
     // Told why, and nothing of what was written.
     let lines = again(&bed, 7);
     assert_eq!((asked(&bed, 7), asked(&bed, 8), lines.len()), (3, 1, 2));
     assert!(lines.iter().all(|l| l.ends_with("\"#r000007:x#\" (asked again: write about seven)")), "{lines:?}");
 
     // In sessions, where the answers are kept: those that were refused are not taken again, and more are asked for.
-    assert!(text(c, "SELECT llm_run(body, 'tidy') FROM t WHERE id = 9").starts_with("9 THE"));
+    assert!(text(c, "SELECT llm_run(body, 'tidy') FROM t WHERE id = 9").starts_with("9 TEXT"));
     assert_eq!(one(c, "SELECT count(llm_run(body, 'tidy')) FROM t WHERE id <= 10"), 9);
     let rows = "SELECT * FROM llm_run_batch('SELECT id, body FROM t WHERE id BETWEEN 6 AND 8', 'tidy')";
     assert_eq!(one(c, &format!("SELECT count(*) FROM ({rows}) b WHERE status = 'ok' AND value = upper(value)")), 2);
     let detail = text(c, &format!("SELECT detail FROM ({rows}) b WHERE status = 'failed' AND id = '7'"));
-    assert!(detail.starts_with("check_failed: \"7 THE"), "{detail}");
+    assert!(detail.starts_with("check_failed: \"7 TEXT"), "{detail}");
     run(
         c,
         "SELECT llm_batch.alter_generator('tidy', options => '{\"check\": \"input !~ ''000007''\", \"on_error\": \"error\"}')",
@@ -101,7 +101,7 @@ fn answers_are_repaired_and_checked() {
     assert_eq!(detail, "check_error: 22012: division by zero");
 
     // None is ever taken: before twenty requests, and nothing is lost by it.
-    for (name, check) in [("never", "answer = ''"), ("null", "NULL::boolean"), ("bad", "answer::int > 0")] {
+    for (name, check) in [("never", "answer = ''"), ("nulls", "NULL::boolean"), ("bad", "answer::int > 0")] {
         table(c, name, 1001..=2000);
         generator(c, name, &format!(r#""check": "{check}", "max_rows_per_request": 5, "reuse": false"#));
         let before = bed.provider.stats().admitted;
@@ -191,7 +191,7 @@ fn fields_and_values_that_do_not_fit() {
     assert!(p.done > 5 && listed.len() > 5 && listed.iter().all(|f| f.2 == "write_error" && f.3 == 1), "{listed:?}");
     // No value fits, by a modifier or a domain.
     run(c, "CREATE DOMAIN word AS text CHECK (value !~ ' ')");
-    for (of, name) in [("varchar(5)", "short"), ("word", "word")] {
+    for (of, name) in [("varchar(5)", "short"), ("word", "domain_")] {
         table(c, name, 3001..=4000);
         run(c, &format!("ALTER TABLE {name} ALTER answer TYPE {of}"));
         generator(c, name, r#""reuse": false"#);
@@ -333,7 +333,7 @@ fn whose_rights_expressions_have() {
         "CREATE FUNCTION bob.is_ok(text) RETURNS boolean LANGUAGE sql AS 'SELECT false'; CREATE TEMP TABLE secret (a int);
          SET search_path = bob, pg_temp, public",
     );
-    assert!(text(bob, "SELECT llm_run('#r000001:x#', 'ours')").starts_with("1 the"));
+    assert!(text(bob, "SELECT llm_run('#r000001:x#', 'ours')").starts_with("1 text"));
     // No lock is held, while the statement waits for the network.
     run(c, "BEGIN; SELECT llm_run('#r000002:x#', 'ours')");
     assert_eq!(one(c, "SELECT count(*) FROM pg_locks WHERE relation = 'secret'::regclass"), 0);
@@ -412,6 +412,6 @@ fn the_documented_example() {
     // The provider writes English: a text of more than two foreign words does not pass.
     assert_eq!(one(c, "SELECT count(*) FROM motion WHERE is_readable(explanation)"), p.done);
     assert!(p.done >= 10 && p.failed >= 10 && p.done + p.failed == 40, "{p:?}");
-    let failed = "SELECT count(*) FROM llm_batch.failure WHERE class = 'check_failed' AND detail ~ '^\"\\d+ the '";
+    let failed = "SELECT count(*) FROM llm_batch.failure WHERE class = 'check_failed' AND detail ~ '^\"\\d+ text '";
     assert_eq!(one(c, failed), p.failed);
 }
