@@ -93,23 +93,20 @@ impl Checks {
 
     /// Looks at the expressions as the task's owner.
     pub fn look(&self) -> Result<()> {
-        self.restricted(|| {
-            let source = from(&self.columns, self.has_names, &nothing);
-            for (column, rule) in self.columns.iter().zip(&self.rules) {
-                for (key, text) in [("repair", &rule.repair), ("check", &rule.check)] {
-                    let Some(text) = text else { continue };
-                    let wanted = if key == "check" { pg_sys::BOOLOID } else { sql_oid(column) };
-                    look::expression(key, text, &source, wanted).map_err(|e| {
-                        let of = if self.has_names { format!(" of field \"{}\"", column.name) } else { String::new() };
-                        Error { message: format!("{key}{of}: {}", e.message), ..e }.hint_if_none(format!(
-                            "It is an SQL expression over {} and input.",
-                            if self.has_names { "the fields" } else { "answer" }
-                        ))
-                    })?;
-                }
+        let source = from(&self.columns, self.has_names, &nothing);
+        for (column, rule) in self.columns.iter().zip(&self.rules) {
+            for (key, text) in [("repair", &rule.repair), ("check", &rule.check)] {
+                let Some(text) = text else { continue };
+                let wanted = if key == "check" { pg_sys::BOOLOID } else { sql_oid(column) };
+                self.restricted(|| look::expression(key, text, &source, wanted)).map_err(|e| {
+                    let of = if self.has_names { format!(" of field \"{}\"", column.name) } else { String::new() };
+                    let names = if self.has_names { "the fields" } else { "answer" };
+                    Error { message: format!("{key}{of}: {}", e.message), ..e }
+                        .hint_if_none(format!("It is an SQL expression over {names} and input."))
+                })?;
             }
-            Ok(())
-        })
+        }
+        Ok(())
     }
 
     /// Repairs answers, and checks them: each is taken, perhaps as another one, or refused.
@@ -131,8 +128,7 @@ impl Checks {
                 return Err(e);
             }
             let done = judged.borrow().len();
-            let (input, answer) = rows.get(done).unwrap_or(row);
-            let _ = input;
+            let (_, answer) = rows.get(done).unwrap_or(row);
             // A value that its type does not take raises before any expression does.
             let refused = unfit(&self.columns, self.has_names, answer)?.unwrap_or_else(|| Refused {
                 class: RAISED,
