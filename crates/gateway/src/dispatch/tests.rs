@@ -95,7 +95,7 @@ impl Sim {
         self.outcomes.clear();
         (self.stop, self.requests) = (None, 0);
         let count = rows.end - rows.start;
-        let item = |n| (Item { n, text: format!("row {n} {long}"), isolation: None }, None);
+        let item = |n| (Item { n, text: format!("row {n} {long}"), isolation: None, again: None }, None);
         self.state.items(self.now, self.conn, rows.map(item).collect()).unwrap();
         for _ in 0..100_000 {
             while let Ok(mut frame) = self.heard.try_recv() {
