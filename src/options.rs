@@ -37,14 +37,21 @@ pub fn of_call(mut options: Value) -> Result<OfCall> {
     Ok(OfCall { task: options, limit: Allowance { cost, tokens } })
 }
 
-/// Of `llm_filter()`: a model besides.
-pub fn of_question(mut options: Value) -> Result<(OfCall, Option<String>)> {
-    let model = match take(&mut options, "model") {
-        None => None,
-        Some(Value::String(name)) => Some(name),
-        Some(other) => return Err(wrong("model", &other, "It must be the name of a model.")),
+/// Of `llm_filter()` and the like: a model and a task besides.
+pub struct OfQuestion {
+    pub call: OfCall,
+    pub model: Option<String>,
+    pub task: Option<String>,
+}
+
+pub fn of_question(mut options: Value) -> Result<OfQuestion> {
+    let mut name = |key: &str| match take(&mut options, key) {
+        None => Ok(None),
+        Some(Value::String(name)) => Ok(Some(name)),
+        Some(other) => Err(wrong(key, &other, &format!("It must be the name of a {key}."))),
     };
-    Ok((of_call(options)?, model))
+    let (model, task) = (name("model")?, name("task")?);
+    Ok(OfQuestion { call: of_call(options)?, model, task })
 }
 
 /// Of `backfill()` and `estimate()`: the task's, and what keeps rows apart.

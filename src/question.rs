@@ -1,13 +1,13 @@
 //! The arguments of a scalar function beside its text: the same for every row of a call.
 
-use llm_batch_core::options::{OnError, Options};
+use llm_batch_core::options::OnError;
 use llm_batch_core::task::{Spec, Task};
 use llm_batch_gateway::protocol::{Allowance, Verdict};
 use pgrx::prelude::*;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::options::{OfCall, of_call, of_question};
+use crate::options::{OfCall, OfQuestion, of_call, of_question};
 use crate::process::current_user;
 use crate::task::{self, Asked, Known};
 use crate::verb::Verb;
@@ -52,12 +52,13 @@ impl Question {
         let name = self.subject.first().cloned().flatten().unwrap_or_default();
         let OfCall { task: options, limit } = of_call(self.options.clone())?;
         let known = task::load(&name, &options).map_err(|e| match self.verb {
-            Verb::ClassifyTask | Verb::ExtractTask if name.trim_start().starts_with(['{', '[']) => {
-                e.hint("A text names a task. To ask without one, write an array, such as ARRAY['billing', 'other'].")
-            }
+            Verb::ClassifyTask | Verb::ExtractTask if name.trim_start().starts_with(['{', '[']) => e.hint(format!(
+                "A text names a task. To ask without one, write an array, such as ARRAY['billing', 'other'] or \
+                     '{{billing,other}}'::text[]."
+            )),
             _ => e,
         })?;
-        check_kind(self.verb, &name, &known.task.spec)?;
+        self.verb.check_kind(&name, &known.task.spec)?;
         Ok((known, limit))
     }
 
@@ -75,25 +76,25 @@ impl Question {
     }
 }
 
-/// What a verb asks without a task, for the model of the options or the default one.
+/// What a verb asks with a subject of its own: of the model of the options, or of the task that they name, or else of the
+/// default one.
 pub fn ad_hoc(
     verb: Verb,
     subject: &[Option<String>],
     options: Value,
     author: Option<pg_sys::Oid>,
 ) -> Result<(Known, Allowance)> {
-    let (OfCall { mut task, limit }, named) = of_question(options)?;
-    let spec = verb.spec(subject, &mut task)?;
-    let task = Task { spec, options: Options::from_json([&task])? };
-    Ok((Known { model: named.map_or_else(|| model::default(author), Ok)?, task, checks: None }, limit))
-}
-
-/// Refuses a task of another kind.
-pub fn check_kind(verb: Verb, name: &str, spec: &Spec) -> Result<()> {
-    match verb.kind().filter(|kind| *kind != spec.kind()) {
-        None => Ok(()),
-        Some(kind) => Err(task::wrong_kind(name, kind).hint("llm_run() asks tasks of every kind.")),
+    let OfQuestion { call: OfCall { task: mut options, limit }, model, task: name } = of_question(options)?;
+    verb.check_options(&options, name.is_some())?;
+    let base = name.as_deref().map(|name| task::load(name, &Value::Null)).transpose()?;
+    if let (Some(name), Some(base)) = (&name, &base) {
+        verb.check_base(name, &base.task.spec)?;
     }
+    let spec = verb.spec(subject, &mut options, base.as_ref().map(|base| &base.task.spec))?;
+    let (before, of_task, checks) =
+        base.map_or_else(Default::default, |base| (base.task.options, Some(base.model), base.checks));
+    let task = Task { spec, options: before.with(&options)? };
+    Ok((Known { model: model.or(of_task).map_or_else(|| model::default(author), Ok)?, task, checks }, limit))
 }
 
 impl Conclude {

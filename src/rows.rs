@@ -17,7 +17,7 @@ use crate::isolation;
 use crate::json::Json;
 use crate::options::{OfCall, of_call};
 use crate::process::current_user;
-use crate::question::{ad_hoc, check_kind};
+use crate::question::ad_hoc;
 use crate::scalar::author;
 use crate::task::{self, Asked};
 use crate::text::{self, Text};
@@ -205,7 +205,7 @@ fn named(verb: Verb, task: Text, options: Json) -> Result<(task::Known, Allowanc
     let OfCall { task: options, limit } = of_call(options.0)?;
     let name = task.checked()?;
     let known = task::load(&name, &options)?;
-    check_kind(verb, &name, &known.task.spec)?;
+    verb.check_kind(&name, &known.task.spec)?;
     Ok((known, limit))
 }
 

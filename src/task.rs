@@ -154,6 +154,7 @@ impl Stored {
     /// Expressions are looked at as the owner.
     fn checked(self, kind: &str, owner: Option<pg_sys::Oid>, search_path: &str) -> Result<Self> {
         let spec = Spec::from_json(kind, &self.spec)?;
+        check_time_zones(&spec)?;
         let mut options = self.options.clone();
         let checks = Checks::take(&spec, &mut options)?;
         check_of_task(&options)?;
@@ -167,6 +168,24 @@ impl Stored {
         }
         Ok(Self { spec, options: self.options })
     }
+}
+
+/// Postgres would refuse each time without an offset that is read in a zone it does not know.
+fn check_time_zones(spec: &Spec) -> Result<()> {
+    let zones: Vec<&str> = spec.time_zones();
+    if zones.is_empty() {
+        return Ok(());
+    }
+    let unknown = sql::one::<String>(
+        "SELECT u.zone FROM pg_catalog.unnest($1::pg_catalog.text[]) u (zone)
+          WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_timezone_names z
+                             WHERE pg_catalog.lower(z.name) OPERATOR(pg_catalog.=) pg_catalog.lower(u.zone)) LIMIT 1",
+        &[zones.into()],
+    )?;
+    unknown.map_or(Ok(()), |zone| {
+        Err(Error::invalid(format!("time zone \"{zone}\" does not exist"))
+            .hint("The view pg_timezone_names lists time zones, such as Europe/Berlin."))
+    })
 }
 
 fn check_model(name: &str) -> Result<()> {

@@ -1,11 +1,13 @@
 //! The scalar functions that ask: what each takes and makes of it. One line a function; the plan node, the functions
 //! themselves and EXPLAIN read it here.
 
+use llm_batch_core::options::KEYS;
 use llm_batch_core::task::{Spec, fields_from_names};
 use pgrx::prelude::*;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
+use crate::task;
 
 /// What a function asks about its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,8 +56,9 @@ const ALL: [Known; 10] = [
     Known("llm_score_wrapper", Verb::Score, Subject::Text, true),
 ];
 
-/// The label of a question's answer that is yes.
+/// The labels of a question's answers.
 pub const YES: &str = "yes";
+const NO: &str = "no";
 
 impl Verb {
     /// The function with this symbol.
@@ -84,32 +87,91 @@ impl Verb {
         matches!(self, Self::Run | Self::ClassifyTask | Self::ExtractTask)
     }
 
-    /// The specification of what it asks ad hoc, with what the options say of it, which are taken out of them.
-    pub fn spec(self, subject: &[Option<String>], options: &mut Value) -> Result<Spec> {
-        let kind = self.kind().unwrap_or("classify");
-        let mut spec = Map::new();
-        for key in ["instruction", "examples"].iter().chain(Spec::options(kind)?) {
-            if let Some(value) = options.as_object_mut().and_then(|o| o.remove(*key)).filter(|v| !v.is_null()) {
-                spec.insert((*key).to_owned(), value);
+    /// Refuses a task of another kind.
+    pub fn check_kind(self, name: &str, spec: &Spec) -> Result<()> {
+        match self.kind().filter(|kind| *kind != spec.kind()) {
+            None => Ok(()),
+            Some(kind) => Err(task::wrong_kind(name, kind).hint("llm_run() asks tasks of every kind.")),
+        }
+    }
+
+    /// What its options may say of the specification.
+    fn own_options(self) -> Result<Vec<&'static str>> {
+        let descriptions: &[&str] = if self.has_names() { &["descriptions"] } else { &[] };
+        let of_kind = Spec::options(self.kind().unwrap_or("classify"))?;
+        Ok(["instruction", "examples"].iter().chain(descriptions).chain(of_kind).copied().collect())
+    }
+
+    /// Its subject is an array: labels or fields, which may be described.
+    fn has_names(self) -> bool {
+        matches!(self, Self::Classify | Self::Extract)
+    }
+
+    /// Refuses what is none of its options, and a task where its subject is one.
+    pub fn check_options(self, options: &Value, names_task: bool) -> Result<()> {
+        if names_task && self.has_names() {
+            return Err(Error::invalid("unrecognized option \"task\"")
+                .hint("A second argument of type text names a task: llm_classify(input, task)."));
+        }
+        let own = self.own_options()?;
+        let is_known = |key: &str| own.contains(&key) || KEYS.split(", ").any(|known| known == key);
+        match options.as_object().and_then(|map| map.keys().find(|key| !is_known(key))) {
+            None => Ok(()),
+            Some(key) => {
+                let task = if self.has_names() { "" } else { "task, " };
+                Err(Error::invalid(format!("unrecognized option \"{key}\""))
+                    .hint(format!("Valid options are: model, {task}{}, max_cost, max_tokens, {KEYS}.", own.join(", "))))
             }
         }
-        let descriptions = match options.as_object_mut().and_then(|o| o.remove("descriptions")) {
-            None | Some(Value::Null) => Map::new(),
+    }
+
+    /// Refuses a task that does not answer as it returns.
+    pub fn check_base(self, name: &str, spec: &Spec) -> Result<()> {
+        self.check_kind(name, spec)?;
+        let is_yes_or_no = || {
+            let columns = spec.columns();
+            let labels = columns.first().and_then(|column| column.values.as_deref()).unwrap_or_default();
+            labels.len() == 2 && [YES, NO].iter().all(|word| labels.iter().any(|label| label == word))
+        };
+        if self == Self::Filter && !is_yes_or_no() {
+            return Err(Error::new(
+                PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
+                format!("task \"{name}\" does not answer with yes or no"),
+            )
+            .hint("llm_filter() asks classifiers with the labels \"yes\" and \"no\"."));
+        }
+        Ok(())
+    }
+
+    /// The specification of what it asks: that of a task, if one is named, with what the options say, which is taken out of
+    /// them, and its subject. Behind a task's instruction the subject may be empty.
+    pub fn spec(self, subject: &[Option<String>], options: &mut Value, base: Option<&Spec>) -> Result<Spec> {
+        let kind = self.kind().unwrap_or("classify");
+        let mut spec = match base.map(serde_json::to_value) {
+            Some(Ok(Value::Object(map))) => map,
+            _ => Map::new(),
+        };
+        let mut take = |key: &str| options.as_object_mut().and_then(|o| o.remove(key)).filter(|v| !v.is_null());
+        let descriptions = match self.has_names().then(|| take("descriptions")).flatten() {
+            None => Map::new(),
             Some(Value::Object(map)) => map,
             Some(other) => {
                 return Err(Error::invalid(format!("invalid value for option \"descriptions\": {other}"))
                     .hint("It must be an object of names and their descriptions."));
             }
         };
-        let has_names = matches!(self, Self::Classify | Self::Extract);
-        if !descriptions.is_empty() && !has_names {
-            return Err(Error::invalid("unrecognized option \"descriptions\"")
-                .hint("It describes the labels of llm_classify() or the fields of llm_extract()."));
+        for key in self.own_options()? {
+            if let Some(value) = take(key) {
+                spec.insert(key.to_owned(), value);
+            }
         }
         let names: Vec<String> = subject.iter().map(|name| name.clone().unwrap_or_default()).collect();
         let words = names.first().map_or("", |s| s.trim());
         let instruction = spec.get("instruction").and_then(Value::as_str).unwrap_or_default().to_owned();
         let with = |words: String| if instruction.is_empty() { words } else { format!("{instruction}\n{words}") };
+        if base.is_some() && words.is_empty() {
+            return Ok(Spec::from_json(kind, &Value::Object(spec))?);
+        }
         match self {
             Self::Run | Self::ClassifyTask | Self::ExtractTask => {}
             Self::Classify => {
@@ -126,7 +188,7 @@ impl Verb {
                 some(words, "question", "Ask a question that can be answered with yes or no.")?;
                 let question = with(format!("Answer this question about each text: {words}"));
                 spec.insert("instruction".to_owned(), question.into());
-                spec.insert("labels".to_owned(), json!({YES: "the answer is yes", "no": "the answer is no"}));
+                spec.entry("labels").or_insert_with(|| json!({YES: "the answer is yes", NO: "the answer is no"}));
             }
             Self::Extract => {
                 spec.insert("fields".to_owned(), json!(fields_from_names(&names, &descriptions)?));
@@ -150,8 +212,8 @@ impl Verb {
             Self::Score => {
                 some(words, "question", "Ask what the score tells of each text, such as how urgent it is.")?;
                 spec.insert("instruction".to_owned(), with(words.to_owned()).into());
-                spec.insert("low".to_owned(), 0.into());
-                spec.insert("high".to_owned(), 1.into());
+                spec.entry("low").or_insert_with(|| 0.into());
+                spec.entry("high").or_insert_with(|| 1.into());
             }
         }
         Ok(Spec::from_json(kind, &Value::Object(spec))?)

@@ -23,6 +23,9 @@ pub unsafe fn explain(
         let context = pg_sys::set_deparse_context_plan((*es).deparse_cxt, plan, ancestors);
         let with_prefix = (*es).verbose || list::<pg_sys::Node>((*es).rtable).len() > 1;
         let group = c"Calls".as_ptr();
+        if sorts_before_limit(ancestors) {
+            text(c"Rows to Ask", "all that WHERE lets through: the sort comes before the LIMIT", es);
+        }
         pg_sys::ExplainOpenGroup(group, group, false, es);
         let mut known: Vec<(Question, Option<(String, u32)>)> = Vec::new();
         for site in &ahead.sites {
@@ -74,6 +77,18 @@ pub unsafe fn explain(
         }
         pg_sys::ExplainCloseGroup(group, group, false, es);
     }
+}
+
+/// Whether the rows of a node are sorted before a limit takes the first: then it is not the limit that bounds what is asked.
+///
+/// # Safety
+/// `ancestors` are the nodes above, the nearest first.
+unsafe fn sorts_before_limit(ancestors: *mut pg_sys::List) -> bool {
+    use pg_sys::NodeTag::{T_Limit, T_Sort};
+    // SAFETY: as the caller says.
+    let tags: Vec<_> = unsafe { list::<pg_sys::Node>(ancestors).into_iter().map(|node| (*node).type_).collect() };
+    let above = tags.iter().skip_while(|tag| !matches!(tag, T_Limit | T_Sort)).collect::<Vec<_>>();
+    above.first() == Some(&&T_Sort) && above.contains(&&T_Limit)
 }
 
 unsafe fn text(label: &CStr, value: &str, es: *mut pg_sys::ExplainState) {

@@ -251,7 +251,8 @@ fn by_column(key: &str, value: &Value, has_names: bool, columns: &[Column]) -> R
 fn hint(text: &str) -> Result<String> {
     let text = text.trim();
     if text.is_empty() || text.len() > MOST_HINT || text.chars().any(char::is_control) {
-        return Err(Error::invalid(format!("option \"check_hint\" must be one line of at most {MOST_HINT} bytes")));
+        return Err(Error::invalid(format!("option \"check_hint\" must be one line of at most {MOST_HINT} bytes"))
+            .hint("It stands in the request behind the row that is asked again: \"write it in German\"."));
     }
     Ok(text.to_owned())
 }

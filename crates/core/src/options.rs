@@ -106,8 +106,12 @@ impl Default for Options {
     }
 }
 
-const KEYS: &str = "max_rows_per_request, max_attempts, priority, structured_output, codes, answer_shape, too_long, \
-                    reuse, on_error; of a task also repair, check, check_hint; of a job isolation";
+/// The keys of a task's options.
+pub const KEYS: &str = "max_rows_per_request, max_attempts, priority, structured_output, codes, answer_shape, too_long, \
+                        reuse, on_error";
+/// Those of a task with a name alone, and of a job.
+const OF_TASK: &str = "repair, check, check_hint";
+const OF_JOB: &str = "isolation";
 
 impl Options {
     /// Reads a JSON object. Later objects override earlier ones key by key.
@@ -115,18 +119,23 @@ impl Options {
     /// # Errors
     /// An unknown key, or a value outside its range, with the valid ones as the hint.
     pub fn from_json<'a>(layers: impl IntoIterator<Item = &'a Value>) -> Result<Self, Error> {
-        let mut options = Self::default();
-        for layer in layers {
-            match layer {
-                Value::Object(map) => options.apply(map)?,
-                Value::Null => {}
-                _ => {
-                    return Err(Error::new("options must be a JSON object")
-                        .hint(format!("Write them as '{{\"key\": value}}'. Valid keys are: {KEYS}.")));
-                }
+        layers.into_iter().try_fold(Self::default(), Self::with)
+    }
+
+    /// These, overridden by those of a JSON object.
+    ///
+    /// # Errors
+    /// As of [`Self::from_json`].
+    pub fn with(mut self, layer: &Value) -> Result<Self, Error> {
+        match layer {
+            Value::Object(map) => self.apply(map)?,
+            Value::Null => {}
+            _ => {
+                return Err(Error::new("options must be a JSON object")
+                    .hint(format!("Write them as '{{\"key\": value}}'. Valid keys are: {KEYS}.")));
             }
         }
-        Ok(options)
+        Ok(self)
     }
 
     fn apply(&mut self, map: &Map<String, Value>) -> Result<(), Error> {
@@ -145,7 +154,7 @@ impl Options {
                 "on_error" => self.on_error = word(key, value, "null, error")?,
                 _ => {
                     return Err(Error::new(format!("unrecognized option \"{key}\""))
-                        .hint(format!("Valid options are: {KEYS}.")));
+                        .hint(format!("Valid options are: {KEYS}; of a task also {OF_TASK}; of a job {OF_JOB}.")));
                 }
             }
         }

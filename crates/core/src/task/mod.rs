@@ -125,6 +125,14 @@ impl Spec {
         }
     }
 
+    /// The time zones that its fields name.
+    pub fn time_zones(&self) -> Vec<&str> {
+        match self {
+            Self::Extract(task) => task.fields.iter().filter_map(|field| field.time_zone.as_deref()).collect(),
+            _ => Vec::new(),
+        }
+    }
+
     /// Whether the values of an answer have names, even if there is one alone.
     pub fn has_names(&self) -> bool {
         matches!(self, Self::Extract(_))
