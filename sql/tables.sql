@@ -33,6 +33,7 @@ CREATE TABLE llm_batch.model (
     input_price             numeric,
     output_price            numeric,
     cached_input_price      numeric,
+    price_as_of             date,
     max_concurrent_requests integer,
     request_timeout         interval NOT NULL,
     max_request_tokens      integer NOT NULL,
@@ -52,6 +53,7 @@ COMMENT ON COLUMN llm_batch.model.output_tokens_per_minute IS 'limit of answer t
 COMMENT ON COLUMN llm_batch.model.input_price IS 'dollars per million prompt tokens';
 COMMENT ON COLUMN llm_batch.model.output_price IS 'dollars per million answer tokens';
 COMMENT ON COLUMN llm_batch.model.cached_input_price IS 'dollars per million prompt tokens that the provider had cached; NULL means input_price';
+COMMENT ON COLUMN llm_batch.model.price_as_of IS 'date of the prices if they were taken from llm_batch.list_price; NULL if they were given, or none is known';
 COMMENT ON COLUMN llm_batch.model.max_concurrent_requests IS 'maximum number of concurrent requests; NULL means that the gateway finds out by trying';
 COMMENT ON COLUMN llm_batch.model.request_timeout IS 'maximum duration of a request';
 COMMENT ON COLUMN llm_batch.model.max_request_tokens IS 'maximum number of tokens of a request, prompt and answer together';

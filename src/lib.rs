@@ -26,6 +26,7 @@ mod kept;
 mod model;
 mod options;
 mod owner;
+mod price;
 mod process;
 mod provider;
 mod question;
@@ -45,7 +46,8 @@ mod worker;
 ::pgrx::pg_module_magic!(name, version);
 
 pgrx::extension_sql_file!("../sql/tables.sql", name = "tables", bootstrap);
-pgrx::extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["tables"]);
+pgrx::extension_sql_file!("../sql/prices.sql", name = "prices", requires = ["tables"]);
+pgrx::extension_sql_file!("../sql/functions.sql", name = "functions", requires = ["prices"]);
 pgrx::extension_sql_file!("../sql/views.sql", name = "views", requires = ["functions"], finalize);
 
 #[cfg(not(panic = "unwind"))]

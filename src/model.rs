@@ -13,6 +13,7 @@ use crate::args::{exists, from_name, new_name, required, unknown};
 use crate::budget::Price;
 use crate::error::{Error, Result};
 use crate::json::Json;
+use crate::price::{self, Listed};
 use crate::process::current_user;
 use crate::{changes, client, owner, provider, sql, txn};
 
@@ -174,6 +175,21 @@ impl Settings {
         ]
     }
 
+    /// Whether a price is given.
+    fn has_prices(&self) -> bool {
+        self.input_price.is_some() || self.output_price.is_some() || self.cached_input_price.is_some()
+    }
+
+    /// With the prices of the list, if there are any.
+    fn with_prices(self, listed: Option<&Listed>) -> Self {
+        match listed.map(|listed| listed.prices.clone()) {
+            Some([input_price, output_price, cached_input_price]) => {
+                Self { input_price, output_price, cached_input_price, ..self }
+            }
+            None => self,
+        }
+    }
+
     /// `api`: the dialect of the model's server.
     fn check(&self, api: Api) -> Result<()> {
         for (name, _, given) in self.table() {
@@ -251,6 +267,37 @@ fn check_place(server: Option<pg_sys::Oid>, model: Option<&str>) -> Result<()> {
     server.map_or(Ok(()), |server| provider::endpoint(server, current_user()).map(|_| ()))
 }
 
+/// The prices of the list for a model of a server.
+fn listed(server: pg_sys::Oid, model: &str) -> Result<Option<Listed>> {
+    price::listed(&provider::endpoint(server, current_user())?.base_url, model)
+}
+
+/// The model of the provider and its prices of the list, if they are to be taken from there once more: all `are_reset`, or
+/// they were taken from there and the model or its server becomes another one.
+fn listed_anew(
+    name: &str,
+    server: Option<pg_sys::Oid>,
+    model: Option<&str>,
+    are_reset: bool,
+) -> Result<Option<(String, Option<Listed>)>> {
+    let known = sql::row(
+        "SELECT llm_batch.server_now(m.server, m.server_name, m.home) AS server, m.model, m.price_as_of IS NOT NULL AS is_listed
+           FROM llm_batch.model m WHERE m.name OPERATOR(pg_catalog.=) $1",
+        &[name.into()],
+        |row| Ok((row.maybe("server")?, row.get::<String>("model")?, row.get::<bool>("is_listed")?)),
+    )?;
+    let Some((known_server, known_model, was_listed)) = known else { return Ok(None) };
+    if !are_reset && !(was_listed && (server.is_some() || model.is_some())) {
+        return Ok(None);
+    }
+    let model = model.map_or(known_model, str::to_owned);
+    let listed = match server.or(known_server) {
+        Some(server) => listed(server, &model)?,
+        None => None,
+    };
+    Ok(Some((model, listed)))
+}
+
 #[allow(clippy::too_many_arguments)]
 #[pg_extern(sql = false)]
 fn create_model(
@@ -288,6 +335,9 @@ fn create_model(
     };
     settings.check(provider::api_of(server)?)?;
     check_place(Some(server), Some(model))?;
+    let listed = if settings.has_prices() { None } else { Some(listed(server, model)?) };
+    let taken = listed.as_ref().and_then(Option::as_ref);
+    let settings = settings.with_prices(taken);
     let mut args: Vec<DatumWithOid> =
         vec![name.into(), current_user().into(), server.into(), server_name.into(), model.into()];
     let (mut columns, mut values) = (String::new(), String::new());
@@ -296,6 +346,9 @@ fn create_model(
         columns += &format!(", {column}");
         values += &format!(", coalesce(${}, {default})", args.len());
     }
+    args.push(taken.map(|listed| listed.as_of).into());
+    columns += ", price_as_of";
+    values += &format!(", ${}", args.len());
     let made = txn::as_extension_owner(|| {
         sql::run(
             &format!(
@@ -308,6 +361,9 @@ fn create_model(
     })?;
     if made == 0 {
         return Err(exists("model", name, "model").into());
+    }
+    if let Some(listed) = listed {
+        price::tell(model, listed.as_ref());
     }
     Ok(())
 }
@@ -361,11 +417,23 @@ fn alter_model(
             .into());
     }
     let (server, server_name) = server.unzip();
+    let is_reset = |column: &str| reset.iter().any(|name| name == column);
+    let is_by_hand = settings.has_prices() || price::COLUMNS.into_iter().any(is_reset);
+    let are_reset = is_reset("input_price") && is_reset("output_price");
+    let anew = if settings.has_prices() { None } else { listed_anew(name, server, model, are_reset)? };
+    let taken = anew.as_ref().and_then(|(_, listed)| listed.as_ref());
+    let settings = settings.with_prices(taken);
     let mut args: Vec<DatumWithOid> = vec![name.into(), server.into(), server_name.into(), model.into()];
     let mut assignments = String::new();
+    if anew.is_some() || is_by_hand {
+        args.push(taken.map(|listed| listed.as_of).into());
+        assignments += &format!(", price_as_of = ${}", args.len());
+    }
     for (column, default, given) in settings.table() {
         args.push(given.datum());
-        assignments += &if reset.iter().any(|name| name == column) {
+        assignments += &if anew.is_some() && price::COLUMNS.contains(&column) {
+            format!(", {column} = ${}", args.len())
+        } else if is_reset(column) {
             format!(", {column} = {default}")
         } else {
             format!(", {column} = coalesce(${}, {column})", args.len())
@@ -383,6 +451,9 @@ fn alter_model(
         changes::tell();
         Ok(())
     })?;
+    if let Some((model, listed)) = anew {
+        price::tell(&model, listed.as_ref());
+    }
     Ok(())
 }
 

@@ -803,7 +803,8 @@ fn mails(client: &mut Client, rows: std::ops::Range<u64>) {
     let mail = |n| Item {
         n,
         text: format!("{} And so it goes on, for a line or two.{}", text(n), " More.".repeat(15)),
-        isolation: None, again: None,
+        isolation: None,
+        again: None,
     };
     client.say(&ToGateway::Items(rows.map(mail).collect()));
 }
