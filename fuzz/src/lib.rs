@@ -6,10 +6,10 @@ use std::fmt::Debug;
 
 use llm_batch_core::answer::{self, Verdict};
 use llm_batch_core::codes::Legend;
-use llm_batch_core::dialect::Api;
+use llm_batch_core::dialect::{Api, Reply};
 use llm_batch_core::options::{Codes, Options};
 use llm_batch_core::task::{Answer, Spec, Type};
-use llm_batch_core::trouble::{self, Trouble, one_line};
+use llm_batch_core::trouble::{self, Report, Trouble, one_line};
 use llm_batch_core::{headers, task, url};
 use llm_batch_gateway::protocol::{FromGateway, Secret, ToGateway, decode, encode};
 use serde_json::{Value, json};
@@ -36,6 +36,7 @@ pub fn answer(data: &[u8]) {
     let others = [
         ("generate", json!({"instruction": "x"})),
         ("score", json!({"instruction": "x", "low": 0, "high": 10})),
+        ("embed", json!({"dimensions": 2})),
         ("extract", json!({"fields": {"c": {"labels": LABELS}, "n": "numeric", "tags": "text[]"}})),
         ("extract", json!({"fields": {"from": "date", "to": "date", "at": "timestamptz", "j": "jsonb"}})),
     ];
@@ -90,7 +91,13 @@ pub fn outcome(data: &[u8]) {
 }
 
 fn outcome_in(api: Api, status: u16, body: &[u8]) {
-    match trouble::outcome(api, status, body, None, &[]) {
+    for of in [trouble::outcome, trouble::outcome_of_embeddings] {
+        outcome_by(of(api, status, body, None, &[]));
+    }
+}
+
+fn outcome_by(result: Result<Reply, Report>) {
+    match result {
         Ok(reply) => {
             let usage = reply.usage.or(Default::default());
             assert!(usage.input < 1 << 32 && usage.output < 1 << 32 && reply.cached_input <= usage.input);

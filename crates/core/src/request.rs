@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::dialect::Format;
+use crate::dialect::embeddings::Encoding;
 use crate::forms::Form;
 use crate::options::AnswerShape;
 use crate::prompt::answer;
@@ -18,6 +19,15 @@ pub fn system(kind: &dyn Kind) -> String {
         kind.asks_for(),
         answer(&[(417, &a), (902, &b)])
     )
+}
+
+/// How vectors are asked for: the three ways take the places of the forms of a chat's answer, in the same order.
+pub fn encoding(form: Form) -> Option<Encoding> {
+    match form {
+        Form::Object => Some(Encoding::Base64),
+        Form::Schema => Some(Encoding::Floats),
+        Form::Plain => None,
+    }
 }
 
 /// The form of the answer for the pack with these ids, or `None`.

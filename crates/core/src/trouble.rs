@@ -155,8 +155,43 @@ pub fn outcome(
     texts: &[String],
 ) -> Result<Reply, Report> {
     let dialect = api.dialect();
+    outcome_by(dialect, |body| dialect.reply(body), status, body, (retry_after, texts))
+}
+
+/// The same of a request for embeddings.
+///
+/// # Errors
+/// Whatever is no answer to be read.
+pub fn outcome_of_embeddings(
+    api: Api,
+    status: u16,
+    body: &[u8],
+    retry_after: Option<u64>,
+    texts: &[String],
+) -> Result<Reply, Report> {
+    let dialect = api.dialect();
+    let Some(embeddings) = dialect.embeddings() else {
+        return Err(Report::new(Trouble::Misplaced, format!("the API \"{}\" serves no embeddings", api.name())));
+    };
+    let read = |body: &[u8]| embeddings.reply(body);
+    outcome_by(dialect, read, status, body, (retry_after, texts)).map_err(|report| {
+        let words = report.words.to_lowercase();
+        let is_of_form = ["encoding_format", "base64", "dimensions", "matryoshka"].iter().any(|w| words.contains(w));
+        let is_refused = report.trouble == Trouble::Rejected && is_of_form;
+        let trouble = if is_refused { Trouble::Unsupported(Parameter::ResponseFormat) } else { report.trouble };
+        Report { trouble, ..report }
+    })
+}
+
+fn outcome_by(
+    dialect: &dyn Dialect,
+    read: impl Fn(&[u8]) -> Result<Reply, dialect::Unread>,
+    status: u16,
+    body: &[u8],
+    (retry_after, texts): (Option<u64>, &[String]),
+) -> Result<Reply, Report> {
     match status {
-        200..=299 => dialect.reply(body).map_err(|error| match error {
+        200..=299 => read(body).map_err(|error| match error {
             dialect::Unread::Said(error) => classify(dialect, None, &error, "", (retry_after, texts)),
             dialect::Unread::Other(message) => Report::new(Trouble::Overload(retry_after), message.to_owned()),
         }),

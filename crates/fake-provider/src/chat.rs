@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::amounts::{Amounts, Limit};
 use crate::answer::{self, Answer};
 use crate::date::{go_duration, unix_time};
+use crate::embeddings::{self, Texts};
 use crate::headers::{Header, Standing, per_minute, rate_headers, retry_headers};
 use crate::http::Request;
 use crate::limits::Full;
@@ -54,16 +55,18 @@ impl State {
         let checked = serde_json::from_slice(body)
             .map_err(|_| Reply::invalid("", "", "the body is not JSON"))
             .and_then(|body: Value| {
-                let read = |asked: Value| Chat::read(&asked, &mut self.counts);
                 let key = wire::key(wire, request);
-                let chat =
-                    authorized(&self.config, key).and_then(|()| asked(wire, request, model, &body)).and_then(read);
+                let asked = authorized(&self.config, key).and_then(|()| asked(wire, request, model, &body));
+                let chat = asked.and_then(|asked| match request.path.ends_with("/embeddings") {
+                    true => Texts::read(&asked, &self.config).map(|texts| (texts.as_chat(), Some(texts))),
+                    false => Chat::read(&asked, &mut self.counts).map(|chat| (chat, None)),
+                });
                 self.keep_body(body);
                 chat
             })
-            .and_then(|chat| check(&self.config, &chat).map(|()| chat));
-        let chat = match checked {
-            Ok(chat) => chat,
+            .and_then(|(chat, texts)| check(&self.config, &chat).map(|()| (chat, texts)));
+        let (chat, texts) = match checked {
+            Ok(checked) => checked,
             Err(reply) => return Verdict::Refused(reply),
         };
 
@@ -87,7 +90,10 @@ impl State {
             _ => None,
         };
         let rng = &mut self.rng;
-        let answer = answer::compose(&task, enforced, chat.max_tokens, self.config.thinking_tokens, &mut fault, rng);
+        let answer = match texts {
+            Some(_) => embeddings::answer(&task),
+            None => answer::compose(&task, enforced, chat.max_tokens, self.config.thinking_tokens, &mut fault, rng),
+        };
         let charge = charge(self.config.reserve, &chat, &answer);
         let style = wire.headers(self.config.rate_headers).0;
         let number = match self.admit(now, charge, &chat.model, style) {
@@ -111,7 +117,10 @@ impl State {
         if fault != Some(Fault::Hang) {
             self.tally.billed(chat.prompt_tokens, cached_tokens, &answer);
         }
-        let mut reply = self.completion(&chat, cached_tokens, &answer);
+        let mut reply = match &texts {
+            Some(texts) => texts.reply(&chat, fault.as_ref(), &mut self.rng),
+            None => self.completion(&chat, cached_tokens, &answer),
+        };
         reply.headers.extend(self.rate_headers(now, charge, style));
         Verdict::Admitted(Box::new(Admitted {
             reply,

@@ -48,6 +48,10 @@ pub struct Config {
     pub json_schema: bool,
     /// Accept `response_format` of type `json_object`; otherwise 400. Default true.
     pub json_object: bool,
+    /// Accept `encoding_format` of base64 for embeddings; otherwise 400. Default true.
+    pub base64: bool,
+    /// Accept `dimensions` for embeddings; otherwise 400. Default true.
+    pub dimensions: bool,
     /// Accept messages of the system; otherwise 400. Default true.
     pub system_role: bool,
     /// Accept `max_tokens`; otherwise 400 asking for `max_completion_tokens`. Default true.
@@ -98,6 +102,8 @@ impl Default for Config {
             latency: Latency::default(),
             json_schema: true,
             json_object: true,
+            base64: true,
+            dimensions: true,
             system_role: true,
             max_tokens_param: true,
             cache_prefix: false,

@@ -84,6 +84,15 @@ pub enum Fault {
     SmartQuotes,
     /// The text ends within its last string; `finish_reason` is `length`.
     CutInString,
+
+    /// One vector has a number less.
+    ShortVector,
+    /// One vector has a number that is none; without base64 it is null.
+    NanVector,
+    /// One vector is all zeros.
+    ZeroVector,
+    /// The vectors come in another order, each with its index.
+    ShuffledVectors,
 }
 
 impl Fault {
@@ -118,8 +127,21 @@ impl Fault {
         Self::CutInString,
     ];
 
+    /// Those of vectors, for requests for embeddings.
+    pub const OF_VECTORS: [Self; 9] = [
+        Self::DropId,
+        Self::InventId,
+        Self::DoubleId,
+        Self::EmptyAnswer,
+        Self::MalformedJson,
+        Self::ShortVector,
+        Self::NanVector,
+        Self::ZeroVector,
+        Self::ShuffledVectors,
+    ];
+
     /// The faults without parameters.
-    const PLAIN: [Self; 31] = [
+    const PLAIN: [Self; 35] = [
         Self::Http500,
         Self::Http503,
         Self::RateLimit429,
@@ -151,6 +173,10 @@ impl Fault {
         Self::DatesInWords,
         Self::SmartQuotes,
         Self::CutInString,
+        Self::ShortVector,
+        Self::NanVector,
+        Self::ZeroVector,
+        Self::ShuffledVectors,
     ];
 
     /// Name of the variant, as [`Stats::faults`](crate::Stats::faults) has it.
@@ -190,6 +216,10 @@ impl Fault {
             Self::DatesInWords => "DatesInWords",
             Self::SmartQuotes => "SmartQuotes",
             Self::CutInString => "CutInString",
+            Self::ShortVector => "ShortVector",
+            Self::NanVector => "NanVector",
+            Self::ZeroVector => "ZeroVector",
+            Self::ShuffledVectors => "ShuffledVectors",
         }
     }
 

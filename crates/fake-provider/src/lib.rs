@@ -31,6 +31,7 @@ mod chat;
 mod config;
 mod control;
 mod date;
+mod embeddings;
 mod fault;
 mod headers;
 mod http;
@@ -52,6 +53,7 @@ mod window;
 mod wire;
 
 pub use config::{Config, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
+pub use embeddings::embedding;
 pub use fault::Fault;
 pub use network::{CA, OTHER_CA, TlsFront, private_address};
 pub use server::FakeProvider;

@@ -250,6 +250,7 @@ mod tests {
             body: &json!({}),
             timeout: Duration::from_secs(20),
             most_tokens: 100,
+            embeds: false,
         };
         runtime.block_on(request::send(clients.of(&endpoint), clients.answer(9_000), &question))
     }
@@ -322,6 +323,7 @@ mod tests {
                 body: &json!({}),
                 timeout: Duration::from_secs(20),
                 most_tokens: 100,
+                embeds: false,
             };
             let (client, answer) = (clients.of(&endpoint), clients.answer(9_000));
             let answered = runtime.block_on(request::send(client, answer, &question));

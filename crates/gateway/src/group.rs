@@ -4,12 +4,13 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use llm_batch_core::dialect::embeddings::Embeddings;
 use llm_batch_core::dialect::{FRAME_TOKENS, Format};
 use llm_batch_core::limiter::{Class, Tokens};
 use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::patience::Way;
-use llm_batch_core::task::{Kind, Span};
+use llm_batch_core::task::{Embed, Kind, Span};
 use llm_batch_core::{prompt, request};
 
 use crate::cache::{Keys, TextKey};
@@ -76,7 +77,11 @@ pub struct Line {
 
 impl Ruler {
     pub fn line(&self, text: &str) -> Line {
-        let tokens_of = |quoted: &str| tokens::count(&prompt::row(417, quoted, None));
+        let embeds = self.kind.embeds().is_some();
+        let tokens_of = |quoted: &str| match embeds {
+            true => tokens::count(quoted),
+            false => tokens::count(&prompt::row(417, quoted, None)),
+        };
         let answer = |tokens: usize| self.kind.tokens(tokens);
         // Counting a text that can't fit anyway would be wasted work.
         let hopeless = text.len() >= self.most_bytes;
@@ -119,7 +124,8 @@ impl Group {
     pub fn new(stream: Rc<Stream>, keys: &Keys) -> Self {
         let task = &stream.task;
         let kind = task.spec.prepare(&task.options, &tokens::count);
-        let system = request::system(&*kind);
+        let embeds = kind.embeds().is_some();
+        let system = if embeds { String::new() } else { request::system(&*kind) };
         let most_rows = task.options.max_rows_per_request as usize;
         let model = &stream.model;
         let scope = serde_json::json!([
@@ -138,9 +144,9 @@ impl Group {
         Self {
             scope: keys.of(0, &scope),
             bytes: 2 * scope.len(),
-            prefix_tokens: tokens::count(&system) + FRAME_TOKENS,
+            prefix_tokens: if embeds { 0 } else { tokens::count(&system) + FRAME_TOKENS },
             system,
-            answer_frame: prompt::tokens_of_the_frame(&tokens::count),
+            answer_frame: if embeds { 0 } else { prompt::tokens_of_the_frame(&tokens::count) },
             kind: kind.into(),
             stream,
             fresh: Queue::default(),
@@ -157,6 +163,17 @@ impl Group {
 
     pub fn class(&self) -> Class {
         if self.stream.interactive { Class::Interactive } else { Class::Bulk }
+    }
+
+    /// Where vectors are asked for: what of, and how.
+    pub fn embeddings(&self) -> Option<(&Embed, &'static dyn Embeddings)> {
+        Some((self.kind.embeds()?, self.stream.endpoint.api.dialect().embeddings()?))
+    }
+
+    /// Most tokens of a request, prompt and answer. For vectors that is the provider's; what is set for the model bounds a
+    /// text.
+    pub fn most_tokens(&self) -> u64 {
+        self.embeddings().map_or(self.stream.model.max_request_tokens, |(_, embeddings)| embeddings.most_tokens())
     }
 
     /// By what texts become lines.
@@ -287,6 +304,8 @@ impl Group {
     /// way. Never none: a row that does not fit even alone is the caller's to notice.
     pub fn next(&mut self, now: u64, tokens: usize, way: Way) -> Next {
         let most = way.rows(self.size.rows());
+        let most_texts = self.embeddings().map(|(embed, e)| embed.most_rows().min(e.most_texts()));
+        let most = most.min(most_texts.unwrap_or(most));
         // Whether a model answers at all, rows tell best that were not asked before.
         let fresh_first = way != Way::AsEver && self.fresh.len() > 0;
         let retry_at = self.retry.iter().map(|r| r.not_before).min();
@@ -363,6 +382,11 @@ impl Group {
     /// Tokens of the answer to these rows in the mean.
     pub fn mean_answer(&self, rows: &[Row]) -> f64 {
         rows.iter().map(|r| r.answer.mean).sum::<f64>() + self.answer_frame as f64
+    }
+
+    /// The texts of rows as they are.
+    pub fn texts(&self, rows: &[Row]) -> Vec<String> {
+        rows.iter().map(|row| serde_json::from_str(&row.quoted).unwrap_or_default()).collect()
     }
 
     /// The two messages of a request: fixed prefix and rows under these ids.

@@ -56,6 +56,8 @@ pub struct Question<'a> {
     pub timeout: Duration,
     /// The cap of its answer, tokens.
     pub most_tokens: u64,
+    /// It asks for vectors.
+    pub embeds: bool,
 }
 
 /// What came of a request.
@@ -146,7 +148,8 @@ async fn outcome(status: u16, answer: Answer, wait: Option<u64>, question: &Ques
     let texts = texts(question.body);
     let is_large = answer.bytes.len() + texts.iter().map(String::len).sum::<usize>() > LARGE;
     let api = question.endpoint.api;
-    let read = move || trouble::outcome(api, status, &answer.bytes, wait, &texts);
+    let of = if question.embeds { trouble::outcome_of_embeddings } else { trouble::outcome };
+    let read = move || of(api, status, &answer.bytes, wait, &texts);
     let reply = if !is_large {
         read()?
     } else {
@@ -166,6 +169,7 @@ fn texts(body: &Value) -> Vec<String> {
         Value::Object(map) => {
             let text = |(key, value): (&String, &Value)| match (key.as_str(), value) {
                 ("content" | "text" | "system", Value::String(text)) => vec![text.clone()],
+                ("input", Value::Array(all)) => all.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
                 (_, value) => texts(value),
             };
             map.iter().flat_map(text).collect()
@@ -193,7 +197,11 @@ impl Progress {
 fn request(question: &Question) -> Result<(hyper::Request<Full<Bytes>>, Arc<Notify>), String> {
     let Question { endpoint, model, .. } = question;
     let (dialect, version) = (endpoint.api.dialect(), endpoint.api_version.as_deref());
-    let url = dialect.url(endpoint.base_url.trim_end_matches('/'), model, version);
+    let base = endpoint.base_url.trim_end_matches('/');
+    let url = match dialect.embeddings().filter(|_| question.embeds) {
+        Some(embeddings) => embeddings.url(base, model, version),
+        None => dialect.url(base, model, version),
+    };
     let url = url::Url::parse(&url).map_err(|e| e.to_string())?;
     let bytes = serde_json::to_vec(question.body).map_err(|e| e.to_string())?;
     let mut request = hyper::Request::post(url.as_str())

@@ -137,8 +137,9 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
     let mut sending = spawn_local(async move {
         failure_point!("net-send");
-        let Stream { endpoint, model, .. } = &*stream;
-        let question = Question { endpoint, model: &model.model, body: &body, timeout, most_tokens };
+        let Stream { endpoint, model, task, .. } = &*stream;
+        let embeds = task.spec.embeds().is_some();
+        let question = Question { endpoint, model: &model.model, body: &body, timeout, most_tokens, embeds };
         request::send(client, answer, &question).await
     });
     let result = tokio::select! {
@@ -305,10 +306,10 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
             }
             Some(Probe::Send(stream, body, timeout, left)) => {
                 tries += 1;
-                let Stream { endpoint, model, .. } = &*stream;
+                let Stream { endpoint, model, task, .. } = &*stream;
                 let (client, answer) = way(&shared, endpoint, PROBE_READ_TOKENS);
-                let most_tokens = PROBE_READ_TOKENS;
-                let question = Question { endpoint, model: &model.model, body: &body, timeout, most_tokens };
+                let (most_tokens, embeds) = (PROBE_READ_TOKENS, task.spec.embeds().is_some());
+                let question = Question { endpoint, model: &model.model, body: &body, timeout, most_tokens, embeds };
                 let result = tokio::select! {
                     answered = request::send(client, answer, &question) => answered.result,
                     () = left.notified() => return,

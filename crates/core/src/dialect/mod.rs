@@ -9,6 +9,7 @@
 mod anthropic;
 mod azure;
 mod cohere;
+pub mod embeddings;
 mod gemini;
 mod mistral;
 mod ollama;
@@ -20,6 +21,7 @@ use serde_json::{Map, Value};
 use crate::forms::Forms;
 use crate::limiter::Tokens;
 use crate::trouble::Trouble;
+use embeddings::Embeddings;
 
 /// The dialects, by their names in the option `api`.
 macro_rules! dialects {
@@ -108,6 +110,11 @@ pub trait Dialect: Sync {
     /// # Errors
     /// If it is no answer, or carries an error.
     fn reply(&self, body: &[u8]) -> Result<Reply, Unread>;
+
+    /// How it embeds texts, if it does.
+    fn embeddings(&self) -> Option<&'static dyn Embeddings> {
+        None
+    }
 
     /// The class of an error where the provider says it otherwise than others do; it goes before the common rules. `words`:
     /// all that it says, in lower case, without what it quotes of the request.

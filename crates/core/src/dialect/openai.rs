@@ -2,10 +2,12 @@
 //!
 //! Source: OpenAI's published API description (`/chat/completions`); what other servers leave out or add is tolerated.
 
+mod embeddings;
 mod stream;
 
 use serde_json::{Value, json};
 
+use super::embeddings::Embeddings;
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, without_mark};
 
 pub(super) struct Openai;
@@ -43,6 +45,10 @@ impl Dialect for Openai {
 
     fn reply(&self, body: &[u8]) -> Result<Reply, Unread> {
         reply(body)
+    }
+
+    fn embeddings(&self) -> Option<&'static dyn Embeddings> {
+        Some(&embeddings::OpenaiEmbeddings)
     }
 }
 

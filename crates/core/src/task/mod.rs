@@ -4,6 +4,7 @@
 //! takes, and how it is read and checked. Nothing else knows kinds.
 
 mod classify;
+mod embed;
 mod extract;
 mod generate;
 mod kind;
@@ -18,6 +19,7 @@ use crate::{CountTokens, Error};
 
 pub use crate::codes::Label;
 pub use classify::{Classify, Example as LabelExample, check_labels, labels_from_json};
+pub use embed::Embed;
 pub use extract::{Extract, fields_from_names};
 pub use generate::Generate;
 pub(crate) use kind::Members;
@@ -50,6 +52,8 @@ pub enum Spec {
     Generate(Generate),
     /// A number within a range.
     Score(Score),
+    /// A vector.
+    Embed(Embed),
 }
 
 /// What a kind's file gives, beside [`Kind`].
@@ -61,11 +65,12 @@ struct Known {
 }
 
 /// All kinds: the one place that lists them, with [`Spec`] and [`Spec::prepare`].
-const KINDS: [Known; 4] = [
+const KINDS: [Known; 5] = [
     Known { name: "classify", options: &[], read: |m| Classify::from_json(m).map(Spec::Classify) },
     Known { name: "extract", options: &[], read: |m| Extract::from_json(m).map(Spec::Extract) },
     Known { name: "generate", options: generate::OPTIONS, read: |m| Generate::from_json(m).map(Spec::Generate) },
     Known { name: "score", options: &[], read: |m| Score::from_json(m).map(Spec::Score) },
+    Known { name: "embed", options: &[], read: |m| Embed::from_json(m).map(Spec::Embed) },
 ];
 
 impl Spec {
@@ -102,6 +107,7 @@ impl Spec {
             Self::Extract(_) => "extract",
             Self::Generate(_) => "generate",
             Self::Score(_) => "score",
+            Self::Embed(_) => "embed",
         }
     }
 
@@ -110,6 +116,7 @@ impl Spec {
         match self {
             Self::Classify(task) => task.columns(),
             Self::Extract(task) => task.columns(),
+            Self::Embed(task) => task.columns(),
             Self::Generate(_) => vec![Column { name: "text".into(), of: Type::Text, is_array: false, values: None }],
             Self::Score(_) => vec![Column { name: "score".into(), of: Type::Numeric, is_array: false, values: None }],
         }
@@ -122,6 +129,7 @@ impl Spec {
             Self::Extract(task) => Box::new(extract::Prepared::new(task, options, count)),
             Self::Generate(task) => Box::new(generate::Prepared::new(task, count)),
             Self::Score(task) => Box::new(score::Prepared::new(task, count)),
+            Self::Embed(task) => Box::new(embed::Prepared(task.clone())),
         }
     }
 
@@ -133,14 +141,31 @@ impl Spec {
         }
     }
 
+    /// Options that differ from the common defaults: vectors come back in packs as large as they may be.
+    pub fn defaults(&self) -> Value {
+        match self {
+            Self::Embed(_) => serde_json::json!({"max_rows_per_request": 500}),
+            _ => Value::Null,
+        }
+    }
+
+    /// What vectors are asked for, if an answer is one.
+    pub fn embeds(&self) -> Option<&Embed> {
+        if let Self::Embed(task) = self { Some(task) } else { None }
+    }
+
     /// Whether the values of an answer have names, even if there is one alone.
     pub fn has_names(&self) -> bool {
         matches!(self, Self::Extract(_))
     }
 
-    /// An answer as one text: its only value, or the JSON of all.
+    /// An answer as one text: its only value, an array as Postgres writes it, or the JSON of all.
     pub fn to_text(&self, answer: &Answer) -> Option<String> {
-        if self.has_names() { Some(self.to_json(answer)) } else { answer.0.first().cloned().flatten() }
+        if self.has_names() {
+            return Some(self.to_json(answer));
+        }
+        let text = answer.0.first().cloned().flatten()?;
+        if self.embeds().is_some() { array_literal(&text) } else { Some(text) }
     }
 
     /// An answer as JSON, an object by the columns' names if there may be several. Numbers keep their digits.

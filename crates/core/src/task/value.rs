@@ -285,6 +285,11 @@ fn is_clock(text: &str) -> bool {
 
 /// A list in JSON as an array of Postgres. `None` if it is no list.
 pub fn array_literal(json: &str) -> Option<String> {
+    // Numbers alone are written the same way, and vectors have many.
+    let bare = json.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    if let Some(numbers) = bare.filter(|n| n.bytes().all(|b| b.is_ascii_digit() || b"+-.eE,".contains(&b))) {
+        return Some(format!("{{{numbers}}}"));
+    }
     let items: Vec<&RawValue> = serde_json::from_str(json).ok()?;
     let item = |item: &&RawValue| {
         let text = serde_json::from_str::<String>(item.get()).unwrap_or_else(|_| item.get().to_owned());

@@ -17,8 +17,8 @@ impl State {
         };
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return sum };
         let (learned, measured) = (lane.learned, lane.measured);
-        let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(stream.model.max_request_tokens);
         let mut group = Group::new(stream, &self.keys);
+        let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(group.most_tokens());
         let measured = Measured { sizes: lane.standings.sizes(group.scope).unwrap_or(measured.sizes), ..measured };
         if let Some(known) = lane.group(group_id) {
             group.size = known.size;

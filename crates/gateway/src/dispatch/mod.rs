@@ -40,8 +40,8 @@ use crate::notice::Notices;
 use crate::numbers::Numbers;
 use crate::places::Places;
 use crate::protocol::{
-    Allowance, FromGateway, Full, Item, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop, StopReason,
-    Stream, Verdict, encode,
+    Allowance, FromGateway, Full, Item, MAX_FRAME, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
+    StopReason, Stream, Verdict, encode,
 };
 use crate::request::Answered;
 use crate::row::{Row, Waiter};
@@ -588,8 +588,21 @@ impl State {
 
 /// Sends what has gathered for a client.
 fn flush(c: &mut Conn) {
-    if !c.outcomes.is_empty() || c.spent != Spent::default() {
-        let outcomes = std::mem::take(&mut c.outcomes);
+    // Vectors of many rows are more than a frame holds.
+    let (mut outcomes, mut bytes) = (Vec::new(), 0);
+    for outcome in std::mem::take(&mut c.outcomes) {
+        if let Verdict::Answer(answer) = &outcome.verdict {
+            bytes += answer.0.iter().flatten().map(String::len).sum::<usize>();
+        }
+        outcomes.push(outcome);
+        if bytes > MAX_FRAME / 8 {
+            let outcomes = std::mem::take(&mut outcomes);
+            let spent = std::mem::take(&mut c.spent);
+            say(c, &FromGateway::Outcomes { outcomes, spent });
+            bytes = 0;
+        }
+    }
+    if !outcomes.is_empty() || c.spent != Spent::default() {
         let spent = std::mem::take(&mut c.spent);
         say(c, &FromGateway::Outcomes { outcomes, spent });
     }

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use llm_batch_core::dialect::embeddings::Texts;
 use llm_batch_core::dialect::{Ask, Reply};
 use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
 use llm_batch_core::options::{Options, StructuredOutput};
@@ -50,7 +51,20 @@ pub(super) fn request(now: u64, lane: &mut Lane, stream: &Stream) -> Result<(Val
 
 /// A request without rows, and how long it may take.
 fn bare(lane: &Lane, stream: &Stream) -> (Value, Duration) {
-    let body = stream.endpoint.api.dialect().body(&Ask {
+    let timeout = Duration::from_millis(stream.model.request_timeout_ms.clamp(LEAST_TIMEOUT, MOST_TIMEOUT));
+    let dialect = stream.endpoint.api.dialect();
+    if let (Some(embed), Some(embeddings)) = (stream.task.spec.embeds(), dialect.embeddings()) {
+        let texts = Texts {
+            model: &stream.model.model,
+            texts: &["ok".to_owned()],
+            dimensions: embed.dimensions,
+            input_type: embed.input_type.as_deref(),
+            encoding: None,
+            parameters: &stream.model.parameters,
+        };
+        return (embeddings.body(&texts), timeout);
+    }
+    let body = dialect.body(&Ask {
         model: &stream.model.model,
         system: "Answer with one word.",
         no_system_role: lane.learned.no_system_role,
@@ -62,7 +76,7 @@ fn bare(lane: &Lane, stream: &Stream) -> (Value, Duration) {
         parameters: &stream.model.parameters,
         no_sampling: lane.learned.no_sampling,
     });
-    (body, Duration::from_millis(stream.model.request_timeout_ms.clamp(LEAST_TIMEOUT, MOST_TIMEOUT)))
+    (body, timeout)
 }
 
 impl State {

@@ -4,10 +4,12 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
+use llm_batch_core::dialect::embeddings::{FIRST_NUMBER, Texts};
 use llm_batch_core::dialect::{Ask, Counts, Format};
 use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Tokens};
 use llm_batch_core::patience::Way;
 use llm_batch_core::request;
+use llm_batch_core::task::Embed;
 use serde_json::Value;
 use tokio::sync::Notify;
 
@@ -50,11 +52,23 @@ impl Draft {
         largest: u64,
     ) -> Self {
         let options = &group.stream.task.options;
-        let ids = numbers.draw(rows.len());
+        let embeds = group.embeddings().is_some();
+        let ids = if embeds { (FIRST_NUMBER..).take(rows.len()).collect() } else { numbers.draw(rows.len()) };
         let form = learned.form(options);
-        let format = request::format(options.answer_shape, form, &*group.kind, &ids);
+        let format = request::format(options.answer_shape, form, &*group.kind, &ids).filter(|_| !embeds);
         let estimate = group.tokens(rows, format.as_ref());
         let prompt = measured.prompt.apply(estimate.input);
+        if embeds {
+            return Self {
+                ids,
+                format,
+                estimate,
+                worst: Tokens { input: measured.most_prompt(estimate.input), output: 0 },
+                reserve: group.stream.endpoint.counts.reserve(prompt, 0, 0),
+                can_grow: false,
+                expected: 0,
+            };
+        }
         let expected = measured.expected_answer(estimate.output);
         // What is spared must not make a request too large that would not be without.
         // No cap that is said to be the largest is believed to be too small for the rows, but for one that was tried alone.
@@ -108,6 +122,16 @@ impl Draft {
     }
 
     pub fn body(&self, learned: Learned, group: &Group, rows: &[Row]) -> Value {
+        if let Some((embed, embeddings)) = group.embeddings() {
+            return embeddings.body(&Texts {
+                model: &group.stream.model.model,
+                texts: &group.texts(rows),
+                dimensions: embed.dimensions,
+                input_type: embed.input_type.as_deref(),
+                encoding: request::encoding(learned.form(&group.stream.task.options)),
+                parameters: &group.stream.model.parameters,
+            });
+        }
         let (system, user) = group.messages(rows, &self.ids);
         group.stream.endpoint.api.dialect().body(&Ask {
             model: &group.stream.model.model,
@@ -190,7 +214,7 @@ impl Terms<'_> {
     ) -> Result<(usize, Draft, Grant), Unsent> {
         let draft = self.draft(group, rows);
         if rows.len() == 1 && draft.size() > self.counted(self.set) {
-            let is_models = self.set == group.stream.model.max_request_tokens;
+            let is_models = self.set == group.most_tokens();
             let what = if is_models { "max_request_tokens" } else { "the limit a minute" };
             return Err(Unsent::TooLarge(1, format!("{what} of the model leaves {} tokens for one", self.set)));
         }
@@ -334,7 +358,7 @@ impl State {
             let (way, turn) = standing.patience.way();
             let learned = Learned { forms: standing.forms.without(learned.forms), ..*learned };
             // What the user has set is what makes a row too long. What a provider says is tried with the row alone.
-            let set = configured.largest_request().unwrap_or(u64::MAX).min(group.stream.model.max_request_tokens);
+            let set = configured.largest_request().unwrap_or(u64::MAX).min(group.most_tokens());
             let largest = set.min(by_word);
             let terms = Terms {
                 numbers: &self.numbers,
@@ -400,7 +424,7 @@ impl State {
             body: draft.body(asked.learned, group, &rows),
             stream: Rc::clone(&group.stream),
             timeout: Duration::from_millis(group.stream.model.request_timeout_ms),
-            most_tokens: draft.worst.output,
+            most_tokens: group.embeddings().map_or(draft.worst.output, |_| Embed::most_answer(rows.len())),
             abandoned: Rc::clone(&abandoned),
         };
         lane.in_flight += 1;

@@ -14,8 +14,14 @@ use crate::request::{self, Answered, Question};
 
 fn ask(clients: &mut Clients, endpoint: &Endpoint) -> Answered {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let question =
-        Question { endpoint, model: "m", body: &json!({}), timeout: Duration::from_secs(20), most_tokens: 100 };
+    let question = Question {
+        endpoint,
+        model: "m",
+        body: &json!({}),
+        timeout: Duration::from_secs(20),
+        most_tokens: 100,
+        embeds: false,
+    };
     runtime.block_on(request::send(clients.of(endpoint), clients.answer(9_000), &question))
 }
 

@@ -1,0 +1,152 @@
+//! Endpoints for embeddings: texts go in as they are, and a vector of each comes back.
+//!
+//! What comes back is rewritten as the answers of a chat are: an object of numbers, three digits each, and values. So
+//! everything behind this knows one form of answers, and holds each row's value against its task.
+
+use serde_json::Value;
+
+use super::{Reply, Unread};
+
+/// The number of the first text of a request; those of the others follow.
+pub const FIRST_NUMBER: u16 = 100;
+
+/// The part of a dialect that embeds texts.
+pub trait Embeddings: Sync {
+    /// The address of a model. `base`: without a slash at its end.
+    fn url(&self, base: &str, model: &str, version: Option<&str>) -> String;
+
+    /// Most texts of a request.
+    fn most_texts(&self) -> usize;
+
+    /// Most tokens of a request, all texts together.
+    fn most_tokens(&self) -> u64;
+
+    /// The body of a request.
+    fn body(&self, texts: &Texts) -> Value;
+
+    /// Reads the body of a 2xx: the reply's text is an object of numbers and vectors.
+    ///
+    /// # Errors
+    /// If it is no answer, or carries an error.
+    fn reply(&self, body: &[u8]) -> Result<Reply, Unread>;
+}
+
+/// How a vector is written. Their length is named as well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Encoding {
+    /// Its bytes in base64.
+    Base64,
+    /// Its numbers.
+    Floats,
+}
+
+/// What goes into a request.
+#[derive(Debug)]
+pub struct Texts<'a> {
+    /// The provider's name of the model.
+    pub model: &'a str,
+    /// The texts, in the order of their numbers.
+    pub texts: &'a [String],
+    /// Numbers of a vector.
+    pub dimensions: u32,
+    /// What the vectors are for.
+    pub input_type: Option<&'a str>,
+    /// How vectors are asked for; without it neither their length nor their encoding is named.
+    pub encoding: Option<Encoding>,
+    /// Further parameters, as the user set them for the model.
+    pub parameters: &'a serde_json::Map<String, Value>,
+}
+
+/// The vectors of an answer, each with the place of its text, as JSON of numbers and values. A text with two vectors has
+/// none: nobody knows which is its own. `None` is a vector that cannot be read.
+pub(super) fn answers(vectors: impl IntoIterator<Item = (u64, Option<Vec<f32>>)>) -> String {
+    let mut by_number = std::collections::BTreeMap::<u16, Vec<Option<Vec<f32>>>>::new();
+    for (index, vector) in vectors {
+        let number = u16::try_from(index).ok().and_then(|n| n.checked_add(FIRST_NUMBER)).filter(|n| *n < 1_000);
+        if let Some(number) = number {
+            by_number.entry(number).or_default().push(vector);
+        }
+    }
+    let only = |(number, mut all): (u16, Vec<Option<Vec<f32>>>)| {
+        let vector = all.pop().filter(|_| all.is_empty())?;
+        // What is not finite is written as null, and then it is no vector.
+        Some(format!("\"{number}\":{}", serde_json::to_string(&vector).unwrap_or_else(|_| "null".to_owned())))
+    };
+    format!("{{{}}}", by_number.into_iter().filter_map(only).collect::<Vec<_>>().join(","))
+}
+
+/// A vector as JSON or base64 has it: numbers, or their bytes in single precision, the lowest byte first.
+pub(super) fn vector(said: &Value) -> Option<Vec<f32>> {
+    match said {
+        Value::String(text) => {
+            let bytes = base64(text)?;
+            let (numbers, rest) = bytes.as_chunks::<4>();
+            rest.is_empty().then(|| numbers.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
+        }
+        Value::Array(numbers) => numbers.iter().map(|n| n.as_f64().map(|n| n as f32)).collect(),
+        _ => None,
+    }
+}
+
+/// The bytes of a text in base64; `None` if it is none.
+fn base64(text: &str) -> Option<Vec<u8>> {
+    let text = text.trim_end_matches('=').as_bytes();
+    let mut bytes = Vec::with_capacity(text.len() / 4 * 3 + 2);
+    for four in text.chunks(4) {
+        let mut bits = 0u32;
+        for c in four {
+            let value = match c {
+                b'A'..=b'Z' => c - b'A',
+                b'a'..=b'z' => c - b'a' + 26,
+                b'0'..=b'9' => c - b'0' + 52,
+                b'+' | b'-' => 62,
+                b'/' | b'_' => 63,
+                _ => return None,
+            };
+            bits = (bits << 6) | u32::from(value);
+        }
+        let missing = 4 - four.len();
+        if missing == 3 {
+            return None;
+        }
+        let [_, all @ ..] = (bits << (6 * missing)).to_be_bytes();
+        bytes.extend(all.iter().take(3 - missing));
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    #[test]
+    fn base64_is_read_as_written_by_others() {
+        for (text, bytes) in
+            [("", ""), ("Zg==", "f"), ("Zm8=", "fo"), ("Zm9v", "foo"), ("Zm9vYmFy", "foobar"), ("Zg", "f")]
+        {
+            assert_eq!(base64(text).as_deref(), Some(bytes.as_bytes()));
+        }
+        assert_eq!((base64("Z"), base64("Zm9v Zg"), base64("Zä")), (None, None, None));
+        assert_eq!(vector(&json!("AACAPwAAAMA=")), Some(vec![1.0, -2.0]));
+        assert_eq!(vector(&json!("AACAPwAA")), None);
+    }
+
+    #[test]
+    fn a_place_that_is_doubled_or_beyond_all_has_no_answer() {
+        let one = || Some(vec![1.0]);
+        assert_eq!(
+            answers([(1, one()), (0, None), (2, one()), (2, one()), (900, one()), (u64::MAX, one())]),
+            "{\"100\":null,\"101\":[1.0]}"
+        );
+        assert_eq!(answers([(0, Some(vec![f32::NAN, f32::INFINITY]))]), "{\"100\":[null,null]}");
+    }
+
+    proptest! {
+        #[test]
+        fn never_panics(text in "\\PC{0,40}", coded in "[A-Za-z0-9+/=]{0,40}") {
+            let _ = (vector(&json!(text)), vector(&json!(coded)));
+        }
+    }
+}

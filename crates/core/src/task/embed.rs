@@ -1,0 +1,147 @@
+//! Vectors: a list of numbers for every text, from an endpoint for embeddings.
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
+
+use super::kind::{Answer, Column, Kind, Span, Unfit, only, text, whole};
+use super::value::Type;
+use crate::Error;
+
+/// Most numbers of a vector: those of the largest models that are known, twice.
+const MOST_DIMENSIONS: u64 = 8_192;
+/// Bytes of the answers of a request, about.
+const MOST_ANSWERS: usize = 3 << 20;
+/// Bytes of a number in JSON, as the longest are written.
+const BYTES_PER_NUMBER: usize = 24;
+
+/// What an embedder is made of.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Embed {
+    /// Numbers of a vector.
+    pub dimensions: u32,
+    /// What the vectors are for, in the provider's words, if it asks for that.
+    #[serde(skip_serializing_if = "Option::is_none", default)]
+    pub input_type: Option<String>,
+}
+
+impl Embed {
+    pub(super) fn from_json(map: &Map<String, Value>) -> Result<Self, Error> {
+        only(map, &["dimensions", "input_type"])?;
+        let dimensions = whole(map, "dimensions", 1, MOST_DIMENSIONS)?.and_then(|n| u32::try_from(n).ok());
+        let dimensions = dimensions.ok_or_else(|| {
+            Error::new("an embedder must have \"dimensions\"").hint("Say how many numbers a vector of the model has.")
+        })?;
+        let input_type = Some(text(map, "input_type")?).filter(|of| !of.is_empty());
+        Ok(Self { dimensions, input_type })
+    }
+
+    /// Most texts of a request: their vectors are no larger than an answer may be.
+    pub fn most_rows(&self) -> usize {
+        (MOST_ANSWERS / BYTES_PER_NUMBER / (self.dimensions as usize + 16)).max(1)
+    }
+
+    /// Most tokens of an answer to so many texts, were it one of a chat.
+    pub fn most_answer(rows: usize) -> u64 {
+        // Vectors that are too long are read as well: that they are is what the user is told.
+        (MOST_DIMENSIONS * BYTES_PER_NUMBER as u64 / 4).saturating_mul(rows as u64)
+    }
+
+    pub(super) fn columns(&self) -> Vec<Column> {
+        vec![Column { name: "embedding".into(), of: Type::Real, is_array: true, values: None }]
+    }
+}
+
+/// An embedder that is ready to be asked.
+#[derive(Debug)]
+pub(super) struct Prepared(pub Embed);
+
+impl Kind for Prepared {
+    fn embeds(&self) -> Option<&Embed> {
+        Some(&self.0)
+    }
+
+    // Nothing is said to a model: its endpoint takes texts alone.
+    fn head(&self) -> String {
+        String::new()
+    }
+
+    fn asks_for(&self) -> String {
+        String::new()
+    }
+
+    fn samples(&self) -> [String; 2] {
+        Default::default()
+    }
+
+    fn schema(&self) -> Value {
+        json!({})
+    }
+
+    fn tokens(&self, _: usize) -> Span {
+        Span { mean: 0.0, planned: 0 }
+    }
+
+    fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
+        let dimensions = self.0.dimensions as usize;
+        let vector: Vec<f32> = serde_json::from_str(value.get())
+            .map_err(|_| Unfit::bad_value("the answer must be a list of finite numbers"))?;
+        if vector.len() != dimensions {
+            return Err(Unfit::bad_value(format!(
+                "the answer must be a vector of {dimensions} dimensions, not {}",
+                vector.len()
+            )));
+        }
+        if vector.iter().any(|n| !n.is_finite()) || vector.iter().all(|n| *n == 0.0) {
+            return Err(Unfit::bad_value("the answer must be a vector of finite numbers that are not all zero"));
+        }
+        let text = serde_json::to_string(&vector).map_err(|e| Unfit::bad_value(e.to_string()))?;
+        Ok(Answer(vec![Some(text)]))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Options;
+    use crate::task::Spec;
+    use proptest::prelude::*;
+
+    fn read(dimensions: u32, json: &str) -> Option<String> {
+        let kind = Spec::from_json("embed", &json!({"dimensions": dimensions})).unwrap();
+        let kind = kind.prepare(&Options::default(), &str::len);
+        let raw = RawValue::from_string(json.to_owned()).unwrap();
+        kind.read(&raw).ok().and_then(|answer| answer.0.into_iter().next().flatten())
+    }
+
+    #[test]
+    fn a_vector_has_its_length_and_is_finite_and_not_zero() {
+        assert_eq!(read(2, "[0.5,-1]").as_deref(), Some("[0.5,-1.0]"));
+        for bad in ["[0.5]", "[1,2,3]", "[0,0]", "[0,-0.0]", "[1,1e39]", "[1,null]", "null", "\"[1,2]\"", "[\"1\",2]"] {
+            assert_eq!(read(2, bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_embedder_is_refused() {
+        for bad in [
+            json!({}),
+            json!({"dimensions": 0}),
+            json!({"dimensions": 1.5}),
+            json!({"dimensions": 100_000}),
+            json!({"dimensions": 3, "input_type": 1}),
+            json!({"dimensions": 3, "instruction": "x"}),
+        ] {
+            assert!(Spec::from_json("embed", &bad).is_err(), "{bad}");
+        }
+    }
+
+    proptest! {
+        /// What is read is what was written, to the last bit.
+        #[test]
+        fn numbers_stay_what_they_are(vector in proptest::collection::vec(proptest::num::f32::NORMAL, 1..20)) {
+            let text = read(vector.len() as u32, &serde_json::to_string(&vector).unwrap()).unwrap();
+            prop_assert_eq!(serde_json::from_str::<Vec<f32>>(&text).unwrap(), vector);
+        }
+    }
+}
