@@ -189,6 +189,20 @@ CREATE FUNCTION llm_batch.alter_scorer(
     AS 'MODULE_PATHNAME', 'alter_scorer_wrapper';
 COMMENT ON FUNCTION llm_batch.alter_scorer IS 'changes the given settings of a scorer';
 
+CREATE FUNCTION llm_batch.create_embedder(
+    name text, model text, dimensions integer, input_type text DEFAULT NULL, options jsonb DEFAULT '{}'
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'create_embedder_wrapper';
+COMMENT ON FUNCTION llm_batch.create_embedder IS 'creates an embedder: a task whose answers are vectors of so many dimensions';
+
+CREATE FUNCTION llm_batch.alter_embedder(
+    name text, model text DEFAULT NULL, dimensions integer DEFAULT NULL, input_type text DEFAULT NULL, options jsonb DEFAULT NULL
+) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE
+    AS 'MODULE_PATHNAME', 'alter_embedder_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_embedder IS 'changes the given settings of an embedder';
+
 CREATE FUNCTION llm_batch.drop_task(name text) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'drop_task_wrapper';
@@ -234,6 +248,11 @@ CREATE FUNCTION @extschema@.llm_extract(input text, fields text[], options jsonb
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
     AS 'MODULE_PATHNAME', 'llm_extract_fields_wrapper';
 COMMENT ON FUNCTION @extschema@.llm_extract(text, text[], jsonb) IS 'returns the values that a model finds in a text; a field is a name, or a name and a type such as ''amount numeric''';
+
+CREATE FUNCTION @extschema@.llm_embed(input text, task text) RETURNS real[]
+    LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
+    AS 'MODULE_PATHNAME', 'llm_embed_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_embed(text, text) IS 'returns the vector that an embedder gives a text; NULL, with a warning, if the model gives none';
 
 CREATE FUNCTION @extschema@.llm_generate(input text, instruction text, options jsonb DEFAULT '{}') RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000

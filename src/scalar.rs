@@ -118,3 +118,12 @@ fn llm_translate(input: Text, language: Text, options: Json, fcinfo: pg_sys::Fun
 fn llm_score(input: Text, question: Text, options: Json, fcinfo: pg_sys::FunctionCallInfo) -> Answer<f32> {
     Ok(one(input, about(Verb::Score, question, options, fcinfo)?)?.and_then(|score| score.parse().ok()))
 }
+
+#[pg_extern(sql = false)]
+fn llm_embed(input: Text, name: Text) -> Answer<Vec<f32>> {
+    let numbers = |text: String| {
+        let inner = text.trim_matches(['{', '}']);
+        inner.split(',').map(|n| n.parse().ok()).collect::<Option<Vec<f32>>>()
+    };
+    Ok(one(input, task(Verb::Embed, name)?)?.and_then(numbers))
+}

@@ -43,7 +43,7 @@ pub fn load(name: &str, options: &Value) -> Result<Known> {
                     Some(checks.of(owner, row.get("search_path")?))
                 }
             };
-            let options = Options::from_json([&own, options])?;
+            let options = Options::from_json([&spec.defaults(), &own, options])?;
             Ok(Known { model: row.get("model")?, task: Task { spec, options }, checks })
         },
     )?;
@@ -99,8 +99,13 @@ impl Known {
 }
 
 /// What a task of a kind is called, as in the names of its functions.
-const NOUNS: [(&str, &str); 4] =
-    [("classify", "classifier"), ("extract", "extractor"), ("generate", "generator"), ("score", "scorer")];
+const NOUNS: [(&str, &str); 5] = [
+    ("classify", "classifier"),
+    ("extract", "extractor"),
+    ("generate", "generator"),
+    ("score", "scorer"),
+    ("embed", "embedder"),
+];
 
 fn noun(kind: &str) -> &str {
     NOUNS.iter().find(|(known, _)| *known == kind).map_or("task", |(_, noun)| noun)
@@ -188,9 +193,14 @@ fn check_time_zones(spec: &Spec) -> Result<()> {
     })
 }
 
-fn check_model(name: &str) -> Result<()> {
+fn check_model(name: &str, kind: &str) -> Result<()> {
     let known = model::load(name)?;
-    crate::provider::endpoint(known.server, current_user()).map(|_| ())
+    let api = crate::provider::endpoint(known.server, current_user())?.api;
+    if kind == "embed" && api.dialect().embeddings().is_none() {
+        let message = format!("the API \"{}\" of model \"{name}\" serves no embeddings", api.name());
+        return Err(Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, message));
+    }
+    Ok(())
 }
 
 /// Creates a task. `members`: those of its specification, NULL for what is not given.
@@ -215,7 +225,7 @@ fn create_under(
     };
     let none = Stored { spec: json!({}), options: json!({}) };
     let stored = none.with(kind, members, options)?.checked(kind, Some(current_user()), search_path)?;
-    check_model(&model)?;
+    check_model(&model, kind)?;
     if let Ok(kind) = kind_of(name) {
         return Err(exists("task", name, noun(&kind)));
     }
@@ -280,7 +290,7 @@ fn alter_under(
         return Err(wrong_kind(name, kind).hint(format!("It is {}: change it with llm_batch.alter_{is}().", a(is))));
     }
     if let Some(model) = model {
-        check_model(model)?;
+        check_model(model, kind)?;
     }
     txn::as_extension_owner(|| {
         let now = sql::rows_mut(
@@ -314,8 +324,10 @@ fn alter_under(
 
 /// The values of an answer: their names and types.
 fn shape(kind: &str, spec: &Value) -> Result<Vec<(String, Type, bool)>> {
-    let columns = Spec::from_json(kind, spec)?.columns();
-    Ok(columns.into_iter().map(|c| (c.name, c.of, c.is_array)).collect())
+    let spec = Spec::from_json(kind, spec)?;
+    // Vectors of another length are of another type.
+    let length = spec.embeds().map_or(String::new(), |embed| format!(" {}", embed.dimensions));
+    Ok(spec.columns().into_iter().map(|c| (c.name + &length, c.of, c.is_array)).collect())
 }
 
 /// Refuses to do something with a task that an unfinished job uses.
@@ -476,6 +488,29 @@ fn alter_scorer(
         "examples": value(examples),
     });
     Ok(alter("score", name, members, model, options)?)
+}
+
+#[pg_extern(sql = false)]
+fn create_embedder(
+    name: Option<&str>,
+    model: Option<&str>,
+    dimensions: Option<i32>,
+    input_type: Option<&str>,
+    options: Option<Json>,
+) -> std::result::Result<(), ErrorReport> {
+    let members = json!({"dimensions": required(dimensions, "dimensions")?, "input_type": input_type});
+    Ok(create("embed", name, members, model, options)?)
+}
+
+#[pg_extern(sql = false)]
+fn alter_embedder(
+    name: Option<&str>,
+    model: Option<&str>,
+    dimensions: Option<i32>,
+    input_type: Option<&str>,
+    options: Option<Json>,
+) -> std::result::Result<(), ErrorReport> {
+    Ok(alter("embed", name, json!({"dimensions": dimensions, "input_type": input_type}), model, options)?)
 }
 
 #[pg_extern(sql = false)]

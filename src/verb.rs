@@ -16,6 +16,8 @@ pub enum Verb {
     Run,
     ClassifyTask,
     ExtractTask,
+    /// `llm_embed(input, task)`
+    Embed,
     /// `llm_classify(input, labels, options)`
     Classify,
     /// `llm_filter(input, question, options)`
@@ -43,10 +45,11 @@ pub enum Subject {
 /// A function: its symbol, what it asks, its arguments behind the text.
 struct Known(&'static str, Verb, Subject, bool);
 
-const ALL: [Known; 10] = [
+const ALL: [Known; 11] = [
     Known("llm_run_wrapper", Verb::Run, Subject::Text, false),
     Known("llm_classify_wrapper", Verb::ClassifyTask, Subject::Text, false),
     Known("llm_extract_wrapper", Verb::ExtractTask, Subject::Text, false),
+    Known("llm_embed_wrapper", Verb::Embed, Subject::Text, false),
     Known("llm_classify_labels_wrapper", Verb::Classify, Subject::Texts, true),
     Known("llm_filter_wrapper", Verb::Filter, Subject::Text, true),
     Known("llm_extract_fields_wrapper", Verb::Extract, Subject::Texts, true),
@@ -79,12 +82,13 @@ impl Verb {
             Self::ExtractTask | Self::Extract => Some("extract"),
             Self::Generate | Self::Summarize | Self::Translate => Some("generate"),
             Self::Score => Some("score"),
+            Self::Embed => Some("embed"),
         }
     }
 
     /// Whether its subject is the name of a task.
     pub fn names_task(self) -> bool {
-        matches!(self, Self::Run | Self::ClassifyTask | Self::ExtractTask)
+        matches!(self, Self::Run | Self::ClassifyTask | Self::ExtractTask | Self::Embed)
     }
 
     /// Refuses a task of another kind.
@@ -173,7 +177,7 @@ impl Verb {
             return Ok(Spec::from_json(kind, &Value::Object(spec))?);
         }
         match self {
-            Self::Run | Self::ClassifyTask | Self::ExtractTask => {}
+            Self::Run | Self::ClassifyTask | Self::ExtractTask | Self::Embed => {}
             Self::Classify => {
                 if let Some(name) = descriptions.keys().find(|name| !names.contains(name)) {
                     return Err(Error::invalid(format!(

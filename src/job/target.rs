@@ -107,6 +107,21 @@ pub fn check(column: &Column, field: Option<&str>, spec: &Spec) -> Result<()> {
     let target = Target::new(column.name.clone(), column.attnum, column.type_oid, field.map(str::to_owned));
     through(&target, spec)?;
     let Some(field) = target.field(&fields)? else { return Ok(()) };
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    let (base, typmod) = unsafe {
+        let mut typmod = column.typmod;
+        (pg_sys::getBaseTypeAndTypmod(column.type_oid, &raw mut typmod), typmod)
+    };
+    if let Some(embed) = spec.embeds().filter(|_| typmod >= 0 && is_vector(base))
+        && i64::from(typmod) != i64::from(embed.dimensions)
+    {
+        let message = format!(
+            "the embedder's vectors have {} dimensions but column \"{}\" has {typmod}",
+            embed.dimensions, column.name
+        );
+        return Err(Error::new(PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH, message)
+            .hint("Give the column, or the embedder, the dimensions of the other."));
+    }
     let Some(labels) = &field.values else { return Ok(()) };
     if field.is_array && target.form != Form::Array {
         return Ok(());
@@ -164,11 +179,18 @@ fn through(target: &Target, spec: &Spec) -> Result<Option<String>> {
     if target.form == Form::Json || is_text(base) {
         return Ok(None);
     }
+    if spec.embeds().is_some() && is_vector(base) {
+        return Ok(None);
+    }
     let to = match (field.is_array, target.form == Form::Array) {
         (true, true) => element(base).unwrap_or(base),
         (false, is_array) if !is_array || field.values.is_some() => base,
         _ => return Err(misfit(&of)),
     };
+    if spec.embeds().is_some() && matches!(to, pg_sys::INT2OID | pg_sys::INT4OID | pg_sys::INT8OID) {
+        // They would round its numbers.
+        return Err(misfit(&of));
+    }
     let Some(from) = type_oid(field.of) else { return Ok(None) };
     // SAFETY: as above.
     let is_cast = unsafe {
@@ -218,6 +240,13 @@ pub fn sql_type(of: Type, is_array: bool) -> String {
 /// Whether a type takes any text.
 fn is_text(base: pg_sys::Oid) -> bool {
     matches!(base, pg_sys::TEXTOID | pg_sys::VARCHAROID | pg_sys::BPCHAROID | pg_sys::NAMEOID)
+}
+
+/// Whether a type is one of pgvector's, which read vectors as JSON writes them.
+fn is_vector(base: pg_sys::Oid) -> bool {
+    let name = type_name(base);
+    let name = name.rsplit('.').next().unwrap_or_default();
+    matches!(name, "vector" | "halfvec")
 }
 
 /// The type of an array's elements.

@@ -1,0 +1,90 @@
+//! Vectors in columns and queries: each text gets its own, and what a user may write wrongly is told.
+
+mod common;
+
+use common::{Bed, PATIENCE, error, failures, one, progress, run, text, tickets};
+use llm_fake_provider::{Config, Fault, embedding};
+use pg_llm_batch_e2e::wait_until;
+use postgres::Client;
+
+const DIMENSIONS: usize = 16;
+
+/// How many rows have a vector that is not their text's, and how many have none.
+fn wrong(c: &mut Client, column: &str) -> (usize, usize) {
+    let all = c.query(&format!("SELECT body, {column} FROM t"), &[]).unwrap();
+    let is_wrong = |body: &str, vector: &[f32]| vector != embedding(body, DIMENSIONS).as_slice();
+    let vectors = all.iter().map(|row| (row.get::<_, String>(0), row.get::<_, Option<Vec<f32>>>(1)));
+    let (mut bad, mut none) = (0, 0);
+    for (body, vector) in vectors {
+        bad += usize::from(vector.as_ref().is_some_and(|v| is_wrong(&body, v)));
+        none += usize::from(vector.is_none());
+    }
+    (bad, none)
+}
+
+#[test]
+fn vectors_of_jobs_and_queries() {
+    let bed = Bed::with("embeddings", Config { seed: 5, ..Config::default() });
+    let c = &mut bed.connect();
+    tickets(c, "t", 1..=2000);
+    run(c, "ALTER TABLE t ADD v real[], ADD d double precision[], ADD j jsonb, ADD i integer[], ADD n numeric");
+    run(c, "SELECT llm_batch.create_embedder('e', 'm', 16, options => '{\"max_attempts\": 10}')");
+
+    queries(c);
+    what_is_wrong(c);
+
+    let faults = Fault::OF_VECTORS.into_iter().chain([Fault::Http500, Fault::RateLimit429, Fault::ResetAfter]);
+    bed.provider.configure(|config| config.faults = faults.map(|fault| (fault, 0.02)).collect());
+    let job = one(c, "SELECT llm_batch.backfill('t', 'body', 'v', 'e', options => '{\"max_rows_per_request\": 20}')");
+    wait_until("the job is under way", PATIENCE, || progress(c, job).done, |done| *done > 0);
+    let p = bed.done(job);
+    assert_eq!(p.counts(), (2000, 2000, 0, 0, 0, 0), "{:?}", failures(c, job));
+    assert_eq!(wrong(c, "v"), (0, 0));
+
+    bed.provider.configure(|config| config.faults = Vec::new());
+    for (column, as_real) in [("d", "d::real[]"), ("j", "ARRAY(SELECT jsonb_array_elements_text(j)::real)")] {
+        let job = one(c, &format!("SELECT llm_batch.backfill('t', 'body', '{column}', 'e')"));
+        assert_eq!(bed.done(job).counts().1, 2000, "{:?}", failures(c, job));
+        assert_eq!(wrong(c, as_real), (0, 0), "{column}");
+    }
+}
+
+/// Scalars and set-returning functions give the same vectors; many rows go in one request.
+fn queries(c: &mut Client) {
+    let before = one(c, "SELECT count(*) FROM t");
+    assert_eq!(before, 2000);
+    let got = c.query("SELECT body, llm_embed(body, 'e') FROM t WHERE id <= 100", &[]).unwrap();
+    assert_eq!(got.len(), 100);
+    for row in &got {
+        assert_eq!(row.get::<_, Vec<f32>>(1), embedding(row.get(0), DIMENSIONS));
+    }
+    for value in [
+        "llm_run('a text', 'e')::real[]",
+        "(SELECT value::real[] FROM llm_run_batch($$SELECT 1 AS id, 'a text' AS input$$, 'e'))",
+        "(SELECT value::real[] FROM llm_run_array(ARRAY[1], ARRAY['a text'], 'e'))",
+    ] {
+        let got: Vec<f32> = c.query_one(&format!("SELECT {value}"), &[]).unwrap().get(0);
+        assert_eq!(got, embedding("a text", DIMENSIONS), "{value}");
+    }
+    assert_eq!(
+        text(c, "SELECT kind || ' ' || spec FROM llm_batch.task WHERE name = 'e'"),
+        "embed {\"dimensions\": 16}"
+    );
+}
+
+fn what_is_wrong(c: &mut Client) {
+    for (sql, code, says) in [
+        ("SELECT llm_batch.create_embedder('f', 'm', NULL)", "22004", "dimensions"),
+        ("SELECT llm_batch.create_embedder('f', 'm', 0)", "22023", "1 to 8192"),
+        ("SELECT llm_batch.create_embedder('f', 'nobody', 3)", "42704", "nobody"),
+        ("SELECT llm_batch.create_embedder('e', 'm', 3)", "42710", "embedder"),
+        ("SELECT llm_batch.alter_scorer('e', 'x')", "42809", "alter_embedder"),
+        ("SELECT llm_embed('x', 'topic')", "42809", "not an embedder"),
+        ("SELECT llm_batch.backfill('t', 'body', 'i', 'e')", "42804", "real[]"),
+        ("SELECT llm_batch.backfill('t', 'body', 'n', 'e')", "42804", "real[]"),
+    ] {
+        let (found, message, detail, hint) = error(c, sql);
+        let all = format!("{message}\n{detail}\n{hint}");
+        assert!(found == code && all.contains(says), "{sql}\n{found} {all}");
+    }
+}
