@@ -120,11 +120,11 @@ impl Fields {
     pub(crate) fn values(&self, written: &str) -> Vec<String> {
         let all: Value = serde_json::from_str(written).unwrap_or_default();
         let mut elements = all.as_array().into_iter().flatten();
-        let mut value = |field: &Field| match (&field.key, self.is_object) {
+        let value = |field: &Field| match (&field.key, self.is_object) {
             (Some(key), true) => all[key].to_string(),
             (key, _) => elements.nth(usize::from(key.is_some())).map_or(String::new(), Value::to_string),
         };
-        self.all.iter().map(|field| value(field)).collect()
+        self.all.iter().map(value).collect()
     }
 }
 
