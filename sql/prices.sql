@@ -83,4 +83,3 @@ SELECT v.*, DATE '2026-10-28', false
        context_tokens, output_tokens);
 
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.list_price', 'WHERE is_own');
-GRANT SELECT ON llm_batch.list_price TO PUBLIC;

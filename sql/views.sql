@@ -160,6 +160,6 @@ COMMENT ON PROCEDURE llm_batch.wait IS 'waits until a job is done; raises an err
 GRANT USAGE ON SCHEMA llm_batch TO PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA llm_batch FROM PUBLIC;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA llm_batch FROM PUBLIC;
-GRANT SELECT ON llm_batch.model, llm_batch.task, llm_batch.task_history, llm_batch.progress, llm_batch.failure, llm_batch.activity TO PUBLIC;
+GRANT SELECT ON llm_batch.model, llm_batch.list_price, llm_batch.task, llm_batch.task_history, llm_batch.progress, llm_batch.failure, llm_batch.activity TO PUBLIC;
 
 SET LOCAL search_path TO @extschema@, pg_temp;

@@ -991,8 +991,18 @@ fn keys_are_never_shown() {
         );
         shown += &format!("{:?}", failures(client, job));
     }
-    for view in ["progress", "activity", "failure", "job", "job_state", "model", "task", "task_history", "row_failure"]
-    {
+    for view in [
+        "progress",
+        "activity",
+        "failure",
+        "job",
+        "job_state",
+        "model",
+        "list_price",
+        "task",
+        "task_history",
+        "row_failure",
+    ] {
         shown += &text(client, &format!("SELECT coalesce(string_agg(x::text, ' '), '') FROM llm_batch.{view} x"));
     }
     shown +=

@@ -327,7 +327,8 @@ fn what_is_the_extensions() {
                 continue;
             }
             let column = column.unwrap();
-            let is_read = ["model", "task", "task_history", "progress", "failure", "activity"].contains(&name.as_str());
+            let is_read = ["model", "task", "task_history", "list_price", "progress", "failure", "activity"]
+                .contains(&name.as_str());
             let read: &[&str] = if is_read { &["ok"] } else { &[NO] };
             expect(&format!("SELECT * FROM {table}"), read);
             // A view is refused as what it is, or for the right that lacks.

@@ -383,6 +383,51 @@ fn a_statement_keeps_its_budget_when_the_gateway_ends() {
 }
 
 #[test]
+fn prices_come_from_the_list_unless_they_are_given() {
+    let (_bed, mut c) = bed("money_list", Config::default(), 1);
+    run(
+        &mut c,
+        "INSERT INTO llm_batch.list_price (provider, model, input_price, cached_input_price, output_price, as_of, is_own)
+         VALUES ('127.0.0.1', 'luna', 1, NULL, 2, '2026-01-02', false), ('127.0.0.1', 'luna', 0.5, 0.05, 1.5, '2026-03-04', true),
+                ('127.0.0.1', 'sol', 7, NULL, 8, '2026-05-06', true), ('elsewhere.example', 'astra', 9, NULL, 9, now(), true)",
+    );
+    let prices = |c: &mut Client, name: &str| {
+        text(
+            c,
+            &format!(
+                "SELECT concat_ws(' ', coalesce(input_price::text, '-'), coalesce(cached_input_price::text, '-'),
+                        coalesce(output_price::text, '-'), coalesce(price_as_of::text, '-'))
+                   FROM llm_batch.model WHERE name = '{name}'"
+            ),
+        )
+    };
+    let create = |c: &mut Client, model: &str, more: &str| {
+        run(c, &format!("SELECT llm_batch.create_model('{model}', 'fake', '{model}'{more})"));
+        prices(c, model)
+    };
+    // A row of one's own goes before the extension's.
+    assert_eq!(create(&mut c, "luna", ""), "0.5 0.05 1.5 2026-03-04");
+    assert_eq!(create(&mut c, "sol-2026-11-28", ""), "7 - 8 2026-05-06");
+    assert_eq!(create(&mut c, "sol@20261128", ""), "7 - 8 2026-05-06");
+    // Another host's prices, and those of a name that only begins alike, are no prices of this model.
+    assert_eq!(create(&mut c, "astra", ""), "- - - -");
+    assert_eq!(create(&mut c, "sol-mini", ""), "- - - -");
+    assert_eq!(create(&mut c, "sol", ", input_price => 3"), "3 - - -");
+    let alter = |c: &mut Client, what: &str| {
+        run(c, &format!("SELECT llm_batch.alter_model('luna', {what})"));
+        prices(c, "luna")
+    };
+    assert_eq!(alter(&mut c, "requests_per_minute => 5"), "0.5 0.05 1.5 2026-03-04");
+    // The model becomes another one: its prices go with it, or there are none.
+    assert_eq!(alter(&mut c, "model => 'sol'"), "7 - 8 2026-05-06");
+    assert_eq!(alter(&mut c, "model => 'unknown'"), "- - - -");
+    assert_eq!(alter(&mut c, "model => 'luna', reset => '{input_price,output_price}'"), "0.5 0.05 1.5 2026-03-04");
+    // Prices that were given stay.
+    assert_eq!(alter(&mut c, "output_price => 4"), "0.5 0.05 4 -");
+    assert_eq!(alter(&mut c, "model => 'sol'"), "0.5 0.05 4 -");
+}
+
+#[test]
 fn budgets_that_make_no_sense_cost_nothing() {
     let (bed, mut c) = bed("money_refused", Config::default(), 100);
     model(&mut c, "free", "input_price => 0.15");
