@@ -8,7 +8,7 @@ use llm_batch_gateway::protocol::{
     Again, Allowance, FromGateway, Item, Outcome, Spent, Stream, ToGateway, Verdict, most_text,
 };
 
-use pgrx::PgSqlErrorCode;
+use pgrx::{PgMemoryContexts, PgSqlErrorCode};
 
 use crate::budget::UNLIMITED;
 use crate::checks::{self, Checks, Judged};
@@ -244,7 +244,10 @@ impl Asker {
         // What was withdrawn is followed by the reason: the stream is stopped.
         let outcomes: Vec<_> = outcomes.into_iter().filter(|o| o.verdict != Verdict::Withdrawn).collect();
         self.purse.spend(spent, outcomes.len() as u64);
-        let judged = self.judge(&outcomes)?;
+        // Memory that is used for a row is not kept until the statement ends.
+        let mut memory = PgMemoryContexts::new("llm_batch answers");
+        // SAFETY: on the main thread; what is returned is Rust's own.
+        let judged = unsafe { memory.switch_to(|_| self.judge(&outcomes)) }?;
         for (mut o, judged) in outcomes.into_iter().zip(judged) {
             let Some(pending) = self.pending.get_mut(&o.n) else { continue };
             match judged {

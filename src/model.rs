@@ -180,12 +180,15 @@ impl Settings {
         self.input_price.is_some() || self.output_price.is_some() || self.cached_input_price.is_some()
     }
 
-    /// With the prices of the list, if there are any.
+    /// With the prices of the list, if there are any, in place of those that are not given.
     fn with_prices(self, listed: Option<&Listed>) -> Self {
         match listed.map(|listed| listed.prices.clone()) {
-            Some([input_price, output_price, cached_input_price]) => {
-                Self { input_price, output_price, cached_input_price, ..self }
-            }
+            Some([input, output, cached]) => Self {
+                input_price: self.input_price.or(input),
+                output_price: self.output_price.or(output),
+                cached_input_price: self.cached_input_price.or(cached),
+                ..self
+            },
             None => self,
         }
     }
@@ -335,7 +338,11 @@ fn create_model(
     };
     settings.check(provider::api_of(server)?)?;
     check_place(Some(server), Some(model))?;
-    let listed = if settings.has_prices() { None } else { Some(listed(server, model)?) };
+    let is_by_hand = settings.has_prices();
+    let listed = match (&settings.input_price, &settings.output_price) {
+        (Some(_), Some(_)) => None,
+        _ => Some(listed(server, model)?),
+    };
     let taken = listed.as_ref().and_then(Option::as_ref);
     let settings = settings.with_prices(taken);
     let mut args: Vec<DatumWithOid> =
@@ -346,7 +353,7 @@ fn create_model(
         columns += &format!(", {column}");
         values += &format!(", coalesce(${}, {default})", args.len());
     }
-    args.push(taken.map(|listed| listed.as_of).into());
+    args.push(taken.filter(|_| !is_by_hand).map(|listed| listed.as_of).into());
     columns += ", price_as_of";
     values += &format!(", ${}", args.len());
     let made = txn::as_extension_owner(|| {
@@ -418,15 +425,15 @@ fn alter_model(
     }
     let (server, server_name) = server.unzip();
     let is_reset = |column: &str| reset.iter().any(|name| name == column);
-    let is_by_hand = settings.has_prices() || price::COLUMNS.into_iter().any(is_reset);
+    let is_by_hand = settings.has_prices();
     let are_reset = is_reset("input_price") && is_reset("output_price");
-    let anew = if settings.has_prices() { None } else { listed_anew(name, server, model, are_reset)? };
+    let anew = listed_anew(name, server, model, are_reset)?;
     let taken = anew.as_ref().and_then(|(_, listed)| listed.as_ref());
     let settings = settings.with_prices(taken);
     let mut args: Vec<DatumWithOid> = vec![name.into(), server.into(), server_name.into(), model.into()];
     let mut assignments = String::new();
-    if anew.is_some() || is_by_hand {
-        args.push(taken.map(|listed| listed.as_of).into());
+    if anew.is_some() || is_by_hand || price::COLUMNS.into_iter().any(is_reset) {
+        args.push(taken.filter(|_| !is_by_hand).map(|listed| listed.as_of).into());
         assignments += &format!(", price_as_of = ${}", args.len());
     }
     for (column, default, given) in settings.table() {

@@ -80,6 +80,28 @@ pub fn check_login() -> Result<()> {
     lost.map_or(Ok(()), |right| Err(Error::denied(format!("the job's owner lost a right: {right}"))))
 }
 
+/// Expressions of a task run with its owner's rights, and call functions that the owner before may replace.
+fn check_expressions(task: &str, new_owner: pg_sys::Oid) -> Result<()> {
+    // SAFETY: a catalog lookup on the main thread inside a transaction.
+    if !unsafe { pg_sys::superuser_arg(new_owner) } {
+        return Ok(());
+    }
+    let is_strange = sql::row(
+        "SELECT t.options OPERATOR(pg_catalog.?|) ARRAY['repair', 'check'] AS has_any,
+                COALESCE((SELECT r.rolsuper FROM pg_catalog.pg_roles r
+                           WHERE r.oid OPERATOR(pg_catalog.=) llm_batch.owner_now(t.owner, t.owner_name, t.home)), false) AS is_super
+           FROM llm_batch.task t WHERE t.name OPERATOR(pg_catalog.=) $1",
+        &[task.into()],
+        |r| Ok(r.get::<bool>("has_any")? && !r.get::<bool>("is_super")?),
+    )?;
+    if is_strange != Some(true) {
+        return Ok(());
+    }
+    Err(Error::denied("a task with checks or repairs cannot be given to a superuser")
+        .detail("They would run with the superuser's rights, and may call functions of the owner before.")
+        .hint("Create the task anew as the superuser."))
+}
+
 #[pg_extern(sql = false)]
 fn set_owner(kind: &str, name: &str, new_owner: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
     if !["model", "task"].contains(&kind) {
@@ -89,6 +111,9 @@ fn set_owner(kind: &str, name: &str, new_owner: pg_sys::Oid) -> std::result::Res
     }
     check(kind, name)?;
     let (role, _) = new(new_owner)?;
+    if kind == "task" {
+        check_expressions(name, new_owner)?;
+    }
     txn::as_extension_owner(|| {
         sql::run(
             &format!("UPDATE llm_batch.{kind} SET owner = $2, owner_name = $3::name WHERE name = $1"),

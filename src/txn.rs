@@ -96,7 +96,14 @@ pub fn restricted<T>(role: pg_sys::Oid, search_path: &str, f: impl FnOnce() -> R
     // Names of a temporary schema come last: it is of who asks.
     let path = CString::new(format!("{search_path}, pg_temp"))
         .map_err(|_| Error::invalid("a search_path can't have a zero byte"))?;
-    let run = || as_role(role, || with_settings(&[(c"search_path", &path)], f));
+    // With others an expression would mean something else to who asks than to its owner.
+    let settings = [
+        (c"search_path", path.as_c_str()),
+        (c"standard_conforming_strings", c"on"),
+        (c"transform_null_equals", c"off"),
+        (c"row_security", c"on"),
+    ];
+    let run = || as_role(role, || with_settings(&settings, f));
     if !has_subtransactions() {
         return run();
     }

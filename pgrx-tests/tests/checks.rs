@@ -365,9 +365,12 @@ fn whose_rights_expressions_have() {
     assert_eq!(one(c, "SELECT count(*) FROM t WHERE answer NOT IN (lower(answer), upper(answer))"), 0);
     // Her role goes: nobody runs what it has left.
     run(c, "SELECT llm_batch.set_owner('task', 'late', 'bob')");
+    // What she wrote never runs as a superuser.
+    let (code, ..) = error(c, "SELECT llm_batch.set_owner('task', 'trap', 'postgres')");
+    assert_eq!(code, "42501");
     run(
         c,
-        "SELECT llm_batch.set_owner('task', name, 'postgres') FROM llm_batch.task WHERE owner_name = 'mallory' AND name <> 'trap'",
+        "SELECT llm_batch.set_owner('task', name, 'bob') FROM llm_batch.task WHERE owner_name = 'mallory' AND name <> 'trap'",
     );
     run(c, "DROP OWNED BY mallory; DROP ROLE mallory");
     let (code, message, ..) = error(c, "SELECT llm_run('#r000001:x#', 'trap')");

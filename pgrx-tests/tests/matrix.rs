@@ -77,6 +77,10 @@ const ROWS: &[Row] = &[
      "SELECT llm_batch.create_scorer('new', 'How angry?', model => 'm')", USAGE),
     ("llm_batch.alter_scorer(text,text,numeric,numeric,text,jsonb,jsonb)",
      "SELECT llm_batch.alter_scorer('stars', high => 10)", HERS),
+    ("llm_batch.create_embedder(text,text,integer,text,jsonb)",
+     "SELECT llm_batch.create_embedder('new', 'm', 16)", USAGE),
+    ("llm_batch.alter_embedder(text,text,integer,text,jsonb)",
+     "SELECT llm_batch.alter_embedder('vectors', dimensions => 8)", HERS),
     ("llm_batch.drop_task(text)", "SELECT llm_batch.drop_task('hers')", HERS),
     ("", "SELECT llm_batch.drop_task('spare')", SUPERUSERS),
     // Owners, by the rules of ALTER … OWNER TO
@@ -112,6 +116,8 @@ const ROWS: &[Row] = &[
     ("llm_summarize(text,jsonb)", "SELECT llm_summarize('#r900001:a#', '{\"model\": \"m\"}')", USAGE),
     ("llm_translate(text,text,jsonb)", "SELECT llm_translate('#r900001:a#', 'German', '{\"model\": \"m\"}')", USAGE),
     ("llm_score(text,text,jsonb)", "SELECT llm_score('#r900001:a#', 'How urgent?', '{\"model\": \"m\"}')", USAGE),
+    ("llm_embed(text,text)",
+     "SELECT llm_batch.create_embedder('fields', 'm', 16); SELECT llm_embed('#r900001:a#', 'fields')", USAGE),
     // Jobs
     ("llm_batch.backfill(regclass,text,name,text,text,numeric,bigint,jsonb)",
      "SELECT llm_batch.backfill('tickets', 'body', 'third', 'topic')", HERS),
@@ -226,7 +232,7 @@ fn prepare(bed: &Bed) -> Client {
          SELECT llm_batch.create_model('spare', server => 'fake', model => 'x');
          SELECT llm_batch.create_classifier('hers', labels => '[\"bug\", \"b\"]', model => 'hers');
          SELECT llm_batch.create_extractor('parts', '{\"a\": \"date\"}', 'hers'), llm_batch.create_generator('words', 'Explain it.', 'hers'),
-                llm_batch.create_scorer('stars', 'How angry?', model => 'hers');",
+                llm_batch.create_scorer('stars', 'How angry?', model => 'hers'), llm_batch.create_embedder('vectors', 'hers', 16);",
     );
     assert_eq!(one(&mut alice, "SELECT llm_batch.backfill('tickets', 'body', 'topic', 'topic')"), 1);
     let p = bed.done(1);

@@ -412,7 +412,8 @@ fn prices_come_from_the_list_unless_they_are_given() {
     // Another host's prices, and those of a name that only begins alike, are no prices of this model.
     assert_eq!(create(&mut c, "astra", ""), "- - - -");
     assert_eq!(create(&mut c, "sol-mini", ""), "- - - -");
-    assert_eq!(create(&mut c, "sol", ", input_price => 3"), "3 - - -");
+    // A price that is given goes before the list's.
+    assert_eq!(create(&mut c, "sol", ", input_price => 3"), "3 - 8 -");
     let alter = |c: &mut Client, what: &str| {
         run(c, &format!("SELECT llm_batch.alter_model('luna', {what})"));
         prices(c, "luna")
@@ -421,6 +422,8 @@ fn prices_come_from_the_list_unless_they_are_given() {
     // The model becomes another one: its prices go with it, or there are none.
     assert_eq!(alter(&mut c, "model => 'sol'"), "7 - 8 2026-05-06");
     assert_eq!(alter(&mut c, "model => 'unknown'"), "- - - -");
+    assert_eq!(alter(&mut c, "model => 'luna', reset => '{input_price,output_price}'"), "0.5 0.05 1.5 2026-03-04");
+    assert_eq!(alter(&mut c, "model => 'sol', input_price => 6"), "6 - 8 -");
     assert_eq!(alter(&mut c, "model => 'luna', reset => '{input_price,output_price}'"), "0.5 0.05 1.5 2026-03-04");
     // Prices that were given stay.
     assert_eq!(alter(&mut c, "output_price => 4"), "0.5 0.05 4 -");

@@ -88,8 +88,13 @@ impl Default for Ratio {
 }
 
 impl Ratio {
-    /// The lowest relation: whatever is seen is higher.
-    pub const LOWEST: Self = Self(Self::RANGE.0);
+    /// The relation of a first finished request, which takes the place of a guess; `None` if it says too little.
+    pub fn first(estimated: u64, actual: u64) -> Option<Self> {
+        let mut ratio = Self(0.0);
+        ratio.observe(estimated, actual);
+        (ratio.0 > 0.0).then_some(ratio)
+    }
+
     /// Lowest and highest relation that is believed.
     const RANGE: (f64, f64) = (0.2, 4.0);
     /// Fewer tokens than this say little: a server's own prompt may be longer.

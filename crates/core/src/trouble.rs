@@ -237,6 +237,8 @@ impl Said {
         let spend = [
             "insufficient_quota",
             "credit_balance",
+            "credit balance is too low",
+            "credits are depleted",
             "spend_limit",
             "usage_limit_exceeded",
             "billing_hard_limit",

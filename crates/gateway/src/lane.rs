@@ -128,7 +128,7 @@ impl Measured {
     /// Tokens of an answer at most, as answers have been so far, without what is thought before; by our count they are so
     /// many.
     pub fn expected_answer(&self, counted: u64) -> u64 {
-        let expected = self.sizes.answer.apply(counted);
+        let expected = self.sizes.answer().apply(counted);
         if self.sizes.seen < ENOUGH_ANSWERS { expected * 2 } else { expected }
     }
 

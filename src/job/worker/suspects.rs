@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
+use crate::checks::BAD_VALUE;
 use crate::job::cause::Cause;
 use crate::job::store::Failure;
 
@@ -43,7 +44,8 @@ impl Suspects {
             }
         }
         for (cause, suspect) in self.0.iter_mut().filter(|(_, s)| !s.rows.is_empty()) {
-            if cause.is_refuted(written) || (is_taken && matches!(cause, Cause::Refused(_))) {
+            if cause.is_refuted(written) || (is_taken && matches!(cause, Cause::Refused(class) if *class != BAD_VALUE))
+            {
                 suspect.is_mixed = true;
                 verdicts.rows.append(&mut suspect.rows);
             }

@@ -57,7 +57,9 @@ impl Dialect for Anthropic {
         let mut body = json!({"model": ask.model, "max_tokens": ask.max_tokens});
         if !ask.no_system_role {
             let mut system = json!({"type": "text", "text": ask.system});
-            if ask.system.len() >= LEAST_CACHED {
+            // A schema that names the rows differs with each request, and no prefix is read from the cache then.
+            let names_rows = matches!(ask.format, Some(Format::Schema { strict: true, .. }));
+            if ask.system.len() >= LEAST_CACHED && !names_rows {
                 system["cache_control"] = json!({"type": "ephemeral"});
             }
             body["system"] = json!([system]);
@@ -104,7 +106,7 @@ impl Dialect for Anthropic {
     }
 
     fn trouble(&self, status: u16, _error: &Value, words: &str) -> Option<Trouble> {
-        let of_schema = ["output_config", "output_format", "too complex for compilation"];
+        let of_schema = ["output_config.format", "output_format", "too complex for compilation"];
         (status == 400 && of_schema.iter().any(|word| words.contains(word)))
             .then_some(Trouble::Unsupported(Parameter::ResponseFormat))
     }

@@ -11,7 +11,7 @@ use crate::trouble::{Parameter, Trouble};
 pub(super) struct Gemini;
 
 /// In both spellings that are taken there.
-const RESERVED: [&str; 13] = [
+const RESERVED: [&str; 17] = [
     "model",
     "contents",
     "systemInstruction",
@@ -24,6 +24,10 @@ const RESERVED: [&str; 13] = [
     "responseSchema",
     "responseJsonSchema",
     "candidateCount",
+    "candidate_count",
+    "response_mime_type",
+    "response_schema",
+    "response_json_schema",
     "stream",
 ];
 

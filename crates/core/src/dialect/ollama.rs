@@ -35,6 +35,9 @@ impl Dialect for Ollama {
             messages.insert(0, json!({"role": "system", "content": ask.system}));
         }
         let mut body = json!({"model": ask.model, "messages": messages, "stream": false});
+        // A prompt that is too long is refused, not cut without a word.
+        body["truncate"] = false.into();
+        body["shift"] = false.into();
         body["options"] = json!({"num_ctx": ask.context, "num_predict": ask.max_tokens});
         match ask.format {
             Some(Format::Json) => body["format"] = "json".into(),
@@ -70,6 +73,9 @@ impl Dialect for Ollama {
     }
 
     fn trouble(&self, status: u16, _error: &Value, words: &str) -> Option<Trouble> {
+        if status >= 400 && words.contains("context length") {
+            return Some(Trouble::TooLarge);
+        }
         (status == 400 && words.contains("invalid format")).then_some(Trouble::Unsupported(Parameter::ResponseFormat))
     }
 }

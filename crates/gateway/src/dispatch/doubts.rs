@@ -17,7 +17,7 @@ const MOST_SHOWN: usize = 200;
 pub(super) const ONLY_THOUGHT: &str = "the model wrote its reasoning and no answer, and nothing is taken from reasoning; thinking is turned off \
     by llm_batch.alter_model(…, parameters => …) with {\"chat_template_kwargs\": {\"enable_thinking\": false}} for vLLM, \
     SGLang and llama.cpp, {\"think\": false} or {\"reasoning_effort\": \"none\"} for Ollama, {\"reasoning_effort\": \"none\"} or \
-    \"minimal\" for OpenAI, {\"thinkingConfig\": {\"thinkingBudget\": 0}} for Gemini, {\"thinking\": {\"type\": \"disabled\"}} for \
+    \"minimal\" for OpenAI, {\"thinkingConfig\": {\"thinkingLevel\": \"minimal\"}} or {\"thinkingBudget\": 0} for Gemini, {\"thinking\": {\"type\": \"disabled\"}} for \
     Anthropic";
 
 /// What an answer says of whether a model can answer a task.

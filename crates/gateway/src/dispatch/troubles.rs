@@ -222,7 +222,13 @@ impl State {
         } else if matches!(parameter, Parameter::SystemRole | Parameter::Sampling)
             || is_form && asked.learned.form(&options) == Form::Plain
         {
-            // There is none in the request: these are words of a row that is quoted.
+            // There is none in the request: these are words of a row that is quoted, unless single rows are refused alike.
+            if let [row] = failed.rows.as_slice()
+                && let Some(lane) = self.lanes.get_mut(lane_key)
+                && lane.standings.of(now, asked.scope).row_is_refused(row.refused_in.unwrap_or(id))
+            {
+                return self.end(now, failed, End::of_group(StopReason::Rejected));
+            }
             self.refused(now, (lane_key, group), failed.rows, (id, is_accepted), message);
         } else {
             self.end(now, failed, End::of_group(StopReason::Rejected));
