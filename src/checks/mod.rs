@@ -179,7 +179,7 @@ impl Checks {
     }
 
     /// The values after the repairs, and what the checks say of them.
-    fn run(&self, args: Vec<Option<String>>) -> Result<(Vec<Option<String>>, Vec<Option<bool>>)> {
+    fn run(&self, args: Vec<Option<String>>) -> Result<Repaired> {
         Spi::connect(|client| {
             // In SPI's memory, which is freed at the end.
             let args: Vec<DatumWithOid> = args.into_iter().map(DatumWithOid::from).collect();
@@ -205,6 +205,9 @@ impl Checks {
         asking::refused(|| txn::restricted(self.owner, &self.search_path, f))
     }
 }
+
+/// The values after the repairs, and whether each passes its check.
+type Repaired = (Vec<Option<String>>, Vec<Option<bool>>);
 
 /// Whose plan it is, and of which statement.
 type Kept = ((pg_sys::Oid, String), Rc<OwnedPreparedStatement>);

@@ -94,6 +94,8 @@ mod tests {
             "model": "m",
             "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}],
             "stream": false,
+            "truncate": false,
+            "shift": false,
             "options": {"num_ctx": 100, "num_predict": 9, "temperature": 0},
             "format": {"type": "object"},
             "think": false,

@@ -22,7 +22,11 @@ impl Wire for Ollama {
     }
 
     fn request(&self, _request: &Request, body: &Value) -> Result<Value, String> {
-        only(body, "", &["model", "messages", "stream", "format", "options", "think", "keep_alive"])?;
+        only(
+            body,
+            "",
+            &["model", "messages", "stream", "format", "options", "think", "keep_alive", "truncate", "shift"],
+        )?;
         if body["stream"] != false {
             return Err("streams are not supported".to_owned());
         }
