@@ -132,7 +132,7 @@ impl Asker {
         if limit != (Allowance { cost: UNLIMITED, tokens: UNLIMITED }) {
             asked = asked.with_budget(limit.cost != UNLIMITED)?;
         }
-        let Asked { stream, model, price, checks } = asked;
+        let Asked { stream, model, price, checks, .. } = asked;
         let mut purse = Purse::new(limit, price, stream.budget);
         let client = match KEPT.take() {
             // What a stream was allowed holds for one budget.

@@ -28,6 +28,7 @@ mod options;
 mod owner;
 mod price;
 mod process;
+mod provenance;
 mod provider;
 mod question;
 mod rows;

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::budget::{UNLIMITED, picodollars};
 use crate::error::{Error, Result};
-use crate::{isolation, settings};
+use crate::{isolation, provenance, settings};
 
 /// The options of a function that asks.
 pub struct OfCall {
@@ -54,11 +54,19 @@ pub fn of_question(mut options: Value) -> Result<OfQuestion> {
     Ok(OfQuestion { call: of_call(options)?, model, task })
 }
 
-/// Of `backfill()` and `estimate()`: the task's, and what keeps rows apart.
-pub fn of_job(mut options: Value) -> Result<(Value, Option<String>)> {
-    let isolation = isolation::take(&mut options)?;
+/// Of `backfill()` and `estimate()`.
+pub struct OfJob {
+    pub task: Value,
+    /// The expression that keeps rows apart.
+    pub isolation: Option<String>,
+    /// The column that says which task answered a row.
+    pub provenance: Option<String>,
+}
+
+pub fn of_job(mut options: Value) -> Result<OfJob> {
+    let (isolation, provenance) = (isolation::take(&mut options)?, provenance::take(&mut options)?);
     refuse_budget(&options)?;
-    Ok((options, isolation))
+    Ok(OfJob { task: options, isolation, provenance })
 }
 
 /// Of a task: nothing but the task's.

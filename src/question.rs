@@ -94,7 +94,8 @@ pub fn ad_hoc(
     let (before, of_task, checks) =
         base.map_or_else(Default::default, |base| (base.task.options, Some(base.model), base.checks));
     let task = Task { spec, options: before.with(&options)? };
-    Ok((Known { model: model.or(of_task).map_or_else(|| model::default(author), Ok)?, task, checks }, limit))
+    let model = model.or(of_task).map_or_else(|| model::default(author), Ok)?;
+    Ok((Known { model, version: 0, task, checks }, limit))
 }
 
 impl Conclude {

@@ -23,13 +23,15 @@ use crate::{changes, model, owner, sql, txn};
 pub struct Known {
     pub task: Task,
     pub model: String,
+    /// The task's version; 0 of what has no name.
+    pub version: i32,
     pub checks: Option<Checks>,
 }
 
 /// Looks a task of any kind up; `options` override its own.
 pub fn load(name: &str, options: &Value) -> Result<Known> {
     let found = sql::row(
-        "SELECT t.kind, t.model, t.spec, t.options, t.search_path,
+        "SELECT t.kind, t.model, t.spec, t.options, t.version, t.search_path,
                 llm_batch.owner_now(t.owner, t.owner_name, t.home) AS owner
            FROM llm_batch.task t WHERE t.name OPERATOR(pg_catalog.=) $1",
         &[name.into()],
@@ -44,7 +46,7 @@ pub fn load(name: &str, options: &Value) -> Result<Known> {
                 }
             };
             let options = Options::from_json([&spec.defaults(), &own, options])?;
-            Ok(Known { model: row.get("model")?, task: Task { spec, options }, checks })
+            Ok(Known { model: row.get("model")?, version: row.get("version")?, task: Task { spec, options }, checks })
         },
     )?;
     found.ok_or_else(|| unknown("task", name))
@@ -65,6 +67,7 @@ fn ownerless(name: &str) -> Error {
 pub struct Asked {
     pub stream: Stream,
     pub model: String,
+    pub version: i32,
     pub price: Price,
     /// What is done to its answers.
     pub checks: Option<Checks>,
@@ -94,7 +97,7 @@ impl Known {
             task: self.task,
             budget: None,
         };
-        Ok(Asked { stream, model: self.model, price: known.price, checks: self.checks })
+        Ok(Asked { stream, model: self.model, version: self.version, price: known.price, checks: self.checks })
     }
 }
 

@@ -11,10 +11,10 @@ use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::job::target;
 use crate::json::Json;
-use crate::options::of_job;
+use crate::options::{OfJob, of_job};
 use crate::process::current_user;
 use crate::task::{self, Asked};
-use crate::{asking, isolation, sql, txn};
+use crate::{asking, isolation, provenance, sql, txn};
 
 /// What to fill, from what, with what.
 pub struct Given<'a> {
@@ -28,6 +28,7 @@ pub struct Given<'a> {
     pub options: Value,
     task_options: Value,
     pub isolation: Option<String>,
+    pub provenance: Option<String>,
 }
 
 impl<'a> Given<'a> {
@@ -40,7 +41,7 @@ impl<'a> Given<'a> {
         options: Option<Json>,
     ) -> Result<Self> {
         let options = options.map(|o| o.0).filter(|o| !o.is_null()).unwrap_or_else(|| json!({}));
-        let (task_options, isolation) = of_job(options.clone())?;
+        let OfJob { task: task_options, isolation, provenance } = of_job(options.clone())?;
         Ok(Self {
             relation: required(relation, "relation")?,
             input: required(input, "input")?,
@@ -50,6 +51,7 @@ impl<'a> Given<'a> {
             options,
             task_options,
             isolation,
+            provenance,
         })
     }
 
@@ -59,9 +61,12 @@ impl<'a> Given<'a> {
         check_usable()?;
         let names: Vec<String> = self.columns.iter().map(|(name, _)| name.clone()).collect();
         let target = catalog::target(self.relation, &names)?;
+        if let Some(column) = &self.provenance {
+            provenance::check(column, &target)?;
+        }
         let owner = owner_of(&target)?;
         let asked = task::load(self.task, &self.task_options)?.stream(owner, false)?;
-        check_rights(&target, owner, is_to_write)?;
+        self.check_rights(&target, owner, is_to_write)?;
         let spec = &asked.stream.task.spec;
         let fields = target::fields(&self.columns, &target.columns, spec)?;
         catalog::check_owners(target.relation, owner, &target.name)?;
@@ -83,7 +88,7 @@ impl<'a> Given<'a> {
                     "SELECT ({}\n)::pg_catalog.text, {}, {} FROM ONLY {} WHERE ({}\n) LIMIT 0",
                     self.input,
                     isolation::digest_sql(self.isolation.as_deref()),
-                    names.iter().map(|name| sql::name(name)).collect::<Vec<_>>().join(", "),
+                    names.iter().chain(&self.provenance).map(|name| sql::name(name)).collect::<Vec<_>>().join(", "),
                     target.name,
                     self.filter.unwrap_or("true")
                 ),
@@ -93,6 +98,25 @@ impl<'a> Given<'a> {
         };
         asking::refused(|| txn::as_role(owner, look))?;
         Ok(Checked { target, fields, owner, asked })
+    }
+
+    fn check_rights(&self, target: &Target, owner: pg_sys::Oid, is_to_write: bool) -> Result<()> {
+        let reads = target.key_names.iter().map(|name| (name, "SELECT"));
+        let columns = target.columns.iter().map(|column| &column.name).chain(&self.provenance);
+        let writes = columns.filter(|_| is_to_write).map(|column| (column, "UPDATE"));
+        for (column, right) in writes.chain(reads) {
+            let may = sql::one::<bool>(
+                "SELECT pg_catalog.has_column_privilege($1, $2, $3, $4)",
+                &[owner.into(), target.relation.into(), column.as_str().into(), right.into()],
+            )?;
+            if may != Some(true) {
+                return Err(Error::denied(format!("permission denied for column \"{column}\" of {}", target.name)).hint(
+                    "The owner of the job needs SELECT on the key, the target and the input, and UPDATE on the target; on a \
+                     provenance column both.",
+                ));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -152,21 +176,4 @@ pub fn check_login(owner: pg_sys::Oid) -> Result<()> {
         ))),
         None => Err(Error::unknown("the owner of the job does not exist")),
     }
-}
-
-fn check_rights(target: &Target, owner: pg_sys::Oid, is_to_write: bool) -> Result<()> {
-    let reads = target.key_names.iter().map(|name| (name, "SELECT"));
-    let writes = target.columns.iter().filter(|_| is_to_write).map(|column| (&column.name, "UPDATE"));
-    for (column, right) in writes.chain(reads) {
-        let may = sql::one::<bool>(
-            "SELECT pg_catalog.has_column_privilege($1, $2, $3, $4)",
-            &[owner.into(), target.relation.into(), column.as_str().into(), right.into()],
-        )?;
-        if may != Some(true) {
-            return Err(Error::denied(format!("permission denied for column \"{column}\" of {}", target.name)).hint(
-                "The owner of the job needs SELECT on the key, the target and the input, and UPDATE on the target.",
-            ));
-        }
-    }
-    Ok(())
 }

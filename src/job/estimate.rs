@@ -17,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::json::Json;
 use crate::task::Asked;
 use crate::text::Text;
-use crate::{asking, client, shared, sql, txn};
+use crate::{asking, client, provenance, shared, sql, txn};
 
 /// Most rows of a sample, less than may be without an outcome.
 const MOST_ROWS: i32 = 4_000;
@@ -133,11 +133,14 @@ fn estimate_of(given: &Given, most_rows: i32) -> Result<(Population, Estimate, A
     if !(1..=MOST_ROWS).contains(&most_rows) {
         return Err(Error::invalid("\"sample_rows\" must be between 1 and 4000"));
     }
-    let Checked { target, owner, asked, .. } = given.check(false)?;
+    let Checked { target, fields, owner, asked } = given.check(false)?;
     let stream = &asked.stream;
     let (input, filter, isolation) = (given.input, given.filter, given.isolation.as_deref());
-    let names = target.columns.iter().map(|c| c.name.as_str());
-    let rows = Rows::new(&target.name, target.is_partitioned, input, names, filter, isolation);
+    let (column, task) = (given.provenance.as_deref(), given.task);
+    let known = column.map(|column| provenance::Known { column, task, version: asked.version });
+    let targets: Vec<_> =
+        target.columns.iter().map(|c| c.name.as_str()).zip(fields.iter().map(Option::as_deref)).collect();
+    let rows = Rows::new(&target.name, target.is_partitioned, input, &targets, filter, isolation, known.as_ref());
     let options = &stream.task.options;
     let pack = i64::from(options.max_rows_per_request.max(1));
     let most_text = most_text(stream.model.max_request_tokens);

@@ -95,7 +95,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
     if budget.max_cost.is_some() {
         price.check(&model)?;
     }
-    check_alone(&target, 0)?;
+    check_alone(&target, given.provenance.as_deref(), 0)?;
     client::check_came_up(shared::Process::Launcher)?;
     // Whether the model answers at all, before a row is paid for.
     client::ask(&stream, &ToGateway::Probe, |message| match message {
@@ -108,13 +108,14 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
     Ok(id)
 }
 
-/// One job a column: refuses a second one on one of the columns of the same partition tree. Holds locks until the
-/// transaction ends, so that two can't start at the same time.
-fn check_alone(target: &Target, except: i64) -> Result<()> {
+/// One job a column, be it a target or the one for provenance: refuses a second one on one of the columns of the same
+/// partition tree. Holds locks until the transaction ends, so that two can't start at the same time.
+fn check_alone(target: &Target, provenance: Option<&str>, except: i64) -> Result<()> {
     // Not an advisory lock: anyone could take that, and hold up others' jobs for ever. Two names with the same hash wait
     // for each other in vain, and no longer than that.
     let hash = |name: &str| name.bytes().fold(0u16, |hash, byte| hash.wrapping_mul(31).wrapping_add(u16::from(byte)));
-    let names: Vec<String> = target.columns.iter().map(|c| c.name.clone()).collect();
+    let names: Vec<String> =
+        target.columns.iter().map(|c| c.name.as_str()).chain(provenance).map(str::to_owned).collect();
     // In one order, so that no two wait for each other.
     let hashes: BTreeSet<u16> = names.iter().map(|name| hash(name)).collect();
     for name in hashes {
@@ -127,9 +128,10 @@ fn check_alone(target: &Target, except: i64) -> Result<()> {
     // As a statement that writes: it has a snapshot of its own, of after the lock.
     let other = txn::as_extension_owner(|| {
         sql::rows_mut(
-            "SELECT j.id, (SELECT min(c) FROM unnest(j.targets::text[]) c WHERE c = ANY ($2)) FROM llm_batch.job j JOIN llm_batch.progress p ON p.job_id = j.id
+            "SELECT j.id, (SELECT min(c) FROM unnest(f.columns) c WHERE c = ANY ($2)) FROM llm_batch.job j JOIN llm_batch.progress p ON p.job_id = j.id
               CROSS JOIN LATERAL (SELECT llm_batch.relation_now(j.relation, j.relation_name, j.home)) n (relation)
-              WHERE coalesce(pg_partition_root(n.relation)::oid, n.relation) = $1 AND j.targets::text[] && $2
+              CROSS JOIN LATERAL (SELECT j.targets::text[] || (j.options->>'provenance_column')) f (columns)
+              WHERE coalesce(pg_partition_root(n.relation)::oid, n.relation) = $1 AND f.columns && $2
                 AND p.status IN ('running', 'paused') AND j.id <> $3 LIMIT 1",
             &[target.root.into(), names.into(), except.into()],
             |r| Ok((r.get::<i64>(1)?, r.get::<String>(2)?)),

@@ -3,7 +3,7 @@
 //!
 //! Keys come as arrays `$1 … $k`, one a column; a row is a position in them.
 
-use llm_batch_core::task::Task;
+use llm_batch_gateway::protocol::most_text;
 use pgrx::pg_sys;
 
 use crate::ask::has_text_sql;
@@ -14,7 +14,8 @@ use crate::job::store::Job;
 use crate::job::target::Target;
 use crate::process::{current_user, my_database};
 use crate::sql::name;
-use crate::{catalog, sql};
+use crate::task::Asked;
+use crate::{catalog, provenance, sql};
 
 /// The statements of a job for the table as it is named now.
 #[derive(Debug, Clone)]
@@ -27,6 +28,8 @@ pub struct Plan {
     pub columns: Vec<fit::Column>,
     /// Answers to a row, until it is given up.
     pub max_attempts: u32,
+    /// Rows say which task answered them.
+    pub has_provenance: bool,
     /// The values are labels, each of which may be at fault.
     pub has_labels: bool,
     /// The search_path under which input and filter are read.
@@ -38,7 +41,8 @@ pub struct Plan {
     /// The page after row `$k+1` of the keys; `$k+2` is its size.
     pub claim_next: String,
     /// Locks rows `$k+1` (positions), looks at them, and writes values `$k+3 …`, one array a target, to those that are as
-    /// they were, by the inputs' hashes `$k+2`: each where its target is NULL. Of each row that could be locked: position,
+    /// they were, by the inputs' hashes `$k+2`: each where its target is NULL. If rows say who answered them, an array of that
+    /// comes last: a row with one is written even if all of its values are NULL. Of each row that could be locked: position,
     /// whether a target was NULL, the input's hash, whether there was something to write, NULL; of each that was written:
     /// position, NULL, NULL, NULL, whether something of it is NULL.
     pub write: String,
@@ -129,7 +133,9 @@ pub fn lockers(job: &Job) -> Result<String> {
 pub fn table(job: &Job) -> Result<Table> {
     let targets = job.targets.iter().map(|t| (&t.name, t.attnum, Some(t.type_oid)));
     let keys = job.key_names.iter().zip(&job.key_attnums).map(|(name, attnum)| (name, *attnum, None));
-    let columns: Vec<_> = keys.chain(targets).collect();
+    // A column for provenance may be another one of this name: nothing else is known of it.
+    let provenance = job.provenance.iter().map(|name| (name, 0, Some(pg_sys::JSONBOID)));
+    let columns: Vec<_> = keys.chain(targets).chain(provenance).collect();
     // One statement: it runs with each transaction that writes.
     let found = sql::row(
         "SELECT pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)) AS full_name,
@@ -138,7 +144,7 @@ pub fn table(job: &Job) -> Result<Table> {
                 (SELECT u.name
                    FROM ROWS FROM (pg_catalog.unnest($2::pg_catalog.text[]), pg_catalog.unnest($3::pg_catalog.int2[]), pg_catalog.unnest($4::pg_catalog.oid[])) u (name, num, type)
                   WHERE NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
-                                     WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) u.num
+                                     WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND (u.num OPERATOR(pg_catalog.=) 0::pg_catalog.int2 OR a.attnum OPERATOR(pg_catalog.=) u.num)
                                        AND a.attname OPERATOR(pg_catalog.=) u.name::pg_catalog.name AND NOT a.attisdropped
                                        AND (u.type IS NULL OR a.atttypid OPERATOR(pg_catalog.=) u.type))
                   LIMIT 1) AS other_column,
@@ -199,6 +205,10 @@ fn any_null(columns: impl Iterator<Item = String>) -> String {
     columns.map(|column| format!("{column} IS NULL")).collect::<Vec<_>>().join(" OR ")
 }
 
+fn hash_sql(text: &str, seed: i64) -> String {
+    format!("pg_catalog.hashtextextended({text} COLLATE pg_catalog.\"C\", {seed})")
+}
+
 /// What all statements over a table's rows have in common.
 pub struct Rows {
     /// The table, as it stands in a FROM clause.
@@ -214,19 +224,29 @@ pub struct Rows {
 }
 
 impl Rows {
-    pub fn new<'a>(
+    /// `targets`: columns and their fields; `known`: where a row says that its NULL is the answer.
+    pub fn new(
         table: &str,
         is_partitioned: bool,
         input: &str,
-        targets: impl Iterator<Item = &'a str>,
+        targets: &[(&str, Option<&str>)],
         filter: Option<&str>,
         isolation: Option<&str>,
+        known: Option<&provenance::Known>,
     ) -> Self {
         // The line end closes a comment at the end of the expression.
         let input = format!("(({input}\n))::pg_catalog.text");
+        let hash = hash_sql(&input, 0);
+        let is_to_do = |(column, field): &(&str, Option<&str>)| match (known, field) {
+            (Some(known), Some(field)) => {
+                format!("{} IS NULL AND NOT COALESCE({}, false)", name(column), known.is_answer(field, &hash))
+            }
+            _ => format!("{} IS NULL", name(column)),
+        };
+        let is_to_do = targets.iter().map(is_to_do).collect::<Vec<_>>().join(" OR ");
         Self {
             from: format!("{}{table}", if is_partitioned { "" } else { "ONLY " }),
-            todo: format!("({}) AND ({}\n)", any_null(targets.map(name)), filter.unwrap_or("true")),
+            todo: format!("({is_to_do}) AND ({}\n)", filter.unwrap_or("true")),
             has_text: has_text_sql(&input),
             isolation: digest_sql(isolation),
             input,
@@ -235,7 +255,7 @@ impl Rows {
 
     /// The texts' hash.
     pub fn hash(&self, seed: i64) -> String {
-        format!("pg_catalog.hashtextextended({} COLLATE pg_catalog.\"C\", {seed})", self.input)
+        hash_sql(&self.input, seed)
     }
 
     /// Counts rows to fill, and those of them without text.
@@ -250,11 +270,15 @@ impl Rows {
 impl Plan {
     /// The statements for the table as it is named now; `casts` of the targets' values, texts cut to `most_text`
     /// characters.
-    pub fn new(job: &Job, table: &Table, casts: &[String], task: &Task, most_text: usize) -> Self {
+    pub fn new(job: &Job, table: &Table, casts: &[String], asked: &Asked) -> Self {
+        let task = &asked.stream.task;
+        let most_text = most_text(asked.stream.model.max_request_tokens);
         let Table { full, bare, is_partitioned, has_triggers } = table;
         let (filter, isolation) = (job.filter.as_deref(), job.isolation.as_deref());
-        let names = job.targets.iter().map(|t| t.name.as_str());
-        let rows = Rows::new(full, *is_partitioned, &job.input, names, filter, isolation);
+        let known = job.provenance.as_deref();
+        let known = known.map(|column| provenance::Known { column, task: &job.task, version: asked.version });
+        let targets: Vec<_> = job.targets.iter().map(|t| (t.name.as_str(), t.field.as_deref())).collect();
+        let rows = Rows::new(full, *is_partitioned, &job.input, &targets, filter, isolation, known.as_ref());
         let parts = Parts {
             keys: job.key_names.iter().map(|n| name(n)).collect(),
             targets: job.targets.iter().map(|t| format!("{bare}.{}", name(&t.name))).collect(),
@@ -271,6 +295,7 @@ impl Plan {
             targets: job.targets.len(),
             columns: job.targets.iter().zip(casts).map(column).collect(),
             max_attempts: task.options.max_attempts,
+            has_provenance: job.provenance.is_some(),
             // Of several columns each value may be at fault.
             has_labels: job.targets.len() == 1 && spec.columns().iter().all(|field| field.values.is_some()),
             search_path: format!("{}, pg_temp", job.search_path),
@@ -359,7 +384,7 @@ impl Parts<'_> {
         let each = |f: &dyn Fn(usize, &String) -> String, separator: &str| {
             targets.iter().enumerate().map(|(i, target)| f(i, target)).collect::<Vec<_>>().join(separator)
         };
-        let values = each(&|i, _| format!("\"llm_batch v{i}\""), ", ");
+        let mut values = each(&|i, _| format!("\"llm_batch v{i}\""), ", ");
         let is_missing = each(&|i, target| format!("({target} IS NULL AND \"llm_batch v{i}\" IS NOT NULL)"), " OR ");
         let value = |i: usize, target: &String| {
             let (column, cast) = (self.job.targets.get(i), casts.get(i));
@@ -367,7 +392,18 @@ impl Parts<'_> {
             // What somebody has filled meanwhile stays, and so does what has no value.
             format!("{column} = COALESCE({target}, \"llm_batch v{i}\"{})", cast.map_or("", String::as_str))
         };
-        let arrays = each(&|i, _| format!(", pg_catalog.unnest({}::pg_catalog.text[])", self.parameter(3 + i)), "");
+        let mut arrays = each(&|i, _| format!(", pg_catalog.unnest({}::pg_catalog.text[])", self.parameter(3 + i)), "");
+        let mut assignments = each(&value, ", ");
+        let mut is_to_write = is_missing.clone();
+        if let Some(column) = &self.job.provenance {
+            values.push_str(", \"llm_batch p\"");
+            arrays.push_str(&format!(", pg_catalog.unnest({}::pg_catalog.text[])", self.parameter(3 + targets.len())));
+            assignments.push_str(&format!(
+                ", {} = \"llm_batch p\"::pg_catalog.jsonb OPERATOR(pg_catalog.||) pg_catalog.jsonb_build_object('at', pg_catalog.now())",
+                name(column)
+            ));
+            is_to_write.push_str(" OR \"llm_batch p\" IS NOT NULL");
+        }
         format!(
             "WITH \"llm_batch l\" (\"llm_batch i\", {values}, \"llm_batch e\", \"llm_batch n\", \"llm_batch h\", \"llm_batch w\") AS MATERIALIZED (
                  SELECT {POSITION}, {values}, \"llm_batch u\".\"llm_batch e\", {any_null}, {hash}, {is_missing}
@@ -377,7 +413,7 @@ impl Parts<'_> {
              \"llm_batch w\" (i, n) AS (
                  UPDATE {from} SET {}
                    FROM \"llm_batch l\"
-                  WHERE {} AND ({is_missing}) AND \"llm_batch l\".\"llm_batch n\"
+                  WHERE {} AND ({is_to_write}) AND \"llm_batch l\".\"llm_batch n\"
                     AND \"llm_batch l\".\"llm_batch h\" OPERATOR(pg_catalog.=) \"llm_batch l\".\"llm_batch e\"
               RETURNING \"llm_batch l\".\"llm_batch i\", {is_missing})
              SELECT \"llm_batch i\", \"llm_batch n\", \"llm_batch h\", \"llm_batch w\", NULL::pg_catalog.bool FROM \"llm_batch l\"
@@ -385,20 +421,22 @@ impl Parts<'_> {
             self.parameter(1),
             self.parameter(2),
             self.matches(POSITION),
-            each(&value, ", "),
+            assignments,
             self.matches("\"llm_batch l\".\"llm_batch i\""),
             any_null = any_null(targets.iter().cloned()),
         )
     }
 
     fn may_update(&self) -> String {
-        let may = |attnum: i16| {
+        let may = |column: String| {
             format!(
-                "pg_catalog.has_column_privilege({}::pg_catalog.oid, {attnum}::pg_catalog.int2, 'UPDATE')",
+                "pg_catalog.has_column_privilege({}::pg_catalog.oid, {column}, 'UPDATE')",
                 self.job.relation.to_u32()
             )
         };
-        self.job.targets.iter().map(|t| may(t.attnum)).collect::<Vec<_>>().join(" AND ")
+        let targets = self.job.targets.iter().map(|t| may(format!("{}::pg_catalog.int2", t.attnum)));
+        let provenance = self.job.provenance.iter().map(|c| may(pgrx::spi::quote_literal(c)));
+        targets.chain(provenance).collect::<Vec<_>>().join(" AND ")
     }
 
     fn look(&self) -> String {

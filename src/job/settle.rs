@@ -26,6 +26,8 @@ pub struct Answer {
     pub verdict: Verdict,
     /// The value of each target, if there is an answer: what the task's fields are may change before it is written.
     pub values: Option<Vec<Option<String>>>,
+    /// What the row is to say of its answer, if the job has a column for that.
+    pub by: Option<String>,
     /// Answers to the row so far.
     pub attempts: u32,
     /// What was sent, for a row that may have to be asked again.
@@ -224,6 +226,7 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
         .map(|a| Todo {
             position: a.position,
             values: a.values.clone().unwrap_or_else(|| vec![None; plan.targets]),
+            by: a.values.as_ref().and(a.by.clone()),
             hash: hash(a.position).unwrap_or_default(),
         })
         .collect();
@@ -400,6 +403,7 @@ struct Todo {
     position: i32,
     /// Without any it is only looked at.
     values: Vec<Option<String>>,
+    by: Option<String>,
     hash: i64,
 }
 
@@ -487,6 +491,9 @@ fn write_part(plan: &Plan, page: &Page, part: &[Todo]) -> Result<Vec<Found>> {
     for target in 0..plan.targets {
         let value = |t: &Todo| t.values.get(target).cloned().flatten();
         args.push(part.iter().map(value).collect::<Vec<Option<String>>>().into());
+    }
+    if plan.has_provenance {
+        args.push(part.iter().map(|t| t.by.clone()).collect::<Vec<Option<String>>>().into());
     }
     sql::rows_mut(&plan.write, &args, |r| {
         let look = |is_null| Ok::<_, Error>(((is_null, r.maybe::<i64>(3)?), r.get::<bool>(4)?));

@@ -8,9 +8,10 @@ use serde_json::Value;
 use crate::budget::{self, Funds, Price, UNLIMITED};
 use crate::error::{Error, Result};
 use crate::job::target::Target;
+use crate::options::{OfJob, of_job};
 use crate::sql::Row;
 use crate::task::Asked;
-use crate::{isolation, owner, settings, sql, txn, version};
+use crate::{owner, settings, sql, txn, version};
 
 /// A job as its owner sees it.
 #[derive(Debug, Clone)]
@@ -23,6 +24,7 @@ pub struct Status {
     table_owner: Option<pg_sys::Oid>,
     pub table: String,
     pub targets: Vec<String>,
+    pub provenance: Option<String>,
     pub task: String,
     pub status: String,
     /// It is paused, and yet goes on by itself, or has a worker that keeps answers.
@@ -67,7 +69,7 @@ pub fn status(id: i64) -> Result<Status> {
     let found = txn::as_extension_owner(|| {
         sql::row(
             "SELECT n.owner, t.oid, t.relowner, p.relation, j.targets::text[], p.task, p.status,
-                    llm_batch.goes_on(p.reason) OR coalesce(p.reason = 'owner', false)
+                    llm_batch.goes_on(p.reason) OR coalesce(p.reason = 'owner', false), j.options->>'provenance_column'
                FROM llm_batch.progress p JOIN llm_batch.job j ON j.id = p.job_id
               CROSS JOIN LATERAL (SELECT llm_batch.owner_now(j.owner, j.owner_name, j.home),
                                          llm_batch.relation_now(j.relation, j.relation_name, j.home)) n (owner, relation)
@@ -84,6 +86,7 @@ pub fn status(id: i64) -> Result<Status> {
                     task: r.get(6)?,
                     status: r.get(7)?,
                     has_hope: r.get(8)?,
+                    provenance: r.maybe(9)?,
                 })
             },
         )
@@ -208,9 +211,10 @@ pub struct Job {
     /// Dollars, as SQL writes them, and tokens.
     pub budget: (Option<String>, Option<i64>),
     pub task: String,
-    /// Without isolation.
+    /// Those of the task.
     pub options: Value,
     pub isolation: Option<String>,
+    pub provenance: Option<String>,
     pub search_path: String,
     pub wanted: String,
     pub epoch: i32,
@@ -251,7 +255,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
               WHERE j.id = $1 AND j.home = llm_batch.home()",
             &[id.into()],
             |r| {
-                let mut options = r.get::<JsonB>(10)?.0;
+                let OfJob { task: options, isolation, provenance } = of_job(r.get::<JsonB>(10)?.0)?;
                 Ok(Job {
                     id,
                     owner: r.maybe(22)?,
@@ -264,7 +268,8 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     budget: (r.maybe(19)?, r.maybe(20)?),
                     home: r.get(21)?,
                     task: r.get(9)?,
-                    isolation: isolation::take(&mut options)?,
+                    isolation,
+                    provenance,
                     options,
                     search_path: r.get(11)?,
                     wanted: r.get(12)?,

@@ -14,9 +14,10 @@ use crate::error::{Error, Result};
 use crate::failure::failure_point;
 use crate::job::page;
 use crate::job::plan::{self as statements, Plan, Table};
-use crate::job::settle::{Answer, FEW};
+use crate::job::settle::{self, Answer, FEW};
 use crate::job::store::{self, Failure, Job, Outcome};
 use crate::process::{self, report};
+use crate::provenance::By;
 use crate::task::Asked;
 use crate::{shared, sql, text, txn};
 
@@ -60,6 +61,8 @@ impl Found {
             failure.key = keys.get(position).cloned().unwrap_or_default();
         }
         let keys: Vec<Option<String>> = (1..=page.len as i32).map(|i| keys.remove(&i)).collect();
+        // Those tables may have grown since the statements were planned: never all of what is in them.
+        settle::by_key()?;
         if job.has_nulls {
             found.gone = store::null_among(job.id, keys.clone(), page.hashes.clone())?;
         }
@@ -347,16 +350,25 @@ impl Worker {
                 continue;
             }
             self.has_answered = true;
-            let values = match &o.verdict {
+            let values: Option<Vec<_>> = match &o.verdict {
                 Verdict::Answer(answer) => {
                     Some(self.job.targets.iter().map(|target| target.value(spec, &fields, answer)).collect())
                 }
                 _ => None,
             };
+            // The stream is that of this version until all that it was asked is answered.
+            let by = values.as_ref().filter(|_| self.job.provenance.is_some()).map(|values| {
+                let is_null = self.job.targets.iter().zip(values).filter(|(_, value)| value.is_none());
+                let nulls: Vec<&str> = is_null.filter_map(|(target, _)| target.field.as_deref()).collect();
+                let hash = page.hashes.get(position as usize - 1).copied().unwrap_or_default();
+                By { job: self.job.id, task: &self.job.task, version: self.asked.version, model: &self.asked.model }
+                    .of_row(o.reused, &nulls, hash)
+            });
             self.answers.push(Answer {
                 page,
                 position,
                 values,
+                by,
                 verdict: o.verdict,
                 // An answer that was paid for with another row is one too.
                 attempts: again.map_or(o.attempts, |again| o.attempts.max(again.attempts + 1)),

@@ -14,7 +14,7 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{Again, Spent, Stream, ToGateway, most_text};
+use llm_batch_gateway::protocol::{Again, Spent, ToGateway};
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::prelude::*;
 
@@ -276,7 +276,7 @@ impl Worker {
             asked = asked.with_budget(job.budget.0.is_some())?;
         }
         let table = plan::table(job)?;
-        let plan = make_plan(job, &table, &asked.stream)?;
+        let plan = make_plan(job, &table, &asked)?;
         Ok((asked, table, plan))
     }
 
@@ -538,8 +538,7 @@ fn me() -> pg_sys::Oid {
     process::current_user()
 }
 
-fn make_plan(job: &Job, table: &plan::Table, stream: &Stream) -> Result<Plan> {
-    let task = &stream.task;
-    let casts = target::casts(&job.targets, &task.spec)?;
-    Ok(Plan::new(job, table, &casts, task, most_text(stream.model.max_request_tokens)))
+fn make_plan(job: &Job, table: &plan::Table, asked: &Asked) -> Result<Plan> {
+    let casts = target::casts(&job.targets, &asked.stream.task.spec)?;
+    Ok(Plan::new(job, table, &casts, asked))
 }

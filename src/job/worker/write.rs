@@ -87,7 +87,7 @@ impl Worker {
             if *known_at != Some(at) {
                 let table = plan::table(job)?;
                 if table != *known {
-                    *plan = make_plan(job, &table, &asked.stream)?;
+                    *plan = make_plan(job, &table, asked)?;
                     *known = table;
                 }
                 *known_at = Some(at);
