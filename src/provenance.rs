@@ -32,7 +32,7 @@ pub fn check(column: &str, target: &Target) -> Result<()> {
     }
     let found = sql::row(
         "SELECT a.atttypid, pg_catalog.format_type(a.atttypid, a.atttypmod),
-                a.attgenerated OPERATOR(pg_catalog.<>) '' OR a.attidentity OPERATOR(pg_catalog.<>) ''
+                a.attgenerated OPERATOR(pg_catalog.<>) ''
            FROM pg_catalog.pg_attribute a
           WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attname OPERATOR(pg_catalog.=) $2::pg_catalog.name
             AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped",

@@ -241,7 +241,6 @@ fn null_is_an_answer() {
             "SELECT llm_batch.backfill('t', 'body', targets => '{TARGETS}', task => 'ticket', options => '{{\"max_rows_per_request\": 20}}')"
         ),
     );
-    let asked = |bed: &Bed| bed.provider.stats().rows.values().map(|r| u64::from(r.asked)).sum::<u64>();
     wait_until(
         "some rows are written",
         PATIENCE,
@@ -297,6 +296,189 @@ fn null_is_an_answer() {
         one(c, "SELECT llm_batch.backfill('t', 'body', targets => '{\"amount\": \"amount\"}', task => 'ticket')");
     let p = bed.done(again);
     assert!(p.done > 19 && p.failed == 0, "{p:?}");
+}
+
+/// What the provider was asked so far, in rows.
+fn asked(bed: &Bed) -> i64 {
+    bed.provider.stats().rows.values().map(|r| i64::from(r.asked)).sum()
+}
+
+/// A row says which task answered it; that a NULL is the answer, later jobs know from that.
+#[test]
+fn rows_say_which_task_answered_them() {
+    let (bed, mut c) = bed("targets_provenance", Config::default());
+    let c = &mut c;
+    let more = "CASE WHEN id % 3 = 0 THEN ' no amount' END, CASE WHEN id % 5 = 0 THEN ' no category no amount no due no tags' END";
+    tickets(c, "t", 1, 120, more);
+    run(
+        c,
+        "ALTER TABLE t ADD by jsonb, ADD other text; SELECT llm_batch.alter_model('m', max_concurrent_requests => 1);
+         CREATE TABLE s AS SELECT * FROM t WHERE id % 5 > 0 LIMIT 20; ALTER TABLE s ADD PRIMARY KEY (id)",
+    );
+    provenance_is_refused(&bed, c);
+
+    // One column.
+    common::classifier(c, "kept", &labels_json(&common::LABELS), "m", "{}");
+    let one_column =
+        "SELECT llm_batch.backfill('s', 'body', 'topic', 'kept', options => '{\"provenance_column\": \"by\"}')";
+    for how in ["asked", "reused"] {
+        run(c, "UPDATE s SET topic = NULL");
+        let job = one(c, one_column);
+        assert_eq!(bed.done(job).counts(), (20, 20, 0, 0, 0, 0));
+        let says = format!(
+            "by - 'at' = '{{\"job\": {job}, \"task\": \"kept\", \"version\": 1, \"model\": \"m\", \"how\": \"{how}\"}}'
+             AND (by->>'at')::timestamptz BETWEEN now() - '1 min'::interval AND now() AND topic = want"
+        );
+        assert_eq!(one(c, &format!("SELECT count(*) FROM s WHERE {says}")), 20, "{}", text(c, "SELECT by FROM s"));
+    }
+
+    versions_of_one_job(&bed, c);
+    nulls_are_known(&bed, c);
+}
+
+/// Several columns. The task is altered while rows are asked, and somebody fills others.
+fn versions_of_one_job(bed: &Bed, c: &mut Client) {
+    bed.provider.hold_after(2);
+    let job = of_tickets(c);
+    wait_until(
+        "some rows are written",
+        PATIENCE,
+        || (bed.provider.holds(), bed.provider.stats().in_flight, progress(c, job).done),
+        |p| *p == (true, 1, 20),
+    );
+    // One job a column, whatever it is there for.
+    for (target, task, options) in [("other", "topic", "{\"provenance_column\": \"by\"}"), ("by", "ticket", "{}")] {
+        let call = format!("SELECT llm_batch.backfill('t', 'body', '{target}', '{task}', options => '{options}')");
+        let e = error(c, &call);
+        assert!(e.0 == "55006" && e.1.contains("\"by\"") && e.1.contains(&format!("job {job}")), "{e:?}");
+    }
+    run(
+        c,
+        "UPDATE t SET topic = 'mine', amount = 1, due_on = '1999-01-01', tags = '{}' WHERE id > 100;
+         UPDATE t SET by = '\"mine\"' WHERE id > 110;
+         SELECT llm_batch.alter_extractor('ticket', instruction => 'Read with care.')",
+    );
+    let queued = "SELECT sum(queued)::bigint FROM llm_batch.activity";
+    wait_until("nothing is queued", PATIENCE, || one(c, queued), |n| *n == 0);
+    bed.provider.release();
+    let p = bed.done(job);
+    assert_eq!((p.failed, p.skipped, p.left), (0, 0, 0), "{p:?}");
+    // A value of somebody else's has no provenance of ours.
+    let theirs = "SELECT count(*) FROM t WHERE id > 100 AND topic = 'mine' AND by IS NOT DISTINCT FROM CASE WHEN id > 110 THEN '\"mine\"'::jsonb END";
+    assert_eq!(one(c, theirs), 20);
+    let bodies: Vec<String> = bed.provider.bodies().iter().map(ToString::to_string).collect();
+    let rows = c
+        .query("SELECT lpad(id::text, 6, '0'), by->>'version', by - '{at,nulls,input,version}'::text[] = jsonb_build_object('job', $1::bigint, 'task', 'ticket', 'model', 'm', 'how', 'asked') FROM t WHERE id <= 100", &[&job])
+        .unwrap();
+    let mut of_version = [0; 2];
+    for row in &rows {
+        let (id, version): (String, String) = (row.get(0), row.get(1));
+        let mark = format!("#r{id}:");
+        let of_row = |body: &&String| body.contains("due") && body.contains(&mark);
+        let last = bodies.iter().filter(of_row).next_back().unwrap();
+        let is_new = last.contains("Read with care.");
+        assert_eq!(version, if is_new { "2" } else { "1" }, "{id}");
+        assert!(row.get::<_, bool>(2), "{id}");
+        of_version[usize::from(is_new)] += 1;
+    }
+    assert!(of_version[0] >= 30 && of_version[1] >= 10, "{of_version:?}");
+    run(c, "UPDATE t SET topic = NULL, amount = NULL, due_on = NULL, tags = NULL, by = NULL WHERE id > 100");
+    bed.done(of_tickets(c));
+}
+
+/// A job of `t`, 10 rows a request.
+fn of_tickets(c: &mut Client) -> i64 {
+    one(
+        c,
+        &format!(
+            "SELECT llm_batch.backfill('t', 'body', targets => '{TARGETS}', task => 'ticket', options => '{{\"provenance_column\": \"by\", \"max_rows_per_request\": 10}}')"
+        ),
+    )
+}
+
+/// All rows of `t` were answered by version 2 of the task. Whoever has NULL as an answer is not asked again.
+fn nulls_are_known(bed: &Bed, c: &mut Client) {
+    let mut again = |sql: &str| {
+        run(c, sql);
+        let before = asked(bed);
+        let estimate = format!(
+            "SELECT rows FROM llm_batch.estimate('t', 'body', targets => '{TARGETS}', task => 'ticket', options => '{{\"provenance_column\": \"by\"}}')"
+        );
+        let rows = one(c, &estimate);
+        let job = of_tickets(c);
+        let p = bed.done(job);
+        assert_eq!((p.total, p.done, p.failed, asked(bed) - before), (rows, rows, 0, rows), "{sql}: {p:?}");
+        assert_eq!(wrong(c, "t", true), 0, "{sql}");
+        rows
+    };
+    assert_eq!(again("SELECT"), 0);
+    // The text has changed, back and forth; the NULL is somebody else's; what is there is nothing of ours.
+    assert_eq!(again("UPDATE t SET body = concat(body, ' please') WHERE id % 5 = 0"), 24);
+    assert_eq!(again("UPDATE t SET tags = NULL WHERE id IN (1, 3, 5)"), 2);
+    assert_eq!(again("UPDATE t SET by = '[{\"nulls\": 1}]' WHERE id = 15; UPDATE t SET by = NULL WHERE id = 30"), 2);
+    assert_eq!(
+        again("UPDATE t SET by = jsonb_set(by, '{task}', '\"other\"') WHERE id = 45"),
+        1,
+        "another task's NULL is not this one's"
+    );
+    assert_eq!(again("SELECT"), 0);
+    // Rows without an empty target are not asked again.
+    assert_eq!(again("SELECT llm_batch.alter_extractor('ticket', instruction => 'Read once more.')"), 56);
+    assert_eq!(again("SELECT"), 0);
+
+    // It is in a dump as all of the table is, and so is the job's option.
+    run(c, "CREATE DATABASE copy");
+    let dump = String::from_utf8(bed.cluster.run_program("pg_dump", &["-d", "postgres"]).stdout).unwrap();
+    let out = bed.cluster.psql("copy", &dump);
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let there = &mut bed.cluster.connect("copy");
+    let before = asked(bed);
+    let job = of_tickets(there);
+    let p = wait_status(there, job, "done");
+    assert_eq!((p.total, asked(bed) - before), (0, 0));
+    let options = format!("SELECT options->>'provenance_column' FROM llm_batch.job WHERE id = {}", job - 1);
+    assert_eq!((text(there, &options), text(c, &options)), ("by".to_owned(), "by".to_owned()));
+}
+
+fn provenance_is_refused(bed: &Bed, c: &mut Client) {
+    run(
+        c,
+        "CREATE TABLE k (id jsonb PRIMARY KEY, body text, topic text, by jsonb, made jsonb GENERATED ALWAYS AS (by) STORED);
+         CREATE ROLE app LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO app;
+         GRANT SELECT (id, body, topic), UPDATE (topic, by) ON k TO app;
+         CREATE ROLE reader LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO reader;
+         GRANT SELECT ON k TO reader; GRANT UPDATE (topic) ON k TO reader",
+    );
+    let call = |column: &str| {
+        format!(
+            "SELECT llm_batch.backfill('k', 'body', 'topic', 'topic', options => '{{\"provenance_column\": {column}}}')"
+        )
+    };
+    for (column, state, hint) in [
+        ("5", "22023", "of type jsonb"),
+        ("\"topic\"", "22023", "of its own"),
+        ("\"nothing\"", "42703", "ADD COLUMN nothing jsonb"),
+        ("\"body\"", "42804", "of type jsonb"),
+        ("\"id\"", "42809", "of its own"),
+        ("\"made\"", "42809", "of its own"),
+    ] {
+        for call in
+            [call(column), call(column).replace("SELECT llm_batch.backfill", "SELECT * FROM llm_batch.estimate")]
+        {
+            let e = error(c, &call);
+            assert!(e.0 == state && e.3.contains(hint), "{call}: {e:?}");
+        }
+    }
+    for role in ["app", "reader"] {
+        let e = error(&mut bed.cluster.connect_as("postgres", role), &call("\"by\""));
+        assert!(e.0 == "42501" && e.1.contains("\"by\"") && e.3.contains("provenance column"), "{role}: {e:?}");
+    }
+    // Only a job has rows to write it to.
+    let e = error(
+        c,
+        "SELECT llm_batch.create_classifier('p', '[\"a\", \"b\"]', 'm', options => '{\"provenance_column\": \"by\"}')",
+    );
+    assert!(e.0 == "22023" && e.3.contains("of a job isolation, provenance_column"), "{e:?}");
 }
 
 #[test]

@@ -101,7 +101,7 @@ impl<'a> Given<'a> {
     }
 
     fn check_rights(&self, target: &Target, owner: pg_sys::Oid, is_to_write: bool) -> Result<()> {
-        let reads = target.key_names.iter().map(|name| (name, "SELECT"));
+        let reads = target.key_names.iter().chain(&self.provenance).map(|name| (name, "SELECT"));
         let columns = target.columns.iter().map(|column| &column.name).chain(&self.provenance);
         let writes = columns.filter(|_| is_to_write).map(|column| (column, "UPDATE"));
         for (column, right) in writes.chain(reads) {
