@@ -354,7 +354,7 @@ fn versions_of_one_job(bed: &Bed, c: &mut Client) {
     }
     run(
         c,
-        "UPDATE t SET topic = 'mine', amount = 1, due_on = '1999-01-01', tags = '{}' WHERE id > 100;
+        "UPDATE t SET topic = 'mine', amount = 1, due_on = '1999-01-01', tags = '{}' WHERE id > 100 OR id IN (25, 28);
          UPDATE t SET by = '\"mine\"' WHERE id > 110;
          SELECT llm_batch.alter_extractor('ticket', instruction => 'Read with care.')",
     );
@@ -363,12 +363,13 @@ fn versions_of_one_job(bed: &Bed, c: &mut Client) {
     bed.provider.release();
     let p = bed.done(job);
     assert_eq!((p.failed, p.skipped, p.left), (0, 0, 0), "{p:?}");
-    // A value of somebody else's has no provenance of ours.
-    let theirs = "SELECT count(*) FROM t WHERE id > 100 AND topic = 'mine' AND by IS NOT DISTINCT FROM CASE WHEN id > 110 THEN '\"mine\"'::jsonb END";
-    assert_eq!(one(c, theirs), 20);
+    // A value of somebody else's has no provenance of ours, be the row under way or not.
+    assert!(bed.provider.stats().rows.contains_key("000025") && p.superseded >= 2, "{p:?}");
+    let theirs = "SELECT count(*) FROM t WHERE topic = 'mine' AND by IS NOT DISTINCT FROM CASE WHEN id > 110 THEN '\"mine\"'::jsonb END";
+    assert_eq!(one(c, theirs), 22);
     let bodies: Vec<String> = bed.provider.bodies().iter().map(ToString::to_string).collect();
     let rows = c
-        .query("SELECT lpad(id::text, 6, '0'), by->>'version', by - '{at,nulls,input,version}'::text[] = jsonb_build_object('job', $1::bigint, 'task', 'ticket', 'model', 'm', 'how', 'asked') FROM t WHERE id <= 100", &[&job])
+        .query("SELECT lpad(id::text, 6, '0'), by->>'version', by - '{at,nulls,input,version}'::text[] = jsonb_build_object('job', $1::bigint, 'task', 'ticket', 'model', 'm', 'how', 'asked') FROM t WHERE topic IS DISTINCT FROM 'mine'", &[&job])
         .unwrap();
     let mut of_version = [0; 2];
     for row in &rows {
@@ -381,8 +382,8 @@ fn versions_of_one_job(bed: &Bed, c: &mut Client) {
         assert!(row.get::<_, bool>(2), "{id}");
         of_version[usize::from(is_new)] += 1;
     }
-    assert!(of_version[0] >= 30 && of_version[1] >= 10, "{of_version:?}");
-    run(c, "UPDATE t SET topic = NULL, amount = NULL, due_on = NULL, tags = NULL, by = NULL WHERE id > 100");
+    assert!(of_version[0] >= 28 && of_version[1] >= 10, "{of_version:?}");
+    run(c, "UPDATE t SET topic = NULL, amount = NULL, due_on = NULL, tags = NULL, by = NULL WHERE topic = 'mine'");
     bed.done(of_tickets(c));
 }
 
