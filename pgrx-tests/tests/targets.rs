@@ -376,7 +376,7 @@ fn versions_of_one_job(bed: &Bed, c: &mut Client) {
         let (id, version): (String, String) = (row.get(0), row.get(1));
         let mark = format!("#r{id}:");
         let of_row = |body: &&String| body.contains("due") && body.contains(&mark);
-        let last = bodies.iter().filter(of_row).next_back().unwrap();
+        let last = bodies.iter().rfind(of_row).unwrap();
         let is_new = last.contains("Read with care.");
         assert_eq!(version, if is_new { "2" } else { "1" }, "{id}");
         assert!(row.get::<_, bool>(2), "{id}");

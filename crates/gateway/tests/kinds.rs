@@ -101,7 +101,7 @@ fn packs_of_texts_are_full_and_not_cut() {
 
 #[test]
 fn a_row_whose_answer_was_refused_is_asked_again_and_told_why() {
-    let setup = Setup::new(64 << 20);
+    let setup = Setup::with_cache(1 << 20);
     let provider = provider(Config::default());
     let mut client = setup.client(&provider, |s| {
         s.task.spec = Spec::from_json("generate", &json!({"instruction": "Explain."})).unwrap();
