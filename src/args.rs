@@ -37,9 +37,35 @@ pub fn exists(what: &str, name: &str, kind: &str) -> Error {
 pub fn unknown(what: &str, name: &str) -> Error {
     let hint = match what {
         "task" => {
-            "Create it with llm_batch.create_classifier(), create_extractor(), create_generator() or create_scorer()."
+            "Create it with llm_batch.create_classifier(), create_extractor(), create_generator(), create_scorer() or \
+             create_embedder()."
         }
         _ => "Create it with llm_batch.create_model().",
     };
     Error::unknown(format!("{what} \"{name}\" does not exist")).hint(hint)
+}
+
+/// What a task of a kind is called, as in the names of its functions.
+const NOUNS: [(&str, &str); 5] = [
+    ("classify", "classifier"),
+    ("extract", "extractor"),
+    ("generate", "generator"),
+    ("score", "scorer"),
+    ("embed", "embedder"),
+];
+
+/// How users call a task of a kind.
+pub fn noun(kind: &str) -> &str {
+    NOUNS.iter().find(|(known, _)| *known == kind).map_or("task", |(_, noun)| noun)
+}
+
+/// With its article.
+pub fn a(noun: &str) -> String {
+    let article = if noun.starts_with(['a', 'e', 'i', 'o']) { "an" } else { "a" };
+    format!("{article} {noun}")
+}
+
+/// 42809, for a task that is not of the kind that a function is for.
+pub fn wrong_kind(name: &str, wanted: &str) -> Error {
+    Error::new(PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE, format!("task \"{name}\" is not {}", a(noun(wanted))))
 }

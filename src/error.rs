@@ -4,8 +4,6 @@ use llm_batch_gateway::protocol::{Full, Stop, StopReason};
 use pgrx::PgSqlErrorCode;
 use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
 
-use crate::job::cause::sqlstate;
-
 /// An error with its SQLSTATE; becomes an `ereport(ERROR)` when a SQL function returns it.
 #[derive(Debug, Clone)]
 pub struct Error {
@@ -196,4 +194,32 @@ impl From<CaughtError> for Error {
             }
         }
     }
+}
+
+/// Errors that should pass, and at first say nothing about a row.
+pub fn is_passing(code: PgSqlErrorCode) -> bool {
+    matches!(
+        code,
+        PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE
+            | PgSqlErrorCode::ERRCODE_T_R_DEADLOCK_DETECTED
+            | PgSqlErrorCode::ERRCODE_LOCK_NOT_AVAILABLE
+            | PgSqlErrorCode::ERRCODE_OUT_OF_MEMORY
+            | PgSqlErrorCode::ERRCODE_DISK_FULL
+            | PgSqlErrorCode::ERRCODE_TOO_MANY_CONNECTIONS
+            | PgSqlErrorCode::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED
+            | PgSqlErrorCode::ERRCODE_INSUFFICIENT_RESOURCES
+            | PgSqlErrorCode::ERRCODE_QUERY_CANCELED
+    )
+}
+
+/// The five characters of an SQLSTATE.
+pub fn sqlstate(code: PgSqlErrorCode) -> String {
+    let mut packed = code as i32;
+    (0..5)
+        .map(|_| {
+            let c = char::from(((packed & 0x3F) as u8).wrapping_add(b'0'));
+            packed >>= 6;
+            c
+        })
+        .collect()
 }

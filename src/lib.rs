@@ -19,6 +19,8 @@ mod checks;
 mod client;
 mod error;
 mod failure;
+mod field;
+mod function;
 mod isolation;
 mod job;
 mod json;

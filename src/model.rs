@@ -175,6 +175,14 @@ impl Settings {
         ]
     }
 
+    /// Refuses names that are not of settings.
+    fn check_reset(&self, reset: &[String]) -> Result<()> {
+        let names = self.table().map(|(column, ..)| column);
+        let Some(other) = reset.iter().find(|other| !names.contains(&other.as_str())) else { return Ok(()) };
+        Err(Error::invalid(format!("\"{other}\" cannot be reset"))
+            .hint(format!("Settings that can be reset: {}.", names.join(", "))))
+    }
+
     /// Whether a price is given.
     fn has_prices(&self) -> bool {
         self.input_price.is_some() || self.output_price.is_some() || self.cached_input_price.is_some()
@@ -417,12 +425,7 @@ fn alter_model(
     settings.check(place.map_or(Ok(Api::default()), provider::api_of)?)?;
     check_place(server.as_ref().map(|s| s.0), model)?;
     let reset: Vec<String> = reset.unwrap_or_default().into_iter().flatten().collect();
-    let names = settings.table().map(|(column, ..)| column);
-    if let Some(other) = reset.iter().find(|other| !names.contains(&other.as_str())) {
-        return Err(Error::invalid(format!("\"{other}\" cannot be reset"))
-            .hint(format!("Settings that can be reset: {}.", names.join(", ")))
-            .into());
-    }
+    settings.check_reset(&reset)?;
     let (server, server_name) = server.unzip();
     let is_reset = |column: &str| reset.iter().any(|name| name == column);
     let is_by_hand = settings.has_prices();

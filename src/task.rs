@@ -8,7 +8,7 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
-use crate::args::{exists, new_name, required, unknown};
+use crate::args::{a, exists, new_name, noun, required, unknown, wrong_kind};
 use crate::budget::Price;
 use crate::checks::Checks;
 use crate::client::check_here;
@@ -99,29 +99,6 @@ impl Known {
         };
         Ok(Asked { stream, model: self.model, version: self.version, price: known.price, checks: self.checks })
     }
-}
-
-/// What a task of a kind is called, as in the names of its functions.
-const NOUNS: [(&str, &str); 5] = [
-    ("classify", "classifier"),
-    ("extract", "extractor"),
-    ("generate", "generator"),
-    ("score", "scorer"),
-    ("embed", "embedder"),
-];
-
-fn noun(kind: &str) -> &str {
-    NOUNS.iter().find(|(known, _)| *known == kind).map_or("task", |(_, noun)| noun)
-}
-
-fn a(noun: &str) -> String {
-    let article = if noun.starts_with(['a', 'e', 'i', 'o']) { "an" } else { "a" };
-    format!("{article} {noun}")
-}
-
-/// 42809, for a task that is not of the kind that a function is for.
-pub fn wrong_kind(name: &str, wanted: &str) -> Error {
-    Error::new(PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE, format!("task \"{name}\" is not {}", a(noun(wanted))))
 }
 
 fn kind_of(name: &str) -> Result<String> {

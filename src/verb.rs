@@ -6,8 +6,8 @@ use llm_batch_core::task::{Spec, fields_from_names};
 use pgrx::prelude::*;
 use serde_json::{Map, Value, json};
 
+use crate::args::wrong_kind;
 use crate::error::{Error, Result};
-use crate::task;
 
 /// What a function asks about its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,7 +95,7 @@ impl Verb {
     pub fn check_kind(self, name: &str, spec: &Spec) -> Result<()> {
         match self.kind().filter(|kind| *kind != spec.kind()) {
             None => Ok(()),
-            Some(kind) => Err(task::wrong_kind(name, kind).hint("llm_run() asks tasks of every kind.")),
+            Some(kind) => Err(wrong_kind(name, kind).hint("llm_run() asks tasks of every kind.")),
         }
     }
 

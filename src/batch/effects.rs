@@ -2,8 +2,8 @@
 
 use pgrx::prelude::*;
 
-use super::calls::verb;
 use super::nodes::{any, list};
+use crate::function::verb;
 use pg_sys::NodeTag as T;
 
 /// Volatile functions of Postgres that nobody notices: random(), gen_random_uuid(), clock_timestamp(), timeofday(),

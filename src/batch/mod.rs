@@ -21,7 +21,6 @@ use std::sync::OnceLock;
 use pgrx::prelude::*;
 
 pub use answers::answered;
-pub use calls::verb;
 pub use others::author;
 
 type Planner = unsafe extern "C-unwind" fn(

@@ -10,8 +10,8 @@ use std::ptr::null_mut;
 
 use pgrx::prelude::*;
 
-use super::calls::{source, verb};
 use super::nodes::{cast, list};
+use crate::function::{source, verb};
 use crate::process::current_user;
 use pg_sys::NodeTag as T;
 

@@ -6,8 +6,9 @@ use pgrx::PgList;
 use pgrx::pg_sys::NodeTag as T;
 use pgrx::prelude::*;
 
+use crate::catalog;
 use crate::error::{Error, Result};
-use crate::{batch, catalog};
+use crate::function::verb;
 
 /// Checks that `text` is one expression over a row of `source`, whose value is of the type or goes into it.
 pub fn expression(key: &str, text: &str, source: &str, wanted: pg_sys::Oid) -> Result<()> {
@@ -64,7 +65,7 @@ unsafe extern "C-unwind" fn asks(node: *mut pg_sys::Node, found: *mut c_void) ->
         if (*node).type_ == T::T_Query {
             return pg_sys::query_tree_walker(node.cast(), Some(asks), found, 0);
         }
-        if (*node).type_ == T::T_FuncExpr && batch::verb((*node.cast::<pg_sys::FuncExpr>()).funcid).is_some() {
+        if (*node).type_ == T::T_FuncExpr && verb((*node.cast::<pg_sys::FuncExpr>()).funcid).is_some() {
             *found.cast::<bool>() = true;
             return true;
         }

@@ -14,9 +14,8 @@ use pgrx::prelude::*;
 use pgrx::spi::{OwnedPreparedStatement, SpiClient};
 use serde_json::{Number, Value};
 
-use crate::error::{Error, Result};
-use crate::job::settle::is_passing;
-use crate::job::target::{sql_type, type_oid};
+use crate::error::{Error, Result, is_passing};
+use crate::field::{sql_type, type_oid};
 use crate::{asking, catalog, sql, txn};
 
 /// The options: each is a text, or for an extractor an object of fields and texts.

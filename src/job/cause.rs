@@ -5,6 +5,8 @@ use std::fmt;
 
 use pgrx::PgSqlErrorCode as Code;
 
+use crate::error::sqlstate;
+
 /// What may be at fault, beside the row.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Cause {
@@ -39,16 +41,4 @@ impl fmt::Display for Cause {
             Self::State(state) => write!(f, "error {state}"),
         }
     }
-}
-
-/// The five characters of an SQLSTATE.
-pub fn sqlstate(code: Code) -> String {
-    let mut packed = code as i32;
-    (0..5)
-        .map(|_| {
-            let c = char::from(((packed & 0x3F) as u8).wrapping_add(b'0'));
-            packed >>= 6;
-            c
-        })
-        .collect()
 }

@@ -6,8 +6,7 @@ use pgrx::pg_sys;
 
 use crate::catalog;
 use crate::checks::Refused;
-use crate::error::Result;
-use crate::job::settle::is_passing;
+use crate::error::{Result, is_passing};
 use crate::job::target::Target;
 use crate::{sql, txn};
 

@@ -9,7 +9,7 @@ use pgrx::PgSqlErrorCode as Code;
 use pgrx::datum::DatumWithOid;
 
 use crate::checks::{self, Refused};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, is_passing};
 use crate::job::cause::Cause;
 use crate::job::fit;
 use crate::job::page::{self, Page};
@@ -71,22 +71,6 @@ pub struct Settled {
     pub unfit: Vec<(Answer, String)>,
     /// The input has changed since it was sent: the answer is for a text that is no more.
     pub changed: Vec<(String, u32)>,
-}
-
-/// Errors that should pass, and at first say nothing about a row.
-pub fn is_passing(code: Code) -> bool {
-    matches!(
-        code,
-        Code::ERRCODE_T_R_SERIALIZATION_FAILURE
-            | Code::ERRCODE_T_R_DEADLOCK_DETECTED
-            | Code::ERRCODE_LOCK_NOT_AVAILABLE
-            | Code::ERRCODE_OUT_OF_MEMORY
-            | Code::ERRCODE_DISK_FULL
-            | Code::ERRCODE_TOO_MANY_CONNECTIONS
-            | Code::ERRCODE_CONFIGURATION_LIMIT_EXCEEDED
-            | Code::ERRCODE_INSUFFICIENT_RESOURCES
-            | Code::ERRCODE_QUERY_CANCELED
-    )
 }
 
 /// Whether an error says nothing about the job: the same may succeed the next time.
@@ -239,22 +223,7 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
     let mut nulls: Vec<i32> = Vec::new();
     for (position, answer) in &by_position {
         if let Some(e) = tried.raised.remove(position) {
-            // Labels were looked at before the job began: no other answer would fit.
-            let values = answer.values.as_deref().filter(|_| !plan.has_labels).unwrap_or_default();
-            match fit::unfit(&plan.columns, values)? {
-                Some(Refused { hint: Some(hint), .. }) if answer.attempts < plan.max_attempts => {
-                    settled.unfit.push(((*answer).clone(), hint));
-                }
-                Some(Refused { class, detail, .. }) => {
-                    let raised = Some(Cause::Refused(class.to_owned()));
-                    listed.push(Listed { raised, ..Listed::new(answer, class, detail) });
-                }
-                None => {
-                    let values = answer.values.as_ref().filter(|_| plan.has_labels);
-                    let raised = Some(Cause::of(values.and_then(|values| values.first()?.as_ref()), e.code));
-                    listed.push(Listed { raised, ..Listed::new(answer, "write_error", e.with_state()) });
-                }
-            }
+            listed.extend(raised(plan, answer, &e, settled)?);
         } else if let Some(e) = tried.refused.remove(position) {
             hindered.refused.push(((*answer).clone(), e));
         } else if tried.blocked.contains(position) {
@@ -302,6 +271,27 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
         settled.nulls.extend(keys.into_iter().filter_map(|(position, key)| Some((key, hash(position)?))));
     }
     Ok(())
+}
+
+/// The UPDATE raised for this row: a value that does not fit its column is asked again, all else is listed.
+fn raised(plan: &Plan, answer: &Answer, e: &Error, settled: &mut Settled) -> Result<Option<Listed>> {
+    // Labels were looked at before the job began: no other answer would fit.
+    let values = answer.values.as_deref().filter(|_| !plan.has_labels).unwrap_or_default();
+    Ok(match fit::unfit(&plan.columns, values)? {
+        Some(Refused { hint: Some(hint), .. }) if answer.attempts < plan.max_attempts => {
+            settled.unfit.push((answer.clone(), hint));
+            None
+        }
+        Some(Refused { class, detail, .. }) => {
+            let raised = Some(Cause::Refused(class.to_owned()));
+            Some(Listed { raised, ..Listed::new(answer, class, detail) })
+        }
+        None => {
+            let values = answer.values.as_ref().filter(|_| plan.has_labels);
+            let raised = Some(Cause::of(values.and_then(|values| values.first()?.as_ref()), e.code));
+            Some(Listed { raised, ..Listed::new(answer, "write_error", e.with_state()) })
+        }
+    })
 }
 
 /// Whether a row has been tried again for long enough.

@@ -1,10 +1,11 @@
 //! The columns that a job fills: which field of an answer goes into each, and in which form.
 
-use llm_batch_core::task::{Answer, Column as Field, Spec, Type, array_literal};
+use llm_batch_core::task::{Answer, Column as Field, Spec, array_literal};
 use pgrx::prelude::*;
 
 use crate::catalog::{self, Column, is_json};
 use crate::error::{Error, Result};
+use crate::field::{sql_type, type_oid};
 use crate::sql;
 
 /// A column that a job fills.
@@ -206,35 +207,6 @@ fn through(target: &Target, spec: &Spec) -> Result<Option<String>> {
         return Err(misfit(&of));
     }
     Ok(Some(sql_type(field.of, field.is_array)))
-}
-
-/// Labels have no type of their own.
-pub fn type_oid(of: Type) -> Option<pg_sys::Oid> {
-    Some(match of {
-        Type::Labels => return None,
-        Type::Text => pg_sys::TEXTOID,
-        Type::Integer => pg_sys::INT4OID,
-        Type::Bigint => pg_sys::INT8OID,
-        Type::Numeric => pg_sys::NUMERICOID,
-        Type::Real => pg_sys::FLOAT4OID,
-        Type::Boolean => pg_sys::BOOLOID,
-        Type::Date => pg_sys::DATEOID,
-        Type::Timestamptz => pg_sys::TIMESTAMPTZOID,
-        Type::Jsonb => pg_sys::JSONBOID,
-    })
-}
-
-/// The type of a field's values as SQL writes it; labels are texts.
-pub fn sql_type(of: Type, is_array: bool) -> String {
-    let name = match of {
-        Type::Labels => "text",
-        Type::Integer => "int4",
-        Type::Bigint => "int8",
-        Type::Real => "float4",
-        Type::Boolean => "bool",
-        of => of.name(),
-    };
-    format!("pg_catalog.{name}{}", if is_array { "[]" } else { "" })
 }
 
 /// Whether a type takes any text.

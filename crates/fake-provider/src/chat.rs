@@ -52,20 +52,7 @@ impl State {
         let now = Instant::now();
         self.tally.arrived(now);
         self.limits.arrived(now);
-        let checked = serde_json::from_slice(body)
-            .map_err(|_| Reply::invalid("", "", "the body is not JSON"))
-            .and_then(|body: Value| {
-                let key = wire::key(wire, request);
-                let asked = authorized(&self.config, key).and_then(|()| asked(wire, request, model, &body));
-                let chat = asked.and_then(|asked| match request.path.ends_with("/embeddings") {
-                    true => Texts::read(&asked, &self.config).map(|texts| (texts.as_chat(), Some(texts))),
-                    false => Chat::read(&asked, &mut self.counts).map(|chat| (chat, None)),
-                });
-                self.keep_body(body);
-                chat
-            })
-            .and_then(|(chat, texts)| check(&self.config, &chat).map(|()| (chat, texts)));
-        let (chat, texts) = match checked {
+        let (chat, texts) = match self.read((wire, model), request) {
             Ok(checked) => checked,
             Err(reply) => return Verdict::Refused(reply),
         };
@@ -132,6 +119,25 @@ impl State {
             charge: (number, charged_tokens),
             answer,
         }))
+    }
+
+    /// What is asked, and the texts if vectors are.
+    fn read(
+        &mut self,
+        (wire, model): (&dyn Wire, Option<&str>),
+        request: &Request,
+    ) -> Result<(Chat, Option<Texts>), Reply> {
+        let body: Value =
+            serde_json::from_slice(&request.body).map_err(|_| Reply::invalid("", "", "the body is not JSON"))?;
+        let asked =
+            authorized(&self.config, wire::key(wire, request)).and_then(|()| asked(wire, request, model, &body));
+        let chat = asked.and_then(|asked| match request.path.ends_with("/embeddings") {
+            true => Texts::read(&asked, &self.config).map(|texts| (texts.as_chat(), Some(texts))),
+            false => Chat::read(&asked, &mut self.counts).map(|chat| (chat, None)),
+        });
+        self.keep_body(body);
+        let (chat, texts) = chat?;
+        check(&self.config, &chat).map(|()| (chat, texts))
     }
 
     /// One draw, so that the configured probabilities are those of the outcome.

@@ -60,6 +60,7 @@ pub struct Group {
 #[derive(Debug)]
 pub struct Ruler {
     kind: Arc<dyn Kind>,
+    embeds: bool,
     most_bytes: usize,
     /// Tokens of a line and its answer.
     most: usize,
@@ -77,8 +78,7 @@ pub struct Line {
 
 impl Ruler {
     pub fn line(&self, text: &str) -> Line {
-        let embeds = self.kind.embeds().is_some();
-        let tokens_of = |quoted: &str| match embeds {
+        let tokens_of = |quoted: &str| match self.embeds {
             true => tokens::count(quoted),
             false => tokens::count(&prompt::row(417, quoted, None)),
         };
@@ -124,7 +124,7 @@ impl Group {
     pub fn new(stream: Rc<Stream>, keys: &Keys) -> Self {
         let task = &stream.task;
         let kind = task.spec.prepare(&task.options, &tokens::count);
-        let embeds = kind.embeds().is_some();
+        let embeds = task.spec.embeds().is_some();
         let system = if embeds { String::new() } else { request::system(&*kind) };
         let most_rows = task.options.max_rows_per_request as usize;
         let model = &stream.model;
@@ -167,7 +167,7 @@ impl Group {
 
     /// Where vectors are asked for: what of, and how.
     pub fn embeddings(&self) -> Option<(&Embed, &'static dyn Embeddings)> {
-        Some((self.kind.embeds()?, self.stream.endpoint.api.dialect().embeddings()?))
+        Some((self.stream.task.spec.embeds()?, self.stream.endpoint.api.dialect().embeddings()?))
     }
 
     /// Most tokens of a request, prompt and answer. For vectors that is the provider's; what is set for the model bounds a
@@ -181,6 +181,7 @@ impl Group {
         let most_tokens = self.stream.model.max_request_tokens;
         Ruler {
             kind: Arc::clone(&self.kind),
+            embeds: self.stream.task.spec.embeds().is_some(),
             most_bytes: most_text(most_tokens),
             most: (most_tokens as usize).saturating_sub(self.prefix_tokens + self.answer_frame),
             too_long: self.stream.task.options.too_long,

@@ -5,8 +5,8 @@ use pgrx::PgSqlErrorCode as Code;
 
 use super::trouble::Kind;
 use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, MOST_INTERNAL, Worker, me};
-use crate::error::Error;
-use crate::job::settle::{self, Answer, says_nothing};
+use crate::error::{Error, is_passing};
+use crate::job::settle::{Answer, says_nothing};
 use crate::job::store::{self, Delta, Outcome};
 use crate::process::{self, my_database};
 use crate::shared::{self, End};
@@ -30,7 +30,7 @@ impl Worker {
             return;
         }
         if says_nothing(e.code) {
-            let most = if settle::is_passing(e.code) { MOST_FAILURES } else { MOST_INTERNAL };
+            let most = if is_passing(e.code) { MOST_FAILURES } else { MOST_INTERNAL };
             if self.failures_in_a_row < most {
                 process::wait(None, Some(AGAIN));
                 return;

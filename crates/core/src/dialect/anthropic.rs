@@ -6,8 +6,8 @@
 use serde_json::{Value, json};
 
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, tokens};
+use crate::class::{Parameter, Trouble};
 use crate::forms::{Form, Forms};
-use crate::trouble::{Parameter, Trouble};
 
 pub(super) struct Anthropic;
 

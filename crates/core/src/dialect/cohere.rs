@@ -5,7 +5,7 @@
 use serde_json::{Value, json};
 
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, tokens};
-use crate::trouble::Trouble;
+use crate::class::Trouble;
 
 pub(super) struct Cohere;
 

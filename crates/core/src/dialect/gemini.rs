@@ -6,7 +6,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, segment, tokens};
-use crate::trouble::{Parameter, Trouble};
+use crate::class::{Parameter, Trouble};
 
 pub(super) struct Gemini;
 

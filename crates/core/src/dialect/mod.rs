@@ -18,9 +18,9 @@ mod openai;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::class::Trouble;
 use crate::forms::Forms;
 use crate::limiter::Tokens;
-use crate::trouble::Trouble;
 use embeddings::Embeddings;
 
 /// The dialects, by their names in the option `api`.

@@ -7,7 +7,7 @@
 use serde_json::{Value, json};
 
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, tokens};
-use crate::trouble::{Parameter, Trouble};
+use crate::class::{Parameter, Trouble};
 
 pub(super) struct Ollama;
 

@@ -57,10 +57,6 @@ impl Embed {
 pub(super) struct Prepared(pub Embed);
 
 impl Kind for Prepared {
-    fn embeds(&self) -> Option<&Embed> {
-        Some(&self.0)
-    }
-
     // Nothing is said to a model: its endpoint takes texts alone.
     fn head(&self) -> String {
         String::new()

@@ -7,7 +7,6 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
-use super::embed::Embed;
 use super::value::Type;
 use crate::Error;
 use crate::codes::Legend;
@@ -83,10 +82,6 @@ pub struct Span {
 
 /// A task that is ready to be asked.
 pub trait Kind: fmt::Debug + Send + Sync {
-    /// What vectors are asked for, if an endpoint for embeddings is asked and not a chat.
-    fn embeds(&self) -> Option<&Embed> {
-        None
-    }
     /// Names that the values of a row's answer may be written under, if it has names.
     fn names(&self) -> Vec<&str> {
         Vec::new()
