@@ -79,8 +79,8 @@ fn old_bed(name: &str) -> (Bed, Client) {
              CREATE USER MAPPING FOR PUBLIC SERVER fake OPTIONS (api_key 'sk-test-0123456789abcdef');
              INSERT INTO llm_batch.model (name, owner, owner_name, home, server, server_name, model, request_timeout, max_request_tokens, parameters)
              SELECT 'm', 10, 'postgres', llm_batch.home(), oid, srvname, 'fake-m', '1 minute', 16000, '{{}}' FROM pg_foreign_server;
-             INSERT INTO llm_batch.task (name, owner, owner_name, home, kind, model, spec, options)
-             SELECT 'topic', 10, 'postgres', llm_batch.home(), 'classify', 'm',
+             INSERT INTO llm_batch.task (name, owner, owner_name, home, search_path, kind, model, spec, options)
+             SELECT 'topic', 10, 'postgres', llm_batch.home(), 'pg_catalog', 'classify', 'm',
                     jsonb_build_object('instruction', 'Tickets.', 'labels', jsonb_agg(l)), '{{\"reuse\": false}}'
                FROM unnest('{{{}}}'::text[]) l",
             bed.provider.base_url(),

@@ -18,7 +18,10 @@ SELECT llm_batch.create_extractor('reading', model => 'qwen',
          "answer": {"mood": "negative", "topic": "daily life", "gist": "A cancelled train made the writer miss a show."}},
         {"input": "Big thanks to @anonymous for the cake, you are the best!!",
          "answer": {"mood": "positive", "topic": "people", "gist": "The writer thanks a friend for a cake."}}]',
-    options => jsonb_build_object('max_rows_per_request', :rows_a_request));
+    -- A longer text is asked for again, with the hint on its line; a row whose text stays too long is listed as failed.
+    options => jsonb_build_object('max_rows_per_request', :rows_a_request,
+        'check', '{"gist": "array_length(string_to_array(btrim(gist), '' ''), 1) <= 12"}'::jsonb,
+        'check_hint', '{"gist": "twelve words at most"}'::jsonb));
 
 -- To compare: a task for each of the columns. Nothing is asked with them; estimate() says what their jobs would take.
 SELECT llm_batch.create_classifier('mood', model => 'qwen',

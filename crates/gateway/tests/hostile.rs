@@ -427,34 +427,43 @@ fn what_is_between_the_parts_of_an_answer_has_an_end() {
 
 #[test]
 fn who_answers_probes_and_nothing_else_is_left_alone_and_that_is_said() {
-    for (what, own) in [
-        ("500", answer(500, r#"{"error": {"message": "boom"}}"#)),
-        ("no head", b"HTTP/1.1 2".to_vec()),
-        ("no status", b"HTTP/1.1 099 x\r\ncontent-length: 0\r\n\r\n".to_vec()),
-    ] {
-        let setup = Setup::new(64 << 20);
-        let provider = provider(Config::default());
-        let requests = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
-        let count = std::sync::Arc::clone(&requests);
-        let url = before(&provider, move |texts| {
-            (!texts.contains("Say ok.")).then(|| {
-                count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-                own.clone()
-            })
-        });
-        let change = |s: &mut Stream| (s.endpoint.base_url, s.model.request_timeout_ms) = (url.clone(), 500);
-        let mut client = setup.client(&provider, change);
-        client.rows(0..500);
-        let first = stop(&mut client);
-        assert_eq!(first.reason, StopReason::ProviderDown, "{what}: {first:?}");
-        let wait = first.retry_after_ms.unwrap_or_default();
-        assert!((1_000..=60_000).contains(&wait), "{what}: {first:?}");
-        let sent = requests.load(std::sync::atomic::Ordering::Relaxed);
-        assert!(sent <= 60, "{what}: {sent}");
-        let mut other = setup.client(&provider, |s| s.role = 11);
-        assert!(other.activity().iter().any(|a| a.last_error.is_some()), "{what}");
-        println!("{what}: {sent} requests; {first:?}");
-    }
+    // Each takes some rounds of probes: all at once.
+    std::thread::scope(|scope| {
+        for (what, own) in [
+            ("500", answer(500, r#"{"error": {"message": "boom"}}"#)),
+            ("no head", b"HTTP/1.1 2".to_vec()),
+            ("no status", b"HTTP/1.1 099 x\r\ncontent-length: 0\r\n\r\n".to_vec()),
+        ] {
+            scope.spawn(move || only_probes_are_answered(what, &own));
+        }
+    });
+}
+
+#[track_caller]
+fn only_probes_are_answered(what: &str, own: &[u8]) {
+    let own = own.to_vec();
+    let setup = Setup::new(64 << 20);
+    let provider = provider(Config::default());
+    let requests = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let count = std::sync::Arc::clone(&requests);
+    let url = before(&provider, move |texts| {
+        (!texts.contains("Say ok.")).then(|| {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            own.clone()
+        })
+    });
+    let change = |s: &mut Stream| (s.endpoint.base_url, s.model.request_timeout_ms) = (url.clone(), 500);
+    let mut client = setup.client(&provider, change);
+    client.rows(0..500);
+    let first = stop(&mut client);
+    assert_eq!(first.reason, StopReason::ProviderDown, "{what}: {first:?}");
+    let wait = first.retry_after_ms.unwrap_or_default();
+    assert!((1_000..=60_000).contains(&wait), "{what}: {first:?}");
+    let sent = requests.load(std::sync::atomic::Ordering::Relaxed);
+    assert!(sent <= 60, "{what}: {sent}");
+    let mut other = setup.client(&provider, |s| s.role = 11);
+    assert!(other.activity().iter().any(|a| a.last_error.is_some()), "{what}");
+    println!("{what}: {sent} requests; {first:?}");
 }
 
 #[test]

@@ -146,7 +146,7 @@ fn bad_providers_do_not_slow_a_healthy_model() {
         "{:24} {:>15} {:>15} {:>15} {:>9} {:>10} {:>10}",
         "beside", "p50, p95 alone", "at first", "later", "requests", "MiB, most", "files, most"
     );
-    let mut slow = Vec::new();
+    let mut bad_ones = Vec::new();
     let mut first = 0;
     for (what, url, requests) in &bad {
         let mut is_fine = false;
@@ -190,16 +190,17 @@ fn bad_providers_do_not_slow_a_healthy_model() {
                 format!("{}, {}", rest.0, most.0),
                 format!("{}, {}", rest.1, most.1),
             );
-            assert!(most.0 <= rest.0 + MOST_MIB, "{what}: {} MiB more than {}", most.0 - rest.0, rest.0);
             assert!(most.1 as u64 * 5 <= FILES * 4, "{what}: {} files", most.1);
-            if beside.0 <= alone.0 * 3 / 2 && beside.1 <= alone.1 * 3 / 2 {
+            // The providers' memory is in it, and what they have not given back of the time before.
+            let is_small = most.0 <= rest.0 + MOST_MIB;
+            if is_small && beside.0 <= alone.0 * 3 / 2 && beside.1 <= alone.1 * 3 / 2 {
                 is_fine = true;
                 break;
             }
         }
         if !is_fine {
-            slow.push(*what);
+            bad_ones.push(*what);
         }
     }
-    assert!(slow.is_empty(), "{slow:?}");
+    assert!(bad_ones.is_empty(), "slow or large: {bad_ones:?}");
 }

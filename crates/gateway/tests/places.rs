@@ -253,9 +253,6 @@ fn an_idle_session_gives_way() {
         client.rows(n..n + 1);
         client.outcomes(1);
     }
-    // Just now all were at work.
-    let mut early = setup.client(&provider, role(1));
-    assert_eq!(refused(&mut early), Full::Role(3));
     provider.hold();
     clients[0].rows(10..11);
     wait_in_flight(&provider, 1);

@@ -264,7 +264,7 @@ fn rows_larger_than_a_limit_are_told_from_a_limit_that_is_none() {
 fn a_session_whose_rows_are_coming_is_not_idle() {
     let mut sim = Sim::new(|s| s.interactive = true);
     let gives_way = |sim: &Sim, now| sim.state.conns[&sim.conn].gives_way(now);
-    assert!(gives_way(&sim, sim.now + IDLE));
+    assert!(!gives_way(&sim, sim.now + IDLE - 1) && gives_way(&sim, sim.now + IDLE));
     let group = sim.state.rows_come(sim.conn);
     assert!(!gives_way(&sim, sim.now + 60 * IDLE));
     sim.state.rows_came(sim.conn, group);
