@@ -19,6 +19,7 @@ const MOST_REQUESTS: u64 = 15;
 #[derive(Debug, Default)]
 pub(super) struct Doubt {
     is_taken: bool,
+    is_written: bool,
     /// Requests that were answered before one was.
     requests: u64,
     /// Why the last answer was refused.
@@ -34,12 +35,18 @@ impl Doubt {
         self.is_taken = true;
     }
 
+    pub(super) fn write(&mut self) {
+        (self.is_taken, self.is_written) = (true, true);
+    }
+
     pub(super) fn refuse(&mut self, class: &'static str, why: &str) {
         self.refused = Some((class, why.to_owned()));
     }
 
-    pub(super) fn is_taken(&self) -> bool {
-        self.is_taken
+    /// Whether an answer has shown that what says this class takes some: the columns one that was written, the task's
+    /// checks one that they took.
+    pub(super) fn is_refuted(&self, class: &str) -> bool {
+        if class == BAD_VALUE { self.is_written } else { self.is_taken }
     }
 }
 
@@ -79,7 +86,7 @@ impl Worker {
                 None => self.answers.push(answer),
             }
         }
-        let Doubt { is_taken, requests, refused } = &self.doubt;
+        let Doubt { is_taken, requests, refused, .. } = &self.doubt;
         if let Some((class, why)) = refused.clone().filter(|_| !is_taken && *requests >= MOST_REQUESTS) {
             self.stop_untaken(class, &why);
         }

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeSet, HashMap};
 
-use crate::checks::BAD_VALUE;
+use super::doubt::Doubt;
 use crate::job::cause::Cause;
 use crate::job::store::Failure;
 
@@ -32,9 +32,9 @@ pub(super) struct Verdicts {
 }
 
 impl Suspects {
-    /// `written`: first values of rows that were written; `raised`: rows that were not, and why; `is_taken`: the task's
-    /// checks have taken an answer.
-    pub fn judge(&mut self, written: &BTreeSet<String>, raised: Vec<(Cause, Failure)>, is_taken: bool) -> Verdicts {
+    /// `written`: first values of rows that were written; `raised`: rows that were not, and why; `doubt`: whether
+    /// answers are taken at all.
+    pub fn judge(&mut self, written: &BTreeSet<String>, raised: Vec<(Cause, Failure)>, doubt: &Doubt) -> Verdicts {
         let mut verdicts = Verdicts { rows: Vec::new(), guilty: None };
         for (cause, failure) in raised {
             let suspect = self.0.entry(cause).or_default();
@@ -44,8 +44,7 @@ impl Suspects {
             }
         }
         for (cause, suspect) in self.0.iter_mut().filter(|(_, s)| !s.rows.is_empty()) {
-            if cause.is_refuted(written) || (is_taken && matches!(cause, Cause::Refused(class) if *class != BAD_VALUE))
-            {
+            if cause.is_refuted(written) || matches!(cause, Cause::Refused(class) if doubt.is_refuted(class)) {
                 suspect.is_mixed = true;
                 verdicts.rows.append(&mut suspect.rows);
             }

@@ -142,9 +142,9 @@ impl Worker {
         }
         self.job.has_nulls |= !settled.nulls.is_empty();
         if settled.done > 0 {
-            self.doubt.take();
+            self.doubt.write();
         }
-        let verdicts = self.suspects.judge(&settled.written, settled.raised, self.doubt.is_taken());
+        let verdicts = self.suspects.judge(&settled.written, settled.raised, &self.doubt);
         self.too_late.extend(verdicts.rows);
         if let Some((Cause::Refused(class), says)) = &verdicts.guilty {
             self.stop_untaken(class, says);
