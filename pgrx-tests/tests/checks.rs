@@ -1,5 +1,5 @@
-//! Checks and repairs of a task, and values that do not fit: what is refused is asked again, with a reason; whoever asks,
-//! expressions have the rights of the task's owner and can change nothing.
+//! Checks and repairs of a task, and values that do not fit: a refused row is asked again, with a reason. For
+//! every caller, expressions have the rights of the task's owner and can change nothing.
 
 mod common;
 
@@ -321,7 +321,7 @@ fn whose_rights_expressions_have() {
         ),
         0
     );
-    // A superuser's task, asked by another with functions of his own in his path: its owner's are called.
+    // A role with functions in its own path asks a superuser's task: the owner's functions are called.
     run(
         c,
         "CREATE FUNCTION is_ok(text) RETURNS boolean LANGUAGE plpgsql AS 'BEGIN RETURN current_user = ''postgres''; END'",

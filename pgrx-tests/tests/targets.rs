@@ -397,7 +397,7 @@ fn of_tickets(c: &mut Client) -> i64 {
     )
 }
 
-/// All rows of `t` were answered by version 2 of the task. Whoever has NULL as an answer is not asked again.
+/// All rows of `t` were answered by version 2 of the task. A row whose answer is NULL is not asked again.
 fn nulls_are_known(bed: &Bed, c: &mut Client) {
     let mut again = |sql: &str| {
         run(c, sql);

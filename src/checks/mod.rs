@@ -1,4 +1,4 @@
-//! Repairs and checks of answers: SQL expressions of a task's owner. They run with the owner's rights, whoever asks, and
+//! Repairs and checks of answers: SQL expressions of a task's owner. They run with the owner's rights for every caller, and
 //! can change nothing.
 
 mod look;

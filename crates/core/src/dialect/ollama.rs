@@ -102,7 +102,7 @@ mod tests {
             "keep_alive": "30m",
         });
         assert_eq!(Ollama.body(&Ask { format: Some(&format), ..ask(&parameters) }), want);
-        // The user knows best what fits his memory.
+        // A num_ctx that the user sets goes before ours.
         let parameters = json!({"num_ctx": 50});
         let body = Ollama.body(&Ask { format: Some(&Format::Json), no_system_role: true, ..ask(&parameters) });
         assert_eq!((&body["options"]["num_ctx"], &body["format"]), (&json!(50), &json!("json")));
