@@ -251,6 +251,7 @@ impl Asker {
         for (mut o, judged) in outcomes.into_iter().zip(judged) {
             let Some(pending) = self.pending.get_mut(&o.n) else { continue };
             match judged {
+                None if matches!(o.verdict, Verdict::Answer(_)) => self.refused = None,
                 None => {}
                 Some(Ok(answer)) => {
                     self.refused = None;
@@ -293,6 +294,8 @@ impl Asker {
             judged.push(match (&o.verdict, self.pending.get(&o.n)) {
                 (Verdict::Answer(answer), Some(pending)) => match checks::unfit(&columns, spec.has_names(), answer)? {
                     Some(refused) => Some(Err(refused)),
+                    // It stays as it came.
+                    None if self.checks.is_none() => None,
                     None => {
                         rows.push((pending.item.text.as_str(), answer));
                         Some(Ok(answer.clone()))

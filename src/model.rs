@@ -270,24 +270,23 @@ fn check_parameters(name: &str, parameters: &Value, api: Api) -> Result<()> {
 }
 
 /// Refuses an empty name of a model, and a server that the caller cannot use: now, so that a mistake shows before a row is
-/// sent.
-fn check_place(server: Option<pg_sys::Oid>, model: Option<&str>) -> Result<()> {
+/// sent. The address of the server, if one is given.
+fn check_place(server: Option<pg_sys::Oid>, model: Option<&str>) -> Result<Option<String>> {
     if model.is_some_and(|m| m.trim().is_empty()) {
         return Err(Error::invalid("\"model\" must not be empty").hint("Specify the provider's name of the model."));
     }
-    server.map_or(Ok(()), |server| provider::endpoint(server, current_user()).map(|_| ()))
+    server.map(base_url).transpose()
 }
 
-/// The prices of the list for a model of a server.
-fn listed(server: pg_sys::Oid, model: &str) -> Result<Option<Listed>> {
-    price::listed(&provider::endpoint(server, current_user())?.base_url, model)
+fn base_url(server: pg_sys::Oid) -> Result<String> {
+    Ok(provider::endpoint(server, current_user())?.base_url)
 }
 
 /// The model of the provider and its prices of the list, if they are to be taken from there once more: all `are_reset`, or
 /// they were taken from there and the model or its server becomes another one.
 fn listed_anew(
     name: &str,
-    server: Option<pg_sys::Oid>,
+    place: Option<&str>,
     model: Option<&str>,
     are_reset: bool,
 ) -> Result<Option<(String, Option<Listed>)>> {
@@ -298,12 +297,13 @@ fn listed_anew(
         |row| Ok((row.maybe("server")?, row.get::<String>("model")?, row.get::<bool>("is_listed")?)),
     )?;
     let Some((known_server, known_model, was_listed)) = known else { return Ok(None) };
-    if !are_reset && !(was_listed && (server.is_some() || model.is_some())) {
+    if !are_reset && !(was_listed && (place.is_some() || model.is_some())) {
         return Ok(None);
     }
     let model = model.map_or(known_model, str::to_owned);
-    let listed = match server.or(known_server) {
-        Some(server) => listed(server, &model)?,
+    let known_place = || known_server.map(base_url).transpose();
+    let listed = match place.map_or_else(known_place, |place| Ok(Some(place.to_owned())))? {
+        Some(place) => price::listed(&place, &model)?,
         None => None,
     };
     Ok(Some((model, listed)))
@@ -345,11 +345,11 @@ fn create_model(
         parameters,
     };
     settings.check(provider::api_of(server)?)?;
-    check_place(Some(server), Some(model))?;
+    let place = check_place(Some(server), Some(model))?;
     let is_by_hand = settings.has_prices();
-    let listed = match (&settings.input_price, &settings.output_price) {
-        (Some(_), Some(_)) => None,
-        _ => Some(listed(server, model)?),
+    let listed = match (&settings.input_price, &settings.output_price, place) {
+        (Some(_), Some(_), _) | (.., None) => None,
+        (.., Some(place)) => Some(price::listed(&place, model)?),
     };
     let taken = listed.as_ref().and_then(Option::as_ref);
     let settings = settings.with_prices(taken);
@@ -423,14 +423,14 @@ fn alter_model(
         None => sql::one::<pg_sys::Oid>("SELECT m.server FROM llm_batch.model m WHERE m.name = $1", &[name.into()])?,
     };
     settings.check(place.map_or(Ok(Api::default()), provider::api_of)?)?;
-    check_place(server.as_ref().map(|s| s.0), model)?;
+    let place = check_place(server.as_ref().map(|s| s.0), model)?;
     let reset: Vec<String> = reset.unwrap_or_default().into_iter().flatten().collect();
     settings.check_reset(&reset)?;
     let (server, server_name) = server.unzip();
     let is_reset = |column: &str| reset.iter().any(|name| name == column);
     let is_by_hand = settings.has_prices();
     let are_reset = is_reset("input_price") && is_reset("output_price");
-    let anew = listed_anew(name, server, model, are_reset)?;
+    let anew = listed_anew(name, place.as_deref(), model, are_reset)?;
     let taken = anew.as_ref().and_then(|(_, listed)| listed.as_ref());
     let settings = settings.with_prices(taken);
     let mut args: Vec<DatumWithOid> = vec![name.into(), server.into(), server_name.into(), model.into()];

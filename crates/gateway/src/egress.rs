@@ -189,6 +189,7 @@ mod tests {
 
     use super::*;
     use serde_json::json;
+    use tokio::runtime::Runtime;
 
     use crate::protocol::tests::stream;
     use crate::request::{self, Answered, Question};
@@ -243,16 +244,23 @@ mod tests {
         endpoint.is_trusted = is_trusted;
         // Most of these names are not this machine's.
         endpoint.allow_http = true;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        ask_at(&runtime(), clients, &endpoint)
+    }
+
+    pub(super) fn runtime() -> Runtime {
+        tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
+    pub(super) fn ask_at(runtime: &Runtime, clients: &mut Clients, endpoint: &Endpoint) -> Answered {
         let question = Question {
-            endpoint: &endpoint,
+            endpoint,
             model: "m",
             body: &json!({}),
             timeout: Duration::from_secs(20),
             most_tokens: 100,
             embeds: false,
         };
-        runtime.block_on(request::send(clients.of(&endpoint), clients.answer(9_000), &question))
+        runtime.block_on(request::send(clients.of(endpoint), clients.answer(9_000), &question))
     }
 
     pub(super) fn message(answered: &Answered) -> String {
@@ -310,23 +318,14 @@ mod tests {
     #[test]
     fn servers_and_keys_share_no_connection() {
         let (port, count) = server("content-length: 0\r\n");
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let runtime = runtime();
         let mut clients = clients(&[&["127.0.0.1"]]);
         let mut endpoint = stream().endpoint;
         let mut connections = Vec::new();
         for (path, key) in [("v1", "a"), ("v1", "a"), ("v1", "b"), ("v2", "b"), ("v1", "a"), ("v1", "b"), ("v2", "b")] {
             endpoint.base_url = format!("http://localhost:{port}/{path}");
             endpoint.api_key = Some(Secret(key.to_owned()));
-            let question = Question {
-                endpoint: &endpoint,
-                model: "m",
-                body: &json!({}),
-                timeout: Duration::from_secs(20),
-                most_tokens: 100,
-                embeds: false,
-            };
-            let (client, answer) = (clients.of(&endpoint), clients.answer(9_000));
-            let answered = runtime.block_on(request::send(client, answer, &question));
+            let answered = ask_at(&runtime, &mut clients, &endpoint);
             assert!(message(&answered).contains("500"), "{answered:?}");
             connections.push(*count.lock().unwrap());
         }

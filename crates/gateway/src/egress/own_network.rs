@@ -5,24 +5,14 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 
 use llm_fake_provider::{CA, Config, FakeProvider, OTHER_CA, TlsFront, private_address};
-use serde_json::json;
 
-use super::tests::{CLOSING, clients, message, server};
+use super::tests::{CLOSING, ask_at, clients, message, runtime, server};
 use super::*;
 use crate::protocol::tests::stream;
-use crate::request::{self, Answered, Question};
+use crate::request::Answered;
 
 fn ask(clients: &mut Clients, endpoint: &Endpoint) -> Answered {
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let question = Question {
-        endpoint,
-        model: "m",
-        body: &json!({}),
-        timeout: Duration::from_secs(20),
-        most_tokens: 100,
-        embeds: false,
-    };
-    runtime.block_on(request::send(clients.of(endpoint), clients.answer(9_000), &question))
+    ask_at(&runtime(), clients, endpoint)
 }
 
 fn endpoint(base_url: &str, allow_http: bool) -> Endpoint {
