@@ -125,7 +125,7 @@ impl Places {
 }
 
 /// Whether a connection has a request.
-pub struct Use(Mutex<State>, Arc<Reading>);
+pub struct Use(Mutex<State>, Arc<Reading>, Arc<AtomicBool>);
 
 #[derive(Default)]
 struct State {
@@ -142,6 +142,11 @@ struct State {
 impl Use {
     fn state(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An answer on it belongs to another request: no connection of its client is used again.
+    pub fn distrust(&self) {
+        self.2.store(true, Ordering::Relaxed);
     }
 
     /// The answer to its request has come, whole.
@@ -191,6 +196,8 @@ pub struct Connector {
     pub tls: Arc<rustls::ClientConfig>,
     pub tcp: HttpConnector<Resolver>,
     pub places: Arc<Places>,
+    /// Set when an answer on one of its connections belongs to another request.
+    pub is_distrusted: Arc<AtomicBool>,
 }
 
 type Connecting<T> = Pin<Box<dyn Future<Output = Result<T, Box<dyn std::error::Error + Send + Sync>>> + Send>>;
@@ -205,13 +212,13 @@ impl Service<Uri> for Connector {
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let Self { tls, tcp, places } = self.clone();
+        let Self { tls, tcp, places, is_distrusted } = self.clone();
         let waits = WAITS.try_with(Arc::clone).unwrap_or_default();
         Box::pin(async move {
             waits.store(true, Ordering::Relaxed);
             let place = places.place().await?;
             waits.store(false, Ordering::Relaxed);
-            let usage = Arc::new(Use(Mutex::default(), Arc::clone(&places.reading)));
+            let usage = Arc::new(Use(Mutex::default(), Arc::clone(&places.reading), is_distrusted));
             places.add(&usage);
             let placing = Placing { tcp, place: Some((place, Arc::clone(&usage))) };
             let connecting = HttpsConnector::from((placing, tls)).call(uri);
@@ -384,7 +391,7 @@ mod tests {
             let stream = TokioIo::new(TcpStream::connect(address).await.unwrap());
             let mut placed = Placed {
                 stream,
-                usage: Arc::new(Use(Mutex::default(), Arc::clone(&places.reading))),
+                usage: Arc::new(Use(Mutex::default(), Arc::clone(&places.reading), Arc::default())),
                 read: 0,
                 turn: TURN.0,
                 _place: place,

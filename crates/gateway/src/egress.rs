@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -47,11 +47,20 @@ pub fn tls() -> Result<rustls::ClientConfig, String> {
 pub struct Clients {
     tls: rustls::ClientConfig,
     lookup: Arc<dyn Lookup>,
-    pools: BTreeMap<PoolKey, (HttpClient, u64)>,
+    pools: BTreeMap<PoolKey, Pool>,
     /// Counts the uses of all pools.
     uses: u64,
     /// For connections of all of them.
     places: Arc<Places>,
+}
+
+struct Pool {
+    client: HttpClient,
+    /// When it was used last, as `Clients::uses` counts.
+    used: u64,
+    /// An answer came that belongs to another request: each connection has one request from then on.
+    is_distrusted: Arc<AtomicBool>,
+    keeps: bool,
 }
 
 /// The properties that requests on one connection have in common.
@@ -90,9 +99,12 @@ impl Clients {
             ca: file.map(|path| files::read_ca(path).map_err(|e| unusable(path, e))).transpose()?,
             api_key: endpoint.api_key.as_ref().map(|Secret(key)| key.clone()),
         };
-        if let Some((client, used)) = self.pools.get_mut(&key) {
-            *used = self.uses;
-            return Ok(client.clone());
+        let known = self.pools.get_mut(&key);
+        let is_distrusted = known.as_ref().map(|pool| Arc::clone(&pool.is_distrusted)).unwrap_or_default();
+        let keeps = !is_distrusted.load(Ordering::Relaxed);
+        if let Some(pool) = known.filter(|pool| pool.keeps == keeps) {
+            pool.used = self.uses;
+            return Ok(pool.client.clone());
         }
         let tls = match &key.ca {
             Some(pem) => self.tls_of(pem).map_err(|e| unusable(file.unwrap_or_default(), e))?,
@@ -101,8 +113,8 @@ impl Clients {
         if self.pools.len() >= MOST_POOLS {
             self.close_oldest();
         }
-        let client = self.client(tls, key.reach);
-        self.pools.insert(key, (client.clone(), self.uses));
+        let client = self.client(tls, key.reach, &is_distrusted, keeps);
+        self.pools.insert(key, Pool { client: client.clone(), used: self.uses, is_distrusted, keeps });
         Ok(client)
     }
 
@@ -116,7 +128,7 @@ impl Clients {
 
     /// Keeps no connection of the endpoint any more that was used longest ago.
     fn close_oldest(&mut self) {
-        if let Some(oldest) = self.pools.iter().min_by_key(|(_, (_, used))| *used).map(|(key, _)| key.clone()) {
+        if let Some(oldest) = self.pools.iter().min_by_key(|(_, pool)| pool.used).map(|(key, _)| key.clone()) {
             self.pools.remove(&oldest);
         }
     }
@@ -131,17 +143,25 @@ impl Clients {
         self.places.reading.memory.store(memory, Ordering::Relaxed);
     }
 
-    fn client(&self, tls: rustls::ClientConfig, reach: Reach) -> HttpClient {
+    fn client(
+        &self,
+        tls: rustls::ClientConfig,
+        reach: Reach,
+        is_distrusted: &Arc<AtomicBool>,
+        keeps: bool,
+    ) -> HttpClient {
         let mut tcp = HttpConnector::new_with_resolver(Resolver { lookup: Arc::clone(&self.lookup), reach });
         tcp.enforce_http(false);
         tcp.set_nodelay(true);
         tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
         tcp.set_keepalive(Some(KEEPALIVE.0));
         tcp.set_tcp_user_timeout(Some(KEEPALIVE.1));
-        let connector = Connector { tls: Arc::new(tls), tcp, places: Arc::clone(&self.places) };
+        let (places, is_distrusted) = (Arc::clone(&self.places), Arc::clone(is_distrusted));
+        let connector = Connector { tls: Arc::new(tls), tcp, places, is_distrusted };
         Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_TIMEOUT)
+            .pool_max_idle_per_host(if keeps { usize::MAX } else { 0 })
             .http1_max_buf_size(MAX_HEAD)
             .build(connector)
     }
@@ -330,6 +350,25 @@ mod tests {
             connections.push(*count.lock().unwrap());
         }
         assert_eq!(connections, [1, 1, 2, 3, 3, 3, 3]);
+    }
+
+    #[test]
+    fn a_connection_has_one_request_once_an_answer_was_another_s() {
+        let (port, count) = server("content-length: 0\r\n");
+        let runtime = runtime();
+        let mut clients = clients(&[&["127.0.0.1"]]);
+        let mut endpoint = stream().endpoint;
+        let mut connections = Vec::new();
+        for (key, distrusts) in [("a", false), ("a", true), ("b", false), ("a", false), ("a", false), ("b", false)] {
+            endpoint.base_url = format!("http://localhost:{port}/v1");
+            endpoint.api_key = Some(Secret(key.to_owned()));
+            let answered = ask_at(&runtime, &mut clients, &endpoint);
+            if distrusts {
+                answered.distrust();
+            }
+            connections.push(*count.lock().unwrap());
+        }
+        assert_eq!(connections, [1, 1, 2, 3, 4, 4]);
     }
 
     #[test]

@@ -99,12 +99,11 @@ impl Answered {
         }
     }
 
-    /// The connection has not the right answer to a request: it is used for no other.
+    /// The connection has not the right answer to its request: its server is not asked twice on a connection any more.
     pub fn distrust(&self) {
-        if let Some(connection) = &self.connection
-            && let Some(connected) = connection.connection_metadata().as_ref()
-        {
-            connected.poison();
+        let connected = self.connection.as_ref().map(CaptureConnection::connection_metadata);
+        if let Some(usage) = connected.and_then(|connected| usage(connected.as_ref())) {
+            usage.distrust();
         }
     }
 }
