@@ -68,7 +68,11 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
             }
             "counts" => drop(counts(value)?),
             "api_key" if !is_header(value) || value.len() as u64 > MOST_KEY => {
-                return Err(bad_value("option \"api_key\" is not a valid key".to_owned()).into());
+                let most = format!("A key has visible ASCII characters alone, and at most {MOST_KEY} of them.");
+                return Err(bad_value("option \"api_key\" is not a valid key".to_owned())
+                    .detail(most)
+                    .hint("Copy the key as the provider shows it, without spaces, line breaks, or an ellipsis.")
+                    .into());
             }
             _ => {}
         }

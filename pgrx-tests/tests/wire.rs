@@ -156,3 +156,43 @@ fn the_examples_of_providers_fill_a_table_each() {
     assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{:?}", stats.by_status);
     assert!(!cluster.log().contains(KEY));
 }
+
+/// The first job and what watches it, as the README writes them but for the address and the key. The superuser's part is the
+/// first example, the rest is `analyst`'s.
+#[test]
+fn the_readme_runs_as_written() {
+    let provider = FakeProvider::start(Config::default()).unwrap();
+    let cluster = Cluster::builder("readme").start();
+    let mut superuser = cluster.connect("postgres");
+    run(&mut superuser, "CREATE ROLE analyst LOGIN; GRANT CREATE ON SCHEMA public TO analyst");
+    let mut analyst = cluster.connect_as("postgres", "analyst");
+    run(&mut analyst, "CREATE TABLE tickets (id int PRIMARY KEY, body text)");
+    let bodies = "SELECT n, format('No. %s: #r%s:billing#', n, lpad(n::text, 6, '0')) FROM generate_series(1, 60) n";
+    run(&mut analyst, &format!("INSERT INTO tickets {bodies}"));
+
+    let readme = include_str!("../../README.md")
+        .replace("https://api.openai.com/v1", &provider.base_url())
+        .replace("sk-…", "sk-1234");
+    let examples = between(&readme, "## A first job", "## What it promises").unwrap();
+    let examples: Vec<&str> = examples.split("```sql\n").skip(1).map(|e| e.split("```").next().unwrap()).collect();
+    let [setup, tasks, queries, one_column, columns, watch] = examples[..] else { panic!("{examples:#?}") };
+    run(&mut superuser, setup);
+    run(&mut analyst, tasks);
+    run(&mut analyst, "SET llm_batch.default_model = 'mini'");
+    for sql in [queries, one_column] {
+        run(&mut analyst, sql);
+    }
+    wait_status(&mut analyst, 1, "done");
+    run(&mut analyst, columns);
+    let p = wait_status(&mut analyst, 2, "done");
+    assert_eq!((p.total, p.left, p.failed), (60, 0, 0), "{p:?}");
+    assert_eq!(one(&mut analyst, "SELECT count(*) FROM tickets WHERE topic = 'billing' AND gist IS NOT NULL"), 60);
+    for line in watch.lines() {
+        let statement = line.split("--").next().unwrap().replace("\\watch 2", "");
+        match analyst.batch_execute(&statement) {
+            Ok(()) => assert!(!statement.contains("pause("), "{statement}"),
+            // The job has ended.
+            Err(e) => assert!(statement.contains("pause(") && e.code().is_some(), "{statement}: {e:?}"),
+        }
+    }
+}
