@@ -75,7 +75,7 @@ pub struct Claimed {
     pub isolations: Vec<Option<String>>,
 }
 
-/// Under these settings keys are written as JSON: in one form, whatever the owner's role or the database sets.
+/// Under these settings keys are written as text: in one form, whatever the owner's role or the database sets.
 const PLAIN: [(&CStr, &CStr); 7] = [
     (c"search_path", c"pg_catalog, pg_temp"),
     (c"DateStyle", c"ISO, MDY"),
@@ -93,6 +93,16 @@ pub fn describe(query: &str, page: &Page, positions: Vec<i32>) -> Result<BTreeMa
     let keys =
         txn::with_settings(&PLAIN, || sql::rows(query, &args, |r| Ok((r.get::<i32>(1)?, r.get::<Text>(2)?.lossy()))))?;
     Ok(keys.into_iter().collect())
+}
+
+/// A hash of the key and the input of each of these rows of a page, by position: the same as long as both are.
+pub fn digest(query: &str, page: &Page, positions: Vec<i32>) -> Result<Vec<(i32, i64)>> {
+    let hash = |position: &i32| page.hashes.get(*position as usize - 1).copied().unwrap_or_default();
+    let hashes: Vec<i64> = positions.iter().map(hash).collect();
+    let mut args = page.args();
+    args.push(positions.into());
+    args.push(hashes.into());
+    txn::with_settings(&PLAIN, || sql::rows(query, &args, |r| Ok((r.get::<i32>(1)?, r.get::<i64>(2)?))))
 }
 
 /// Runs a claim: a statement whose single row holds an array for each column of the key, then the texts, their hashes

@@ -57,6 +57,8 @@ pub struct Plan {
     pub nulls: Option<String>,
     /// The keys of rows `$k+1` as the text of JSON: position, key.
     pub describe: String,
+    /// A hash of each of the rows `$k+1`, of its key and the input's hash `$k+2`: position, hash.
+    pub digest: String,
 }
 
 /// A table as it is named now.
@@ -205,7 +207,7 @@ fn any_null(columns: impl Iterator<Item = String>) -> String {
     columns.map(|column| format!("{column} IS NULL")).collect::<Vec<_>>().join(" OR ")
 }
 
-fn hash_sql(text: &str, seed: i64) -> String {
+fn hash_sql(text: &str, seed: &str) -> String {
     format!("pg_catalog.hashtextextended({text} COLLATE pg_catalog.\"C\", {seed})")
 }
 
@@ -236,7 +238,7 @@ impl Rows {
     ) -> Self {
         // The line end closes a comment at the end of the expression.
         let input = format!("(({input}\n))::pg_catalog.text");
-        let hash = hash_sql(&input, 0);
+        let hash = hash_sql(&input, "0");
         let is_to_do = |(column, field): &(&str, Option<&str>)| match (known, field) {
             (Some(known), Some(field)) => {
                 format!("{} IS NULL AND NOT COALESCE({}, false)", name(column), known.is_answer(field, &hash))
@@ -255,7 +257,7 @@ impl Rows {
 
     /// The texts' hash.
     pub fn hash(&self, seed: i64) -> String {
-        hash_sql(&self.input, seed)
+        hash_sql(&self.input, &seed.to_string())
     }
 
     /// Counts rows to fill, and those of them without text.
@@ -309,6 +311,7 @@ impl Plan {
             may_update: format!("SELECT {}", parts.may_update()),
             nulls: has_triggers.then(|| parts.nulls()),
             describe: parts.describe(),
+            digest: parts.digest(),
         }
     }
 }
@@ -463,6 +466,16 @@ impl Parts<'_> {
             "SELECT {POSITION}, pg_catalog.jsonb_build_object({})::pg_catalog.text FROM {}",
             pairs.join(", "),
             self.positions()
+        )
+    }
+
+    fn digest(&self) -> String {
+        format!(
+            "SELECT {POSITION}, {}
+               FROM ROWS FROM (pg_catalog.unnest({}::pg_catalog.int4[]), pg_catalog.unnest({}::pg_catalog.int8[])) \"llm_batch u\" (\"llm_batch i\", \"llm_batch e\")",
+            hash_sql(&format!("ROW({})::pg_catalog.text", self.at(POSITION).join(", ")), "\"llm_batch u\".\"llm_batch e\""),
+            self.parameter(1),
+            self.parameter(2),
         )
     }
 }

@@ -60,8 +60,8 @@ pub struct Settled {
     /// Rows among those done whose answer was paid for with another row.
     pub reused: i64,
     pub failures: Vec<Failure>,
-    /// Rows that have had NULL as an answer: their keys and inputs' hashes.
-    pub nulls: Vec<(String, i64)>,
+    /// Rows that have had NULL as an answer: a hash of key and input.
+    pub nulls: Vec<i64>,
     /// Labels that were written, and rows that the UPDATE raised for: its cause's fault, or the row's.
     pub written: BTreeSet<String>,
     pub raised: Vec<(Cause, Failure)>,
@@ -267,8 +267,7 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
     }
     name_rows(plan, &page, listed, changed, settled)?;
     if !nulls.is_empty() {
-        let keys = page::describe(&plan.describe, &page, nulls)?;
-        settled.nulls.extend(keys.into_iter().filter_map(|(position, key)| Some((key, hash(position)?))));
+        settled.nulls.extend(page::digest(&plan.digest, &page, nulls)?.into_iter().map(|(_, hash)| hash));
     }
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! Our own tables, read and written as the extension's owner: jobs, their state, their failures.
 
+use std::collections::BTreeSet;
+
 use llm_batch_gateway::protocol::{Allowance, Spent};
 use pgrx::datum::{DatumWithOid, JsonB, TimestampWithTimeZone};
 use pgrx::prelude::*;
@@ -113,7 +115,11 @@ pub fn account(id: i64) -> Result<String> {
 /// Deletes a job, with all that belongs to it; the log keeps its account.
 pub fn forget(id: i64, why: &str) -> Result<()> {
     let account = account(id)?;
-    let gone = txn::as_extension_owner(|| sql::run("DELETE FROM llm_batch.job WHERE id = $1", &[id.into()]))?;
+    let gone = txn::as_extension_owner(|| {
+        let gone = sql::run("DELETE FROM llm_batch.job WHERE id = $1", &[id.into()])?;
+        sql::run("DELETE FROM llm_batch.row_null WHERE job_id = $1", &[id.into()])?;
+        Ok(gone)
+    })?;
     if gone > 0 {
         pgrx::log!("llm_batch job {id} is forgotten{why}: {account}");
     }
@@ -227,7 +233,7 @@ pub struct Job {
     pub is_counted: bool,
     pub retried_epoch: i32,
     pub has_failures: bool,
-    /// NULL has been an answer.
+    /// NULL has been an answer, to rows that a pass may come to.
     pub has_nulls: bool,
     pub max_attempts: u32,
     /// The run before could write nothing.
@@ -395,38 +401,38 @@ pub fn count(id: i64, total: i64, empty: i64) -> Result<()> {
 /// Which of these keys (JSON, by position from 1) are listed as failures.
 pub fn failed_among(id: i64, keys: Vec<Option<String>>) -> Result<Vec<i64>> {
     txn::as_extension_owner(|| {
+        // For each row its own look into the index: planned while the table is small, a join reads all of the job's rows.
         sql::rows(
             "SELECT u.i FROM unnest($2::text[]::jsonb[]) WITH ORDINALITY u (key, i)
-               JOIN llm_batch.row_failure f ON f.job_id = $1 AND f.key = u.key",
+              CROSS JOIN LATERAL (SELECT FROM llm_batch.row_failure f WHERE f.job_id = $1 AND f.key = u.key OFFSET 0) f",
             &[id.into(), keys.into()],
             |r| r.get::<i64>(1),
         )
     })
 }
 
-/// Which of these rows, by their keys (JSON) and their inputs' hashes, have had NULL as an answer; by position from 1.
-pub fn null_among(id: i64, keys: Vec<Option<String>>, hashes: Vec<i64>) -> Result<Vec<i64>> {
-    txn::as_extension_owner(|| {
+/// Which of these rows have had NULL as an answer, by the hashes of key and input.
+pub fn null_among(id: i64, rows: Vec<i64>) -> Result<BTreeSet<i64>> {
+    let found = txn::as_extension_owner(|| {
+        // As above.
         sql::rows(
-            "SELECT u.i FROM ROWS FROM (unnest($2::text[]), unnest($3::bigint[])) WITH ORDINALITY u (key, hash, i)
-               JOIN llm_batch.row_null n ON n.job_id = $1 AND n.key_hash = hashtextextended(u.key COLLATE \"C\", u.hash)",
-            &[id.into(), keys.into(), hashes.into()],
+            "SELECT u.hash FROM unnest($2::bigint[]) u (hash)
+               CROSS JOIN LATERAL (SELECT FROM llm_batch.row_null n WHERE n.job_id = $1 AND n.key_hash = u.hash OFFSET 0) n",
+            &[id.into(), rows.into()],
             |r| r.get::<i64>(1),
         )
-    })
+    })?;
+    Ok(found.into_iter().collect())
 }
 
-/// Notes rows, by their keys and their inputs' hashes, that have had NULL as an answer.
-fn note_nulls(id: i64, rows: &[(String, i64)]) -> Result<()> {
+/// Notes rows that have had NULL as an answer, by the hashes of key and input.
+fn note_nulls(id: i64, rows: &[i64]) -> Result<()> {
     if rows.is_empty() {
         return Ok(());
     }
-    let (keys, hashes): (Vec<String>, Vec<i64>) = rows.iter().cloned().unzip();
     sql::run(
-        "INSERT INTO llm_batch.row_null (job_id, key_hash)
-         SELECT $1, hashtextextended(u.key COLLATE \"C\", u.hash)
-           FROM ROWS FROM (unnest($2::text[]), unnest($3::bigint[])) u (key, hash) ON CONFLICT DO NOTHING",
-        &[id.into(), keys.into(), hashes.into()],
+        "INSERT INTO llm_batch.row_null (job_id, key_hash) SELECT $1, unnest($2::bigint[]) ON CONFLICT DO NOTHING",
+        &[id.into(), rows.to_vec().into()],
     )
     .map(|_| ())
 }
@@ -457,7 +463,7 @@ pub struct Delta {
     pub superseded: i64,
     pub reused: i64,
     /// Rows that have had NULL as an answer.
-    pub nulls: Vec<(String, i64)>,
+    pub nulls: Vec<i64>,
     pub spent: Spent,
     pub rows_per_second: f64,
     pub tokens_per_minute: f64,
@@ -473,7 +479,6 @@ pub fn write<'a>(
     failures: impl IntoIterator<Item = &'a Failure>,
 ) -> Result<Option<Account>> {
     txn::as_extension_owner(|| {
-        note_nulls(id, &delta.nulls)?;
         let (skipped, failed) = list(id, failures)?;
         let count = |n: u64| DatumWithOid::from(i64::try_from(n).unwrap_or(i64::MAX));
         let spent = &delta.spent;
@@ -537,6 +542,10 @@ pub fn write<'a>(
                 }))
             },
         )?;
+        // The job is there, and stays until we have committed: its state's row is ours.
+        if !accounts.is_empty() {
+            note_nulls(id, &delta.nulls)?;
+        }
         Ok(accounts.into_iter().flatten().next())
     })
 }

@@ -51,22 +51,25 @@ struct Found {
 impl Found {
     fn of(claimed: &page::Claimed, job: &Job, plan: &Plan, is_last_start: bool) -> Result<Self> {
         let mut found = Self { damaged: claimed.damaged(), ..Self::default() };
-        if !is_last_start && !job.has_failures && !job.has_nulls && found.damaged.is_empty() {
+        let page = &claimed.page;
+        let all = || (1..=page.len as i32).collect();
+        // Those tables may have grown since the statements were planned: never all of what is in them.
+        settle::by_key()?;
+        if job.has_nulls {
+            let rows = page::digest(&plan.digest, page, all())?;
+            let gone = store::null_among(job.id, rows.iter().map(|(_, hash)| *hash).collect())?;
+            found.gone = rows.into_iter().filter(|(_, hash)| gone.contains(hash)).map(|(at, _)| at.into()).collect();
+        }
+        if !is_last_start && !job.has_failures && found.damaged.is_empty() {
             return Ok(found);
         }
-        let page = &claimed.page;
-        let mut keys = page::describe(&plan.describe, page, (1..=page.len as i32).collect())?;
+        let mut keys = page::describe(&plan.describe, page, all())?;
         found.suspect = keys.get(&1).filter(|_| is_last_start).cloned();
         for (position, failure) in &mut found.damaged {
             failure.key = keys.get(position).cloned().unwrap_or_default();
         }
-        let keys: Vec<Option<String>> = (1..=page.len as i32).map(|i| keys.remove(&i)).collect();
-        // Those tables may have grown since the statements were planned: never all of what is in them.
-        settle::by_key()?;
-        if job.has_nulls {
-            found.gone = store::null_among(job.id, keys.clone(), page.hashes.clone())?;
-        }
         if job.has_failures {
+            let keys: Vec<Option<String>> = (1..=page.len as i32).map(|i| keys.remove(&i)).collect();
             found.gone.extend(store::failed_among(job.id, keys)?);
         }
         Ok(found)

@@ -192,6 +192,8 @@ struct Worker {
     last: Option<Place>,
     pass_ended: bool,
     claimed_in_pass: usize,
+    /// This pass has noted NULLs, of rows that it has behind it.
+    has_noted: bool,
     /// Rows whose input changed while they were asked about, and how often that has happened.
     late: HashMap<String, u32>,
     /// Failures that come from `late`.
@@ -252,6 +254,7 @@ impl Worker {
             last: None,
             pass_ended: false,
             claimed_in_pass: 0,
+            has_noted: false,
             late: HashMap::new(),
             too_late: Vec::new(),
             spent: Spent::default(),
@@ -515,6 +518,7 @@ impl Worker {
         self.last = None;
         self.pass_ended = false;
         self.claimed_in_pass = 0;
+        self.job.has_nulls |= std::mem::take(&mut self.has_noted);
     }
 
     /// At the end of the key's range another pass begins for what is still NULL, until one finds nothing.

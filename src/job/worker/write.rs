@@ -140,7 +140,7 @@ impl Worker {
         if !settled.failures.is_empty() || !listed.is_empty() {
             self.job.has_failures = true;
         }
-        self.job.has_nulls |= !settled.nulls.is_empty();
+        self.has_noted |= !settled.nulls.is_empty();
         if settled.done > 0 {
             self.doubt.write();
         }
