@@ -197,9 +197,7 @@ def texts_throughput(rows: int = 100_000) -> Result:
     """Texts from an endpoint without limits and latency."""
     memory: list[dict] = []
     with Provider([]) as provider, Cluster(provider, PACK, None) as cluster:
-        # Full long before the middle: else what is seen is how it fills.
-        cluster.sql("ALTER SYSTEM SET llm_batch.gateway_cache = '2MB'")
-        cluster.sql("SELECT pg_reload_conf()")
+        small_cache(cluster)
         table = Table(cluster, rows, {"note": "text"}, _text)
         generator(cluster, "note", {"max_words": MAX_WORDS})
         with Watch(0.5, lambda: memory.append(_memory(cluster))):
@@ -248,6 +246,7 @@ def nulls(rows: int = 100_000) -> Result:
     for kind, (text_of, right) in kinds.items():
         with Provider([]) as provider, Cluster(provider, PACK, None) as cluster:
             table = Table(cluster, rows, columns, right, text_of)
+            small_cache(cluster)
             extractor(cluster, "all", TWO_DATES)
             watch = memory if kind == "with" else []
             with Watch(0.5, lambda: watch.append(_memory(cluster))):
@@ -279,6 +278,12 @@ def _by_second_job(provider: Provider, table: Table) -> int:
 def _memory(cluster: Cluster) -> dict:
     found = {kind: cluster.memory(kind) for kind in (GATEWAY, JOB)}
     return {kind: memory.anonymous for kind, memory in found.items() if memory}
+
+
+def small_cache(cluster: Cluster) -> None:
+    """The gateway's answers are full long before the middle: else what is seen of its memory is how they fill."""
+    cluster.sql("ALTER SYSTEM SET llm_batch.gateway_cache = '2MB'")
+    cluster.sql("SELECT pg_reload_conf()")
 
 
 def flat(memory: list[dict]) -> list[Goal]:
