@@ -296,6 +296,11 @@ fn null_is_an_answer() {
         one(c, "SELECT llm_batch.backfill('t', 'body', targets => '{\"amount\": \"amount\"}', task => 'ticket')");
     let p = bed.done(again);
     assert!(p.done > 19 && p.failed == 0, "{p:?}");
+    // What was noted goes with the job.
+    let noted = format!("SELECT count(*) FROM llm_batch.row_null WHERE job_id = {job}");
+    assert!(one(c, &noted) > 0);
+    run(c, &format!("SELECT llm_batch.forget({job})"));
+    assert_eq!(one(c, &noted), 0);
 }
 
 /// What the provider was asked so far, in rows.
