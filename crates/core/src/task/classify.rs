@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::kind::{Answer, Column, Kind, Span, Unfit, one_line, only, shown, text};
+use super::kind::{Answer, Column, Kind, LONGEST, Span, Unfit, one_line, only, shown, text};
 use super::value::Type;
 use crate::codes::{Label, Legend};
 use crate::options::Options;
@@ -114,6 +114,10 @@ impl Kind for Prepared {
 
     fn tokens(&self, _: usize) -> Span {
         self.span
+    }
+
+    fn longest(&self) -> Option<usize> {
+        Some(LONGEST * self.span.planned)
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::kind::{Answer, Example, Kind, Span, Unfit, examples, only, shown, text, whole};
+use super::kind::{Answer, Example, Kind, LONGEST, Span, Unfit, examples, only, shown, text, whole};
 use super::value::{Type, cleaned, is_form};
 use crate::{CountTokens, Error, prompt};
 
@@ -109,6 +109,11 @@ impl Kind for Prepared {
     fn most_tokens(&self) -> Option<usize> {
         // Their tokens of the signs around a text may be more than ours.
         self.task.max_output_tokens.map(|n| n as usize + 2 * self.frame)
+    }
+
+    fn longest(&self) -> Option<usize> {
+        // Twice what is meant in the languages that take most tokens a word, and twice that.
+        self.task.max_words.map(|words| LONGEST * (2.0 * WORD * words as f64) as usize + self.frame)
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {

@@ -71,6 +71,9 @@ impl Unfit {
     }
 }
 
+/// How much longer than planned an answer of known length may be, in other words or another layout, and be waited for.
+pub(super) const LONGEST: usize = 4;
+
 /// Tokens of one row's answer, with its number and the signs around it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Span {
@@ -98,6 +101,11 @@ pub trait Kind: fmt::Debug + Send + Sync {
     fn tokens(&self, input: usize) -> Span;
     /// Most tokens of the answer to a row, with its number and the signs around it, if its user has set them.
     fn most_tokens(&self) -> Option<usize> {
+        None
+    }
+    /// Most tokens of JSON that the answer to a row is waited for: a model that has written more writes on until its cap,
+    /// whatever that is. `None` where an answer may have any length.
+    fn longest(&self) -> Option<usize> {
         None
     }
     /// Reads one row's answer, as [`Self::samples`] writes it.

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Number, Value, json};
 
-use super::kind::{Answer, Example, Kind, Span, Unfit, examples, only, shown, text};
+use super::kind::{Answer, Example, Kind, LONGEST, Span, Unfit, examples, only, shown, text};
 use super::value::Type;
 use crate::{CountTokens, Error, prompt};
 
@@ -89,6 +89,10 @@ impl Kind for Prepared {
 
     fn tokens(&self, _: usize) -> Span {
         Span { mean: self.tokens as f64, planned: self.tokens }
+    }
+
+    fn longest(&self) -> Option<usize> {
+        Some(LONGEST * self.tokens)
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {

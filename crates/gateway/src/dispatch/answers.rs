@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use llm_batch_core::answer::{self, Verdict as Read};
 use llm_batch_core::dialect::{Finish, Reply};
@@ -10,6 +11,7 @@ use llm_batch_core::limiter::{Left, Tokens};
 use llm_batch_core::options::StructuredOutput;
 use llm_batch_core::pack;
 use llm_batch_core::patience::Way;
+use llm_batch_core::task::Kind;
 use llm_batch_core::trouble::{Report, Trouble};
 use llm_batch_core::{thinking, thought};
 
@@ -58,13 +60,16 @@ struct Seen<'a> {
 }
 
 impl<'a> Seen<'a> {
-    /// `is_bounded`: a user has set the cap of its rows' answers.
-    fn new(reply: &'a Reply, read: &[Read], asked: Asked, is_bounded: bool) -> Self {
+    fn new(reply: &'a Reply, read: &[Read], asked: Asked, kind: Option<&dyn Kind>) -> Self {
         let spoken = thinking::spoken(&reply.text);
         let answers = read.iter().filter(|v| matches!(v, Read::Answer(_))).count();
         let is_cut = reply.finish == Finish::Length;
         // What is longer than it may be gets no more; what is thought before it does.
-        let is_too_long = is_bounded && !spoken.trim().is_empty();
+        let is_bounded = kind.is_some_and(|kind| kind.most_tokens().is_some());
+        let longest = kind.and_then(Kind::longest).map(|most| most * read.len());
+        let runs_on =
+            || longest.is_some_and(|most| spoken.trim_start().starts_with('{') && tokens::count(&spoken) > most);
+        let is_too_long = is_cut && ((is_bounded && !spoken.trim().is_empty()) || runs_on());
         let fills_cap = reply.usage.output.is_none_or(|n| n >= asked.worst.output * 9 / 10);
         let is_at_cap = is_cut && (reply.text.is_empty() || fills_cap) && !is_too_long;
         let thought = match reply.usage.output {
@@ -187,8 +192,8 @@ impl State {
         let read = read.unwrap_or_else(|| vec![Read::Missing; request.rows.len()]);
         let InFlight { lane: lane_key, group: group_id, rows, asked, grant, .. } = request;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        let is_bounded = lane.group(group_id).is_some_and(|g| g.kind.most_tokens().is_some());
-        let seen = Seen::new(reply, &read, asked, is_bounded);
+        let kind = lane.group(group_id).map(|g| Arc::clone(&g.kind));
+        let seen = Seen::new(reply, &read, asked, kind.as_deref());
         lane.answers(now);
         let standing = lane.standings.of(now, asked.scope);
         standing.accepts();

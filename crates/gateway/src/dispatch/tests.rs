@@ -300,3 +300,26 @@ fn a_text_gets_no_more_tokens_than_its_user_has_set() {
         assert_eq!(caps.iter().max() > caps.first(), more, "{text}: {caps:?}");
     }
 }
+
+/// Some models take the ends of a range for the rows' numbers, and repeat them until the cap, whatever it is.
+#[test]
+fn a_score_that_writes_on_gets_no_larger_cap() {
+    let task = json!({"instruction": "How glad?", "low": -4, "high": 4});
+    let spec = |s: &mut Stream| s.task.spec = llm_batch_core::task::Spec::from_json("score", &task).unwrap();
+    let endless = format!("{{{}", "\"4\":4,\"-4\":-4,\"0\":0,".repeat(40));
+    for (text, more) in [(endless.as_str(), false), ("Let me think. ", true), ("{\"", true)] {
+        let (mut sim, mut caps) = (Sim::new(spec), Vec::new());
+        sim.ask(0..1, "", |question| {
+            let cap = question.body["max_tokens"].as_u64().unwrap();
+            caps.push(cap);
+            said(
+                200,
+                &json!({
+                    "choices": [{"message": {"content": text}, "finish_reason": "length"}],
+                    "usage": {"prompt_tokens": 20, "completion_tokens": cap},
+                }),
+            )
+        });
+        assert_eq!(caps.iter().max() > caps.first(), more, "{text}: {caps:?}");
+    }
+}
