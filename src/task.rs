@@ -1,5 +1,6 @@
 //! Tasks: what to ask.
 
+use llm_batch_core::dialect::Api;
 use llm_batch_core::options::Options;
 use llm_batch_core::task::{Spec, Task, Type};
 use llm_batch_gateway::protocol::Stream;
@@ -88,11 +89,13 @@ impl Known {
     /// The task as a stream on behalf of a role, with the settings of this moment.
     pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<Asked> {
         let known = model::load(&self.model)?;
+        let endpoint = crate::provider::endpoint(known.server, role)?;
+        check_api(endpoint.api, &self.model, self.task.spec.kind())?;
         let stream = Stream {
             database: my_database(),
             role: role.to_u32(),
             interactive,
-            endpoint: crate::provider::endpoint(known.server, role)?,
+            endpoint,
             model: known.model,
             task: self.task,
             budget: None,
@@ -175,12 +178,19 @@ fn check_time_zones(spec: &Spec) -> Result<()> {
 
 fn check_model(name: &str, kind: &str) -> Result<()> {
     let known = model::load(name)?;
-    let api = crate::provider::endpoint(known.server, current_user())?.api;
-    if kind == "embed" && api.dialect().embeddings().is_none() {
-        let message = format!("the API \"{}\" of model \"{name}\" serves no embeddings", api.name());
-        return Err(Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, message));
-    }
-    Ok(())
+    check_api(crate::provider::endpoint(known.server, current_user())?.api, name, kind)
+}
+
+/// Refuses what a model's provider does not serve.
+fn check_api(api: Api, model: &str, kind: &str) -> Result<()> {
+    let dialect = api.dialect();
+    let serves = match kind {
+        "embed" if dialect.embeddings().is_none() => "no embeddings",
+        kind if kind != "embed" && !dialect.asks() => "embeddings alone",
+        _ => return Ok(()),
+    };
+    let message = format!("the API \"{}\" of model \"{model}\" serves {serves}", api.name());
+    Err(Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, message).hint("Name a model of another server."))
 }
 
 /// Creates a task. `members`: those of its specification, NULL for what is not given.

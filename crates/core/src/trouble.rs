@@ -118,10 +118,12 @@ pub fn outcome_of_embeddings(
     let Some(embeddings) = dialect.embeddings() else {
         return Err(Report::new(Trouble::Misplaced, format!("the API \"{}\" serves no embeddings", api.name())));
     };
-    let read = |body: &[u8]| embeddings.reply(body);
+    let read = |body: &[u8]| embeddings.reply(body, texts.len());
     outcome_by(dialect, read, status, body, (retry_after, texts)).map_err(|report| {
         let words = report.words.to_lowercase();
-        let is_of_form = ["encoding_format", "base64", "dimensions", "matryoshka"].iter().any(|w| words.contains(w));
+        let is_of_form = ["encoding_format", "embedding_types", "base64", "dimension", "matryoshka"]
+            .iter()
+            .any(|w| words.contains(w));
         let is_refused = report.trouble == Trouble::Rejected && is_of_form;
         let trouble = if is_refused { Trouble::Unsupported(Parameter::ResponseFormat) } else { report.trouble };
         Report { trouble, ..report }
@@ -309,7 +311,12 @@ fn classify(
         Value::Null | Value::Bool(_) => String::new(),
         Value::Array(_) | Value::Object(_) => v.to_string(),
     };
-    let message = if error.is_string() { text(error) } else { text(&error["message"]) };
+    // Servers that are made with FastAPI say it as a detail.
+    let message = match error {
+        Value::String(said) => said.clone(),
+        _ if error["message"].is_null() => text(&error["detail"]),
+        _ => text(&error["message"]),
+    };
     let field = |name: &str| Some(text(&error[name])).filter(|field| is_name(field)).unwrap_or_default();
     let code = format!("{} {} {}", field("code"), field("type"), field("param"));
     let asked = || error["details"].as_array()?.iter().find_map(|d| headers::duration(d["retryDelay"].as_str()?));

@@ -131,7 +131,7 @@ impl State {
             serde_json::from_slice(&request.body).map_err(|_| Reply::invalid("", "", "the body is not JSON"))?;
         let asked =
             authorized(&self.config, wire::key(wire, request)).and_then(|()| asked(wire, request, model, &body));
-        let chat = asked.and_then(|asked| match request.path.ends_with("/embeddings") {
+        let chat = asked.and_then(|asked| match wire.embeds(&request.path).is_some() {
             true => Texts::read(&asked, &self.config).map(|texts| (texts.as_chat(), Some(texts))),
             false => Chat::read(&asked, &mut self.counts).map(|chat| (chat, None)),
         });
@@ -228,7 +228,11 @@ impl State {
 
 /// A request in OpenAI's shape.
 fn asked(wire: &dyn Wire, request: &Request, model: Option<&str>, body: &Value) -> Result<Value, Reply> {
-    let mut asked = wire.request(request, body).map_err(|message| Reply::invalid("", "", &message))?;
+    let asked = match wire.embeds(&request.path) {
+        Some(_) => wire.texts(body),
+        None => wire.request(request, body),
+    };
+    let mut asked = asked.map_err(|message| Reply::invalid("", "", &message))?;
     if let Some(model) = model {
         asked["model"] = model.into();
     }

@@ -173,7 +173,9 @@ impl Group {
     /// Most tokens of a request, prompt and answer. For vectors that is the provider's; what is set for the model bounds a
     /// text.
     pub fn most_tokens(&self) -> u64 {
-        self.embeddings().map_or(self.stream.model.max_request_tokens, |(_, embeddings)| embeddings.most_tokens())
+        self.embeddings().map_or(self.stream.model.max_request_tokens, |(_, embeddings)| {
+            embeddings.most_tokens(&self.stream.model.model)
+        })
     }
 
     /// By what texts become lines.

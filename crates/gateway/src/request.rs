@@ -168,7 +168,9 @@ fn texts(body: &Value) -> Vec<String> {
         Value::Object(map) => {
             let text = |(key, value): (&String, &Value)| match (key.as_str(), value) {
                 ("content" | "text" | "system", Value::String(text)) => vec![text.clone()],
-                ("input", Value::Array(all)) => all.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+                ("input" | "texts", Value::Array(all)) => {
+                    all.iter().filter_map(Value::as_str).map(str::to_owned).collect()
+                }
                 (_, value) => texts(value),
             };
             map.iter().flat_map(text).collect()

@@ -9,7 +9,7 @@ use llm_batch_core::dialect::{Api, Counts};
 use llm_batch_core::options::{AnswerShape, StructuredOutput};
 use llm_batch_core::task::Spec;
 use llm_batch_gateway::protocol::*;
-use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Reserve};
+use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Reserve, embedding};
 use serde_json::json;
 use support::*;
 
@@ -29,6 +29,11 @@ fn speaks(setup: &Setup, provider: &FakeProvider, api: Api, change: impl FnOnce(
         s.endpoint.counts = api.dialect().counts();
         change(s);
     })
+}
+
+/// The dialects that answer chats.
+fn chats() -> impl Iterator<Item = &'static Api> {
+    Api::ALL.iter().filter(|api| api.dialect().asks())
 }
 
 /// Whether the headers of a dialect's answers tell the limits.
@@ -73,7 +78,7 @@ fn every_kind_is_answered_in_every_form_and_the_accounts_are_the_providers() {
         ("score", json!({"instruction": "How urgent?", "low": 0, "high": 10})),
         ("extract", json!({"fields": {"from": "date", "name": {"type": "text", "max_words": 30}}})),
     ];
-    for api in Api::ALL {
+    for api in chats() {
         let config = Config { cache_prefix: true, thinking_tokens: 7, tells_thinking: true, ..Config::default() };
         let (setup, provider) = (Setup::new(64 << 20), keyed(config));
         let mut sum = Spent::default();
@@ -108,9 +113,85 @@ fn every_kind_is_answered_in_every_form_and_the_accounts_are_the_providers() {
     }
 }
 
+/// The vectors of this many rows, each its own text's; what was spent for them.
+#[track_caller]
+fn vectors_are_right(client: &mut Client, rows: u64, api: Api, what: &str) -> Spent {
+    client.rows(0..rows);
+    let (got, spent) = client.answers(rows as usize);
+    for (n, outcome) in &got {
+        let Verdict::Answer(answer) = &outcome.verdict else { panic!("{what}: row {n}: {outcome:?}") };
+        let found: Vec<f32> = serde_json::from_str(answer.0[0].as_deref().unwrap()).unwrap();
+        let mut wanted = embedding(&text(*n), DIMENSIONS);
+        // Gemini's are made as long as those of whole vectors.
+        if api.name() == "gemini" {
+            let length = wanted.iter().map(|n| f64::from(*n).powi(2)).sum::<f64>().sqrt();
+            wanted.iter_mut().for_each(|n| *n = (f64::from(*n) / length) as f32);
+        }
+        assert_eq!(found, wanted, "{what}: row {n}");
+    }
+    spent
+}
+
+const DIMENSIONS: usize = 16;
+
+/// The dialects that embed, and a client of each.
+fn embedders() -> impl Iterator<Item = Api> {
+    Api::ALL.iter().copied().filter(|api| api.dialect().embeddings().is_some())
+}
+
+fn embeds(stream: &mut Stream) {
+    stream.task.spec = Spec::from_json("embed", &json!({"dimensions": DIMENSIONS})).unwrap();
+    (stream.task.options.max_rows_per_request, stream.task.options.max_attempts) = (500, 10);
+}
+
+/// Each text gets its own vector, in requests as large as the provider takes, and the accounts are the provider's.
+#[test]
+fn each_text_gets_its_own_vector_in_every_dialect() {
+    for api in embedders() {
+        let (setup, provider) = (Setup::with_cache(0), keyed(Config::default()));
+        let mut client = speaks(&setup, &provider, api, embeds);
+        let spent = vectors_are_right(&mut client, 600, api, api.name());
+        let stats = provider.stats();
+        assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{api:?}: {:?}", stats.by_status);
+        assert_eq!((spent.input_tokens, spent.output_tokens), (stats.prompt_tokens, 0), "{api:?}");
+        let most = api.dialect().embeddings().unwrap().most_texts().min(500);
+        assert!(stats.requests >= 600_u64.div_ceil(most as u64), "{api:?}: {}", stats.requests);
+        assert!(provider.bodies().iter().all(|body| !body.to_string().contains(KEY)), "{api:?}");
+
+        let models = keyed(Config { models: Some(vec!["x".into()]), ..Config::default() });
+        let mut client = speaks(&setup, &models, api, embeds);
+        assert_eq!(stopped(&mut client, "unknown").reason, StopReason::NotFound, "{api:?}");
+    }
+}
+
+/// Whatever goes wrong, no text gets another's vector.
+#[test]
+fn vectors_are_asked_again_in_every_dialect() {
+    // What names no places cannot be shuffled.
+    let faults = Fault::OF_VECTORS.into_iter().filter(|f| !matches!(f, Fault::InventId | Fault::ShuffledVectors));
+    let faults: Vec<Fault> =
+        faults.chain([Fault::Http500, Fault::Http503, Fault::RateLimit429, Fault::ResetAfter]).collect();
+    for api in embedders() {
+        let setup = Setup::with_cache(0);
+        let provider = keyed(Config::default());
+        provider.script(faults.iter().cloned().map(Some));
+        let mut client = speaks(&setup, &provider, api, embeds);
+        vectors_are_right(&mut client, 1_500, api, api.name());
+        let config = Config { dimensions: false, base64: false, ..Config::default() };
+        let provider = keyed(config);
+        let mut client = speaks(&setup, &provider, api, |s| {
+            s.task.spec = Spec::from_json("embed", &json!({"dimensions": 384})).unwrap();
+            s.model.model = "another".into();
+        });
+        client.rows(0..30);
+        let (got, _) = client.answers(30);
+        assert!(got.values().all(|o| matches!(o.verdict, Verdict::Answer(_))), "{api:?}: {got:?}");
+    }
+}
+
 #[test]
 fn troubles_are_of_their_classes_and_no_key_is_shown() {
-    for api in Api::ALL {
+    for api in chats() {
         let setup = Setup::new(64 << 20);
         // The provider is the same, but for what stands in its way; and so is the lane, but for the model.
         let of = |config: Config, fault: Option<Fault>, what: &str| {
@@ -148,7 +229,7 @@ fn troubles_are_of_their_classes_and_no_key_is_shown() {
 
 #[test]
 fn what_passes_is_asked_again_and_what_is_refused_is_done_without() {
-    for api in Api::ALL {
+    for api in chats() {
         let setup = Setup::new(64 << 20);
         let passing = [
             Fault::Http500,
@@ -203,10 +284,10 @@ fn limits_are_kept_in_every_dialect() {
         assert!(stats.peak_window_tokens <= 50_000, "{api:?}: {}", stats.peak_window_tokens);
     };
     std::thread::scope(|scope| {
-        let running: Vec<_> = Api::ALL.iter().map(|api| scope.spawn(move || keeps(*api))).collect();
+        let running: Vec<_> = chats().map(|api| scope.spawn(move || keeps(*api))).collect();
         running.into_iter().for_each(|thread| thread.join().unwrap());
     });
-    for api in Api::ALL {
+    for api in chats() {
         let (setup, provider) =
             (Setup::new(64 << 20), keyed(Config { tokens_per_window: Some(6_000), ..Config::default() }));
         let mut client = speaks(&setup, &provider, *api, |_| {});

@@ -1,9 +1,10 @@
-//! Cohere's chat, version 2.
+//! Cohere's chat and embeddings, version 2.
 //!
-//! Source: Cohere's published API reference (`/v2/chat`), 2026. What a request took is what is billed.
+//! Source: Cohere's published API reference (`/v2/chat`, `/v2/embed`), 2026. What a request took is what is billed.
 
 use serde_json::{Value, json};
 
+use super::embeddings::{Embeddings, Texts, in_order, reply, vector};
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, tokens};
 use crate::class::Trouble;
 
@@ -68,9 +69,50 @@ impl Dialect for Cohere {
         .consistent())
     }
 
+    fn embeddings(&self) -> Option<&'static dyn Embeddings> {
+        Some(&Cohere)
+    }
+
     /// A trial key has so many calls a month.
     fn trouble(&self, status: u16, _error: &Value, words: &str) -> Option<Trouble> {
         (status == 429 && (words.contains("/ month") || words.contains("per month"))).then_some(Trouble::Quota(None))
+    }
+}
+
+/// What vectors are for, unless the embedder says: it must be said.
+const INPUT_TYPE: &str = "search_document";
+
+impl Embeddings for Cohere {
+    fn url(&self, base: &str, _model: &str, _version: Option<&str>) -> String {
+        format!("{base}/embed")
+    }
+
+    fn most_texts(&self) -> usize {
+        96
+    }
+
+    fn most_tokens(&self, _model: &str) -> u64 {
+        128_000
+    }
+
+    fn body(&self, texts: &Texts) -> Value {
+        texts.body([
+            ("model", texts.model.into()),
+            ("texts", texts.texts.into()),
+            ("input_type", texts.input_type.unwrap_or(INPUT_TYPE).into()),
+            ("embedding_types", json!([texts.encoding_format().unwrap_or("float")])),
+            ("output_dimension", texts.length().into()),
+            // A text that is too long is refused, not cut without a word.
+            ("truncate", "NONE".into()),
+        ])
+    }
+
+    fn reply(&self, body: &[u8], texts: usize) -> Result<Reply, Unread> {
+        let said = parsed(body)?;
+        let vectors = ["base64", "float"].iter().find_map(|name| said["embeddings"][name].as_array());
+        let vectors = vectors.map(Vec::as_slice).unwrap_or_default();
+        let input = tokens(&said["meta"]["billed_units"]["input_tokens"]);
+        Ok(reply(in_order(vectors.iter().map(vector), texts), input))
     }
 }
 
@@ -91,8 +133,9 @@ mod tests {
             "response_format": {"type": "json_object", "json_schema": {"type": "object"}},
             "temperature": 0,
         });
-        assert_eq!(Cohere.body(&Ask { format: Some(&format), ..ask(&parameters) }), want);
-        let body = Cohere.body(&Ask { format: Some(&Format::Json), no_system_role: true, ..ask(&parameters) });
+        assert_eq!(Dialect::body(&Cohere, &Ask { format: Some(&format), ..ask(&parameters) }), want);
+        let body =
+            Dialect::body(&Cohere, &Ask { format: Some(&Format::Json), no_system_role: true, ..ask(&parameters) });
         assert_eq!(body["response_format"], json!({"type": "json_object"}));
         assert_eq!(body["messages"], json!([{"role": "user", "content": "s\n\nu"}]));
     }
@@ -105,7 +148,7 @@ mod tests {
             "usage": {"billed_units": {"input_tokens": 5, "output_tokens": 418},
                       "tokens": {"input_tokens": 71, "output_tokens": 418}, "cached_tokens": 3},
         });
-        let of = |said: &Value| Cohere.reply(said.to_string().as_bytes());
+        let of = |said: &Value| Dialect::reply(&Cohere, said.to_string().as_bytes());
         let reply = of(&said).unwrap();
         assert_eq!((reply.text.as_str(), reply.finish, reply.has_reasoning), ("{}", Finish::Complete, true));
         assert_eq!((reply.usage.whole(), reply.cached_input), (Some(Tokens { input: 5, output: 418 }), 3));

@@ -3,9 +3,9 @@
 //! What comes back is rewritten as the answers of a chat are: an object of numbers, three digits each, and values. So
 //! everything behind this knows one form of answers, and holds each row's value against its task.
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use super::{Reply, Unread};
+use super::{Finish, Reply, Unread, Usage};
 
 /// The number of the first text of a request; those of the others follow.
 pub const FIRST_NUMBER: u16 = 100;
@@ -18,17 +18,17 @@ pub trait Embeddings: Sync {
     /// Most texts of a request.
     fn most_texts(&self) -> usize;
 
-    /// Most tokens of a request, all texts together.
-    fn most_tokens(&self) -> u64;
+    /// Most tokens of a request to a model, all texts together.
+    fn most_tokens(&self, model: &str) -> u64;
 
     /// The body of a request.
     fn body(&self, texts: &Texts) -> Value;
 
-    /// Reads the body of a 2xx: the reply's text is an object of numbers and vectors.
+    /// Reads the body of a 2xx to a request of so many texts: the reply's text is an object of numbers and vectors.
     ///
     /// # Errors
     /// If it is no answer, or carries an error.
-    fn reply(&self, body: &[u8]) -> Result<Reply, Unread>;
+    fn reply(&self, body: &[u8], texts: usize) -> Result<Reply, Unread>;
 }
 
 /// How a vector is written. Their length is named as well.
@@ -54,7 +54,47 @@ pub struct Texts<'a> {
     /// How vectors are asked for; without it neither their length nor their encoding is named.
     pub encoding: Option<Encoding>,
     /// Further parameters, as the user set them for the model.
-    pub parameters: &'a serde_json::Map<String, Value>,
+    pub parameters: &'a Map<String, Value>,
+}
+
+impl Texts<'_> {
+    /// How vectors are written, if that is asked for.
+    pub(super) fn encoding_format(&self) -> Option<&'static str> {
+        self.encoding.map(|encoding| if encoding == Encoding::Base64 { "base64" } else { "float" })
+    }
+
+    /// Their length, if that is asked for.
+    pub(super) fn length(&self) -> Option<u32> {
+        self.encoding.map(|_| self.dimensions)
+    }
+
+    /// A body with those of these members that are not null, and the user's parameters that are not among them.
+    pub(super) fn body<const N: usize>(&self, own: [(&str, Value); N]) -> Value {
+        let is_own = |key: &str| own.iter().any(|(own, _)| *own == key);
+        let mut body: Map<String, Value> =
+            self.parameters.iter().filter(|(key, _)| !is_own(key)).map(|(k, v)| (k.clone(), v.clone())).collect();
+        body.extend(own.into_iter().filter(|(_, value)| !value.is_null()).map(|(key, value)| (key.to_owned(), value)));
+        body.into()
+    }
+}
+
+/// A reply with these vectors, for a request that took so many tokens.
+pub(super) fn reply(text: String, input: Option<u64>) -> Reply {
+    Reply {
+        text,
+        finish: Finish::Complete,
+        has_reasoning: false,
+        usage: Usage { input: input.filter(|n| *n > 0), output: Some(0) },
+        thought: Some(0),
+        cached_input: 0,
+    }
+}
+
+/// The vectors of an answer that names no places: they go by their order if there are as many as there are texts. Else
+/// nobody knows which is whose, and no text has one.
+pub(super) fn in_order(vectors: impl IntoIterator<Item = Option<Vec<f32>>>, texts: usize) -> String {
+    let all: Vec<Option<Vec<f32>>> = vectors.into_iter().collect();
+    if all.len() == texts { answers((0..).zip(all)) } else { answers([]) }
 }
 
 /// The vectors of an answer, each with the place of its text, as JSON of numbers and values. A text with two vectors has
@@ -131,6 +171,13 @@ mod tests {
         assert_eq!((base64("Z"), base64("Zm9v Zg"), base64("Zä")), (None, None, None));
         assert_eq!(vector(&json!("AACAPwAAAMA=")), Some(vec![1.0, -2.0]));
         assert_eq!(vector(&json!("AACAPwAA")), None);
+    }
+
+    #[test]
+    fn vectors_without_places_are_as_many_as_the_texts() {
+        let all = || [Some(vec![1.0]), None];
+        assert_eq!(in_order(all(), 2), "{\"100\":[1.0],\"101\":null}");
+        assert_eq!((in_order(all(), 1), in_order(all(), 3)), ("{}".to_owned(), "{}".to_owned()));
     }
 
     #[test]

@@ -1,10 +1,11 @@
-//! Gemini's generateContent.
+//! Gemini's generateContent and batchEmbedContents.
 //!
-//! Source: Google's published API reference (`models.generateContent`, rate limits), late 2026. The key goes into a header,
+//! Source: Google's published API reference (both, and rate limits), late 2026. The key goes into a header,
 //! never into the URL.
 
 use serde_json::{Map, Value, json};
 
+use super::embeddings::{Embeddings, Texts, in_order, reply, vector};
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, segment, tokens};
 use crate::class::{Parameter, Trouble};
 
@@ -45,8 +46,7 @@ impl Dialect for Gemini {
     }
 
     fn url(&self, base: &str, model: &str, _version: Option<&str>) -> String {
-        let model = model.strip_prefix("models/").unwrap_or(model);
-        format!("{base}/models/{}:generateContent", segment(model))
+        format!("{base}/models/{}:generateContent", segment(bare(model)))
     }
 
     fn key_header(&self) -> (&'static str, &'static str) {
@@ -102,6 +102,10 @@ impl Dialect for Gemini {
         .consistent())
     }
 
+    fn embeddings(&self) -> Option<&'static dyn Embeddings> {
+        Some(&Gemini)
+    }
+
     fn trouble(&self, status: u16, error: &Value, words: &str) -> Option<Trouble> {
         let details = error["details"].as_array().map(Vec::as_slice).unwrap_or_default();
         if status == 400 && details.iter().any(|d| d["reason"] == "API_KEY_INVALID") {
@@ -119,6 +123,55 @@ impl Dialect for Gemini {
     }
 }
 
+/// The name of a model without what stands before it in paths.
+fn bare(model: &str) -> &str {
+    model.strip_prefix("models/").unwrap_or(model)
+}
+
+impl Embeddings for Gemini {
+    fn url(&self, base: &str, model: &str, _version: Option<&str>) -> String {
+        format!("{base}/models/{}:batchEmbedContents", segment(bare(model)))
+    }
+
+    fn most_texts(&self) -> usize {
+        100
+    }
+
+    /// No bound of all texts together is published; that of one is 8,192.
+    fn most_tokens(&self, _model: &str) -> u64 {
+        200_000
+    }
+
+    /// Each text is a request, with all that is said of vectors.
+    fn body(&self, texts: &Texts) -> Value {
+        let of = |text: &String| {
+            texts.body([
+                ("model", format!("models/{}", bare(texts.model)).into()),
+                ("content", json!({"parts": [{"text": text}]})),
+                ("taskType", texts.input_type.into()),
+                ("outputDimensionality", texts.length().into()),
+            ])
+        };
+        json!({"requests": texts.texts.iter().map(of).collect::<Vec<Value>>()})
+    }
+
+    fn reply(&self, body: &[u8], texts: usize) -> Result<Reply, Unread> {
+        let said = parsed(body)?;
+        let all = said["embeddings"].as_array().map(Vec::as_slice).unwrap_or_default();
+        let vectors = all.iter().map(|one| vector(&one["values"]).map(of_length_one));
+        Ok(reply(in_order(vectors, texts), tokens(&said["usageMetadata"]["promptTokenCount"])))
+    }
+}
+
+/// A vector that was shortened has not the length that distances are measured by.
+fn of_length_one(mut vector: Vec<f32>) -> Vec<f32> {
+    let length = vector.iter().map(|n| f64::from(*n).powi(2)).sum::<f64>().sqrt();
+    if length > 0.0 {
+        vector.iter_mut().for_each(|n| *n = (f64::from(*n) / length) as f32);
+    }
+    vector
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,7 +185,7 @@ mod tests {
             "generationConfig": {},
         });
         let format = schema(true);
-        let body = Gemini.body(&Ask { format: Some(&format), ..ask(&parameters) });
+        let body = Dialect::body(&Gemini, &Ask { format: Some(&format), ..ask(&parameters) });
         let want = json!({
             "systemInstruction": {"parts": [{"text": "s"}]},
             "contents": [{"role": "user", "parts": [{"text": "u"}]}],
@@ -144,25 +197,26 @@ mod tests {
         });
         assert_eq!(body, want);
         let parameters = json!({});
-        let body = Gemini.body(&Ask { no_system_role: true, format: Some(&Format::Json), ..ask(&parameters) });
+        let body =
+            Dialect::body(&Gemini, &Ask { no_system_role: true, format: Some(&Format::Json), ..ask(&parameters) });
         assert_eq!(body.get("systemInstruction"), None);
         assert_eq!(body["contents"][0]["parts"][0]["text"], "s\n\nu");
         assert_eq!(body["generationConfig"], json!({"maxOutputTokens": 9, "responseMimeType": "application/json"}));
         for model in ["gemini-3.8-flash", "models/gemini-3.8-flash"] {
             assert_eq!(
-                Gemini.url("https://x/v1beta", model, None),
+                Dialect::url(&Gemini, "https://x/v1beta", model, None),
                 "https://x/v1beta/models/gemini-3.8-flash:generateContent"
             );
         }
         assert_eq!(
-            Gemini.url("https://x", "a/../b?key=1#", None),
+            Dialect::url(&Gemini, "https://x", "a/../b?key=1#", None),
             "https://x/models/a%2F..%2Fb%3Fkey%3D1%23:generateContent"
         );
     }
 
     #[test]
     fn answers_are_read() {
-        let of = |said: Value| Gemini.reply(said.to_string().as_bytes()).unwrap();
+        let of = |said: Value| Dialect::reply(&Gemini, said.to_string().as_bytes()).unwrap();
         let reply = of(json!({
             "candidates": [{"content": {"role": "model", "parts": [{"text": "hm", "thought": true}, {"text": "{}"}]},
                             "finishReason": "STOP", "index": 0}],

@@ -1,10 +1,14 @@
 //! Mistral: OpenAI's wire, with names of its own.
 //!
-//! Source: Mistral's published API description and SDK, 2026. Its limits are in `x-ratelimit-*-minute` and `-month`.
+//! Source: Mistral's published API description and SDK, 2026. Its limits are in `x-ratelimit-*-minute` and `-month`. It publishes
+//! no bound of a request's texts; all of them together may have 16,384 tokens, by what its clients keep to.
 
 use serde_json::Value;
 
+use super::embeddings::{Embeddings, Texts};
+use super::openai::embeddings::OpenaiEmbeddings;
 use super::{Ask, Dialect, Reply, Unread, openai};
+use crate::class::Trouble;
 
 pub(super) struct Mistral;
 
@@ -35,6 +39,44 @@ impl Dialect for Mistral {
     fn reply(&self, body: &[u8]) -> Result<Reply, Unread> {
         openai::Openai.reply(body)
     }
+
+    fn embeddings(&self) -> Option<&'static dyn Embeddings> {
+        Some(&Mistral)
+    }
+
+    /// Texts that are too many together.
+    fn trouble(&self, status: u16, _error: &Value, words: &str) -> Option<Trouble> {
+        let is_large = words.contains("too many tokens overall") || words.contains("too many inputs");
+        (status == 400 && is_large).then_some(Trouble::TooLarge)
+    }
+}
+
+impl Embeddings for Mistral {
+    fn url(&self, base: &str, model: &str, version: Option<&str>) -> String {
+        OpenaiEmbeddings.url(base, model, version)
+    }
+
+    fn most_texts(&self) -> usize {
+        256
+    }
+
+    fn most_tokens(&self, _model: &str) -> u64 {
+        16_000
+    }
+
+    /// The length of a vector has another name. Nothing says what vectors are for.
+    fn body(&self, texts: &Texts) -> Value {
+        texts.body([
+            ("model", texts.model.into()),
+            ("input", texts.texts.into()),
+            ("encoding_format", texts.encoding_format().into()),
+            ("output_dimension", texts.length().into()),
+        ])
+    }
+
+    fn reply(&self, body: &[u8], texts: usize) -> Result<Reply, Unread> {
+        OpenaiEmbeddings.reply(body, texts)
+    }
 }
 
 #[cfg(test)]
@@ -56,6 +98,6 @@ mod tests {
             "safe_prompt": false,
             "random_seed": 7,
         });
-        assert_eq!(Mistral.body(&asked), want);
+        assert_eq!(Dialect::body(&Mistral, &asked), want);
     }
 }

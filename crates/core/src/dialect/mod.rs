@@ -111,6 +111,11 @@ pub trait Dialect: Sync {
     /// If it is no answer, or carries an error.
     fn reply(&self, body: &[u8]) -> Result<Reply, Unread>;
 
+    /// Whether it answers chats. One that does not embeds alone.
+    fn asks(&self) -> bool {
+        true
+    }
+
     /// How it embeds texts, if it does.
     fn embeddings(&self) -> Option<&'static dyn Embeddings> {
         None
@@ -322,6 +327,7 @@ mod tests {
     use proptest::prelude::*;
     use serde_json::json;
 
+    use super::embeddings::{Encoding, Texts};
     use super::*;
 
     /// A plain request with these parameters.
@@ -352,10 +358,85 @@ mod tests {
             let mut parameters = json!({"temperature": 0.5});
             dialect.reserved().iter().for_each(|key| parameters[*key] = "theirs".into());
             let body = dialect.body(&ask(&parameters)).to_string();
-            assert!(!body.contains("theirs") && body.contains("0.5"), "{api:?}: {body}");
+            assert!(!body.contains("theirs") && body.contains("0.5") == dialect.asks(), "{api:?}: {body}");
             let url = dialect.url("https://x/v1", "a b?key=#", None);
             assert!(url.starts_with("https://x/") && !url.contains("key="), "{url}");
             assert_eq!(serde_json::to_value(api).unwrap(), api.name());
+        }
+    }
+
+    /// Bodies of requests for the vectors of two texts.
+    #[test]
+    fn requests_for_vectors_are_written_as_documented() {
+        let parameters = json!({"user": "u"});
+        let texts = ["a".to_owned(), "b".to_owned()];
+        let body = |api: &str, encoding: Option<Encoding>| {
+            let api = Api::ALL.iter().find(|known| known.name() == api).unwrap();
+            api.dialect().embeddings().unwrap().body(&Texts {
+                model: "m",
+                texts: &texts,
+                dimensions: 3,
+                input_type: Some("t"),
+                encoding,
+                parameters: parameters.as_object().unwrap(),
+            })
+        };
+        let (all, bare) = (Some(Encoding::Base64), None);
+        let input = json!(texts);
+        let plain = json!({"model": "m", "input": input, "user": "u"});
+        let with = |mut body: Value, more: Value| {
+            let (Value::Object(map), Value::Object(more)) = (&mut body, more) else { panic!() };
+            map.extend(more);
+            body
+        };
+        for api in ["openai", "azure"] {
+            let told = with(plain.clone(), json!({"input_type": "t"}));
+            assert_eq!(body(api, all), with(told.clone(), json!({"encoding_format": "base64", "dimensions": 3})));
+            assert_eq!(body(api, bare), told);
+        }
+        assert_eq!(
+            body("mistral", all),
+            with(plain.clone(), json!({"encoding_format": "base64", "output_dimension": 3}))
+        );
+        assert_eq!(body("mistral", bare), plain);
+        assert_eq!(body("ollama", all), with(plain.clone(), json!({"dimensions": 3, "truncate": false})));
+        let cohere = json!({"model": "m", "texts": input, "input_type": "t", "truncate": "NONE", "user": "u"});
+        let of = json!({"embedding_types": ["base64"], "output_dimension": 3});
+        assert_eq!(body("cohere", all), with(cohere.clone(), of));
+        assert_eq!(body("cohere", bare), with(cohere, json!({"embedding_types": ["float"]})));
+        let gemini = |text: &str| {
+            let content = json!({"parts": [{"text": text}]});
+            json!({"model": "models/m", "content": content, "taskType": "t", "outputDimensionality": 3, "user": "u"})
+        };
+        assert_eq!(body("gemini", all), json!({"requests": [gemini("a"), gemini("b")]}));
+    }
+
+    /// Answers with the vectors of two texts, in the words of each provider.
+    #[test]
+    fn vectors_are_read_as_documented() {
+        let openai = json!({"data": [{"index": 1, "embedding": [0, 1]}, {"index": 0, "embedding": [0.6, 0.8]}],
+                            "usage": {"prompt_tokens": 7, "total_tokens": 7}});
+        let cohere = |of: Value| json!({"embeddings": of, "meta": {"billed_units": {"input_tokens": 7}}});
+        for (api, said) in [
+            ("openai", openai.clone()),
+            ("azure", openai.clone()),
+            ("mistral", openai),
+            ("cohere", cohere(json!({"float": [[0.6, 0.8], [0, 1]]}))),
+            ("cohere", cohere(json!({"base64": ["mpkZP83MTD8=", "AAAAAAAAgD8="]}))),
+            ("ollama", json!({"embeddings": [[0.6, 0.8], [0, 1]], "prompt_eval_count": 7})),
+            // Those of shortened vectors are made as long as those of whole ones.
+            (
+                "gemini",
+                json!({"embeddings": [{"values": [3, 4]}, {"values": [0, 0.5]}],
+                              "usageMetadata": {"promptTokenCount": 7}}),
+            ),
+        ] {
+            let embeddings = Api::ALL.iter().find(|known| known.name() == api).unwrap().dialect().embeddings().unwrap();
+            let read = |texts: usize| embeddings.reply(said.to_string().as_bytes(), texts).unwrap();
+            assert_eq!(read(2).text, "{\"100\":[0.6,0.8],\"101\":[0.0,1.0]}", "{api}");
+            assert_eq!(read(2).usage, Usage { input: Some(7), output: Some(0) }, "{api}");
+            let short = read(3).text;
+            assert!(short == "{}" || said["data"].is_array(), "{api}: {short}");
         }
     }
 
@@ -363,22 +444,27 @@ mod tests {
         #[test]
         fn never_panics(
             bytes in proptest::collection::vec(any::<u8>(), 0..200),
-            picks in proptest::collection::vec((0_usize..16, 0_usize..8), 0..12),
+            picks in proptest::collection::vec((0_usize..22, 0_usize..8), 0..12),
         ) {
             // Members that the dialects read, with values of any kind, one in another.
             let names = [
                 "content", "candidates", "message", "usage", "usageMetadata", "parts", "text", "finishReason", "done",
                 "promptFeedback", "stop_reason", "input_tokens", "candidatesTokenCount", "billed_units", "type", "choices",
+                "embeddings", "float", "values", "data", "embedding", "meta",
             ];
             let inner = picks.iter().fold(json!({}), |inner, (name, kind)| {
                 let values =
                     [json!(null), json!(-1), json!(1_u64 << 60), json!("x"), json!([inner]), inner.clone(), json!([]), json!(true)];
-                json!({ names[*name]: values[*kind], names[(name + 7) % 16]: inner })
+                json!({ names[*name]: values[*kind], names[(name + 7) % 22]: inner })
             });
             for api in Api::ALL {
                 let _ = api.dialect().reply(&bytes);
                 if let Ok(reply) = api.dialect().reply(inner.to_string().as_bytes()) {
                     prop_assert!(reply.cached_input <= reply.usage.input.unwrap_or(0));
+                }
+                if let Some(embeddings) = api.dialect().embeddings() {
+                    let _ = embeddings.reply(&bytes, 1);
+                    let _ = embeddings.reply(inner.to_string().as_bytes(), 1);
                 }
                 let _ = api.dialect().trouble(400, &inner, "");
                 let _ = api.dialect().trouble(429, &inner, "");

@@ -1,4 +1,4 @@
-//! Ollama's own chat.
+//! Ollama's own chat and embeddings.
 //!
 //! Source: Ollama's published API (`docs/api.md`), 2026. A prompt that is longer than `num_ctx` is cut there without a word,
 //! and the default may be 4,096 tokens, so each request names it. It is the same for all requests to a model, since another
@@ -6,6 +6,7 @@
 
 use serde_json::{Value, json};
 
+use super::embeddings::{Embeddings, Texts, in_order, reply, vector};
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, tokens};
 use crate::class::{Parameter, Trouble};
 
@@ -72,11 +73,47 @@ impl Dialect for Ollama {
         })
     }
 
+    fn embeddings(&self) -> Option<&'static dyn Embeddings> {
+        Some(&Ollama)
+    }
+
     fn trouble(&self, status: u16, _error: &Value, words: &str) -> Option<Trouble> {
         if status >= 400 && words.contains("context length") {
             return Some(Trouble::TooLarge);
         }
         (status == 400 && words.contains("invalid format")).then_some(Trouble::Unsupported(Parameter::ResponseFormat))
+    }
+}
+
+/// It names no bounds of a request. Ours keep one short: texts are answered one after another.
+impl Embeddings for Ollama {
+    fn url(&self, base: &str, _model: &str, _version: Option<&str>) -> String {
+        format!("{}/api/embed", base.trim_end_matches("/api"))
+    }
+
+    fn most_texts(&self) -> usize {
+        128
+    }
+
+    fn most_tokens(&self, _model: &str) -> u64 {
+        64_000
+    }
+
+    /// Nothing says what vectors are for, nor how they are written.
+    fn body(&self, texts: &Texts) -> Value {
+        texts.body([
+            ("model", texts.model.into()),
+            ("input", texts.texts.into()),
+            ("dimensions", texts.length().into()),
+            // A text that is too long is refused, not cut without a word.
+            ("truncate", false.into()),
+        ])
+    }
+
+    fn reply(&self, body: &[u8], texts: usize) -> Result<Reply, Unread> {
+        let said = parsed(body)?;
+        let vectors = said["embeddings"].as_array().map(Vec::as_slice).unwrap_or_default();
+        Ok(reply(in_order(vectors.iter().map(vector), texts), tokens(&said["prompt_eval_count"])))
     }
 }
 
@@ -101,14 +138,15 @@ mod tests {
             "think": false,
             "keep_alive": "30m",
         });
-        assert_eq!(Ollama.body(&Ask { format: Some(&format), ..ask(&parameters) }), want);
+        assert_eq!(Dialect::body(&Ollama, &Ask { format: Some(&format), ..ask(&parameters) }), want);
         // A num_ctx that the user sets goes before ours.
         let parameters = json!({"num_ctx": 50});
-        let body = Ollama.body(&Ask { format: Some(&Format::Json), no_system_role: true, ..ask(&parameters) });
+        let body =
+            Dialect::body(&Ollama, &Ask { format: Some(&Format::Json), no_system_role: true, ..ask(&parameters) });
         assert_eq!((&body["options"]["num_ctx"], &body["format"]), (&json!(50), &json!("json")));
         assert_eq!(body["messages"], json!([{"role": "user", "content": "s\n\nu"}]));
         for base in ["http://localhost:11434", "http://localhost:11434/api"] {
-            assert_eq!(Ollama.url(base, "m", None), "http://localhost:11434/api/chat");
+            assert_eq!(Dialect::url(&Ollama, base, "m", None), "http://localhost:11434/api/chat");
         }
     }
 
@@ -120,7 +158,7 @@ mod tests {
             "done": true, "done_reason": "stop", "total_duration": 4_883_583_458_u64, "prompt_eval_count": 26,
             "eval_count": 298,
         });
-        let of = |said: &Value| Ollama.reply(said.to_string().as_bytes());
+        let of = |said: &Value| Dialect::reply(&Ollama, said.to_string().as_bytes());
         let reply = of(&said).unwrap();
         assert_eq!((reply.text.as_str(), reply.finish, reply.has_reasoning), ("{}", Finish::Complete, true));
         assert_eq!(reply.usage.whole(), Some(Tokens { input: 26, output: 298 }));

@@ -2,7 +2,7 @@
 //!
 //! Source: OpenAI's published API description (`/chat/completions`); what other servers leave out or add is tolerated.
 
-mod embeddings;
+pub(super) mod embeddings;
 mod stream;
 
 use serde_json::{Value, json};

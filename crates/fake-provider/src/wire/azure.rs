@@ -8,6 +8,15 @@ use crate::http::Request;
 
 pub(crate) struct Azure;
 
+/// Whether a path asks a model for this, under either address; and the deployment.
+fn of<'a>(path: &'a str, what: &str) -> Option<Option<&'a str>> {
+    if path.strip_prefix("/openai/v1/") == Some(what) {
+        return Some(None);
+    }
+    let (deployment, of) = path.strip_prefix("/openai/deployments/")?.split_once('/')?;
+    of.strip_prefix(what)?.starts_with("?api-version=20").then_some(Some(deployment))
+}
+
 impl Wire for Azure {
     fn name(&self) -> &'static str {
         "azure"
@@ -18,11 +27,11 @@ impl Wire for Azure {
     }
 
     fn chat<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
-        if path == "/openai/v1/chat/completions" {
-            return Some(None);
-        }
-        let (deployment, query) = path.strip_prefix("/openai/deployments/")?.split_once("/chat/completions?")?;
-        query.starts_with("api-version=20").then_some(Some(deployment))
+        of(path, "chat/completions")
+    }
+
+    fn embeds<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
+        of(path, "embeddings")
     }
 
     fn key_header(&self) -> &'static str {

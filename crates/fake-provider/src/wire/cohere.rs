@@ -1,8 +1,8 @@
-//! Cohere's chat, version 2.
+//! Cohere's chat and embeddings, version 2.
 
 use serde_json::{Value, json};
 
-use super::{Wire, only, parts};
+use super::{Wire, at_most, in_order, only, parts};
 use crate::RateHeaders;
 use crate::http::Request;
 
@@ -19,6 +19,33 @@ impl Wire for Cohere {
 
     fn chat<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
         (path == "/v2/chat").then_some(None)
+    }
+
+    fn embeds<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
+        (path == "/v2/embed").then_some(None)
+    }
+
+    fn texts(&self, body: &Value) -> Result<Value, String> {
+        only(body, "", &["model", "texts", "input_type", "embedding_types", "output_dimension", "truncate"])?;
+        at_most(96, &body["texts"], "invalid request: total number of texts must be at most 96")?;
+        let uses = ["search_document", "search_query", "classification", "clustering"];
+        if !uses.contains(&body["input_type"].as_str().unwrap_or_default()) {
+            return Err("invalid request: valid input_type must be provided with the provided model".to_owned());
+        }
+        Ok(json!({
+            "model": body["model"], "input": body["texts"], "dimensions": body["output_dimension"],
+            "encoding_format": body["embedding_types"][0],
+        }))
+    }
+
+    fn vectors(&self, said: &Value) -> Value {
+        let (vectors, tokens) = in_order(said);
+        let name = if vectors.iter().any(|vector| vector.is_string()) { "base64" } else { "float" };
+        json!({
+            "id": "da6e531f", "embeddings": {name: vectors}, "texts": [],
+            "meta": {"api_version": {"version": "2"}, "billed_units": {"input_tokens": tokens}},
+            "response_type": "embeddings_by_type",
+        })
     }
 
     fn request(&self, _request: &Request, body: &Value) -> Result<Value, String> {

@@ -1,8 +1,8 @@
-//! Gemini's generateContent. It has no headers about limits, and says in an error's details how long to wait.
+//! Gemini's generateContent and batchEmbedContents. It has no headers about limits, and says in an error's details how long to wait.
 
 use serde_json::{Value, json};
 
-use super::{Wire, message, only, parts};
+use super::{Wire, at_most, in_order, message, only, parts};
 use crate::RateHeaders;
 use crate::http::Request;
 
@@ -19,6 +19,32 @@ impl Wire for Gemini {
 
     fn chat<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
         Some(Some(path.strip_prefix("/v1beta/models/")?.strip_suffix(":generateContent")?))
+    }
+
+    fn embeds<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
+        Some(Some(path.strip_prefix("/v1beta/models/")?.strip_suffix(":batchEmbedContents")?))
+    }
+
+    fn texts(&self, body: &Value) -> Result<Value, String> {
+        only(body, "", &["requests"])?;
+        let all = &body["requests"];
+        let at_most_100 = "* BatchEmbedContentsRequest.requests: at most 100 requests can be in one batch";
+        at_most(100, all, at_most_100)?;
+        let mut texts: Vec<&Value> = Vec::new();
+        for one in all.as_array().into_iter().flatten() {
+            only(one, "requests.", &["model", "content", "taskType", "title", "outputDimensionality"])?;
+            if !one["model"].as_str().is_some_and(|model| model.starts_with("models/")) {
+                return Err("* EmbedContentRequest.model: unexpected model name format".to_owned());
+            }
+            texts.push(&one["content"]["parts"][0]["text"]);
+        }
+        Ok(json!({"input": texts, "dimensions": all[0]["outputDimensionality"]}))
+    }
+
+    fn vectors(&self, said: &Value) -> Value {
+        let (vectors, tokens) = in_order(said);
+        let all: Vec<Value> = vectors.iter().map(|vector| json!({"values": vector})).collect();
+        json!({"embeddings": all, "usageMetadata": {"promptTokenCount": tokens}})
     }
 
     fn key_header(&self) -> &'static str {

@@ -21,6 +21,17 @@ impl Wire for Mistral {
         (path == "/mistral/v1/chat/completions").then_some(None)
     }
 
+    fn embeds<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
+        (path == "/mistral/v1/embeddings").then_some(None)
+    }
+
+    fn texts(&self, body: &Value) -> Result<Value, String> {
+        only(body, "body.", &["model", "input", "encoding_format", "output_dimension"])?;
+        let mut asked = body.clone();
+        asked["dimensions"] = asked["output_dimension"].take();
+        Ok(asked)
+    }
+
     fn request(&self, _request: &Request, body: &Value) -> Result<Value, String> {
         let known = ["model", "messages", "max_tokens", "response_format", "temperature", "random_seed", "safe_prompt"];
         only(body, "body.", &known)?;

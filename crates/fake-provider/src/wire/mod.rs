@@ -26,6 +26,11 @@ pub(crate) trait Wire: Sync {
     /// Whether a path is that of its chats; and the model, where that is in the path.
     fn chat<'a>(&self, path: &'a str) -> Option<Option<&'a str>>;
 
+    /// Whether a path is that of its embeddings; and the model, where that is in the path.
+    fn embeds<'a>(&self, _path: &'a str) -> Option<Option<&'a str>> {
+        None
+    }
+
     /// The header with the key.
     fn key_header(&self) -> &'static str {
         "authorization"
@@ -33,6 +38,16 @@ pub(crate) trait Wire: Sync {
 
     /// A request in OpenAI's shape; the error is the message of a 400.
     fn request(&self, request: &Request, body: &Value) -> Result<Value, String>;
+
+    /// A request for embeddings in OpenAI's shape; the error is the message of a 400.
+    fn texts(&self, body: &Value) -> Result<Value, String> {
+        Ok(body.clone())
+    }
+
+    /// The body of an answer with vectors.
+    fn vectors(&self, said: &Value) -> Value {
+        said.clone()
+    }
 
     /// The body of a completion.
     fn completion(&self, said: &Value) -> Value;
@@ -63,7 +78,7 @@ pub(crate) const WIRES: &[&dyn Wire] = &[
 
 /// The dialect of a path, and the model in it.
 pub(crate) fn find(path: &str) -> Option<(&'static dyn Wire, Option<&str>)> {
-    WIRES.iter().find_map(|wire| wire.chat(path).map(|model| (*wire, model)))
+    WIRES.iter().find_map(|wire| wire.chat(path).or_else(|| wire.embeds(path)).map(|model| (*wire, model)))
 }
 
 /// The key of a request.
@@ -83,6 +98,8 @@ pub(crate) fn translate(wire: &dyn Wire, mut reply: Reply) -> Reply {
     let is_ours = said["error"].as_object().is_some_and(|error| error.contains_key("param"));
     let body = if said["choices"].is_array() {
         wire.completion(&said)
+    } else if said["data"].is_array() {
+        wire.vectors(&said)
     } else if is_ours {
         if !tells_wait {
             reply.headers.retain(|(name, _)| !name.starts_with("retry-after"));
@@ -104,6 +121,19 @@ fn only(of: &Value, what: &str, known: &[&str]) -> Result<(), String> {
         Some(key) => Err(format!("{what}{key}: extra inputs are not permitted")),
         None => Ok(()),
     }
+}
+
+/// The vectors of an answer in OpenAI's shape, in the order of their texts; and the tokens they took.
+fn in_order(said: &Value) -> (Vec<&Value>, &Value) {
+    let mut all: Vec<&Value> = said["data"].as_array().into_iter().flatten().collect();
+    all.sort_by_key(|one| one["index"].as_u64());
+    (all.into_iter().map(|one| &one["embedding"]).collect(), &said["usage"]["prompt_tokens"])
+}
+
+/// At most so many texts.
+fn at_most(most: usize, texts: &Value, message: &str) -> Result<(), String> {
+    let n = texts.as_array().map_or(0, Vec::len);
+    if n > most { Err(message.to_owned()) } else { Ok(()) }
 }
 
 /// A message in OpenAI's shape.

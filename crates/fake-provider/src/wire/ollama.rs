@@ -1,8 +1,8 @@
-//! Ollama's own chat.
+//! Ollama's own chat and embeddings.
 
 use serde_json::{Value, json};
 
-use super::{Wire, only, parts};
+use super::{Wire, in_order, only, parts};
 use crate::RateHeaders;
 use crate::http::Request;
 
@@ -19,6 +19,23 @@ impl Wire for Ollama {
 
     fn chat<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
         (path == "/api/chat").then_some(None)
+    }
+
+    fn embeds<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
+        (path == "/api/embed").then_some(None)
+    }
+
+    fn texts(&self, body: &Value) -> Result<Value, String> {
+        only(body, "", &["model", "input", "dimensions", "truncate", "options", "keep_alive"])?;
+        Ok(json!({"model": body["model"], "input": body["input"], "dimensions": body["dimensions"]}))
+    }
+
+    fn vectors(&self, said: &Value) -> Value {
+        let (vectors, tokens) = in_order(said);
+        json!({
+            "model": said["model"], "embeddings": vectors, "total_duration": 14_143_917, "load_duration": 1_019_500,
+            "prompt_eval_count": tokens,
+        })
     }
 
     fn request(&self, _request: &Request, body: &Value) -> Result<Value, String> {

@@ -17,7 +17,11 @@ impl Wire for Openai {
     }
 
     fn chat<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
-        matches!(path, "/v1/chat/completions" | "/v1/embeddings").then_some(None)
+        (path == "/v1/chat/completions").then_some(None)
+    }
+
+    fn embeds<'a>(&self, path: &'a str) -> Option<Option<&'a str>> {
+        (path == "/v1/embeddings").then_some(None)
     }
 
     fn request(&self, _request: &Request, body: &Value) -> Result<Value, String> {

@@ -2,11 +2,12 @@
 //!
 //! Source: OpenAI's published API description (`/embeddings`): at most 2,048 inputs and 300,000 tokens a request.
 
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::super::embeddings::{Embeddings, Encoding, Texts, answers, vector};
-use super::super::{Finish, Reply, Unread, Usage, tokens, without_mark};
+use super::super::embeddings::{Embeddings, Texts, answers, reply, vector};
+use super::super::{Reply, Unread, parsed, tokens};
 
+/// Where others speak as OpenAI does, they differ in the address alone.
 pub(in super::super) struct OpenaiEmbeddings;
 
 impl Embeddings for OpenaiEmbeddings {
@@ -18,53 +19,38 @@ impl Embeddings for OpenaiEmbeddings {
         2_048
     }
 
-    fn most_tokens(&self) -> u64 {
+    fn most_tokens(&self, _model: &str) -> u64 {
         300_000
     }
 
     fn body(&self, texts: &Texts) -> Value {
-        let mut body = json!({"model": texts.model, "input": texts.texts});
-        if let Value::Object(map) = &mut body {
-            if let Some(encoding) = texts.encoding {
-                let encoding = if encoding == Encoding::Base64 { "base64" } else { "float" };
-                map.insert("encoding_format".to_owned(), encoding.into());
-                map.insert("dimensions".to_owned(), texts.dimensions.into());
-            }
-            map.extend(texts.input_type.map(|of| ("input_type".to_owned(), of.into())));
-            let own = ["model", "input", "encoding_format", "dimensions", "input_type"];
-            let others = texts.parameters.iter().filter(|(key, _)| !own.contains(&key.as_str()));
-            map.extend(others.map(|(key, value)| (key.clone(), value.clone())));
-        }
-        body
+        texts.body([
+            ("model", texts.model.into()),
+            ("input", texts.texts.into()),
+            ("encoding_format", texts.encoding_format().into()),
+            ("dimensions", texts.length().into()),
+            ("input_type", texts.input_type.into()),
+        ])
     }
 
-    fn reply(&self, body: &[u8]) -> Result<Reply, Unread> {
-        let json: Value = serde_json::from_slice(without_mark(body))
-            .map_err(|_| Unread::Other("the provider's answer is not JSON"))?;
-        if !json["error"].is_null() {
-            return Err(Unread::Said(json["error"].clone()));
-        }
+    fn reply(&self, body: &[u8], _texts: usize) -> Result<Reply, Unread> {
+        let json = parsed(body)?;
         let data = json["data"].as_array().map(Vec::as_slice).unwrap_or_default();
         // What does not say which text it belongs to belongs to none.
         let vectors = data.iter().filter_map(|one| Some((one["index"].as_u64()?, vector(&one["embedding"]))));
         let usage = &json["usage"];
-        let input = tokens(&usage["prompt_tokens"]).or_else(|| tokens(&usage["total_tokens"])).filter(|n| *n > 0);
-        Ok(Reply {
-            text: answers(vectors),
-            finish: Finish::Complete,
-            has_reasoning: false,
-            usage: Usage { input, output: Some(0) },
-            thought: Some(0),
-            cached_input: 0,
-        })
+        let input = tokens(&usage["prompt_tokens"]).filter(|n| *n > 0).or_else(|| tokens(&usage["total_tokens"]));
+        Ok(reply(answers(vectors), input))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dialect::Usage;
+    use crate::dialect::embeddings::Encoding;
     use proptest::prelude::*;
-    use serde_json::Map;
+    use serde_json::{Map, json};
 
     #[test]
     fn answers_go_by_their_index() {
@@ -77,11 +63,11 @@ mod tests {
             ],
             "usage": {"prompt_tokens": 7, "total_tokens": 7},
         });
-        let reply = OpenaiEmbeddings.reply(body.to_string().as_bytes()).unwrap();
+        let reply = OpenaiEmbeddings.reply(body.to_string().as_bytes(), 2).unwrap();
         assert_eq!(reply.text, "{\"100\":[1.0,-2.0],\"101\":[0.5,1.0]}");
         assert_eq!(reply.usage, Usage { input: Some(7), output: Some(0) });
-        assert!(OpenaiEmbeddings.reply(b"{\"error\":{\"message\":\"no\"}}").is_err());
-        assert!(OpenaiEmbeddings.reply(b"<html>").is_err());
+        assert!(OpenaiEmbeddings.reply(b"{\"error\":{\"message\":\"no\"}}", 2).is_err());
+        assert!(OpenaiEmbeddings.reply(b"<html>", 2).is_err());
     }
 
     #[test]
@@ -105,9 +91,9 @@ mod tests {
     proptest! {
         #[test]
         fn never_panics(bytes in proptest::collection::vec(any::<u8>(), 0..60), text in "\\PC{0,60}") {
-            let _ = OpenaiEmbeddings.reply(&bytes);
-            let _ = OpenaiEmbeddings.reply(text.as_bytes());
-            let _ = OpenaiEmbeddings.reply(json!({"data": [{"index": 0, "embedding": text}]}).to_string().as_bytes());
+            let _ = OpenaiEmbeddings.reply(&bytes, 2);
+            let _ = OpenaiEmbeddings.reply(text.as_bytes(), 2);
+            let _ = OpenaiEmbeddings.reply(json!({"data": [{"index": 0, "embedding": text}]}).to_string().as_bytes(), 2);
         }
     }
 }
