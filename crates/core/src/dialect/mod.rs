@@ -14,6 +14,7 @@ mod gemini;
 mod mistral;
 mod ollama;
 mod openai;
+mod voyage;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -59,6 +60,7 @@ dialects! {
     mistral: Mistral,
     cohere: Cohere,
     ollama: Ollama,
+    voyage: Voyage,
 }
 
 /// The wire of a provider.

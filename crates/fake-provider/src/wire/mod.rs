@@ -8,6 +8,7 @@ mod gemini;
 mod mistral;
 mod ollama;
 mod openai;
+mod voyage;
 
 use serde_json::{Map, Value, json};
 
@@ -74,6 +75,7 @@ pub(crate) const WIRES: &[&dyn Wire] = &[
     &mistral::Mistral,
     &cohere::Cohere,
     &ollama::Ollama,
+    &voyage::Voyage,
 ];
 
 /// The dialect of a path, and the model in it.
