@@ -14,6 +14,7 @@ use llm_batch_core::task::{Embed, Kind, Span};
 use llm_batch_core::{prompt, request};
 
 use crate::cache::{Keys, TextKey};
+use crate::key::LaneKey;
 use crate::protocol::{Again, Item, Stream, Verdict, most_text};
 use crate::purse::Purse;
 use crate::queue::{Queue, Ready};
@@ -26,6 +27,8 @@ const SCHEMA_FRAME_TOKENS: usize = 12;
 /// Rows of the same stream settings: they may share requests, if their isolation is the same as well.
 #[derive(Debug)]
 pub struct Group {
+    /// The lane that takes its rows.
+    pub lane: LaneKey,
     pub stream: Rc<Stream>,
     pub kind: Arc<dyn Kind>,
     /// Stands for what an answer depends on, beside the text: rows with the same scope and text have the same answer.
@@ -121,7 +124,7 @@ pub enum Pushed {
 }
 
 impl Group {
-    pub fn new(stream: Rc<Stream>, keys: &Keys) -> Self {
+    pub fn new(lane: LaneKey, stream: Rc<Stream>, keys: &Keys) -> Self {
         let task = &stream.task;
         let kind = task.spec.prepare(&task.options, &tokens::count);
         let embeds = task.spec.embeds().is_some();
@@ -142,6 +145,7 @@ impl Group {
         ])
         .to_string();
         Self {
+            lane,
             scope: keys.of(0, &scope),
             bytes: 2 * scope.len(),
             prefix_tokens: if embeds { 0 } else { tokens::count(&system) + FRAME_TOKENS },
@@ -415,7 +419,8 @@ mod tests {
     use crate::protocol::tests::stream;
 
     fn group() -> Group {
-        Group::new(Rc::new(stream()), &Keys::default())
+        let stream = stream();
+        Group::new(LaneKey::of(&stream), Rc::new(stream), &Keys::default())
     }
 
     fn item(n: u64) -> Item {

@@ -20,7 +20,7 @@ impl LaneKey {
 }
 
 /// A group's number. No two groups ever have the same one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct GroupId(pub u64);
 
 /// Whose limits an endpoint is under: as the user named it, else the URL, a mark of the key, and who may sign for it, since

@@ -1,6 +1,6 @@
-//! One account and model (a lane): its groups, its limiter, and what was learnt about its server.
+//! One account and model (a lane): its limiter, and what was learnt about its server.
 
-use std::rc::Rc;
+use std::cmp::Reverse;
 
 use llm_batch_core::concurrency::Concurrency;
 use llm_batch_core::forms::{Form, Forms};
@@ -11,12 +11,12 @@ use llm_batch_core::pack::Ratio;
 use llm_batch_core::thought::Thinking;
 use llm_batch_core::trouble::{self, Parameter, Report, Trouble};
 
-use crate::cache::{Keys, TextKey};
+use crate::cache::TextKey;
 use crate::group::Group;
+use crate::groups::Groups;
 use crate::kept::KeptLane;
 use crate::key::GroupId;
-use crate::protocol::{Stream, Words};
-use crate::purse::Purse;
+use crate::protocol::Words;
 use crate::sizes::{ENOUGH_ANSWERS, Sizes};
 use crate::standing::Standings;
 
@@ -170,7 +170,8 @@ pub struct Lane {
     /// Since a request was served last: how many of several rows were refused as larger than a limit, and which rows were
     /// alone.
     over_limit: (usize, Vec<TextKey>),
-    pub groups: Vec<(GroupId, Group)>,
+    /// The groups whose rows it takes, in the order in which they were served last.
+    pub groups: Vec<GroupId>,
     /// How much the group that went last had been served, among jobs and among sessions.
     pub level: [f64; 2],
     pub learned: Learned,
@@ -415,73 +416,22 @@ impl Lane {
         (self.concurrency.allowed() + extra).min(most)
     }
 
-    pub fn group(&mut self, id: GroupId) -> Option<&mut Group> {
-        self.groups.iter_mut().find(|(own, _)| *own == id).map(|(_, g)| g)
-    }
-
-    /// Rows come for a group. If it had none, it begins level with the others: nothing was saved up meanwhile.
-    pub fn wake(&mut self, id: GroupId) {
-        let level = self.level;
-        if let Some(group) = self.group(id).filter(|g| g.in_flight == 0 && g.queued() == 0) {
-            group.served = group.served.max(level[usize::from(group.stream.interactive)]);
+    /// Rows come for one of its groups. If that had none, it begins level with the others: nothing was saved up meanwhile.
+    pub fn wake(&self, group: &mut Group) {
+        if group.in_flight == 0 && group.queued() == 0 {
+            group.served = group.served.max(self.level[usize::from(group.stream.interactive)]);
         }
     }
 
-    /// Opens a stream of a client: its group is the one whose stream is the same, else a new one with the number `new`.
-    /// One purse pays for a request, so a stream with a budget shares its group with no other client.
-    pub fn open(&mut self, new: GroupId, conn: u64, stream: &Rc<Stream>, keys: &Keys) -> GroupId {
-        let is_it = |g: &Group| g.stream == *stream && g.purse.as_ref().is_none_or(|purse| purse.conn == conn);
-        let (id, group) = match self.groups.iter_mut().find(|(_, g)| is_it(g)) {
-            Some(found) => found,
-            None => self.groups.push_mut((new, Group::new(Rc::clone(stream), keys))),
-        };
-        group.purse = stream.budget.map(|prices| Purse::new(conn, prices));
-        *id
-    }
-
     /// The order in which groups are served: sessions first, then by how much they were served.
-    pub fn order(&mut self) {
-        self.groups.sort_by(|(_, a), (_, b)| {
-            b.stream.interactive.cmp(&a.stream.interactive).then(a.served.total_cmp(&b.served))
-        });
+    pub fn order(&mut self, groups: &Groups) {
+        // Of numbers that are not negative the bits have the same order.
+        let rank = |g: &Group| (Reverse(g.stream.interactive), g.served.to_bits());
+        self.groups.sort_by_cached_key(|id| groups.get(*id).map(rank));
     }
 
     /// A lane that nothing is queued in or under way.
     pub fn is_idle(&self) -> bool {
         self.in_flight == 0 && self.groups.is_empty()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::key::LaneKey;
-    use crate::protocol::tests::stream;
-    use crate::protocol::{Prices, Secret};
-
-    fn lane() -> Lane {
-        Lane::new(Limits::default(), None, 0, 0)
-    }
-
-    #[test]
-    fn a_lane_prints_no_key() {
-        let (mut lane, mut stream) = (lane(), stream());
-        stream.endpoint.api_key = Some(Secret("sk-do-not-print".into()));
-        let key = LaneKey::of(&stream);
-        let id = lane.open(GroupId(7), 1, &Rc::new(stream), &Keys::default());
-        let printed = format!("{key:?} {id:?} {lane:?} {lane:#?}");
-        assert!(printed.contains("GroupId(7)") && !printed.contains("sk-do-not-print"), "{printed}");
-    }
-
-    #[test]
-    fn the_same_streams_have_one_group_and_those_with_budgets_one_each() {
-        let (mut lane, keys) = (lane(), Keys::default());
-        let mut open = |id, conn, stream: &Stream| lane.open(GroupId(id), conn, &Rc::new(stream.clone()), &keys).0;
-        let plain = stream();
-        assert_eq!((open(1, 1, &plain), open(2, 2, &plain)), (1, 1));
-        let other = Stream { role: plain.role + 1, ..plain.clone() };
-        assert_eq!((open(3, 1, &other), open(4, 2, &plain)), (3, 1));
-        let bounded = Stream { budget: Some(Prices::default()), ..plain };
-        assert_eq!((open(5, 1, &bounded), open(6, 2, &bounded), open(7, 1, &bounded)), (5, 6, 5));
     }
 }

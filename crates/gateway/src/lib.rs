@@ -11,6 +11,7 @@ pub mod failure;
 pub mod files;
 mod frames;
 mod group;
+mod groups;
 mod kept;
 mod key;
 mod lane;

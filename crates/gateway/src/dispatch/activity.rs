@@ -8,9 +8,12 @@ use crate::protocol::Activity;
 
 impl State {
     pub fn activity(&mut self, now: u64) -> Vec<Activity> {
+        let groups = &self.groups;
         let mut roles: HashMap<&LaneKey, Vec<u32>> = HashMap::new();
-        for (lane, _, stream) in self.conns.values().filter_map(|c| c.stream.as_ref()) {
-            roles.entry(lane).or_default().push(stream.role);
+        for (group, stream) in self.conns.values().filter_map(|c| c.stream.as_ref()) {
+            if let Some(group) = groups.get(*group) {
+                roles.entry(&group.lane).or_default().push(stream.role);
+            }
         }
         self.lanes
             .iter_mut()
@@ -22,7 +25,7 @@ impl State {
                     account: key.account.to_string(),
                     model: key.model.to_string(),
                     roles: roles.get(key).cloned().unwrap_or_default(),
-                    queued: lane.groups.iter().map(|(_, g)| g.queued() as u64).sum(),
+                    queued: groups.of(lane).map(|(_, g)| g.queued() as u64).sum(),
                     in_flight_requests: lane.in_flight as u64,
                     in_flight_rows: lane.in_flight_rows as u64,
                     tokens_in_window: usage.tokens,
@@ -31,7 +34,7 @@ impl State {
                     requests_limit: usage.requests_limit,
                     used: usage.used,
                     requests_allowed: lane.allowed(false) as u64,
-                    rows_allowed: lane.groups.iter().map(|(_, g)| g.size.rows() as u64).min(),
+                    rows_allowed: groups.of(lane).map(|(_, g)| g.size.rows() as u64).min(),
                     share: usage.share,
                     reported_left: usage.reported_left,
                     token_ratio: lane.measured.prompt.apply(1000) as f64 / 1000.0,

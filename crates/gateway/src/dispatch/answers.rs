@@ -17,6 +17,7 @@ use llm_batch_core::{thinking, thought};
 
 use super::doubts::{ONLY_THOUGHT, Said, shown};
 use super::{Asked, InFlight, State};
+use crate::group::Group;
 use crate::key::{GroupId, LaneKey};
 use crate::lane::Lane;
 use crate::protocol::{Endpoint, Verdict};
@@ -60,13 +61,13 @@ struct Seen<'a> {
 }
 
 impl<'a> Seen<'a> {
-    fn new(reply: &'a Reply, read: &[Read], asked: Asked, kind: Option<&dyn Kind>) -> Self {
+    fn new(reply: &'a Reply, read: &[Read], asked: Asked, kind: &dyn Kind) -> Self {
         let spoken = thinking::spoken(&reply.text);
         let answers = read.iter().filter(|v| matches!(v, Read::Answer(_))).count();
         let is_cut = reply.finish == Finish::Length;
         // What is longer than it may be gets no more; what is thought before it does.
-        let is_bounded = kind.is_some_and(|kind| kind.most_tokens().is_some());
-        let longest = kind.and_then(Kind::longest).map(|most| most * read.len());
+        let is_bounded = kind.most_tokens().is_some();
+        let longest = kind.longest().map(|most| most * read.len());
         let runs_on =
             || longest.is_some_and(|most| spoken.trim_start().starts_with('{') && tokens::count(&spoken) > most);
         let is_too_long = is_cut && ((is_bounded && !spoken.trim().is_empty()) || runs_on());
@@ -112,7 +113,7 @@ impl State {
         {
             report.trouble.may_pass();
         }
-        if let Some(group) = lane.group(request.group) {
+        if let Some(group) = self.groups.get_mut(request.group) {
             group.in_flight = group.in_flight.saturating_sub(1);
         }
         let (lane_key, group_id) = (request.lane.clone(), request.group);
@@ -123,7 +124,7 @@ impl State {
                 if !request.is_accounted {
                     self.unsure(&request);
                 }
-                self.put_back(&lane_key, request.group, request.rows);
+                self.put_back(request.group, request.rows);
             }
             Some(answered) if answered.has_no_place => self.had_no_place(now, request, &answered),
             Some(answered) => {
@@ -136,7 +137,7 @@ impl State {
                 if !matches!(&answered.result, Err(report) if matches!(report.trouble, Trouble::Overload(_))) {
                     lane.vouched = None;
                     lane.standings.of(now, request.asked.scope).is_answered();
-                    self.answers(now, &lane_key, request.group);
+                    self.answers(now, request.group);
                 }
                 match &answered.result {
                     Ok(reply) => self.answered(now, request, reply, &answered, in_flight),
@@ -147,10 +148,10 @@ impl State {
                 }
             }
         }
-        self.release_last(&lane_key, group_id);
+        self.release_last(group_id);
         self.note(now, &lane_key);
         self.flush();
-        self.tidy(now, &lane_key);
+        self.tidy(now, group_id);
     }
 
     /// A request waited for a connection in vain. Nothing of it was sent, so nobody is charged and no provider is in trouble.
@@ -158,18 +159,18 @@ impl State {
         let InFlight { lane: lane_key, group, rows, grant, asked, .. } = request;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         lane.limiter.settle(grant, Tokens::default(), left(&answered.said));
-        if let Some(purse) = lane.group(group).and_then(|g| g.purse.as_mut()) {
+        if let Some(purse) = self.groups.get_mut(group).and_then(|g| g.purse.as_mut()) {
             purse.give_back(asked.worst, Tokens::default());
         }
-        self.put_back(&lane_key, group, rows);
+        self.put_back(group, rows);
         if let Err(report) = &answered.result {
             self.notice(now, &lane_key, "no place", &format!("{}; its rows are queued again", report.message));
         }
     }
 
     /// What an answer says of the rows of a request; `None` if it answers another one.
-    fn read(&mut self, request: &InFlight, reply: &Reply) -> Option<Vec<Read>> {
-        let group = self.lanes.get_mut(&request.lane)?.group(request.group)?;
+    fn read(&self, request: &InFlight, reply: &Reply) -> Option<Vec<Read>> {
+        let group = self.groups.get(request.group)?;
         // What has ended by itself goes no further.
         let whole = if reply.finish == Finish::Complete { format!("{}\n", reply.text) } else { reply.text.clone() };
         answer::read(&whole, &request.ids, &*group.kind)
@@ -191,20 +192,19 @@ impl State {
         }
         let read = read.unwrap_or_else(|| vec![Read::Missing; request.rows.len()]);
         let InFlight { lane: lane_key, group: group_id, rows, asked, grant, .. } = request;
-        let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        let kind = lane.group(group_id).map(|g| Arc::clone(&g.kind));
-        let seen = Seen::new(reply, &read, asked, kind.as_deref());
+        let Some((lane, group)) = self.lanes.get_mut(&lane_key).zip(self.groups.get_mut(group_id)) else { return };
+        let seen = Seen::new(reply, &read, asked, &*group.kind);
         lane.answers(now);
         let standing = lane.standings.of(now, asked.scope);
         standing.accepts();
         standing.is_paid(&rows, seen.answers == 0);
         let (is_well, is_proven) = (standing.is_well(), standing.patience.has_answered());
-        let Some(is_prose) = learn(now, lane, (group_id, &rows), asked, &seen, in_flight) else { return };
-        let Some(stream) = lane.group(group_id).map(|g| Rc::clone(&g.stream)) else { return };
+        let is_prose = learn(now, (lane, group), &rows, asked, &seen, in_flight);
+        let stream = Rc::clone(&group.stream);
         let Endpoint { api, counts, .. } = &stream.endpoint;
         let reserved = counts.settle(asked.reserved, reply.counted(*api, asked.estimate));
         lane.limiter.settle(grant, reserved, left(&came.said));
-        self.pay(now, (&lane_key, group_id), &rows, asked, reply);
+        self.pay(now, group_id, &rows, asked, reply);
         let weight = match seen.answers {
             0 if seen.grows => Said::Cut,
             0 => Said::Barren,
@@ -239,12 +239,12 @@ impl State {
     fn pay(
         &mut self,
         now: u64,
-        (lane_key, group_id): (&LaneKey, GroupId),
+        group_id: GroupId,
         rows: &[Row],
         Asked { estimate, worst, sent, .. }: Asked,
         reply: &Reply,
     ) {
-        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_id)) else { return };
+        let Some(group) = self.groups.get_mut(group_id) else { return };
         let payers = group.payers(rows);
         let is_bounded = group.purse.is_some();
         if let Some(purse) = &mut group.purse {
@@ -310,13 +310,13 @@ impl State {
                 None => {
                     missing += 1;
                     row.most_rows = pack::rows_after(row.attempts, max_attempts, size);
-                    self.again(lane_key, group_id, row);
+                    self.again(group_id, row);
                 }
             }
         }
         missing += uncharged.len();
         let is_spent = uncharged.iter().any(|row| row.is_spent(max_attempts));
-        self.put_back(lane_key, group_id, uncharged);
+        self.put_back(group_id, uncharged);
         if missing > 0 {
             let what = match finish {
                 Finish::Length => "an answer was cut off",
@@ -331,7 +331,7 @@ impl State {
 
     /// A request may have been charged or not.
     pub(super) fn unsure(&mut self, request: &InFlight) {
-        let group = self.lanes.get_mut(&request.lane).and_then(|l| l.group(request.group));
+        let group = self.groups.get(request.group);
         let payers = group.map(|g| g.payers(&request.rows)).unwrap_or_default();
         self.unconfirmed(&payers, request.asked.worst);
     }
@@ -367,18 +367,16 @@ impl State {
     }
 }
 
-/// Takes in what an answer teaches about the model. Whether it is prose although JSON was requested; `None` if its group is
-/// gone.
+/// Takes in what an answer teaches about the model. Whether it is prose although JSON was requested.
 fn learn(
     now: u64,
-    lane: &mut Lane,
-    (id, rows): (GroupId, &[Row]),
+    (lane, group): (&mut Lane, &mut Group),
+    rows: &[Row],
     asked: Asked,
     seen: &Seen,
     in_flight: usize,
-) -> Option<bool> {
+) -> bool {
     let Seen { reply, size, answers, thought, is_cut, is_at_cap, grows, .. } = *seen;
-    let (_, group) = lane.groups.iter_mut().find(|(own, _)| *own == id)?;
     lane.learned.observe_end(is_at_cap, asked.worst.output);
     if reply.usage.output.is_some() && (answers > 0 || is_cut) {
         lane.measured.thinking.observe(thought, is_cut && answers == 0);
@@ -409,7 +407,7 @@ fn learn(
         let missing = if grows { 0 } else { size - answers };
         group.size.observe(size, missing, is_slow);
     }
-    Some(is_prose)
+    is_prose
 }
 
 /// What the provider says is left of its limits.

@@ -9,6 +9,7 @@ use tokio::sync::Notify;
 
 use super::probe;
 use super::{Launch, State};
+use crate::group::Group;
 use crate::key::{GroupId, LaneKey};
 use crate::protocol::{Stop, StopReason, Stream, Words};
 use crate::request::Answered;
@@ -69,29 +70,27 @@ fn is_down(now: u64, until: Option<u64>, message: &str) -> Stop {
 }
 
 impl State {
-    fn endpoint_of(&mut self, lane: &LaneKey, group: GroupId) -> Option<EndpointKey> {
-        let group = self.lanes.get_mut(lane)?.group(group)?;
-        Some(endpoint(lane, &group.stream))
+    fn endpoint_of(&self, group: GroupId) -> Option<(EndpointKey, Rc<str>)> {
+        let group = self.groups.get(group)?;
+        Some((endpoint(&group.lane, &group.stream), Rc::clone(&group.lane.model)))
     }
 
     /// Why nothing is sent for a group, if a probe has found that out and the next one is not due; and whose request it was.
-    pub(super) fn down(&mut self, now: u64, lane: &LaneKey, group: GroupId) -> Option<(Stop, u32)> {
+    pub(super) fn down(&self, now: u64, group: GroupId) -> Option<(Stop, u32)> {
         if self.circuits.is_empty() {
             return None;
         }
-        let key = self.endpoint_of(lane, group)?;
+        let (key, model) = self.endpoint_of(group)?;
         let Circuits { breakers, words } = self.circuits.get(&key)?;
-        breakers
-            .is_down(now, &lane.model)
-            .then(|| (is_down(now, breakers.until(&lane.model), &words.message), words.role))
+        breakers.is_down(now, &model).then(|| (is_down(now, breakers.until(&model), &words.message), words.role))
     }
 
     /// A request of a group was answered, be it with a refusal.
-    pub(super) fn answers(&mut self, now: u64, lane: &LaneKey, group: GroupId) {
+    pub(super) fn answers(&mut self, now: u64, group: GroupId) {
         if !self.circuits.is_empty()
-            && let Some(key) = self.endpoint_of(lane, group)
+            && let Some((key, model)) = self.endpoint_of(group)
         {
-            self.endpoint_answers(now, &key, &lane.model);
+            self.endpoint_answers(now, &key, &model);
         }
     }
 
@@ -107,11 +106,9 @@ impl State {
     }
 
     /// A request of a group was not answered. Whether nothing more may be sent until a probe is answered.
-    pub(super) fn fails(&mut self, now: u64, lane: &LaneKey, group: GroupId, points: u32, message: &str) -> bool {
-        let Some(stream) = self.lanes.get_mut(lane).and_then(|l| l.group(group)).map(|g| Rc::clone(&g.stream)) else {
-            return false;
-        };
-        let circuits = self.circuits.entry(endpoint(lane, &stream)).or_default();
+    pub(super) fn fails(&mut self, now: u64, group: GroupId, points: u32, message: &str) -> bool {
+        let Some(Group { lane, stream, .. }) = self.groups.get(group) else { return false };
+        let circuits = self.circuits.entry(endpoint(lane, stream)).or_default();
         circuits.breakers.failed(now, &lane.model, points);
         circuits.words = Words { role: stream.role, message: message.to_owned() };
         circuits.breakers.state(&lane.model) != breaker::State::Closed
@@ -124,7 +121,7 @@ impl State {
             let mut waiting: BTreeMap<&str, (&LaneKey, Rc<Stream>)> = BTreeMap::new();
             for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.account == key.0) {
                 let of_endpoint = |s: &Stream| s.endpoint.base_url == key.1;
-                if let Some((_, g)) = l.groups.iter().find(|(_, g)| of_endpoint(&g.stream) && g.queued() > 0) {
+                if let Some((_, g)) = self.groups.of(l).find(|(_, g)| of_endpoint(&g.stream) && g.queued() > 0) {
                     waiting.insert(&lane.model, (lane, Rc::clone(&g.stream)));
                 }
             }
@@ -192,15 +189,12 @@ impl State {
         let Some(down) = breakers.end_probe(now, &model, end) else { return };
         let (stop, role) = (is_down(now, breakers.until(&model), &words.message), words.role);
         self.notice(now, &lane(&key, &model), "stopped", &stop.message);
-        let mut streams = Vec::new();
-        for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.account == key.0) {
-            if down == Down::Endpoint || *lane.model == *model {
-                let groups = l.groups.iter().filter(|(_, g)| g.stream.endpoint.base_url == key.1);
-                streams.extend(groups.map(|(group, _)| (lane.clone(), *group)));
-            }
-        }
-        for (lane, group) in streams {
-            self.stop(&lane, Some(group), &stop, Some(role));
-        }
+        let is_it = |g: &Group| {
+            g.lane.account == key.0
+                && g.stream.endpoint.base_url == key.1
+                && (down == Down::Endpoint || *g.lane.model == *model)
+        };
+        let groups: Vec<GroupId> = self.groups.iter().filter(|(_, g)| is_it(g)).map(|(id, _)| id).collect();
+        groups.into_iter().for_each(|group| self.stop(group, &stop, Some(role)));
     }
 }

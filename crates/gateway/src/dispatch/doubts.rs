@@ -33,10 +33,11 @@ pub(super) enum Said {
 impl State {
     /// Takes an answer to a request into account. True if the task is given up.
     pub(super) fn weigh(&mut self, now: u64, lane_key: &LaneKey, group_id: GroupId, asked: Asked, said: Said) -> bool {
-        let Some(lane) = self.lanes.get_mut(lane_key) else { return false };
+        let Some((lane, group)) = self.lanes.get_mut(lane_key).zip(self.groups.get_mut(group_id)) else {
+            return false;
+        };
         let forms = lane.learned.forms;
         let standing = lane.standings.of(now, asked.scope);
-        let Some((_, group)) = lane.groups.iter_mut().find(|(id, _)| *id == group_id) else { return false };
         let options = &group.stream.task.options;
         let form = asked.learned.form(options);
         let next = match said {
@@ -49,9 +50,8 @@ impl State {
                     Way::FewerRows | Way::OneRow => group.size.at_most(rows),
                 }
                 // What is held may be of other streams of the same task.
-                let same = lane.groups.iter().filter(|(_, g)| g.scope == asked.scope).map(|(id, _)| *id);
-                for id in same.collect::<Vec<_>>() {
-                    self.release(lane_key, id, is_own_fault);
+                for id in self.same(lane_key, asked.scope) {
+                    self.release(id, is_own_fault);
                 }
                 return false;
             }
@@ -69,10 +69,11 @@ impl State {
 
     /// A form was refused that is tried because others had no valid row. True if it was.
     pub(super) fn form_is_refused(&mut self, now: u64, lane_key: &LaneKey, group_id: GroupId, asked: Asked) -> bool {
-        let Some(lane) = self.lanes.get_mut(lane_key) else { return false };
+        let Some((lane, group)) = self.lanes.get_mut(lane_key).zip(self.groups.get_mut(group_id)) else {
+            return false;
+        };
         let forms = lane.learned.forms;
         let standing = lane.standings.of(now, asked.scope);
-        let Some((_, group)) = lane.groups.iter_mut().find(|(id, _)| *id == group_id) else { return false };
         if asked.way != Way::OtherForm {
             return false;
         }
@@ -107,33 +108,36 @@ impl State {
     }
 
     pub(super) fn stop_task(&mut self, lane_key: &LaneKey, scope: TextKey, stop: &Stop, role: Option<u32>) {
-        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let groups: Vec<GroupId> = lane.groups.iter().filter(|(_, g)| g.scope == scope).map(|(id, _)| *id).collect();
-        for group in groups {
-            self.stop(lane_key, Some(group), stop, role);
+        for group in self.same(lane_key, scope) {
+            self.stop(group, stop, role);
         }
+    }
+
+    /// The groups of a lane that ask the same task.
+    fn same(&self, lane: &LaneKey, scope: TextKey) -> Vec<GroupId> {
+        let groups = self.lanes.get(lane).into_iter().flat_map(|lane| self.groups.of(lane));
+        groups.filter(|(_, group)| group.scope == scope).map(|(id, _)| id).collect()
     }
 
     /// A row is done with. Without a label it is held as long as it may not be its fault.
     pub(super) fn conclude(&mut self, now: u64, lane_key: &LaneKey, group_id: GroupId, row: Row, verdict: Verdict) {
-        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let Some((_, group)) = lane.groups.iter_mut().find(|(id, _)| *id == group_id) else { return };
+        let Some((lane, group)) = self.lanes.get_mut(lane_key).zip(self.groups.get(group_id)) else { return };
         let standing = lane.standings.of(now, group.scope);
         let is_rejected = matches!(&verdict, Verdict::Fail { class, .. } if class == "rejected");
         let in_doubt = if is_rejected { !standing.is_accepted } else { standing.patience.is_in_doubt(now) };
         if !in_doubt || matches!(verdict, Verdict::Answer(_)) {
-            self.done(lane_key, group_id, row, verdict);
+            self.done(group_id, row, verdict);
             return;
         }
-        let rows = self.wanted(lane_key, group_id, vec![row]);
-        if let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_id)) {
+        let rows = self.wanted(group_id, vec![row]);
+        if let Some(group) = self.groups.get_mut(group_id) {
             group.held.extend(rows.into_iter().map(|row| (row, verdict.clone())));
         }
     }
 
     /// Lets go of what is held. Unless it is the rows' own fault, those that were not refused are asked again.
-    fn release(&mut self, lane_key: &LaneKey, group_id: GroupId, is_own_fault: bool) {
-        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_id)) else { return };
+    fn release(&mut self, group_id: GroupId, is_own_fault: bool) {
+        let Some(group) = self.groups.get_mut(group_id) else { return };
         if !is_own_fault {
             group.forgive();
         }
@@ -141,18 +145,18 @@ impl State {
             let is_refused =
                 matches!(&verdict, Verdict::Fail { class, .. } | Verdict::Skip { class, .. } if is_refusal(class));
             if is_own_fault || is_refused {
-                self.done(lane_key, group_id, row, verdict);
+                self.done(group_id, row, verdict);
             } else {
-                self.again(lane_key, group_id, row);
+                self.again(group_id, row);
             }
         }
     }
 
     /// If nothing else is left of a group that could tell whose fault it is, what is held is done with.
-    pub(super) fn release_last(&mut self, lane_key: &LaneKey, group_id: GroupId) {
-        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_id)) else { return };
+    pub(super) fn release_last(&mut self, group_id: GroupId) {
+        let Some(group) = self.groups.get_mut(group_id) else { return };
         if !group.held.is_empty() && group.queued() == 0 && group.in_flight == 0 {
-            self.release(lane_key, group_id, true);
+            self.release(group_id, true);
         }
     }
 }

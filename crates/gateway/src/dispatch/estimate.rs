@@ -12,17 +12,16 @@ impl State {
     /// What rows would take if they were sent, by what is known of the client's model.
     pub fn estimate(&mut self, conn: u64, items: Vec<(Item, Option<Line>)>) -> Estimate {
         let mut sum = Estimate::default();
-        let Some((lane_key, group_id, stream)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else {
+        let Some((group_id, stream)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else {
             return sum;
         };
-        let Some(lane) = self.lanes.get_mut(&lane_key) else { return sum };
+        let Some(known) = self.groups.get(group_id) else { return sum };
+        let Some(lane) = self.lanes.get(&known.lane) else { return sum };
         let (learned, measured) = (lane.learned, lane.measured);
-        let mut group = Group::new(stream, &self.keys);
+        let mut group = Group::new(known.lane.clone(), stream, &self.keys);
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(group.most_tokens());
         let measured = Measured { sizes: lane.standings.sizes(group.scope).unwrap_or(measured.sizes), ..measured };
-        if let Some(known) = lane.group(group_id) {
-            group.size = known.size;
-        }
+        group.size = known.size;
         let reuse = group.stream.task.options.reuse;
         for (i, (item, line)) in items.into_iter().enumerate() {
             let compartment = group.compartment(&self.keys, &item);

@@ -33,6 +33,7 @@ use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
 use crate::frames::Frames;
 use crate::group::{Line, Pushed, Ruler};
+use crate::groups::Groups;
 use crate::kept::Kept;
 use crate::key::{GroupId, LaneKey};
 use crate::lane::{Lane, Learned};
@@ -40,8 +41,8 @@ use crate::notice::Notices;
 use crate::numbers::Numbers;
 use crate::places::Places;
 use crate::protocol::{
-    Allowance, FromGateway, Full, Item, MAX_FRAME, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
-    StopReason, Stream, Verdict, encode,
+    Allowance, FromGateway, Full, Item, MAX_FRAME, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Model, Outcome, Spent,
+    Stop, StopReason, Stream, Verdict, encode,
 };
 use crate::request::Answered;
 use crate::row::{Row, Waiter};
@@ -56,7 +57,7 @@ struct Conn {
     frames: Frames,
     /// When (ms) it last opened a stream or sent rows.
     came: u64,
-    stream: Option<(LaneKey, GroupId, Rc<Stream>)>,
+    stream: Option<(GroupId, Rc<Stream>)>,
     /// Messages with rows that are being taken in.
     coming: usize,
     outstanding: usize,
@@ -72,12 +73,12 @@ struct Conn {
 impl Conn {
     /// The stream of a session.
     fn session(&self) -> Option<&Stream> {
-        self.stream.as_ref().map(|(_, _, stream)| &**stream).filter(|stream| stream.interactive)
+        self.stream.as_ref().map(|(_, stream)| &**stream).filter(|stream| stream.interactive)
     }
 
     /// Nothing is lost with it: it has got all answers, and what it may spend need not be taken for spent.
     fn is_idle(&self) -> bool {
-        let has_budget = self.stream.as_ref().is_some_and(|(_, _, stream)| stream.budget.is_some());
+        let has_budget = self.stream.as_ref().is_some_and(|(_, stream)| stream.budget.is_some());
         self.outstanding == 0 && self.coming == 0 && self.frames.is_empty() && !has_budget
     }
 
@@ -144,6 +145,7 @@ pub struct State {
     kept: Kept,
     conns: HashMap<u64, Conn>,
     lanes: BTreeMap<LaneKey, Lane>,
+    groups: Groups,
     /// Endpoints that are in trouble, by account and URL.
     circuits: BTreeMap<EndpointKey, Circuits>,
     in_flight: HashMap<u64, InFlight>,
@@ -169,6 +171,7 @@ impl State {
             kept,
             conns: HashMap::new(),
             lanes: BTreeMap::new(),
+            groups: Groups::default(),
             circuits: BTreeMap::new(),
             in_flight: HashMap::new(),
             probing: HashMap::new(),
@@ -226,17 +229,17 @@ impl State {
             c.left.notify_one();
             c.stream
         });
-        let Some((lane_key, group_id, _)) = stream else { return };
-        let (gone, _) = self.leave(conn, &lane_key, group_id);
+        let Some((group, _)) = stream else { return };
+        let (gone, _) = self.leave(conn, group);
         self.bytes = gone.iter().fold(self.bytes, |bytes, waiter| bytes.saturating_sub(waiter.bytes));
-        self.tidy(now, &lane_key);
+        self.tidy(now, group);
     }
 
     /// A client waits for nothing any more: all of its rows come back.
     pub fn abandon(&mut self, conn: u64) {
         self.withdraw(conn);
-        let Some((lane, group, _)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else { return };
-        let (gone, worst) = self.leave(conn, &lane, group);
+        let Some(group) = self.group_of(conn) else { return };
+        let (gone, worst) = self.leave(conn, group);
         if let Some(c) = self.conns.get_mut(&conn) {
             c.spent.unconfirmed_input_tokens += worst.input;
             c.spent.unconfirmed_output_tokens += worst.output;
@@ -247,10 +250,10 @@ impl State {
 
     /// Lets go of a client's rows that are under way. Requests that nobody else waits for are given up: what these may take
     /// at the worst.
-    fn leave(&mut self, conn: u64, lane_key: &LaneKey, group_id: GroupId) -> (Vec<Waiter>, Tokens) {
+    fn leave(&mut self, conn: u64, group_id: GroupId) -> (Vec<Waiter>, Tokens) {
         let (mut gone, mut worst) = (Vec::new(), Tokens::default());
-        let Some(group) = self.lanes.get_mut(lane_key).and_then(|l| l.group(group_id)) else { return (gone, worst) };
-        for request in self.in_flight.values_mut().filter(|r| r.lane == *lane_key && r.group == group_id) {
+        let Some(group) = self.groups.get_mut(group_id) else { return (gone, worst) };
+        for request in self.in_flight.values_mut().filter(|r| r.group == group_id) {
             let (before, mut is_wanted) = (gone.len(), false);
             for row in &request.rows {
                 gone.append(&mut group.let_go(row.key, &|c| c == conn));
@@ -276,7 +279,7 @@ impl State {
 
     /// Nothing is read from this client for now. What a budget allows is: its rows may be what memory is full of.
     pub fn must_wait(&self, conn: u64) -> bool {
-        let has_budget = |c: &Conn| c.stream.as_ref().is_some_and(|(_, _, s)| s.budget.is_some());
+        let has_budget = |c: &Conn| c.stream.as_ref().is_some_and(|(_, s)| s.budget.is_some());
         self.is_full() && !self.conns.get(&conn).is_some_and(has_budget)
     }
 
@@ -305,13 +308,13 @@ impl State {
         };
         let lane = self.lanes.entry(lane_key.clone()).or_insert_with(new);
         self.next_id += 1;
-        let group_id = lane.open(GroupId(self.next_id), conn, &stream, &self.keys);
+        let group_id = self.groups.open((&lane_key, lane), GroupId(self.next_id), conn, &stream, &self.keys);
         // Clients that ask the same keep it once.
-        let stream = lane.group(group_id).map_or(stream, |group| Rc::clone(&group.stream));
-        let before = c.stream.replace((lane_key.clone(), group_id, stream));
-        self.tidy(now, &lane_key);
-        if let Some((old, _, _)) = before {
-            self.tidy(now, &old);
+        let stream = self.groups.get(group_id).map_or(stream, |group| Rc::clone(&group.stream));
+        let before = c.stream.replace((group_id, stream));
+        self.tidy(now, group_id);
+        if let Some((old, _)) = before {
+            self.tidy(now, old);
         }
         Ok(())
     }
@@ -324,7 +327,7 @@ impl State {
 
     /// Why there is no place for the stream of a session. Those that are idle give way.
     fn full(&mut self, now: u64, conn: u64, role: u32) -> Option<Full> {
-        while self.lanes.values().flat_map(|l| &l.groups).map(|(_, g)| g.bytes).sum::<usize>() > self.settings.memory {
+        while self.groups.iter().map(|(_, g)| g.bytes).sum::<usize>() > self.settings.memory {
             let idle = self.conns.iter().filter(|(id, c)| **id != conn && c.session().is_some() && c.gives_way(now));
             let Some(idlest) = idle.min_by_key(|(_, c)| c.came).map(|(id, _)| *id) else {
                 return Some(Full::Memory(self.settings.memory));
@@ -352,27 +355,27 @@ impl State {
         None
     }
 
-    /// Brings a lane in line with the streams that are open on it: the smallest limits, groups that are used.
-    fn tidy(&mut self, now: u64, key: &LaneKey) {
-        let on_lane = |c: &&Conn| c.stream.as_ref().is_some_and(|(lane, _, _)| lane == key);
-        let open: Vec<&Conn> = self.conns.values().filter(on_lane).collect();
-        if let Some(lane) = self.lanes.get_mut(key) {
-            lane.groups.retain(|(id, g)| {
-                g.in_flight > 0
-                    || g.queued() > 0
-                    || open.iter().filter_map(|c| c.stream.as_ref()).any(|(_, group, _)| group == id)
-            });
-            // Sessions keep their streams open; only those with rows under way have a say. Without any the limits
-            // stay: what was sent under them still counts.
-            let busy: Vec<&Stream> = open
-                .iter()
-                .filter(|c| c.outstanding > 0)
-                .filter_map(|c| c.stream.as_ref())
-                .map(|(_, _, s)| &**s)
-                .collect();
-            if let Some(limits) = busy.iter().map(|s| s.model.limits()).reduce(Limits::min) {
-                lane.configure(now, limits, busy.iter().filter_map(|s| s.model.max_concurrent_requests).min());
+    /// Forgets a group that is not used, and brings its lane in line with the streams that are open on it: the smallest
+    /// limits hold.
+    fn tidy(&mut self, now: u64, id: GroupId) {
+        let Some(group) = self.groups.get(id) else { return };
+        let key = group.lane.clone();
+        let is_open = || self.conns.values().filter_map(|c| c.stream.as_ref()).any(|(open, _)| *open == id);
+        if group.in_flight == 0 && group.queued() == 0 && !is_open() {
+            self.groups.remove(id);
+            if let Some(lane) = self.lanes.get_mut(&key) {
+                lane.groups.retain(|other| *other != id);
             }
+        }
+        // Sessions keep their streams open; only those with rows under way have a say. Without any the limits stay: what
+        // was sent under them still counts.
+        let busy = self.conns.values().filter(|c| c.outstanding > 0).filter_map(|c| c.stream.as_ref());
+        let on_lane = busy.filter(|(id, _)| self.groups.get(*id).is_some_and(|group| group.lane == key));
+        let models: Vec<&Model> = on_lane.map(|(_, stream)| &stream.model).collect();
+        if let Some(lane) = self.lanes.get_mut(&key)
+            && let Some(limits) = models.iter().map(|model| model.limits()).reduce(Limits::min)
+        {
+            lane.configure(now, limits, models.iter().filter_map(|model| model.max_concurrent_requests).min());
         }
         if self.lanes.len() > MOST_IDLE_LANES {
             self.lanes.retain(|_, lane| !lane.is_idle());
@@ -381,40 +384,44 @@ impl State {
     }
 
     /// Rows of a client begin to come, perhaps in parts: for which group.
-    pub fn rows_come(&mut self, conn: u64) -> Option<(LaneKey, GroupId)> {
-        let c = self.conns.get_mut(&conn)?;
-        c.coming += 1;
-        let (lane, group, _) = c.stream.clone()?;
-        self.lanes.get_mut(&lane)?.group(group)?.coming += 1;
-        Some((lane, group))
+    pub fn rows_come(&mut self, conn: u64) -> Option<GroupId> {
+        self.conns.get_mut(&conn)?.coming += 1;
+        let group = self.group_of(conn)?;
+        self.groups.get_mut(group)?.coming += 1;
+        Some(group)
     }
 
     /// All of them have come.
-    pub fn rows_came(&mut self, conn: u64, group: Option<(LaneKey, GroupId)>) {
+    pub fn rows_came(&mut self, conn: u64, group: Option<GroupId>) {
         if let Some(c) = self.conns.get_mut(&conn) {
             c.coming = c.coming.saturating_sub(1);
         }
-        let group = group.and_then(|(lane, group)| self.lanes.get_mut(&lane)?.group(group));
-        if let Some(group) = group {
+        if let Some(group) = group.and_then(|group| self.groups.get_mut(group)) {
             group.coming = group.coming.saturating_sub(1);
         }
     }
 
     /// By what texts of a client become lines.
-    pub fn ruler(&mut self, conn: u64) -> Option<Ruler> {
-        let (lane, group, _) = self.conns.get(&conn)?.stream.clone()?;
-        Some(self.lanes.get_mut(&lane)?.group(group)?.ruler())
+    pub fn ruler(&self, conn: u64) -> Option<Ruler> {
+        Some(self.groups.get(self.group_of(conn)?)?.ruler())
+    }
+
+    /// The group of a client's stream.
+    fn group_of(&self, conn: u64) -> Option<GroupId> {
+        self.conns.get(&conn)?.stream.as_ref().map(|(group, _)| *group)
     }
 
     pub fn items(&mut self, now: u64, conn: u64, items: Vec<(Item, Option<Line>)>) -> Result<(), String> {
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
         c.came = now;
-        let Some((lane, group, _)) = c.stream.clone() else {
+        let was_idle = c.outstanding == 0;
+        let Some(group) = self.group_of(conn) else {
             return Err("rows came before a stream was opened".to_owned());
         };
-        let was_idle = c.outstanding == 0;
-        if let Some(l) = self.lanes.get_mut(&lane) {
-            l.wake(group);
+        if let Some(g) = self.groups.get_mut(group)
+            && let Some(lane) = self.lanes.get(&g.lane)
+        {
+            lane.wake(g);
         }
         for (item, line) in items {
             let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
@@ -433,8 +440,7 @@ impl State {
                 continue;
             }
             let unique: TextKey = self.id().into();
-            let Some(l) = self.lanes.get_mut(&lane) else { continue };
-            let Some(g) = l.group(group) else { continue };
+            let Some(g) = self.groups.get_mut(group) else { continue };
             let reuse = g.stream.task.options.reuse;
             let compartment = g.compartment(&self.keys, &item);
             let before = item.again.as_ref().map_or(0, |again| again.attempts);
@@ -445,7 +451,9 @@ impl State {
                 .map_or(compartment, |again| self.keys.of(compartment, &format!("{} {}", again.attempts, again.hint)));
             let key = if reuse { self.keys.of(scope, &item.text) } else { unique };
             if reuse && let Some(answer) = self.cache.get(key, self.settings.cache) {
-                l.rows_reused += 1;
+                if let Some(lane) = self.lanes.get_mut(&g.lane) {
+                    lane.rows_reused += 1;
+                }
                 self.outcome(waiter, before, Verdict::Answer(answer), true);
                 continue;
             }
@@ -455,15 +463,15 @@ impl State {
             }
         }
         if was_idle {
-            self.tidy(now, &lane);
+            self.tidy(now, group);
         }
         let stop = if self.settings.enabled {
-            self.down(now, &lane, group).map(|(stop, role)| (stop, Some(role)))
+            self.down(now, group).map(|(stop, role)| (stop, Some(role)))
         } else {
             Some((disabled(), None))
         };
         if let Some((stop, role)) = stop {
-            self.stop(&lane, Some(group), &stop, role);
+            self.stop(group, &stop, role);
         }
         self.flush();
         Ok(())
@@ -477,8 +485,8 @@ impl State {
     }
 
     pub fn allow(&mut self, conn: u64, more: Allowance) {
-        let Some((lane, group, _)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else { return };
-        if let Some(purse) = self.lanes.get_mut(&lane).and_then(|l| l.group(group)).and_then(|g| g.purse.as_mut()) {
+        let Some(group) = self.group_of(conn) else { return };
+        if let Some(purse) = self.groups.get_mut(group).and_then(|g| g.purse.as_mut()) {
             purse.allow(more);
         }
     }
@@ -486,10 +494,10 @@ impl State {
     pub fn withdraw(&mut self, conn: u64) {
         let Some(c) = self.conns.get_mut(&conn) else { return };
         c.stopped = true;
-        let Some((lane, group, _)) = c.stream.clone() else { return };
-        let rows = self.lanes.get_mut(&lane).and_then(|l| l.group(group)).map(|g| g.withdraw(&|c| c == conn));
+        let Some(group) = self.group_of(conn) else { return };
+        let rows = self.groups.get_mut(group).map(|g| g.withdraw(&|c| c == conn));
         self.give_back(rows.unwrap_or_default());
-        self.release_last(&lane, group);
+        self.release_last(group);
         self.flush();
     }
 
@@ -500,9 +508,8 @@ impl State {
     }
 
     /// A row is done with: all who wait for it get this outcome, and only the first has paid.
-    fn done(&mut self, lane_key: &LaneKey, group_id: GroupId, row: Row, verdict: Verdict) {
-        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let Some(group) = lane.group(group_id) else { return };
+    fn done(&mut self, group: GroupId, row: Row, verdict: Verdict) {
+        let Some(group) = self.groups.get_mut(group) else { return };
         let waiters = group.take_waiters(&row);
         if let Verdict::Answer(answer) = &verdict
             && group.stream.task.options.reuse
@@ -510,7 +517,7 @@ impl State {
             self.cache.put(row.key, answer.clone(), self.settings.cache);
         }
         let is_answer = matches!(verdict, Verdict::Answer(_));
-        if is_answer {
+        if is_answer && let Some(lane) = self.lanes.get_mut(&group.lane) {
             lane.rows_reused += waiters.len().saturating_sub(1) as u64;
         }
         for (i, waiter) in waiters.into_iter().enumerate() {
@@ -542,21 +549,21 @@ impl State {
         }
     }
 
-    /// Stops the streams of a lane, or of one group of it: their waiting rows go back. If a provider's words are about a
-    /// request of a role, other roles are not told them.
-    fn stop(&mut self, lane_key: &LaneKey, group: Option<GroupId>, stop: &Stop, role: Option<u32>) {
-        let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let mut rows = Vec::new();
-        for (id, g) in &mut lane.groups {
-            if group.is_none_or(|wanted| wanted == *id) {
-                rows.append(&mut g.withdraw(&|_| true));
-            }
-        }
+    /// Stops the streams of all groups of a lane.
+    fn stop_lane(&mut self, lane: &LaneKey, stop: &Stop, role: Option<u32>) {
+        let groups = self.lanes.get(lane).map(|lane| lane.groups.clone()).unwrap_or_default();
+        groups.into_iter().for_each(|group| self.stop(group, stop, role));
+    }
+
+    /// Stops the streams of a group: their waiting rows go back. If a provider's words are about a request of a role, other
+    /// roles are not told them.
+    fn stop(&mut self, id: GroupId, stop: &Stop, role: Option<u32>) {
+        let Some(group) = self.groups.get_mut(id) else { return };
+        let rows = group.withdraw(&|_| true);
         self.give_back(rows);
         // The reason goes first: a client that saw only rows come back would send them again.
         for c in self.conns.values_mut() {
-            let is_it = |l: &LaneKey, g: GroupId| l == lane_key && group.is_none_or(|wanted| wanted == g);
-            let Some((_, _, stream)) = c.stream.as_ref().filter(|(l, g, _)| is_it(l, *g)) else { continue };
+            let Some((_, stream)) = c.stream.as_ref().filter(|(group, _)| *group == id) else { continue };
             let mut stop = stop.clone();
             if role.is_some_and(|role| role != stream.role) {
                 stop.message = trouble::without_words(&stop.message).to_owned();
@@ -576,7 +583,7 @@ impl State {
         if off {
             let keys: Vec<LaneKey> = self.lanes.keys().cloned().collect();
             for key in keys {
-                self.stop(&key, None, &disabled(), None);
+                self.stop_lane(&key, &disabled(), None);
             }
             for request in self.in_flight.values() {
                 request.abandoned.notify_one();

@@ -103,8 +103,8 @@ impl State {
         let report = answered.as_ref().and_then(|a| a.result.as_ref().err());
         let found = self.lanes.get_mut(&request.lane);
         let found = found.filter(|lane| report.is_some_and(|report| report.is_in_doubt || is_over(lane, report)));
-        let Some((lane, group)) = found.map(|lane| (lane, request.group)) else { return Some((request, answered)) };
-        let Some(stream) = lane.group(group).map(|g| Rc::clone(&g.stream)) else { return Some((request, answered)) };
+        let Some((lane, group)) = found.zip(self.groups.get(request.group)) else { return Some((request, answered)) };
+        let stream = Rc::clone(&group.stream);
         let (body, timeout) = bare(lane, &stream);
         let (id, abandoned) = (request.id, Rc::clone(&request.abandoned));
         self.doubts.push(Launch { id, stream, body, timeout, most_tokens: PROBE_READ_TOKENS, abandoned });
@@ -116,11 +116,11 @@ impl State {
     /// Prepares a probe of a client's model.
     pub fn probe(&mut self, now: u64, conn: u64) -> Option<Probe> {
         let left = Rc::clone(&self.conns.get(&conn)?.left);
-        let (lane_key, _, stream) = self.conns.get(&conn)?.stream.clone()?;
+        let (group, stream) = self.conns.get(&conn)?.stream.clone()?;
         if !self.settings.enabled {
             return Some(Probe::Disabled);
         }
-        let lane = self.lanes.get_mut(&lane_key)?;
+        let lane = self.lanes.get_mut(&self.groups.get(group)?.lane)?;
         if lane.last_success.is_some_and(|at| at + 60_000 > now) {
             return Some(Probe::Alive);
         }
@@ -132,10 +132,11 @@ impl State {
 
     /// What a probe's end means: `None` if it is to be sent again, else the answer to give.
     pub fn probed(&mut self, now: u64, conn: u64, tries: u32, result: Result<Reply, Report>) -> Option<Option<Stop>> {
-        let (lane_key, group_id, _) = self.conns.get(&conn)?.stream.clone()?;
+        let group = self.group_of(conn)?;
+        let lane_key = self.groups.get(group)?.lane.clone();
         let is_answered = !matches!(&result, Err(report) if matches!(report.trouble, Trouble::Overload(_)));
         if is_answered {
-            self.answers(now, &lane_key, group_id);
+            self.answers(now, group);
         }
         let Err(report) = result else {
             if let Some(lane) = self.lanes.get_mut(&lane_key) {
@@ -144,7 +145,7 @@ impl State {
             return Some(None);
         };
         let message = report.message;
-        let is_open = !is_answered && self.fails(now, &lane_key, group_id, 1, &message);
+        let is_open = !is_answered && self.fails(now, group, 1, &message);
         let lane = self.lanes.get_mut(&lane_key)?;
         // Nothing but the words of it is asked for.
         let plain = Options { structured_output: StructuredOutput::None, ..Options::default() };

@@ -299,8 +299,8 @@ impl State {
                 Look::Sent => {}
                 Look::TooLarge(group, rows, why) => {
                     let size = rows.len();
-                    self.too_large(now, (&key, group), rows, size, &why);
-                    self.release_last(&key, group);
+                    self.too_large(now, group, rows, size, &why);
+                    self.release_last(group);
                 }
                 Look::Nothing => continue,
             }
@@ -331,13 +331,14 @@ impl State {
         let mut later = |at: u64| *wake = Some(wake.map_or(at, |w| w.min(at)));
         let most = self.room(key);
         let Some(lane) = self.lanes.get_mut(key) else { return Look::Nothing };
-        lane.order();
+        lane.order(&self.groups);
         lane.forget(now);
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
         let largest_answer = lane.limiter.largest_answer();
         let Lane { groups, limiter, learned, measured, standings, in_flight, .. } = lane;
-        for (id, group) in groups {
+        for id in groups.iter().copied() {
+            let Some(group) = self.groups.get_mut(id) else { continue };
             if *in_flight >= if group.stream.interactive { allowed_interactive } else { allowed } {
                 return Look::Nothing;
             }
@@ -383,11 +384,10 @@ impl State {
             match decided {
                 Ok((_, draft, grant)) => {
                     let asked = draft.asked(now, group.scope, (way, turn), learned);
-                    let id = *id;
                     launches.extend(self.launch(now, key, id, Pack { rows, draft, asked, grant }));
                     return Look::Sent;
                 }
-                Err(Unsent::TooLarge(_, why)) => return Look::TooLarge(*id, rows, why),
+                Err(Unsent::TooLarge(_, why)) => return Look::TooLarge(id, rows, why),
                 Err(Unsent::Until(at)) => {
                     later(at);
                     return Look::Nothing;
@@ -408,7 +408,7 @@ impl State {
     /// A pack goes out.
     fn launch(&mut self, now: u64, key: &LaneKey, id: GroupId, pack: Pack) -> Option<Launch> {
         let lane = self.lanes.get_mut(key)?;
-        let (_, group) = lane.groups.iter_mut().find(|(own, _)| *own == id)?;
+        let group = self.groups.get_mut(id)?;
         let Pack { rows, draft, asked, grant } = pack;
         if let Some(purse) = &mut group.purse {
             purse.take(draft.worst);

@@ -59,11 +59,11 @@ impl State {
             self.unsure(&request);
         }
         let InFlight { id, lane: lane_key, group, mut rows, grant, asked, .. } = request;
-        let is_own = report.message == TIMED_OUT && self.is_impatient(&lane_key, group);
+        let is_own = report.message == TIMED_OUT && self.is_impatient(group);
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
-        let role = lane.group(group).map(|g| g.stream.role);
+        let role = self.groups.get(group).map(|g| g.stream.role);
         lane.fails(now, (grant, asked.sent), report, left(said), (role, is_own));
-        if !is_unsure && let Some(purse) = lane.group(group).and_then(|g| g.purse.as_mut()) {
+        if !is_unsure && let Some(purse) = self.groups.get_mut(group).and_then(|g| g.purse.as_mut()) {
             purse.give_back(asked.worst, Tokens::default());
         }
         let standing = lane.standings.of(now, asked.scope);
@@ -101,12 +101,12 @@ impl State {
             lane.standings.of(now, asked.scope).begin_anew();
         }
         self.notice(now, &lane_key, "stopped", &message);
-        if let Some(g) = self.lanes.get_mut(&lane_key).and_then(|l| l.group(group)) {
+        if let Some(g) = self.groups.get_mut(group) {
             let waiters = rows.iter().flat_map(|row| g.take_waiters(row)).collect();
             self.give_back(waiters);
         }
         let stop = Stop { reason: end.reason, message, retry_after_ms: end.retry_after };
-        self.stop(&lane_key, (!end.is_for_all).then_some(group), &stop, role);
+        if end.is_for_all { self.stop_lane(&lane_key, &stop, role) } else { self.stop(group, &stop, role) }
     }
 
     /// Too much at once: the lane waits, for as long as the provider said if it did.
@@ -122,7 +122,7 @@ impl State {
         let least = if lane.refused_in_vain > 1 { backoff(lane.refused_in_vain) } else { 0 };
         let wait = said.map_or_else(|| backoff(lane.refusals), |said| said.max(least));
         lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
-        self.put_back(&lane_key, group, rows);
+        self.put_back(group, rows);
         self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
     }
 
@@ -131,7 +131,7 @@ impl State {
         let Failed { lane: lane_key, group, rows, asked, message, .. } = failed;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         lane.learned.observe_end(true, asked.worst.output);
-        self.put_back(&lane_key, group, rows);
+        self.put_back(group, rows);
         if self.weigh(now, &lane_key, group, asked, Said::Cut) {
             self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
         }
@@ -151,13 +151,13 @@ impl State {
             rows if is_least => {
                 let most_rows = rows.len().div_ceil(2);
                 rows.iter_mut().for_each(|row| row.most_rows = most_rows);
-                if let Some(group) = lane.group(group) {
+                if let Some(group) = self.groups.get_mut(group) {
                     group.size.observe(rows.len(), rows.len() / 2, false);
                 }
             }
             _ => {}
         }
-        self.put_back(&lane_key, group, rows);
+        self.put_back(group, rows);
         self.notice(now, &lane_key, "cap", &format!("{message}; continuing with a smaller cap"));
     }
 
@@ -172,16 +172,16 @@ impl State {
         let least = Measured { sizes, ..lane.measured }.least_cap(asked.estimate.output);
         let caps = (asked.worst.output, least);
         if !is_limit && lane.takes_less_answer(now, words, asked.learned, asked.estimate.input, caps) {
-            return self.put_back(&failed.lane, failed.group, failed.rows);
+            return self.put_back(failed.group, failed.rows);
         }
         let alone = is_limit && lane.refuses_as_over_limit(now, words);
         let Failed { lane: lane_key, group, mut rows, message, .. } = failed;
         let size = rows.len();
         self.notice_smaller(now, &lane_key, "too large", &message, size);
         if alone {
-            self.first_goes_alone(&lane_key, group, &mut rows);
+            self.first_goes_alone(group, &mut rows);
         }
-        self.too_large(now, (&lane_key, group), rows, size, &message);
+        self.too_large(now, group, rows, size, &message);
     }
 
     /// A row is refused alone as larger than a limit of the account.
@@ -206,7 +206,7 @@ impl State {
     fn unsupported(&mut self, now: u64, failed: Failed, parameter: Parameter, (id, is_accepted): (u64, bool)) {
         let Failed { lane: ref lane_key, group, asked, ref message, .. } = failed;
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let stream = lane.group(group).map(|g| Rc::clone(&g.stream));
+        let stream = self.groups.get(group).map(|g| Rc::clone(&g.stream));
         let options = stream.as_ref().map(|s| s.task.options.clone()).unwrap_or_default();
         let is_form = parameter == Parameter::ResponseFormat;
         // Where the user has set further parameters it may be refused for one of these.
@@ -217,7 +217,7 @@ impl State {
             lane.learned.refused(parameter, asked.learned, &options)
         };
         if has_other || (is_form && self.form_is_refused(now, lane_key, group, asked)) {
-            self.put_back(lane_key, group, failed.rows);
+            self.put_back(group, failed.rows);
             self.notice(now, lane_key, "unsupported", &format!("{message}; continuing without it"));
         } else if matches!(parameter, Parameter::SystemRole | Parameter::Sampling)
             || is_form && asked.learned.form(&options) == Form::Plain
@@ -237,14 +237,12 @@ impl State {
 
     /// Whether others ask the same endpoint who wait longer for an answer: a request of this group that took too long may
     /// have been served to them.
-    fn is_impatient(&mut self, lane: &LaneKey, group: GroupId) -> bool {
-        let Some(own) = self.lanes.get_mut(lane).and_then(|l| l.group(group)).map(|g| Rc::clone(&g.stream)) else {
-            return false;
-        };
-        let lanes = self.lanes.iter().filter(|(other, _)| other.account == lane.account);
-        lanes.flat_map(|(_, lane)| &lane.groups).any(|(_, g)| {
-            let is_longer = g.stream.model.request_timeout_ms > own.model.request_timeout_ms;
-            is_longer && g.stream.endpoint.base_url == own.endpoint.base_url
+    fn is_impatient(&self, group: GroupId) -> bool {
+        let Some(own) = self.groups.get(group) else { return false };
+        let of_account = self.groups.iter().filter(|(_, g)| g.lane.account == own.lane.account);
+        of_account.map(|(_, g)| &g.stream).any(|other| {
+            let is_longer = other.model.request_timeout_ms > own.stream.model.request_timeout_ms;
+            is_longer && other.endpoint.base_url == own.stream.endpoint.base_url
         })
     }
 
@@ -271,23 +269,23 @@ impl State {
         // Paid for like an answer, or it may have been.
         let is_enough = (has_begun || is_unsure) && self.weigh(now, &lane_key, group, asked, Said::Cut);
         if is_enough && has_begun {
-            self.put_back(&lane_key, group, rows);
+            self.put_back(group, rows);
             self.give_up(now, &lane_key, asked.scope, &format!("an error: {message}"));
             return;
         }
         if is_enough || self.is_left_alone(now, &lane_key, asked) {
-            self.put_back(&lane_key, group, rows);
+            self.put_back(group, rows);
             self.hold(now, &lane_key, asked.scope, &message, role);
             return;
         }
-        let is_open = !is_own && self.fails(now, &lane_key, group, points, &message);
+        let is_open = !is_own && self.fails(now, group, points, &message);
         if rows.iter().any(|row| row.is_spent(most)) {
             self.spent(now, (&lane_key, group), rows, asked, &message);
             return;
         }
         if is_open {
             // Whether it is these rows or the provider, a probe will tell.
-            self.put_back(&lane_key, group, rows);
+            self.put_back(group, rows);
             return;
         }
         // One wait for all rows, so that they stay together.
@@ -304,9 +302,8 @@ impl State {
     /// bound of its own.
     fn max_attempts(&mut self, now: u64, lane: &LaneKey, group: GroupId) -> u32 {
         let Some(lane) = self.lanes.get_mut(lane) else { return u32::MAX };
-        let Some((most, scope)) = lane.group(group).map(|g| (g.stream.task.options.max_attempts, g.scope)) else {
-            return u32::MAX;
-        };
+        let Some(group) = self.groups.get(group) else { return u32::MAX };
+        let (most, scope) = (group.stream.task.options.max_attempts, group.scope);
         if lane.standings.of(now, scope).patience.has_answered() { most } else { u32::MAX }
     }
 
@@ -320,7 +317,7 @@ impl State {
             rows.into_iter().for_each(|row| self.conclude(now, lane, group, row, verdict.clone()));
             return;
         }
-        self.put_back(lane, group, rows);
+        self.put_back(group, rows);
         self.stop_paying(now, lane, asked, message);
     }
 
@@ -363,15 +360,15 @@ impl State {
             row.refused_in = Some(request);
         }
         if !is_accepted {
-            self.first_goes_alone(lane, group, &mut rows);
+            self.first_goes_alone(group, &mut rows);
         }
-        rows.into_iter().for_each(|row| self.again(lane, group, row));
+        rows.into_iter().for_each(|row| self.again(group, row));
     }
 
     /// The first of these rows is the next to be sent, alone.
-    fn first_goes_alone(&mut self, lane: &LaneKey, group: GroupId, rows: &mut Vec<Row>) {
-        let mut first = self.wanted(lane, group, vec![rows.remove(0)]);
-        if let Some((g, mut row)) = self.lanes.get_mut(lane).and_then(|l| l.group(group)).zip(first.pop()) {
+    fn first_goes_alone(&mut self, group: GroupId, rows: &mut Vec<Row>) {
+        let mut first = self.wanted(group, vec![rows.remove(0)]);
+        if let Some((g, mut row)) = self.groups.get_mut(group).zip(first.pop()) {
             row.most_rows = 1;
             g.push_next(row);
         }
@@ -395,7 +392,7 @@ impl State {
             row.most_rows = size.div_ceil(2);
             row.trouble = MOST_TROUBLE - 2;
         }
-        self.again(lane, group, row);
+        self.again(group, row);
     }
 
     /// A row was refused alone as larger than a limit of the account. That is not taken for the row's fault at once, and only
@@ -412,36 +409,29 @@ impl State {
         row.trouble += 1;
         row.not_before = now + backoff(row.trouble);
         if is_so && row.over_limit >= MOST_OVER_LIMIT {
-            self.done(lane, group, row, too_long(message));
+            self.done(group, row, too_long(message));
         } else {
             self.row_in_trouble(now, (lane, group), (row, 1), asked, message);
         }
     }
 
     /// These are rows of a request of `size` rows that was too large.
-    pub(super) fn too_large(
-        &mut self,
-        now: u64,
-        (lane, group): (&LaneKey, GroupId),
-        rows: Vec<Row>,
-        size: usize,
-        why: &str,
-    ) {
+    pub(super) fn too_large(&mut self, now: u64, group: GroupId, rows: Vec<Row>, size: usize, why: &str) {
         for mut row in rows {
             if size == 1 {
-                self.done(lane, group, row, too_long(why));
+                self.done(group, row, too_long(why));
             } else {
                 row.most_rows = size.div_ceil(2);
                 row.not_before = now;
-                self.again(lane, group, row);
+                self.again(group, row);
             }
         }
     }
 
     /// Those among who wait for these rows that were told to stop get them back; what others still want remains.
-    pub(super) fn wanted(&mut self, lane: &LaneKey, group: GroupId, rows: Vec<Row>) -> Vec<Row> {
+    pub(super) fn wanted(&mut self, group: GroupId, rows: Vec<Row>) -> Vec<Row> {
         let stopped: HashSet<u64> = self.conns.iter().filter(|(_, c)| c.stopped).map(|(id, _)| *id).collect();
-        let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(group)) else { return Vec::new() };
+        let Some(g) = self.groups.get_mut(group) else { return Vec::new() };
         let mut gone = Vec::new();
         let mut wanted = Vec::new();
         for row in rows {
@@ -457,17 +447,17 @@ impl State {
     }
 
     /// Queues rows again that were refused through no trouble of theirs.
-    pub(super) fn put_back(&mut self, lane: &LaneKey, group: GroupId, rows: Vec<Row>) {
-        let rows = self.wanted(lane, group, rows);
-        if let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
+    pub(super) fn put_back(&mut self, group: GroupId, rows: Vec<Row>) {
+        let rows = self.wanted(group, rows);
+        if let Some(g) = self.groups.get_mut(group) {
             g.put_back(rows);
         }
     }
 
     /// Queues a row again for another request.
-    pub(super) fn again(&mut self, lane: &LaneKey, group: GroupId, row: Row) {
-        let rows = self.wanted(lane, group, vec![row]);
-        if let Some(g) = self.lanes.get_mut(lane).and_then(|l| l.group(group)) {
+    pub(super) fn again(&mut self, group: GroupId, row: Row) {
+        let rows = self.wanted(group, vec![row]);
+        if let Some(g) = self.groups.get_mut(group) {
             rows.into_iter().for_each(|row| g.push_again(row));
         }
     }
