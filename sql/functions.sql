@@ -36,7 +36,22 @@ COMMENT ON FUNCTION llm_batch.alter_model IS 'changes the given settings of a mo
 CREATE FUNCTION llm_batch.drop_model(name text) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'drop_model_wrapper';
-COMMENT ON FUNCTION llm_batch.drop_model IS 'drops a model that no task uses';
+COMMENT ON FUNCTION llm_batch.drop_model IS 'drops a model that no task or route uses';
+
+CREATE FUNCTION llm_batch.create_route(name text, models text[], policy text DEFAULT 'failover') RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'create_route_wrapper';
+COMMENT ON FUNCTION llm_batch.create_route IS 'creates a route, whose name stands wherever a model''s may: failover asks the first model that answers, spread whichever has room in its limits';
+
+CREATE FUNCTION llm_batch.alter_route(name text, models text[] DEFAULT NULL, policy text DEFAULT NULL) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'alter_route_wrapper';
+COMMENT ON FUNCTION llm_batch.alter_route IS 'changes the models or the policy of a route; NULL keeps them';
+
+CREATE FUNCTION llm_batch.drop_route(name text) RETURNS void
+    LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
+    AS 'MODULE_PATHNAME', 'drop_route_wrapper';
+COMMENT ON FUNCTION llm_batch.drop_route IS 'drops a route that no task uses';
 
 -- Tasks
 
@@ -213,7 +228,7 @@ COMMENT ON FUNCTION llm_batch.drop_task IS 'drops a task that no unfinished job 
 CREATE FUNCTION llm_batch.set_owner(kind text, name text, new_owner regrole) RETURNS void
     LANGUAGE c STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'set_owner_wrapper';
-COMMENT ON FUNCTION llm_batch.set_owner(text, text, regrole) IS 'changes the owner of a model or a task; kind is model or task';
+COMMENT ON FUNCTION llm_batch.set_owner(text, text, regrole) IS 'changes the owner of a model, a route or a task; kind is model, route or task';
 
 CREATE FUNCTION llm_batch.set_owner(job_id bigint, new_owner regrole) RETURNS void
     LANGUAGE c STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp

@@ -59,13 +59,25 @@ COMMENT ON COLUMN llm_batch.model.request_timeout IS 'maximum duration of a requ
 COMMENT ON COLUMN llm_batch.model.max_request_tokens IS 'maximum number of tokens of a request, prompt and answer together';
 COMMENT ON COLUMN llm_batch.model.parameters IS 'additional parameters of each request, such as {"temperature": 0}';
 
+CREATE TABLE llm_batch.route (
+    name        text PRIMARY KEY,
+    owner       oid NOT NULL,
+    owner_name  name NOT NULL,
+    home        text NOT NULL,
+    models      text[] NOT NULL,
+    policy      text NOT NULL CHECK (policy IN ('failover', 'spread'))
+);
+COMMENT ON TABLE llm_batch.route IS 'several models under one name; managed by llm_batch.create_route(), alter_route() and drop_route()';
+COMMENT ON COLUMN llm_batch.route.models IS 'the models, in the order in which failover asks them';
+COMMENT ON COLUMN llm_batch.route.policy IS 'failover: the first model that is not down and has not stopped; spread: whichever has room in its limits';
+
 CREATE TABLE llm_batch.task (
     name        text PRIMARY KEY,
     owner       oid NOT NULL,
     owner_name  name NOT NULL,
     home        text NOT NULL,
     kind        text NOT NULL,
-    model       text NOT NULL REFERENCES llm_batch.model (name),
+    model       text NOT NULL,
     spec        jsonb NOT NULL,
     options     jsonb NOT NULL,
     search_path text NOT NULL,
@@ -73,6 +85,7 @@ CREATE TABLE llm_batch.task (
 );
 COMMENT ON TABLE llm_batch.task IS 'tasks; managed by llm_batch.create_classifier() and the like, alter_classifier() and the like, and drop_task()';
 COMMENT ON COLUMN llm_batch.task.kind IS 'classify, extract, generate or score';
+COMMENT ON COLUMN llm_batch.task.model IS 'the model that is asked, or a route';
 COMMENT ON COLUMN llm_batch.task.spec IS 'what is asked, by the kind: instruction, labels, fields, range, examples';
 COMMENT ON COLUMN llm_batch.task.options IS 'how it is asked; jobs and functions can override it';
 COMMENT ON COLUMN llm_batch.task.search_path IS 'search_path under which the expressions of the options are read: that of who wrote them';
@@ -166,6 +179,20 @@ CREATE TABLE llm_batch.job_state (
 ) WITH (fillfactor = 50);
 COMMENT ON TABLE llm_batch.job_state IS 'state and counters of jobs, written by their workers; see llm_batch.progress';
 
+CREATE TABLE llm_batch.job_model (
+    job_id              bigint NOT NULL REFERENCES llm_batch.job (id) ON DELETE CASCADE,
+    model               text NOT NULL,
+    rows_answered       bigint NOT NULL,
+    requests            bigint NOT NULL,
+    input_tokens        bigint NOT NULL,
+    cached_input_tokens bigint NOT NULL,
+    output_tokens       bigint NOT NULL,
+    cost                numeric NOT NULL,
+    cost_unconfirmed    numeric NOT NULL,
+    PRIMARY KEY (job_id, model)
+) WITH (fillfactor = 50);
+COMMENT ON TABLE llm_batch.job_model IS 'counters of jobs by model; see llm_batch.progress_by_model';
+
 CREATE TABLE llm_batch.row_failure (
     job_id   bigint NOT NULL REFERENCES llm_batch.job (id) ON DELETE CASCADE,
     key      jsonb NOT NULL,
@@ -203,6 +230,10 @@ SELECT pg_catalog.pg_extension_config_dump('llm_batch.task', $$WHERE false UNION
     SELECT (pg_catalog.jsonb_populate_record(t, pg_catalog.jsonb_build_object('owner_name', COALESCE(r.rolname, t.owner_name)))).*
       FROM llm_batch.task t
       LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) llm_batch.owner_now(t.owner, t.owner_name, t.home)$$);
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.route', $$WHERE false UNION ALL
+    SELECT (pg_catalog.jsonb_populate_record(o, pg_catalog.jsonb_build_object('owner_name', COALESCE(r.rolname, o.owner_name)))).*
+      FROM llm_batch.route o
+      LEFT JOIN pg_catalog.pg_roles r ON r.oid OPERATOR(pg_catalog.=) llm_batch.owner_now(o.owner, o.owner_name, o.home)$$);
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.task_history', '');
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.job', $$WHERE false UNION ALL
     SELECT (pg_catalog.jsonb_populate_record(j, pg_catalog.jsonb_build_object(
@@ -220,5 +251,6 @@ SELECT pg_catalog.pg_extension_config_dump('llm_batch.job', $$WHERE false UNION 
              ON t.oid OPERATOR(pg_catalog.=) llm_batch.relation_now(j.relation, j.relation_name, j.home)$$);
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_id_seq', '');
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_state', '');
+SELECT pg_catalog.pg_extension_config_dump('llm_batch.job_model', '');
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.row_failure', '');
 SELECT pg_catalog.pg_extension_config_dump('llm_batch.row_null', '');

@@ -70,6 +70,19 @@ COMMENT ON COLUMN llm_batch.progress.max_cost IS 'budget in dollars; cost and co
 COMMENT ON COLUMN llm_batch.progress.max_tokens IS 'budget in tokens';
 COMMENT ON COLUMN llm_batch.progress.projected_cost IS 'expected total cost in dollars, if the remaining rows cost as much as the rows so far';
 
+CREATE VIEW llm_batch.progress_by_model WITH (security_barrier = true) AS
+SELECT m.job_id, m.model, m.rows_answered, m.requests, m.input_tokens, m.cached_input_tokens, m.output_tokens,
+       pg_catalog.trim_scale(m.cost) AS cost, pg_catalog.trim_scale(m.cost_unconfirmed) AS cost_unconfirmed
+  FROM llm_batch.job_model m
+  JOIN llm_batch.job j ON j.id OPERATOR(pg_catalog.=) m.job_id
+ WHERE pg_catalog.pg_has_role('pg_monitor', 'USAGE')
+    OR pg_catalog.pg_has_role(llm_batch.owner_now(j.owner, j.owner_name, j.home), 'USAGE')
+    OR pg_catalog.pg_has_role((SELECT t.relowner FROM pg_catalog.pg_class t
+                                WHERE t.oid OPERATOR(pg_catalog.=) llm_batch.relation_now(j.relation, j.relation_name, j.home)), 'USAGE');
+COMMENT ON VIEW llm_batch.progress_by_model IS 'which model has answered how many rows of a job, and at what cost; as for llm_batch.progress';
+COMMENT ON COLUMN llm_batch.progress_by_model.rows_answered IS 'answers that came, reused ones included; not all of them may have been written';
+COMMENT ON COLUMN llm_batch.progress_by_model.cost_unconfirmed IS 'maximum cost in dollars of requests whose usage is unknown because they broke off';
+
 CREATE VIEW llm_batch.failure WITH (security_barrier = true) AS
 SELECT f.job_id, f.key, f.state, f.class, f.attempts, f.detail, f.at
   FROM llm_batch.row_failure f
@@ -160,6 +173,6 @@ COMMENT ON PROCEDURE llm_batch.wait IS 'waits until a job is done; raises an err
 GRANT USAGE ON SCHEMA llm_batch TO PUBLIC;
 REVOKE ALL ON ALL TABLES IN SCHEMA llm_batch FROM PUBLIC;
 REVOKE ALL ON ALL SEQUENCES IN SCHEMA llm_batch FROM PUBLIC;
-GRANT SELECT ON llm_batch.model, llm_batch.list_price, llm_batch.task, llm_batch.task_history, llm_batch.progress, llm_batch.failure, llm_batch.activity TO PUBLIC;
+GRANT SELECT ON llm_batch.model, llm_batch.list_price, llm_batch.route, llm_batch.task, llm_batch.task_history, llm_batch.progress, llm_batch.progress_by_model, llm_batch.failure, llm_batch.activity TO PUBLIC;
 
 SET LOCAL search_path TO @extschema@, pg_temp;

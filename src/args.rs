@@ -40,7 +40,8 @@ pub fn unknown(what: &str, name: &str) -> Error {
             "Create it with llm_batch.create_classifier(), create_extractor(), create_generator(), create_scorer() or \
              create_embedder()."
         }
-        _ => "Create it with llm_batch.create_model().",
+        "route" => "Create it with llm_batch.create_route().",
+        _ => "Create it with llm_batch.create_model(), or with llm_batch.create_route() from several models.",
     };
     Error::unknown(format!("{what} \"{name}\" does not exist")).hint(hint)
 }

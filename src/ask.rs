@@ -115,6 +115,8 @@ pub struct Done {
     /// How long they had none, of all of them together.
     pub waited: Duration,
     pub spent: Spent,
+    /// Picodollars, where prices are known.
+    pub cost: u64,
 }
 
 impl Done {
@@ -123,6 +125,7 @@ impl Done {
         self.reused += more.reused;
         self.waited += more.waited;
         self.spent.add(&more.spent);
+        self.cost += more.cost;
     }
 }
 
@@ -132,8 +135,9 @@ impl Asker {
         if limit != (Allowance { cost: UNLIMITED, tokens: UNLIMITED }) {
             asked = asked.with_budget(limit.cost != UNLIMITED)?;
         }
-        let Asked { stream, model, price, checks, .. } = asked;
-        let mut purse = Purse::new(limit, price, stream.budget);
+        let Asked { stream, model, models, checks, .. } = asked;
+        let prices = models.into_iter().map(|(_, price)| price).collect();
+        let mut purse = Purse::new(limit, prices, stream.budget);
         let client = match KEPT.take() {
             // What a stream was allowed holds for one budget.
             Some(kept) if kept.stream == stream && (stream.budget.is_none() || kept.purse.is_same(&purse)) => {
@@ -212,8 +216,8 @@ impl Asker {
     /// Waits for answers, at most for so long, and hands each to `sink` by its number. Whether anything came.
     pub fn receive(&mut self, timeout: Duration, sink: &mut dyn FnMut(u64, Verdict)) -> Result<bool> {
         match self.client.receive(timeout)? {
-            Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
-                self.take(outcomes, &spent, sink)?;
+            Received::Message(FromGateway::Outcomes { model, outcomes, spent }) => {
+                self.take(model, outcomes, &spent, sink)?;
                 // Rows that are asked again.
                 self.flush()?;
                 if let Some(more) = self.purse.top_up() {
@@ -238,12 +242,18 @@ impl Asker {
         Ok(true)
     }
 
-    fn take(&mut self, outcomes: Vec<Outcome>, spent: &Spent, sink: &mut dyn FnMut(u64, Verdict)) -> Result<()> {
+    fn take(
+        &mut self,
+        model: usize,
+        outcomes: Vec<Outcome>,
+        spent: &Spent,
+        sink: &mut dyn FnMut(u64, Verdict),
+    ) -> Result<()> {
         self.lost.answered();
         self.done.spent.add(spent);
         // What was withdrawn is followed by the reason: the stream is stopped.
         let outcomes: Vec<_> = outcomes.into_iter().filter(|o| o.verdict != Verdict::Withdrawn).collect();
-        self.purse.spend(spent, outcomes.len() as u64);
+        self.done.cost += self.purse.spend(model, spent, outcomes.len() as u64);
         // Memory that is used for a row is not kept until the statement ends.
         let mut memory = PgMemoryContexts::new("llm_batch answers");
         // SAFETY: on the main thread; what is returned is Rust's own.
@@ -319,9 +329,9 @@ impl Asker {
         self.client.send(&ToGateway::Withdraw)?;
         while under_way > 0 {
             match self.client.receive(Duration::from_secs(60))? {
-                Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
+                Received::Message(FromGateway::Outcomes { model, outcomes, spent }) => {
                     under_way = under_way.saturating_sub(outcomes.len());
-                    self.take(outcomes, &spent, sink)?;
+                    self.take(model, outcomes, &spent, sink)?;
                 }
                 Received::Message(_) | Received::Nothing => {}
                 Received::Lost => return Ok(self.done),

@@ -1,6 +1,8 @@
 //! Prices and budgets: how much of a budget the gateway is granted at a time. It spends nothing that was not granted. A
 //! grant counts as spent until the gateway reports its use.
 
+use std::collections::BTreeMap;
+
 use llm_batch_gateway::protocol::{Allowance, Prices, Spent, Stream};
 
 use crate::client::WINDOW_ROWS;
@@ -40,6 +42,36 @@ impl Price {
     }
 }
 
+/// The spending on each of a stream's models, by its place there, and the rows that it answered.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Bill(BTreeMap<usize, (Spent, u64)>);
+
+impl Bill {
+    pub fn add(&mut self, model: usize, spent: &Spent, rows: u64) {
+        if *spent != Spent::default() || rows > 0 {
+            let (all, answered) = self.0.entry(model).or_default();
+            all.add(spent);
+            *answered += rows;
+        }
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = (usize, &Spent, u64)> {
+        self.0.iter().map(|(model, (spent, rows))| (*model, spent, *rows))
+    }
+
+    /// All of it together.
+    pub fn total(&self) -> Spent {
+        self.0.values().fold(Spent::default(), |mut sum, (spent, _)| {
+            sum.add(spent);
+            sum
+        })
+    }
+}
+
 /// Where there is no limit.
 pub const UNLIMITED: u64 = u64::MAX;
 
@@ -58,7 +90,8 @@ pub struct Funds {
 pub fn chunk(full: Allowance, stream: &Stream) -> Allowance {
     let rows = u64::from(stream.task.options.max_rows_per_request.max(1));
     let requests = WINDOW_ROWS as u64 / rows + 1;
-    let most = stream.model.max_concurrent_requests.map_or(requests, |n| u64::from(n) * 5 / 2);
+    let most = stream.model.max_concurrent_requests.filter(|_| stream.others.is_empty());
+    let most = most.map_or(requests, |n| u64::from(n) * 5 / 2);
     let requests = requests.min(most);
     Allowance { cost: full.cost.saturating_mul(requests), tokens: full.tokens.saturating_mul(requests) }
 }

@@ -33,6 +33,7 @@ mod process;
 mod provenance;
 mod provider;
 mod question;
+mod route;
 mod rows;
 mod scalar;
 mod settings;

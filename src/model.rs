@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::json::Json;
 use crate::price::{self, Listed};
 use crate::process::current_user;
-use crate::{changes, client, owner, provider, sql, txn};
+use crate::{changes, client, owner, provider, route, sql, txn};
 
 /// Most that a million tokens may cost, dollars.
 const MOST_PRICE: i64 = 1_000_000_000;
@@ -29,7 +29,12 @@ pub struct Known {
 
 /// Looks a model up.
 pub fn load(name: &str) -> Result<Known> {
-    let found = sql::row(
+    find(name)?.ok_or_else(|| unknown("model", name))
+}
+
+/// A model, if there is one of this name.
+pub fn find(name: &str) -> Result<Option<Known>> {
+    sql::row(
         "SELECT llm_batch.server_now(m.server, m.server_name, m.home) AS server, m.server_name::pg_catalog.text AS server_name,
                 m.model, m.tokens_per_minute, m.requests_per_minute, m.input_tokens_per_minute, m.output_tokens_per_minute,
                 m.max_concurrent_requests, m.max_request_tokens, m.parameters,
@@ -78,8 +83,7 @@ pub fn load(name: &str) -> Result<Known> {
                 },
             })
         },
-    )?;
-    found.ok_or_else(|| unknown("model", name))
+    )
 }
 
 /// Another server of that name may be another's: it is never taken for the one that is gone.
@@ -364,6 +368,7 @@ fn create_model(
     args.push(taken.filter(|_| !is_by_hand).map(|listed| listed.as_of).into());
     columns += ", price_as_of";
     values += &format!(", ${}", args.len());
+    route::check_free(name, "model")?;
     let made = txn::as_extension_owner(|| {
         sql::run(
             &format!(
@@ -471,15 +476,5 @@ fn alter_model(
 fn drop_model(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
     owner::check("model", name)?;
-    let user = sql::one::<String>("SELECT t.name FROM llm_batch.task t WHERE t.model = $1 ORDER BY 1", &[name.into()])?;
-    if let Some(task) = user {
-        return Err(Error::new(
-            PgSqlErrorCode::ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST,
-            format!("cannot drop model \"{name}\" because task \"{task}\" uses it"),
-        )
-        .hint("Drop the task with llm_batch.drop_task(), or give it another model.")
-        .into());
-    }
-    txn::as_extension_owner(|| sql::run("DELETE FROM llm_batch.model WHERE name = $1", &[name.into()]))?;
-    Ok(())
+    Ok(txn::as_extension_owner(|| route::drop("model", name))?)
 }

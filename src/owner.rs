@@ -104,9 +104,9 @@ fn check_expressions(task: &str, new_owner: pg_sys::Oid) -> Result<()> {
 
 #[pg_extern(sql = false)]
 fn set_owner(kind: &str, name: &str, new_owner: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
-    if !["model", "task"].contains(&kind) {
+    if !["model", "route", "task"].contains(&kind) {
         return Err(Error::invalid(format!("unrecognized kind \"{kind}\""))
-            .hint("Valid kinds are model and task. For a job, call llm_batch.set_owner(job_id, new_owner).")
+            .hint("Valid kinds are model, route and task. For a job, call llm_batch.set_owner(job_id, new_owner).")
             .into());
     }
     check(kind, name)?;

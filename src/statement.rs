@@ -87,7 +87,8 @@ fn subtract(sum: &mut Allowance, less: Allowance) {
 pub struct Purse {
     began: i64,
     limit: Allowance,
-    price: Price,
+    /// Those of the stream's models.
+    models: Vec<Price>,
     /// The gateway's prices, if it keeps a budget.
     prices: Option<Prices>,
     /// Granted to the stream, and not known to be spent.
@@ -99,8 +100,8 @@ pub struct Purse {
 }
 
 impl Purse {
-    pub fn new(limit: Allowance, price: Price, prices: Option<Prices>) -> Self {
-        Self { began: Totals::now().began, limit, price, prices, reserved: NOTHING, chunk: None, in_vain: false }
+    pub fn new(limit: Allowance, models: Vec<Price>, prices: Option<Prices>) -> Self {
+        Self { began: Totals::now().began, limit, models, prices, reserved: NOTHING, chunk: None, in_vain: false }
     }
 
     /// Counts further spending to the statement that runs: several statements may read one cursor.
@@ -164,18 +165,19 @@ impl Purse {
         Some(self.reserve(allowance))
     }
 
-    /// Enters what the gateway says was spent, and how many rows were answered.
-    pub fn spend(&mut self, spent: &Spent, rows: u64) {
+    /// Enters what the gateway says was spent on a model, and how many rows were answered. What that cost, picodollars.
+    pub fn spend(&mut self, model: usize, spent: &Spent, rows: u64) -> u64 {
         self.in_vain &= *spent == Spent::default();
         let mut taken = budget::taken(spent, self.prices.unwrap_or_default());
         taken = Allowance { cost: taken.cost.min(self.reserved.cost), tokens: taken.tokens.min(self.reserved.tokens) };
         subtract(&mut self.reserved, taken);
-        let paid = self.price.paid(spent);
+        let paid = self.models.get(model).cloned().unwrap_or_default().paid(spent);
         self.change(|t| {
             subtract(&mut t.reserved, taken);
             add(&mut t.spent, paid);
             t.rows += rows;
         });
+        paid.cost
     }
 
     /// The stream is closed, or lost. In doubt all it was allowed may have been spent.

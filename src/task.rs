@@ -3,7 +3,7 @@
 use llm_batch_core::dialect::Api;
 use llm_batch_core::options::Options;
 use llm_batch_core::task::{Spec, Task, Type};
-use llm_batch_gateway::protocol::Stream;
+use llm_batch_gateway::protocol::{Alternative, Prices, Stream};
 use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -18,7 +18,7 @@ use crate::json::Json;
 use crate::options::check_of_task;
 use crate::process::{current_user, my_database};
 use crate::text::Text;
-use crate::{changes, model, owner, sql, txn};
+use crate::{changes, model, owner, route, sql, txn};
 
 /// A task and the name of the model it is asked of.
 pub struct Known {
@@ -69,9 +69,11 @@ fn ownerless(name: &str) -> Error {
 #[derive(Debug, Clone, PartialEq)]
 pub struct Asked {
     pub stream: Stream,
+    /// The model's or the route's name.
     pub model: String,
     pub version: i32,
-    pub price: Price,
+    /// The models that may answer, in the order of the stream: their names and prices.
+    pub models: Vec<(String, Price)>,
     /// What is done to its answers.
     pub checks: Option<Checks>,
 }
@@ -79,30 +81,55 @@ pub struct Asked {
 impl Asked {
     /// The same as a stream that spends only what it is allowed to.
     pub fn with_budget(mut self, is_in_dollars: bool) -> Result<Self> {
+        let mut dearest = Prices::default();
         if is_in_dollars {
-            self.price.check(&self.model)?;
+            for (model, price) in &self.models {
+                price.check(model)?;
+                let rates = price.rates.unwrap_or_default();
+                dearest.input = dearest.input.max(rates.input);
+                dearest.output = dearest.output.max(rates.output);
+            }
         }
-        self.stream.budget = Some(self.price.rates.filter(|_| is_in_dollars).unwrap_or_default());
+        self.stream.budget = Some(dearest);
         Ok(self)
+    }
+
+    /// The name and the prices of the model at this place.
+    pub fn model(&self, place: usize) -> (&str, Option<&Price>) {
+        self.models.get(place).map_or((&self.model, None), |(name, price)| (name, Some(price)))
     }
 }
 
 impl Known {
     /// The task as a stream on behalf of a role, with the settings of this moment.
     pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<Asked> {
-        let known = model::load(&self.model)?;
-        let endpoint = crate::provider::endpoint(known.server, role)?;
-        check_api(endpoint.api, &self.model, self.task.spec.kind())?;
+        let (models, policy) = route::known(&self.model)?;
+        let (mut all, mut prices) = (Vec::new(), Vec::new());
+        for (name, known) in models {
+            let endpoint = crate::provider::endpoint(known.server, role)?;
+            check_api(endpoint.api, &name, self.task.spec.kind())?;
+            all.push(Alternative { endpoint, model: known.model });
+            prices.push((name, known.price));
+        }
+        let mut all = all.into_iter();
+        let Some(Alternative { endpoint, model }) = all.next() else { return Err(unknown("model", &self.model)) };
         let stream = Stream {
             database: my_database(),
             role: role.to_u32(),
             interactive,
             endpoint,
-            model: known.model,
+            model,
+            others: all.collect(),
+            policy,
             task: self.task,
             budget: None,
         };
-        Ok(Asked { stream, model: self.model, version: self.version, price: known.price, checks: self.checks })
+        if stream.task.spec.embeds().is_some() {
+            let others = stream.others.iter().map(|other| &other.model);
+            let models = std::iter::once(&stream.model).chain(others).map(|model| model.model.clone());
+            route::check_vectors(&self.model, &models.collect::<Vec<_>>())?;
+        }
+        Ok(Asked { stream, model: self.model, version: self.version, models: prices, checks: self.checks })
     }
 }
 
@@ -179,8 +206,12 @@ fn check_time_zones(spec: &Spec) -> Result<()> {
 }
 
 fn check_model(name: &str, kind: &str) -> Result<()> {
-    let known = model::load(name)?;
-    check_api(crate::provider::endpoint(known.server, current_user())?.api, name, kind)
+    let mut models = Vec::new();
+    for (model, known) in route::known(name)?.0 {
+        check_api(crate::provider::endpoint(known.server, current_user())?.api, &model, kind)?;
+        models.push(known.model.model);
+    }
+    if kind == "embed" { route::check_vectors(name, &models) } else { Ok(()) }
 }
 
 /// Refuses what a model's provider does not serve.
@@ -225,12 +256,13 @@ fn create_under(
         name.into(),
         current_user().into(),
         kind.into(),
-        model.into(),
+        model.as_str().into(),
         JsonB(stored.spec).into(),
         JsonB(stored.options).into(),
         search_path.into(),
     ];
     txn::as_extension_owner(|| {
+        route::hold(&model)?;
         let made = sql::run(
             "INSERT INTO llm_batch.task (name, owner, owner_name, home, kind, model, spec, options, search_path)
              VALUES ($1, $2, pg_get_userbyid($2), llm_batch.home(), $3, $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING 1",
@@ -304,6 +336,7 @@ fn alter_under(
             refuse_in_use(name, "change the fields of")?;
         }
         keep(name)?;
+        model.map_or(Ok(()), route::hold)?;
         sql::run(
             "UPDATE llm_batch.task SET model = coalesce($2, model), spec = $3, options = $4, search_path = $5, version = version + 1
               WHERE name = $1",

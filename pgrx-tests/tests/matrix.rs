@@ -38,6 +38,10 @@ const ROWS: &[Row] = &[
     ("", "SELECT llm_batch.alter_model('hers', server => 'closed')", [NO, NO, NO, NO, NO, NO, "ok"]),
     ("llm_batch.drop_model(text)", "SELECT llm_batch.drop_model('spare')", HERS),
     ("", "SELECT llm_batch.drop_model('m')", [NO, NO, NO, NO, NO, NO, "2BP01"]),
+    // Routes
+    ("llm_batch.create_route(text,text[],text)", "SELECT llm_batch.create_route('new', ARRAY['m'])", USAGE),
+    ("llm_batch.alter_route(text,text[],text)", "SELECT llm_batch.alter_route('path', policy => 'spread')", HERS),
+    ("llm_batch.drop_route(text)", "SELECT llm_batch.drop_route('path')", HERS),
     // Classifiers
     ("llm_batch.create_classifier(text,text,text,text,jsonb,jsonb)",
      "SELECT llm_batch.create_classifier('new', labels => '[\"a\", \"b\"]', model => 'm')", USAGE),
@@ -140,6 +144,7 @@ const ROWS: &[Row] = &[
     ("llm_batch.wait(bigint,interval)", "CALL llm_batch.wait(1)", ["42704", "42704", "42704", "ok", "ok", "ok", "ok"]),
     // What is seen
     ("", "SELECT count(*) FROM llm_batch.progress WHERE job_id = 1", SEEN),
+    ("", "SELECT count(*) FROM llm_batch.progress_by_model WHERE job_id = 1", SEEN),
     ("", "SELECT count(*) FROM llm_batch.failure WHERE job_id = 1", SEEN),
     ("", "SELECT count(*) FROM llm_batch.activity WHERE model = 'fake-hers'", SEEN),
     ("llm_batch.gateway_activity()",
@@ -230,6 +235,7 @@ fn prepare(bed: &Bed) -> Client {
         &mut alice,
         "SELECT llm_batch.create_model('hers', server => 'fake', model => 'fake-hers');
          SELECT llm_batch.create_model('spare', server => 'fake', model => 'x');
+         SELECT llm_batch.create_route('path', ARRAY['hers']);
          SELECT llm_batch.create_classifier('hers', labels => '[\"bug\", \"b\"]', model => 'hers');
          SELECT llm_batch.create_extractor('parts', '{\"a\": \"date\"}', 'hers'), llm_batch.create_generator('words', 'Explain it.', 'hers'),
                 llm_batch.create_scorer('stars', 'How angry?', model => 'hers'), llm_batch.create_embedder('vectors', 'hers', 16);",
@@ -333,8 +339,18 @@ fn what_is_the_extensions() {
                 continue;
             }
             let column = column.unwrap();
-            let is_read = ["model", "task", "task_history", "list_price", "progress", "failure", "activity"]
-                .contains(&name.as_str());
+            let is_read = [
+                "model",
+                "route",
+                "task",
+                "task_history",
+                "list_price",
+                "progress",
+                "progress_by_model",
+                "failure",
+                "activity",
+            ]
+            .contains(&name.as_str());
             let read: &[&str] = if is_read { &["ok"] } else { &[NO] };
             expect(&format!("SELECT * FROM {table}"), read);
             // A view is refused as what it is, or for the right that lacks.

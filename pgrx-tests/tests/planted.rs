@@ -186,6 +186,7 @@ fn a_superuser_fills_a_minefield() {
         &format!("CALL llm_batch.wait({job}, '2 min')"),
         &format!("SELECT llm_batch.retry_failed({job}), llm_batch.cancel({job})"),
         "SELECT llm_batch.create_model('x', server => 'fake', model => 'x', request_timeout => '5 s')",
+        "SELECT llm_batch.create_route('y', ARRAY['x', 'm']); SELECT llm_batch.alter_route('y', ARRAY['m']), llm_batch.drop_route('y')",
         "SELECT llm_batch.alter_model('x', requests_per_minute => 5, reset => '{input_price}'), llm_batch.drop_model('x')",
         "SELECT llm_batch.create_classifier('x', labels => '[\"a\", \"b\"]', model => 'm')",
         "SELECT llm_batch.alter_classifier('x', instruction => 'y'), llm_batch.drop_task('x')",

@@ -253,7 +253,7 @@ fn kinds_are_kept_apart(c: &mut Client) {
     refused(c, "SELECT llm_batch.drop_model('m')", "2BP01", &["because task \"e\" uses it"]);
     run(c, "CREATE ROLE heir; SELECT llm_batch.set_owner('task', 'e', 'heir')");
     assert_eq!(text(c, "SELECT owner_name FROM llm_batch.task WHERE name = 'e'"), "heir");
-    refused(c, "SELECT llm_batch.set_owner('classifier', 'topic', 'heir')", "22023", &["model and task"]);
+    refused(c, "SELECT llm_batch.set_owner('classifier', 'topic', 'heir')", "22023", &["route and task"]);
 }
 
 /// A provider whose answer for a row is the JSON that its text is.

@@ -69,8 +69,8 @@ pub unsafe fn explain(
                     milliseconds(c"Average Time Queued", (all - sent).max(0.0) / rows, es);
                     milliseconds(c"Average Time at Provider", sent / (done.rows - done.reused).max(1) as f64, es);
                 }
-                if let Some(price) = site.model().map(|m| &m.price).filter(|price| price.rates.is_some()) {
-                    text(c"Cost", &dollars(price.paid(&done.spent).cost), es);
+                if site.model().is_some_and(|model| model.has_prices) {
+                    text(c"Cost", &dollars(done.cost), es);
                 }
             }
             pg_sys::ExplainCloseGroup(c"Call".as_ptr(), std::ptr::null(), true, es);

@@ -13,7 +13,6 @@ use super::nodes::list;
 use super::others;
 use crate::ask::{Asker, Done};
 use crate::asking;
-use crate::budget::Price;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::json::Json;
@@ -42,7 +41,7 @@ pub struct Site {
 /// The model that was asked last.
 pub struct Model {
     pub name: String,
-    pub price: Price,
+    pub has_prices: bool,
     pub rows_per_request: u32,
 }
 
@@ -87,7 +86,7 @@ impl Site {
             let Prepared { asked, limit, conclude } = prepare(&question)?;
             self.model = Some(Model {
                 name: asked.model.clone(),
-                price: asked.price.clone(),
+                has_prices: asked.models.iter().all(|(_, price)| price.rates.is_some()),
                 rows_per_request: asked.stream.task.options.max_rows_per_request,
             });
             self.asker = Some(Asker::open(asked, limit)?);

@@ -10,7 +10,7 @@ use super::{Budget, Wake, check_alone, store, wake_at_commit};
 use crate::args::required;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
-use crate::{catalog, model, owner, sql, task, txn};
+use crate::{catalog, model, owner, route, sql, task, txn};
 
 /// What `cancel()` changes.
 const CANCELLED: &str = "wanted = 'cancelled'";
@@ -117,7 +117,9 @@ fn alter_job(
     }
     if max_cost.is_some() {
         let model = task::load(&status.task, &json!({}))?.model;
-        model::load(&model)?.price.check(&model)?;
+        for model in route::models(&model)?.0 {
+            model::load(&model)?.price.check(&model)?;
+        }
     }
     txn::as_extension_owner(|| {
         sql::run(

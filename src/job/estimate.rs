@@ -194,7 +194,8 @@ fn estimated(given: &Given, sample_rows: Option<i32>) -> Result<Estimated> {
     let requests = scale(estimate.requests).max(i64::from(estimate.requests > 0));
     let (input, output) = (scale(estimate.input_tokens), scale(estimate.output_tokens));
     let example = estimate.example.and_then(|text| serde_json::from_str(&text).ok()).map(JsonB);
-    let cost = cost(&asked.price, input, output)?;
+    let price = asked.model(0).1.cloned().unwrap_or_default();
+    let cost = cost(&price, input, output)?;
     let duration = duration(&asked.stream.model, requests, input, output);
     Ok((population.rows, requests, input, output, cost, duration, sample, example))
 }

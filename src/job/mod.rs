@@ -91,13 +91,13 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
         )
         .hint("Call it in a READ COMMITTED transaction."));
     }
-    let Checked { target, fields, owner, asked: Asked { stream, model, price, .. } } = given.check(true)?;
+    let Checked { target, fields, owner, asked: Asked { stream, model, models, .. } } = given.check(true)?;
     if budget.max_cost.is_some() {
-        price.check(&model)?;
+        models.iter().try_for_each(|(model, price)| price.check(model))?;
     }
     check_alone(&target, given.provenance.as_deref(), 0)?;
     client::check_came_up(shared::Process::Launcher)?;
-    // Whether the model answers at all, before a row is paid for.
+    // Whether the model, or one of a route, answers at all, before a row is paid for.
     client::ask(&stream, &ToGateway::Probe, |message| match message {
         FromGateway::Probed(None) => Ok(Some(())),
         FromGateway::Probed(Some(stop)) | FromGateway::Stopped(stop) => Err(Error::from_stop(&stop, &model)),

@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use llm_batch_gateway::protocol::{Allowance, Spent};
+use llm_batch_gateway::protocol::Allowance;
 use pgrx::datum::{DatumWithOid, JsonB, TimestampWithTimeZone};
 use pgrx::prelude::*;
 use serde_json::Value;
 
-use crate::budget::{self, Funds, Price, UNLIMITED};
+use crate::budget::{self, Bill, Funds, Price, UNLIMITED};
 use crate::error::{Error, Result};
 use crate::job::target::Target;
 use crate::options::{OfJob, of_job};
@@ -190,16 +190,20 @@ fn note_names() -> Result<()> {
           WHERE m.name = n.name",
         &[],
     )?;
-    sql::run(
-        "UPDATE llm_batch.task c SET owner = n.owner, owner_name = n.rolname, home = llm_batch.home()
-           FROM (SELECT x.name, r.oid AS owner, r.rolname FROM llm_batch.task x
-                   JOIN pg_roles r ON r.oid = llm_batch.owner_now(x.owner, x.owner_name, x.home)
-                  WHERE x.home <> llm_batch.home() OR x.owner_name <> r.rolname
-                    FOR UPDATE OF x SKIP LOCKED) n
-          WHERE c.name = n.name",
-        &[],
-    )
-    .map(|_| ())
+    for table in ["task", "route"] {
+        sql::run(
+            &format!(
+                "UPDATE llm_batch.{table} c SET owner = n.owner, owner_name = n.rolname, home = llm_batch.home()
+                   FROM (SELECT x.name, r.oid AS owner, r.rolname FROM llm_batch.{table} x
+                           JOIN pg_roles r ON r.oid = llm_batch.owner_now(x.owner, x.owner_name, x.home)
+                          WHERE x.home <> llm_batch.home() OR x.owner_name <> r.rolname
+                            FOR UPDATE OF x SKIP LOCKED) n
+                  WHERE c.name = n.name"
+            ),
+            &[],
+        )?;
+    }
+    Ok(())
 }
 
 /// A job as its worker needs it.
@@ -464,7 +468,7 @@ pub struct Delta {
     pub reused: i64,
     /// Rows that have had NULL as an answer.
     pub nulls: Vec<i64>,
-    pub spent: Spent,
+    pub spent: Bill,
     pub rows_per_second: f64,
     pub tokens_per_minute: f64,
     /// Rows were done, as far as they can be.
@@ -481,25 +485,23 @@ pub fn write<'a>(
     txn::as_extension_owner(|| {
         let (skipped, failed) = list(id, failures)?;
         let count = |n: u64| DatumWithOid::from(i64::try_from(n).unwrap_or(i64::MAX));
-        let spent = &delta.spent;
-        let Price { input, output, cached_input, .. } = &asked.price;
+        let spent = &delta.spent.total();
         let taken = budget::taken(spent, asked.stream.budget.unwrap_or_default());
-        // Multiplied and never divided: exact to the last digit.
+        let paid = bill(id, asked, &delta.spent)?;
         let accounts = sql::rows_mut(
             "UPDATE llm_batch.job_state s
                 SET rows_done = rows_done + $2, rows_skipped = rows_skipped + $3, rows_failed = rows_failed + $4,
                     rows_superseded = rows_superseded + $5, rows_reused = rows_reused + $6,
                     requests = requests + $7, input_tokens = input_tokens + $8,
                     cached_input_tokens = cached_input_tokens + $9, output_tokens = output_tokens + $10,
-                    cost = cost + (($8 - $9) * p.input + $9 * p.cached_input + $10 * p.output) * 0.000001,
+                    cost = cost + $17::numeric,
                     tokens_unconfirmed = tokens_unconfirmed + $11 + $12,
-                    cost_unconfirmed = cost_unconfirmed + ($11 * p.input + $12 * p.output) * 0.000001,
+                    cost_unconfirmed = cost_unconfirmed + $18::numeric,
                     cost_reserved = greatest(cost_reserved - $13 * 0.000000000001, 0),
                     tokens_reserved = greatest(tokens_reserved - $14, 0),
                     rows_per_second = $15, tokens_per_minute = $16, updated_at = now(),
-                    starts = greatest(starts - $20::int, 0)
-               FROM llm_batch.job j,
-                    (SELECT coalesce($17::numeric, 0), coalesce($18::numeric, 0), coalesce($19::numeric, $17::numeric, 0)) p (input, output, cached_input)
+                    starts = greatest(starts - $19::int, 0)
+               FROM llm_batch.job j
               WHERE s.job_id = $1 AND j.id = s.job_id AND j.home = llm_batch.home()
           RETURNING j.max_cost IS NOT NULL OR j.max_tokens IS NOT NULL,
                     CASE WHEN j.max_cost IS NOT NULL THEN
@@ -526,9 +528,8 @@ pub fn write<'a>(
                 count(taken.tokens),
                 delta.rows_per_second.into(),
                 delta.tokens_per_minute.into(),
-                input.as_deref().into(),
-                output.as_deref().into(),
-                cached_input.as_deref().into(),
+                paid.0.as_str().into(),
+                paid.1.as_str().into(),
                 i32::from(delta.is_progress).into(),
             ],
             |r| {
@@ -548,6 +549,58 @@ pub fn write<'a>(
         }
         Ok(accounts.into_iter().flatten().next())
     })
+}
+
+/// Enters what was spent on each model: the cost of all together, sure and unconfirmed.
+fn bill(id: i64, asked: &Asked, bill: &Bill) -> Result<(String, String)> {
+    if bill.is_empty() {
+        return Ok(("0".to_owned(), "0".to_owned()));
+    }
+    let (mut names, mut prices, mut counts) = (Vec::new(), [vec![], vec![], vec![]], [(); 7].map(|()| Vec::new()));
+    for (place, spent, rows) in bill.iter() {
+        let (name, price) = asked.model(place);
+        let Price { input, output, cached_input, .. } = price.cloned().unwrap_or_default();
+        names.push(name.to_owned());
+        prices.iter_mut().zip([input, output, cached_input]).for_each(|(all, price)| all.push(price));
+        let more = [
+            rows,
+            spent.requests,
+            spent.input_tokens,
+            spent.cached_input_tokens,
+            spent.output_tokens,
+            spent.unconfirmed_input_tokens,
+            spent.unconfirmed_output_tokens,
+        ];
+        counts.iter_mut().zip(more).for_each(|(all, n)| all.push(i64::try_from(n).unwrap_or(i64::MAX)));
+    }
+    let mut args: Vec<DatumWithOid> = vec![id.into(), names.into()];
+    args.extend(prices.map(DatumWithOid::from));
+    args.extend(counts.map(DatumWithOid::from));
+    // Multiplied and never divided: exact to the last digit.
+    let paid = sql::rows_mut(
+        "WITH spent AS (
+             SELECT u.*, ((u.input - u.cached) * coalesce(u.price, 0) + u.cached * coalesce(u.cached_price, u.price, 0)
+                          + u.output * coalesce(u.output_price, 0)) * 0.000001 AS cost,
+                    (u.maybe_input * coalesce(u.price, 0) + u.maybe_output * coalesce(u.output_price, 0)) * 0.000001 AS maybe
+               FROM ROWS FROM (unnest($2::text[]), unnest($3::text[]::numeric[]), unnest($4::text[]::numeric[]),
+                               unnest($5::text[]::numeric[]), unnest($6::bigint[]), unnest($7::bigint[]), unnest($8::bigint[]),
+                               unnest($9::bigint[]), unnest($10::bigint[]), unnest($11::bigint[]), unnest($12::bigint[]))
+                    u (model, price, output_price, cached_price, rows, requests, input, cached, output, maybe_input, maybe_output)),
+         entered AS (
+             INSERT INTO llm_batch.job_model AS m
+             SELECT $1, s.model, s.rows, s.requests, s.input, s.cached, s.output, s.cost, s.maybe
+               FROM spent s WHERE EXISTS (SELECT FROM llm_batch.job j WHERE j.id = $1 AND j.home = llm_batch.home())
+                 ON CONFLICT (job_id, model) DO UPDATE
+                SET rows_answered = m.rows_answered + excluded.rows_answered, requests = m.requests + excluded.requests,
+                    input_tokens = m.input_tokens + excluded.input_tokens,
+                    cached_input_tokens = m.cached_input_tokens + excluded.cached_input_tokens,
+                    output_tokens = m.output_tokens + excluded.output_tokens, cost = m.cost + excluded.cost,
+                    cost_unconfirmed = m.cost_unconfirmed + excluded.cost_unconfirmed)
+         SELECT coalesce(sum(s.cost), 0)::text, coalesce(sum(s.maybe), 0)::text FROM spent s",
+        &args,
+        |r| Ok((r.get::<String>(1)?, r.get::<String>(2)?)),
+    )?;
+    Ok(paid.into_iter().next().unwrap_or_else(|| ("0".to_owned(), "0".to_owned())))
 }
 
 /// Lists failures: how many rows were skipped, and how many failed, that were not listed before.

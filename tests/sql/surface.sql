@@ -29,7 +29,7 @@ SELECT p.proname FROM pg_proc p JOIN pg_depend d ON d.objid = p.oid AND d.deptyp
 \echo -- functions that run with other rights than the caller has: none
 SELECT p.oid::regprocedure FROM pg_proc p WHERE p.pronamespace = 'llm_batch'::regnamespace AND p.prosecdef;
 
-\echo -- what PUBLIC may do with our relations: read six of them
+\echo -- what PUBLIC may do with our relations: read nine of them
 SELECT c.oid::regclass, a.privilege_type FROM pg_class c CROSS JOIN LATERAL aclexplode(c.relacl) a
  WHERE c.relnamespace = 'llm_batch'::regnamespace AND a.grantee = 0 ORDER BY c.relname;
 

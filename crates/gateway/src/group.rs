@@ -4,13 +4,12 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use llm_batch_core::dialect::embeddings::Embeddings;
 use llm_batch_core::dialect::{FRAME_TOKENS, Format};
 use llm_batch_core::limiter::{Class, Tokens};
 use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::patience::Way;
-use llm_batch_core::task::{Embed, Kind, Span};
+use llm_batch_core::task::{Kind, Span};
 use llm_batch_core::{prompt, request};
 
 use crate::cache::{Keys, TextKey};
@@ -18,6 +17,7 @@ use crate::key::LaneKey;
 use crate::protocol::{Again, Item, Stream, Verdict, most_text};
 use crate::purse::Purse;
 use crate::queue::{Queue, Ready};
+use crate::route::{Member, Turn};
 use crate::row::{Row, Waiter};
 use crate::tokens;
 
@@ -27,8 +27,8 @@ const SCHEMA_FRAME_TOKENS: usize = 12;
 /// Rows of the same stream settings: they may share requests, if their isolation is the same as well.
 #[derive(Debug)]
 pub struct Group {
-    /// The lane that takes its rows.
-    pub lane: LaneKey,
+    /// The models that take its rows; never none.
+    pub members: Vec<Member>,
     pub stream: Rc<Stream>,
     pub kind: Arc<dyn Kind>,
     /// Stands for what an answer depends on, beside the text: rows with the same scope and text have the same answer.
@@ -51,8 +51,6 @@ pub struct Group {
     pub coming: usize,
     /// Requests under way.
     pub in_flight: usize,
-    /// How many rows go into a request.
-    pub size: Size,
     /// What it may still spend, if that is bounded.
     pub purse: Option<Purse>,
     /// Rows sent, divided by priority: the group with the least goes next.
@@ -124,12 +122,11 @@ pub enum Pushed {
 }
 
 impl Group {
-    pub fn new(lane: LaneKey, stream: Rc<Stream>, keys: &Keys) -> Self {
+    pub fn new(stream: Rc<Stream>, keys: &Keys) -> Self {
         let task = &stream.task;
         let kind = task.spec.prepare(&task.options, &tokens::count);
         let embeds = task.spec.embeds().is_some();
         let system = if embeds { String::new() } else { request::system(&*kind) };
-        let most_rows = task.options.max_rows_per_request as usize;
         let model = &stream.model;
         let scope = serde_json::json!([
             stream.database,
@@ -138,6 +135,7 @@ impl Group {
             model.model,
             model.parameters,
             model.max_request_tokens,
+            stream.others,
             system,
             task.spec,
             task.options.answer_shape,
@@ -145,7 +143,7 @@ impl Group {
         ])
         .to_string();
         Self {
-            lane,
+            members: Member::all(&stream),
             scope: keys.of(0, &scope),
             bytes: 2 * scope.len(),
             prefix_tokens: if embeds { 0 } else { tokens::count(&system) + FRAME_TOKENS },
@@ -159,7 +157,6 @@ impl Group {
             waiters: HashMap::new(),
             coming: 0,
             in_flight: 0,
-            size: Size::new(most_rows),
             purse: None,
             served: 0.0,
         }
@@ -169,22 +166,40 @@ impl Group {
         if self.stream.interactive { Class::Interactive } else { Class::Bulk }
     }
 
-    /// Where vectors are asked for: what of, and how.
-    pub fn embeddings(&self) -> Option<(&Embed, &'static dyn Embeddings)> {
-        Some((self.stream.task.spec.embeds()?, self.stream.endpoint.api.dialect().embeddings()?))
+    /// The member of a lane, and its bit.
+    pub fn member(&self, lane: &LaneKey) -> Option<(u32, &Member)> {
+        let at = self.members.iter().position(|member| member.lane == *lane)?;
+        Some((1 << at, self.members.get(at)?))
     }
 
-    /// Most tokens of a request, prompt and answer. For vectors that is the provider's; what is set for the model bounds a
-    /// text.
-    pub fn most_tokens(&self) -> u64 {
-        self.embeddings().map_or(self.stream.model.max_request_tokens, |(_, embeddings)| {
-            embeddings.most_tokens(&self.stream.model.model)
-        })
+    /// How many rows go into a request of a lane.
+    pub fn size(&mut self, lane: &LaneKey) -> Option<&mut Size> {
+        self.members.iter_mut().find(|member| member.lane == *lane).map(|member| &mut member.size)
+    }
+
+    /// The place of a lane's model among those of the stream.
+    pub fn place(&self, lane: &LaneKey) -> usize {
+        self.member(lane).map_or(0, |(_, member)| member.place)
+    }
+
+    /// The lane of its first model.
+    pub fn first_lane(&self) -> Option<&LaneKey> {
+        self.members.first().map(|member| &member.lane)
+    }
+
+    /// Most tokens of a request that holds a row alone, by what is set for its models.
+    pub fn most_of_a_row(&self) -> u64 {
+        self.members.iter().map(|member| member.stream.model.max_request_tokens).min().unwrap_or_default()
+    }
+
+    /// Rows that are to be asked again need not wait: another member is asked.
+    pub fn hurry(&mut self) {
+        self.retry.iter_mut().for_each(|row| (row.not_before, row.trouble) = (0, 0));
     }
 
     /// By what texts become lines.
     pub fn ruler(&self) -> Ruler {
-        let most_tokens = self.stream.model.max_request_tokens;
+        let most_tokens = self.most_of_a_row();
         Ruler {
             kind: Arc::clone(&self.kind),
             embeds: self.stream.task.spec.embeds().is_some(),
@@ -309,13 +324,15 @@ impl Group {
 
     /// The next rows to send in one request of at most `tokens` (prompt and answer), by our count of tokens, asked in this
     /// way. Never none: a row that does not fit even alone is the caller's to notice.
-    pub fn next(&mut self, now: u64, tokens: usize, way: Way) -> Next {
-        let most = way.rows(self.size.rows());
-        let most_texts = self.embeddings().map(|(embed, e)| embed.most_rows().min(e.most_texts()));
+    pub fn next(&mut self, now: u64, tokens: usize, way: Way, lane: &LaneKey, turn_of: Turn) -> Next {
+        let Some((_, member)) = self.member(lane) else { return Next::Empty };
+        let most = way.rows(member.size.rows());
+        let most_texts = member.stream.embeddings().map(|(embed, e)| embed.most_rows().min(e.most_texts()));
         let most = most.min(most_texts.unwrap_or(most));
+        let takes_fresh = turn_of.takes(0);
         // Whether a model answers at all, rows tell best that were not asked before.
-        let fresh_first = way != Way::AsEver && self.fresh.len() > 0;
-        let retry_at = self.retry.iter().map(|r| r.not_before).min();
+        let fresh_first = takes_fresh && way != Way::AsEver && self.fresh.len() > 0;
+        let retry_at = self.retry.iter().filter(|r| turn_of.takes(r.failed)).map(|r| r.not_before).min();
         let retry_ready = retry_at.is_some_and(|at| at <= now);
         let mut turn = None;
         if !retry_ready || fresh_first {
@@ -326,7 +343,7 @@ impl Group {
                 rows: most,
                 tokens: tokens.saturating_sub(self.prefix_tokens + self.answer_frame),
             };
-            match self.fresh.ready(ready) {
+            match if takes_fresh { self.fresh.ready(ready) } else { Err(None) } {
                 Ok(compartment) => turn = Some(compartment),
                 Err(_) if retry_ready => {}
                 Err(fresh_at) => return retry_at.into_iter().chain(fresh_at).min().map_or(Next::Empty, Next::Until),
@@ -338,7 +355,10 @@ impl Group {
         let mut i = 0;
         let no_retry = fresh_first && turn.is_some();
         while let Some(row) = self.retry.get(i).filter(|_| !no_retry) {
-            if row.not_before > now || turn.is_some_and(|compartment| compartment != row.compartment) {
+            if row.not_before > now
+                || !turn_of.takes(row.failed)
+                || turn.is_some_and(|compartment| compartment != row.compartment)
+            {
                 i += 1;
                 continue;
             }
@@ -349,7 +369,7 @@ impl Group {
             cap = cap.min(row.most_rows);
             rows.extend(self.retry.remove(i));
         }
-        if let Some(compartment) = turn {
+        if let Some(compartment) = turn.filter(|_| takes_fresh) {
             rows.append(&mut self.fresh.take(compartment, cap.saturating_sub(rows.len())));
         }
         let n = self.fit(&rows, tokens).max(1);
@@ -367,7 +387,7 @@ impl Group {
     pub fn put_back(&mut self, rows: Vec<Row>) {
         let most = self.stream.task.options.max_rows_per_request as usize;
         for row in rows.into_iter().rev() {
-            if row.attempts + row.trouble > 0 || row.most_rows < most {
+            if row.attempts + row.trouble + row.failed > 0 || row.most_rows < most {
                 self.retry.push_front(row);
             } else {
                 self.fresh.add(row, true);
@@ -419,12 +439,16 @@ mod tests {
     use crate::protocol::tests::stream;
 
     fn group() -> Group {
-        let stream = stream();
-        Group::new(LaneKey::of(&stream), Rc::new(stream), &Keys::default())
+        Group::new(Rc::new(stream()), &Keys::default())
     }
 
     fn item(n: u64) -> Item {
         Item { n, text: format!("text {n}"), isolation: None, again: None }
+    }
+
+    fn next(g: &mut Group, now: u64, tokens: usize) -> Next {
+        let lane = g.members[0].lane.clone();
+        g.next(now, tokens, Way::AsEver, &lane, Turn::ALONE)
     }
 
     fn rows(next: Next) -> Vec<Row> {
@@ -442,7 +466,7 @@ mod tests {
             g.push(0, 1, (item(n), None), 0, n.into());
         }
         g.push(0, 2, (item(1_000), None), 0, 1_000);
-        let first = rows(g.next(0, 100_000, Way::AsEver));
+        let first = rows(next(&mut g, 0, 100_000));
         assert_eq!(first.len(), 50);
         assert!(first.iter().take(2).any(|r| r.key == 1_000));
     }
@@ -476,7 +500,7 @@ mod tests {
         for n in 0..40 {
             g.push(0, 1, (item(n), None), u128::from(n % 4), n.into());
         }
-        let mut all: Vec<Row> = (0..4).flat_map(|_| rows(g.next(0, 100_000, Way::AsEver))).collect();
+        let mut all: Vec<Row> = (0..4).flat_map(|_| rows(next(&mut g, 0, 100_000))).collect();
         all.sort_by_key(|row| row.key);
         for mut row in all {
             row.most_rows = if row.key < 20 { 5 } else { 50 };
@@ -486,7 +510,7 @@ mod tests {
         g.push(0, 1, (item(40), None), 0, 40);
         let mut seen = 0;
         while g.queued() > 0 {
-            let pack = rows(g.next(1_000, 100_000, Way::AsEver));
+            let pack = rows(next(&mut g, 1_000, 100_000));
             assert!(pack.iter().all(|row| row.compartment == pack[0].compartment));
             assert!(pack.len() <= pack.iter().map(|row| row.most_rows).min().unwrap());
             seen += pack.len();
@@ -499,15 +523,15 @@ mod tests {
     fn rows_wait_for_company_only_while_others_are_under_way_and_keep_coming() {
         let mut g = group();
         g.push(100, 1, (item(1), None), 0, 1);
-        let first = rows(g.next(100, 100_000, Way::AsEver));
+        let first = rows(next(&mut g, 100, 100_000));
         assert_eq!(first.len(), 1);
         g.count_served(100, &first);
         g.push(100, 1, (item(2), None), 0, 2);
-        assert!(matches!(g.next(105, 100_000, Way::AsEver), Next::Until(120)));
+        assert!(matches!(next(&mut g, 105, 100_000), Next::Until(120)));
         for at in [115, 130, 145, 160, 175] {
             g.push(at, 1, (item(at), None), 0, at.into());
         }
-        assert!(matches!(g.next(179, 100_000, Way::AsEver), Next::Until(180)));
-        assert_eq!(rows(g.next(180, 100_000, Way::AsEver)).len(), 6);
+        assert!(matches!(next(&mut g, 179, 100_000), Next::Until(180)));
+        assert_eq!(rows(next(&mut g, 180, 100_000)).len(), 6);
     }
 }

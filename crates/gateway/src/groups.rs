@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use crate::cache::Keys;
 use crate::group::Group;
-use crate::key::{GroupId, LaneKey};
+use crate::key::GroupId;
 use crate::lane::Lane;
 use crate::protocol::Stream;
 use crate::purse::Purse;
@@ -36,18 +36,18 @@ impl Groups {
     /// `new`. One purse pays for a request, so a stream with a budget shares its group with no other client.
     pub fn open(
         &mut self,
-        (key, lane): (&LaneKey, &mut Lane),
+        lane: Option<&Lane>,
         new: GroupId,
         conn: u64,
         stream: &Rc<Stream>,
         keys: &Keys,
-    ) -> GroupId {
+    ) -> (GroupId, &mut Group) {
         let is_it = |g: &Group| g.stream == *stream && g.purse.as_ref().is_none_or(|purse| purse.conn == conn);
-        let same = self.of(lane).find(|(_, g)| is_it(g)).map(|(id, _)| id);
-        let id = same.unwrap_or_else(|| *lane.groups.push_mut(new));
-        let group = self.0.entry(id).or_insert_with(|| Group::new(key.clone(), Rc::clone(stream), keys));
+        let same = lane.and_then(|lane| self.of(lane).find(|(_, g)| is_it(g)).map(|(id, _)| id));
+        let id = same.unwrap_or(new);
+        let group = self.0.entry(id).or_insert_with(|| Group::new(Rc::clone(stream), keys));
         group.purse = stream.budget.map(|prices| Purse::new(conn, prices));
-        id
+        (id, group)
     }
 
     pub fn remove(&mut self, id: GroupId) {
@@ -70,8 +70,9 @@ mod tests {
     fn lanes_and_groups_print_no_key() {
         let (mut lane, mut groups, mut stream) = (lane(), Groups::default(), stream());
         stream.endpoint.api_key = Some(Secret("sk-do-not-print".into()));
-        let key = LaneKey::of(&stream);
-        let id = groups.open((&key, &mut lane), GroupId(7), 1, &Rc::new(stream), &Keys::default());
+        let key = crate::key::LaneKey::of(&stream);
+        let (id, _) = groups.open(None, GroupId(7), 1, &Rc::new(stream), &Keys::default());
+        lane.groups.push(id);
         let printed = format!("{key:?} {id:?} {lane:?} {lane:#?} {groups:?} {groups:#?}");
         assert!(printed.contains("GroupId(7)") && !printed.contains("sk-do-not-print"), "{printed}");
     }
@@ -80,8 +81,11 @@ mod tests {
     fn the_same_streams_have_one_group_and_those_with_budgets_one_each() {
         let (mut lane, mut groups, keys) = (lane(), Groups::default(), Keys::default());
         let mut open = |id, conn, stream: &Stream| {
-            let key = LaneKey::of(stream);
-            groups.open((&key, &mut lane), GroupId(id), conn, &Rc::new(stream.clone()), &keys).0
+            let (opened, _) = groups.open(Some(&lane), GroupId(id), conn, &Rc::new(stream.clone()), &keys);
+            if !lane.groups.contains(&opened) {
+                lane.groups.push(opened);
+            }
+            opened.0
         };
         let plain = stream();
         assert_eq!((open(1, 1, &plain), open(2, 2, &plain)), (1, 1));

@@ -29,6 +29,9 @@ pub const MOST_SPARE_ANSWER_TOKENS: u64 = 131_072;
 /// The factor by which a cap grows that was too small.
 const GROWTH: u64 = 4;
 
+/// So many answers say how long they take; and what is added (ms) to twice the longest.
+const ENOUGH_TIMES: u32 = 8;
+const SPARE_TIME: u64 = 1_000;
 /// How long (ms) requests are kept as small as a refusal said.
 const SMALLER_FOR: u64 = 60_000;
 /// Rows that are refused alone as larger than a limit, while nothing is served, until it is not the rows; and as many
@@ -193,6 +196,8 @@ pub struct Lane {
     pub refused_at: u64,
     /// Since when (ms) requests without rows are answered, and none with rows.
     pub vouched: Option<u64>,
+    /// How many answers took how long (ms) at the most, of late.
+    slowest: (u32, u64),
     /// When (ms) a request was last answered with a 2xx.
     pub last_success: Option<u64>,
     pub requests_total: u64,
@@ -240,6 +245,7 @@ impl Lane {
             refused_in_vain: 0,
             refused_at: 0,
             vouched: None,
+            slowest: (0, 0),
             last_success: None,
             requests_total: 0,
             rows_total: 0,
@@ -407,6 +413,18 @@ impl Lane {
         {
             self.concurrency.troubled(sent, now);
         }
+    }
+
+    /// An answer took so long (ms).
+    pub fn took(&mut self, ms: u64) {
+        let (count, slowest) = self.slowest;
+        self.slowest = (count.saturating_add(1), ms.max(slowest - slowest / 256));
+    }
+
+    /// After which time (ms) without an answer another model is asked, if enough answers were seen.
+    pub fn patience(&self) -> Option<u64> {
+        let (count, slowest) = self.slowest;
+        (count >= ENOUGH_TIMES).then(|| slowest.saturating_mul(2).saturating_add(SPARE_TIME))
     }
 
     /// Most requests that may be under way now.

@@ -23,6 +23,7 @@ mod purse;
 mod queue;
 mod request;
 mod resolver;
+mod route;
 mod row;
 mod server;
 mod sizes;

@@ -4,12 +4,14 @@
 //! says what to ask, `Items` brings rows, `Outcomes` answers them in any order.
 
 use std::fmt;
+use std::rc::Rc;
 
 use llm_batch_core::breaker;
+use llm_batch_core::dialect::embeddings::Embeddings;
 use llm_batch_core::dialect::{Api, Counts};
 use llm_batch_core::limiter::Limits;
 pub use llm_batch_core::remedy::StopReason;
-use llm_batch_core::task::{Answer, Task};
+use llm_batch_core::task::{Answer, Embed, Task};
 use llm_batch_core::trouble;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -101,6 +103,29 @@ impl Model {
     }
 }
 
+/// A further model of a stream, and where it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Alternative {
+    /// Where to.
+    pub endpoint: Endpoint,
+    /// Which model.
+    pub model: Model,
+}
+
+/// Which of a stream's models takes its rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    /// The first that is not down and has not stopped.
+    #[default]
+    Failover,
+    /// Whichever has room in its limits first.
+    Spread,
+}
+
+/// Most models of a stream.
+pub const MOST_MODELS: usize = 16;
+
 /// A stream: all that rows need to have in common to share a request.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Stream {
@@ -114,11 +139,45 @@ pub struct Stream {
     pub endpoint: Endpoint,
     /// Which model.
     pub model: Model,
+    /// Further models that may answer in its place, at most [`MOST_MODELS`] with it. One of the same account and model as
+    /// another before it is left out: it has the same limits.
+    #[serde(default)]
+    pub others: Vec<Alternative>,
+    /// Which of them takes rows.
+    #[serde(default)]
+    pub policy: Policy,
     /// What to ask.
     pub task: Task,
     /// With prices, nothing is sent beyond what `Allow` has granted since the stream was opened, and its rows share
     /// requests with nobody's; without, the stream spends what it takes.
     pub budget: Option<Prices>,
+}
+
+impl Stream {
+    /// For each of its models, a stream of that one alone.
+    pub(crate) fn alone(self: &Rc<Self>) -> Vec<Rc<Self>> {
+        if self.others.is_empty() {
+            return vec![Rc::clone(self)];
+        }
+        let first = Alternative { endpoint: self.endpoint.clone(), model: self.model.clone() };
+        let alone = |Alternative { endpoint, model }: Alternative| {
+            let (others, policy) = Default::default();
+            Rc::new(Self { endpoint, model, others, policy, task: self.task.clone(), ..**self })
+        };
+        std::iter::once(first).chain(self.others.iter().cloned()).map(alone).collect()
+    }
+
+    /// Where vectors are asked for: what of, and how.
+    pub(crate) fn embeddings(&self) -> Option<(&Embed, &'static dyn Embeddings)> {
+        Some((self.task.spec.embeds()?, self.endpoint.api.dialect().embeddings()?))
+    }
+
+    /// Most tokens of a request, prompt and answer. For vectors that is the provider's; what is set for the model bounds a
+    /// text.
+    pub(crate) fn most_tokens(&self) -> u64 {
+        self.embeddings()
+            .map_or(self.model.max_request_tokens, |(_, embeddings)| embeddings.most_tokens(&self.model.model))
+    }
 }
 
 /// What a token costs, in picodollars (10^-12 $; a price of $1 per million tokens is 1,000,000 of them).
@@ -376,6 +435,9 @@ pub struct Estimate {
 pub enum FromGateway {
     /// Rows that are done with, and what was spent meanwhile.
     Outcomes {
+        /// The model that answered them, by its place in the stream.
+        #[serde(default)]
+        model: usize,
         /// The rows; may be none.
         outcomes: Vec<Outcome>,
         /// What was spent.
@@ -466,6 +528,8 @@ pub(crate) mod tests {
                 max_request_tokens: 16_000,
                 parameters: Map::new(),
             },
+            others: Vec::new(),
+            policy: Policy::default(),
             task: Task {
                 spec: Spec::from_json("classify", &serde_json::json!({"labels": ["a", "b"]})).unwrap(),
                 options: Options::default(),

@@ -43,6 +43,8 @@ pub struct Row {
     pub most_answer: u64,
     /// The last request of several rows that was refused, this one among them.
     pub refused_in: Option<u64>,
+    /// The members of its group that could not answer it: a bit each.
+    pub failed: u32,
     /// Not before this time (ms).
     pub not_before: u64,
 }
@@ -72,6 +74,7 @@ impl Row {
             wanted: None,
             most_answer: u64::MAX,
             refused_in: None,
+            failed: 0,
             not_before: 0,
         }
     }
@@ -100,6 +103,14 @@ impl Row {
     /// Tokens of its line and of its answer.
     pub fn size(&self) -> usize {
         self.tokens + self.answer.planned
+    }
+
+    /// Another member is to answer it, as if nobody had been asked.
+    pub fn fails_over(&mut self, from: u32, most_rows: usize) {
+        self.failed |= from;
+        (self.attempts, self.trouble, self.over_limit, self.cut) = (0, 0, 0, 0);
+        (self.most_rows, self.most_answer, self.not_before) = (most_rows, u64::MAX, 0);
+        (self.wanted, self.refused_in) = (None, None);
     }
 
     /// What it was charged was not its fault.

@@ -291,12 +291,12 @@ async fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<()
     Ok(())
 }
 
-/// Finds out whether a client's model answers at all.
+/// Finds out whether a client's model answers at all; of several, whether one does.
 async fn probe(shared: Rc<Shared>, conn: u64) {
-    let mut tries = 0;
+    let (mut tries, mut at) = (0, 0);
     let answer = loop {
         let now = shared.now();
-        let next = shared.state.borrow_mut().probe(now, conn);
+        let next = shared.state.borrow_mut().probe(now, conn, at);
         match next {
             None => return,
             Some(Probe::Alive) => break None,
@@ -314,8 +314,9 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
                     answered = request::send(client, answer, &question) => answered.result,
                     () = left.notified() => return,
                 };
-                let end = shared.state.borrow_mut().probed(shared.now(), conn, tries, result);
+                let end = shared.state.borrow_mut().probed(shared.now(), (conn, &stream), tries, result);
                 match end {
+                    Some(Some(_)) if at + 1 < shared.state.borrow().models(conn) => (tries, at) = (0, at + 1),
                     Some(answer) => break answer,
                     None => tokio::time::sleep(Duration::from_millis(300)).await,
                 }

@@ -72,7 +72,7 @@ impl<'a> Job<'a> {
         let message = self.client.hear(&format!("outcomes beside {}, or that it is exhausted", self.got.len()));
         self.is_kept();
         match message {
-            Some(FromGateway::Outcomes { outcomes, spent }) => {
+            Some(FromGateway::Outcomes { outcomes, spent, .. }) => {
                 add(&mut self.spent, &spent);
                 for o in outcomes {
                     let n = o.n;

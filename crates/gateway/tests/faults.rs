@@ -28,7 +28,7 @@ fn fifty(client: &mut Client, what: &str) -> End {
     let mut end = End { outcomes: Vec::new(), stop: None, spent: Spent::default() };
     while end.outcomes.len() < 50 {
         match client.hear(&format!("50 outcomes of {what}")) {
-            Some(FromGateway::Outcomes { outcomes, spent }) => {
+            Some(FromGateway::Outcomes { outcomes, spent, .. }) => {
                 end.outcomes.extend(outcomes);
                 add(&mut end.spent, &spent);
             }

@@ -1,10 +1,10 @@
 //! How a run ends: by what went wrong, or because nothing is left to do.
 
-use llm_batch_gateway::protocol::Spent;
 use pgrx::PgSqlErrorCode as Code;
 
 use super::trouble::Kind;
 use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, MOST_INTERNAL, Worker, me};
+use crate::budget::Bill;
 use crate::error::{Error, is_passing};
 use crate::job::settle::{Answer, says_nothing};
 use crate::job::store::{self, Delta, Outcome};
@@ -71,12 +71,12 @@ impl Worker {
         }
         let outcome = if self.put_off { None } else { Some(self.stopping.clone()?) };
         let (id, epoch, asked, in_doubt) = (self.job.id, self.job.epoch, &self.asked, self.money.in_doubt);
-        let rest = Delta { spent: self.spent, ..Delta::default() };
+        let rest = Delta { spent: self.spent.clone(), ..Delta::default() };
         let entered = txn::run(|| {
             if store::load(id)?.is_none_or(|job| job.home != self.job.home) {
                 return Ok(None);
             }
-            if self.spent != Spent::default() || !self.too_late.is_empty() {
+            if !self.spent.is_empty() || !self.too_late.is_empty() {
                 store::write(id, asked, &rest, &self.too_late)?;
             }
             match &outcome {
@@ -94,7 +94,7 @@ impl Worker {
             Ok(None) => return Some(End::Again(shared::now())),
             // There is more to do.
             Ok(Some(false)) => {
-                self.spent = Spent::default();
+                self.spent = Bill::default();
                 self.too_late.clear();
                 self.stopping = None;
                 self.look_now = true;

@@ -301,9 +301,9 @@ impl Worker {
                 received => received?,
             };
             match received {
-                Received::Message(FromGateway::Outcomes { outcomes, spent }) => {
+                Received::Message(FromGateway::Outcomes { model, outcomes, spent }) => {
                     since.get_or_insert_with(Instant::now);
-                    self.take(outcomes, &spent);
+                    self.take(model, outcomes, &spent);
                 }
                 Received::Message(FromGateway::Stopped(stop)) => {
                     self.waiting.clear();
@@ -338,8 +338,9 @@ impl Worker {
         }
     }
 
-    fn take(&mut self, outcomes: Vec<protocol::Outcome>, spent: &Spent) {
-        self.spent.add(spent);
+    fn take(&mut self, model: usize, outcomes: Vec<protocol::Outcome>, spent: &Spent) {
+        let answered = outcomes.iter().filter(|o| matches!(o.verdict, Verdict::Answer(_)));
+        self.spent.add(model, spent, answered.count() as u64);
         self.money.spent(spent);
         self.doubt.spent(spent);
         let spec = &self.asked.stream.task.spec;
@@ -364,8 +365,13 @@ impl Worker {
                 let is_null = self.job.targets.iter().zip(values).filter(|(_, value)| value.is_none());
                 let nulls: Vec<&str> = is_null.filter_map(|(target, _)| target.field.as_deref()).collect();
                 let hash = page.hashes.get(position as usize - 1).copied().unwrap_or_default();
-                By { job: self.job.id, task: &self.job.task, version: self.asked.version, model: &self.asked.model }
-                    .of_row(o.reused, &nulls, hash)
+                By {
+                    job: self.job.id,
+                    task: &self.job.task,
+                    version: self.asked.version,
+                    model: self.asked.model(model).0,
+                }
+                .of_row(o.reused, &nulls, hash)
             });
             self.answers.push(Answer {
                 page,

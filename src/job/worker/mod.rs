@@ -14,7 +14,7 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{Again, Spent, ToGateway};
+use llm_batch_gateway::protocol::{Again, ToGateway};
 use pgrx::PgSqlErrorCode as Code;
 use pgrx::prelude::*;
 
@@ -24,6 +24,7 @@ use self::money::Money;
 use self::rights::Rights;
 use self::suspects::Suspects;
 use self::trouble::{Kind, Trouble};
+use crate::budget::Bill;
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
@@ -199,7 +200,7 @@ struct Worker {
     /// Failures that come from `late`.
     too_late: Vec<Failure>,
     /// What was spent and is not yet in the counters.
-    spent: Spent,
+    spent: Bill,
     money: Money,
     samples: VecDeque<(Instant, i64, i64)>,
     /// Why no more is claimed.
@@ -257,7 +258,7 @@ impl Worker {
             has_noted: false,
             late: HashMap::new(),
             too_late: Vec::new(),
-            spent: Spent::default(),
+            spent: Bill::default(),
             money: Money::default(),
             samples: VecDeque::new(),
             stopping: None,
@@ -339,7 +340,7 @@ impl Worker {
         let try_locked = !self.locked.is_empty() && self.locked_tried.elapsed() >= AGAIN;
         let has_news = !self.answers.is_empty()
             || try_locked
-            || self.spent != Spent::default()
+            || !self.spent.is_empty()
             || !self.too_late.is_empty()
             || self.money.waits();
         if has_news && may_try {

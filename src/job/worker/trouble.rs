@@ -3,11 +3,11 @@
 
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::Spent;
 use pgrx::PgSqlErrorCode as Code;
 
 use super::write::rates;
 use super::{AGAIN, LATER, Worker};
+use crate::budget::Bill;
 use crate::error::{Error, Result};
 use crate::job::plan;
 use crate::job::settle::{FEW, says_nothing};
@@ -150,15 +150,15 @@ impl Worker {
     /// Shows what is in the way, and enters what was spent: a crash loses the answers, and not their accounts.
     fn show(&mut self, is_pause: bool, e: &Error) {
         let Some(trouble) = &self.trouble else { return };
-        let (job, asked, spent) = (&self.job, &self.asked, self.spent);
+        let (job, asked, spent) = (&self.job, &self.asked, &self.spent);
         let (rows_per_second, tokens_per_minute) = rates(&self.samples);
         let resume_at =
             (is_pause && trouble.kind != Kind::Denied).then(|| shared::now() + trouble.left().as_micros() as i64);
         let status = if is_pause { "paused" } else { "running" };
         let is_shown = is_pause || trouble.kind == Kind::Locked;
         let shown = txn::run(|| {
-            if spent != Spent::default() {
-                let delta = Delta { spent, rows_per_second, tokens_per_minute, ..Delta::default() };
+            if !spent.is_empty() {
+                let delta = Delta { spent: spent.clone(), rows_per_second, tokens_per_minute, ..Delta::default() };
                 store::write(job.id, asked, &delta, [])?;
             }
             let text = if trouble.kind == Kind::Locked {
@@ -173,7 +173,7 @@ impl Worker {
         });
         match shown {
             Ok(text) => {
-                self.spent = Spent::default();
+                self.spent = Bill::default();
                 if trouble.failures == 1 || (is_pause && trouble.failures == MOST_TRIES) {
                     pgrx::log!("llm_batch job {} cannot write answers: {text}", job.id);
                 }
@@ -214,14 +214,14 @@ impl Worker {
         }
         let text = format!("{rows} answers could not be written before the job's worker ended: {why}");
         pgrx::log!("llm_batch job {}: {text}", self.job.id);
-        let (id, asked, rest) = (self.job.id, &self.asked, Delta { spent: self.spent, ..Delta::default() });
+        let (id, asked, rest) = (self.job.id, &self.asked, Delta { spent: self.spent.clone(), ..Delta::default() });
         // If that can't be written, it is in the log.
         let entered = txn::run(|| {
             store::write(id, asked, &rest, [])?;
             store::interrupted(id, Some(&text))
         });
         if entered.is_ok() {
-            self.spent = Spent::default();
+            self.spent = Bill::default();
         }
     }
 

@@ -73,7 +73,7 @@ impl Worker {
     fn write(&mut self, batch: &[Answer], others: Others) -> Result<Written> {
         let (job, asked, money) = (&self.job, &self.asked, &self.money);
         let (plan, known, known_at) = (&mut self.plan, &mut self.table, &mut self.table_at);
-        let (spent, too_late) = (self.spent, &self.too_late);
+        let (spent, too_late) = (&self.spent, &self.too_late);
         let (rows_per_second, tokens_per_minute) = rates(&self.samples);
         // A job that is about to stop sends nothing more.
         let may_grant = self.stopping.is_none() && !self.put_off;
@@ -101,7 +101,7 @@ impl Worker {
                 superseded: settled.superseded,
                 reused: settled.reused,
                 nulls: settled.nulls.clone(),
-                spent,
+                spent: spent.clone(),
                 rows_per_second,
                 tokens_per_minute,
                 is_progress: settled.done + settled.superseded + settled.failures.len() as i64 > 0,
@@ -129,7 +129,7 @@ impl Worker {
             self.job.starts = (self.job.starts - 1).max(0);
             shared::progressed(my_database(), self.job.id);
         }
-        let spent = std::mem::take(&mut self.spent);
+        let spent = std::mem::take(&mut self.spent).total();
         self.money.settled(decision);
         self.carry_out(decision, account.unwrap_or_default())?;
         let listed = std::mem::take(&mut self.too_late);

@@ -11,8 +11,8 @@ impl State {
         let groups = &self.groups;
         let mut roles: HashMap<&LaneKey, Vec<u32>> = HashMap::new();
         for (group, stream) in self.conns.values().filter_map(|c| c.stream.as_ref()) {
-            if let Some(group) = groups.get(*group) {
-                roles.entry(&group.lane).or_default().push(stream.role);
+            for member in groups.get(*group).map_or(&[][..], |group| &group.members) {
+                roles.entry(&member.lane).or_default().push(stream.role);
             }
         }
         self.lanes
@@ -34,7 +34,7 @@ impl State {
                     requests_limit: usage.requests_limit,
                     used: usage.used,
                     requests_allowed: lane.allowed(false) as u64,
-                    rows_allowed: groups.of(lane).map(|(_, g)| g.size.rows() as u64).min(),
+                    rows_allowed: groups.of(lane).filter_map(|(_, g)| Some(g.member(key)?.1.size.rows() as u64)).min(),
                     share: usage.share,
                     reported_left: usage.reported_left,
                     token_ratio: lane.measured.prompt.apply(1000) as f64 / 1000.0,

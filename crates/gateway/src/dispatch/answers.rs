@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::sync::Arc;
 
 use llm_batch_core::answer::{self, Verdict as Read};
 use llm_batch_core::dialect::{Finish, Reply};
@@ -137,7 +136,7 @@ impl State {
                 if !matches!(&answered.result, Err(report) if matches!(report.trouble, Trouble::Overload(_))) {
                     lane.vouched = None;
                     lane.standings.of(now, request.asked.scope).is_answered();
-                    self.answers(now, request.group);
+                    self.answers(now, &lane_key, request.group);
                 }
                 match &answered.result {
                     Ok(reply) => self.answered(now, request, reply, &answered, in_flight),
@@ -199,12 +198,12 @@ impl State {
         standing.accepts();
         standing.is_paid(&rows, seen.answers == 0);
         let (is_well, is_proven) = (standing.is_well(), standing.patience.has_answered());
-        let is_prose = learn(now, (lane, group), &rows, asked, &seen, in_flight);
-        let stream = Rc::clone(&group.stream);
+        let Some(stream) = group.member(&lane_key).map(|(_, member)| Rc::clone(&member.stream)) else { return };
+        let is_prose = learn(now, &lane_key, (lane, group), &rows, asked, &seen, in_flight);
         let Endpoint { api, counts, .. } = &stream.endpoint;
         let reserved = counts.settle(asked.reserved, reply.counted(*api, asked.estimate));
         lane.limiter.settle(grant, reserved, left(&came.said));
-        self.pay(now, group_id, &rows, asked, reply);
+        self.pay(now, (&lane_key, group_id), &rows, asked, reply);
         let weight = match seen.answers {
             0 if seen.grows => Said::Cut,
             0 => Said::Barren,
@@ -239,13 +238,13 @@ impl State {
     fn pay(
         &mut self,
         now: u64,
-        group_id: GroupId,
+        (lane_key, group_id): (&LaneKey, GroupId),
         rows: &[Row],
         Asked { estimate, worst, sent, .. }: Asked,
         reply: &Reply,
     ) {
         let Some(group) = self.groups.get_mut(group_id) else { return };
-        let payers = group.payers(rows);
+        let (payers, model) = (group.payers(rows), group.place(lane_key));
         let is_bounded = group.purse.is_some();
         if let Some(purse) = &mut group.purse {
             purse.give_back(worst, reply.usage.or(worst));
@@ -253,10 +252,10 @@ impl State {
         // Of a budget, who does not say what it took may have taken the most.
         let is_unconfirmed = is_bounded && reply.usage.whole().is_none();
         if is_unconfirmed {
-            self.unconfirmed(&payers, reply.usage.missing(worst));
+            self.unconfirmed(model, &payers, reply.usage.missing(worst));
         }
         let sure = reply.usage.or(if is_unconfirmed { Tokens::default() } else { estimate });
-        self.spend(&payers, sure, reply.cached_input, now.saturating_sub(sent));
+        self.spend(model, &payers, sure, reply.cached_input, now.saturating_sub(sent));
     }
 
     /// What becomes of the rows of an answer. Whether nothing more is paid for some of them, though it is not their fault.
@@ -332,20 +331,22 @@ impl State {
     /// A request may have been charged or not.
     pub(super) fn unsure(&mut self, request: &InFlight) {
         let group = self.groups.get(request.group);
-        let payers = group.map(|g| g.payers(&request.rows)).unwrap_or_default();
-        self.unconfirmed(&payers, request.asked.worst);
+        let Some(group) = group else { return };
+        let (payers, model) = (group.payers(&request.rows), group.place(&request.lane));
+        self.unconfirmed(model, &payers, request.asked.worst);
     }
 
-    fn unconfirmed(&mut self, payers: &[u64], worst: Tokens) {
+    fn unconfirmed(&mut self, model: usize, payers: &[u64], worst: Tokens) {
         if let Some(c) = payers.first().and_then(|conn| self.conns.get_mut(conn)) {
-            c.spent.unconfirmed_input_tokens += worst.input;
-            c.spent.unconfirmed_output_tokens += worst.output;
+            let spent = &mut c.report(model).spent;
+            spent.unconfirmed_input_tokens += worst.input;
+            spent.unconfirmed_output_tokens += worst.output;
         }
     }
 
     /// Shares the tokens of a request, and the time (ms) that it took, among the clients whose rows were in it; nothing is
     /// lost by rounding.
-    fn spend(&mut self, payers: &[u64], usage: Tokens, cached: u64, took: u64) {
+    fn spend(&mut self, model: usize, payers: &[u64], usage: Tokens, cached: u64, took: u64) {
         let mut by_conn: BTreeMap<u64, u64> = BTreeMap::new();
         for conn in payers {
             *by_conn.entry(*conn).or_default() += 1;
@@ -355,11 +356,12 @@ impl State {
         for (conn, n) in by_conn {
             let share = |total: u64| total * (before + n) / all - total * before / all;
             if let Some(c) = self.conns.get_mut(&conn) {
-                c.spent.requests += u64::from(first);
-                c.spent.input_tokens += share(usage.input);
-                c.spent.cached_input_tokens += share(cached);
-                c.spent.output_tokens += share(usage.output);
-                c.spent.row_ms += n * took;
+                let spent = &mut c.report(model).spent;
+                spent.requests += u64::from(first);
+                spent.input_tokens += share(usage.input);
+                spent.cached_input_tokens += share(cached);
+                spent.output_tokens += share(usage.output);
+                spent.row_ms += n * took;
             }
             before += n;
             first = false;
@@ -370,6 +372,7 @@ impl State {
 /// Takes in what an answer teaches about the model. Whether it is prose although JSON was requested.
 fn learn(
     now: u64,
+    lane_key: &LaneKey,
     (lane, group): (&mut Lane, &mut Group),
     rows: &[Row],
     asked: Asked,
@@ -402,10 +405,12 @@ fn learn(
     if answers > 0 {
         forms.works(form);
     }
-    let is_slow = now.saturating_sub(asked.sent) > group.stream.model.request_timeout_ms / SLOW;
+    let took = now.saturating_sub(asked.sent);
+    lane.took(took);
+    let is_slow = group.member(lane_key).is_some_and(|(_, m)| took > m.stream.model.request_timeout_ms / SLOW);
     if answers > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
         let missing = if grows { 0 } else { size - answers };
-        group.size.observe(size, missing, is_slow);
+        group.size(lane_key).into_iter().for_each(|rows| rows.observe(size, missing, is_slow));
     }
     is_prose
 }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::rc::Rc;
+use std::time::Duration;
 
 use llm_batch_core::breaker::{self, Breakers, Down, ProbeEnd};
 use llm_batch_core::trouble::Trouble;
@@ -13,6 +14,10 @@ use crate::group::Group;
 use crate::key::{GroupId, LaneKey};
 use crate::protocol::{Stop, StopReason, Stream, Words};
 use crate::request::Answered;
+use crate::route::Member;
+
+/// How long (ms) a probe is waited for at least.
+const LEAST_PATIENCE: u64 = 5_000;
 
 /// Account and URL. Models of an account may be at different ones.
 pub type EndpointKey = (Rc<str>, String);
@@ -70,27 +75,28 @@ fn is_down(now: u64, until: Option<u64>, message: &str) -> Stop {
 }
 
 impl State {
-    fn endpoint_of(&self, group: GroupId) -> Option<(EndpointKey, Rc<str>)> {
-        let group = self.groups.get(group)?;
-        Some((endpoint(&group.lane, &group.stream), Rc::clone(&group.lane.model)))
+    fn endpoint_of(&self, lane: &LaneKey, group: GroupId) -> Option<EndpointKey> {
+        let (_, member) = self.groups.get(group)?.member(lane)?;
+        Some(endpoint(lane, &member.stream))
     }
 
-    /// Why nothing is sent for a group, if a probe has found that out and the next one is not due; and whose request it was.
-    pub(super) fn down(&self, now: u64, group: GroupId) -> Option<(Stop, u32)> {
+    /// Why nothing is sent to a member of a group, if a probe has found that out and the next one is not due; and whose
+    /// request it was.
+    pub(super) fn down(&self, now: u64, member: &Member) -> Option<(Stop, u32)> {
         if self.circuits.is_empty() {
             return None;
         }
-        let (key, model) = self.endpoint_of(group)?;
+        let (key, model) = (endpoint(&member.lane, &member.stream), &member.lane.model);
         let Circuits { breakers, words } = self.circuits.get(&key)?;
-        breakers.is_down(now, &model).then(|| (is_down(now, breakers.until(&model), &words.message), words.role))
+        breakers.is_down(now, model).then(|| (is_down(now, breakers.until(model), &words.message), words.role))
     }
 
     /// A request of a group was answered, be it with a refusal.
-    pub(super) fn answers(&mut self, now: u64, group: GroupId) {
+    pub(super) fn answers(&mut self, now: u64, lane: &LaneKey, group: GroupId) {
         if !self.circuits.is_empty()
-            && let Some((key, model)) = self.endpoint_of(group)
+            && let Some(key) = self.endpoint_of(lane, group)
         {
-            self.endpoint_answers(now, &key, &model);
+            self.endpoint_answers(now, &key, &lane.model);
         }
     }
 
@@ -106,8 +112,10 @@ impl State {
     }
 
     /// A request of a group was not answered. Whether nothing more may be sent until a probe is answered.
-    pub(super) fn fails(&mut self, now: u64, group: GroupId, points: u32, message: &str) -> bool {
-        let Some(Group { lane, stream, .. }) = self.groups.get(group) else { return false };
+    pub(super) fn fails(&mut self, now: u64, lane: &LaneKey, group: GroupId, points: u32, message: &str) -> bool {
+        let Some((_, Member { stream, .. })) = self.groups.get(group).and_then(|g| g.member(lane)) else {
+            return false;
+        };
         let circuits = self.circuits.entry(endpoint(lane, stream)).or_default();
         circuits.breakers.failed(now, &lane.model, points);
         circuits.words = Words { role: stream.role, message: message.to_owned() };
@@ -118,11 +126,14 @@ impl State {
     pub(super) fn probe_circuits(&mut self, now: u64, launches: &mut Vec<Launch>, wake: &mut Option<u64>) {
         let mut later = |at: u64| *wake = Some(wake.map_or(at, |w| w.min(at)));
         for (key, Circuits { breakers, .. }) in &mut self.circuits {
-            let mut waiting: BTreeMap<&str, (&LaneKey, Rc<Stream>)> = BTreeMap::new();
+            let mut waiting: BTreeMap<&str, (&LaneKey, Rc<Stream>, bool)> = BTreeMap::new();
             for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.account == key.0) {
-                let of_endpoint = |s: &Stream| s.endpoint.base_url == key.1;
-                if let Some((_, g)) = self.groups.of(l).find(|(_, g)| of_endpoint(&g.stream) && g.queued() > 0) {
-                    waiting.insert(&lane.model, (lane, Rc::clone(&g.stream)));
+                // Others may take the rows meanwhile.
+                let waits = |g: &Group| g.queued() > 0 || (g.members.len() > 1 && g.in_flight > 0);
+                let groups = self.groups.of(l).filter(|(_, g)| waits(g));
+                let mut streams = groups.filter_map(|(_, g)| Some((&g.member(lane)?.1.stream, g.members.len() > 1)));
+                if let Some((stream, is_route)) = streams.find(|(s, _)| s.endpoint.base_url == key.1) {
+                    waiting.insert(&lane.model, (lane, Rc::clone(stream), is_route));
                 }
             }
             let models: Vec<&str> = waiting.keys().copied().collect();
@@ -133,10 +144,8 @@ impl State {
                 later(at);
                 continue;
             }
-            let Some((lane, stream)) = waiting.remove(model.as_str()).map(|(lane, stream)| (lane.clone(), stream))
-            else {
-                continue;
-            };
+            let Some((lane, stream, is_route)) = waiting.remove(model.as_str()) else { continue };
+            let lane = lane.clone();
             let Some(lane) = self.lanes.get_mut(&lane) else { continue };
             let (body, timeout) = match probe::request(now, lane, &stream) {
                 Ok(request) => request,
@@ -145,6 +154,11 @@ impl State {
                     continue;
                 }
             };
+            // Where others take the rows a silent one is not waited for longer than they are: it may be back meanwhile.
+            let timeout = lane
+                .patience()
+                .filter(|_| is_route)
+                .map_or(timeout, |ms| timeout.min(Duration::from_millis(ms.max(LEAST_PATIENCE))));
             breakers.begin_probe(&model);
             let (abandoned, role) = (Rc::new(Notify::new()), stream.role);
             self.next_id += 1;
@@ -189,12 +203,13 @@ impl State {
         let Some(down) = breakers.end_probe(now, &model, end) else { return };
         let (stop, role) = (is_down(now, breakers.until(&model), &words.message), words.role);
         self.notice(now, &lane(&key, &model), "stopped", &stop.message);
-        let is_it = |g: &Group| {
-            g.lane.account == key.0
-                && g.stream.endpoint.base_url == key.1
-                && (down == Down::Endpoint || *g.lane.model == *model)
+        let is_it = |Member { lane, stream, .. }: &Member| {
+            lane.account == key.0
+                && stream.endpoint.base_url == key.1
+                && (down == Down::Endpoint || *lane.model == *model)
         };
-        let groups: Vec<GroupId> = self.groups.iter().filter(|(_, g)| is_it(g)).map(|(id, _)| id).collect();
-        groups.into_iter().for_each(|group| self.stop(group, &stop, Some(role)));
+        let groups = self.groups.iter().filter(|(_, g)| g.members.iter().any(is_it));
+        let groups: Vec<GroupId> = groups.map(|(id, _)| id).collect();
+        groups.into_iter().for_each(|group| self.lost(now, group, &stop, Some(role)));
     }
 }

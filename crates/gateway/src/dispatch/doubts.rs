@@ -46,8 +46,12 @@ impl State {
                 standing.patience.valid(now);
                 match asked.way {
                     Way::AsEver => {}
-                    Way::OtherForm => group.size = Size::new(options.max_rows_per_request as usize),
-                    Way::FewerRows | Way::OneRow => group.size.at_most(rows),
+                    way => {
+                        let most = options.max_rows_per_request as usize;
+                        if let Some(size) = group.size(lane_key) {
+                            if way == Way::OtherForm { *size = Size::new(most) } else { size.at_most(rows) }
+                        }
+                    }
                 }
                 // What is held may be of other streams of the same task.
                 for id in self.same(lane_key, asked.scope) {
@@ -94,7 +98,7 @@ impl State {
         let message = format!("no answer has a valid row, whichever way the model is asked; the last answer is {last}");
         self.notice(now, lane_key, "stopped", &message);
         let stop = Stop { reason: StopReason::NoAnswers, message, retry_after_ms: None };
-        self.stop_task(lane_key, scope, &stop, None);
+        self.stop_task(now, lane_key, scope, &stop, None);
     }
 
     /// Stops all who ask this task of this model for a while: of its requests none is answered.
@@ -104,12 +108,12 @@ impl State {
         let message = format!("no request with rows is answered: {last}");
         self.notice(now, lane_key, "stopped", &message);
         let stop = Stop { reason: StopReason::ProviderDown, message, retry_after_ms: Some(wait) };
-        self.stop_task(lane_key, scope, &stop, role);
+        self.stop_task(now, lane_key, scope, &stop, role);
     }
 
-    pub(super) fn stop_task(&mut self, lane_key: &LaneKey, scope: TextKey, stop: &Stop, role: Option<u32>) {
+    pub(super) fn stop_task(&mut self, now: u64, lane_key: &LaneKey, scope: TextKey, stop: &Stop, role: Option<u32>) {
         for group in self.same(lane_key, scope) {
-            self.stop(group, stop, role);
+            self.strike(now, lane_key, group, stop, role);
         }
     }
 
@@ -121,12 +125,14 @@ impl State {
 
     /// A row is done with. Without a label it is held as long as it may not be its fault.
     pub(super) fn conclude(&mut self, now: u64, lane_key: &LaneKey, group_id: GroupId, row: Row, verdict: Verdict) {
+        let Some(row) = self.fails_over(now, lane_key, group_id, row, &verdict) else { return };
         let Some((lane, group)) = self.lanes.get_mut(lane_key).zip(self.groups.get(group_id)) else { return };
+        let place = group.place(lane_key);
         let standing = lane.standings.of(now, group.scope);
         let is_rejected = matches!(&verdict, Verdict::Fail { class, .. } if class == "rejected");
         let in_doubt = if is_rejected { !standing.is_accepted } else { standing.patience.is_in_doubt(now) };
         if !in_doubt || matches!(verdict, Verdict::Answer(_)) {
-            self.done(group_id, row, verdict);
+            self.done(group_id, place, row, verdict);
             return;
         }
         let rows = self.wanted(group_id, vec![row]);
@@ -136,7 +142,7 @@ impl State {
     }
 
     /// Lets go of what is held. Unless it is the rows' own fault, those that were not refused are asked again.
-    fn release(&mut self, group_id: GroupId, is_own_fault: bool) {
+    pub(super) fn release(&mut self, group_id: GroupId, is_own_fault: bool) {
         let Some(group) = self.groups.get_mut(group_id) else { return };
         if !is_own_fault {
             group.forgive();
@@ -145,7 +151,7 @@ impl State {
             let is_refused =
                 matches!(&verdict, Verdict::Fail { class, .. } | Verdict::Skip { class, .. } if is_refusal(class));
             if is_own_fault || is_refused {
-                self.done(group_id, row, verdict);
+                self.done(group_id, 0, row, verdict);
             } else {
                 self.again(group_id, row);
             }

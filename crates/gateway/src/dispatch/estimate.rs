@@ -7,6 +7,7 @@ use super::send::{Draft, rows_of};
 use crate::group::{Group, Line, Next};
 use crate::lane::Measured;
 use crate::protocol::{Estimate, Item};
+use crate::route::Turn;
 
 impl State {
     /// What rows would take if they were sent, by what is known of the client's model.
@@ -16,26 +17,27 @@ impl State {
             return sum;
         };
         let Some(known) = self.groups.get(group_id) else { return sum };
-        let Some(lane) = self.lanes.get(&known.lane) else { return sum };
+        let Some(member) = known.members.first() else { return sum };
+        let Some(lane) = self.lanes.get(&member.lane) else { return sum };
         let (learned, measured) = (lane.learned, lane.measured);
-        let mut group = Group::new(known.lane.clone(), stream, &self.keys);
-        let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(group.most_tokens());
+        let mut group = Group::new(stream, &self.keys);
+        let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(member.stream.most_tokens());
         let measured = Measured { sizes: lane.standings.sizes(group.scope).unwrap_or(measured.sizes), ..measured };
-        group.size = known.size;
+        group.size(&member.lane).into_iter().for_each(|size| *size = member.size);
         let reuse = group.stream.task.options.reuse;
         for (i, (item, line)) in items.into_iter().enumerate() {
             let compartment = group.compartment(&self.keys, &item);
             let key = if reuse { self.keys.of(compartment, &item.text) } else { i as u128 };
             group.push(0, conn, (item, line), compartment, key);
         }
-        while let Next::Rows(rows) = group.next(u64::MAX / 2, rows_of(learned, measured, largest) as usize, Way::AsEver)
-        {
-            let draft = Draft::new(&self.numbers, (learned, measured), &group, &rows, largest);
+        let tokens = rows_of(learned, measured, largest) as usize;
+        while let Next::Rows(rows) = group.next(u64::MAX / 2, tokens, Way::AsEver, &member.lane, Turn::ALONE) {
+            let draft = Draft::new(&self.numbers, (learned, measured), (&group, &member.stream), &rows, largest);
             sum.rows += rows.len() as u64;
             sum.requests += 1;
             sum.input_tokens += measured.prompt.apply(draft.estimate.input);
             sum.output_tokens += measured.usual_answer(group.mean_answer(&rows));
-            sum.example.get_or_insert_with(|| draft.body(learned, &group, &rows).to_string());
+            sum.example.get_or_insert_with(|| draft.body(learned, (&group, &member.stream), &rows).to_string());
         }
         sum
     }

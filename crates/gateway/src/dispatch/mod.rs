@@ -3,7 +3,7 @@
 //! queue → pack → reserve → send → check → settle → outcomes. Everything here is synchronous and happens on one
 //! thread; only sending is not. This file has the state and the clients, `send` what goes out, `answers` and `troubles`
 //! what comes back, `doubts` what may not be the rows' fault, `circuits` what is left alone because nothing comes back,
-//! `probe` whether a model answers at all, `estimate` what rows would take, `activity` what goes on.
+//! `probe` whether a model answers at all, `routes` which of several models is asked, `estimate` what rows would take, `activity` what goes on.
 
 mod activity;
 mod answers;
@@ -11,6 +11,9 @@ mod circuits;
 mod doubts;
 mod estimate;
 mod probe;
+#[cfg(test)]
+mod route_tests;
+mod routes;
 mod send;
 #[cfg(test)]
 mod tests;
@@ -45,6 +48,7 @@ use crate::protocol::{
     Stop, StopReason, Stream, Verdict, encode,
 };
 use crate::request::Answered;
+use crate::route::Member;
 use crate::row::{Row, Waiter};
 
 /// Lanes without streams beyond this number are forgotten.
@@ -62,15 +66,27 @@ struct Conn {
     coming: usize,
     outstanding: usize,
     outstanding_bytes: usize,
-    outcomes: Vec<Outcome>,
-    spent: Spent,
+    /// What it is to be told, by the place of the model in its stream.
+    reports: BTreeMap<usize, Report>,
     /// It was told to stop: nothing more is sent for it until it opens a stream again.
     stopped: bool,
     /// Woken when it leaves.
     left: Rc<Notify>,
 }
 
+/// What is to be told of a model.
+#[derive(Default)]
+struct Report {
+    outcomes: Vec<Outcome>,
+    spent: Spent,
+}
+
 impl Conn {
+    /// What it is to be told of the model at this place.
+    fn report(&mut self, model: usize) -> &mut Report {
+        self.reports.entry(model).or_default()
+    }
+
     /// The stream of a session.
     fn session(&self) -> Option<&Stream> {
         self.stream.as_ref().map(|(_, stream)| &**stream).filter(|stream| stream.interactive)
@@ -202,8 +218,7 @@ impl State {
                 coming: 0,
                 outstanding: 0,
                 outstanding_bytes: 0,
-                outcomes: Vec::new(),
-                spent: Spent::default(),
+                reports: BTreeMap::new(),
                 stopped: false,
                 left: Rc::new(Notify::new()),
             },
@@ -240,18 +255,21 @@ impl State {
         self.withdraw(conn);
         let Some(group) = self.group_of(conn) else { return };
         let (gone, worst) = self.leave(conn, group);
-        if let Some(c) = self.conns.get_mut(&conn) {
-            c.spent.unconfirmed_input_tokens += worst.input;
-            c.spent.unconfirmed_output_tokens += worst.output;
+        for (model, worst) in worst {
+            if let Some(c) = self.conns.get_mut(&conn) {
+                let spent = &mut c.report(model).spent;
+                spent.unconfirmed_input_tokens += worst.input;
+                spent.unconfirmed_output_tokens += worst.output;
+            }
         }
         self.give_back(gone);
         self.flush();
     }
 
-    /// Lets go of a client's rows that are under way. Requests that nobody else waits for are given up: what these may take
-    /// at the worst.
-    fn leave(&mut self, conn: u64, group_id: GroupId) -> (Vec<Waiter>, Tokens) {
-        let (mut gone, mut worst) = (Vec::new(), Tokens::default());
+    /// Lets go of a client's rows that are under way. Requests that nobody else waits for are given up: what each of these may
+    /// take at the worst, and by which model.
+    fn leave(&mut self, conn: u64, group_id: GroupId) -> (Vec<Waiter>, Vec<(usize, Tokens)>) {
+        let (mut gone, mut worst) = (Vec::new(), Vec::new());
         let Some(group) = self.groups.get_mut(group_id) else { return (gone, worst) };
         for request in self.in_flight.values_mut().filter(|r| r.group == group_id) {
             let (before, mut is_wanted) = (gone.len(), false);
@@ -265,8 +283,7 @@ impl State {
             if !is_wanted && gone.len() > before {
                 // Clients that ask for its rows from now on have no part in it.
                 request.is_accounted = true;
-                worst.input += request.asked.worst.input;
-                worst.output += request.asked.worst.output;
+                worst.push((group.place(&request.lane), request.asked.worst));
             }
         }
         (gone, worst)
@@ -298,20 +315,30 @@ impl State {
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
         c.came = now;
         c.stopped = false;
-        let lane_key = LaneKey::of(&stream);
         let stream = Rc::new(stream);
-        let kept = &self.kept;
-        let new = || {
-            let mut lane = Lane::new(stream.model.limits(), kept.lane(&lane_key), kept.known_since(), now);
-            lane.learned.forms = stream.endpoint.api.dialect().forms();
-            lane
-        };
-        let lane = self.lanes.entry(lane_key.clone()).or_insert_with(new);
         self.next_id += 1;
-        let group_id = self.groups.open((&lane_key, lane), GroupId(self.next_id), conn, &stream, &self.keys);
+        let lane = self.lanes.get(&LaneKey::of(&stream));
+        let (group_id, group) = self.groups.open(lane, GroupId(self.next_id), conn, &stream, &self.keys);
+        let kept = &self.kept;
+        for Member { lane: key, stream, .. } in &group.members {
+            let new = || {
+                let mut lane = Lane::new(stream.model.limits(), kept.lane(key), kept.known_since(), now);
+                lane.learned.forms = stream.endpoint.api.dialect().forms();
+                lane
+            };
+            let lane = self.lanes.entry(key.clone()).or_insert_with(new);
+            if !lane.groups.contains(&group_id) {
+                lane.groups.push(group_id);
+            }
+        }
         // Clients that ask the same keep it once.
-        let stream = self.groups.get(group_id).map_or(stream, |group| Rc::clone(&group.stream));
-        let before = c.stream.replace((group_id, stream));
+        let before = c.stream.replace((group_id, Rc::clone(&group.stream)));
+        // Who asks again where all have stopped has perhaps mended it.
+        if self.out(now, group_id).is_some()
+            && let Some(group) = self.groups.get_mut(group_id)
+        {
+            group.members.iter_mut().for_each(|member| member.stopped = None);
+        }
         self.tidy(now, group_id);
         if let Some((old, _)) = before {
             self.tidy(now, old);
@@ -355,31 +382,38 @@ impl State {
         None
     }
 
-    /// Forgets a group that is not used, and brings its lane in line with the streams that are open on it: the smallest
+    /// Forgets a group that is not used, and brings its lanes in line with the streams that are open on them: the smallest
     /// limits hold.
     fn tidy(&mut self, now: u64, id: GroupId) {
         let Some(group) = self.groups.get(id) else { return };
-        let key = group.lane.clone();
+        let lanes: Vec<LaneKey> = group.members.iter().map(|member| member.lane.clone()).collect();
         let is_open = || self.conns.values().filter_map(|c| c.stream.as_ref()).any(|(open, _)| *open == id);
         if group.in_flight == 0 && group.queued() == 0 && !is_open() {
             self.groups.remove(id);
-            if let Some(lane) = self.lanes.get_mut(&key) {
-                lane.groups.retain(|other| *other != id);
+            for key in &lanes {
+                if let Some(lane) = self.lanes.get_mut(key) {
+                    lane.groups.retain(|other| *other != id);
+                }
             }
         }
-        // Sessions keep their streams open; only those with rows under way have a say. Without any the limits stay: what
-        // was sent under them still counts.
-        let busy = self.conns.values().filter(|c| c.outstanding > 0).filter_map(|c| c.stream.as_ref());
-        let on_lane = busy.filter(|(id, _)| self.groups.get(*id).is_some_and(|group| group.lane == key));
-        let models: Vec<&Model> = on_lane.map(|(_, stream)| &stream.model).collect();
-        if let Some(lane) = self.lanes.get_mut(&key)
-            && let Some(limits) = models.iter().map(|model| model.limits()).reduce(Limits::min)
-        {
-            lane.configure(now, limits, models.iter().filter_map(|model| model.max_concurrent_requests).min());
-        }
+        lanes.iter().for_each(|key| self.keep_to_limits(now, key));
         if self.lanes.len() > MOST_IDLE_LANES {
             self.lanes.retain(|_, lane| !lane.is_idle());
             self.circuits.retain(|(account, _), _| self.lanes.keys().any(|lane| lane.account == *account));
+        }
+    }
+
+    /// Sets the limits of a lane by the streams that are open on it.
+    fn keep_to_limits(&mut self, now: u64, key: &LaneKey) {
+        // Sessions keep their streams open; only those with rows under way have a say. Without any the limits stay: what
+        // was sent under them still counts.
+        let busy = self.conns.values().filter(|c| c.outstanding > 0).filter_map(|c| c.stream.as_ref());
+        let on_lane = busy.filter_map(|(id, _)| self.groups.get(*id)?.member(key));
+        let models: Vec<&Model> = on_lane.map(|(_, member)| &member.stream.model).collect();
+        if let Some(lane) = self.lanes.get_mut(key)
+            && let Some(limits) = models.iter().map(|model| model.limits()).reduce(Limits::min)
+        {
+            lane.configure(now, limits, models.iter().filter_map(|model| model.max_concurrent_requests).min());
         }
     }
 
@@ -419,7 +453,7 @@ impl State {
             return Err("rows came before a stream was opened".to_owned());
         };
         if let Some(g) = self.groups.get_mut(group)
-            && let Some(lane) = self.lanes.get(&g.lane)
+            && let Some(lane) = g.first_lane().and_then(|lane| self.lanes.get(lane))
         {
             lane.wake(g);
         }
@@ -436,7 +470,7 @@ impl State {
             self.bytes += bytes;
             let waiter = Waiter { conn, n: item.n, bytes };
             if c.stopped {
-                self.outcome(waiter, 0, Verdict::Withdrawn, false);
+                self.outcome(waiter, 0, 0, Verdict::Withdrawn, false);
                 continue;
             }
             let unique: TextKey = self.id().into();
@@ -450,26 +484,24 @@ impl State {
                 .as_ref()
                 .map_or(compartment, |again| self.keys.of(compartment, &format!("{} {}", again.attempts, again.hint)));
             let key = if reuse { self.keys.of(scope, &item.text) } else { unique };
-            if reuse && let Some(answer) = self.cache.get(key, self.settings.cache) {
-                if let Some(lane) = self.lanes.get_mut(&g.lane) {
+            let models = 0..if reuse { g.stream.others.len() + 1 } else { 0 };
+            let mut kept = models.filter_map(|at| Some((at, self.cache.get(of_model(key, at), self.settings.cache)?)));
+            if let Some((model, answer)) = kept.next() {
+                if let Some(lane) = g.first_lane().and_then(|lane| self.lanes.get_mut(lane)) {
                     lane.rows_reused += 1;
                 }
-                self.outcome(waiter, before, Verdict::Answer(answer), true);
+                self.outcome(waiter, model, before, Verdict::Answer(answer), true);
                 continue;
             }
             if g.push(now, conn, (item, line), compartment, key) == Pushed::TooLong {
-                let most = g.stream.model.max_request_tokens;
-                self.outcome(waiter, 0, too_long(&format!("max_request_tokens of the model is {most}")), false);
+                let most = g.most_of_a_row();
+                self.outcome(waiter, 0, 0, too_long(&format!("max_request_tokens of the model is {most}")), false);
             }
         }
         if was_idle {
             self.tidy(now, group);
         }
-        let stop = if self.settings.enabled {
-            self.down(now, group).map(|(stop, role)| (stop, Some(role)))
-        } else {
-            Some((disabled(), None))
-        };
+        let stop = if self.settings.enabled { self.out(now, group) } else { Some((disabled(), None)) };
         if let Some((stop, role)) = stop {
             self.stop(group, &stop, role);
         }
@@ -503,35 +535,35 @@ impl State {
 
     fn give_back(&mut self, waiters: Vec<Waiter>) {
         for waiter in waiters {
-            self.outcome(waiter, 0, Verdict::Withdrawn, false);
+            self.outcome(waiter, 0, 0, Verdict::Withdrawn, false);
         }
     }
 
-    /// A row is done with: all who wait for it get this outcome, and only the first has paid.
-    fn done(&mut self, group: GroupId, row: Row, verdict: Verdict) {
+    /// A row is done with, by the model at this place: all who wait for it get this outcome, and only the first has paid.
+    fn done(&mut self, group: GroupId, model: usize, row: Row, verdict: Verdict) {
         let Some(group) = self.groups.get_mut(group) else { return };
         let waiters = group.take_waiters(&row);
         if let Verdict::Answer(answer) = &verdict
             && group.stream.task.options.reuse
         {
-            self.cache.put(row.key, answer.clone(), self.settings.cache);
+            self.cache.put(of_model(row.key, model), answer.clone(), self.settings.cache);
         }
         let is_answer = matches!(verdict, Verdict::Answer(_));
-        if is_answer && let Some(lane) = self.lanes.get_mut(&group.lane) {
+        if is_answer && let Some(lane) = group.first_lane().and_then(|lane| self.lanes.get_mut(lane)) {
             lane.rows_reused += waiters.len().saturating_sub(1) as u64;
         }
         for (i, waiter) in waiters.into_iter().enumerate() {
             let reused = i > 0 && is_answer;
-            self.outcome(waiter, row.attempts, verdict.clone(), reused);
+            self.outcome(waiter, model, row.attempts, verdict.clone(), reused);
         }
     }
 
-    fn outcome(&mut self, waiter: Waiter, attempts: u32, verdict: Verdict, reused: bool) {
+    fn outcome(&mut self, waiter: Waiter, model: usize, attempts: u32, verdict: Verdict, reused: bool) {
         self.bytes = self.bytes.saturating_sub(waiter.bytes);
         if let Some(c) = self.conns.get_mut(&waiter.conn) {
             c.outstanding = c.outstanding.saturating_sub(1);
             c.outstanding_bytes = c.outstanding_bytes.saturating_sub(waiter.bytes);
-            c.outcomes.push(Outcome { n: waiter.n, verdict, attempts, reused });
+            c.report(model).outcomes.push(Outcome { n: waiter.n, verdict, attempts, reused });
         }
     }
 
@@ -549,10 +581,10 @@ impl State {
         }
     }
 
-    /// Stops the streams of all groups of a lane.
-    fn stop_lane(&mut self, lane: &LaneKey, stop: &Stop, role: Option<u32>) {
+    /// A lane stops for all of its groups.
+    fn stop_lane(&mut self, now: u64, lane: &LaneKey, stop: &Stop, role: Option<u32>) {
         let groups = self.lanes.get(lane).map(|lane| lane.groups.clone()).unwrap_or_default();
-        groups.into_iter().for_each(|group| self.stop(group, stop, role));
+        groups.into_iter().for_each(|group| self.strike(now, lane, group, stop, role));
     }
 
     /// Stops the streams of a group: their waiting rows go back. If a provider's words are about a request of a role, other
@@ -581,10 +613,8 @@ impl State {
         }
         self.settings = settings;
         if off {
-            let keys: Vec<LaneKey> = self.lanes.keys().cloned().collect();
-            for key in keys {
-                self.stop_lane(&key, &disabled(), None);
-            }
+            let groups: Vec<GroupId> = self.groups.iter().map(|(id, _)| id).collect();
+            groups.into_iter().for_each(|group| self.stop(group, &disabled(), None));
             for request in self.in_flight.values() {
                 request.abandoned.notify_one();
             }
@@ -595,23 +625,29 @@ impl State {
 
 /// Sends what has gathered for a client.
 fn flush(c: &mut Conn) {
+    for (model, report) in std::mem::take(&mut c.reports) {
+        tell(c, model, report);
+    }
+}
+
+/// Tells a client what became of its rows by the model at this place.
+fn tell(c: &Conn, model: usize, report: Report) {
+    let Report { outcomes: all, mut spent } = report;
     // Vectors of many rows are more than a frame holds.
     let (mut outcomes, mut bytes) = (Vec::new(), 0);
-    for outcome in std::mem::take(&mut c.outcomes) {
+    for outcome in all {
         if let Verdict::Answer(answer) = &outcome.verdict {
             bytes += answer.0.iter().flatten().map(String::len).sum::<usize>();
         }
         outcomes.push(outcome);
         if bytes > MAX_FRAME / 8 {
             let outcomes = std::mem::take(&mut outcomes);
-            let spent = std::mem::take(&mut c.spent);
-            say(c, &FromGateway::Outcomes { outcomes, spent });
+            say(c, &FromGateway::Outcomes { model, outcomes, spent: std::mem::take(&mut spent) });
             bytes = 0;
         }
     }
-    if !outcomes.is_empty() || c.spent != Spent::default() {
-        let spent = std::mem::take(&mut c.spent);
-        say(c, &FromGateway::Outcomes { outcomes, spent });
+    if !outcomes.is_empty() || spent != Spent::default() {
+        say(c, &FromGateway::Outcomes { model, outcomes, spent });
     }
 }
 
@@ -619,6 +655,11 @@ fn say(conn: &Conn, message: &FromGateway) {
     if let Ok(frame) = encode(message) {
         conn.frames.send(frame);
     }
+}
+
+/// What an answer of the model at this place is kept under.
+fn of_model(key: TextKey, place: usize) -> TextKey {
+    key ^ place as TextKey
 }
 
 fn too_long(why: &str) -> Verdict {

@@ -12,9 +12,11 @@ use serde_json::Value;
 use tokio::sync::Notify;
 
 use super::{InFlight, Launch, State};
+use crate::key::LaneKey;
 use crate::lane::Lane;
 use crate::protocol::{Stop, StopReason, Stream};
 use crate::request::{Answered, TIMED_OUT};
+use crate::route::Member;
 
 /// The cap of a probe's answer, tokens.
 const PROBE_ANSWER_TOKENS: u64 = 16;
@@ -104,7 +106,8 @@ impl State {
         let found = self.lanes.get_mut(&request.lane);
         let found = found.filter(|lane| report.is_some_and(|report| report.is_in_doubt || is_over(lane, report)));
         let Some((lane, group)) = found.zip(self.groups.get(request.group)) else { return Some((request, answered)) };
-        let stream = Rc::clone(&group.stream);
+        let stream = group.member(&request.lane).map_or(&group.stream, |(_, member)| &member.stream);
+        let stream = Rc::clone(stream);
         let (body, timeout) = bare(lane, &stream);
         let (id, abandoned) = (request.id, Rc::clone(&request.abandoned));
         self.doubts.push(Launch { id, stream, body, timeout, most_tokens: PROBE_READ_TOKENS, abandoned });
@@ -113,14 +116,21 @@ impl State {
         None
     }
 
-    /// Prepares a probe of a client's model.
-    pub fn probe(&mut self, now: u64, conn: u64) -> Option<Probe> {
+    /// How many models the stream of a client has.
+    pub fn models(&self, conn: u64) -> usize {
+        self.group_of(conn).and_then(|id| self.groups.get(id)).map_or(0, |group| group.members.len())
+    }
+
+    /// Prepares a probe of a client's model, of several of the one at this place.
+    pub fn probe(&mut self, now: u64, conn: u64, at: usize) -> Option<Probe> {
         let left = Rc::clone(&self.conns.get(&conn)?.left);
-        let (group, stream) = self.conns.get(&conn)?.stream.clone()?;
+        let group = self.groups.get(self.group_of(conn)?)?;
+        let Member { lane, stream, .. } = group.members.get(at)?;
+        let stream = Rc::clone(stream);
         if !self.settings.enabled {
             return Some(Probe::Disabled);
         }
-        let lane = self.lanes.get_mut(&self.groups.get(group)?.lane)?;
+        let lane = self.lanes.get_mut(lane)?;
         if lane.last_success.is_some_and(|at| at + 60_000 > now) {
             return Some(Probe::Alive);
         }
@@ -131,12 +141,18 @@ impl State {
     }
 
     /// What a probe's end means: `None` if it is to be sent again, else the answer to give.
-    pub fn probed(&mut self, now: u64, conn: u64, tries: u32, result: Result<Reply, Report>) -> Option<Option<Stop>> {
+    pub fn probed(
+        &mut self,
+        now: u64,
+        (conn, stream): (u64, &Stream),
+        tries: u32,
+        result: Result<Reply, Report>,
+    ) -> Option<Option<Stop>> {
         let group = self.group_of(conn)?;
-        let lane_key = self.groups.get(group)?.lane.clone();
+        let lane_key = LaneKey::of(stream);
         let is_answered = !matches!(&result, Err(report) if matches!(report.trouble, Trouble::Overload(_)));
         if is_answered {
-            self.answers(now, group);
+            self.answers(now, &lane_key, group);
         }
         let Err(report) = result else {
             if let Some(lane) = self.lanes.get_mut(&lane_key) {
@@ -145,7 +161,7 @@ impl State {
             return Some(None);
         };
         let message = report.message;
-        let is_open = !is_answered && self.fails(now, group, 1, &message);
+        let is_open = !is_answered && self.fails(now, &lane_key, group, 1, &message);
         let lane = self.lanes.get_mut(&lane_key)?;
         // Nothing but the words of it is asked for.
         let plain = Options { structured_output: StructuredOutput::None, ..Options::default() };

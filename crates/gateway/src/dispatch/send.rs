@@ -13,14 +13,16 @@ use llm_batch_core::task::Embed;
 use serde_json::Value;
 use tokio::sync::Notify;
 
-use super::{Asked, InFlight, Launch, State, circuits, say};
+use super::routes::FOREVER;
+use super::{Asked, Conn, InFlight, Launch, State, routes, say};
 use crate::cache::TextKey;
 use crate::group::{Group, Next};
 use crate::key::{GroupId, LaneKey};
 use crate::lane::{Lane, Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
 use crate::numbers::Numbers;
-use crate::protocol::FromGateway;
+use crate::protocol::{FromGateway, Policy, Stream};
 use crate::purse::{Pays, Purse};
+use crate::route::Turn;
 use crate::row::Row;
 
 /// A request that is cut to fit keeps at least one of so many rows.
@@ -47,12 +49,12 @@ impl Draft {
     pub fn new(
         numbers: &Numbers,
         (learned, measured): (Learned, Measured),
-        group: &Group,
+        (group, stream): (&Group, &Stream),
         rows: &[Row],
         largest: u64,
     ) -> Self {
-        let options = &group.stream.task.options;
-        let embeds = group.embeddings().is_some();
+        let options = &stream.task.options;
+        let embeds = stream.embeddings().is_some();
         let ids = if embeds { (FIRST_NUMBER..).take(rows.len()).collect() } else { numbers.draw(rows.len()) };
         let form = learned.form(options);
         let format = request::format(options.answer_shape, form, &*group.kind, &ids).filter(|_| !embeds);
@@ -64,7 +66,7 @@ impl Draft {
                 format,
                 estimate,
                 worst: Tokens { input: measured.most_prompt(estimate.input), output: 0 },
-                reserve: group.stream.endpoint.counts.reserve(prompt, 0, 0),
+                reserve: stream.endpoint.counts.reserve(prompt, 0, 0),
                 can_grow: false,
                 expected: 0,
             };
@@ -84,7 +86,7 @@ impl Draft {
             format,
             estimate,
             worst: Tokens { input: measured.most_prompt(estimate.input), output: most_answer },
-            reserve: group.stream.endpoint.counts.reserve(prompt, reserved.min(most_answer), most_answer),
+            reserve: stream.endpoint.counts.reserve(prompt, reserved.min(most_answer), most_answer),
             can_grow: most_answer < most && most_answer < MOST_SPARE_ANSWER_TOKENS,
             expected,
         }
@@ -121,28 +123,28 @@ impl Draft {
         }
     }
 
-    pub fn body(&self, learned: Learned, group: &Group, rows: &[Row]) -> Value {
-        if let Some((embed, embeddings)) = group.embeddings() {
+    pub fn body(&self, learned: Learned, (group, stream): (&Group, &Stream), rows: &[Row]) -> Value {
+        if let Some((embed, embeddings)) = stream.embeddings() {
             return embeddings.body(&Texts {
-                model: &group.stream.model.model,
+                model: &stream.model.model,
                 texts: &group.texts(rows),
                 dimensions: embed.dimensions,
                 input_type: embed.input_type.as_deref(),
-                encoding: request::encoding(learned.form(&group.stream.task.options)),
-                parameters: &group.stream.model.parameters,
+                encoding: request::encoding(learned.form(&stream.task.options)),
+                parameters: &stream.model.parameters,
             });
         }
         let (system, user) = group.messages(rows, &self.ids);
-        group.stream.endpoint.api.dialect().body(&Ask {
-            model: &group.stream.model.model,
+        stream.endpoint.api.dialect().body(&Ask {
+            model: &stream.model.model,
             system,
             no_system_role: learned.no_system_role,
             user: &user,
             max_tokens: self.worst.output,
             max_completion_tokens: learned.max_completion_tokens,
-            context: group.stream.model.max_request_tokens,
+            context: stream.model.max_request_tokens,
             format: self.format.as_ref(),
-            parameters: &group.stream.model.parameters,
+            parameters: &stream.model.parameters,
             no_sampling: learned.no_sampling,
         })
     }
@@ -160,6 +162,9 @@ struct Pack {
     draft: Draft,
     asked: Asked,
     grant: Grant,
+    stream: Rc<Stream>,
+    /// How long (ms) its answer may take.
+    timeout: u64,
 }
 
 /// Why a pack does not go out now.
@@ -182,6 +187,7 @@ impl Unsent {
 /// By what the requests of a group are drafted.
 struct Terms<'a> {
     numbers: &'a Numbers,
+    stream: &'a Stream,
     learned: Learned,
     measured: Measured,
     configured: Limits,
@@ -199,8 +205,8 @@ impl Terms<'_> {
     }
 
     fn draft(&self, group: &Group, rows: &[Row]) -> Draft {
-        let counts = group.stream.endpoint.counts;
-        Draft::new(self.numbers, (self.learned, self.measured), group, rows, self.largest)
+        let counts = self.stream.endpoint.counts;
+        Draft::new(self.numbers, (self.learned, self.measured), (group, self.stream), rows, self.largest)
             .within(self.largest_answer, counts)
     }
 
@@ -214,7 +220,7 @@ impl Terms<'_> {
     ) -> Result<(usize, Draft, Grant), Unsent> {
         let draft = self.draft(group, rows);
         if rows.len() == 1 && draft.size() > self.counted(self.set) {
-            let is_models = self.set == group.most_tokens();
+            let is_models = self.set == self.stream.most_tokens();
             let what = if is_models { "max_request_tokens" } else { "the limit a minute" };
             return Err(Unsent::TooLarge(1, format!("{what} of the model leaves {} tokens for one", self.set)));
         }
@@ -271,6 +277,19 @@ enum Look {
     TooLarge(GroupId, Vec<Row>, String),
     /// Nothing can be sent now.
     Nothing,
+}
+
+/// Asks a client for more to spend. What was answered so far goes first: the client reckons with it.
+fn ask(c: &mut Conn, message: &FromGateway) {
+    super::flush(c);
+    say(c, message);
+}
+
+/// After which time (ms) without an answer a request is given up: another model is asked if this one is silent for longer
+/// than usual.
+fn timeout(stream: &Stream, turn: Turn, patience: Option<u64>) -> u64 {
+    let has_next = turn.policy == Policy::Failover && turn.open != turn.own;
+    stream.model.request_timeout_ms.min(patience.filter(|_| has_next).unwrap_or(u64::MAX))
 }
 
 impl State {
@@ -335,16 +354,19 @@ impl State {
         lane.forget(now);
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
-        let largest_answer = lane.limiter.largest_answer();
+        let (largest_answer, patience) = (lane.limiter.largest_answer(), lane.patience());
         let Lane { groups, limiter, learned, measured, standings, in_flight, .. } = lane;
         for id in groups.iter().copied() {
             let Some(group) = self.groups.get_mut(id) else { continue };
             if *in_flight >= if group.stream.interactive { allowed_interactive } else { allowed } {
                 return Look::Nothing;
             }
-            if !self.circuits.is_empty() && !circuits::is_closed(&self.circuits, key, &group.stream) {
+            let Some(turn_of) = routes::turn(&self.circuits, group, key, now) else {
+                let until = group.member(key).and_then(|(_, m)| m.stopped.as_ref()).map(|stopped| stopped.until);
+                until.filter(|at| *at > now && *at != FOREVER && group.queued() > 0).into_iter().for_each(&mut later);
                 continue;
-            }
+            };
+            let Some(stream) = group.member(key).map(|(_, member)| Rc::clone(&member.stream)) else { continue };
             // No pack is made of rows that can't go yet.
             if group.queued() > 0
                 && let Some(at) = limiter.closed_until(now, group.class())
@@ -359,10 +381,11 @@ impl State {
             let (way, turn) = standing.patience.way();
             let learned = Learned { forms: standing.forms.without(learned.forms), ..*learned };
             // What the user has set is what makes a row too long. What a provider says is tried with the row alone.
-            let set = configured.largest_request().unwrap_or(u64::MAX).min(group.most_tokens());
+            let set = configured.largest_request().unwrap_or(u64::MAX).min(stream.most_tokens());
             let largest = set.min(by_word);
             let terms = Terms {
                 numbers: &self.numbers,
+                stream: &stream,
                 learned,
                 measured: Measured { sizes: standing.sizes, ..*measured },
                 configured,
@@ -370,7 +393,8 @@ impl State {
                 largest,
                 largest_answer,
             };
-            let mut rows = match group.next(now, terms.counted(rows_of(learned, *measured, largest)), way) {
+            let tokens = terms.counted(rows_of(learned, *measured, largest));
+            let mut rows = match group.next(now, tokens, way, key, turn_of) {
                 Next::Rows(rows) => rows,
                 Next::Until(at) => {
                     later(at);
@@ -384,7 +408,8 @@ impl State {
             match decided {
                 Ok((_, draft, grant)) => {
                     let asked = draft.asked(now, group.scope, (way, turn), learned);
-                    launches.extend(self.launch(now, key, id, Pack { rows, draft, asked, grant }));
+                    let timeout = timeout(&stream, turn_of, patience);
+                    launches.extend(self.launch(now, key, id, Pack { rows, draft, asked, grant, stream, timeout }));
                     return Look::Sent;
                 }
                 Err(Unsent::TooLarge(_, why)) => return Look::TooLarge(id, rows, why),
@@ -394,11 +419,7 @@ impl State {
                 }
                 Err(Unsent::Unpaid(None)) => {}
                 Err(Unsent::Unpaid(Some((conn, message)))) => {
-                    if let Some(c) = self.conns.get_mut(&conn) {
-                        // What was answered so far goes first: the client reckons with it.
-                        super::flush(c);
-                        say(c, &message);
-                    }
+                    self.conns.get_mut(&conn).into_iter().for_each(|c| ask(c, &message));
                 }
             }
         }
@@ -409,7 +430,7 @@ impl State {
     fn launch(&mut self, now: u64, key: &LaneKey, id: GroupId, pack: Pack) -> Option<Launch> {
         let lane = self.lanes.get_mut(key)?;
         let group = self.groups.get_mut(id)?;
-        let Pack { rows, draft, asked, grant } = pack;
+        let Pack { rows, draft, asked, grant, stream, timeout } = pack;
         if let Some(purse) = &mut group.purse {
             purse.take(draft.worst);
         }
@@ -421,10 +442,10 @@ impl State {
         let abandoned = Rc::new(Notify::new());
         let launch = Launch {
             id: self.next_id,
-            body: draft.body(asked.learned, group, &rows),
-            stream: Rc::clone(&group.stream),
-            timeout: Duration::from_millis(group.stream.model.request_timeout_ms),
-            most_tokens: group.embeddings().map_or(draft.worst.output, |_| Embed::most_answer(rows.len())),
+            body: draft.body(asked.learned, (group, &stream), &rows),
+            timeout: Duration::from_millis(timeout),
+            most_tokens: stream.embeddings().map_or(draft.worst.output, |_| Embed::most_answer(rows.len())),
+            stream,
             abandoned: Rc::clone(&abandoned),
         };
         lane.in_flight += 1;

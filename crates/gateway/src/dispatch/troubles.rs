@@ -17,6 +17,7 @@ use crate::key::{GroupId, LaneKey};
 use crate::lane::Measured;
 use crate::protocol::{Stop, StopReason, Verdict};
 use crate::request::TIMED_OUT;
+use crate::route::Member;
 use crate::row::Row;
 
 /// A row that has met this many points of trouble not its own is split off, and given up when alone, as long as the
@@ -59,7 +60,7 @@ impl State {
             self.unsure(&request);
         }
         let InFlight { id, lane: lane_key, group, mut rows, grant, asked, .. } = request;
-        let is_own = report.message == TIMED_OUT && self.is_impatient(group);
+        let is_own = report.message == TIMED_OUT && self.is_impatient(&lane_key, group);
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         let role = self.groups.get(group).map(|g| g.stream.role);
         lane.fails(now, (grant, asked.sent), report, left(said), (role, is_own));
@@ -101,12 +102,13 @@ impl State {
             lane.standings.of(now, asked.scope).begin_anew();
         }
         self.notice(now, &lane_key, "stopped", &message);
-        if let Some(g) = self.groups.get_mut(group) {
-            let waiters = rows.iter().flat_map(|row| g.take_waiters(row)).collect();
-            self.give_back(waiters);
-        }
         let stop = Stop { reason: end.reason, message, retry_after_ms: end.retry_after };
-        if end.is_for_all { self.stop_lane(&lane_key, &stop, role) } else { self.stop(group, &stop, role) }
+        match end.is_for_all {
+            true => self.stop_lane(now, &lane_key, &stop, role),
+            false => self.strike(now, &lane_key, group, &stop, role),
+        }
+        // To another model, or to the clients that were told to stop.
+        self.put_back(group, rows);
     }
 
     /// Too much at once: the lane waits, for as long as the provider said if it did.
@@ -151,8 +153,8 @@ impl State {
             rows if is_least => {
                 let most_rows = rows.len().div_ceil(2);
                 rows.iter_mut().for_each(|row| row.most_rows = most_rows);
-                if let Some(group) = self.groups.get_mut(group) {
-                    group.size.observe(rows.len(), rows.len() / 2, false);
+                if let Some(size) = self.groups.get_mut(group).and_then(|g| g.size(&lane_key)) {
+                    size.observe(rows.len(), rows.len() / 2, false);
                 }
             }
             _ => {}
@@ -206,7 +208,8 @@ impl State {
     fn unsupported(&mut self, now: u64, failed: Failed, parameter: Parameter, (id, is_accepted): (u64, bool)) {
         let Failed { lane: ref lane_key, group, asked, ref message, .. } = failed;
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let stream = self.groups.get(group).map(|g| Rc::clone(&g.stream));
+        let member = self.groups.get(group).and_then(|g| g.member(lane_key));
+        let stream = member.map(|(_, member)| Rc::clone(&member.stream));
         let options = stream.as_ref().map(|s| s.task.options.clone()).unwrap_or_default();
         let is_form = parameter == Parameter::ResponseFormat;
         // Where the user has set further parameters it may be refused for one of these.
@@ -237,12 +240,12 @@ impl State {
 
     /// Whether others ask the same endpoint who wait longer for an answer: a request of this group that took too long may
     /// have been served to them.
-    fn is_impatient(&self, group: GroupId) -> bool {
-        let Some(own) = self.groups.get(group) else { return false };
-        let of_account = self.groups.iter().filter(|(_, g)| g.lane.account == own.lane.account);
-        of_account.map(|(_, g)| &g.stream).any(|other| {
-            let is_longer = other.model.request_timeout_ms > own.stream.model.request_timeout_ms;
-            is_longer && other.endpoint.base_url == own.stream.endpoint.base_url
+    fn is_impatient(&self, lane: &LaneKey, group: GroupId) -> bool {
+        let Some((_, own)) = self.groups.get(group).and_then(|g| g.member(lane)) else { return false };
+        let members = self.groups.iter().flat_map(|(_, g)| &g.members);
+        members.filter(|other| other.lane.account == lane.account).any(|Member { stream, .. }| {
+            let is_longer = stream.model.request_timeout_ms > own.stream.model.request_timeout_ms;
+            is_longer && stream.endpoint.base_url == own.stream.endpoint.base_url
         })
     }
 
@@ -260,7 +263,9 @@ impl State {
         if is_unsure || has_begun {
             rows.iter_mut().for_each(|row| row.is_unanswered(size, most));
         }
-        let points = if message == TIMED_OUT { 2 } else { 1 };
+        // Where another model takes the rows, less is enough to leave this one alone until a probe is answered.
+        let has_other = self.has_other(now, &lane_key, group);
+        let points = if message == TIMED_OUT { 2 } else { 1 } * if has_other { 2 } else { 1 };
         if let (Some(wait), Some(lane)) = (wait, self.lanes.get_mut(&lane_key)) {
             lane.limiter.penalize(now + wait.min(MOST_BACKOFF));
         }
@@ -278,7 +283,7 @@ impl State {
             self.hold(now, &lane_key, asked.scope, &message, role);
             return;
         }
-        let is_open = !is_own && self.fails(now, group, points, &message);
+        let is_open = !is_own && self.fails(now, &lane_key, group, points, &message);
         if rows.iter().any(|row| row.is_spent(most)) {
             self.spent(now, (&lane_key, group), rows, asked, &message);
             return;
@@ -286,6 +291,9 @@ impl State {
         if is_open {
             // Whether it is these rows or the provider, a probe will tell.
             self.put_back(group, rows);
+            if let Some(group) = self.groups.get_mut(group).filter(|_| has_other) {
+                group.hurry();
+            }
             return;
         }
         // One wait for all rows, so that they stay together.
@@ -326,7 +334,7 @@ impl State {
         let message = format!("rows were paid for again and again and are not answered: {last}");
         self.notice(now, lane, "stopped", &message);
         let stop = Stop { reason: StopReason::NoAnswers, message, retry_after_ms: None };
-        self.stop_task(lane, asked.scope, &stop, None);
+        self.stop_task(now, lane, asked.scope, &stop, None);
     }
 
     /// Whether probes are answered, and so many requests of a task are not that it is left alone for a while.
@@ -409,7 +417,7 @@ impl State {
         row.trouble += 1;
         row.not_before = now + backoff(row.trouble);
         if is_so && row.over_limit >= MOST_OVER_LIMIT {
-            self.done(group, row, too_long(message));
+            self.done(group, 0, row, too_long(message));
         } else {
             self.row_in_trouble(now, (lane, group), (row, 1), asked, message);
         }
@@ -419,7 +427,7 @@ impl State {
     pub(super) fn too_large(&mut self, now: u64, group: GroupId, rows: Vec<Row>, size: usize, why: &str) {
         for mut row in rows {
             if size == 1 {
-                self.done(group, row, too_long(why));
+                self.done(group, 0, row, too_long(why));
             } else {
                 row.most_rows = size.div_ceil(2);
                 row.not_before = now;

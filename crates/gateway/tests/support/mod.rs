@@ -158,7 +158,7 @@ impl Client {
         let (mut got, mut spent) = (BTreeMap::new(), Spent::default());
         while got.len() < n {
             match self.hear(&format!("{n} outcomes, have {}", got.len())) {
-                Some(FromGateway::Outcomes { outcomes, spent: s }) => {
+                Some(FromGateway::Outcomes { outcomes, spent: s, .. }) => {
                     add(&mut spent, &s);
                     for o in outcomes {
                         let n = o.n;
@@ -226,6 +226,8 @@ pub fn stream(provider: &FakeProvider) -> Stream {
             max_request_tokens: 16_000,
             parameters: serde_json::Map::new(),
         },
+        others: Vec::new(),
+        policy: Policy::default(),
         task: Task { spec: tickets("Tickets."), options: Options::default() },
         budget: None,
     }

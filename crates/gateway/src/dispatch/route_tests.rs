@@ -1,0 +1,321 @@
+//! Routes where time is simulated: who takes rows, how long none is answered if one does not answer, and when it is back.
+
+use std::cell::Cell;
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde_json::json;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use super::*;
+use crate::kept::Stock;
+use crate::protocol::{self, Alternative, Policy, decode};
+use crate::request::TIMED_OUT;
+use crate::tokens;
+
+/// What a model does with a request.
+enum Does {
+    /// Answers after so long (ms).
+    Answers(u64),
+    /// Says this at once: status and body.
+    Says(u16, &'static str),
+    /// The connection is refused.
+    Refuses,
+    /// Accepts, and is silent.
+    IsSilent,
+}
+
+/// A client with a route, and what happened.
+struct Sim {
+    state: State,
+    now: u64,
+    conn: u64,
+    heard: UnboundedReceiver<Vec<u8>>,
+    unread: Rc<Cell<usize>>,
+    /// Requests under way by when (ms) they end, with their model, rows, and what comes back.
+    under_way: BTreeMap<(u64, u64), Option<Answered>>,
+    /// When (ms) rows were answered, and by which model.
+    answered: Vec<(u64, usize)>,
+    verdicts: BTreeMap<u64, (usize, Verdict)>,
+    spent: BTreeMap<usize, Spent>,
+    /// Requests with rows, by model: when (ms) each was sent, and its rows.
+    sent: BTreeMap<String, Vec<(u64, Vec<u64>)>>,
+    stop: Option<Stop>,
+    next: u64,
+    _log: mpsc::Receiver<String>,
+}
+
+fn models(names: &[&str], policy: Policy) -> Stream {
+    let mut stream = protocol::tests::stream();
+    stream.policy = policy;
+    stream.task.options.max_rows_per_request = 10;
+    stream.task.options.reuse = false;
+    stream.model.max_concurrent_requests = Some(12);
+    let mut all = names.iter().map(|name| {
+        let mut endpoint = stream.endpoint.clone();
+        endpoint.base_url = format!("http://127.0.0.1:1/{name}");
+        Alternative { endpoint, model: protocol::Model { model: (*name).into(), ..stream.model.clone() } }
+    });
+    let first = all.next().unwrap();
+    Stream { endpoint: first.endpoint, model: first.model, others: all.collect(), ..stream }
+}
+
+impl Sim {
+    fn new(stream: Stream) -> Self {
+        let settings = Settings { enabled: true, memory: 64 << 20, cache: 0 };
+        let (log, _log) = mpsc::channel();
+        let kept = Kept::new(Stock::default());
+        let now = kept.now() + 120_000;
+        let mut state = State::new(settings, Places::within(16_384), kept, log);
+        let (queue, heard) = unbounded_channel();
+        let unread = Rc::new(Cell::new(0));
+        let conn = state.connect(Frames::new(queue, Rc::clone(&unread), Rc::new(Notify::new())));
+        state.open(now, conn, stream).unwrap();
+        Self {
+            state,
+            now,
+            conn,
+            heard,
+            unread,
+            under_way: BTreeMap::new(),
+            answered: Vec::new(),
+            verdicts: BTreeMap::new(),
+            spent: BTreeMap::new(),
+            sent: BTreeMap::new(),
+            stop: None,
+            next: 0,
+            _log,
+        }
+    }
+
+    fn rows(&mut self, count: u64) {
+        let item = |n| (Item { n, text: format!("row {n}"), isolation: None, again: None }, None);
+        let rows = self.next..self.next + count;
+        self.next += count;
+        self.state.items(self.now, self.conn, rows.map(item).collect()).unwrap();
+    }
+
+    fn outstanding(&self) -> usize {
+        self.next as usize - self.verdicts.len()
+    }
+
+    fn hear(&mut self) {
+        while let Ok(mut frame) = self.heard.try_recv() {
+            match decode(&mut frame).unwrap() {
+                Some(FromGateway::Outcomes { model, outcomes, spent }) => {
+                    self.spent.entry(model).or_default().add(&spent);
+                    for o in outcomes {
+                        if matches!(o.verdict, Verdict::Answer(_)) {
+                            self.answered.push((self.now, model));
+                        }
+                        assert!(self.verdicts.insert(o.n, (model, o.verdict)).is_none(), "two outcomes");
+                    }
+                }
+                Some(FromGateway::Stopped(stop)) => self.stop = Some(stop),
+                other => panic!("{other:?}"),
+            }
+        }
+        self.unread.set(0);
+    }
+
+    /// Lets so much time (ms) pass, or until all rows have an outcome; `does` is asked with the time, the model and the
+    /// rows. At least `window` rows are kept with the gateway.
+    fn run(&mut self, ms: u64, window: u64, mut does: impl FnMut(u64, &str, &[u64]) -> Does) {
+        let end = self.now + ms;
+        loop {
+            self.hear();
+            if self.outstanding() < window as usize {
+                self.rows(window / 2);
+            }
+            if self.outstanding() == 0 {
+                return;
+            }
+            let (launches, wake) = self.state.pump(self.now);
+            for launch in launches {
+                self.state.sent(self.now, launch.id);
+                self.launch(launch, &mut does);
+            }
+            self.hear();
+            let next = self.under_way.keys().next().map(|(at, _)| *at);
+            self.now = next.into_iter().chain(wake).min().unwrap_or(end).max(self.now + 1);
+            if self.now > end {
+                self.now = end;
+                return;
+            }
+            while let Some(entry) = self.under_way.first_entry().filter(|entry| entry.key().0 <= self.now) {
+                let ((_, id), answered) = entry.remove_entry();
+                self.state.finish(self.now, id, answered);
+            }
+        }
+    }
+
+    fn launch(&mut self, launch: Launch, does: &mut impl FnMut(u64, &str, &[u64]) -> Does) {
+        let system = launch.body["messages"][0]["content"].as_str().unwrap_or_default();
+        let user = launch.body["messages"][1]["content"].as_str().unwrap_or_default();
+        let row = |line: &str| {
+            let (id, text) = line.split_once(": \"row ")?;
+            Some((id.to_owned(), text.trim_end_matches('"').parse::<u64>().ok()?))
+        };
+        let (ids, rows): (Vec<String>, Vec<u64>) = user.lines().filter_map(row).unzip();
+        let model = launch.stream.model.model.clone();
+        if !rows.is_empty() {
+            self.sent.entry(model.clone()).or_default().push((self.now, rows.clone()));
+        }
+        let answers: serde_json::Map<_, _> = ids.into_iter().map(|id| (id, json!("a"))).collect();
+        let text = if rows.is_empty() { "ok".to_owned() } else { Value::from(answers).to_string() };
+        let (after, answered) = match does(self.now, &model, &rows) {
+            Does::Answers(after) => {
+                let usage = json!({
+                    "prompt_tokens": tokens::count(system) + tokens::count(user) + 10,
+                    "completion_tokens": tokens::count(&text),
+                });
+                let choice = json!({"message": {"content": text}, "finish_reason": "stop"});
+                (after, said(200, &json!({"choices": [choice], "usage": usage})))
+            }
+            Does::Says(status, message) => (20, said(status, &json!({"error": {"message": message}}))),
+            Does::Refuses => (5, Answered::broke_off("the connection failed: connection refused".into(), false)),
+            Does::IsSilent => (launch.timeout.as_millis() as u64, Answered::broke_off(TIMED_OUT.into(), true)),
+        };
+        self.under_way.insert((self.now + after, launch.id), Some(answered));
+    }
+
+    /// The longest time (ms) without an answer, from this one on.
+    fn longest_gap(&self, from: u64) -> u64 {
+        let times: Vec<u64> = self.answered.iter().map(|(at, _)| *at).filter(|at| *at >= from).collect();
+        let first = times.first().map_or(u64::MAX, |at| at - from);
+        times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0).max(first)
+    }
+
+    fn requests(&self, model: &str) -> &[(u64, Vec<u64>)] {
+        self.sent.get(model).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// An answer with this status and body.
+fn said(status: u16, body: &Value) -> Answered {
+    let body = body.to_string();
+    let result = trouble::outcome(llm_batch_core::dialect::Api::Openai, status, body.as_bytes(), None, &[]);
+    let mut answered = Answered::broke_off(String::new(), false);
+    (answered.result, answered.has_begun) = (result, status == 200);
+    answered
+}
+
+#[test]
+fn the_limits_of_all_models_of_a_spread_add_up() {
+    let mut stream = models(&["a", "b", "c"], Policy::Spread);
+    let limits = [20_000, 40_000, 80_000];
+    stream.model.tokens_per_minute = Some(limits[0]);
+    for (other, limit) in stream.others.iter_mut().zip(&limits[1..]) {
+        other.model.tokens_per_minute = Some(*limit);
+    }
+    let mut sim = Sim::new(stream);
+    sim.run(60_000, 2_000, |_, _, _| Does::Answers(800));
+    let before = sim.spent.clone();
+    sim.run(180_000, 2_000, |_, _, _| Does::Answers(800));
+    for (model, limit) in limits.iter().enumerate() {
+        let used = |spent: &BTreeMap<usize, Spent>| spent[&model].input_tokens + spent[&model].output_tokens;
+        let used = (used(&sim.spent) - used(&before)) as f64 / (3 * limit) as f64;
+        println!("model {model}: {used:.3} of its limit");
+        assert!((0.96..=1.01).contains(&used), "model {model}: {used}");
+    }
+    assert!(sim.verdicts.values().all(|(_, verdict)| matches!(verdict, Verdict::Answer(_))));
+}
+
+#[test]
+fn the_next_model_takes_over_from_one_that_does_not_answer_until_that_is_back() {
+    type Fails = fn() -> Does;
+    let ways: [(&str, Fails, u64); 3] = [
+        ("refuses connections", || Does::Refuses, 3_000),
+        ("answers 503", || Does::Says(503, "overloaded"), 3_000),
+        ("is silent", || Does::IsSilent, 2 * 1_200 + 3_000),
+    ];
+    for (what, fails, most) in ways {
+        let mut sim = Sim::new(models(&["first", "second"], Policy::Failover));
+        let mut n = 0;
+        let usual = move || {
+            n += 1;
+            Does::Answers(if n % 10 == 0 { 1_200 } else { 600 })
+        };
+        let mut first = usual;
+        sim.run(60_000, 500, move |_, _, _| first());
+        assert!(sim.requests("second").is_empty(), "{what}: the second is asked though the first answers");
+        // What is under way when it goes down comes back.
+        let down = sim.now;
+        let back = down + 90_000;
+        let mut second = usual;
+        sim.run(90_000, 500, move |_, model, _| if model == "first" { fails() } else { second() });
+        let gap = sim.longest_gap(down);
+        assert!(gap <= most, "{what}: {gap} ms without an answer");
+        let tried = sim.requests("first").iter().filter(|(at, _)| (down + most..back).contains(at)).count();
+        assert_eq!(tried, 0, "{what}: what is down gets no rows");
+        // It is back, and none of its rows is asked of both but those that were under way.
+        let mut usual = usual;
+        sim.run(60_000, 500, move |_, _, _| usual());
+        let again = sim.requests("first").iter().map(|(at, _)| *at).find(|at| *at >= back);
+        let again = again.unwrap_or(u64::MAX) - back;
+        println!("{what}: {gap} ms without an answer, back after {again} ms");
+        assert!(again <= 30_000, "{what}: back on the first after {again} ms");
+        let last = sim.answered.last().unwrap();
+        assert_eq!(last.1, 0, "{what}: the first answers at last");
+        let settled = sim.requests("second").iter().filter(|(at, _)| *at > back + again + 2_000).count();
+        assert_eq!(settled, 0, "{what}: the second is left alone again");
+        let lost: BTreeSet<u64> = {
+            let of_down = sim.requests("first").iter().filter(|(at, _)| (down - 1_300..back + again).contains(at));
+            of_down.flat_map(|(_, rows)| rows).copied().collect()
+        };
+        let mut asked: BTreeMap<u64, u32> = BTreeMap::new();
+        let all = sim.sent.values().flatten().flat_map(|(_, rows)| rows);
+        all.for_each(|row| *asked.entry(*row).or_default() += 1);
+        let twice: Vec<_> = asked.iter().filter(|(row, n)| **n > 1 && !lost.contains(row)).collect();
+        assert!(twice.is_empty(), "{what}: asked twice: {twice:?}");
+        assert!(sim.verdicts.values().all(|(_, v)| matches!(v, Verdict::Answer(_))), "{what}");
+    }
+}
+
+#[test]
+fn a_model_that_stops_is_struck_out_and_the_last_one_stops_the_stream() {
+    for (status, message) in [(401, "wrong key"), (402, "no money"), (404, "no such model")] {
+        for policy in [Policy::Failover, Policy::Spread] {
+            let mut sim = Sim::new(models(&["first", "second"], policy));
+            sim.rows(400);
+            sim.run(120_000, 0, |_, model, _| match model {
+                "first" => Does::Says(status, message),
+                _ => Does::Answers(500),
+            });
+            assert!(sim.stop.is_none(), "{status}: {:?}", sim.stop);
+            assert!(sim.verdicts.len() == 400 && sim.answered.iter().all(|(_, model)| *model == 1), "{status}");
+            assert!(sim.requests("first").len() <= 8, "{status}: {} requests", sim.requests("first").len());
+            assert_eq!(sim.spent.get(&0).map_or(0, |spent| spent.requests), 0, "{status}");
+            // Now the other one too.
+            let before = sim.verdicts.len();
+            sim.rows(50);
+            sim.run(120_000, 0, |_, _, _| Does::Says(status, message));
+            assert!(sim.stop.is_some(), "{status}: the last one stops the stream");
+            assert!(sim.verdicts.values().skip(before).all(|(_, verdict)| *verdict == Verdict::Withdrawn), "{status}");
+        }
+    }
+}
+
+#[test]
+fn what_one_model_refuses_is_asked_of_the_next_before_it_is_given_up() {
+    for policy in [Policy::Failover, Policy::Spread] {
+        let mut sim = Sim::new(models(&["first", "second"], policy));
+        sim.rows(300);
+        sim.run(60_000, 0, |_, _, _| Does::Answers(300));
+        // Row 333 is refused by the first, row 444 by both.
+        sim.rows(200);
+        sim.run(300_000, 0, |_, model, rows| {
+            let is_refused = rows.contains(&444) || (rows.contains(&333) && model == "first");
+            if is_refused { Does::Says(400, "this text is refused") } else { Does::Answers(300) }
+        });
+        assert!(sim.stop.is_none(), "{:?}", sim.stop);
+        assert_eq!(sim.verdicts.len(), 500);
+        let failed: Vec<_> = sim.verdicts.iter().filter(|(_, (_, v))| !matches!(v, Verdict::Answer(_))).collect();
+        assert!(
+            matches!(failed.as_slice(), [(444, (_, Verdict::Fail { class, .. }))] if class == "rejected"),
+            "{failed:?}"
+        );
+        assert_eq!(sim.verdicts[&333].0, 1);
+        let alone = |model| sim.requests(model).iter().filter(|(_, rows)| *rows == [444]).count();
+        assert!(alone("first") == 1 && alone("second") == 1, "{} and {}", alone("first"), alone("second"));
+    }
+}

@@ -1,0 +1,116 @@
+//! Routes: which of a stream's models takes its rows, and which one is left if some have stopped.
+
+use std::collections::BTreeMap;
+
+use super::State;
+use super::circuits::{self, Circuits, EndpointKey};
+use crate::group::Group;
+use crate::key::{GroupId, LaneKey};
+use crate::protocol::{Stop, StopReason, Verdict};
+use crate::route::{Member, Stopped, Turn};
+use crate::row::Row;
+
+/// How long (ms) a model is left alone that refuses its key, or is out of money or quota, unless the provider says.
+const STOPPED_FOR: u64 = 300_000;
+/// Until when (ms) one is left alone that cannot answer the task.
+pub const FOREVER: u64 = u64::MAX;
+
+/// The members of a group that can take rows: a bit each.
+fn open(circuits: &BTreeMap<EndpointKey, Circuits>, group: &Group, now: u64) -> u32 {
+    let is_open = |member: &Member| {
+        !member.is_stopped(now) && (circuits.is_empty() || circuits::is_closed(circuits, &member.lane, &member.stream))
+    };
+    group.members.iter().rev().fold(0, |open, member| open << 1 | u32::from(is_open(member)))
+}
+
+/// The turn of a lane to take rows of a group, if it can.
+pub fn turn(circuits: &BTreeMap<EndpointKey, Circuits>, group: &Group, lane: &LaneKey, now: u64) -> Option<Turn> {
+    let (own, _) = group.member(lane)?;
+    let open = open(circuits, group, now);
+    (open & own != 0).then_some(Turn { own, open, policy: group.stream.policy })
+}
+
+/// When (ms) a member that has stopped is tried again.
+fn again_at(now: u64, stop: &Stop) -> u64 {
+    match stop.reason {
+        StopReason::NoAnswers | StopReason::Rejected => FOREVER,
+        _ => now.saturating_add(stop.retry_after_ms.unwrap_or(STOPPED_FOR)),
+    }
+}
+
+impl State {
+    /// Whether a member of a group other than this lane's can take rows.
+    pub(super) fn has_other(&self, now: u64, lane: &LaneKey, group: GroupId) -> bool {
+        let group = self.groups.get(group).filter(|group| group.members.len() > 1);
+        group.is_some_and(|group| {
+            let own = group.member(lane).map_or(0, |(own, _)| own);
+            open(&self.circuits, group, now) & !own != 0
+        })
+    }
+
+    /// Why no member of a group takes rows, if none does: what is over soonest. And whose request it was.
+    pub(super) fn out(&self, now: u64, id: GroupId) -> Option<(Stop, Option<u32>)> {
+        let group = self.groups.get(id)?;
+        let mut soonest: Option<(Stop, Option<u32>)> = None;
+        for member in &group.members {
+            let stopped = member.stopped.as_ref().filter(|stopped| now < stopped.until);
+            let out = match stopped {
+                Some(Stopped { until, stop, role }) => {
+                    let left = stop.retry_after_ms.map(|_| until.saturating_sub(now));
+                    (Stop { retry_after_ms: left, ..stop.clone() }, *role)
+                }
+                None => self.down(now, member).map(|(stop, role)| (stop, Some(role)))?,
+            };
+            let wait = |stop: &Stop| stop.retry_after_ms.unwrap_or(u64::MAX);
+            if soonest.as_ref().is_none_or(|(stop, _)| wait(&out.0) < wait(stop)) {
+                soonest = Some(out);
+            }
+        }
+        soonest
+    }
+
+    /// A model stops for a group: others take its rows. If none is left, the streams stop.
+    pub(super) fn strike(&mut self, now: u64, lane: &LaneKey, id: GroupId, stop: &Stop, role: Option<u32>) {
+        let Some(group) = self.groups.get_mut(id) else { return };
+        if group.members.len() > 1
+            && let Some(member) = group.members.iter_mut().find(|member| member.lane == *lane)
+        {
+            member.stopped = Some(Stopped { until: again_at(now, stop), stop: stop.clone(), role });
+        }
+        self.lost(now, id, stop, role);
+    }
+
+    /// A member of a group takes no rows for now. If none is left that does, the streams stop.
+    pub(super) fn lost(&mut self, now: u64, id: GroupId, stop: &Stop, role: Option<u32>) {
+        let Some(group) = self.groups.get_mut(id) else { return };
+        if group.members.len() == 1 {
+            return self.stop(id, stop, role);
+        }
+        group.hurry();
+        match self.out(now, id) {
+            Some((stop, role)) => self.stop(id, &stop, role),
+            // What was in doubt with the one is asked of another.
+            None => self.release(id, false),
+        }
+    }
+
+    /// A row that a member could not answer goes to the next, if there is one; else it comes back.
+    pub(super) fn fails_over(
+        &mut self,
+        now: u64,
+        lane: &LaneKey,
+        id: GroupId,
+        mut row: Row,
+        verdict: &Verdict,
+    ) -> Option<Row> {
+        let group = self.groups.get(id)?;
+        let own = group.member(lane).map_or(0, |(own, _)| own);
+        let is_last = open(&self.circuits, group, now) & !(row.failed | own) == 0;
+        if matches!(verdict, Verdict::Answer(_)) || group.members.len() == 1 || is_last {
+            return Some(row);
+        }
+        row.fails_over(own, group.stream.task.options.max_rows_per_request as usize);
+        self.again(id, row);
+        None
+    }
+}

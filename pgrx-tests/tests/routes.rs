@@ -1,0 +1,199 @@
+//! Routes: several models under one name, for jobs and sessions, with the accounts of each.
+
+mod common;
+
+use common::{
+    Bed, PATIENCE, classifier, error, failures, labels_json, model, one, progress, rows, run, slow, text, tickets,
+    wait_status, wrong,
+};
+use llm_fake_provider::{FakeProvider, Fault, embedding};
+use pg_llm_batch_e2e::wait_until;
+use postgres::Client;
+
+#[test]
+fn several_models_are_asked_as_one() {
+    let bed = Bed::with("routes", slow(40));
+    let second = FakeProvider::start(slow(20)).unwrap();
+    let c = &mut bed.connect();
+    let url = second.base_url();
+    run(c, &format!("CREATE SERVER other FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'openai', base_url '{url}')"));
+    run(c, "CREATE USER MAPPING FOR PUBLIC SERVER other OPTIONS (api_key 'sk-test-other-0123456789')");
+    model(c, "cheap", "input_price => 0.1, output_price => 0.4, max_concurrent_requests => 4");
+    run(
+        c,
+        "SELECT llm_batch.create_model('dear', server => 'other', model => 'fake-dear', input_price => 1.5,
+                output_price => 3, max_concurrent_requests => 4)",
+    );
+    run(c, "SELECT llm_batch.create_route('both', ARRAY['cheap', 'dear'])");
+    classifier(c, "topic2", &labels_json(&common::LABELS), "both", "{\"reuse\": false, \"max_rows_per_request\": 20}");
+    tickets(c, "t", 1..=6000);
+    run(c, "ALTER TABLE t ADD by jsonb");
+
+    what_is_wrong(c);
+    the_second_goes_on(&bed, &second, c);
+    both_share_the_rows(&bed, c);
+    budgets_reckon_with_the_dearest(&bed, c);
+    every_server_must_be_allowed(&bed, c);
+    sessions_and_vectors(&bed, c);
+}
+
+fn job(c: &mut Client, more: &str) -> i64 {
+    let options = "options => '{\"provenance_column\": \"by\"}'";
+    one(c, &format!("SELECT llm_batch.backfill('t', 'body', 'topic', 'topic2', {options}{more})"))
+}
+
+/// The accounts by model are those of the job, and each row says which model answered it.
+#[track_caller]
+fn accounts_agree(c: &mut Client, job: i64) {
+    let agree = text(
+        c,
+        &format!(
+            "SELECT concat_ws(' ', sum(m.requests) = p.requests, sum(m.input_tokens) = p.input_tokens,
+                    sum(m.output_tokens) = p.output_tokens, sum(m.cost) = p.cost, sum(m.rows_answered) >= p.rows_done)
+               FROM llm_batch.progress_by_model m JOIN llm_batch.progress p USING (job_id) WHERE job_id = {job}
+              GROUP BY p.requests, p.input_tokens, p.output_tokens, p.cost, p.rows_done"
+        ),
+    );
+    assert_eq!(agree, "t t t t t");
+    let said = text(
+        c,
+        &format!(
+            "SELECT coalesce(string_agg(concat_ws(' ', m.model, m.rows_answered, b.n), ', '), 'none') FROM llm_batch.progress_by_model m
+               LEFT JOIN (SELECT by->>'model' AS model, count(*) AS n FROM t WHERE (by->>'job')::bigint = {job} GROUP BY 1) b
+                 ON b.model = m.model
+              WHERE m.job_id = {job} AND m.rows_answered IS DISTINCT FROM coalesce(b.n, 0)"
+        ),
+    );
+    assert_eq!(said, "none", "model, rows answered, rows that say so");
+}
+
+fn by(c: &mut Client, job: i64, model: &str) -> i64 {
+    one(
+        c,
+        &format!(
+            "SELECT coalesce(sum(rows_answered), 0)::bigint FROM llm_batch.progress_by_model
+              WHERE job_id = {job} AND model = '{model}'"
+        ),
+    )
+}
+
+/// The first goes down in the middle of a job.
+fn the_second_goes_on(bed: &Bed, second: &FakeProvider, c: &mut Client) {
+    let job = job(c, ", filter => 'id <= 4000'");
+    wait_until("some rows are done", PATIENCE, || progress(c, job).done, |done| *done >= 500);
+    assert_eq!(by(c, job, "dear"), 0, "the second is not asked as long as the first answers");
+    bed.provider.configure(|config| config.faults = vec![(Fault::Http503, 1.0)]);
+    let p = bed.done(job);
+    assert_eq!(p.counts(), (4000, 4000, 0, 0, 0, 0), "{:?}", failures(c, job));
+    assert_eq!(wrong(c, "t"), 0);
+    accounts_agree(c, job);
+    assert!(by(c, job, "cheap") >= 500 && by(c, job, "dear") > 0);
+    let stats = second.stats();
+    let billed = text(
+        c,
+        &format!(
+            "SELECT concat_ws(' ', input_tokens, output_tokens, requests, cost = (input_tokens * 1.5 + output_tokens * 3) * 0.000001)
+               FROM llm_batch.progress_by_model WHERE job_id = {job} AND model = 'dear'"
+        ),
+    );
+    let charged = format!("{} {} {} t", stats.prompt_tokens, stats.completion_tokens, stats.admitted);
+    assert_eq!(billed, charged, "by the second provider's own account");
+    bed.provider.configure(|config| config.faults.clear());
+}
+
+fn both_share_the_rows(bed: &Bed, c: &mut Client) {
+    run(c, "SELECT llm_batch.alter_route('both', policy => 'spread')");
+    classifier(c, "alone", &labels_json(&common::LABELS), "cheap", "{}");
+    let again = "SELECT llm_classify('#r000001:bug#', 'alone')";
+    wait_until("the first answers again", PATIENCE, || c.query(again, &[]).is_ok(), |is_ok| *is_ok);
+    let job = job(c, ", filter => 'id <= 5000'");
+    assert_eq!(bed.done(job).counts(), (1000, 1000, 0, 0, 0, 0), "{:?}", failures(c, job));
+    accounts_agree(c, job);
+    assert!(by(c, job, "cheap") > 100 && by(c, job, "dear") > 100, "{} {}", by(c, job, "cheap"), by(c, job, "dear"));
+}
+
+/// A budget that the cheap model alone would not use up is kept though the dear one may be asked.
+fn budgets_reckon_with_the_dearest(bed: &Bed, c: &mut Client) {
+    run(c, "SELECT llm_batch.alter_route('both', ARRAY['cheap', 'dear'], 'spread')");
+    let job = job(c, ", max_cost => 0.01");
+    let p = wait_status(c, job, "paused");
+    assert_eq!(p.reason.as_deref(), Some("budget"), "{p:?}");
+    let kept = format!("SELECT cost + cost_unconfirmed <= max_cost FROM llm_batch.progress WHERE job_id = {job}");
+    assert_eq!(text(c, &kept), "t");
+    accounts_agree(c, job);
+    run(c, &format!("SELECT llm_batch.alter_job({job}, max_cost => 100)"));
+    run(c, &format!("SELECT llm_batch.resume({job})"));
+    bed.done(job);
+    accounts_agree(c, job);
+    assert_eq!(wrong(c, "t"), 0);
+}
+
+/// Whoever asks a route needs USAGE on the server of each of its models.
+fn every_server_must_be_allowed(bed: &Bed, c: &mut Client) {
+    run(c, "CREATE ROLE half LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO half; GRANT ALL ON SCHEMA public TO half");
+    let half = &mut bed.cluster.connect_as("postgres", "half");
+    for sql in [
+        "SELECT llm_classify('a text', 'topic2')",
+        "SELECT llm_batch.create_route('mine', ARRAY['cheap', 'dear'])",
+        "SELECT llm_batch.create_classifier('mine', '[\"a\", \"b\"]', 'both')",
+    ] {
+        let (code, message, ..) = error(half, sql);
+        assert!(code == "42501" && message.contains("other"), "{sql}: {code} {message}");
+    }
+    run(c, "GRANT USAGE ON FOREIGN SERVER other TO half");
+    run(half, "SELECT llm_batch.create_route('mine', ARRAY['cheap', 'dear']); SELECT llm_batch.drop_route('mine')");
+    for sql in ["SELECT llm_batch.alter_route('both', policy => 'failover')", "SELECT llm_batch.drop_route('both')"] {
+        assert_eq!(error(half, sql).0, "42501", "{sql}");
+    }
+    run(c, "SELECT llm_batch.set_owner('route', 'both', 'half')");
+    run(half, "SELECT llm_batch.alter_route('both', policy => 'failover')");
+}
+
+/// A session is answered though the first refuses its key. Vectors come from the same model behind two servers.
+fn sessions_and_vectors(bed: &Bed, c: &mut Client) {
+    bed.provider.configure(|config| config.api_key = Some("another".into()));
+    rows(c, "t", 7001..=7040);
+    let right = "SELECT count(*) FROM t WHERE id > 7000 AND llm_classify(body, 'topic2') = want";
+    assert_eq!(one(c, right), 40);
+    let batch =
+        "SELECT count(*) FROM llm_run_batch('SELECT id, body FROM t WHERE id > 7000', 'topic2') WHERE status = 'ok'";
+    assert_eq!(one(c, batch), 40);
+    for (name, server) in [("v1", "fake"), ("v2", "other")] {
+        run(c, &format!("SELECT llm_batch.create_model('{name}', '{server}', 'same')"));
+    }
+    run(c, "SELECT llm_batch.create_route('vectors', ARRAY['v1', 'v2'])");
+    run(c, "SELECT llm_batch.create_embedder('e', 'vectors', 16)");
+    let vector: Vec<f32> = c.query_one("SELECT llm_embed('a text', 'e')", &[]).unwrap().get(0);
+    assert_eq!(vector, embedding("a text", 16));
+    let (code, message, detail, _) = error(c, "SELECT llm_batch.create_embedder('f', 'both', 16)");
+    assert!(code == "22023" && message.contains("both") && detail.contains("fake-dear"), "{code} {message} {detail}");
+}
+
+fn what_is_wrong(c: &mut Client) {
+    run(c, "SELECT llm_batch.create_route('alone', ARRAY['m'], 'spread')");
+    for (sql, code, says) in [
+        ("SELECT llm_batch.create_route('x', NULL)", "22004", "models"),
+        ("SELECT llm_batch.create_route('x', '{}')", "22023", "1 to 16"),
+        ("SELECT llm_batch.create_route('x', ARRAY['m', NULL])", "22023", "1 to 16"),
+        ("SELECT llm_batch.create_route('x', ARRAY['m', 'm'])", "22023", "twice"),
+        ("SELECT llm_batch.create_route('x', ARRAY['m', 'nobody'])", "42704", "nobody"),
+        ("SELECT llm_batch.create_route('x', ARRAY['both'])", "22023", "is a route"),
+        ("SELECT llm_batch.create_route('x', ARRAY['m'], 'fastest')", "22023", "spread"),
+        ("SELECT llm_batch.create_route('', ARRAY['m'])", "22023", "200"),
+        ("SELECT llm_batch.create_route('m', ARRAY['m'])", "42710", "alter_model"),
+        ("SELECT llm_batch.create_route('both', ARRAY['m'])", "42710", "alter_route"),
+        ("SELECT llm_batch.create_model('both', 'fake', 'x')", "42710", "alter_route"),
+        ("SELECT llm_batch.alter_route('nobody', policy => 'spread')", "42704", "create_route"),
+        ("SELECT llm_batch.alter_route('both', policy => 'cheapest')", "22023", "failover"),
+        ("SELECT llm_batch.drop_route('nobody')", "42704", "create_route"),
+        ("SELECT llm_batch.drop_route('both')", "2BP01", "topic2"),
+        ("SELECT llm_batch.drop_model('cheap')", "2BP01", "both"),
+        ("SELECT llm_batch.drop_model('m')", "2BP01", "topic"),
+        ("SELECT llm_batch.set_owner('path', 'both', 'postgres')", "22023", "route"),
+    ] {
+        let (found, message, detail, hint) = error(c, sql);
+        let all = format!("{message}\n{detail}\n{hint}");
+        assert!(found == code && all.contains(says), "{sql}\n{found} {all}");
+    }
+    run(c, "SELECT llm_batch.drop_route('alone')");
+}
