@@ -49,6 +49,49 @@ fn vectors_of_jobs_and_queries() {
     }
 }
 
+/// The types of pgvector, where Postgres has it.
+#[test]
+fn vectors_of_pgvector() {
+    let bed = Bed::with("pgvector", Config { seed: 6, ..Config::default() });
+    let c = &mut bed.connect();
+    if one(c, "SELECT count(*) FROM pg_available_extensions WHERE name = 'vector'") == 0 {
+        eprintln!("SKIPPED: this Postgres has no pgvector; nothing is tested of vector and halfvec");
+        return;
+    }
+    // In a schema that is in nobody's path.
+    run(c, "CREATE SCHEMA elsewhere; CREATE EXTENSION vector SCHEMA elsewhere");
+    tickets(c, "t", 1..=1000);
+    for (column, of) in [("v", "vector(16)"), ("h", "halfvec(16)"), ("w", "vector(8)"), ("u", "vector")] {
+        run(c, &format!("ALTER TABLE t ADD {column} elsewhere.{of}"));
+    }
+    run(c, "CREATE DOMAIN v16 AS elsewhere.vector(16); CREATE DOMAIN h8 AS elsewhere.halfvec(8)");
+    run(c, "ALTER TABLE t ADD d v16, ADD b h8");
+    run(c, "SELECT llm_batch.create_embedder('e', 'm', 16, options => '{\"max_attempts\": 10}')");
+    for column in ["w", "b"] {
+        let (code, message, _, hint) = error(c, &format!("SELECT llm_batch.backfill('t', 'body', '{column}', 'e')"));
+        let says = format!("16 dimensions but column \"{column}\" has 8");
+        assert!(code == "42804" && message.contains(&says) && !hint.is_empty(), "{code} {message} {hint}");
+    }
+    assert_eq!(bed.provider.stats().requests, 0);
+    let faults = Fault::OF_VECTORS.into_iter().map(|fault| (fault, 0.02)).collect();
+    bed.provider.configure(|config| config.faults = faults);
+    for (column, as_real) in [("v", "v::real[]"), ("u", "u::real[]"), ("d", "d::real[]")] {
+        let job = one(c, &format!("SELECT llm_batch.backfill('t', 'body', '{column}', 'e')"));
+        assert_eq!(bed.done(job).counts(), (1000, 1000, 0, 0, 0, 0), "{:?}", failures(c, job));
+        assert_eq!(wrong(c, as_real), (0, 0), "{column}");
+    }
+    // halfvec keeps half of the digits.
+    let job = one(c, "SELECT llm_batch.backfill('t', 'body', 'h', 'e')");
+    assert_eq!(bed.done(job).counts().1, 1000, "{:?}", failures(c, job));
+    let far = "SELECT count(*) FROM t WHERE (h OPERATOR(elsewhere.<->) v::elsewhere.halfvec) IS DISTINCT FROM 0";
+    assert_eq!(one(c, far), 0);
+    // The nearest of a text that is there is that text.
+    run(c, "CREATE INDEX ON t USING hnsw (v elsewhere.vector_cosine_ops)");
+    let nearest = "SELECT id FROM t ORDER BY v OPERATOR(elsewhere.<=>) \
+                   (SELECT llm_embed(body, 'e')::elsewhere.vector FROM t WHERE id = 7) LIMIT 1";
+    assert_eq!(one(c, nearest), 7);
+}
+
 /// Scalars and set-returning functions give the same vectors; many rows go in one request.
 fn queries(c: &mut Client) {
     let before = one(c, "SELECT count(*) FROM t");
@@ -71,6 +114,7 @@ fn queries(c: &mut Client) {
         "embed {\"dimensions\": 16}"
     );
 }
+
 
 fn what_is_wrong(c: &mut Client) {
     for (sql, code, says) in [
