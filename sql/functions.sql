@@ -289,6 +289,12 @@ CREATE FUNCTION @extschema@.llm_score(input text, question text, options jsonb D
     AS 'MODULE_PATHNAME', 'llm_score_wrapper';
 COMMENT ON FUNCTION @extschema@.llm_score(text, text, jsonb) IS 'returns a score of a text from 0 to 1; every row that reaches the call is asked about, also under ORDER BY and LIMIT';
 
+CREATE FUNCTION @extschema@.llm_split(input text, max_tokens integer, overlap integer DEFAULT 0)
+    RETURNS TABLE (n integer, piece text)
+    LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE COST 10000 ROWS 20
+    AS 'MODULE_PATHNAME', 'llm_split_wrapper';
+COMMENT ON FUNCTION @extschema@.llm_split(text, integer, integer) IS 'returns a text in pieces of at most max_tokens tokens, cut at the ends of paragraphs, sentences or words; each begins with the last overlap tokens of the one before';
+
 -- No search_path: these run the caller's query.
 CREATE FUNCTION @extschema@.llm_classify_batch(query text, task text, options jsonb DEFAULT '{}')
     RETURNS TABLE (id text, label text, status text, detail text)

@@ -38,6 +38,7 @@ mod rows;
 mod scalar;
 mod settings;
 mod shared;
+mod split;
 mod sql;
 mod statement;
 mod task;

@@ -31,6 +31,7 @@ fn vectors_of_jobs_and_queries() {
     run(c, "SELECT llm_batch.create_embedder('e', 'm', 16, options => '{\"max_attempts\": 10}')");
 
     queries(c);
+    pieces(c);
     what_is_wrong(c);
 
     let faults = Fault::OF_VECTORS.into_iter().chain([Fault::Http500, Fault::RateLimit429, Fault::ResetAfter]);
@@ -115,6 +116,19 @@ fn queries(c: &mut Client) {
     );
 }
 
+/// A long text in pieces, each with its vector.
+fn pieces(c: &mut Client) {
+    let all = "SELECT count(*), max(length(piece)), count(*) FILTER (WHERE piece LIKE '%.') \
+               FROM llm_split((SELECT repeat('One two three four. ', 500)), 50, 10)";
+    let row = c.query_one(all, &[]).unwrap();
+    let (pieces, longest, ends): (i64, i32, i64) = (row.get(0), row.get(1), row.get(2));
+    // Five tokens a sentence: ten of them in a piece, two of which were in the one before.
+    assert_eq!((pieces, longest, ends), (63, 199, 63));
+    run(c, "CREATE TABLE piece (doc bigint, n int, body text, v real[], PRIMARY KEY (doc, n))");
+    run(c, "INSERT INTO piece (doc, n, body) SELECT 1, p.n, p.piece FROM llm_split('a b c d e', 2) p");
+    assert_eq!(text(c, "SELECT string_agg(n || ':' || body, ' ' ORDER BY n) FROM piece"), "1:a b 2:c d 3:e");
+    assert_eq!(one(c, "SELECT count(*) FROM llm_split('', 2)"), 0);
+}
 
 fn what_is_wrong(c: &mut Client) {
     for (sql, code, says) in [
@@ -123,6 +137,9 @@ fn what_is_wrong(c: &mut Client) {
         ("SELECT llm_batch.create_embedder('f', 'nobody', 3)", "42704", "nobody"),
         ("SELECT llm_batch.create_embedder('e', 'm', 3)", "42710", "embedder"),
         ("SELECT llm_batch.alter_scorer('e', 'x')", "42809", "alter_embedder"),
+        ("SELECT llm_split('x', 0)", "22023", "max_tokens"),
+        ("SELECT llm_split('x', 5, 5)", "22023", "less than"),
+        ("SELECT llm_split('x', 5, -1)", "22023", "overlap"),
         ("SELECT llm_embed('x', 'topic')", "42809", "not an embedder"),
         ("SELECT llm_batch.backfill('t', 'body', 'i', 'e')", "42804", "real[]"),
         ("SELECT llm_batch.backfill('t', 'body', 'n', 'e')", "42804", "real[]"),

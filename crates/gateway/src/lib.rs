@@ -28,7 +28,7 @@ mod row;
 mod server;
 mod sizes;
 mod standing;
-mod tokens;
+pub mod tokens;
 
 pub use kept::{Kept, KeptLane, MOST_LANES, Stock};
 pub use places::Places;
