@@ -94,6 +94,12 @@ pub fn cancel_after(milliseconds: i32) {
     unsafe { enable_timeout_after(STATEMENT_TIMEOUT, milliseconds) };
 }
 
+/// Whether this is a background worker.
+pub fn is_worker() -> bool {
+    // SAFETY: set once when the process starts.
+    unsafe { pg_sys::MyBackendType == pg_sys::BackendType::B_BG_WORKER }
+}
+
 /// Whether this process was sent a SIGTERM.
 pub fn is_told_to_end() -> bool {
     TOLD_TO_END.load(Ordering::Relaxed)

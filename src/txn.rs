@@ -93,7 +93,7 @@ pub fn has_subtransactions() -> bool {
 /// security-restricted operation, which can write nothing, in a subtransaction that is rolled back with its locks and
 /// settings. Where there can't be one nothing can be written either, and an error ends the statement.
 pub fn restricted<T>(role: pg_sys::Oid, search_path: &str, f: impl FnOnce() -> Result<T>) -> Result<T> {
-    // Names of a temporary schema come last: it is of who asks.
+    // A temporary schema comes last, and the one that there is already is hidden.
     let path = CString::new(format!("{search_path}, pg_temp"))
         .map_err(|_| Error::invalid("a search_path can't have a zero byte"))?;
     // With others an expression would mean something else to who asks than to its owner.
@@ -103,6 +103,7 @@ pub fn restricted<T>(role: pg_sys::Oid, search_path: &str, f: impl FnOnce() -> R
         (c"transform_null_equals", c"off"),
         (c"row_security", c"on"),
     ];
+    let _hidden = HiddenTemporary::new();
     let run = || as_role(role, || with_settings(&settings, f));
     if !has_subtransactions() {
         return run();
@@ -112,6 +113,35 @@ pub fn restricted<T>(role: pg_sys::Oid, search_path: &str, f: impl FnOnce() -> R
         unsafe { pg_sys::XactReadOnly = true };
         run()
     })
+}
+
+/// The session's temporary schema, hidden until this is dropped. It is of the role that asks: where a name is gone that an
+/// expression of another role has, a temporary view of that name would be read with the other role's rights.
+struct HiddenTemporary(pg_sys::Oid, pg_sys::Oid);
+
+impl HiddenTemporary {
+    /// `None` where there is none, or in a server with assertions, which allow it to parallel workers alone.
+    fn new() -> Option<Self> {
+        let (mut schema, mut toast) = (pg_sys::InvalidOid, pg_sys::InvalidOid);
+        // SAFETY: on the main thread inside a transaction; the setting is a built-in one. Nothing that runs meanwhile can
+        // make a temporary schema: it would have to write.
+        unsafe {
+            pg_sys::GetTempNamespaceState(&raw mut schema, &raw mut toast);
+            let asserts = pg_sys::GetConfigOption(c"debug_assertions".as_ptr(), true, false);
+            if schema == pg_sys::InvalidOid || asserts.is_null() || CStr::from_ptr(asserts) != c"off" {
+                return None;
+            }
+            pg_sys::SetTempNamespaceState(pg_sys::InvalidOid, pg_sys::InvalidOid);
+        }
+        Some(Self(schema, toast))
+    }
+}
+
+impl Drop for HiddenTemporary {
+    fn drop(&mut self) {
+        // SAFETY: the state that new() found, on the main thread; this raises nothing.
+        unsafe { pg_sys::SetTempNamespaceState(self.0, self.1) };
+    }
 }
 
 /// Runs `f` in a subtransaction, which is rolled back after an error, and after all unless `keeps`.

@@ -99,6 +99,23 @@ fn answers_are_repaired_and_checked() {
         "SELECT detail FROM llm_run_batch('SELECT id, body FROM raises WHERE id IN (106, 107)', 'raises') WHERE status <> 'ok'",
     );
     assert_eq!(detail, "check_error: 22012: division by zero");
+    // So it is where the error is one that should pass.
+    for code in ["53100", "57014"] {
+        run(
+            c,
+            &format!(
+                "CREATE OR REPLACE FUNCTION is_full(text) RETURNS boolean LANGUAGE plpgsql AS
+                   $$BEGIN IF $1 ~ '000107' THEN RAISE 'no room' USING ERRCODE = '{code}'; END IF; RETURN true; END$$;
+                 UPDATE raises SET answer = NULL"
+            ),
+        );
+        let name = format!("full_{code}");
+        generator(c, &name, r#""check": "public.is_full(input)""#);
+        let job = backfill(c, "raises", &name);
+        assert_eq!(bed.done(job).done, 19);
+        let (_, _, class, attempts, detail) = failures(c, job).remove(0);
+        assert_eq!((class, attempts, detail), ("check_error".to_owned(), 1, format!("{code}: no room")));
+    }
 
     // None is ever taken: before twenty requests, and nothing is lost by it.
     for (name, check) in [("never", "answer = ''"), ("nulls", "NULL::boolean"), ("bad", "answer::int > 0")] {
@@ -334,6 +351,19 @@ fn whose_rights_expressions_have() {
          SET search_path = bob, pg_temp, public",
     );
     assert!(text(bob, "SELECT llm_run('#r000001:x#', 'ours')").starts_with("1 text"));
+    // A name that is gone is not looked for in the temporary schema of the role that asks.
+    run(c, "CREATE TABLE gone (a int)");
+    generator(c, "lost", r#""check": "EXISTS (SELECT FROM gone)""#);
+    run(c, "DROP TABLE gone");
+    run(
+        bob,
+        "CREATE FUNCTION bob.me() RETURNS int LANGUAGE plpgsql AS $$BEGIN RAISE 'I am %', current_user; END$$;
+         CREATE TEMP VIEW gone AS SELECT bob.me() AS a; GRANT SELECT ON gone TO PUBLIC;
+         GRANT USAGE ON SCHEMA bob TO PUBLIC",
+    );
+    let detail = text(bob, "SELECT detail FROM llm_run_batch('SELECT 1, ''#r000001:x#''', 'lost')");
+    assert_eq!(detail, "check_error: 42P01: relation \"gone\" does not exist");
+    assert_eq!(one(bob, "SELECT count(*) FROM secret"), 0, "the temporary table is there again");
     // No lock is held, while the statement waits for the network.
     run(c, "BEGIN; SELECT llm_run('#r000002:x#', 'ours')");
     assert_eq!(one(c, "SELECT count(*) FROM pg_locks WHERE relation = 'secret'::regclass"), 0);

@@ -16,7 +16,7 @@ use serde_json::{Number, Value};
 
 use crate::error::{Error, Result, is_passing};
 use crate::field::{sql_type, type_oid};
-use crate::{asking, catalog, sql, txn};
+use crate::{asking, catalog, process, sql, txn};
 
 /// The options: each is a text, or for an extractor an object of fields and texts.
 const OPTIONS: [&str; 3] = ["repair", "check", "check_hint"];
@@ -111,6 +111,8 @@ impl Checks {
     /// Repairs answers, and checks them: each is taken, perhaps as another one, or refused.
     pub fn judge(&self, rows: &[(&str, &Answer)]) -> Result<Vec<Judged>> {
         let judged = RefCell::new(Vec::with_capacity(rows.len()));
+        // The row whose expressions raised what should pass.
+        let mut tried_before = None;
         loop {
             let done = judged.borrow().len();
             let Some((row, _)) = rows.get(done..).and_then(<[_]>::split_first) else { return Ok(judged.into_inner()) };
@@ -130,10 +132,16 @@ impl Checks {
                     | PgSqlErrorCode::ERRCODE_T_R_DEADLOCK_DETECTED
                     | PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE
             );
-            if is_passing(e.code) && !is_own {
-                return Err(e);
-            }
             let done = judged.borrow().len();
+            if is_passing(e.code) && !is_own {
+                // A session is cancelled at once. What is raised for one row twice is of its expressions.
+                if !process::is_worker() && e.code == PgSqlErrorCode::ERRCODE_QUERY_CANCELED {
+                    return Err(e);
+                }
+                if tried_before.replace(done) != Some(done) {
+                    continue;
+                }
+            }
             let (_, answer) = rows.get(done).unwrap_or(row);
             // A value that its type does not take raises before any expression does.
             let refused = unfit(&self.columns, self.has_names, answer)?.unwrap_or_else(|| Refused {
