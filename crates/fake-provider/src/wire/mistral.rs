@@ -33,13 +33,31 @@ impl Wire for Mistral {
     }
 
     fn request(&self, _request: &Request, body: &Value) -> Result<Value, String> {
-        let known = ["model", "messages", "max_tokens", "response_format", "temperature", "random_seed", "safe_prompt"];
+        let known = [
+            "model",
+            "messages",
+            "max_tokens",
+            "response_format",
+            "stream",
+            "temperature",
+            "random_seed",
+            "safe_prompt",
+        ];
         only(body, "body.", &known)?;
         Ok(body.clone())
     }
 
+    /// Its messages have no refusals of their own, and what is thought is not told apart.
     fn completion(&self, said: &Value) -> Value {
-        said.clone()
+        let mut said = said.clone();
+        let choices = said["choices"].as_array_mut().into_iter().flatten();
+        for message in choices.filter_map(|choice| choice["message"].as_object_mut()) {
+            message.remove("refusal");
+        }
+        if let Some(usage) = said["usage"].as_object_mut() {
+            usage.remove("completion_tokens_details");
+        }
+        said
     }
 
     fn error(&self, status: u16, error: &Value, _wait: Option<u64>) -> (u16, Value) {
