@@ -66,6 +66,10 @@ impl Dice {
             10 => format!("llm_classify({a}.body || {}, 'topic')", self.value(from, depth - 1)),
             11 => format!("ARRAY[{}, {}]::text", self.value(from, depth - 1), self.value(from, depth - 1)),
             12 => format!("greatest({}, {a}.note)", self.value(from, depth - 1)),
+            13 if self.chance(3) => format!("llm_run({input}, 'topic')"),
+            14 if self.chance(3) => format!("llm_summarize({input})"),
+            15 if self.chance(3) => format!("llm_translate({input}, 'German')"),
+            16 if self.chance(3) => format!("llm_embed({input}, 'vector')::text"),
             13 => format!("({})::text || {a}.id", self.condition(from, depth - 1)),
             14 => format!("llm_extract({input}, ARRAY['amount numeric', 'due date'])->>'due'"),
             15 => format!("llm_generate({input}, 'Explain it.')"),
@@ -241,7 +245,7 @@ fn generated_queries() {
     let c = &mut bed.connect();
     run(
         c,
-        "SET llm_batch.default_model = 'm'; SET client_min_messages = error;
+        "SET llm_batch.default_model = 'm'; SET client_min_messages = error; SELECT llm_batch.create_embedder('vector', 'm', 8);
          CREATE TABLE t (id int PRIMARY KEY, grp int, body text, ask text, note text, n int);
          INSERT INTO t SELECT i, i % 4,
                 CASE WHEN i % 7 = 0 THEN NULL WHEN i % 11 = 0 THEN '' ELSE format('#r%s:%s# in t', i,

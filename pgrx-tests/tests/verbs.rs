@@ -2,10 +2,10 @@
 
 mod common;
 
-use common::{Bed, error, one, run, text, tickets};
+use common::{Bed, error, model, one, run, text, tickets};
 
 /// Each function with its arguments behind the text, and the type that it returns.
-const VERBS: [(&str, &str, &str); 11] = [
+const VERBS: [(&str, &str, &str); 12] = [
     ("llm_run", "'topic'", "text"),
     ("llm_classify", "'topic'", "text"),
     (
@@ -19,6 +19,7 @@ const VERBS: [(&str, &str, &str); 11] = [
     ("llm_generate", "'Explain it.', '{\"max_words\": 30, \"language\": \"German\"}'", "text"),
     ("llm_summarize", "'{\"model\": \"m\"}'", "text"),
     ("llm_translate", "'German'", "text"),
+    ("llm_embed", "'vector'", "real[]"),
     ("llm_score", "'How urgent is it?'", "real"),
     (
         "llm_score",
@@ -34,6 +35,7 @@ fn every_verb_in_every_place() {
     let bed = Bed::new("verbs");
     let c = &mut bed.connect();
     run(c, "SET llm_batch.default_model = 'm'");
+    run(c, "SELECT llm_batch.create_embedder('vector', 'm', 16)");
     tickets(c, "t", 1..=ROWS);
     run(c, "INSERT INTO t VALUES (1001, NULL, ''), (1002, '', ''), (1003, E' \\n\\t', '')");
     for (i, (verb, rest, of)) in VERBS.into_iter().enumerate() {
@@ -157,4 +159,76 @@ fn odd_arguments_are_refused_at_once() {
         text(c, "SELECT jsonb_typeof(llm_extract('#r000001:bug#', ARRAY['amount numeric'])->'amount')"),
         "number"
     );
+    tasks_in_options(&bed, c);
+    sorted_before_a_limit(c);
+}
+
+/// Verbs that ask in their own words take the model, the instruction and the checks of a task that the options name.
+fn tasks_in_options(bed: &Bed, c: &mut postgres::Client) {
+    model(c, "other", "");
+    run(
+        c,
+        "SELECT llm_batch.create_generator('gist', 'As a clerk.', 'other', options => '{\"repair\": \"upper(answer)\"}');
+         SELECT llm_batch.create_scorer('rank', 'As a clerk.', 0, 10, 'other');
+         SELECT llm_batch.create_classifier('verdict', ARRAY['yes', 'no'], instruction => 'As a clerk.', model => 'other')",
+    );
+    let options = |task: &str| format!("'{{\"task\": \"{task}\", \"reuse\": false}}'");
+    for (call, task, words, of_value) in [
+        ("llm_generate('#r000001:x#', 'Explain it.'", "gist", "Explain it.", "v = upper(v) AND v <> lower(v)"),
+        // It has no words of its own: a task says how.
+        ("llm_summarize('#r000001:x#'", "gist", "As a clerk.", "v = upper(v) AND v <> lower(v)"),
+        ("llm_translate('#r000001:x#', 'Welsh'", "gist", "Welsh", "v = upper(v) AND v <> lower(v)"),
+        ("llm_score('#r000001:x#', 'Is it urgent?'", "rank", "Is it urgent?", "v BETWEEN 0 AND 10"),
+        ("llm_filter('#r000001:x#', 'Is it sad?'", "verdict", "Is it sad?", "v IS NOT NULL"),
+    ] {
+        bed.provider.reset_stats();
+        let call = format!("{call}, {})", options(task));
+        assert_eq!(one(c, &format!("SELECT count(*) FROM (SELECT {call}) q (v) WHERE {of_value}")), 1, "{call}");
+        let bodies = bed.provider.bodies();
+        let body = bodies.last().unwrap();
+        let told = body["messages"][0]["content"].as_str().unwrap();
+        assert_eq!(body["model"], "fake-other", "{call}");
+        assert!(told.contains("As a clerk.") && told.contains(words), "{call}: {told}");
+    }
+    for (call, task, code, hint) in [
+        ("llm_generate('x', 'y'", "nothing", "42704", ""),
+        ("llm_generate('x', 'y'", "topic", "42809", ""),
+        ("llm_score('x', 'y'", "gist", "42809", ""),
+        ("llm_filter('x', 'y'", "topic", "42809", "\"yes\" and \"no\""),
+        ("llm_classify('x', ARRAY['a', 'b']", "topic", "22023", "names a task"),
+        ("llm_extract('x', ARRAY['a']", "topic", "22023", "names a task"),
+    ] {
+        let e = error(c, &format!("SELECT {call}, {})", options(task)));
+        assert_eq!(e.0, code, "{call} {task}: {e:?}");
+        assert!(e.3.contains(hint), "{call} {task}: {e:?}");
+    }
+    for zone in ["Mars/Olympus", "+25:00"] {
+        let fields = format!("{{\"due\": {{\"type\": \"timestamptz\", \"time_zone\": \"{zone}\"}}}}");
+        let (code, message, ..) =
+            error(c, &format!("SELECT llm_batch.create_extractor('dates', '{fields}', model => 'other')"));
+        assert_eq!(code, "22023", "{zone}: {message}");
+        assert!(message.contains("time") && message.contains("zone"), "{zone}: {message}");
+    }
+    run(
+        c,
+        "SELECT llm_batch.create_extractor('dates',
+           '{\"due\": {\"type\": \"timestamptz\", \"time_zone\": \"Europe/Berlin\"}}', model => 'other')",
+    );
+}
+
+/// A sort reads all rows before a limit takes some: EXPLAIN says so, where it is so.
+fn sorted_before_a_limit(c: &mut postgres::Client) {
+    tickets(c, "t", 1..=30);
+    let score = "llm_score(body, 'How urgent is it?')";
+    for (sql, says) in [
+        (format!("SELECT id FROM t WHERE id <= 20 ORDER BY {score} DESC LIMIT 3"), true),
+        (format!("SELECT id, {score} FROM t WHERE id <= 20 ORDER BY 2 FETCH FIRST 3 ROWS ONLY"), true),
+        (format!("SELECT id, {score} FROM t ORDER BY id LIMIT 3"), false),
+        (format!("SELECT id, {score} FROM t LIMIT 3"), false),
+        (format!("SELECT id FROM t ORDER BY {score}"), false),
+    ] {
+        let lines = c.query(&format!("EXPLAIN {sql}"), &[]).unwrap();
+        let has_line = lines.iter().any(|l| l.get::<_, String>(0).contains("Rows to Ask: all that WHERE lets through"));
+        assert_eq!(has_line, says, "{sql}: {lines:?}");
+    }
 }
