@@ -539,6 +539,54 @@ fn an_estimate_is_what_the_job_then_takes() {
     holds(&mut c, &format!("{cost} = ({input} * {INPUT_PRICE} + {output} * {OUTPUT_PRICE}) * 0.000001"));
 }
 
+/// The same for the other kinds of tasks: what is said before and what is taken then, and the request that is shown.
+#[test]
+fn estimates_of_every_kind() {
+    let (bed, mut c) = bed("money_kinds", Config::default(), 2_000);
+    run(
+        &mut c,
+        r#"SELECT llm_batch.create_extractor('facts', '{"amount": "numeric", "due": "date"}', model => 'm');
+           SELECT llm_batch.create_generator('gist', 'Explain it.', 'm',
+                      options => '{"max_words": 20, "repair": "btrim(answer)", "check": "length(answer) > 0"}');
+           SELECT llm_batch.create_scorer('rank', 'How urgent is it?', 0, 10, 'm');
+           SELECT llm_batch.create_embedder('vector', 'm', 16);
+           ALTER TABLE tickets ADD amount numeric, ADD due date, ADD gist text, ADD rank int, ADD vector real[]"#,
+    );
+    for (task, targets) in [
+        ("facts", r#"targets => '{"amount": "amount", "due": "due"}'"#),
+        ("gist", "target => 'gist'"),
+        ("rank", "target => 'rank'"),
+        ("vector", "target => 'vector'"),
+    ] {
+        let call =
+            |filter: &str| format!("'tickets', input => 'body', {targets}, task => '{task}', filter => '{filter}'");
+        // How long answers are is known when some have come.
+        let job = one(&mut c, &format!("SELECT llm_batch.backfill({})", call("id <= 500")));
+        assert_eq!(wait_status(&mut c, job, "done").done, 500, "{task}");
+        bed.provider.reset_stats();
+        let sql = "SELECT rows, requests, input_tokens, output_tokens, example_request::text FROM";
+        let said = c.query_one(&format!("{sql} llm_batch.estimate({})", call("id > 500")), &[]).unwrap();
+        assert_eq!(bed.provider.stats().requests, 0, "{task}");
+        let job = one(&mut c, &format!("SELECT llm_batch.backfill({})", call("id > 500")));
+        let p = wait_status(&mut c, job, "done");
+        assert_eq!((said.get::<_, i64>(0), p.done), (1_500, 1_500), "{task}");
+        // Pages of the job need not end where requests do.
+        let requests: i64 = said.get(1);
+        assert!((requests - p.requests).abs() * 20 <= p.requests.max(20), "{task}: {requests} were said: {p:?}");
+        close(said.get(2), p.input_tokens, 3, &format!("input of {task}"));
+        close(said.get(3), p.output_tokens, 10, &format!("output of {task}"));
+        let shown: serde_json::Value = serde_json::from_str(said.get(4)).unwrap();
+        let sent = bed.provider.bodies().pop().unwrap();
+        // All but the texts, and what depends on them.
+        let keys = |of: &serde_json::Value| of.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        assert_eq!(keys(&shown), keys(&sent), "{task}");
+        for key in ["model", "temperature", "dimensions", "encoding_format", "response_format"] {
+            assert_eq!(shown[key], sent[key], "{task}: {key}");
+        }
+        assert_eq!(shown["messages"][0], sent["messages"][0], "{task}");
+    }
+}
+
 #[test]
 fn estimates_count_the_same_text_once() {
     let (bed, mut c) = bed("money_same", Config::default(), 4_000);
