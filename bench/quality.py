@@ -175,7 +175,7 @@ class Asker:
     def sql(self, text):
         done = subprocess.run(self.command, input=text, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(done.stderr)
+            raise RuntimeError(done.stderr)
         return done.stdout
 
     def ask(self, task, size, block):
@@ -184,12 +184,16 @@ class Asker:
             f"SELECT id, body FROM texts WHERE of = {literal(TASKS[task][0])} AND id >= {first} AND id < {first + BLOCK} ORDER BY id"
         )
         began = time.monotonic()
-        answered = self.sql(
-            "SELECT json_agg(json_build_array(id, value, status, detail)) FROM"
-            f" llm_run_batch({literal(query)}, {literal(name)});\n"
-            f"SELECT requests_total FROM llm_batch.activity WHERE model = {literal(name)};"
-        )
-        rows, requests = answered.strip().rsplit("\n", 1)
+        try:
+            rows = self.sql(
+                f"SELECT json_agg(json_build_array(id, value, status, detail)) FROM llm_run_batch({literal(query)}, {literal(name)});"
+            )
+        except RuntimeError as error:
+            # The model gives no valid answer at all: that is what is measured. Any other error is one.
+            if "gives no valid answer" not in str(error):
+                raise
+            rows = json.dumps([[id, None, "failed", str(error)] for id in range(first, first + BLOCK)])
+        requests = self.sql(f"SELECT requests_total FROM llm_batch.activity WHERE model = {literal(name)};")
         entry = {
             "task": task, "size": size, "block": block, "requests": int(requests) - self.asked[name],
             "seconds": round(time.monotonic() - began, 1), "at": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
@@ -315,6 +319,8 @@ def share(hits):
 
 
 def correlation(pairs):
+    if not pairs:
+        return "no answer"
     low, high = bootstrap(pairs, spearman)
     return f"{spearman(pairs):.2f} ({low:.2f}–{high:.2f}; n {len(pairs)})"
 
