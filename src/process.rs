@@ -94,10 +94,9 @@ pub fn cancel_after(milliseconds: i32) {
     unsafe { enable_timeout_after(STATEMENT_TIMEOUT, milliseconds) };
 }
 
-/// Whether this is a background worker.
+/// Whether this is a worker of ours, in a transaction.
 pub fn is_worker() -> bool {
-    // SAFETY: set once when the process starts.
-    unsafe { pg_sys::MyBackendType == pg_sys::BackendType::B_BG_WORKER }
+    IN_TRANSACTION.load(Ordering::Relaxed)
 }
 
 /// Whether this process was sent a SIGTERM.

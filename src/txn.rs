@@ -103,21 +103,29 @@ pub fn restricted<T>(role: pg_sys::Oid, search_path: &str, f: impl FnOnce() -> R
         (c"transform_null_equals", c"off"),
         (c"row_security", c"on"),
     ];
-    let _hidden = HiddenTemporary::new();
+    let hidden = HiddenTemporary::new();
     let run = || as_role(role, || with_settings(&settings, f));
-    if !has_subtransactions() {
-        return run();
-    }
-    subtransaction(false, || {
-        // SAFETY: on the main thread inside a subtransaction, whose end restores it. As a setting it can't be local.
-        unsafe { pg_sys::XactReadOnly = true };
+    let result = if has_subtransactions() {
+        subtransaction(false, || {
+            // SAFETY: on the main thread inside a subtransaction, whose end restores it. As a setting it can't be local.
+            unsafe { pg_sys::XactReadOnly = true };
+            run()
+        })
+    } else {
         run()
-    })
+    };
+    hidden.map(HiddenTemporary::end);
+    result
 }
 
 /// The session's temporary schema, hidden until this is dropped. It is of the role that asks: where a name is gone that an
 /// expression of another role has, a temporary view of that name would be read with the other role's rights.
-struct HiddenTemporary(pg_sys::Oid, pg_sys::Oid);
+struct HiddenTemporary {
+    schema: pg_sys::Oid,
+    toast: pg_sys::Oid,
+    /// How many messages of other sessions were heard when it was hidden.
+    heard: u64,
+}
 
 impl HiddenTemporary {
     /// `None` where there is none, or in a server with assertions, which allow it to parallel workers alone.
@@ -131,16 +139,30 @@ impl HiddenTemporary {
             if schema == pg_sys::InvalidOid || asserts.is_null() || CStr::from_ptr(asserts) != c"off" {
                 return None;
             }
+            pg_sys::AcceptInvalidationMessages();
             pg_sys::SetTempNamespaceState(pg_sys::InvalidOid, pg_sys::InvalidOid);
+            Some(Self { schema, toast, heard: pg_sys::SharedInvalidMessageCounter })
         }
-        Some(Self(schema, toast))
+    }
+
+    /// Shows it again. What the session knows of its temporary tables is looked up anew if any of it was since: it would be
+    /// taken for another session's.
+    fn end(self) {
+        let heard = self.heard;
+        drop(self);
+        // SAFETY: on the main thread inside a transaction.
+        unsafe {
+            if pg_sys::SharedInvalidMessageCounter != heard {
+                pg_sys::InvalidateSystemCaches();
+            }
+        }
     }
 }
 
 impl Drop for HiddenTemporary {
     fn drop(&mut self) {
         // SAFETY: the state that new() found, on the main thread; this raises nothing.
-        unsafe { pg_sys::SetTempNamespaceState(self.0, self.1) };
+        unsafe { pg_sys::SetTempNamespaceState(self.schema, self.toast) };
     }
 }
 

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use common::{
@@ -578,7 +579,7 @@ fn estimates_of_every_kind() {
         let shown: serde_json::Value = serde_json::from_str(said.get(4)).unwrap();
         let sent = bed.provider.bodies().pop().unwrap();
         // All but the texts, and what depends on them.
-        let keys = |of: &serde_json::Value| of.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+        let keys = |of: &serde_json::Value| of.as_object().unwrap().keys().cloned().collect::<BTreeSet<_>>();
         assert_eq!(keys(&shown), keys(&sent), "{task}");
         for key in ["model", "temperature", "dimensions", "encoding_format", "response_format"] {
             assert_eq!(shown[key], sent[key], "{task}: {key}");

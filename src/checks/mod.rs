@@ -24,6 +24,8 @@ const OPTIONS: [&str; 3] = ["repair", "check", "check_hint"];
 const MOST_HINT: usize = 500;
 /// Most characters of an answer that are shown.
 const MOST_SHOWN: usize = 500;
+/// Most rows of those that are judged together for which an error that should pass is their own.
+const MOST_SCARCE: u32 = 3;
 /// What a model is told where the task does not say it.
 const HINT: &str = "another answer is needed, the one before did not pass a check";
 
@@ -112,7 +114,7 @@ impl Checks {
     pub fn judge(&self, rows: &[(&str, &Answer)]) -> Result<Vec<Judged>> {
         let judged = RefCell::new(Vec::with_capacity(rows.len()));
         // The row whose expressions raised what should pass.
-        let mut tried_before = None;
+        let (mut tried_before, mut scarce) = (None, 0);
         loop {
             let done = judged.borrow().len();
             let Some((row, _)) = rows.get(done..).and_then(<[_]>::split_first) else { return Ok(judged.into_inner()) };
@@ -134,12 +136,19 @@ impl Checks {
             );
             let done = judged.borrow().len();
             if is_passing(e.code) && !is_own {
-                // A session is cancelled at once. What is raised for one row twice is of its expressions.
-                if !process::is_worker() && e.code == PgSqlErrorCode::ERRCODE_QUERY_CANCELED {
+                // A session is cancelled at once, and so is a worker that is to end. What is raised for one row twice is of
+                // its expressions.
+                let ends = !process::is_worker() || process::is_told_to_end();
+                if e.code == PgSqlErrorCode::ERRCODE_QUERY_CANCELED && ends {
                     return Err(e);
                 }
                 if tried_before.replace(done) != Some(done) {
                     continue;
+                }
+                // That it is raised for several rows is of the server.
+                scarce += 1;
+                if scarce > MOST_SCARCE {
+                    return Err(e);
                 }
             }
             let (_, answer) = rows.get(done).unwrap_or(row);

@@ -9,6 +9,8 @@ use crate::CountTokens;
 
 /// Marks that end a sentence.
 const ENDS: [char; 8] = ['.', '!', '?', '…', '。', '！', '？', '؟'];
+/// Those of scripts without white space between words.
+const WIDE_ENDS: [char; 3] = ['。', '！', '？'];
 /// What may stand between such a mark and the white space behind it.
 const CLOSES: [char; 8] = ['"', '\'', ')', ']', '”', '’', '»', '」'];
 
@@ -100,7 +102,7 @@ fn atoms(text: &str, most: usize, count: CountTokens) -> Vec<Atom> {
     // Where the word before ended: tokens begin with the white space before a word.
     let (mut start, mut before) = (0, 0);
     while let Some(rest) = text.get(start..).filter(|rest| !rest.is_empty()) {
-        let word = rest.find(char::is_whitespace).unwrap_or(rest.len());
+        let word = word(rest);
         let behind = rest.get(word..).unwrap_or_default();
         let space = behind.find(|c: char| !c.is_whitespace()).unwrap_or(behind.len());
         let end = end(rest.get(..word).unwrap_or_default(), behind.get(..space).unwrap_or_default());
@@ -111,14 +113,29 @@ fn atoms(text: &str, most: usize, count: CountTokens) -> Vec<Atom> {
         if 2 * tokens > most {
             tokens = tokens.max(of(range.start));
         }
+        // White space before it that has more tokens than a piece may have is no part of a piece: the word stands alone.
+        let own = if tokens > most { of(range.start) } else { tokens };
         (start, before) = (range.end, range.start + word);
-        if tokens <= most {
+        if own <= most {
             all.push(Atom { range, tokens, end });
         } else {
-            parts(text, range, (end, tokens, most), count, &mut all);
+            parts(text, range, (end, own, most), count, &mut all);
         }
     }
     all
+}
+
+/// Bytes of the first word: it ends before white space, and behind a sentence of a script that has none between words.
+fn word(rest: &str) -> usize {
+    let mut ended = false;
+    for (at, c) in rest.char_indices() {
+        let is_end = WIDE_ENDS.contains(&c);
+        if c.is_whitespace() || (ended && !is_end && !CLOSES.contains(&c)) {
+            return at;
+        }
+        ended |= is_end;
+    }
+    rest.len()
 }
 
 /// A word of too many tokens, halved until each part has few enough.
@@ -177,6 +194,9 @@ mod tests {
         );
         assert_eq!(split("a b. c d e f g", 4, 0, &words), ["a b.", "c d e f", "g"]);
         assert_eq!(split("a b (c.) d e f", 4, 0, &words), ["a b (c.)", "d e f"]);
+        // A script without white space.
+        let chinese = "今天天气很好。我们去公园吧！「真的吗？」他说。";
+        assert_eq!(split(chinese, 8, 0, &count), ["今天天气很好。", "我们去公园吧！", "「真的吗？」他说。"]);
         assert_eq!((split("", 4, 0, &words), split(" \n ", 4, 0, &words)), (vec![], vec![]));
         assert_eq!(split("short", 4, 3, &words), ["short"]);
     }

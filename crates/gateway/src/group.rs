@@ -80,7 +80,7 @@ pub struct Line {
 impl Ruler {
     pub fn line(&self, text: &str) -> Line {
         let tokens_of = |quoted: &str| match self.embeds {
-            true => tokens::count(quoted),
+            true => tokens::count(quoted.get(1..quoted.len().saturating_sub(1)).unwrap_or_default()),
             false => tokens::count(&prompt::row(417, quoted, None)),
         };
         let answer = |tokens: usize| self.kind.tokens(tokens);

@@ -138,6 +138,10 @@ impl Worker {
     }
 
     pub(super) fn claim(&mut self) -> Result<()> {
+        // A pass begins: what was noted of NULLs in the one before is looked up from now on.
+        if self.last.is_none() {
+            self.job.has_nulls |= std::mem::take(&mut self.has_noted);
+        }
         let size = self.page_size.min(self.window() as i64);
         let Claim { ready, rights, claimed, found } = self.read_page(size)?;
         if rights.is_some() {

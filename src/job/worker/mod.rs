@@ -379,7 +379,8 @@ impl Worker {
 
     /// Opens the stream anew once nothing of it is open.
     fn open_anew(&mut self) -> Result<()> {
-        if !self.outstanding.is_empty() || !self.waiting.is_empty() {
+        // What was spent is entered by the models that it was spent for.
+        if !self.outstanding.is_empty() || !self.waiting.is_empty() || !self.spent.is_empty() {
             return Ok(());
         }
         if self.reopen.is_some() && self.asked.stream.budget.is_some() {
@@ -519,7 +520,6 @@ impl Worker {
         self.last = None;
         self.pass_ended = false;
         self.claimed_in_pass = 0;
-        self.job.has_nulls |= std::mem::take(&mut self.has_noted);
     }
 
     /// At the end of the key's range another pass begins for what is still NULL, until one finds nothing.
