@@ -368,8 +368,9 @@ fn create_model(
     args.push(taken.filter(|_| !is_by_hand).map(|listed| listed.as_of).into());
     columns += ", price_as_of";
     values += &format!(", ${}", args.len());
-    route::check_free(name, "model")?;
     let made = txn::as_extension_owner(|| {
+        route::hold_names()?;
+        route::check_free(name, "model")?;
         sql::run(
             &format!(
                 "INSERT INTO llm_batch.model (name, owner, owner_name, home, server, server_name, model{columns})

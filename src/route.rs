@@ -69,7 +69,7 @@ pub fn hold(name: &str) -> Result<()> {
 /// Refuses a name that a route or a model has already.
 pub fn check_free(name: &str, new: &str) -> Result<()> {
     let other = if new == "model" { "route" } else { "model" };
-    let found = sql::one::<bool>(
+    let found = sql::one_mut::<bool>(
         &format!("SELECT EXISTS (SELECT FROM llm_batch.{other} o WHERE o.name OPERATOR(pg_catalog.=) $1)"),
         &[name.into()],
     )?;
@@ -77,6 +77,12 @@ pub fn check_free(name: &str, new: &str) -> Result<()> {
         Some(true) => Err(exists(other, name, other).detail("Models and routes are named in the same places.")),
         _ => Ok(()),
     }
+}
+
+/// Nobody else makes a model or a route until the end of this transaction: they share their names. As the extension's owner.
+pub fn hold_names() -> Result<()> {
+    sql::run("LOCK TABLE llm_batch.route IN SHARE UPDATE EXCLUSIVE MODE", &[])?;
+    Ok(())
 }
 
 /// Drops a model or a route that nothing uses. As the extension's owner.
@@ -135,9 +141,10 @@ fn create_route(
     let models = check(required(models, "models")?)?;
     let policy = required(policy, "policy")?;
     self::policy(policy)?;
-    check_free(name, "route")?;
     let owner = current_user();
     let made = txn::as_extension_owner(|| {
+        hold_names()?;
+        check_free(name, "route")?;
         models.iter().try_for_each(|model| hold(model))?;
         sql::run(
             "INSERT INTO llm_batch.route (name, owner, owner_name, home, models, policy)

@@ -145,7 +145,8 @@ impl Group {
         Self {
             members: Member::all(&stream),
             scope: keys.of(0, &scope),
-            bytes: 2 * scope.len(),
+            // Each member has a copy of the task.
+            bytes: 2 * scope.len() * (1 + stream.others.len()),
             prefix_tokens: if embeds { 0 } else { tokens::count(&system) + FRAME_TOKENS },
             system,
             answer_frame: if embeds { 0 } else { prompt::tokens_of_the_frame(&tokens::count) },

@@ -81,7 +81,7 @@ impl Row {
 
     /// It was in no request so far.
     pub fn is_new(&self) -> bool {
-        self.paid == 0 && self.attempts == 0 && self.trouble == 0
+        self.paid == 0 && self.attempts == 0 && self.trouble == 0 && self.failed == 0
     }
 
     /// Nothing more is paid for it, where a task asks a row so often at most.
@@ -108,7 +108,7 @@ impl Row {
     /// Another member is to answer it, as if nobody had been asked.
     pub fn fails_over(&mut self, from: u32, most_rows: usize) {
         self.failed |= from;
-        (self.attempts, self.trouble, self.over_limit, self.cut) = (0, 0, 0, 0);
+        (self.paid, self.attempts, self.trouble, self.over_limit, self.cut) = (0, 0, 0, 0, 0);
         (self.most_rows, self.most_answer, self.not_before) = (most_rows, u64::MAX, 0);
         (self.wanted, self.refused_in) = (None, None);
     }

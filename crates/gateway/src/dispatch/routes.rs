@@ -48,25 +48,29 @@ impl State {
         })
     }
 
-    /// Why no member of a group takes rows, if none does: what is over soonest. And whose request it was.
+    /// Why no member of a group takes rows, if none does: what is over soonest, and before what ends a job. And whose request
+    /// it was.
     pub(super) fn out(&self, now: u64, id: GroupId) -> Option<(Stop, Option<u32>)> {
         let group = self.groups.get(id)?;
-        let mut soonest: Option<(Stop, Option<u32>)> = None;
+        let mut soonest: Option<((bool, u64), Stop, Option<u32>)> = None;
         for member in &group.members {
             let stopped = member.stopped.as_ref().filter(|stopped| now < stopped.until);
-            let out = match stopped {
+            let (wait, stop, role) = match stopped {
                 Some(Stopped { until, stop, role }) => {
-                    let left = stop.retry_after_ms.map(|_| until.saturating_sub(now));
-                    (Stop { retry_after_ms: left, ..stop.clone() }, *role)
+                    let wait = until.saturating_sub(now);
+                    (wait, Stop { retry_after_ms: stop.retry_after_ms.map(|_| wait), ..stop.clone() }, *role)
                 }
-                None => self.down(now, member).map(|(stop, role)| (stop, Some(role)))?,
+                None => {
+                    let (stop, role) = self.down(now, member)?;
+                    (stop.retry_after_ms.unwrap_or(FOREVER), stop, Some(role))
+                }
             };
-            let wait = |stop: &Stop| stop.retry_after_ms.unwrap_or(u64::MAX);
-            if soonest.as_ref().is_none_or(|(stop, _)| wait(&out.0) < wait(stop)) {
-                soonest = Some(out);
+            let order = (matches!(stop.reason, StopReason::NotFound | StopReason::Rejected), wait);
+            if soonest.as_ref().is_none_or(|(other, ..)| order < *other) {
+                soonest = Some((order, stop, role));
             }
         }
-        soonest
+        soonest.map(|(_, stop, role)| (stop, role))
     }
 
     /// A model stops for a group: others take its rows. If none is left, the streams stop.
@@ -78,19 +82,23 @@ impl State {
             member.stopped = Some(Stopped { until: again_at(now, stop), stop: stop.clone(), role });
         }
         self.lost(now, id, stop, role);
+        if self.has_other(now, lane, id) {
+            // What was in doubt with the one is asked of another.
+            if let Some(group) = self.groups.get_mut(id) {
+                group.hurry();
+            }
+            self.release(id, false);
+        }
     }
 
     /// A member of a group takes no rows for now. If none is left that does, the streams stop.
     pub(super) fn lost(&mut self, now: u64, id: GroupId, stop: &Stop, role: Option<u32>) {
-        let Some(group) = self.groups.get_mut(id) else { return };
+        let Some(group) = self.groups.get(id) else { return };
         if group.members.len() == 1 {
             return self.stop(id, stop, role);
         }
-        group.hurry();
-        match self.out(now, id) {
-            Some((stop, role)) => self.stop(id, &stop, role),
-            // What was in doubt with the one is asked of another.
-            None => self.release(id, false),
+        if let Some((stop, role)) = self.out(now, id) {
+            self.stop(id, &stop, role);
         }
     }
 

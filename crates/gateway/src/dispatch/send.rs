@@ -318,7 +318,7 @@ impl State {
                 Look::Sent => {}
                 Look::TooLarge(group, rows, why) => {
                     let size = rows.len();
-                    self.too_large(now, group, rows, size, &why);
+                    self.too_large(now, (&key, group), rows, size, &why);
                     self.release_last(group);
                 }
                 Look::Nothing => continue,

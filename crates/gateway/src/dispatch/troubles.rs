@@ -183,7 +183,7 @@ impl State {
         if alone {
             self.first_goes_alone(group, &mut rows);
         }
-        self.too_large(now, group, rows, size, &message);
+        self.too_large(now, (&lane_key, group), rows, size, &message);
     }
 
     /// A row is refused alone as larger than a limit of the account.
@@ -262,6 +262,10 @@ impl State {
         let most = self.max_attempts(now, &lane_key, group);
         if is_unsure || has_begun {
             rows.iter_mut().for_each(|row| row.is_unanswered(size, most));
+        }
+        // Another model was asked after a time that may have been too short for this task: it gets more from now on.
+        if let Some(lane) = self.lanes.get_mut(&lane_key).filter(|_| message == TIMED_OUT) {
+            lane.took(now.saturating_sub(asked.sent));
         }
         // Where another model takes the rows, less is enough to leave this one alone until a probe is answered.
         let has_other = self.has_other(now, &lane_key, group);
@@ -417,17 +421,27 @@ impl State {
         row.trouble += 1;
         row.not_before = now + backoff(row.trouble);
         if is_so && row.over_limit >= MOST_OVER_LIMIT {
-            self.done(group, 0, row, too_long(message));
+            self.too_large(now, (lane, group), vec![row], 1, message);
         } else {
             self.row_in_trouble(now, (lane, group), (row, 1), asked, message);
         }
     }
 
-    /// These are rows of a request of `size` rows that was too large.
-    pub(super) fn too_large(&mut self, now: u64, group: GroupId, rows: Vec<Row>, size: usize, why: &str) {
+    /// These are rows of a request of `size` rows that was too large. One that is so alone may go to another model.
+    pub(super) fn too_large(
+        &mut self,
+        now: u64,
+        (lane, group): (&LaneKey, GroupId),
+        rows: Vec<Row>,
+        size: usize,
+        why: &str,
+    ) {
         for mut row in rows {
             if size == 1 {
-                self.done(group, 0, row, too_long(why));
+                let verdict = too_long(why);
+                if let Some(row) = self.fails_over(now, lane, group, row, &verdict) {
+                    self.done(group, 0, row, verdict);
+                }
             } else {
                 row.most_rows = size.div_ceil(2);
                 row.not_before = now;
