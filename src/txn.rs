@@ -114,7 +114,9 @@ pub fn restricted<T>(role: pg_sys::Oid, search_path: &str, f: impl FnOnce() -> R
     } else {
         run()
     };
-    hidden.map(HiddenTemporary::end);
+    if let Some(hidden) = hidden {
+        hidden.end();
+    }
     result
 }
 
