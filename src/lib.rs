@@ -26,6 +26,7 @@ mod job;
 mod json;
 mod kept;
 mod model;
+mod names;
 mod options;
 mod owner;
 mod price;

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 use crate::json::Json;
 use crate::price::{self, Listed};
 use crate::process::current_user;
-use crate::{changes, client, owner, provider, route, sql, txn};
+use crate::{changes, client, names, owner, provider, sql, txn};
 
 /// Most that a million tokens may cost, dollars.
 const MOST_PRICE: i64 = 1_000_000_000;
@@ -369,8 +369,8 @@ fn create_model(
     columns += ", price_as_of";
     values += &format!(", ${}", args.len());
     let made = txn::as_extension_owner(|| {
-        route::hold_names()?;
-        route::check_free(name, "model")?;
+        names::hold_all()?;
+        names::check_free(name, "model")?;
         sql::run(
             &format!(
                 "INSERT INTO llm_batch.model (name, owner, owner_name, home, server, server_name, model{columns})
@@ -435,8 +435,7 @@ fn alter_model(
     let (server, server_name) = server.unzip();
     let is_reset = |column: &str| reset.iter().any(|name| name == column);
     let is_by_hand = settings.has_prices();
-    let are_reset = is_reset("input_price") && is_reset("output_price");
-    let anew = listed_anew(name, place.as_deref(), model, are_reset)?;
+    let anew = listed_anew(name, place.as_deref(), model, is_reset("input_price") && is_reset("output_price"))?;
     let taken = anew.as_ref().and_then(|(_, listed)| listed.as_ref());
     let settings = settings.with_prices(taken);
     let mut args: Vec<DatumWithOid> = vec![name.into(), server.into(), server_name.into(), model.into()];
@@ -477,5 +476,5 @@ fn alter_model(
 fn drop_model(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
     owner::check("model", name)?;
-    Ok(txn::as_extension_owner(|| route::drop("model", name))?)
+    Ok(txn::as_extension_owner(|| names::drop("model", name))?)
 }

@@ -4,10 +4,10 @@ use llm_batch_gateway::protocol::{MOST_MODELS, Policy};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
-use crate::args::{exists, new_name, required, unknown};
+use crate::args::{exists, new_name, required};
 use crate::error::{Error, Result};
 use crate::process::current_user;
-use crate::{changes, client, model, owner, provider, sql, txn};
+use crate::{changes, client, model, names, owner, provider, sql, txn};
 
 /// The models behind a name, and which of them takes rows: those of a route, or the one of this name.
 pub fn models(name: &str) -> Result<(Vec<String>, Policy)> {
@@ -43,71 +43,12 @@ fn policy(name: &str) -> Result<Policy> {
 
 /// Refuses an embedder whose route leads to different models: their vectors have nothing to do with each other.
 /// `models`: what the provider calls them.
-pub fn check_vectors(route: &str, models: &[String]) -> Result<()> {
-    let Some(first) = models.first() else { return Ok(()) };
-    let Some(other) = models.iter().find(|other| *other != first) else { return Ok(()) };
+pub fn check_vectors<'a>(route: &str, mut models: impl Iterator<Item = &'a str>) -> Result<()> {
+    let Some(first) = models.next() else { return Ok(()) };
+    let Some(other) = models.find(|other| *other != first) else { return Ok(()) };
     Err(Error::invalid(format!("route \"{route}\" cannot embed"))
         .detail(format!("Vectors of \"{first}\" and of \"{other}\" cannot be compared."))
         .hint("Name one model of the provider under several keys or servers."))
-}
-
-/// Keeps a model or route from being dropped until the transaction ends. As the extension's owner.
-pub fn hold(name: &str) -> Result<()> {
-    for kind in ["model", "route"] {
-        let held = sql::rows_mut(
-            &format!("SELECT 1 FROM llm_batch.{kind} WHERE name = $1 FOR KEY SHARE"),
-            &[name.into()],
-            |row| row.get::<i32>(1),
-        )?;
-        if !held.is_empty() {
-            return Ok(());
-        }
-    }
-    Err(unknown("model", name))
-}
-
-/// Refuses a name that a route or a model has already.
-pub fn check_free(name: &str, new: &str) -> Result<()> {
-    let other = if new == "model" { "route" } else { "model" };
-    let found = sql::one_mut::<bool>(
-        &format!("SELECT EXISTS (SELECT FROM llm_batch.{other} o WHERE o.name OPERATOR(pg_catalog.=) $1)"),
-        &[name.into()],
-    )?;
-    match found {
-        Some(true) => Err(exists(other, name, other).detail("Models and routes are named in the same places.")),
-        _ => Ok(()),
-    }
-}
-
-/// Nobody else makes a model or a route until the end of this transaction: they share their names. As the extension's owner.
-pub fn hold_names() -> Result<()> {
-    sql::run("LOCK TABLE llm_batch.route IN SHARE UPDATE EXCLUSIVE MODE", &[])?;
-    Ok(())
-}
-
-/// Drops a model or a route that nothing uses. As the extension's owner.
-pub fn drop(kind: &str, name: &str) -> Result<()> {
-    // What comes to use it from now on waits, and finds it gone.
-    sql::run(&format!("SELECT 1 FROM llm_batch.{kind} WHERE name = $1 FOR UPDATE"), &[name.into()])?;
-    let users = [
-        ("task", "SELECT name FROM llm_batch.task WHERE model = $1 ORDER BY 1 LIMIT 1"),
-        ("route", "SELECT name FROM llm_batch.route WHERE $1 = ANY (models) ORDER BY 1 LIMIT 1"),
-    ];
-    for (what, query) in users {
-        if let Some(user) = sql::one_mut::<String>(query, &[name.into()])? {
-            return Err(Error::new(
-                PgSqlErrorCode::ERRCODE_DEPENDENT_OBJECTS_STILL_EXIST,
-                format!("cannot drop {kind} \"{name}\" because {what} \"{user}\" uses it"),
-            )
-            .hint(match what {
-                "task" => "Drop the task with llm_batch.drop_task(), or give it another model.",
-                _ => "Drop the route with llm_batch.drop_route(), or give it other models.",
-            }));
-        }
-    }
-    sql::run(&format!("DELETE FROM llm_batch.{kind} WHERE name = $1"), &[name.into()])?;
-    changes::tell();
-    Ok(())
 }
 
 /// Checks the models of a route: that there are some, none twice, and that the caller may use each one's server.
@@ -122,7 +63,7 @@ fn check(models: Vec<Option<String>>) -> Result<Vec<String>> {
         if models.iter().take(i).any(|before| before == name) {
             return Err(Error::invalid(format!("model \"{name}\" is named twice")));
         }
-        if check_free(name, "model").is_err() {
+        if names::check_free(name, "model").is_err() {
             return Err(Error::invalid(format!("\"{name}\" is a route")).hint("A route consists of models."));
         }
         provider::endpoint(model::load(name)?.server, current_user())?;
@@ -143,9 +84,9 @@ fn create_route(
     self::policy(policy)?;
     let owner = current_user();
     let made = txn::as_extension_owner(|| {
-        hold_names()?;
-        check_free(name, "route")?;
-        models.iter().try_for_each(|model| hold(model))?;
+        names::hold_all()?;
+        names::check_free(name, "route")?;
+        models.iter().try_for_each(|model| names::hold(model))?;
         sql::run(
             "INSERT INTO llm_batch.route (name, owner, owner_name, home, models, policy)
              VALUES ($1, $2, pg_get_userbyid($2), llm_batch.home(), $3, $4) ON CONFLICT (name) DO NOTHING RETURNING 1",
@@ -169,7 +110,7 @@ fn alter_route(
     let models = models.map(check).transpose()?;
     policy.map(self::policy).transpose()?;
     txn::as_extension_owner(|| {
-        models.iter().flatten().try_for_each(|model| hold(model))?;
+        models.iter().flatten().try_for_each(|model| names::hold(model))?;
         sql::run(
             "UPDATE llm_batch.route SET models = coalesce($2, models), policy = coalesce($3, policy) WHERE name = $1",
             &[name.into(), models.clone().into(), policy.into()],
@@ -184,5 +125,5 @@ fn alter_route(
 fn drop_route(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
     let name = required(name, "name")?;
     owner::check("route", name)?;
-    Ok(txn::as_extension_owner(|| drop("route", name))?)
+    Ok(txn::as_extension_owner(|| names::drop("route", name))?)
 }

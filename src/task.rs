@@ -18,7 +18,7 @@ use crate::json::Json;
 use crate::options::check_of_task;
 use crate::process::{current_user, my_database};
 use crate::text::Text;
-use crate::{changes, model, owner, route, sql, txn};
+use crate::{changes, model, names, owner, route, sql, txn};
 
 /// A task and the name of the model it is asked of.
 pub struct Known {
@@ -111,6 +111,9 @@ impl Known {
             all.push(Alternative { endpoint, model: known.model });
             prices.push((name, known.price));
         }
+        if self.task.spec.embeds().is_some() {
+            route::check_vectors(&self.model, all.iter().map(|one| one.model.model.as_str()))?;
+        }
         let mut all = all.into_iter();
         let Some(Alternative { endpoint, model }) = all.next() else { return Err(unknown("model", &self.model)) };
         let stream = Stream {
@@ -124,11 +127,6 @@ impl Known {
             task: self.task,
             budget: None,
         };
-        if stream.task.spec.embeds().is_some() {
-            let others = stream.others.iter().map(|other| &other.model);
-            let models = std::iter::once(&stream.model).chain(others).map(|model| model.model.clone());
-            route::check_vectors(&self.model, &models.collect::<Vec<_>>())?;
-        }
         Ok(Asked { stream, model: self.model, version: self.version, models: prices, checks: self.checks })
     }
 }
@@ -211,7 +209,7 @@ fn check_model(name: &str, kind: &str) -> Result<()> {
         check_api(crate::provider::endpoint(known.server, current_user())?.api, &model, kind)?;
         models.push(known.model.model);
     }
-    if kind == "embed" { route::check_vectors(name, &models) } else { Ok(()) }
+    if kind == "embed" { route::check_vectors(name, models.iter().map(String::as_str)) } else { Ok(()) }
 }
 
 /// Refuses what a model's provider does not serve.
@@ -262,7 +260,7 @@ fn create_under(
         search_path.into(),
     ];
     txn::as_extension_owner(|| {
-        route::hold(&model)?;
+        names::hold(&model)?;
         let made = sql::run(
             "INSERT INTO llm_batch.task (name, owner, owner_name, home, kind, model, spec, options, search_path)
              VALUES ($1, $2, pg_get_userbyid($2), llm_batch.home(), $3, $4, $5, $6, $7) ON CONFLICT (name) DO NOTHING RETURNING 1",
@@ -336,7 +334,7 @@ fn alter_under(
             refuse_in_use(name, "change the fields of")?;
         }
         keep(name)?;
-        model.map_or(Ok(()), route::hold)?;
+        model.map_or(Ok(()), names::hold)?;
         sql::run(
             "UPDATE llm_batch.task SET model = coalesce($2, model), spec = $3, options = $4, search_path = $5, version = version + 1
               WHERE name = $1",

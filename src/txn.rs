@@ -137,8 +137,11 @@ impl HiddenTemporary {
         // make a temporary schema: it would have to write.
         unsafe {
             pg_sys::GetTempNamespaceState(&raw mut schema, &raw mut toast);
+            if schema == pg_sys::InvalidOid {
+                return None;
+            }
             let asserts = pg_sys::GetConfigOption(c"debug_assertions".as_ptr(), true, false);
-            if schema == pg_sys::InvalidOid || asserts.is_null() || CStr::from_ptr(asserts) != c"off" {
+            if asserts.is_null() || CStr::from_ptr(asserts) != c"off" {
                 return None;
             }
             pg_sys::AcceptInvalidationMessages();
