@@ -1,5 +1,6 @@
 //! All groups. A group belongs to no lane: lanes name the groups whose rows they take.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -30,6 +31,13 @@ impl Groups {
     /// The groups of a lane.
     pub fn of<'a>(&'a self, lane: &'a Lane) -> impl Iterator<Item = (GroupId, &'a Group)> {
         lane.groups.iter().filter_map(|id| Some((*id, self.get(*id)?)))
+    }
+
+    /// Puts the groups of a lane into the order in which they are served: sessions first, then by how much they were served.
+    pub fn order(&self, lane: &mut Lane) {
+        // Of numbers that are not negative the bits have the same order.
+        let rank = |g: &Group| (Reverse(g.stream.interactive), g.served.to_bits());
+        lane.groups.sort_by_cached_key(|id| self.get(*id).map(rank));
     }
 
     /// Opens a stream of a client: its group is the one of the lane whose stream is the same, else a new one with the number

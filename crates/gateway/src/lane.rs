@@ -1,7 +1,5 @@
 //! One account and model (a lane): its limiter, and what was learnt about its server.
 
-use std::cmp::Reverse;
-
 use llm_batch_core::concurrency::Concurrency;
 use llm_batch_core::forms::{Form, Forms};
 use llm_batch_core::headers::{self, Reported};
@@ -13,7 +11,6 @@ use llm_batch_core::trouble::{self, Parameter, Report, Trouble};
 
 use crate::cache::TextKey;
 use crate::group::Group;
-use crate::groups::Groups;
 use crate::kept::KeptLane;
 use crate::key::GroupId;
 use crate::protocol::Words;
@@ -439,13 +436,6 @@ impl Lane {
         if group.in_flight == 0 && group.queued() == 0 {
             group.served = group.served.max(self.level[usize::from(group.stream.interactive)]);
         }
-    }
-
-    /// The order in which groups are served: sessions first, then by how much they were served.
-    pub fn order(&mut self, groups: &Groups) {
-        // Of numbers that are not negative the bits have the same order.
-        let rank = |g: &Group| (Reverse(g.stream.interactive), g.served.to_bits());
-        self.groups.sort_by_cached_key(|id| groups.get(*id).map(rank));
     }
 
     /// A lane that nothing is queued in or under way.

@@ -350,7 +350,7 @@ impl State {
         let mut later = |at: u64| *wake = Some(wake.map_or(at, |w| w.min(at)));
         let most = self.room(key);
         let Some(lane) = self.lanes.get_mut(key) else { return Look::Nothing };
-        lane.order(&self.groups);
+        self.groups.order(lane);
         lane.forget(now);
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
