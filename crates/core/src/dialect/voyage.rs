@@ -41,8 +41,8 @@ impl Dialect for Voyage {
 }
 
 impl Embeddings for Voyage {
-    fn url(&self, base: &str, _model: &str, _version: Option<&str>) -> String {
-        format!("{base}/embeddings")
+    fn url(&self, base: &str, model: &str, version: Option<&str>) -> String {
+        OpenaiEmbeddings.url(base, model, version)
     }
 
     fn most_texts(&self) -> usize {

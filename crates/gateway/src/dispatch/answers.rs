@@ -330,8 +330,7 @@ impl State {
 
     /// A request may have been charged or not.
     pub(super) fn unsure(&mut self, request: &InFlight) {
-        let group = self.groups.get(request.group);
-        let Some(group) = group else { return };
+        let Some(group) = self.groups.get(request.group) else { return };
         let (payers, model) = (group.payers(&request.rows), group.place(&request.lane));
         self.unconfirmed(model, &payers, request.asked.worst);
     }

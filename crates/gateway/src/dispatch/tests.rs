@@ -284,8 +284,14 @@ fn a_text_gets_no_more_tokens_than_its_user_has_set() {
     assert!(sim.is_answered() && caps.iter().all(|cap| (66..110).contains(cap)), "{caps:?}");
     // What runs into it gets no more, and what only thinks does.
     let long = format!("{{\"417\":\"{}", "It is long. ".repeat(100));
-    for (text, more) in [(long.as_str(), false), ("", true)] {
-        let (mut sim, mut caps) = (Sim::new(spec), Vec::new());
+    gets_more(spec, &[(&long, false), ("", true)]);
+}
+
+/// Whether a row whose answers run into their cap with these texts is given a larger one.
+#[track_caller]
+fn gets_more(spec: impl Fn(&mut Stream), texts: &[(&str, bool)]) {
+    for (text, more) in texts {
+        let (mut sim, mut caps) = (Sim::new(&spec), Vec::new());
         sim.ask(0..1, "", |question| {
             let cap = question.body["max_tokens"].as_u64().unwrap();
             caps.push(cap);
@@ -297,7 +303,7 @@ fn a_text_gets_no_more_tokens_than_its_user_has_set() {
                 }),
             )
         });
-        assert_eq!(caps.iter().max() > caps.first(), more, "{text}: {caps:?}");
+        assert_eq!(caps.iter().max() > caps.first(), *more, "{text}: {caps:?}");
     }
 }
 
@@ -307,19 +313,5 @@ fn a_score_that_writes_on_gets_no_larger_cap() {
     let task = json!({"instruction": "How glad?", "low": -4, "high": 4});
     let spec = |s: &mut Stream| s.task.spec = llm_batch_core::task::Spec::from_json("score", &task).unwrap();
     let endless = format!("{{{}", "\"4\":4,\"-4\":-4,\"0\":0,".repeat(40));
-    for (text, more) in [(endless.as_str(), false), ("Let me think. ", true), ("{\"", true)] {
-        let (mut sim, mut caps) = (Sim::new(spec), Vec::new());
-        sim.ask(0..1, "", |question| {
-            let cap = question.body["max_tokens"].as_u64().unwrap();
-            caps.push(cap);
-            said(
-                200,
-                &json!({
-                    "choices": [{"message": {"content": text}, "finish_reason": "length"}],
-                    "usage": {"prompt_tokens": 20, "completion_tokens": cap},
-                }),
-            )
-        });
-        assert_eq!(caps.iter().max() > caps.first(), more, "{text}: {caps:?}");
-    }
+    gets_more(spec, &[(&endless, false), ("Let me think. ", true), ("{\"", true)]);
 }
