@@ -499,7 +499,7 @@ fn faults_of_values_and_deaths_harm_no_row() {
         ),
     );
     let faults = Fault::OF_VALUES.into_iter().chain(Fault::PASSING);
-    bed.provider.configure(|config| config.faults = faults.map(|fault| (fault, 0.02)).collect());
+    bed.provider.configure(|config| config.faults = faults.map(|fault| (fault, 0.01)).collect());
     for part in [200, 900, 1700] {
         wait_until("rows are done", PATIENCE, || progress(&mut c, job).done, |done| *done >= part);
         let pid = wait_until("a worker", PATIENCE, || pids(&mut c, "llm_batch job"), |p| p.len() == 1)[0];

@@ -45,7 +45,7 @@ fn values_are_right_whatever_goes_wrong() {
     for (name, kind, spec) in tasks() {
         let (right, _) = ask(&provider(Config::default()), kind, &spec);
         assert!(right.values().all(|v| matches!(v, Verdict::Answer(_))), "{name}: {right:?}");
-        let faults = Fault::PASSING.into_iter().chain(Fault::OF_VALUES).map(|fault| (fault, 0.02)).collect();
+        let faults = Fault::PASSING.into_iter().chain(Fault::OF_VALUES).map(|fault| (fault, 0.01)).collect();
         let troubled = provider(Config { faults, ..Config::default() });
         let (got, _) = ask(&troubled, kind, &spec);
         for (n, verdict) in &got {
