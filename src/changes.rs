@@ -1,27 +1,27 @@
 //! How a job's worker hears that others have changed what it asks, whom, or how, or what its owner may see.
 //!
 //! Postgres invalidates every process's caches after a committed change of foreign servers and user mappings. Models and
-//! classifiers are rows, for which it does not: a function that changes them invalidates their table. A process notices
+//! tasks are rows, for which it does not: a function that changes them invalidates their table. A process notices
 //! all that at the start of its next transaction.
 
 use std::cell::RefCell;
-use std::ffi::CStr;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed};
 
 use pgrx::pg_sys;
 use pgrx::prelude::*;
 
 static HEARD: AtomicBool = AtomicBool::new(false);
-static TABLES: [AtomicU32; 2] = [AtomicU32::new(0), AtomicU32::new(0)];
-const NAMES: [&CStr; 2] = [c"model", c"classifier"];
+static IS_REGISTERED: AtomicBool = AtomicBool::new(false);
+/// The table of models, which is told of for routes and tasks too.
+static TABLE: AtomicU32 = AtomicU32::new(0);
 /// Something was told that may have changed which rows can be seen.
 static RIGHTS: AtomicBool = AtomicBool::new(false);
-/// How often roles were changed, or who is a member of them.
+/// Changes of roles and of who is a member of them.
 static ROLES: AtomicU32 = AtomicU32::new(0);
 const OF_ROLES: [i32; 2] =
     [pg_sys::SysCacheIdentifier::AUTHOID as i32, pg_sys::SysCacheIdentifier::AUTHMEMROLEMEM as i32];
 
-/// How often tables, schemas or roles were changed, whichever they are.
+/// Changes of tables, schemas and roles.
 static CATALOGS: AtomicU32 = AtomicU32::new(0);
 
 thread_local! {
@@ -29,10 +29,16 @@ thread_local! {
     static WATCHED: RefCell<Vec<pg_sys::Oid>> = const { RefCell::new(Vec::new()) };
 }
 
-/// From now on changes are heard. In a transaction, once in a process.
+/// From now on changes are heard. In a transaction.
 pub fn listen() {
-    for (table, name) in TABLES.iter().zip(NAMES) {
-        table.store(relation(name).to_u32(), Relaxed);
+    TABLE.store(model_table().to_u32(), Relaxed);
+    register();
+}
+
+/// Registers the callbacks, once in a process: they cannot be taken back.
+fn register() {
+    if IS_REGISTERED.swap(true, Relaxed) {
+        return;
     }
     // SAFETY: on the main thread; the functions live as long as the process and do nothing but set a flag or count.
     unsafe {
@@ -66,6 +72,7 @@ pub fn heard_of_rights() -> bool {
 
 /// Another number each time that roles were changed. Postgres plans nothing anew for that, though policies depend on it.
 pub fn of_roles() -> u32 {
+    register();
     ROLES.load(Relaxed)
 }
 
@@ -77,18 +84,16 @@ pub fn of_tables() -> u32 {
 
 /// The commit of this transaction tells that models or tasks have changed.
 pub fn tell() {
-    for name in NAMES {
-        let oid = relation(name);
-        if oid != pg_sys::InvalidOid {
-            // SAFETY: in a transaction, on the main thread, of a table that this transaction has locked or looked up.
-            unsafe { pg_sys::CacheInvalidateRelcacheByRelid(oid) };
-        }
+    let oid = model_table();
+    if oid != pg_sys::InvalidOid {
+        // SAFETY: in a transaction, on the main thread, of a table that this transaction has locked or looked up.
+        unsafe { pg_sys::CacheInvalidateRelcacheByRelid(oid) };
     }
 }
 
-fn relation(name: &CStr) -> pg_sys::Oid {
+fn model_table() -> pg_sys::Oid {
     // SAFETY: in a transaction, on the main thread; both look names up and give 0 for what is not there.
-    unsafe { pg_sys::get_relname_relid(name.as_ptr(), pg_sys::get_namespace_oid(c"llm_batch".as_ptr(), true)) }
+    unsafe { pg_sys::get_relname_relid(c"model".as_ptr(), pg_sys::get_namespace_oid(c"llm_batch".as_ptr(), true)) }
 }
 
 #[pg_guard]
@@ -114,7 +119,7 @@ unsafe extern "C-unwind" fn on_schema(_arg: pg_sys::Datum, _cache: i32, _hash: u
 unsafe extern "C-unwind" fn on_table(_arg: pg_sys::Datum, table: pg_sys::Oid) {
     CATALOGS.fetch_add(1, Relaxed);
     // 0: of all tables, since too much was told at once.
-    if table == pg_sys::InvalidOid || TABLES.iter().any(|t| t.load(Relaxed) == table.to_u32()) {
+    if table == pg_sys::InvalidOid || TABLE.load(Relaxed) == table.to_u32() {
         HEARD.store(true, Relaxed);
     }
     if table == pg_sys::InvalidOid || WATCHED.with_borrow(|watched| watched.contains(&table)) {

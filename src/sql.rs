@@ -13,42 +13,54 @@ use pgrx::{FromDatum, IntoDatum};
 use crate::changes;
 use crate::error::{Error, Result};
 
-/// Plans by the text of their statement and the types of its arguments: a key's type may change while a job runs.
+/// Most plans that a process keeps. A job's worker has some forty statements, a session ten.
+const MOST_PLANS: usize = 100;
+
+/// A statement's text, the types of its arguments (a key's type may change while a job runs), and whether it may lock or
+/// change rows.
+type Statement = (String, Vec<pg_sys::Oid>, bool);
+
+/// Plans that are kept until the process ends: a session asks the same few questions of our tables for each of its queries, a
+/// worker for each request. Postgres plans anew what a change of tables or the search_path makes invalid, but not where a
+/// policy holds for the user no longer, or anew, because roles were changed.
 #[derive(Default)]
 struct Plans {
-    known: HashMap<(String, Vec<pg_sys::Oid>), Rc<OwnedPreparedStatement>>,
-    /// Of which state of the roles they are.
+    known: HashMap<Statement, Rc<OwnedPreparedStatement>>,
+    /// The state of the roles for which they were made.
     roles: u32,
 }
 
 thread_local! {
-    static PLANS: RefCell<Option<Plans>> = const { RefCell::new(None) };
+    static PLANS: RefCell<Plans> = RefCell::default();
 }
 
-/// From now on plans are kept until the process ends: for a job's worker, which runs the same few statements for every
-/// request. Postgres plans anew what a change of tables or the search_path makes invalid, but not where a policy holds for
-/// the user no longer, or anew, because roles were changed.
-pub fn keep_plans() {
-    PLANS.set(Some(Plans { roles: changes::of_roles(), ..Plans::default() }));
-}
-
-/// The plan of a statement, if plans are kept.
-fn plan(client: &SpiClient<'_>, query: &str, args: &[DatumWithOid<'_>]) -> Result<Option<Rc<OwnedPreparedStatement>>> {
-    if PLANS.with_borrow(Option::is_none) {
-        return Ok(None);
-    }
-    if PLANS.with_borrow(|plans| plans.as_ref().is_some_and(|p| p.roles != changes::of_roles())) {
-        keep_plans();
-    }
-    let key = (query.to_owned(), args.iter().map(DatumWithOid::oid).collect::<Vec<_>>());
-    let known = PLANS.with_borrow(|plans| plans.as_ref().and_then(|p| p.known.get(&key).cloned()));
-    if known.is_some() {
+/// The plan of a statement.
+fn plan(
+    query: &str,
+    args: &[DatumWithOid<'_>],
+    may_change: bool,
+    prepare: impl FnOnce(&[PgOid]) -> SpiResult<OwnedPreparedStatement>,
+) -> Result<Rc<OwnedPreparedStatement>> {
+    let roles = changes::of_roles();
+    let statement = (query.to_owned(), args.iter().map(DatumWithOid::oid).collect::<Vec<_>>(), may_change);
+    let known = PLANS.with_borrow_mut(|plans| {
+        if plans.roles != roles {
+            *plans = Plans { roles, ..Plans::default() };
+        }
+        plans.known.get(&statement).cloned()
+    });
+    if let Some(known) = known {
         return Ok(known);
     }
-    let types: Vec<PgOid> = key.1.iter().map(|oid| PgOid::from(*oid)).collect();
-    let plan = Rc::new(client.prepare_mut(query, &types)?.keep());
-    PLANS.with_borrow_mut(|plans| plans.as_mut().map(|p| p.known.insert(key, Rc::clone(&plan))));
-    Ok(Some(plan))
+    let types: Vec<PgOid> = statement.1.iter().map(|oid| PgOid::from(*oid)).collect();
+    let plan = Rc::new(prepare(&types)?);
+    PLANS.with_borrow_mut(|plans| {
+        if plans.known.len() >= MOST_PLANS {
+            plans.known.clear();
+        }
+        plans.known.insert(statement, Rc::clone(&plan));
+    });
+    Ok(plan)
 }
 
 /// Runs a query that changes nothing.
@@ -58,10 +70,8 @@ pub fn select<'c>(
     limit: Option<i64>,
     args: &[DatumWithOid<'_>],
 ) -> Result<SpiTupleTable<'c>> {
-    match plan(client, query, args)? {
-        Some(plan) => Ok(client.select(&*plan, limit, args)?),
-        None => Ok(client.select(query, limit, args)?),
-    }
+    let plan = plan(query, args, false, |types| Ok(client.prepare(query, types)?.keep()))?;
+    Ok(client.select(&*plan, limit, args)?)
 }
 
 fn update<'c>(
@@ -70,10 +80,8 @@ fn update<'c>(
     limit: Option<i64>,
     args: &[DatumWithOid<'_>],
 ) -> Result<SpiTupleTable<'c>> {
-    match plan(client, query, args)? {
-        Some(plan) => Ok(client.update(&*plan, limit, args)?),
-        None => Ok(client.update(query, limit, args)?),
-    }
+    let plan = plan(query, args, true, |types| Ok(client.prepare_mut(query, types)?.keep()))?;
+    Ok(client.update(&*plan, limit, args)?)
 }
 
 /// Runs a statement; the number of rows it returned or changed.

@@ -36,7 +36,7 @@ use crate::job::target;
 use crate::process::{self, handle_signals, my_database, my_pid, reload_if_asked, report};
 use crate::shared::{self, End};
 use crate::task::{self, Asked};
-use crate::{asking, changes, owner, settings, sql, txn, worker};
+use crate::{asking, changes, owner, settings, txn, worker};
 
 /// How often locked rows are tried again, and transactions that failed in passing.
 const AGAIN: Duration = Duration::from_secs(1);
@@ -66,7 +66,6 @@ const LATER: i64 = 15_000_000;
 #[unsafe(no_mangle)]
 pub extern "C-unwind" fn llm_batch_job_main(_arg: pg_sys::Datum) {
     handle_signals();
-    sql::keep_plans();
     asking::refuse();
     let Some((database, id, owner)) = worker::orders() else { return };
     let Some(entry) = shared::comes_up(database, id, my_pid()) else { return };
