@@ -1,0 +1,286 @@
+//! Extraction: several typed values by name from every text.
+//!
+//! A row's answer is an array in the order of the fields. Where a value of one field can be a value of another, all but
+//! one of these stand behind a key: `["billing","2026-01-02","due","2026-02-03"]`. So a value never slides into a
+//! neighbour's column: it would be ill-typed there, or behind the key of another.
+
+mod fields;
+#[cfg(test)]
+mod tests;
+mod value;
+
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use serde_json::{Map, Value, json};
+
+pub use self::fields::{Field, Missing, fields_from_json, fields_from_names};
+use super::kind::{Answer, Column, Example, Kind, Members, Span, Unfit, examples, only, shown, text};
+use super::value::Type;
+use crate::codes::{Label, Legend};
+use crate::options::{Codes, Options};
+use crate::{CountTokens, Error, prompt};
+
+/// What an extractor is made of.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Extract {
+    /// What the texts are; may be empty.
+    pub instruction: String,
+    /// The fields, in their order.
+    pub fields: Vec<Field>,
+    /// Texts with their values, by the fields' names.
+    pub examples: Vec<Example>,
+}
+
+impl Extract {
+    pub(super) fn from_json(map: &Map<String, Value>) -> Result<Self, Error> {
+        only(map, &["instruction", "fields", "examples"])?;
+        let fields = fields_from_json(map.get("fields").unwrap_or(&Value::Null))?;
+        let examples = examples(map, "{\"amount\": 12.5}")?;
+        for e in &examples {
+            check_example(e, &fields)?;
+        }
+        Ok(Self { instruction: text(map, "instruction")?, fields, examples })
+    }
+
+    pub(super) fn columns(&self) -> Vec<Column> {
+        let column = |f: &Field| Column {
+            name: f.name.clone(),
+            of: f.of,
+            is_array: f.is_array,
+            values: (f.of == Type::Labels).then(|| f.labels.iter().map(|l| l.label.clone()).collect()),
+        };
+        self.fields.iter().map(column).collect()
+    }
+}
+
+/// The values of an example belong to fields and are of their types.
+fn check_example(example: &Example, fields: &[Field]) -> Result<(), Error> {
+    let bad = |what: String| Err(Error::new(format!("the answer of an example {what}")));
+    let Some(values) = example.answer.as_object() else { return bad("is not an object by the fields' names".into()) };
+    for (name, value) in values {
+        let Some(field) = fields.iter().find(|f| f.name == *name) else {
+            return bad(format!("has a field \"{name}\" that does not exist"));
+        };
+        let legend = Legend::new(&field.labels, Codes::Words, &str::len);
+        if !value.is_null()
+            && let Err(want) = field.value(&value.to_string(), &legend, false)
+        {
+            return bad(format!("has {value} for the field \"{name}\", which must be {want}"));
+        }
+    }
+    Ok(())
+}
+
+/// An extractor that is ready to be asked.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    task: Extract,
+    /// Of each field, in their order.
+    legends: Vec<Legend>,
+    /// The keys of those fields that have one.
+    keys: Vec<Option<String>>,
+    /// What is written as a string is a string: there is a field of texts among values without keys.
+    is_strict: bool,
+    span: Span,
+}
+
+impl Prepared {
+    pub(super) fn new(task: &Extract, options: &Options, count: CountTokens) -> Self {
+        let fields = &task.fields;
+        let legends: Vec<Legend> = fields.iter().map(|f| Legend::new(&f.labels, options.codes, count)).collect();
+        let keys = keys(fields, &legends, count);
+        let is_bare_text = |(field, key): (&Field, &Option<String>)| field.of == Type::Text && key.is_none();
+        let is_strict = fields.len() > 1 && fields.iter().zip(&keys).any(is_bare_text);
+        let mut span = Span { mean: 0.0, planned: 0 };
+        for (field, legend) in fields.iter().zip(&legends) {
+            let (usual, most) = field.tokens(legend, count);
+            span.mean += usual;
+            span.planned += most;
+        }
+        // Beside the values: the row's number, signs between values, keys.
+        let empty = vec!["\"\"".to_owned(); fields.len()];
+        let signs = prompt::tokens_of_a_row(&written(&keys, &empty), count).saturating_sub(fields.len());
+        let span = Span { mean: span.mean + signs as f64, planned: span.planned + signs };
+        Self { task: task.clone(), legends, keys, is_strict, span }
+    }
+
+    /// The form of a row's answer, without a value.
+    fn form(&self) -> String {
+        let forms: Vec<String> = self.task.fields.iter().zip(&self.legends).map(|(f, legend)| f.form(legend)).collect();
+        written(&self.keys, &forms)
+    }
+
+    fn is_named(&self, i: usize, name: &str) -> bool {
+        let is_key = |field: usize| self.keys.get(field).and_then(Option::as_deref) == Some(name);
+        let is_name = self.task.fields.get(i).is_some_and(|f| f.name.eq_ignore_ascii_case(name));
+        is_key(i) || is_name && !(0..self.keys.len()).any(is_key)
+    }
+
+    /// The values of a row's array, each behind its key if it has one. `None`: they are not.
+    fn elements<'a>(&self, items: &[&'a RawValue]) -> Option<Vec<Option<&'a RawValue>>> {
+        let mut items = items.iter().copied();
+        let mut values = Vec::new();
+        for (i, key) in self.keys.iter().enumerate() {
+            if key.is_some() {
+                let name: String = serde_json::from_str(items.next()?.get()).ok()?;
+                self.is_named(i, &name).then_some(())?;
+            }
+            values.push(Some(items.next()?));
+        }
+        items.next().is_none().then_some(values)
+    }
+
+    /// The members of a row's answer: each value once, under no other name.
+    fn members<'a>(&self, json: &'a str) -> Result<Vec<Option<&'a RawValue>>, Unfit> {
+        let fields = &self.task.fields;
+        let n = fields.len();
+        let form = || Unfit::bad_value(format!("the answer must be {n} values like {}", self.form()));
+        if json.trim_start().starts_with('[') {
+            let items: Vec<&RawValue> = serde_json::from_str(json).map_err(|_| form())?;
+            // A list of one value, if that is the only field's, may be the row's array or the field's.
+            return self.elements(&items).ok_or_else(|| form().not(json));
+        }
+        if !json.trim_start().starts_with('{') {
+            // The value alone, if there is one field.
+            let only: Option<&RawValue> = serde_json::from_str(json).ok().filter(|_| n == 1);
+            return only.map(|v| vec![Some(v)]).ok_or_else(|| form().not(json));
+        }
+        let Members(members) = serde_json::from_str(json).map_err(|_| form())?;
+        let mut values: Vec<Option<&RawValue>> = vec![None; n];
+        for (name, value) in members {
+            let at = (0..n).find(|i| self.is_named(*i, &name));
+            match at.and_then(|i| values.get_mut(i)) {
+                None => return Err(form().not(&format!("with a field {}", Value::from(name)))),
+                Some(Some(_)) => return Err(form().not(&format!("with {} twice", Value::from(name)))),
+                Some(slot) => *slot = Some(value),
+            }
+        }
+        Ok(values)
+    }
+}
+
+/// Keys for the fields that need one: their names, or the beginnings of these, as labels have codes. Those that have none
+/// do not resemble each other, so that the fewest have one.
+fn keys(fields: &[Field], legends: &[Legend], count: CountTokens) -> Vec<Option<String>> {
+    let names: Vec<Label> =
+        fields.iter().map(|f| Label { label: f.name.clone(), description: String::new() }).collect();
+    let codes = Legend::new(&names, Codes::Auto, count);
+    let key = |(field, code): (&Field, &String)| {
+        let is_of_another = |f: &Field| f.name != field.name && f.name.eq_ignore_ascii_case(code);
+        if fields.iter().any(is_of_another) { field.name.clone() } else { code.clone() }
+    };
+    let mut keys: Vec<Option<String>> = fields.iter().zip(codes.codes()).map(|pair| Some(key(pair))).collect();
+    let all: Vec<(&Field, &Legend)> = fields.iter().zip(legends).collect();
+    let resemble = |(a, mine): (&Field, &Legend), (b, others): (&Field, &Legend)| {
+        a.resembles(b, (mine, others)) || b.resembles(a, (others, mine))
+    };
+    let others_like = |one: (&Field, &Legend)| all.iter().filter(|other| resemble(one, **other)).count();
+    let mut order: Vec<usize> = (0..all.len()).collect();
+    order.sort_by_cached_key(|i| all.get(*i).map_or(0, |one| others_like(*one)));
+    let mut bare: Vec<(&Field, &Legend)> = Vec::new();
+    for i in order {
+        let (Some(one), Some(key)) = (all.get(i), keys.get_mut(i)) else { continue };
+        // Of JSON anything is a value, an object with a key too.
+        let is_any = one.0.of == Type::Jsonb && !one.0.is_array && all.len() > 1;
+        if !is_any && !bare.iter().any(|other| resemble(*one, *other)) {
+            bare.push(*one);
+            *key = None;
+        }
+    }
+    keys
+}
+
+/// A row's answer.
+fn written(keys: &[Option<String>], values: &[String]) -> String {
+    let element = |(key, value): (&Option<String>, &String)| match key {
+        None => value.clone(),
+        Some(key) => format!("{},{value}", prompt::quote(key)),
+    };
+    format!("[{}]", keys.iter().zip(values).map(element).collect::<Vec<_>>().join(","))
+}
+
+impl Kind for Prepared {
+    fn names(&self) -> Vec<&str> {
+        let keys = self.keys.iter().flatten().map(String::as_str);
+        keys.chain(self.task.fields.iter().map(|f| f.name.as_str())).collect()
+    }
+
+    fn head(&self) -> String {
+        let Extract { instruction, fields, examples } = &self.task;
+        let instruction = if instruction.is_empty() { "Find these fields in each text." } else { instruction };
+        let key = |i: usize| match (self.keys.get(i), fields.get(i)) {
+            (Some(Some(key)), Some(field)) if *key != field.name => format!("{key} = "),
+            _ => String::new(),
+        };
+        let all = fields.iter().zip(&self.legends).enumerate();
+        let told: String = all.map(|(i, (field, legend))| format!("{}{}", key(i), field.told(legend))).collect();
+        let answer = |e: &Example| {
+            let value = |(field, legend): (&Field, &Legend)| match e.answer.get(&field.name) {
+                None | Some(Value::Null) => "null".to_owned(),
+                Some(Value::String(label)) if field.of == Type::Labels => {
+                    let code = field.labels.iter().position(|l| l.label == *label).and_then(|i| legend.codes().get(i));
+                    prompt::quote(code.unwrap_or(label))
+                }
+                Some(other) => other.to_string(),
+            };
+            let values: Vec<String> = fields.iter().zip(&self.legends).map(value).collect();
+            written(&self.keys, &values)
+        };
+        let examples = shown(examples.iter().map(|e| (e.input.as_str(), answer(e))));
+        format!("{instruction}\n\nFields:\n{told}{examples}")
+    }
+
+    fn asks_for(&self) -> String {
+        "Answer for every number with an array of all fields in order, null where a text does not say, in JSON on one line \
+         without spaces"
+            .into()
+    }
+
+    fn samples(&self) -> [String; 2] {
+        [self.form(), "…".into()]
+    }
+
+    fn schema(&self) -> Value {
+        let value = |(field, legend): (&Field, &Legend)| {
+            let one = match field.of {
+                Type::Labels => json!({"type": "string", "enum": legend.codes()}),
+                of => of.schema(),
+            };
+            let of = if field.is_array { json!({"type": "array", "items": one}) } else { one };
+            json!({"anyOf": [of, {"type": "null"}]})
+        };
+        let keys: Vec<&String> = self.keys.iter().flatten().collect();
+        let mut schemas: Vec<Value> = self.task.fields.iter().zip(&self.legends).map(value).collect();
+        schemas.extend((!keys.is_empty()).then(|| json!({"type": "string", "enum": keys})));
+        // One schema for all: strict schemas know no tuples.
+        json!({"type": "array", "items": {"anyOf": schemas}})
+    }
+
+    fn tokens(&self, _: usize) -> Span {
+        self.span
+    }
+
+    fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
+        let members = self.members(value.get())?;
+        let fields = self.task.fields.iter().zip(&self.legends).zip(members);
+        let read = |((field, legend), value): ((&Field, &Legend), Option<&RawValue>)| {
+            let name = Value::from(field.name.as_str());
+            let Some(value) = value else { return Err(Unfit::bad_value(format!("the field {name} is not given"))) };
+            if value.get() != "null" {
+                return field
+                    .value(value.get(), legend, self.is_strict)
+                    .map(Some)
+                    .map_err(|want| Unfit::bad_value(format!("the field {name} must be {want}")).not(value.get()));
+            }
+            match &field.missing {
+                Missing::Null => Ok(None),
+                Missing::Refuse => Err(Unfit::bad_value(format!("the field {name} must not be null"))),
+                Missing::Value(value) => {
+                    let text = field.value(&value.to_string(), legend, false);
+                    text.map(Some).map_err(|want| Unfit::bad_value(format!("the field {name} must be {want}")))
+                }
+            }
+        };
+        fields.map(read).collect::<Result<Vec<_>, _>>().map(Answer)
+    }
+}
