@@ -43,6 +43,8 @@ pub struct Standing {
     /// for that, or since as many as are risked may have been paid for.
     unanswered: u32,
     held: u32,
+    /// When (ms) that began last.
+    held_at: u64,
     /// When (ms) it was last looked for.
     used: u64,
 }
@@ -94,14 +96,22 @@ impl Standing {
         self.patience.may_send(now) && (self.held == 0 || self.patience.in_flight() == 0)
     }
 
-    /// A request was not answered although one without rows was. Whether they are enough.
-    pub fn is_unanswered(&mut self) -> bool {
-        self.unanswered += 1;
-        self.unanswered >= MOST_UNANSWERED
+    /// A request that was sent at `sent` (ms) was not answered although one without rows was, or was refused within an
+    /// answer. Whether they are enough.
+    pub fn is_unanswered(&mut self, sent: u64) -> bool {
+        let is_new = self.is_after_pause(sent);
+        self.unanswered += u32::from(is_new);
+        is_new && self.unanswered >= MOST_UNANSWERED
     }
 
-    /// Nothing is to be sent for so long (ms).
-    pub fn hold(&mut self) -> u64 {
+    /// Whether a request was sent (ms) after the last pause began, so that it does not make that longer.
+    pub fn is_after_pause(&self, sent: u64) -> bool {
+        self.held == 0 || sent > self.held_at
+    }
+
+    /// From now (ms) on nothing is to be sent for so long (ms).
+    pub fn hold(&mut self, now: u64) -> u64 {
+        self.held_at = now;
         self.unanswered = MOST_UNANSWERED - 1;
         self.patience.holds();
         let wait = (FIRST_PAUSE << self.held.min(10)).min(LONGEST_PAUSE);

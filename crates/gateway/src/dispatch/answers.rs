@@ -133,9 +133,13 @@ impl State {
                     let took = Tokens { input: took.input.saturating_sub(reply.cached_input), ..took };
                     lane.serves(now, &answered.said, took);
                 }
-                if !matches!(&answered.result, Err(report) if matches!(report.trouble, Trouble::Overload(_))) {
+                let trouble = answered.result.as_ref().err().map(|report| &report.trouble);
+                if !matches!(trouble, Some(Trouble::Overload(_))) {
                     lane.vouched = None;
-                    lane.standings.of(now, request.asked.scope).is_answered();
+                    // One that asks to wait, and may be paid for, tells nothing of the task.
+                    if !(matches!(trouble, Some(Trouble::Rate(_))) && answered.has_begun) {
+                        lane.standings.of(now, request.asked.scope).is_answered();
+                    }
                     self.answers(now, &lane_key, request.group);
                 }
                 match &answered.result {

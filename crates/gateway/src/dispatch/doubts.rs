@@ -102,12 +102,19 @@ impl State {
     }
 
     /// Stops all who ask this task of this model for a while: of its requests none is answered.
-    pub(super) fn hold(&mut self, now: u64, lane_key: &LaneKey, scope: TextKey, last: &str, role: Option<u32>) {
+    pub(super) fn hold(
+        &mut self,
+        now: u64,
+        lane_key: &LaneKey,
+        scope: TextKey,
+        reason: StopReason,
+        message: String,
+        role: Option<u32>,
+    ) {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let wait = lane.standings.of(now, scope).hold();
-        let message = format!("no request with rows is answered: {last}");
+        let wait = lane.standings.of(now, scope).hold(now);
         self.notice(now, lane_key, "stopped", &message);
-        let stop = Stop { reason: StopReason::ProviderDown, message, retry_after_ms: Some(wait) };
+        let stop = Stop { reason, message, retry_after_ms: Some(wait) };
         self.stop_task(now, lane_key, scope, &stop, role);
     }
 

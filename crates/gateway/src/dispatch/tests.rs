@@ -198,6 +198,52 @@ fn what_a_row_may_cost_is_bounded() {
     }
 }
 
+/// "Too many requests" within a 200 may be paid for like an answer.
+#[test]
+fn what_refusals_within_an_answer_cost_is_bounded() {
+    let limited = json!({"message": "Rate limit exceeded", "code": 429});
+    let forms = [
+        json!({"error": limited}),
+        json!({"choices": [{"index": 0, "finish_reason": "error", "error": limited, "message": {"content": ""}}]}),
+    ];
+    for (form, is_proven) in forms.iter().flat_map(|form| [(form, true), (form, false)]) {
+        let mut sim = Sim::new(|s| s.task.options.max_rows_per_request = 20);
+        if is_proven {
+            sim.ask(0..500, "", Question::right);
+            assert!(sim.is_answered());
+        }
+        sim.asked.clear();
+        let mut most_requests = 60;
+        for pause in [30_000, 60_000, 120_000] {
+            sim.ask(1_000..2_000, "", |_| said(200, form));
+            assert!(sim.is_withdrawn(StopReason::Quota), "{is_proven} {form}: {:?}", sim.stop);
+            assert!(sim.requests <= most_requests, "{is_proven} {form}: {} requests", sim.requests);
+            assert_eq!(sim.stop.as_ref().unwrap().retry_after_ms, Some(pause), "{is_proven} {form}");
+            sim.now += pause;
+            sim.open(|s| s.task.options.max_rows_per_request = 20);
+            // From now on one shows whether it goes on.
+            most_requests = 1;
+        }
+        sim.ask(1_000..2_000, "", Question::right);
+        assert!(sim.is_answered(), "{is_proven} {form}: {:?} {:?}", sim.stop, sim.outcomes);
+    }
+    // Some are refused, and others answered: most jobs never pause, and no row is paid for without end.
+    for (refused, least) in [(0.3, 20), (0.8, 0)] {
+        let (mut most, mut went_on) = (0, 0);
+        for seed in 0..20 {
+            let mut random = fastrand::Rng::with_seed(seed);
+            let mut sim = Sim::new(|s| s.task.options.max_rows_per_request = 20);
+            sim.ask(0..100, "", Question::right);
+            sim.ask(1_000..1_400, "", |q| if random.f64() < refused { said(200, &forms[0]) } else { q.right() });
+            most = sim.asked.values().copied().fold(most, u32::max);
+            assert!(sim.is_answered() || sim.stop.as_ref().is_some_and(|stop| stop.reason == StopReason::Quota));
+            went_on += usize::from(sim.stop.is_none());
+        }
+        println!("{refused}: a row is in up to {most} requests, {went_on} of 20 jobs never pause");
+        assert!(most <= 9 && went_on >= least, "{refused}: {most}, {went_on}");
+    }
+}
+
 /// Rows that are never answered are found, be they the last ones.
 #[test]
 fn rows_that_break_a_server_are_found_and_the_others_answered() {

@@ -80,7 +80,7 @@ impl State {
         let failed = Failed { lane: lane_key, group, rows, role, asked, message, words };
         match remedy {
             Remedy::Stop(end) => self.end(now, failed, end),
-            Remedy::Wait(wait) => self.throttled(now, failed, wait),
+            Remedy::Wait(wait) => self.throttled(now, failed, wait, is_unsure || has_begun),
             Remedy::LargerCap => self.cut_off(now, failed),
             Remedy::SmallerCap => self.cap_refused(now, failed),
             Remedy::SmallerRequest { is_limit } => self.larger(now, failed, is_limit),
@@ -111,9 +111,10 @@ impl State {
         self.put_back(group, rows);
     }
 
-    /// Too much at once: the lane waits, for as long as the provider said if it did.
-    fn throttled(&mut self, now: u64, failed: Failed, said: Option<u64>) {
-        let Failed { lane: lane_key, group, rows, asked, message, .. } = failed;
+    /// Too much at once: the lane waits, for as long as the provider said if it did. Said within a 2xx it may be paid for
+    /// like an answer, and is bounded like one.
+    fn throttled(&mut self, now: u64, failed: Failed, said: Option<u64>, is_paid: bool) {
+        let Failed { lane: lane_key, group, rows, role, asked, message, .. } = failed;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         // Without a word from the provider, the more refusals in a row the longer.
         lane.refusals += 1;
@@ -124,8 +125,24 @@ impl State {
         let least = if lane.refused_in_vain > 1 { backoff(lane.refused_in_vain) } else { 0 };
         let wait = said.map_or_else(|| backoff(lane.refusals), |said| said.max(least));
         lane.limiter.penalize(now + wait + fastrand::u64(0..=wait / 8 + 1));
-        self.put_back(group, rows);
         self.notice(now, &lane_key, "throttled", &format!("{message}; waiting for {wait} ms"));
+        let is_enough = is_paid && self.is_refused_enough(now, (&lane_key, group), &rows, asked);
+        self.put_back(group, rows);
+        if is_enough {
+            let message = format!("requests are refused within answers that may be paid for: {message}");
+            self.hold(now, &lane_key, asked.scope, StopReason::Quota, message, role);
+        }
+    }
+
+    /// Whether nothing more is sent for a while, as requests are refused within answers: some of these rows were paid for as
+    /// often as they may be, the task was without a valid row, or none of its requests was answered in between.
+    fn is_refused_enough(&mut self, now: u64, (lane, group): (&LaneKey, GroupId), rows: &[Row], asked: Asked) -> bool {
+        let most = self.max_attempts(now, lane, group);
+        let is_paid = self.weigh(now, lane, group, asked, Said::Cut);
+        let Some(lane) = self.lanes.get_mut(lane) else { return false };
+        let standing = lane.standings.of(now, asked.scope);
+        let is_enough = standing.is_unanswered(asked.sent) || is_paid || rows.iter().any(|row| row.is_spent(most));
+        is_enough && standing.is_after_pause(asked.sent)
     }
 
     /// The cap of the answer did not suffice for what is thought before it, and it can be larger.
@@ -284,7 +301,8 @@ impl State {
         }
         if is_enough || self.is_left_alone(now, &lane_key, asked) {
             self.put_back(group, rows);
-            self.hold(now, &lane_key, asked.scope, &message, role);
+            let message = format!("no request with rows is answered: {message}");
+            self.hold(now, &lane_key, asked.scope, StopReason::ProviderDown, message, role);
             return;
         }
         let is_open = !is_own && self.fails(now, &lane_key, group, points, &message);
@@ -344,7 +362,7 @@ impl State {
     /// Whether probes are answered, and so many requests of a task are not that it is left alone for a while.
     fn is_left_alone(&mut self, now: u64, lane: &LaneKey, asked: Asked) -> bool {
         let Some(lane) = self.lanes.get_mut(lane) else { return false };
-        lane.vouched.is_some_and(|at| asked.sent >= at) && lane.standings.of(now, asked.scope).is_unanswered()
+        lane.vouched.is_some_and(|at| asked.sent >= at) && lane.standings.of(now, asked.scope).is_unanswered(asked.sent)
     }
 
     /// Something in these rows is refused: they go into smaller requests, until the row is found. As long as nothing was
