@@ -61,7 +61,7 @@ impl State {
             return Verdict::Refused(Reply::error(500, "server_error", "", "", "The server had an error."));
         }
         let scripted = self.script.front().cloned();
-        let mut fault = scripted.clone().unwrap_or_else(|| self.draw_fault());
+        let mut fault = scripted.clone().unwrap_or_else(|| self.draw_fault(&chat.model));
         if let Some(fault) = fault.as_ref().filter(|fault| fault.refuses()) {
             self.script.pop_front();
             self.tally.fault(fault.name());
@@ -106,7 +106,7 @@ impl State {
         }
         let mut reply = match &texts {
             Some(texts) => texts.reply(&chat, fault.as_ref(), &mut self.rng),
-            None => self.completion(&chat, cached_tokens, &answer),
+            None => self.completion(&chat, cached_tokens, &answer, fault.as_ref()),
         };
         reply.headers.extend(self.rate_headers(now, charge, style));
         Verdict::Admitted(Box::new(Admitted {
@@ -141,7 +141,10 @@ impl State {
     }
 
     /// One draw, so that the configured probabilities are those of the outcome.
-    fn draw_fault(&mut self) -> Option<Fault> {
+    fn draw_fault(&mut self, model: &str) -> Option<Fault> {
+        if self.config.faulty.as_ref().is_some_and(|faulty| !model.starts_with(faulty)) {
+            return None;
+        }
         let mut left = self.rng.f64();
         for (fault, probability) in &self.config.faults {
             if left < *probability {
@@ -196,7 +199,7 @@ impl State {
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::ZERO)
     }
 
-    fn completion(&mut self, chat: &Chat, cached_tokens: u64, answer: &Answer) -> Reply {
+    fn completion(&mut self, chat: &Chat, cached_tokens: u64, answer: &Answer, fault: Option<&Fault>) -> Reply {
         let mut body = json!({
             "id": format!("chatcmpl-{:016x}", self.rng.u64(..)),
             "object": "chat.completion",
@@ -221,6 +224,11 @@ impl State {
         });
         if self.config.tells_thinking {
             body["usage"]["completion_tokens_details"] = json!({ "reasoning_tokens": answer.thinking_tokens });
+        }
+        match fault {
+            Some(Fault::NoUsage) => body["usage"] = Value::Null,
+            Some(Fault::PromptUsage) => body["usage"] = json!({ "prompt_tokens": chat.prompt_tokens }),
+            _ => {}
         }
         Reply::json(200, &body)
     }

@@ -74,6 +74,8 @@ pub struct Config {
     /// Probability (0 to 1) of each fault per request. At most one applies to a
     /// request, so the probabilities should add up to 1 or less.
     pub faults: Vec<(Fault, f64)>,
+    /// These befall requests for models whose names begin so; `None` is all.
+    pub faulty: Option<String>,
     /// Lines at the beginning of every head of a chat answer, each ended by CRLF: whatever a server might say there.
     pub extra_head: Vec<u8>,
     /// A text that breaks the server: requests whose body has it get a 500.
@@ -113,6 +115,7 @@ impl Default for Config {
             max_row_bytes: None,
             context_tokens: None,
             faults: Vec::new(),
+            faulty: None,
             extra_head: Vec::new(),
             poison: None,
             seed: 1,

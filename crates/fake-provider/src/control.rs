@@ -13,6 +13,9 @@ use crate::{Fault, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 struct Control {
     /// Probability of each fault, replacing all; names as `Fault` displays them.
     faults: Option<serde_json::Map<String, serde_json::Value>>,
+    /// Null removes it.
+    #[serde(default, deserialize_with = "present")]
+    faulty: Option<Option<String>>,
     /// Faults of the next requests, null for none.
     script: Option<Vec<Option<String>>>,
     /// Null removes it.
@@ -116,6 +119,7 @@ pub(crate) fn apply(shared: &Shared, body: &[u8]) -> Result<(), String> {
     set(&mut config.release, control.release);
     set(&mut config.context_tokens, control.context_tokens);
     set(&mut config.poison, control.poison);
+    set(&mut config.faulty, control.faulty);
     set(&mut config.thinking_tokens, control.thinking_tokens);
     set(&mut config.tells_thinking, control.tells_thinking);
     set(&mut config.max_answer_tokens, control.max_answer_tokens);

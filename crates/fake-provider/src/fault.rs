@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 /// One way for a request to go wrong.
 ///
-/// The first of them, up to `Endless`, come before admission: nothing is
+/// The first of them, up to `ByteShort`, come before admission: nothing is
 /// charged or billed and no row counts as asked. Requests with one of the
 /// others are admitted, charged and billed.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +33,10 @@ pub enum Fault {
     Drip,
     /// A body that comes as fast as the client reads, until it leaves.
     Endless,
+    /// Heads of `100 Continue` as fast as the client reads, until it leaves.
+    Continues,
+    /// A body of 4 MiB that stops a byte short, until the client leaves.
+    ByteShort,
 
     /// Billed and counted as answered, then the connection is reset.
     ResetAfter,
@@ -42,6 +46,12 @@ pub enum Fault {
     Hang,
     /// The answer's text stops in the middle although `finish_reason` is `stop`.
     MalformedJson,
+    /// The answer comes twice on its connection.
+    Twice,
+    /// The answer does not say what it took.
+    NoUsage,
+    /// The answer says what its prompt took, and no more.
+    PromptUsage,
     /// One row is left out.
     DropId,
     /// One row's answer goes under an id that was not asked.
@@ -141,7 +151,7 @@ impl Fault {
     ];
 
     /// The faults without parameters.
-    const PLAIN: [Self; 35] = [
+    const PLAIN: [Self; 40] = [
         Self::Http500,
         Self::Http503,
         Self::RateLimit429,
@@ -150,9 +160,14 @@ impl Fault {
         Self::ResetBefore,
         Self::Drip,
         Self::Endless,
+        Self::Continues,
+        Self::ByteShort,
         Self::ResetAfter,
         Self::Hang,
         Self::MalformedJson,
+        Self::Twice,
+        Self::NoUsage,
+        Self::PromptUsage,
         Self::DropId,
         Self::InventId,
         Self::DoubleId,
@@ -193,9 +208,14 @@ impl Fault {
             Self::Raw(_) => "Raw",
             Self::Drip => "Drip",
             Self::Endless => "Endless",
+            Self::Continues => "Continues",
+            Self::ByteShort => "ByteShort",
             Self::ResetAfter => "ResetAfter",
             Self::Hang => "Hang",
             Self::MalformedJson => "MalformedJson",
+            Self::Twice => "Twice",
+            Self::NoUsage => "NoUsage",
+            Self::PromptUsage => "PromptUsage",
             Self::DropId => "DropId",
             Self::InventId => "InventId",
             Self::DoubleId => "DoubleId",
@@ -243,6 +263,8 @@ impl Fault {
                 | Self::Raw(_)
                 | Self::Drip
                 | Self::Endless
+                | Self::Continues
+                | Self::ByteShort
         )
     }
 }

@@ -12,6 +12,8 @@ use crate::reply::Reply;
 const MAX_HEAD_BYTES: usize = 64 * 1024;
 const MAX_BODY_BYTES: usize = 64 * 1024 * 1024;
 const MAX_HEADERS: usize = 64;
+/// The bytes that `ByteShort` announces.
+const SHORT_BYTES: usize = 4 << 20;
 
 /// One client's connection.
 pub(crate) struct Connection {
@@ -88,9 +90,9 @@ impl Connection {
         Next::Request(Request { body, ..head.request })
     }
 
-    /// Sends a reply.
-    pub(crate) async fn send(&mut self, reply: &Reply, keep_alive: bool) -> io::Result<()> {
-        self.stream.write_all(&reply.to_bytes(keep_alive)).await
+    /// Sends a reply, `times` times.
+    pub(crate) async fn send(&mut self, reply: &Reply, keep_alive: bool, times: usize) -> io::Result<()> {
+        self.stream.write_all(&reply.to_bytes(keep_alive).repeat(times)).await
     }
 
     /// Returns when the client has closed the connection; never, if it sends
@@ -114,11 +116,20 @@ impl Connection {
         // An error here means that the client has gone.
         let _ = match fault {
             Fault::Raw(bytes) => self.stream.write_all(bytes).await,
+            Fault::Continues => Ok(()),
+            Fault::ByteShort => {
+                let mut bytes = format!("HTTP/1.1 200 OK\r\ncontent-length: {SHORT_BYTES}\r\n\r\n").into_bytes();
+                bytes.resize(bytes.len() + SHORT_BYTES - 1, b' ');
+                let _ = self.stream.write_all(&bytes).await;
+                return self.left().await;
+            }
             _ => self.stream.write_all(head.as_bytes()).await,
         };
+        let continues = b"HTTP/1.1 100 Continue\r\n\r\n".repeat(100);
         let (chunk, pause): (&[u8], _) = match fault {
             Fault::Drip => (b" ", Duration::from_millis(100)),
             Fault::Endless => (&[b' '; 65536], Duration::ZERO),
+            Fault::Continues => (&continues, Duration::ZERO),
             _ => {
                 let _ = self.stream.shutdown().await;
                 return self.left().await;

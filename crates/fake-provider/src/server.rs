@@ -150,26 +150,26 @@ async fn serve(stream: TcpStream, shared: Arc<Shared>) {
             Next::Closed => return,
             Next::Bad(status, message) => {
                 let reply = Reply::error(status, "invalid_request_error", "", "", message);
-                let _ = connection.send(&reply, false).await;
+                let _ = connection.send(&reply, false, 1).await;
                 return;
             }
         };
         let keep_alive = request.keep_alive;
         let found = wire::find(&request.path).filter(|_| request.method == "POST");
-        let reply = match found {
+        let (reply, times) = match found {
             Some((wire, model)) => match chat(&shared, (wire, model), &request, &connection).await {
-                After::Reply(reply) => {
+                After::Reply(reply, times) => {
                     let mut reply = wire::translate(wire, reply);
                     reply.extra_head.clone_from(&shared.lock().config.extra_head);
-                    reply
+                    (reply, times)
                 }
                 After::Reset => return connection.reset(),
                 After::Broken(fault) => return connection.misbehave(&fault).await,
                 After::Left => return,
             },
-            None => route(&shared, &request),
+            None => (route(&shared, &request), 1),
         };
-        if connection.send(&reply, keep_alive).await.is_err() || !keep_alive {
+        if connection.send(&reply, keep_alive, times).await.is_err() || !keep_alive {
             return;
         }
     }
@@ -215,7 +215,8 @@ fn stats_reply(stats: &Stats) -> Reply {
 
 /// How a chat request ends.
 enum After {
-    Reply(Reply),
+    /// How often it is sent, too.
+    Reply(Reply, usize),
     Reset,
     Broken(Fault),
     /// The client did not wait.
@@ -238,7 +239,7 @@ async fn chat(
             let mut state = shared.lock();
             state.tally.status(reply.status);
             reply.headers.push(("x-request-id", request_id(&mut state)));
-            return After::Reply(reply);
+            return After::Reply(reply, 1);
         }
         Verdict::Broken(Fault::ResetBefore) => {
             shared.lock().tally.stats.connections_reset += 1;
@@ -284,7 +285,8 @@ fn finish(state: &mut State, mut admitted: Admitted, stayed: bool) -> After {
     tally.status(admitted.reply.status);
     let id = request_id(state);
     admitted.reply.headers.push(("x-request-id", id));
-    After::Reply(admitted.reply)
+    let times = if admitted.fault == Some(Fault::Twice) { 2 } else { 1 };
+    After::Reply(admitted.reply, times)
 }
 
 /// Takes back what an admitted request was charged and did not use.

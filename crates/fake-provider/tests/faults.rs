@@ -4,7 +4,7 @@
 
 mod support;
 
-use std::io::ErrorKind;
+use std::io::{ErrorKind, Read, Write};
 
 use llm_fake_provider::{Config, FakeProvider, Fault, Stats};
 use serde_json::Value;
@@ -92,6 +92,60 @@ fn connections_that_misbehave() {
     assert_eq!(chat(&provider, &body).status, 200);
     body["messages"][0]["content"] = "a rotten apple".into();
     assert_eq!(chat(&provider, &body).status, 500);
+}
+
+/// What comes on a connection until it is enough, and whether more follows within a moment.
+fn bytes(fault: Fault, is_enough: impl Fn(&[u8]) -> bool) -> (Vec<u8>, bool) {
+    let provider = FakeProvider::start(Config { faults: vec![(fault, 1.0)], ..Config::default() }).unwrap();
+    let mut stream = std::net::TcpStream::connect(provider.address()).unwrap();
+    let body = three_rows().to_string();
+    let head = format!("POST /v1/chat/completions HTTP/1.1\r\ncontent-length: {}\r\n\r\n", body.len());
+    stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+    let (mut got, mut part) = (Vec::new(), vec![0; 65536]);
+    while !is_enough(&got) {
+        let n = stream.read(&mut part).unwrap();
+        assert!(n > 0, "closed after {} bytes", got.len());
+        got.extend_from_slice(part.get(..n).unwrap());
+    }
+    stream.set_read_timeout(Some(std::time::Duration::from_millis(50))).unwrap();
+    let has_more = stream.read(&mut part).is_ok();
+    (got, has_more)
+}
+
+#[test]
+fn answers_without_end_short_of_it_or_twice() {
+    let (text, has_more) = bytes(Fault::Continues, |got| got.len() >= 1 << 20);
+    assert!(has_more && text.starts_with(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n"));
+    let head = b"HTTP/1.1 200 OK\r\ncontent-length: 4194304\r\n\r\n";
+    let length = head.len() + (4 << 20) - 1;
+    let (short, has_more) = bytes(Fault::ByteShort, |got| got.len() >= length);
+    assert!(short.starts_with(head) && short.len() == length && !has_more, "{} {has_more}", short.len());
+    let are_same = |got: &[u8]| !got.is_empty() && got.split_at(got.len() / 2).0 == got.split_at(got.len() / 2).1;
+    let (twice, has_more) = bytes(Fault::Twice, are_same);
+    assert!(twice.ends_with(b"}") && !has_more, "{}", String::from_utf8_lossy(&twice));
+}
+
+#[test]
+fn bills_that_say_half_or_nothing() {
+    let usage = |fault| {
+        let (outcome, stats) = with(fault);
+        assert!(stats.prompt_tokens > 0 && stats.completion_tokens > 0);
+        outcome.unwrap().json()["usage"].clone()
+    };
+    assert_eq!(usage(Fault::NoUsage), Value::Null);
+    let half = usage(Fault::PromptUsage);
+    assert!(half["prompt_tokens"].as_u64() > Some(0) && half.as_object().unwrap().len() == 1, "{half}");
+}
+
+#[test]
+fn faults_of_some_models_befall_no_other() {
+    let (faults, faulty) = (vec![(Fault::Http500, 1.0)], Some("bad".to_owned()));
+    let provider = FakeProvider::start(Config { faults, faulty, ..Config::default() }).unwrap();
+    for (model, status) in [("bad-1", 500), ("good", 200)] {
+        let mut body = three_rows();
+        body["model"] = model.into();
+        assert_eq!(chat(&provider, &body).status, status, "{model}");
+    }
 }
 
 #[test]
