@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import columns
+import siege
 import special
 from cases import COLUMNS, Case, Goal, goals, row, run
 from lab import ROOT, lib
@@ -54,6 +55,8 @@ def cases_of(size: str) -> list[Case]:
 
 # Those of texts and columns that are measured with the standard set.
 STANDARD = ["one-pass", "objects", "texts", "faults", "texts-throughput", "nulls"]
+# What is in the file of numbers alone.
+HIDDEN = ("samples", "lines")
 WITH_ROWS = [*STANDARD, "throughput", "million"]
 # Name, seconds it takes, function.
 SPECIALS: dict[str, tuple[float, Callable[..., special.Result]]] = {
@@ -72,6 +75,7 @@ SPECIALS: dict[str, tuple[float, Callable[..., special.Result]]] = {
     "burst-6": (320, lambda: special.burst(6)),
     "interactive": (90, lambda: special.interactive(6)),
     "interactive-60": (260, lambda: special.interactive(60)),
+    "siege": (330, siege.siege),
 }
 
 
@@ -84,6 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is not met")
     parser.add_argument("--no-build", action="store_true", help="take the extension and the provider that are installed")
     parser.add_argument("--rows", type=int, help=f"rows of one, {', '.join(WITH_ROWS)}")
+    parser.add_argument("--attack", default="", help="of siege: those whose names have these words")
     parser.add_argument("--tokens-per-minute", type=int, default=500_000)
     one = parser.add_argument_group("one")
     one.add_argument("--client", choices=["extension", "naive", "asyncio"], default="extension")
@@ -145,7 +150,9 @@ class Report:
         for key, value in result.items():
             if key == "claim_plan":
                 print("  claim_plan", *value, sep="\n    ")
-            elif key != "samples":
+            elif key == "table":
+                print(*_table(value[0], value[1:], names=1), sep="\n")
+            elif key not in HIDDEN:
                 print(f"  {key} {json.dumps(_short(value))}")
         return wanted
 
@@ -177,7 +184,9 @@ class Report:
             lines += _table([title for title, _ in COLUMNS], map(row, self.result["cases"]), names=5) + [""]
         for name, result in self.result["special"].items():
             lines += [f"**{name}**: " + ", ".join(f"{key} {json.dumps(_short(value))}" for key, value in result.items()
-                                                 if key not in ("samples", "claim_plan")), ""]
+                                                 if key not in (*HIDDEN, "claim_plan", "table")), ""]
+            if table := result.get("table"):
+                lines += [*_table(table[0], table[1:], names=1), ""]
             if plan := result.get("claim_plan"):
                 lines += ["```text", *plan, "```", ""]
         lines += [f"**{name}** failed: {error}\n" for name, error in self.result["failed"].items()]
@@ -214,6 +223,8 @@ def main() -> int:
                           args.other, args.headers, args.retry_after))
     cases = [Case(**{**vars(case), "tokens_per_minute": args.tokens_per_minute}) for case in cases]
     specials = {name: measure for name, measure in SPECIALS.items() if name in args.what}
+    if "siege" in specials and args.attack:
+        specials["siege"] = (60, lambda: siege.siege(args.attack))
     seconds = sum(case.seconds for case in cases) + sum(about for about, _ in specials.values())
     print(f"{len(cases) + len(specials)} to measure, about {max(seconds / 60, 0.1):.1f} minutes")
 

@@ -59,8 +59,12 @@ class Provider:
         """Its counts without the rows: cheap, so that it can be asked while something is measured."""
         return self._call("/stats/totals")
 
+    def control(self, **changes: object) -> None:
+        """Changes it, see crates/fake-provider/src/control.rs."""
+        self._call("/control", changes)
+
     def reset(self) -> None:
-        self._call("/control", {"reset_stats": True})
+        self.control(reset_stats=True)
 
     def cpu_ms(self) -> float:
         return _stat(self.process.pid).own_ms
@@ -104,8 +108,11 @@ class Memory:
 class Cluster:
     """A throwaway cluster with the extension, and what its processes take."""
 
-    def __init__(self, provider: Provider, rows_per_request: int, tokens_per_minute: int | None) -> None:
-        self.folder = lib('start_cluster bench; echo "$CLUSTER"').strip().splitlines()[-1]
+    def __init__(self, provider: Provider, rows_per_request: int, tokens_per_minute: int | None, conf: str = "",
+                 files: int | None = None) -> None:
+        """`conf`: lines of postgresql.conf. `files`: how many a process of it may have open."""
+        limit = f"ulimit -n {files}; " if files else ""
+        self.folder = lib(f"""{limit}start_cluster bench "{conf}"; echo "$CLUSTER" """).strip().splitlines()[-1]
         self.bin = lib("bin").strip()
         self.postmaster = int(Path(self.folder, "data/postmaster.pid").read_text().split()[0])
         try:
@@ -131,9 +138,10 @@ class Cluster:
         return [f"{self.bin}/psql", "-XqAt", "-v", "ON_ERROR_STOP=1", "-h", self.folder, "-U", "postgres", "-d", "bench",
                 *arguments]
 
-    def sql(self, statement: str = "", file: str | None = None, stdin: Iterable[str] = (), **variables: object) -> str:
+    def sql(self, statement: str = "", file: str | None = None, stdin: Iterable[str] = (), user: str = "postgres",
+            **variables: object) -> str:
         """Runs a statement, or a file of this folder; what it prints."""
-        what = ["-f", str(ROOT / "bench" / file)] if file else ["-c", statement]
+        what = ["-U", user, *(["-f", str(ROOT / "bench" / file)] if file else ["-c", statement])]
         command = self.psql(*(x for name, value in variables.items() for x in ("-v", f"{name}={value}")), *what)
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True) as process:
@@ -209,10 +217,12 @@ class Cluster:
 
 
 class Session:
-    """A psql that stays connected."""
+    """A psql that stays connected. The errors of other users than `postgres` are not shown."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self.process = subprocess.Popen(cluster.psql(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+    def __init__(self, cluster: Cluster, user: str = "postgres") -> None:
+        errors = None if user == "postgres" else subprocess.DEVNULL
+        self.process = subprocess.Popen(cluster.psql("-U", user), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
+                                        text=True, bufsize=1)
         self.lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=lambda: [self.lines.put(line) for line in self.process.stdout], daemon=True).start()
 

@@ -96,7 +96,8 @@ stop_model() {
 # Where psql, initdb and pg_ctl are.
 bin() { "$PG_CONFIG" --bindir; }
 
-# start_cluster DATABASE: a throwaway cluster with the extension preloaded, on a socket of its own. Sets CLUSTER, its folder.
+# start_cluster DATABASE [CONF]: a throwaway cluster with the extension preloaded, on a socket of its own; CONF are further
+# lines of its configuration. Sets CLUSTER, its folder.
 start_cluster() {
     DATABASE=$1
     CLUSTER=$(mktemp -d /tmp/pg_llm_batch.XXXXXX) # short, as socket paths must be, and in reach of the user postgres
@@ -106,6 +107,7 @@ start_cluster() {
 shared_preload_libraries = 'pg_llm_batch'
 listen_addresses = ''
 unix_socket_directories = '$CLUSTER'
+${2:-}
 CONF
     if ! as_pg "$(bin)/pg_ctl" -D "$CLUSTER/data" -l "$CLUSTER/postgres.log" -w start >/dev/null; then
         tail -n 20 "$CLUSTER/postgres.log" >&2
