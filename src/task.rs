@@ -1,6 +1,6 @@
 //! Tasks: what to ask.
 
-use llm_batch_core::dialect::Api;
+use llm_batch_core::dialect::{Api, Service};
 use llm_batch_core::options::Options;
 use llm_batch_core::task::{Spec, Task, Type};
 use llm_batch_gateway::protocol::{Alternative, Prices, Stream};
@@ -107,7 +107,7 @@ impl Known {
         let (mut all, mut prices) = (Vec::new(), Vec::new());
         for (name, known) in models {
             let endpoint = crate::provider::endpoint(known.server, role)?;
-            check_api(endpoint.api, &name, self.task.spec.kind())?;
+            check_api(endpoint.api, &name, self.task.service())?;
             all.push(Alternative { endpoint, model: known.model });
             prices.push((name, known.price));
         }
@@ -203,24 +203,26 @@ fn check_time_zones(spec: &Spec) -> Result<()> {
     })
 }
 
-fn check_model(name: &str, kind: &str) -> Result<()> {
+/// What of a provider's answers tasks of a kind.
+fn service(kind: &str) -> Service {
+    if kind == "embed" { Service::Embeddings } else { Service::Chat }
+}
+
+fn check_model(name: &str, service: Service) -> Result<()> {
     let mut models = Vec::new();
     for (model, known) in route::known(name)?.0 {
-        check_api(crate::provider::endpoint(known.server, current_user())?.api, &model, kind)?;
+        check_api(crate::provider::endpoint(known.server, current_user())?.api, &model, service)?;
         models.push(known.model.model);
     }
-    if kind == "embed" { route::check_vectors(name, models.iter().map(String::as_str)) } else { Ok(()) }
+    if service == Service::Embeddings { route::check_vectors(name, models.iter().map(String::as_str)) } else { Ok(()) }
 }
 
 /// Refuses what a model's provider does not serve.
-fn check_api(api: Api, model: &str, kind: &str) -> Result<()> {
-    let dialect = api.dialect();
-    let serves = match kind {
-        "embed" if dialect.embeddings().is_none() => "no embeddings",
-        kind if kind != "embed" && !dialect.asks() => "embeddings alone",
-        _ => return Ok(()),
-    };
-    let message = format!("the API \"{}\" of model \"{model}\" serves {serves}", api.name());
+fn check_api(api: Api, model: &str, service: Service) -> Result<()> {
+    if api.serves(service) {
+        return Ok(());
+    }
+    let message = format!("the API \"{}\" of model \"{model}\" serves no {}", api.name(), service.name());
     Err(Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, message).hint("Name a model of another server."))
 }
 
@@ -246,7 +248,7 @@ fn create_under(
     };
     let none = Stored { spec: json!({}), options: json!({}) };
     let stored = none.with(kind, members, options)?.checked(kind, Some(current_user()), search_path)?;
-    check_model(&model, kind)?;
+    check_model(&model, service(kind))?;
     if let Ok(kind) = kind_of(name) {
         return Err(exists("task", name, noun(&kind)));
     }
@@ -312,7 +314,7 @@ fn alter_under(
         return Err(wrong_kind(name, kind).hint(format!("It is {}: change it with llm_batch.alter_{is}().", a(is))));
     }
     if let Some(model) = model {
-        check_model(model, kind)?;
+        check_model(model, service(kind))?;
     }
     txn::as_extension_owner(|| {
         let now = sql::rows_mut(

@@ -6,7 +6,7 @@ use std::fmt::Debug;
 
 use llm_batch_core::answer::{self, Verdict};
 use llm_batch_core::codes::Legend;
-use llm_batch_core::dialect::{Api, Reply};
+use llm_batch_core::dialect::{Api, Reply, Sent, Service};
 use llm_batch_core::options::{Codes, Options};
 use llm_batch_core::task::{Answer, Spec, Type};
 use llm_batch_core::trouble::{self, Report, Trouble, one_line};
@@ -91,8 +91,8 @@ pub fn outcome(data: &[u8]) {
 }
 
 fn outcome_in(api: Api, status: u16, body: &[u8]) {
-    for of in [trouble::outcome, trouble::outcome_of_embeddings] {
-        outcome_by(of(api, status, body, None, &[]));
+    for service in [Service::Chat, Service::Embeddings] {
+        outcome_by(trouble::outcome(api, Sent { service, ids: &IDS, texts: &[] }, status, body, None));
     }
 }
 

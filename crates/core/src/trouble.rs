@@ -6,7 +6,7 @@
 use serde_json::Value;
 
 pub use crate::class::{Parameter, Trouble};
-use crate::dialect::{self, Api, Dialect, Reply};
+use crate::dialect::{self, Api, Dialect, Reply, Sent, Service};
 use crate::headers;
 use crate::quoted::own_words;
 
@@ -87,58 +87,33 @@ pub fn context_in(message: &str) -> Option<u64> {
     numbers.find_map(|n| n.trim_matches(',').replace(',', "").parse().ok())
 }
 
-/// What an answer with this status and body is, in this dialect. `retry_after`: the wait in milliseconds from its headers. `texts`: the
-/// messages of the request, of which nothing is taken for the provider's own words.
+/// What an answer with this status and body is, in this dialect. `retry_after`: the wait in milliseconds from its headers.
 ///
 /// # Errors
 /// Whatever is no answer to be read.
-pub fn outcome(
-    api: Api,
-    status: u16,
-    body: &[u8],
-    retry_after: Option<u64>,
-    texts: &[String],
-) -> Result<Reply, Report> {
-    let dialect = api.dialect();
-    outcome_by(dialect, |body| dialect.reply(body), status, body, (retry_after, texts))
+pub fn outcome(api: Api, sent: Sent, status: u16, body: &[u8], retry_after: Option<u64>) -> Result<Reply, Report> {
+    if !api.serves(sent.service) {
+        let message = format!("the API \"{}\" serves no {}", api.name(), sent.service.name());
+        return Err(Report::new(Trouble::Misplaced, message));
+    }
+    let result = outcome_by(api, sent, status, body, retry_after);
+    if sent.service == Service::Chat { result } else { result.map_err(of_vectors) }
 }
 
-/// The same of a request for embeddings.
-///
-/// # Errors
-/// Whatever is no answer to be read.
-pub fn outcome_of_embeddings(
-    api: Api,
-    status: u16,
-    body: &[u8],
-    retry_after: Option<u64>,
-    texts: &[String],
-) -> Result<Reply, Report> {
-    let dialect = api.dialect();
-    let Some(embeddings) = dialect.embeddings() else {
-        return Err(Report::new(Trouble::Misplaced, format!("the API \"{}\" serves no embeddings", api.name())));
-    };
-    let read = |body: &[u8]| embeddings.reply(body, texts.len());
-    outcome_by(dialect, read, status, body, (retry_after, texts)).map_err(|report| {
-        let words = report.words.to_lowercase();
-        let is_of_form = ["encoding_format", "embedding_types", "base64", "dimension", "matryoshka"]
-            .iter()
-            .any(|w| words.contains(w));
-        let is_refused = report.trouble == Trouble::Rejected && is_of_form;
-        let trouble = if is_refused { Trouble::Unsupported(Parameter::ResponseFormat) } else { report.trouble };
-        Report { trouble, ..report }
-    })
+/// What is refused of how vectors are written takes the place of the forms of a chat's answer.
+fn of_vectors(report: Report) -> Report {
+    let words = report.words.to_lowercase();
+    let is_of_form =
+        ["encoding_format", "embedding_types", "base64", "dimension", "matryoshka"].iter().any(|w| words.contains(w));
+    let is_refused = report.trouble == Trouble::Rejected && is_of_form;
+    let trouble = if is_refused { Trouble::Unsupported(Parameter::ResponseFormat) } else { report.trouble };
+    Report { trouble, ..report }
 }
 
-fn outcome_by(
-    dialect: &dyn Dialect,
-    read: impl Fn(&[u8]) -> Result<Reply, dialect::Unread>,
-    status: u16,
-    body: &[u8],
-    (retry_after, texts): (Option<u64>, &[String]),
-) -> Result<Reply, Report> {
+fn outcome_by(api: Api, sent: Sent, status: u16, body: &[u8], retry_after: Option<u64>) -> Result<Reply, Report> {
+    let (dialect, texts) = (api.dialect(), sent.texts);
     match status {
-        200..=299 => read(body).map_err(|error| match error {
+        200..=299 => api.reply(sent, body).map_err(|error| match error {
             dialect::Unread::Said(error) => classify(dialect, None, &error, "", (retry_after, texts)),
             dialect::Unread::Other(message) => Report::new(Trouble::Overload(retry_after), message.to_owned()),
         }),
@@ -351,7 +326,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn report(status: u16, body: &str) -> Report {
-        outcome(Api::Openai, status, body.as_bytes(), None, &[]).unwrap_err()
+        outcome(Api::Openai, Sent::default(), status, body.as_bytes(), None).unwrap_err()
     }
 
     // Whole answers are in fixtures/, see tests/fixtures.rs.
@@ -399,7 +374,9 @@ mod tests {
         let quotes = |text: &str, status: u16, error: &dyn Fn(&str) -> Value| {
             let texts = [format!("417: {}\n", crate::prompt::quote(text))];
             let body = serde_json::json!({"error": error(text)}).to_string();
-            outcome(Api::Openai, status, body.as_bytes(), None, &texts).unwrap_err().trouble
+            outcome(Api::Openai, Sent { texts: &texts, ..Sent::default() }, status, body.as_bytes(), None)
+                .unwrap_err()
+                .trouble
         };
         let ways: [&dyn Fn(&str) -> Value; 4] = [
             &|text| serde_json::json!({"message": format!("invalid input: {text}"), "type": "invalid_request_error"}),
@@ -450,7 +427,7 @@ mod tests {
         let body = r#"{"error":{"details":[{"x":1},{"retryDelay":"1.5s"}]}}"#;
         assert_eq!(report(429, body).trouble, Trouble::Rate(Some(1_500)));
         assert_eq!(
-            outcome(Api::Openai, 429, body.as_bytes(), Some(7), &[]).unwrap_err().trouble,
+            outcome(Api::Openai, Sent::default(), 429, body.as_bytes(), Some(7)).unwrap_err().trouble,
             Trouble::Rate(Some(7))
         );
         let long = report(429, r#"{"error":{"details":[{"retryDelay":"1e300"}]}}"#);
@@ -462,7 +439,7 @@ mod tests {
         fn never_panics(status in 0u16..1000, body in ".{0,600}", json in r#"[{}\[\]":,a-z ]{0,80}"#) {
             for body in [&body, &json] {
                 for api in Api::ALL {
-                    let Err(report) = outcome(*api, status, body.as_bytes(), None, &[]) else { continue };
+                    let Err(report) = outcome(*api, Sent::default(), status, body.as_bytes(), None) else { continue };
                     let line = one_line(&report.message);
                     prop_assert!(line.chars().count() <= MOST_MESSAGE + 1 && !line.contains(char::is_control));
                 }

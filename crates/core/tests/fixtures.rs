@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use llm_batch_core::dialect::Api;
+use llm_batch_core::dialect::{Api, Sent};
 use llm_batch_core::headers;
 use llm_batch_core::trouble::{self, one_line};
 
@@ -47,7 +47,7 @@ fn each_answer_is_of_its_class() {
     assert!(all.len() > 60);
     for f in all {
         let said = headers::read(|name| f.headers.iter().find(|(n, _)| n == name).map(|(_, v)| v.as_str()));
-        let (class, message) = match trouble::outcome(api(&f.name), f.status, &f.body, said.wait, &[]) {
+        let (class, message) = match trouble::outcome(api(&f.name), Sent::default(), f.status, &f.body, said.wait) {
             Ok(reply) => (format!("{:?}", reply.finish), String::new()),
             Err(report) => (format!("{:?}", report.trouble), report.message),
         };

@@ -208,6 +208,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
+    use llm_batch_core::dialect::Service;
     use serde_json::json;
     use tokio::runtime::Runtime;
 
@@ -278,7 +279,8 @@ mod tests {
             body: &json!({}),
             timeout: Duration::from_secs(20),
             most_tokens: 100,
-            embeds: false,
+            service: Service::Chat,
+            ids: &[],
         };
         runtime.block_on(request::send(clients.of(endpoint), clients.answer(9_000), &question))
     }

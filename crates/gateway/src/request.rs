@@ -12,7 +12,7 @@ use hyper::body::Bytes;
 use hyper::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderValue, USER_AGENT};
 use hyper::http::Extensions;
 use hyper_util::client::legacy::connect::{CaptureConnection, Connected, capture_connection};
-use llm_batch_core::dialect::Reply;
+use llm_batch_core::dialect::{Reply, Sent, Service};
 use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::trouble::{self, Report, Trouble};
 use serde_json::Value;
@@ -56,8 +56,9 @@ pub struct Question<'a> {
     pub timeout: Duration,
     /// The cap of its answer, tokens.
     pub most_tokens: u64,
-    /// It asks for vectors.
-    pub embeds: bool,
+    /// What is asked for, about rows with these numbers.
+    pub service: Service,
+    pub ids: &'a [u16],
 }
 
 /// What came of a request.
@@ -146,9 +147,11 @@ async fn expect(mut connection: CaptureConnection, bytes: usize) {
 async fn outcome(status: u16, answer: Answer, wait: Option<u64>, question: &Question<'_>) -> Result<Reply, Report> {
     let texts = texts(question.body);
     let is_large = answer.bytes.len() + texts.iter().map(String::len).sum::<usize>() > LARGE;
-    let api = question.endpoint.api;
-    let of = if question.embeds { trouble::outcome_of_embeddings } else { trouble::outcome };
-    let read = move || of(api, status, &answer.bytes, wait, &texts);
+    let (api, service, ids) = (question.endpoint.api, question.service, question.ids.to_vec());
+    let read = move || {
+        let sent = Sent { service, ids: &ids, texts: &texts };
+        trouble::outcome(api, sent, status, &answer.bytes, wait)
+    };
     let reply = if !is_large {
         read()?
     } else {
@@ -199,10 +202,7 @@ fn request(question: &Question) -> Result<(hyper::Request<Full<Bytes>>, Arc<Noti
     let Question { endpoint, model, .. } = question;
     let (dialect, version) = (endpoint.api.dialect(), endpoint.api_version.as_deref());
     let base = endpoint.base_url.trim_end_matches('/');
-    let url = match dialect.embeddings().filter(|_| question.embeds) {
-        Some(embeddings) => embeddings.url(base, model, version),
-        None => dialect.url(base, model, version),
-    };
+    let url = endpoint.api.url(question.service, base, model, version);
     let url = url::Url::parse(&url).map_err(|e| e.to_string())?;
     let bytes = serde_json::to_vec(question.body).map_err(|e| e.to_string())?;
     let mut request = hyper::Request::post(url.as_str())
@@ -276,7 +276,10 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
             let message = format!("the provider's answer has an encoding that was not requested: \"{encoding}\"");
             Err(Report::new(Trouble::Overload(None), message))
         }
-        Some(_) => trouble::outcome(endpoint.api, status.as_u16(), b"", said.wait, &[]),
+        Some(_) => {
+            let sent = Sent { service: question.service, ..Sent::default() };
+            trouble::outcome(endpoint.api, sent, status.as_u16(), b"", said.wait)
+        }
         None => outcome(status.as_u16(), answer, said.wait, question).await,
     };
     let result = result.map_err(|report| {

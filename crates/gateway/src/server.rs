@@ -12,7 +12,7 @@ use tokio::sync::{Notify, watch};
 use tokio::task::spawn_local;
 
 use crate::Settings;
-use crate::dispatch::{Launch, PROBE_READ_TOKENS, Probe, State, disabled};
+use crate::dispatch::{Launch, PROBE_IDS, PROBE_READ_TOKENS, Probe, State, disabled};
 use crate::egress::{Answer, Clients, HttpClient};
 use crate::failure_point;
 use crate::frames::Frames;
@@ -131,15 +131,15 @@ fn spawn(shared: &Rc<Shared>, task: impl Future<Output = ()> + 'static) {
 }
 
 async fn carry_out(shared: Rc<Shared>, launch: Launch) {
-    let Launch { id, stream, body, timeout, most_tokens, abandoned } = launch;
+    let Launch { id, stream, ids, body, timeout, most_tokens, abandoned } = launch;
     let (client, answer) = way(&shared, &stream.endpoint, most_tokens);
     shared.state.borrow_mut().sent(shared.now(), id);
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
     let mut sending = spawn_local(async move {
         failure_point!("net-send");
         let Stream { endpoint, model, task, .. } = &*stream;
-        let embeds = task.spec.embeds().is_some();
-        let question = Question { endpoint, model: &model.model, body: &body, timeout, most_tokens, embeds };
+        let (model, service) = (&model.model, task.service());
+        let question = Question { endpoint, model, body: &body, timeout, most_tokens, service, ids: &ids };
         request::send(client, answer, &question).await
     });
     let result = tokio::select! {
@@ -308,8 +308,9 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
                 tries += 1;
                 let Stream { endpoint, model, task, .. } = &*stream;
                 let (client, answer) = way(&shared, endpoint, PROBE_READ_TOKENS);
-                let (most_tokens, embeds) = (PROBE_READ_TOKENS, task.spec.embeds().is_some());
-                let question = Question { endpoint, model: &model.model, body: &body, timeout, most_tokens, embeds };
+                let (most_tokens, service) = (PROBE_READ_TOKENS, task.service());
+                let (model, ids) = (&model.model, &PROBE_IDS);
+                let question = Question { endpoint, model, body: &body, timeout, most_tokens, service, ids };
                 let result = tokio::select! {
                     answered = request::send(client, answer, &question) => answered.result,
                     () = left.notified() => return,

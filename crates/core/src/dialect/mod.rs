@@ -63,6 +63,69 @@ dialects! {
     voyage: Voyage,
 }
 
+/// What a provider serves, each at an address of its own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Service {
+    /// Answers in words.
+    #[default]
+    Chat,
+    /// Vectors.
+    Embeddings,
+}
+
+impl Service {
+    /// What it is called in messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Chat => "chats",
+            Self::Embeddings => "embeddings",
+        }
+    }
+}
+
+/// By what of a request its answer is read.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sent<'a> {
+    /// What was asked for.
+    pub service: Service,
+    /// The numbers of its rows, in their order.
+    pub ids: &'a [u16],
+    /// Its texts, of which nothing is taken for the provider's own words.
+    pub texts: &'a [String],
+}
+
+impl Api {
+    /// Whether it serves this.
+    pub fn serves(self, service: Service) -> bool {
+        let dialect = self.dialect();
+        match service {
+            Service::Chat => dialect.asks(),
+            Service::Embeddings => dialect.embeddings().is_some(),
+        }
+    }
+
+    /// The address of a model. `base`: without a slash at its end.
+    pub fn url(self, service: Service, base: &str, model: &str, version: Option<&str>) -> String {
+        let dialect = self.dialect();
+        match dialect.embeddings().filter(|_| service == Service::Embeddings) {
+            Some(embeddings) => embeddings.url(base, model, version),
+            None => dialect.url(base, model, version),
+        }
+    }
+
+    /// Reads the body of a 2xx.
+    ///
+    /// # Errors
+    /// If it is no answer, or carries an error.
+    pub(crate) fn reply(self, sent: Sent, body: &[u8]) -> Result<Reply, Unread> {
+        let dialect = self.dialect();
+        match dialect.embeddings().filter(|_| sent.service == Service::Embeddings) {
+            Some(embeddings) => embeddings.reply(body, sent.ids.len()),
+            None => dialect.reply(body),
+        }
+    }
+}
+
 /// The wire of a provider.
 pub trait Dialect: Sync {
     /// The address, unless the option `base_url` names another; `None` where each customer has an address.

@@ -14,6 +14,7 @@ mod value;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::dialect::Service;
 use crate::options::Options;
 use crate::{CountTokens, Error};
 
@@ -38,6 +39,13 @@ pub struct Task {
     pub spec: Spec,
     /// How to ask.
     pub options: Options,
+}
+
+impl Task {
+    /// What of a provider's answers it.
+    pub fn service(&self) -> Service {
+        if self.spec.embeds().is_some() { Service::Embeddings } else { Service::Chat }
+    }
 }
 
 /// What is asked, by its kind.

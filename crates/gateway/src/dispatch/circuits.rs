@@ -163,9 +163,8 @@ impl State {
             let (abandoned, role) = (Rc::new(Notify::new()), stream.role);
             self.next_id += 1;
             let most_tokens = probe::PROBE_READ_TOKENS;
-            let launch =
-                Launch { id: self.next_id, stream, body, timeout, most_tokens, abandoned: Rc::clone(&abandoned) };
-            launches.push(launch);
+            let (id, ids) = (self.next_id, probe::PROBE_IDS.to_vec());
+            launches.push(Launch { id, stream, ids, body, timeout, most_tokens, abandoned: Rc::clone(&abandoned) });
             self.probing.insert(self.next_id, Probing { endpoint: key.clone(), model, role, abandoned });
         }
     }

@@ -31,7 +31,7 @@ use serde_json::Value;
 use tokio::sync::Notify;
 
 use self::circuits::{Circuits, EndpointKey, Probing};
-pub use self::probe::{PROBE_READ_TOKENS, Probe};
+pub use self::probe::{PROBE_IDS, PROBE_READ_TOKENS, Probe};
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
 use crate::frames::Frames;
@@ -146,6 +146,8 @@ struct Asked {
 pub struct Launch {
     pub id: u64,
     pub stream: Rc<Stream>,
+    /// The numbers of its rows.
+    pub ids: Vec<u16>,
     pub body: Value,
     pub timeout: Duration,
     /// The cap of its answer, tokens.

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use llm_batch_core::dialect::embeddings::Texts;
+use llm_batch_core::dialect::embeddings::{FIRST_NUMBER, Texts};
 use llm_batch_core::dialect::{Ask, Reply};
 use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
 use llm_batch_core::options::{Options, StructuredOutput};
@@ -22,6 +22,8 @@ use crate::route::Member;
 const PROBE_ANSWER_TOKENS: u64 = 16;
 /// What of it is read, tokens: some servers do not count what is thought.
 pub const PROBE_READ_TOKENS: u64 = 8_192;
+/// The number of the only text of one that needs a text.
+pub const PROBE_IDS: [u16; 1] = [FIRST_NUMBER];
 /// Tokens a probe reserves.
 const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
 
@@ -110,7 +112,8 @@ impl State {
         let stream = Rc::clone(stream);
         let (body, timeout) = bare(lane, &stream);
         let (id, abandoned) = (request.id, Rc::clone(&request.abandoned));
-        self.doubts.push(Launch { id, stream, body, timeout, most_tokens: PROBE_READ_TOKENS, abandoned });
+        let (ids, most_tokens) = (PROBE_IDS.to_vec(), PROBE_READ_TOKENS);
+        self.doubts.push(Launch { id, stream, ids, body, timeout, most_tokens, abandoned });
         request.in_doubt = answered;
         self.in_flight.insert(id, request);
         None

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 
+use llm_batch_core::dialect::{Api, Sent};
 use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -193,7 +194,7 @@ impl Sim {
 /// An answer with this status and body.
 fn said(status: u16, body: &Value) -> Answered {
     let body = body.to_string();
-    let result = trouble::outcome(llm_batch_core::dialect::Api::Openai, status, body.as_bytes(), None, &[]);
+    let result = trouble::outcome(Api::Openai, Sent::default(), status, body.as_bytes(), None);
     let mut answered = Answered::broke_off(String::new(), false);
     (answered.result, answered.has_begun) = (result, status == 200);
     answered

@@ -442,6 +442,7 @@ impl State {
         let abandoned = Rc::new(Notify::new());
         let launch = Launch {
             id: self.next_id,
+            ids: draft.ids.clone(),
             body: draft.body(asked.learned, (group, &stream), &rows),
             timeout: Duration::from_millis(timeout),
             most_tokens: stream.embeddings().map_or(draft.worst.output, |_| Embed::most_answer(rows.len())),

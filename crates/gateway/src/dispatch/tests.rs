@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
+use llm_batch_core::dialect::{Api, Sent};
 use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -47,7 +48,7 @@ fn said(status: u16, body: &Value) -> Answered {
 }
 
 fn body(status: u16, body: &[u8]) -> Answered {
-    let result = trouble::outcome(llm_batch_core::dialect::Api::Openai, status, body, None, &[]);
+    let result = trouble::outcome(Api::Openai, Sent::default(), status, body, None);
     let mut answered = Answered::broke_off(String::new(), false);
     (answered.result, answered.has_begun) = (result, status == 200);
     answered
