@@ -35,9 +35,9 @@ usage: llm-fake-provider [OPTION]...
   --api-key KEY             default none asked for
   --model NAME              a model served, may be repeated, default all
   --seed N                  default 1
-  --no-retry-after, --no-rate-headers, --no-json-schema, --no-json-object,
+  --no-retry-after, --no-rate-headers, --no-json-schema, --no-json-object, --no-base64,
   --no-max-tokens           leave out what real servers may lack
-Prints one line of JSON with base_url once it listens; runs until killed.";
+Prints one line of JSON with base_url, and bases by dialect, once it listens; runs until killed.";
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -49,7 +49,7 @@ fn main() -> ExitCode {
         configure(arguments).and_then(|config| FakeProvider::start(config).map_err(|error| error.to_string()));
     match started {
         Ok(provider) => {
-            let ready = serde_json::json!({ "base_url": provider.base_url() });
+            let ready = serde_json::json!({ "base_url": provider.base_url(), "bases": provider.bases() });
             println!("{ready}");
             let _ = std::io::stdout().flush();
             loop {
@@ -75,6 +75,7 @@ fn configure(arguments: Vec<String>) -> Result<Config, String> {
             "--cache-prefix" => config.cache_prefix = true,
             "--no-json-schema" => config.json_schema = false,
             "--no-json-object" => config.json_object = false,
+            "--no-base64" => config.base64 = false,
             "--no-system-role" => config.system_role = false,
             "--no-max-tokens" => config.max_tokens_param = false,
             _ => {

@@ -2,18 +2,23 @@
 
 use std::time::Instant;
 
-/// The means of two quantities from a begin to the last mark.
-#[derive(Default)]
-pub(crate) struct Means {
+/// The means of some quantities from a begin to the last mark.
+pub(crate) struct Means<const N: usize> {
     begin: Option<Instant>,
     /// Up to when `sums` holds.
     upto: Option<Instant>,
     /// Integrals over seconds.
-    sums: [f64; 2],
-    marked: [f64; 2],
+    sums: [f64; N],
+    marked: [f64; N],
 }
 
-impl Means {
+impl<const N: usize> Default for Means<N> {
+    fn default() -> Self {
+        Self { begin: None, upto: None, sums: [0.0; N], marked: [0.0; N] }
+    }
+}
+
+impl<const N: usize> Means<N> {
     /// Sets the begin, which may lie ahead, unless there is one already.
     pub(crate) fn begin(&mut self, at: Option<Instant>) {
         if self.begin.is_none() {
@@ -23,7 +28,7 @@ impl Means {
 
     /// The quantities had these values since the last call. Nothing counts
     /// twice, and nothing before the begin.
-    pub(crate) fn advance(&mut self, now: Instant, values: [u64; 2]) {
+    pub(crate) fn advance(&mut self, now: Instant, values: [u64; N]) {
         let Some(upto) = self.upto.filter(|upto| now > *upto) else { return };
         for (sum, value) in self.sums.iter_mut().zip(values) {
             *sum += value as f64 * (now - upto).as_secs_f64();
@@ -41,7 +46,7 @@ impl Means {
     }
 
     /// The means; 0 before the first mark after the begin.
-    pub(crate) fn means(&self) -> [f64; 2] {
+    pub(crate) fn means(&self) -> [f64; N] {
         self.marked
     }
 }

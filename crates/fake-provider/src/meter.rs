@@ -2,15 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use crate::amounts::{Amounts, Limit};
+use crate::amounts::{Amounts, Caps, Limit};
 use crate::mean::Means;
 
 /// Peaks and means of what was in the window. Kept as it happens, so that
 /// nothing older than the window need be remembered.
 #[derive(Default)]
 pub(crate) struct Meter {
-    /// Of the tokens in the window: ours, and all.
-    means: Means,
+    /// Of the amounts in the window: ours, and all.
+    means: [Means<{ Limit::ALL.len() }>; 2],
     /// The most tokens of ours in any window.
     pub(crate) peak_tokens: u64,
     /// The most requests of ours in any window.
@@ -47,7 +47,9 @@ impl Held {
 impl Meter {
     /// The window held this since the last call.
     pub(crate) fn advance(&mut self, now: Instant, held: &Held) {
-        self.means.advance(now, [held.ours, held.all].map(tokens));
+        for (means, amounts) in self.means.iter_mut().zip([held.ours, held.all]) {
+            means.advance(now, amounts);
+        }
     }
 
     /// A charge was added, and the window holds this now.
@@ -56,20 +58,20 @@ impl Meter {
         if is_ours {
             self.peak_tokens = self.peak_tokens.max(tokens(held.ours));
             self.peak_requests = self.peak_requests.max(held.ours[Limit::Requests as usize]);
-            self.means.begin(now.checked_add(window));
-            self.means.mark();
+            for means in &mut self.means {
+                means.begin(now.checked_add(window));
+                means.mark();
+            }
         } else {
             self.other_tokens += tokens(*charge);
         }
     }
 
-    /// Shares of `cap` that our tokens and all tokens took: the means over time,
+    /// Shares that we and all took of the limit that was used most: the means over time,
     /// from the end of the first window to our last admission.
-    pub(crate) fn used(&self, cap: u64) -> [f64; 2] {
-        match cap {
-            0 => [0.0; 2],
-            cap => self.means.means().map(|mean| mean / cap as f64),
-        }
+    pub(crate) fn used(&self, caps: &Caps) -> [f64; 2] {
+        let share = |(mean, cap): (f64, &Option<u64>)| cap.filter(|cap| *cap > 0).map_or(0.0, |cap| mean / cap as f64);
+        self.means.each_ref().map(|means| means.means().into_iter().zip(caps).map(share).fold(0.0, f64::max))
     }
 }
 

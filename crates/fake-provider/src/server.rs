@@ -1,5 +1,6 @@
 //! The server: a thread and its connections.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -58,6 +59,11 @@ impl FakeProvider {
     pub fn base_of(&self, api: &str) -> String {
         let wire = wire::WIRES.iter().find(|wire| wire.name() == api);
         format!("http://{}{}", self.address, wire.map_or("/nowhere", |wire| wire.base()))
+    }
+
+    /// The base URL of each dialect, by its name.
+    pub fn bases(&self) -> BTreeMap<&'static str, String> {
+        wire::WIRES.iter().map(|wire| (wire.name(), self.base_of(wire.name()))).collect()
     }
 
     /// Where it listens.

@@ -66,7 +66,7 @@ impl State {
     /// The stats without the rows.
     pub(crate) fn totals(&mut self) -> Stats {
         self.limits.advance(Instant::now(), &self.config);
-        self.tally.totals(self.limits.meter(), self.config.tokens_per_window)
+        self.tally.totals(self.limits.meter(), &self.config.caps())
     }
 
     pub(crate) fn keep_body(&mut self, body: Value) {

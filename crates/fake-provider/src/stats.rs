@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::amounts::Caps;
 use crate::answer::Answer;
 use crate::mean::Means;
 use crate::meter::Meter;
@@ -56,11 +57,11 @@ pub struct Stats {
     pub peak_window_tokens: u64,
     /// The most requests ever admitted within any window.
     pub peak_window_requests: u64,
-    /// Share of the token limit in use (0 to 1): the mean over time, from the
-    /// end of the first window to the last admission, of the tokens in the
-    /// window. 0 when there is no limit or all happened within one window.
+    /// Share in use (0 to 1) of the limit that is used most: the mean over time,
+    /// from the end of the first window to the last admission, of what the
+    /// window holds. 0 when there is no limit or all happened within one window.
     pub window_used: f64,
-    /// The same, with the tokens of [`OtherClient`](crate::OtherClient).
+    /// The same, with what [`OtherClient`](crate::OtherClient) takes.
     pub window_used_all: f64,
     /// The most tokens charged within any window, those of the other client included.
     pub peak_window_tokens_all: u64,
@@ -99,7 +100,7 @@ pub(crate) struct Tally {
     rows: HashMap<RowId, Row>,
     started: Instant,
     /// Of requests and rows in flight.
-    in_flight: Means,
+    in_flight: Means<2>,
     /// Answers, and the sum of their delays.
     answers: u64,
     delays: Duration,
@@ -199,9 +200,9 @@ impl Tally {
     }
 
     /// The stats without the rows, with what is worked out only when asked for.
-    pub(crate) fn totals(&self, meter: &Meter, token_cap: Option<u64>) -> Stats {
+    pub(crate) fn totals(&self, meter: &Meter, caps: &Caps) -> Stats {
         let [in_flight_mean, rows_in_flight_mean] = self.in_flight.means();
-        let [window_used, window_used_all] = meter.used(token_cap.unwrap_or(0));
+        let [window_used, window_used_all] = meter.used(caps);
         Stats {
             peak_window_tokens: meter.peak_tokens,
             peak_window_requests: meter.peak_requests,

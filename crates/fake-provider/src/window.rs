@@ -141,14 +141,15 @@ mod tests {
     fn the_mean_share_of_the_window() {
         let start = Instant::now();
         let at = |s| start + Duration::from_secs(s);
-        let used = |charges: &[(u64, u64, bool)]| {
+        let of = |caps: [Option<u64>; 4], charges: &[(u64, u64, bool)]| {
             let mut window = Window::default();
             for &(s, tokens, is_ours) in charges {
                 window.expire(at(s), W);
                 window.push(at(s), W, [tokens, 0, 0, 1], is_ours);
             }
-            window.meter.used(100).map(|share| (share * 1e9).round() / 1e9)
+            window.meter.used(&caps).map(|share| (share * 1e9).round() / 1e9)
         };
+        let used = |charges: &[(u64, u64, bool)]| of([Some(100), None, None, None], charges);
         // A full window again and again.
         assert_eq!(used(&[(0, 100, true), (10, 100, true), (20, 100, true)]), [1.0, 1.0]);
         // From 10 s to 30 s: 100 for 10 s, nothing for 5, 40 for 5.
@@ -157,5 +158,9 @@ mod tests {
         assert_eq!(used(&[(0, 7, true), (10, 20, true), (15, 10, false), (20, 9, true), (29, 99, false)]), [0.2, 0.25]);
         assert_eq!(used(&[(0, 7, true), (5, 7, true)]), [0.0, 0.0]);
         assert_eq!(used(&[]), [0.0, 0.0]);
+        // The limit that is used most: one request of two in each window, or 20 tokens of 100.
+        let twice = [(0, 20, true), (10, 20, true), (20, 20, true)];
+        assert_eq!(of([Some(100), None, None, Some(2)], &twice), [0.5, 0.5]);
+        assert_eq!(of([None, None, None, None], &twice), [0.0, 0.0]);
     }
 }
