@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | OpenAI, Azure, Groq | `x-ratelimit-{limit,remaining,reset}-{requests,tokens}`, at OpenAI `-project-tokens` too |
 //! | Cerebras, Mistral | the same with `-{requests,req,tokens}-{minute,day,month}` |
+//! | Cohere, keys that are not paid for | `x-trial-endpoint-call-{limit,remaining}`, requests a minute |
 //! | Anthropic | `anthropic-ratelimit-{requests,tokens,input-tokens,output-tokens}-{limit,remaining,reset}` |
 //!
 //! Groq's `-requests` are those of a day. Nothing in the answer tells, so they are taken for those of a minute.
@@ -57,10 +58,17 @@ pub fn read<'a>(get: impl Fn(&str) -> Option<&'a str>) -> Reported {
     let plain = |what: &str| side(&|part| format!("x-ratelimit-{part}-{what}"), &duration);
     let reset = |text: &str| from_now(rfc3339(text)?);
     let anthropic = |what: &str| side(&|part| format!("anthropic-ratelimit-{what}-{part}"), &reset);
+    let trial = side(&|part| format!("x-trial-endpoint-call-{part}"), &duration);
     let quotas = ["requests-day", "req-day", "tokens-day", "requests-month", "req-month", "tokens-month"];
     Reported {
         wait: wait.map(|ms| ms.min(DAY)),
-        requests: tightest([plain("requests"), plain("requests-minute"), plain("req-minute"), anthropic("requests")]),
+        requests: tightest([
+            plain("requests"),
+            plain("requests-minute"),
+            plain("req-minute"),
+            anthropic("requests"),
+            trial,
+        ]),
         tokens: tightest([plain("tokens"), plain("tokens-minute"), plain("project-tokens"), anthropic("tokens")]),
         input_tokens: anthropic("input-tokens"),
         output_tokens: anthropic("output-tokens"),
@@ -268,6 +276,13 @@ mod tests {
             x-ratelimit-remaining-tokens-day: 1000000";
         let (requests, tokens) = (side(30, 29, None), side(60_000, 59_000, 11_383));
         assert_eq!(of(cerebras), Reported { requests, tokens, quota_left: Some(14_399), ..none });
+    }
+
+    #[test]
+    fn a_trial_key_has_a_limit_of_requests() {
+        let cohere = "x-endpoint-monthly-call-limit: 1000\nx-trial-endpoint-call-limit: 20
+            x-trial-endpoint-call-remaining: 19";
+        assert_eq!(of(cohere), Reported { requests: side(20, 19, None), ..Reported::default() });
     }
 
     #[test]
