@@ -1,5 +1,5 @@
-//! What is asked of a model and how its answer is read, for scripts: bench/injection measures with it what is shipped.
-//! One JSON object a line comes in, and one value goes out: `{"task", "ids", "texts"}` → the messages and the
+//! The messages of a request and the reading of its answer, for scripts: bench/injection measures the shipped code with
+//! it. Reads one JSON object a line and writes one value: `{"task", "ids", "texts"}` → the messages and the
 //! `response_format`; with an `"answer"` instead of texts → the value of each id, or null.
 
 use std::io::BufRead;

@@ -35,7 +35,8 @@ pub enum Trouble {
 }
 
 impl Trouble {
-    /// What has been answered before is there: an address or a model that is gone now comes back, as that of a proxy does.
+    /// Makes trouble pass where there was an answer before: an address or a model that is gone now comes back, as a
+    /// proxy's does.
     pub fn may_pass(&mut self) {
         if matches!(self, Self::NotFound | Self::Misplaced) {
             *self = Self::Overload(None);
@@ -52,6 +53,6 @@ pub enum Parameter {
     SystemRole,
     /// `max_tokens`, where `max_completion_tokens` is wanted.
     MaxTokens,
-    /// What the user has set of how the model draws its words, such as `temperature`.
+    /// A parameter of the user's for how the model draws its words, such as `temperature`.
     Sampling,
 }

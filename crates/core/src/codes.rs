@@ -76,7 +76,8 @@ impl Legend {
         self.resolve.keys().map(String::as_str)
     }
 
-    /// Whether a code or label begins with `answer` and is longer: an answer that was cut off might be that.
+    /// Returns true if a code or label begins with `answer` and is longer, so that an answer that was cut off might
+    /// mean it.
     pub fn goes_on(&self, answer: &str) -> bool {
         let answer = answer.trim().to_lowercase();
         self.resolve.keys().any(|key| key.len() > answer.len() && key.starts_with(&answer))

@@ -1,14 +1,15 @@
-//! How many requests may be under way at the same time, found by trying.
+//! The number of requests that may be under way at the same time, found by trying.
 //!
-//! It doubles with every round of answers until something speaks against it, then grows by one a round; it is halved
-//! when the provider refuses or breaks, and shrinks when answers take much longer than the fastest did: then requests
-//! only wait at the other end, as they do with a local server that answers one at a time.
+//! It doubles with every round of answers until something speaks against it, then grows by one a round. It is halved when
+//! the provider refuses or breaks, and shrinks when answers take much longer than the fastest did: then requests only wait
+//! at the other end, as they do with a local server that answers one at a time.
 
 use crate::limiter::Tokens;
 
-/// Where it begins.
+/// The number at the start, without known limits.
 const START: f64 = 4.0;
-/// Where it begins with a provider that keeps limits: by those it is held, and this is only the bound.
+/// The number at the start with a provider that keeps limits: the limits hold requests back, and this is only the
+/// bound.
 const START_LIMITED: f64 = 64.0;
 /// The most it grows to.
 const MOST: f64 = 256.0;

@@ -17,7 +17,7 @@ pub enum Form {
     Plain,
 }
 
-/// What is known of a form.
+/// Knowledge of one form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 enum Known {
     #[default]
@@ -30,7 +30,7 @@ enum Known {
     Out,
 }
 
-/// What is known of each form.
+/// Knowledge of each form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Forms([Known; 3]);
 
@@ -54,7 +54,7 @@ impl Forms {
         self.left(shape, wanted).next().unwrap_or(last)
     }
 
-    /// What is known here, without the forms that are out in `others`.
+    /// This knowledge, with the forms that are out in `others` out here too.
     pub fn without(mut self, others: Self) -> Self {
         for (known, other) in self.0.iter_mut().zip(others.0) {
             if other == Known::Out {

@@ -29,9 +29,9 @@ pub struct Reported {
 /// One limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Side {
-    /// How many a minute. 0: the key has no allowance.
+    /// Amount a minute. 0: the key has no allowance.
     pub limit: Option<u64>,
-    /// How many are left now. 0 if the provider says less than that.
+    /// Amount left now. 0 if the provider says less than that.
     pub remaining: Option<u64>,
     /// Time until all of the limit is there again, ms. Absent if longer than a day.
     pub reset: Option<u64>,

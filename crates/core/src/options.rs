@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::Error;
 
-/// How the gateway asks for machine-readable answers.
+/// The way in which the gateway asks for machine-readable answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum StructuredOutput {
@@ -20,7 +20,7 @@ pub enum StructuredOutput {
     None,
 }
 
-/// What stands for a label in a request and its answer.
+/// The codes that stand for labels in a request and its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Codes {
@@ -44,7 +44,7 @@ pub enum AnswerShape {
     Properties,
 }
 
-/// What becomes of a text that is larger than a request may be.
+/// The treatment of a text that is larger than a request may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum TooLong {
@@ -55,7 +55,7 @@ pub enum TooLong {
     Truncate,
 }
 
-/// What a function that returns a label makes of a row that the model gives none.
+/// The result of a function that returns a label, for a row that the model gives none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum OnError {
@@ -75,18 +75,18 @@ pub struct Options {
     pub max_attempts: u32,
     /// Weight among jobs, 1 to 100.
     pub priority: u32,
-    /// How machine-readable answers are asked for.
+    /// The way in which machine-readable answers are asked for.
     pub structured_output: StructuredOutput,
-    /// What stands for a label.
+    /// The codes that stand for labels.
     pub codes: Codes,
     /// The form of an answer.
     pub answer_shape: AnswerShape,
-    /// What becomes of a text that is too large.
+    /// The treatment of a text that is too large.
     pub too_long: TooLong,
     /// A text that was answered before, for the same task, model and role, is not asked again.
     pub reuse: bool,
-    /// What `llm_classify()` and `llm_filter()` make of a row without an answer. Functions that return a status, and
-    /// jobs, tell it there.
+    /// The result of `llm_classify()` and `llm_filter()` for a row without an answer. Functions that return a status,
+    /// and jobs, report it there instead.
     pub on_error: OnError,
 }
 

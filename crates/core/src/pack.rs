@@ -1,4 +1,4 @@
-//! How many of the waiting rows go into the next request.
+//! The number of waiting rows that go into the next request.
 
 /// The bounds of a pack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,7 +35,7 @@ pub fn rows_after(attempts: u32, max_attempts: u32, rows: usize) -> usize {
     }
 }
 
-/// How many rows go into a request: fewer after answers that are incomplete or take too long, more again after others.
+/// The number of rows of a request: fewer after answers that are incomplete or take too long, more again after others.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Size {
     most: f64,

@@ -8,7 +8,7 @@
 const AHEAD: u32 = 8;
 /// Requests that are paid for at most until the first valid row.
 const MOST_PAID: u32 = 20;
-/// How long a valid row counts, ms.
+/// Time for which a valid row counts, ms.
 const HOUR: u64 = 3_600_000;
 /// Answers without a valid row, one after the other, after which other ways of asking are tried.
 const FEW: u32 = 5;
@@ -22,7 +22,7 @@ const PER_FORM: u32 = 1;
 const WITH_FEWER_ROWS: u32 = 2;
 const WITH_ONE_ROW: u32 = 3;
 
-/// How rows are asked about.
+/// The way in which rows are asked about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Way {
     /// As the task says.
@@ -47,7 +47,7 @@ impl Way {
     }
 }
 
-/// What follows from an answer without a valid row.
+/// The consequence of an answer without a valid row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
     /// Continue in the same way.
@@ -58,7 +58,7 @@ pub enum Next {
     GiveUp,
 }
 
-/// What is known of a task with a model.
+/// The standing of a task with a model.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Patience {
     /// When (ms) there last was a valid row.
@@ -76,12 +76,12 @@ pub struct Patience {
 }
 
 impl Patience {
-    /// Whether there was a valid row within the hour.
+    /// Returns true if there was a valid row within the hour.
     pub fn is_proven(&self, now: u64) -> bool {
         self.valid_at.is_some_and(|at| at + HOUR > now)
     }
 
-    /// Whether there ever was one, since it last was given up.
+    /// Returns true if there was a valid row since the task was last given up.
     pub fn has_answered(&self) -> bool {
         self.valid > 0
     }
@@ -96,7 +96,7 @@ impl Patience {
         self.in_flight
     }
 
-    /// Whether another request may be sent at `now` (ms).
+    /// Returns true if another request may be sent at `now` (ms).
     pub fn may_send(&self, now: u64) -> bool {
         let is_proven = self.is_proven(now);
         let at_once = match self.way {
@@ -107,7 +107,7 @@ impl Patience {
         self.in_flight < at_once && (is_proven || self.paid + self.in_flight < MOST_PAID)
     }
 
-    /// Whether rows that used up their attempts are kept back: it may not be their fault.
+    /// Returns true if rows that used up their attempts are kept back, since it may not be their fault.
     pub fn is_in_doubt(&self, now: u64) -> bool {
         !self.is_proven(now) || self.barren >= FEW || self.way != Way::AsEver
     }

@@ -1,4 +1,4 @@
-//! What a provider says in words of its own: its message without what it quotes of the request.
+//! The provider's own words: its message without the parts that quote the request.
 //!
 //! Many quote the text that they refuse, and a text may say anything. Letters and digits alone are compared, since quotes
 //! are escaped in many ways.
@@ -102,7 +102,7 @@ impl Runs {
         Self { all, bits }
     }
 
-    /// Whether a run may stand somewhere.
+    /// Returns true if a run may stand somewhere.
     fn has(&self, run: u128) -> bool {
         let (word, mask) = bit(run);
         self.bits.get(word).is_some_and(|word| word & mask != 0)
@@ -129,7 +129,7 @@ pub fn own_words(message: &str, texts: &[String]) -> String {
             part.fill(true);
         }
     };
-    // What was blanked once is not looked for again: a text may repeat one run without end.
+    // A run that was blanked is not looked for again: a text may repeat one run without end.
     let (mut runs_seen, mut words_seen) = (HashSet::new(), HashSet::new());
     for line in texts.iter().flat_map(|text| text.lines()) {
         // The number of a row is no part of its text.
@@ -159,7 +159,7 @@ fn text_of(row: &str) -> &str {
     row.get(..values.byte_offset()).filter(|_| is_text).unwrap_or(row)
 }
 
-/// Where these letters stand as a word or words.
+/// The places where these letters stand as a word or words.
 fn whole<'a>(message: &'a str, letters: &'a [Mark], word: &'a [u8]) -> impl Iterator<Item = usize> + 'a {
     let is_border = |before: Option<&Mark>, after: Option<&Mark>| match before.zip(after) {
         Some((before, after)) => !matches!(message.get(before.end..after.start), Some("" | "_")),
@@ -199,7 +199,7 @@ mod tests {
         let words = own_words("per day (RPD): Limit 5. No rpd_x, xrpd.", &texts("max"));
         assert_eq!(words, "per day (   ): Limit 5. No rpd_x, xrpd.");
         assert_eq!(own_words("max_tokens at most 16", &texts("max")), "max_tokens at most 16");
-        // What stands behind a text that is asked again is none of it.
+        // The hint behind a text that is asked again is not part of the text.
         let again = |text: &str| vec![crate::prompt::row(417, &crate::prompt::quote(text), Some("one of the labels"))];
         assert_eq!(own_words("no rpd here", &again("rpd")), "no     here");
         let text = "a\" (asked again: insufficient_quota";

@@ -1,4 +1,4 @@
-//! What is done about a request that failed.
+//! The remedy for a request that failed.
 
 use serde::{Deserialize, Serialize};
 
@@ -52,7 +52,7 @@ impl End {
     }
 }
 
-/// What is known of a request that failed.
+/// The facts about a request that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Known {
     /// Single rows of several requests are refused and none was ever accepted: the request is wrong, not a row.
@@ -63,7 +63,7 @@ pub struct Known {
     pub can_grow: bool,
 }
 
-/// What is done about a request that failed.
+/// The remedy for a request that failed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Remedy {
     /// The streams end.
@@ -177,7 +177,7 @@ mod tests {
                 ));
                 return Ok(());
             };
-            // What is the account's matter ends all of its streams, what is a key's or a task's only those like it.
+            // Trouble of the account ends all of its streams; trouble of a key or a task ends only the streams like it.
             let is_of_account = matches!(trouble, Trouble::Rate(_) | Trouble::Quota(_) | Trouble::Spend);
             prop_assert_eq!(end.is_for_all, is_of_account);
             prop_assert!(end.retry_after.is_none() || is_of_account);

@@ -1,4 +1,4 @@
-//! What a request asks for: the system message of a task, and the form of the answer.
+//! The content of a request: the system message of a task, and the form of the answer.
 
 use serde_json::{Value, json};
 
@@ -21,7 +21,8 @@ pub fn system(kind: &dyn Kind) -> String {
     )
 }
 
-/// How vectors are asked for: the three ways take the places of the forms of a chat's answer, in the same order.
+/// The encoding that vectors are asked for in. The three take the places of the forms of a chat's answer, in the same
+/// order.
 pub fn encoding(form: Form) -> Option<Encoding> {
     match form {
         Form::Object => Some(Encoding::Base64),

@@ -11,10 +11,10 @@ use crate::CountTokens;
 const ENDS: [char; 8] = ['.', '!', '?', '…', '。', '！', '？', '؟'];
 /// Those of scripts without white space between words.
 const WIDE_ENDS: [char; 3] = ['。', '！', '？'];
-/// What may stand between such a mark and the white space behind it.
+/// Signs that may stand between such a mark and the white space behind it.
 const CLOSES: [char; 8] = ['"', '\'', ')', ']', '”', '’', '»', '」'];
 
-/// How good an end is.
+/// The quality of an end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum End {
     Inside,
@@ -60,7 +60,7 @@ pub fn split<'a>(text: &'a str, most: usize, overlap: usize, count: CountTokens)
     pieces
 }
 
-/// Where a piece that begins at an atom ends, if it takes all that it can.
+/// The end of the longest piece that begins at an atom.
 fn reach(atoms: &[Atom], from: usize, most: usize) -> usize {
     let mut sum = 0;
     let fits = |atom: &&Atom| {
@@ -85,7 +85,7 @@ fn best(atoms: &[Atom], (from, least, to): (usize, usize, usize)) -> usize {
     found.1
 }
 
-/// Where the piece after one begins: so many tokens before its end, and behind its beginning.
+/// The beginning of the next piece: `overlap` tokens before the end of this one, but behind its beginning.
 fn shared(atoms: &[Atom], from: usize, end: usize, overlap: usize) -> usize {
     let mut sum = 0;
     let fits = |atom: &&Atom| {
@@ -99,7 +99,7 @@ fn shared(atoms: &[Atom], from: usize, end: usize, overlap: usize) -> usize {
 /// The words of a text, those that are too long in parts.
 fn atoms(text: &str, most: usize, count: CountTokens) -> Vec<Atom> {
     let mut all = Vec::new();
-    // Where the word before ended: tokens begin with the white space before a word.
+    // The end of the word before: tokens begin with the white space before a word.
     let (mut start, mut before) = (0, 0);
     while let Some(rest) = text.get(start..).filter(|rest| !rest.is_empty()) {
         let word = word(rest);
@@ -156,7 +156,7 @@ fn parts(
     }
 }
 
-/// What ends with a word that has this white space behind it.
+/// The end that a word makes with the white space behind it.
 fn end(word: &str, space: &str) -> End {
     match space.matches('\n').count() {
         0 if word.trim_end_matches(CLOSES).ends_with(ENDS) => End::Sentence,

@@ -34,7 +34,7 @@ const CLOSING: [&str; 11] = [
     "<|end_thinking|>",
     "<|channel|>final",
 ];
-/// How an answer looks whose marks of channels a server has dropped, and not the words between them.
+/// The start of an answer whose marks of channels a server has dropped, and not the words between them.
 const BARE: (&str, &str) = ("analysis", "assistantfinal");
 
 /// The mark that ends the head of a channel, and its greatest distance (bytes) from the channel's name.
@@ -47,7 +47,7 @@ pub fn spoken(text: &str) -> Cow<'_, str> {
     let bytes = text.as_bytes();
     let is_bare = text.trim_start().starts_with(BARE.0) && text.contains(BARE.1);
     let mut kept: Vec<&str> = Vec::new();
-    // Where what is being said began; none while it is thought.
+    // The start of the spoken part; `None` while the model thinks.
     let mut from = (!is_bare).then_some(0);
     let mut before = b' ';
     let mut at = 0;

@@ -14,7 +14,7 @@ const RESERVED: f64 = 1.25;
 /// So many tokens more than a text accounts for are none of thinking: servers count marks of their own.
 const UNACCOUNTED: u64 = 16;
 
-/// How many tokens of recent answers came before the answer itself.
+/// The tokens of recent answers that came before the answer itself.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Thinking {
     mean: f64,

@@ -1,4 +1,4 @@
-//! What went wrong with a request, and so what to do: the classes of trouble.
+//! Classes of trouble with a request.
 //!
 //! The classes follow the providers' documents (late 2026); the wording of messages is matched loosely, since servers
 //! that speak the same dialect word them as they like.
@@ -15,7 +15,7 @@ use crate::quoted::own_words;
 pub struct Report {
     /// The class.
     pub trouble: Trouble,
-    /// What the provider said, as it said it. It may quote the key: redact it, then take `one_line` of it.
+    /// The provider's message, unchanged. It may quote the key: redact it, then take `one_line` of it.
     pub message: String,
     /// The beginning of it, without what it quotes of the request.
     pub words: String,
@@ -33,8 +33,8 @@ impl Report {
 /// Longest message that is kept, in characters.
 const MOST_MESSAGE: usize = 300;
 
-/// Whether a character has no look of its own and changes that of others: it turns the direction of a text, or hides in it.
-/// These are Unicode's format characters (Cf), and those of its plane of tags.
+/// Returns true if a character is invisible and changes how others look: it turns the direction of a text, or hides in
+/// it. These are Unicode's format characters (Cf), and those of its plane of tags.
 pub fn is_format(c: char) -> bool {
     matches!(
         u32::from(c),
@@ -72,8 +72,8 @@ pub fn one_line(text: &str) -> String {
     out
 }
 
-/// What is said of a trouble to those whose rows it did not come from: its message without the provider's words, which may
-/// quote a row. They stand behind a colon.
+/// The part of a message for users whose rows the trouble did not come from: without the provider's words, which stand
+/// behind a colon and may quote a row.
 pub fn without_words(message: &str) -> &str {
     message.split_once(": ").map_or(message, |(class, _)| class)
 }
@@ -134,7 +134,7 @@ fn outcome_by(api: Api, sent: Sent, status: u16, body: &[u8], retry_after: Optio
     }
 }
 
-/// What an error says, in lower case.
+/// An error's words, in lower case.
 struct Said {
     /// Its message, without what it quotes.
     message: String,
@@ -145,12 +145,12 @@ struct Said {
 }
 
 impl Said {
-    /// Whether the message or the code has one of these words.
+    /// Returns true if the message or the code has one of these words.
     fn any(&self, words: &[&str]) -> bool {
         words.iter().any(|word| self.message.contains(word) || self.code.contains(word))
     }
 
-    /// Whether the message has one of these words.
+    /// Returns true if the message has one of these words.
     fn message_any(&self, words: &[&str]) -> bool {
         words.iter().any(|word| self.message.contains(word))
     }
@@ -267,7 +267,7 @@ impl Said {
     }
 }
 
-/// Whether a field may be trusted to name something: it is no text.
+/// Returns true if a field may be trusted to name something: it is not prose.
 fn is_name(field: &str) -> bool {
     field.len() <= 64 && field.bytes().all(|b| b.is_ascii_alphanumeric() || b"_-.:/[]".contains(&b))
 }
@@ -298,7 +298,7 @@ fn classify(
     let retry_after = retry_after.or_else(asked).map(|ms| ms.min(headers::DAY));
     let mut words = own_words(&message, texts);
     let names_limit = headers::limit_in(&words).is_some();
-    // What stands in other places says no less, nor is it more to be trusted.
+    // The other places say no less, and are trusted no more.
     let others = ["code", "type", "param"].map(|name| text(&error[name])).into_iter().filter(|other| !is_name(other));
     let others = others.chain((!error["details"].is_null()).then(|| error["details"].to_string()));
     others.for_each(|other| words = format!("{words} {}", own_words(&other, texts)));

@@ -6,14 +6,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use crate::Error;
 
-/// Where a `base_url` leads.
+/// The target of a `base_url`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
     /// The host in lower case; an address in its usual form, without brackets.
     pub host: String,
     /// The port, also where the URL leaves it out.
     pub port: u16,
-    /// Whether the connection is encrypted.
+    /// The connection is encrypted.
     pub https: bool,
 }
 
@@ -23,12 +23,12 @@ impl Target {
         self.host.parse().ok()
     }
 
-    /// Whether the host is this machine, by its name alone.
+    /// Returns true if the host is this machine, by its name alone.
     pub fn is_loopback(&self) -> bool {
         self.host == LOCALHOST || self.address().is_some_and(|ip| ip.is_loopback())
     }
 
-    /// Whether a list of hosts has this one: `host` for any of its ports, or `host:port`. No patterns.
+    /// Returns true if a list of hosts has this one: `host` for any of its ports, or `host:port`. No patterns.
     pub fn is_listed(&self, hosts: &[String]) -> bool {
         hosts.iter().any(|entry| {
             let entry = entry.to_ascii_lowercase();
@@ -52,12 +52,12 @@ impl Target {
 /// The name of this machine that every machine knows.
 pub const LOCALHOST: &str = "localhost";
 
-/// Whether an address belongs to this machine, in whatever form it is written.
+/// Returns true if an address belongs to this machine, in any notation.
 pub fn is_loopback(ip: IpAddr) -> bool {
     reached(ip).is_loopback()
 }
 
-/// Whether an address is one that no language model has: of this host or link alone, of many hosts, or of a cloud's
+/// Returns true if an address is one that no language model has: this host or link alone, multicast, or a cloud's
 /// metadata service, which hands out keys to any client. Private addresses are not among them.
 pub fn is_reserved(ip: IpAddr) -> bool {
     const METADATA_V4: [[u8; 4]; 3] = [[100, 100, 100, 200], [168, 63, 129, 16], [192, 0, 0, 192]];
@@ -81,14 +81,15 @@ pub fn is_reserved(ip: IpAddr) -> bool {
     }
 }
 
-/// Whether texts and keys may go to an address in the clear: to this machine, and where it is allowed to private addresses.
+/// Returns true if texts and keys may go to an address in the clear: to this machine, and to private addresses where
+/// that is allowed.
 pub fn may_be_clear(ip: IpAddr, allow_http: bool) -> bool {
     // Traffic to translated and tunnelled addresses crosses other networks, so only the mapped form counts as IPv4.
     let ip = ip.to_canonical();
     ip.is_loopback() || (allow_http && is_private(ip))
 }
 
-/// Whether an address is of a private network: RFC 1918, RFC 4193, or a provider's or a VPN's own (RFC 6598).
+/// Returns true if an address is private: RFC 1918, RFC 4193, or a provider's or a VPN's own (RFC 6598).
 fn is_private(ip: IpAddr) -> bool {
     let is_inside = match ip {
         IpAddr::V4(v4) => v4.is_private() || v4.octets()[0] == 100 && v4.octets()[1] & 0xc0 == 64,

@@ -52,7 +52,7 @@ fn each_answer_is_of_its_class() {
             Err(report) => (format!("{:?}", report.trouble), report.message),
         };
         assert_eq!(class, f.class, "{}: {message}", f.name);
-        // What is said of it is not empty, and one line.
+        // The message is one line, and not empty.
         let line = one_line(&message);
         assert_eq!(line.is_empty(), message.is_empty(), "{}", f.name);
         assert!(!line.contains(char::is_control), "{}: {line}", f.name);

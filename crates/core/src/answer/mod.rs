@@ -11,7 +11,7 @@ use crate::task::{Answer, Kind, Unfit};
 use crate::thinking;
 use serde_json::value::RawValue;
 
-/// What an answer says about one row.
+/// The verdict on one row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// Its values.
@@ -50,12 +50,13 @@ pub fn read(text: &str, ids: &[u16], kind: &dyn Kind) -> Option<Vec<Verdict>> {
 /// one row.
 const FEW_OTHERS: usize = 2;
 
-/// Whether an answer that names so many rows that were asked, and so many others, answers another request.
+/// Returns true if an answer answers another request. `named`: its rows that were asked; `others`: its rows that were
+/// not.
 fn is_of_another(named: usize, others: usize) -> bool {
     others > if named == 0 { 0 } else { named.max(FEW_OTHERS) }
 }
 
-/// Whether a text is an answer in words, with nothing in it that could be JSON.
+/// Returns true if a text is an answer in words, with nothing in it that could be JSON.
 pub fn is_prose(text: &str) -> bool {
     let text = thinking::spoken(text);
     !text.trim().is_empty() && !text.contains(['{', '['])

@@ -115,9 +115,9 @@ impl Reader<'_> {
                     self.element(&json, depth);
                     text = rest;
                 }
-                // What a text quotes is none of it.
+                // A quoted text is not the answer.
                 _ if text.starts_with('"') => return next_line(text),
-                // What is in an element that is cut off may be whole.
+                // An element that is cut off may hold whole ones.
                 _ => return Some(text),
             }
         }
@@ -161,8 +161,8 @@ impl Reader<'_> {
         }
     }
 
-    /// Whether a member of this name is a row's: its number, or a value of it. What is in it, and behind it, says nothing of
-    /// others.
+    /// Returns true if a member of this name belongs to a row: its number, or the name of a value. Nothing in it or
+    /// behind it counts for other rows.
     fn belongs_to_a_row(&self, name: &str) -> bool {
         let name = name.trim();
         number(name).is_some()
@@ -176,7 +176,7 @@ impl Reader<'_> {
         }
     }
 
-    /// What is in a value that belongs to no number.
+    /// Reads the values inside one that belongs to no number.
     fn inner(&mut self, json: &str, depth: usize) {
         if depth < MOST_DEPTH && json.starts_with(['{', '[']) {
             self.values(json, depth + 1);
@@ -240,7 +240,7 @@ fn next_line(text: &str) -> Option<&str> {
     None
 }
 
-/// Where a string that has been opened ends.
+/// Finds the end of a string that is already open.
 fn end_of_string(inside: &str) -> Option<usize> {
     let mut is_escaped = false;
     inside.bytes().position(|b| {
@@ -358,7 +358,7 @@ mod tests {
         let fields = kind("extract", json!({"fields": {"a": "text", "data": "jsonb"}}));
         let cut = r#"[{"data":{"902":{"a":"x","data":1}},"id":417,"a":"cut"#;
         assert_eq!(said(cut, &*fields), [None, None, None]);
-        // What is around rows may be broken.
+        // The values around the rows may be broken.
         check(r#"{"note":{"of":1},"answers":[{"id":417,"text":"one"},{"id":902,"text":"tw"#, [Some("one"), None, None]);
         check(r#"{"answers":{"417":"one","902":oops}}"#, [Some("one"), None, None]);
     }

@@ -111,7 +111,7 @@ impl Breaker {
     }
 }
 
-/// How a probe ended that was not answered.
+/// The end of a probe that was not answered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ProbeEnd {
     /// It was given up.

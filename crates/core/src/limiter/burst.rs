@@ -1,4 +1,4 @@
-//! How much a session may send at once to a limit that was idle.
+//! Bursts: the amount that a session may send at once to a limit that was idle.
 //!
 //! A provider may keep its limit over shorter windows than a minute, and few say over which. A burst therefore keeps what
 //! holds in all windows of at least a certain length, which begins with 6 s. Beyond that a burst goes by a ninth: if the
@@ -56,7 +56,7 @@ impl Burst {
         self.known.is_off
     }
 
-    /// How long before `now` (ms) a request last went that was not paced, if one did.
+    /// The time (ms) between `now` and the last request that was not paced, if there was one.
     pub fn age(&self, now: u64) -> Option<u64> {
         self.at.map(|at| now.saturating_sub(at))
     }
@@ -101,7 +101,7 @@ impl Burst {
         latest.filter(|at| *at > now)
     }
 
-    /// Whether more was sent within 6 s up to `now` (ms) than they let through.
+    /// Returns true if more was sent within the 6 s up to `now` (ms) than the limits let through.
     pub fn is_beyond(&self, now: u64, minute: &Window) -> bool {
         let sent = minute.since(now.saturating_sub(SHORTEST));
         let is_beyond = |(sent, limit): (u64, Option<u64>)| limit.is_some_and(|limit| sent * MINUTE > limit * SHORTEST);

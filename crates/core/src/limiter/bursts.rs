@@ -148,7 +148,7 @@ proptest! {
         let (mut limiter, mut provider) = new(if bucket { Kind::Bucket } else { Kind::Rolling }, window);
         let seen = run(&mut limiter, &mut provider, says_left, seed, &statements);
         let met = seen.iter().filter(|s| s.refused > 0).count();
-        // Where a statement's own words cap its burst, a few requests of a later one may still be refused.
+        // A few requests of a later burst may still be refused where a statement's own words cap its burst.
         let later = seen.iter().filter(|s| s.refused > 0).skip(1).all(|s| s.refused <= 3);
         prop_assert!(met <= 1 || (says_left && met == 2 && later), "{:?}", seen);
         prop_assert!(seen.iter().all(|s| s.refused <= s.sent.div_ceil(10)), "{:?}", seen);

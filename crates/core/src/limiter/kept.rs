@@ -12,7 +12,7 @@ pub struct Kept {
     /// The amounts sent, by how many seconds ago.
     sent: [Amounts; SECONDS],
     burst: Known,
-    /// How long ago (ms) a burst was sent, if one was.
+    /// Time since the last burst, ms, if there was one.
     burst_age: Option<u64>,
     /// The part of the limit that is ours, and at which part the last refusal came.
     share: (f64, f64),

@@ -81,7 +81,7 @@ impl Limits {
         tokens.into_iter().chain(input).min()
     }
 
-    /// Whether a request that takes so much may ever be sent.
+    /// Returns true if the limits ever allow a request of this size.
     pub fn admit(self, tokens: Tokens) -> bool {
         let caps = self.caps_of(self.short_window());
         caps.iter().zip(amounts(1, tokens)).all(|(cap, want)| cap.is_none_or(|cap| want <= cap))
@@ -91,9 +91,9 @@ impl Limits {
 /// The size of a request, tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Tokens {
-    /// Of its prompt.
+    /// Tokens of its prompt.
     pub input: u64,
-    /// Of its answer.
+    /// Tokens of its answer.
     pub output: u64,
 }
 
@@ -178,7 +178,7 @@ const INTERACTIVE_BURST: u64 = 4;
 /// Room is kept for the next interactive request for so long (ms) after one, up to this part of the window.
 const SPARE_FOR: u64 = 60_000;
 const MOST_SPARE: u64 = 50;
-/// Where requests are a smaller part of the window than this, cutting one to fit its edge gains nothing.
+/// Cutting a request to fit the window's edge gains nothing where requests are a smaller part of the window than this.
 const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.
 const TRIMMED: f64 = 0.9;
@@ -188,7 +188,7 @@ const TRIAL: u64 = 4;
 const AIM: f64 = 0.3;
 /// The longest pause (ms) for what others may use; what is left is looked at then.
 const MOST_GAP: f64 = 6_000.0;
-/// How long (ms) the limiter follows what the provider says is left, after that was less than our count.
+/// Time (ms) for which the limiter follows the provider's count, once that was lower than ours.
 const CROWDED_FOR: u64 = 60_000;
 
 /// The limiter of one account and model.
@@ -197,7 +197,7 @@ pub struct Limiter {
     limits: Limits,
     /// The shorter one first; the same length twice for small limits.
     windows: [Window; 2],
-    /// How much sessions may send at once.
+    /// The burst that sessions may send at once.
     burst: Burst,
     /// When (ms) the next request may go, by class: interactive, bulk.
     paced: [u64; 2],
@@ -523,12 +523,12 @@ impl Limiter {
         self.blocked_until
     }
 
-    /// Whether there is any limit.
+    /// Returns true if there is any limit.
     pub fn is_limited(&self) -> bool {
         self.limits != Limits::default()
     }
 
-    /// How much of the limits is used at `now` (ms).
+    /// The use of the limits at `now` (ms).
     pub fn usage(&mut self, now: u64) -> Usage {
         let [_, left, ..] = self.left_as_reported(now).map(|r| r.map(|(_, left)| left.max(0.0) as u64));
         let window = &mut self.windows[0];
@@ -548,7 +548,7 @@ impl Limiter {
     }
 }
 
-/// How much of the limits is used, scaled to a minute.
+/// The use of the limits, scaled to a minute.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Usage {
     /// Requests.

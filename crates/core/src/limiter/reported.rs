@@ -4,7 +4,7 @@
 //! has come back, and others may have used it. The rate at which it comes back to us, net of the others' use, is measured
 //! from one answer to the next. The provider may count by window or by bucket: neither is assumed.
 
-/// How long (ms) a measurement of what comes back has weight.
+/// Time (ms) for which a measurement of the inflow has weight.
 const MEMORY: f64 = 5_000.0;
 /// Answers nearer to each other than this (ms) measure only noise.
 const APART: u64 = 100;
@@ -57,7 +57,7 @@ impl Reported {
         (age < STALE).then(|| self.left as f64 + self.at_least() * age as f64 - sent as f64)
     }
 
-    /// How much we may send a millisecond, if so much is `left` and so much of that is to stay.
+    /// The amount that we may send a millisecond, if so much is `left` and `keep` of it is to stay.
     pub fn rate(&self, left: f64, keep: f64) -> f64 {
         self.inflow + (left - keep) / EVEN_OUT
     }

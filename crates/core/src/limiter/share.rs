@@ -7,7 +7,7 @@ pub(super) const CUT: f64 = 0.5;
 pub(super) const TRIM: f64 = 0.85;
 /// Refusals within this time (ms) of one that cut the share have the same cause.
 const ONCE: u64 = 1_000;
-/// How the share grows, a second: where no refusal is expected, and near where the last one came.
+/// Growth of the share a second: where no refusal is expected, and near the last refusal.
 const GROWTH: (f64, f64) = (0.005, 0.0002);
 /// Near is from this part of the share at which the last refusal came to that part.
 const NEAR: (f64, f64) = (0.9, 1.05);

@@ -66,7 +66,7 @@ impl Provider {
         }
     }
 
-    /// Whether a request is admitted, and what is left then.
+    /// Admits a request or refuses it. The second value is the amount left then.
     pub fn admit(&mut self, at: u64, n: u64) -> (bool, u64) {
         if self.other > 0.0 && at > self.from {
             let due = ((at - self.from) as f64 * self.other * TPM as f64 / MINUTE as f64) as u64;

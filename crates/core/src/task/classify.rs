@@ -27,10 +27,10 @@ pub struct Example {
     pub label: String,
 }
 
-/// What a classifier is made of.
+/// A classifier's specification.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Classify {
-    /// What the texts are and how to choose; may be empty.
+    /// A description of the texts and how to choose; may be empty.
     pub instruction: String,
     /// The labels, in the order in which they are shown.
     pub labels: Vec<Label>,

@@ -15,12 +15,12 @@ const MOST_ANSWERS: usize = 3 << 20;
 /// Bytes of a number in JSON, as the longest are written.
 const BYTES_PER_NUMBER: usize = 24;
 
-/// What an embedder is made of.
+/// An embedder's specification.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Embed {
     /// Numbers of a vector.
     pub dimensions: u32,
-    /// What the vectors are for, in the provider's words, if it asks for that.
+    /// The purpose of the vectors, in the provider's words, if it asks for that.
     #[serde(skip_serializing_if = "Option::is_none", default)]
     pub input_type: Option<String>,
 }
@@ -133,7 +133,7 @@ mod tests {
     }
 
     proptest! {
-        /// What is read is what was written, to the last bit.
+        /// A vector is read as it was written, to the last bit.
         #[test]
         fn numbers_stay_what_they_are(vector in proptest::collection::vec(proptest::num::f32::NORMAL, 1..20)) {
             let text = read(vector.len() as u32, &serde_json::to_string(&vector).unwrap()).unwrap();

@@ -19,10 +19,10 @@ const UNBOUNDED: usize = 512;
 /// Tokens of a word, between those of English and of other languages.
 const WORD: f64 = 1.5;
 
-/// What a generator is made of.
+/// A generator's specification.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Generate {
-    /// What to write about each text.
+    /// The text to write about each input.
     pub instruction: String,
     /// Texts with what is to be written about them.
     pub examples: Vec<Example>,
@@ -99,7 +99,7 @@ impl Kind for Prepared {
         let most = self.task.max_output_tokens.map_or(usize::MAX, |n| n as usize);
         let planned = match self.task.max_words {
             Some(words) => (words as f64 * WORD) as usize,
-            // How long a text gets without being told depends on what it is about.
+            // The length of a text without a limit depends on its input.
             None => (input / 2).clamp(SHORT, UNBOUNDED),
         };
         let planned = planned.min(most) + self.frame;

@@ -1,4 +1,4 @@
-//! What a kind of task gives: its columns, how it is asked, how an answer is read.
+//! The interface of a kind of task: its columns, its words to the model, the reading of an answer.
 
 use std::fmt;
 
@@ -17,7 +17,7 @@ use crate::trouble;
 pub struct Column {
     /// Its name: a field's, or that of the only value.
     pub name: String,
-    /// What its values are.
+    /// The type of its values.
     pub of: Type,
     /// A value is a list of these.
     pub is_array: bool,
@@ -45,7 +45,7 @@ pub struct Answer(pub Vec<Option<String>>);
 pub struct Unfit {
     /// `unknown_code`, `bad_value`
     pub class: &'static str,
-    /// What it should have been, for the model that is asked again: nothing of what it wrote.
+    /// The value that was wanted, for the model that is asked again: nothing of what it wrote.
     pub wanted: String,
     /// In words, for the user.
     pub detail: String,
@@ -71,7 +71,7 @@ impl Unfit {
     }
 }
 
-/// How much longer than planned an answer of known length may be, in other words or another layout, and be waited for.
+/// The factor by which an answer of known length may be longer than planned, in other words or another layout.
 pub(super) const LONGEST: usize = 4;
 
 /// Tokens of one row's answer, with its number and the signs around it.
@@ -89,9 +89,9 @@ pub trait Kind: fmt::Debug + Send + Sync {
     fn names(&self) -> Vec<&str> {
         Vec::new()
     }
-    /// What the model is told first: the instruction, what answers mean, examples.
+    /// The first part of the system message: the instruction, the meaning of answers, examples.
     fn head(&self) -> String;
-    /// What is asked for: "Answer with … for every number, in JSON on one line …".
+    /// The sentence that asks: "Answer with … for every number, in JSON on one line …".
     fn asks_for(&self) -> String;
     /// Two answers in JSON, as examples of the form.
     fn samples(&self) -> [String; 2];
@@ -111,7 +111,7 @@ pub trait Kind: fmt::Debug + Send + Sync {
     /// Reads one row's answer, as [`Self::samples`] writes it.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// The reason why the value is not an answer.
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit>;
     /// The codes, if an answer is one of them: then answers of other forms can be read too.
     fn legend(&self) -> Option<&Legend> {

@@ -1,4 +1,4 @@
-//! What to ask: a task of one of several kinds.
+//! Tasks of several kinds.
 //!
 //! A kind is one file, or one folder, here. It says what the model is told, the JSON form of one row's answer, how many tokens an answer
 //! takes, and how it is read and checked. Nothing else knows kinds.
@@ -35,9 +35,9 @@ pub const MAX_SPEC_BYTES: usize = 256 << 10;
 /// A task: what to ask, and how.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Task {
-    /// What an answer is.
+    /// The specification of an answer.
     pub spec: Spec,
-    /// How to ask.
+    /// The options for asking.
     pub options: Options,
 }
 
@@ -64,7 +64,7 @@ pub enum Spec {
     Embed(Embed),
 }
 
-/// What a kind's file gives, beside [`Kind`].
+/// The entry points of a kind's file, beside [`Kind`].
 struct Known {
     name: &'static str,
     /// Members of the specification that a user writes among the options.
@@ -157,12 +157,12 @@ impl Spec {
         }
     }
 
-    /// What vectors are asked for, if an answer is one.
+    /// The embedder, if an answer is a vector.
     pub fn embeds(&self) -> Option<&Embed> {
         if let Self::Embed(task) = self { Some(task) } else { None }
     }
 
-    /// Whether the values of an answer have names, even if there is one alone.
+    /// Returns true if the values of an answer have names, even if there is only one.
     pub fn has_names(&self) -> bool {
         matches!(self, Self::Extract(_))
     }

@@ -8,10 +8,10 @@ use super::kind::{Answer, Example, Kind, LONGEST, Span, Unfit, examples, only, s
 use super::value::Type;
 use crate::{CountTokens, Error, prompt};
 
-/// What a scorer is made of.
+/// A scorer's specification.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Score {
-    /// What the number says of a text.
+    /// The meaning of the number.
     pub instruction: String,
     /// The lowest score.
     pub low: Number,

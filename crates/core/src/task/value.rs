@@ -80,7 +80,7 @@ impl Type {
         matches!(self, Self::Integer | Self::Bigint | Self::Numeric | Self::Real | Self::Boolean | Self::Jsonb)
     }
 
-    /// What a model is told to write.
+    /// The words for a value in the system message.
     pub fn told(self) -> &'static str {
         match self {
             Self::Text => "a text",
@@ -94,7 +94,7 @@ impl Type {
         }
     }
 
-    /// What a value must be, for who wrote another one.
+    /// The words for a value to a model that wrote another one.
     pub fn wanted(self) -> String {
         match self {
             Self::Date | Self::Timestamptz => format!("{} as {}", self.told(), self.form().trim_matches('"')),
@@ -145,7 +145,7 @@ impl Type {
     /// number and no truth value that is written as a string.
     ///
     /// # Errors
-    /// What it should have been.
+    /// The value that was wanted.
     pub fn read(self, json: &str, zone: Option<&str>, is_strict: bool) -> Result<String, String> {
         let string = || serde_json::from_str::<String>(json).ok();
         let bare = || match string() {
@@ -172,7 +172,7 @@ impl Type {
     }
 }
 
-/// Whether a text is the one that examples have in the place of a text.
+/// Returns true if a text is the one that stands for a text in examples.
 pub fn is_form(text: &str) -> bool {
     text.trim() == Type::Text.form().trim_matches('"')
 }
@@ -184,7 +184,7 @@ pub fn cleaned(text: &str) -> String {
     inner.replace("\r\n", "\n").chars().filter(|c| !c.is_control() || matches!(c, '\t' | '\n')).collect()
 }
 
-/// What stands in a fence that is around all of a text.
+/// The inside of a fence that is around all of a text.
 fn fenced(text: &str) -> Option<&str> {
     let inner = text.trim().strip_prefix("```")?.strip_suffix("```")?;
     let (language, inner) = inner.split_once('\n')?;

@@ -15,7 +15,7 @@ const MOST_DEPTH: usize = 16;
 /// Most values of a list that says something of a row.
 const MOST_VALUES: usize = 4;
 
-/// What was found beside the claims.
+/// The result of a reading, beside the claims.
 #[derive(Default)]
 pub(super) struct Found {
     /// Parts of the text that are JSON, in order: whatever they quote is nobody's answer.
@@ -68,7 +68,7 @@ impl Leaf<'_> {
     }
 }
 
-/// What an object or a list says as a whole.
+/// A summary of an object or a list.
 #[derive(Debug, Default)]
 struct Summary {
     /// Numbers and labels among its values.
@@ -225,7 +225,7 @@ impl<'a> Reader<'a, '_, '_> {
             self.too_deep -= 1;
             return;
         }
-        // What is open within, and is not closed, ends here too.
+        // This also ends all that is still open within.
         if !self.stack.iter().any(|f| f.close == c) {
             return;
         }
@@ -251,7 +251,7 @@ impl<'a> Reader<'a, '_, '_> {
         }
     }
 
-    /// What comes is a value: after the end of a line it may be the next one without a comma.
+    /// Begins a value. After the end of a line it may be the next value, without a comma before it.
     fn begin_value(&mut self) {
         if self.stack.last().is_some_and(|f| f.is_past_line) {
             self.end_member();
@@ -505,7 +505,7 @@ fn inner(frame: &mut Frame, claims: &mut Claims, key: &Leaf, sum: Summary) {
     }
 }
 
-/// What an inner one says is said by the outer one too.
+/// Adds the summary of an inner object or list to the outer one.
 fn merge(frame: &mut Frame, claims: &mut Claims, sum: Summary) {
     if let Some((row, label)) = sum.pair {
         claims.claim(row, Reading::Member, Verdict::Label(label));

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use super::{Claims, Reading, Verdict, WRAPPERS, around_number, is_name};
 
-/// How a line was written: whether it has a bullet, what is between number and label.
+/// The layout of a line: it has a bullet; the sign between number and label.
 type Way = (bool, char);
 
 /// Signs between a number and its label.
@@ -127,7 +127,7 @@ fn head(line: &str) -> Option<(u16, Way, &str)> {
         return None;
     }
     let has_bullet = bare.starts_with(BULLETS) && !bare.starts_with("**");
-    // What closes what was opened before the number, then a sign.
+    // First the signs that close what was opened before the number, then the sign between.
     let rest = after.trim_start_matches(WRAPPERS);
     let has_space = after.starts_with(char::is_whitespace) || after.len() > rest.len();
     let sign = rest.chars().next().filter(|c| BETWEEN.contains(c));

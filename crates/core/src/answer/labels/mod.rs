@@ -11,7 +11,7 @@ use std::collections::{HashMap, HashSet};
 use super::{is_of_another, number};
 use crate::codes::Legend;
 
-/// What an answer says about one row.
+/// The verdict on one row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Verdict {
     /// The index of the row's label.
@@ -48,7 +48,7 @@ pub(super) fn read(text: &str, ids: &[u16], legend: &Legend) -> Option<Vec<Verdi
     (!is_of_another(named, claims.others.len())).then_some(verdicts)
 }
 
-/// How a claim was written, the strictest first.
+/// The layout of a claim, the strictest first.
 #[derive(Debug, Clone, Copy)]
 enum Reading {
     /// As it was asked for: a number is the key of a code, or before it in one string, or `i` and `c`.
@@ -63,7 +63,7 @@ enum Reading {
 
 const READINGS: usize = 4;
 
-/// What the readings say of a row.
+/// The claims on one row, by reading.
 #[derive(Debug, Clone)]
 struct Row {
     of: [Verdict; READINGS],
@@ -84,7 +84,7 @@ impl Row {
     }
 }
 
-/// What was asked, and what is claimed of it.
+/// The rows that were asked, and the claims on them.
 struct Claims<'a> {
     index: HashMap<u16, usize>,
     legend: &'a Legend,
@@ -148,7 +148,7 @@ impl Claims<'_> {
     }
 }
 
-/// What may stand around a number or a label.
+/// Signs that may stand around a number or a label.
 const WRAPPERS: [char; 18] = [
     ' ', '\t', '*', '_', '`', '"', '\'', '<', '>', '[', ']', '\u{201c}', '\u{201d}', '\u{2018}', '\u{2019}', '\u{ab}',
     '\u{bb}', '#',
@@ -164,7 +164,7 @@ fn around_number(text: &str) -> Option<(&str, u16, &str)> {
     stands_alone.then(|| number(digits)).flatten().map(|id| (before, id, after))
 }
 
-/// Whether a text says no more than that a number of a row follows.
+/// Returns true if a text only announces the number of a row.
 fn is_name(text: &str) -> bool {
     let word = text.trim_end_matches([':', '=', '.']).trim_matches(WRAPPERS);
     let word = word.trim_end_matches([':', '=', '.', '#']).trim_matches(WRAPPERS);

@@ -1,4 +1,4 @@
-//! What is read of answers, by kinds and by properties.
+//! Readings of answers, by kind and by property.
 
 use super::Verdict::{Contradicted, Label, Missing, UnknownCode};
 use super::*;
@@ -6,7 +6,7 @@ use crate::options::Codes;
 use crate::{prompt, task, thinking};
 use proptest::prelude::*;
 
-/// Of what answers another request nothing is said.
+/// Reads an answer; one to another request says nothing of any row.
 fn read(text: &str, ids: &[u16], legend: &Legend) -> Vec<Verdict> {
     super::read(&thinking::spoken(text), ids, legend).unwrap_or_else(|| vec![Missing; ids.len()])
 }
@@ -93,7 +93,7 @@ fn an_answer_to_another_request_is_none() {
     // Nothing of it is ours.
     assert!(is_none(r#"{"200":"bug"}"#, &[417]) && is_none("200: bug", &[417, 902]));
     assert!(!is_none("I can't say.", &[417]) && !is_none(r#"{"417":"none of them"}"#, &[417]));
-    // What is invented beside right ones, numbers in prose and numbers of other lengths say nothing.
+    // Invented rows beside right ones, numbers in prose and numbers of other lengths say nothing.
     check(
         r#"{"417":"billing","902":"bug","118":"3","200":"bug","201":"bug","202":"bug"}"#,
         [Label(0), Label(1), Label(2)],
@@ -145,7 +145,7 @@ proptest! {
         prop_assert_eq!(super::read(&text, &ids, &legend), whole);
     }
 
-    /// What is written in any shape is read back, and a cut at any byte loses rows but never changes one.
+    /// An answer in any shape is read back; a cut at any byte loses rows but never changes one.
     #[test]
     fn a_cut_never_changes_an_answer(codes in proptest::collection::vec(0usize..4, 1..40), cut in 0usize..2000, shape in 0usize..3) {
         let shape = SHAPES[shape];
