@@ -9,8 +9,8 @@ use llm_batch_core::task::Answer;
 /// Bytes of an entry, with what the table around it takes.
 const ENTRY: usize = 60;
 
-/// What stands for a text under the settings it is asked with. 128 bits of hashes whose keys nobody knows: that two
-/// texts share one is as likely as a broken disk, and cannot be brought about.
+/// Identifies a text under the settings it is asked with. 128 bits of hashes whose keys nobody knows: a collision is as
+/// likely as a broken disk, and cannot be brought about.
 pub type TextKey = u128;
 
 /// Makes keys of texts.

@@ -19,11 +19,11 @@ use tower_service::Service;
 
 use crate::resolver::Resolver;
 
-/// How long connecting may take with TLS, once there is a place.
+/// Time that connecting may take with TLS, once there is a place.
 const WHOLE_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long a new connection is left to the request that it was made for.
+/// Time for which a new connection is left to the request that it was made for.
 const GRACE: Duration = Duration::from_secs(1);
-/// How often one that waits for a place looks for a connection that has no request.
+/// Interval at which a request that waits for a place looks for a connection without a request.
 const LOOK: Duration = Duration::from_millis(100);
 /// Most bytes that are read of a connection before others have their turn: of the beginning of an answer, and twice as many
 /// each time, up to the second. hyper takes interim answers (1xx) apart for as long as some arrive, and only when others
@@ -36,7 +36,7 @@ pub const SMALL_ANSWER: usize = 4 << 10;
 pub const MAX_HEAD: usize = 16 << 10;
 
 tokio::task_local! {
-    /// Whether the request at hand waits for a place.
+    /// True while the request at hand waits for a place.
     pub static WAITS: Arc<AtomicBool>;
 }
 
@@ -124,7 +124,7 @@ impl Places {
     }
 }
 
-/// Whether a connection has a request.
+/// Tells whether a connection has a request.
 pub struct Use(Mutex<State>, Arc<Reading>, Arc<AtomicBool>);
 
 #[derive(Default)]

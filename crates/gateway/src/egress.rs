@@ -21,17 +21,17 @@ use crate::resolver::{Lookup, Reach, Resolver, System};
 
 /// Endpoints whose connections are kept. The one that was used longest ago gives way.
 const MOST_POOLS: usize = 64;
-/// How long connecting may take, TLS apart.
+/// Time that connecting may take, without TLS.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long a connection without a request is kept.
+/// Time for which a connection without a request is kept.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
-/// How often the other side of a silent connection is asked whether it is there, and how long it may stay silent.
+/// Interval of keep-alive probes on a silent connection, and the time for which it may stay silent.
 const KEEPALIVE: (Duration, Duration) = (Duration::from_secs(15), Duration::from_secs(30));
 
 /// An HTTP client with connections of its own. It follows no redirects and uses no proxy.
 pub type HttpClient = Client<Connector, Full<Bytes>>;
 
-/// How certificates are verified where a server names no `ca_file`: as the operating system does.
+/// Verifies certificates as the operating system does, for servers without a `ca_file`.
 ///
 /// # Errors
 /// If its certificates can't be read.

@@ -30,10 +30,10 @@ pub fn read(path: &str, most: u64) -> Result<Vec<u8>, String> {
     Ok(bytes)
 }
 
-/// Whether a file can be used as `ca_file`.
+/// Checks that a file can be used as `ca_file`.
 ///
 /// # Errors
-/// If not, why.
+/// The reason why it cannot.
 pub fn check_ca(path: &str) -> Result<(), String> {
     roots(&read_ca(path)?).map(drop)
 }

@@ -1,4 +1,4 @@
-//! What is written to a client, as long as the client reads it.
+//! Frames that wait to be written to a client, bounded in case it does not read them.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -11,7 +11,7 @@ use crate::protocol::MAX_FRAME;
 /// Bytes that wait for a client to read them, above which it is let go: two frames of the largest size.
 const MOST_UNREAD: usize = 2 * MAX_FRAME;
 
-/// What is to be written to a client.
+/// Frames that wait to be written to a client.
 pub struct Frames {
     queue: UnboundedSender<Vec<u8>>,
     unread: Rc<Cell<usize>>,

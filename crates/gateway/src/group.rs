@@ -51,7 +51,7 @@ pub struct Group {
     pub coming: usize,
     /// Requests under way.
     pub in_flight: usize,
-    /// What it may still spend, if that is bounded.
+    /// The rest of its budget, if it has one.
     pub purse: Option<Purse>,
     /// Rows sent, divided by priority: the group with the least goes next.
     pub served: f64,
@@ -103,7 +103,7 @@ impl Ruler {
     }
 }
 
-/// What a group has to send.
+/// The next rows that a group has to send.
 pub enum Next {
     Rows(Vec<Row>),
     /// Nothing before this time (ms).
@@ -111,7 +111,7 @@ pub enum Next {
     Empty,
 }
 
-/// What became of a row that was handed in.
+/// The result of handing in a row.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Pushed {
     Queued,
@@ -173,7 +173,7 @@ impl Group {
         Some((1 << at, self.members.get(at)?))
     }
 
-    /// How many rows go into a request of a lane.
+    /// The number of rows that go into a request of a lane.
     pub fn size(&mut self, lane: &LaneKey) -> Option<&mut Size> {
         self.members.iter_mut().find(|member| member.lane == *lane).map(|member| &mut member.size)
     }
@@ -256,7 +256,7 @@ impl Group {
         self.retry.push_front(row);
     }
 
-    /// What rows were charged was not their fault.
+    /// The attempts of its rows were not their fault.
     pub fn forgive(&mut self) {
         let most = self.stream.task.options.max_rows_per_request as usize;
         let held = self.held.iter_mut().map(|(row, _)| row);
@@ -272,7 +272,7 @@ impl Group {
         self.waiters.get(&row.key).map_or(&[], Vec::as_slice)
     }
 
-    /// Who pays for each of these rows.
+    /// The client that pays for each of these rows.
     pub fn payers(&self, rows: &[Row]) -> Vec<u64> {
         rows.iter().filter_map(|row| self.waiters(row).first()).map(|w| w.conn).collect()
     }
@@ -331,7 +331,7 @@ impl Group {
         let most_texts = member.stream.embeddings().map(|(embed, e)| embed.most_rows().min(e.most_texts()));
         let most = most.min(most_texts.unwrap_or(most));
         let takes_fresh = turn_of.takes(0);
-        // Whether a model answers at all, rows tell best that were not asked before.
+        // A row that was not asked before is the best test of whether a model answers at all.
         let fresh_first = takes_fresh && way != Way::AsEver && self.fresh.len() > 0;
         let retry_at = self.retry.iter().filter(|r| turn_of.takes(r.failed)).map(|r| r.not_before).min();
         let retry_ready = retry_at.is_some_and(|at| at <= now);
@@ -378,7 +378,7 @@ impl Group {
         Next::Rows(rows)
     }
 
-    /// How many of these rows fit into a request of so many tokens, by our count.
+    /// The number of these rows that fit into a request of so many tokens, by our count.
     pub fn fit(&self, rows: &[Row], tokens: usize) -> usize {
         let bounds = Bounds { rows: rows.len(), tokens, fixed: self.prefix_tokens + self.answer_frame };
         pack::fit(bounds, rows.iter().map(Row::size))

@@ -35,7 +35,7 @@ impl Groups {
 
     /// Puts the groups of a lane into the order in which they are served: sessions first, then by how much they were served.
     pub fn order(&self, lane: &mut Lane) {
-        // Of numbers that are not negative the bits have the same order.
+        // The bits of numbers that are not negative have the same order as the numbers.
         let rank = |g: &Group| (Reverse(g.stream.interactive), g.served.to_bits());
         lane.groups.sort_by_cached_key(|id| self.get(*id).map(rank));
     }

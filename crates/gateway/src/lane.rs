@@ -29,7 +29,7 @@ const GROWTH: u64 = 4;
 /// So many answers say how long they take; and what is added (ms) to twice the longest.
 const ENOUGH_TIMES: u32 = 8;
 const SPARE_TIME: u64 = 1_000;
-/// How long (ms) requests are kept as small as a refusal said.
+/// Time (ms) for which requests are kept as small as a refusal said.
 const SMALLER_FOR: u64 = 60_000;
 /// Rows that are refused alone as larger than a limit, while nothing is served, until it is not the rows; and as many
 /// requests of several rows, until single rows are tried.
@@ -99,7 +99,7 @@ impl Learned {
     }
 }
 
-/// How a server's tokens and answers relate to what we count and expect.
+/// The relation of a server's tokens and answers to what we count and expect.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Measured {
     /// Tokens of prompts as it counts them, for each that we count.
@@ -172,7 +172,7 @@ pub struct Lane {
     over_limit: (usize, Vec<TextKey>),
     /// The groups whose rows it takes, in the order in which they were served last.
     pub groups: Vec<GroupId>,
-    /// How much the group that went last had been served, among jobs and among sessions.
+    /// The served rows of the group that went last, among jobs and among sessions.
     pub level: [f64; 2],
     pub learned: Learned,
     pub measured: Measured,
@@ -193,7 +193,7 @@ pub struct Lane {
     pub refused_at: u64,
     /// Since when (ms) requests without rows are answered, and none with rows.
     pub vouched: Option<u64>,
-    /// How many answers took how long (ms) at the most, of late.
+    /// The number of answers, and the longest time (ms) that one took of late.
     slowest: (u32, u64),
     /// When (ms) a request was last answered with a 2xx.
     pub last_success: Option<u64>,
@@ -279,7 +279,7 @@ impl Lane {
     }
 
     /// A request of several rows was refused as larger than a limit. If it may be as it is said, further ones are smaller.
-    /// Whether it may well be that not even one row is small enough.
+    /// Returns true if it is likely that not even one row is small enough.
     pub fn refuses_as_over_limit(&mut self, now: u64, message: &str) -> bool {
         if let Some((limit, requested)) = headers::limit_in(message)
             && requested > limit
@@ -291,8 +291,8 @@ impl Lane {
         self.over_limit.0 > MOST_OVER_LIMIT
     }
 
-    /// Whether a row that was refused alone as larger than a limit, in a request of up to so many tokens, is so by all that
-    /// was served.
+    /// Returns true if a row that was refused alone as larger than a limit, in a request of up to `size` tokens, is
+    /// larger by all that was served.
     pub fn is_over_limit(&self, message: &str, size: u64) -> bool {
         let stated = self.stated.limits().tokens_per_minute;
         let said = headers::limit_in(message).map(|(limit, _)| limit);
@@ -315,7 +315,7 @@ impl Lane {
         self.largest_served == 0
     }
 
-    /// Whether a limit of tokens, or a context, does not contradict what was served.
+    /// Returns true if a limit of tokens, or a context, does not contradict what was served.
     fn may_be_limit(&self, tokens: u64) -> bool {
         self.largest_served > 0 && tokens >= self.largest_served
     }

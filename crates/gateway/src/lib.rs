@@ -38,13 +38,13 @@ use std::sync::mpsc;
 
 use tokio::sync::watch;
 
-/// Whether the HTTP client can read an URL that core's `url::parse` accepts: it refuses names that begin like
+/// Returns true if the HTTP client can read an URL that core's `url::parse` accepts: it refuses names that begin like
 /// international ones (`xn--`) and are none.
 pub fn is_readable(url: &str) -> bool {
     url::Url::parse(url).is_ok_and(|url| url.as_str().parse::<hyper::Uri>().is_ok())
 }
 
-/// What may change while the gateway runs.
+/// Settings that may change while the gateway runs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
     /// Off: nothing is sent, and streams are told to stop.
@@ -100,12 +100,12 @@ impl Gateway {
         }
     }
 
-    /// What is to outlive it.
+    /// The state that is to outlive it.
     pub fn kept(&self) -> Kept {
         self.kept.clone()
     }
 
-    /// Whether its thread has ended, which it does by itself only when something is broken.
+    /// Returns true if its thread has ended, which it does by itself only when something is broken.
     pub fn is_finished(&self) -> bool {
         self.thread.as_ref().is_none_or(std::thread::JoinHandle::is_finished)
     }

@@ -1,5 +1,5 @@
-//! How many there may be of what takes a file. A process has a limit of open files, and one that has reached it serves
-//! nobody: it takes no client, reaches no provider and finds no name.
+//! Bounds on what takes a file. A process has a limit of open files, and one that has reached it serves nobody: it
+//! takes no client, reaches no provider and finds no name.
 
 /// The most files in use, however high the limit is.
 const MOST_FILES: u64 = 16_384;
@@ -11,7 +11,7 @@ const OWN_FILES: usize = 32;
 pub struct Places {
     /// Streams of sessions, each on a connection of its own.
     pub sessions: usize,
-    /// Of these, most of one role.
+    /// Most of them for one role.
     pub of_a_role: usize,
     /// Clients beyond: jobs, and who asks for the activity.
     pub others: usize,
@@ -52,7 +52,7 @@ mod tests {
             assert!(all as u64 <= files / 5 * 4 + 4, "{files}: {p:?}");
             assert!(p.requests <= p.connections && p.of_a_role <= p.sessions);
         }
-        // Where there is no room at all a little is tried.
+        // If there is no room at all a few are tried.
         assert_eq!(Places::within(0).requests, 1);
     }
 }

@@ -43,7 +43,7 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// Where requests go.
+/// The target of requests.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Endpoint {
     /// Which wire it speaks.
@@ -53,7 +53,7 @@ pub struct Endpoint {
     pub api_version: Option<String>,
     /// Such as `https://api.openai.com/v1`; the dialect adds what follows.
     pub base_url: String,
-    /// Whether a superuser owns the server, so that requests may go to any address. Otherwise names of this machine and of
+    /// A superuser owns the server, so that requests may go to any address. Otherwise names of this machine and of
     /// metadata services lead nowhere.
     pub is_trusted: bool,
     /// `http://` may lead to private addresses, not to this machine alone.
@@ -65,7 +65,7 @@ pub struct Endpoint {
     pub account: Option<String>,
     /// The key, if the endpoint wants one.
     pub api_key: Option<Secret>,
-    /// What it counts against its limit of tokens.
+    /// The tokens that it counts against its limit.
     pub counts: Counts,
 }
 
@@ -84,7 +84,7 @@ pub struct Model {
     pub output_tokens_per_minute: Option<u64>,
     /// Most requests at the same time.
     pub max_concurrent_requests: Option<u32>,
-    /// How long one request may take, ms.
+    /// Time that one request may take, ms.
     pub request_timeout_ms: u64,
     /// Most tokens of one request, prompt and answer together.
     pub max_request_tokens: u64,
@@ -106,7 +106,7 @@ impl Model {
 /// A further model of a stream, and where it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Alternative {
-    /// Where to.
+    /// Its endpoint.
     pub endpoint: Endpoint,
     /// Which model.
     pub model: Model,
@@ -135,7 +135,7 @@ pub struct Stream {
     pub role: u32,
     /// Someone waits for the answer: goes before all jobs.
     pub interactive: bool,
-    /// Where to.
+    /// The first model's endpoint.
     pub endpoint: Endpoint,
     /// Which model.
     pub model: Model,
@@ -146,7 +146,7 @@ pub struct Stream {
     /// Which of them takes rows.
     #[serde(default)]
     pub policy: Policy,
-    /// What to ask.
+    /// The task to ask.
     pub task: Task,
     /// With prices, nothing is sent beyond what `Allow` has granted since the stream was opened, and its rows share
     /// requests with nobody's; without, the stream spends what it takes.
@@ -167,7 +167,7 @@ impl Stream {
         std::iter::once(first).chain(self.others.iter().cloned()).map(alone).collect()
     }
 
-    /// Where vectors are asked for: what of, and how.
+    /// The embedder and the dialect's embeddings, if vectors are asked for.
     pub(crate) fn embeddings(&self) -> Option<(&Embed, &'static dyn Embeddings)> {
         Some((self.task.spec.embeds()?, self.endpoint.api.dialect().embeddings()?))
     }
@@ -180,7 +180,7 @@ impl Stream {
     }
 }
 
-/// What a token costs, in picodollars (10^-12 $; a price of $1 per million tokens is 1,000,000 of them).
+/// The price of a token, in picodollars (10^-12 $; a price of $1 per million tokens is 1,000,000 of them).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Prices {
     /// A token of a prompt that the provider had not cached.
@@ -189,7 +189,7 @@ pub struct Prices {
     pub output: u64,
 }
 
-/// What a stream with a budget may spend, or what a request may take at the worst.
+/// An amount that a stream with a budget may spend, or that a request may take at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Allowance {
     /// Picodollars; `u64::MAX` is no limit.
@@ -219,11 +219,11 @@ pub struct Item {
 pub struct Again {
     /// Its answers so far.
     pub attempts: u32,
-    /// What its answer must be, for the model: nothing of what a model wrote, since other rows share the request.
+    /// The value that is wanted, for the model: nothing of what a model wrote, since other rows share the request.
     pub hint: String,
 }
 
-/// What a client says.
+/// A message of a client.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToGateway {
@@ -246,7 +246,7 @@ pub enum ToGateway {
     Activity,
 }
 
-/// What became of a row.
+/// The fate of a row.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
@@ -275,7 +275,7 @@ pub enum Verdict {
 pub struct Outcome {
     /// The client's own number of the row.
     pub n: u64,
-    /// What became of it.
+    /// Its fate.
     pub verdict: Verdict,
     /// Completed requests that contained it.
     pub attempts: u32,
@@ -283,7 +283,7 @@ pub struct Outcome {
     pub reused: bool,
 }
 
-/// What was spent on a stream since the last frame that said so.
+/// The spending of a stream since the last frame that reported it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Spent {
     /// Requests that were answered with a 2xx.
@@ -298,7 +298,7 @@ pub struct Spent {
     pub unconfirmed_input_tokens: u64,
     /// Tokens of answers of such requests, at the worst.
     pub unconfirmed_output_tokens: u64,
-    /// How long rows were with the provider in requests that were answered, ms, of all rows together.
+    /// Time that rows were with the provider in requests that were answered, ms, summed over all rows.
     pub row_ms: u64,
 }
 
@@ -307,7 +307,7 @@ impl Spent {
     pub fn add(&mut self, more: &Self) {
         self.requests += more.requests;
         self.input_tokens += more.input_tokens;
-        // What can't be more than all of it must not make a cost negative.
+        // A cached part that is larger than the whole must not make a cost negative.
         self.cached_input_tokens += more.cached_input_tokens.min(more.input_tokens);
         self.output_tokens += more.output_tokens;
         self.unconfirmed_input_tokens += more.unconfirmed_input_tokens;
@@ -335,7 +335,7 @@ pub enum Full {
     Role(usize),
     /// So many clients are.
     Gateway(usize),
-    /// What they ask takes this memory, bytes.
+    /// Their tasks take this memory, bytes.
     Memory(usize),
 }
 
@@ -382,7 +382,7 @@ pub struct Activity {
     pub latency_ms: Option<u64>,
     /// Rows that were answered without being sent, since the gateway started.
     pub rows_reused: u64,
-    /// Whether requests are sent, or the endpoint is left alone because it does not answer.
+    /// Tells whether requests are sent, or the endpoint is left alone because it does not answer.
     pub breaker: breaker::State,
     /// Nothing is sent for so many ms more, because the provider said so or is in trouble.
     pub waiting_ms: Option<u64>,
@@ -394,11 +394,11 @@ pub struct Activity {
     pub throttled: u64,
     /// Requests that went wrong otherwise.
     pub errors: u64,
-    /// What went wrong last.
+    /// The last error.
     pub last_error: Option<Words>,
 }
 
-/// What went wrong, and whose request it was.
+/// An error, and the role whose request it was.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Words {
     /// The role's oid.
@@ -414,7 +414,7 @@ impl Words {
     }
 }
 
-/// What rows would take.
+/// An estimate of rows that are not sent.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Estimate {
     /// Rows that would be sent: not too long, and not the same as one before where the task reuses answers.
@@ -429,7 +429,7 @@ pub struct Estimate {
     pub example: Option<String>,
 }
 
-/// What the gateway says.
+/// A message of the gateway.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromGateway {
@@ -440,19 +440,19 @@ pub enum FromGateway {
         model: usize,
         /// The rows; may be none.
         outcomes: Vec<Outcome>,
-        /// What was spent.
+        /// The spending since the last such message.
         spent: Spent,
     },
     /// The stream can't go on. Rows not sent have been withdrawn, rows under way are still answered.
     Stopped(Stop),
     /// The stream was not opened, and the connection is closed.
     Full(Full),
-    /// What is left of the allowance does not suffice for the smallest next request, and nothing is under way that
-    /// could give some back. More is needed with `Allow`, or `Withdraw`.
+    /// The rest of the allowance does not suffice for the smallest next request, and nothing is under way that could
+    /// give some back. The client answers with `Allow` or `Withdraw`.
     Exhausted {
-        /// What the next request may take with a single row.
+        /// Most that the next request may take with a single row.
         least: Allowance,
-        /// What a full request may take.
+        /// Most that a full request may take.
         full: Allowance,
     },
     /// The answer to `Estimate`.

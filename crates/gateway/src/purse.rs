@@ -20,7 +20,7 @@ pub struct Purse {
     is_last: bool,
 }
 
-/// Whether a request can be paid.
+/// An answer to the question whether a request can be paid for.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Pays {
     Yes,
@@ -56,8 +56,8 @@ impl Purse {
         i128::from(worst.cost) <= self.cost_left && i128::from(worst.tokens) <= self.tokens_left
     }
 
-    /// Whether a request can be paid that takes `full` at the worst, and with a single row `least`, while others of the
-    /// stream are under way or not.
+    /// Decides whether a request can be paid for. `full`: most tokens that it takes; `least`: the same with a single
+    /// row; `is_idle`: nothing else of the stream is under way.
     pub fn pays(&mut self, full: Tokens, least: Tokens, is_idle: bool) -> Pays {
         if self.covers(full) {
             Pays::Yes

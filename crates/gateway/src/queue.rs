@@ -5,10 +5,10 @@ use std::collections::{HashMap, VecDeque};
 use crate::cache::TextKey;
 use crate::row::Row;
 
-/// How long rows wait for company while their task has a request under way, ms: as long as others keep coming, but not
-/// longer than the second time.
+/// Time that rows wait for company while their task has a request under way, ms: as long as others keep coming, and the
+/// second time at most.
 const GATHER: (u64, u64) = (20, 80);
-/// How long rows wait for the rest of their message, ms: it is taken in by parts.
+/// Time that rows wait for the rest of their message, ms: it is taken in by parts.
 const COMING: u64 = 1_000;
 /// So many compartments of a client are looked at for one that may be sent: those behind have not waited longer.
 const LOOKED_AT: usize = 32;

@@ -14,7 +14,7 @@ pub struct Member {
     pub stream: Rc<Stream>,
     /// Its place among the stream's models.
     pub place: usize,
-    /// How many rows go into a request.
+    /// The number of rows that go into a request.
     pub size: Size,
     /// It has stopped, and other members take the rows.
     pub stopped: Option<Stopped>,
@@ -62,7 +62,7 @@ impl Turn {
     /// The only member's.
     pub const ALONE: Self = Self { own: 1, open: 1, policy: Policy::Failover };
 
-    /// Whether it takes a row that these members could not answer. Once nobody else is left it may try again.
+    /// Returns true if it takes a row that these members could not answer. Once nobody else is left it may try again.
     pub fn takes(self, failed: u32) -> bool {
         let fresh = self.open & !failed;
         let left = if fresh == 0 { self.open } else { fresh };

@@ -31,13 +31,13 @@ pub struct Row {
     pub paid: u32,
     /// Points of trouble that were not the row's fault; see `State::row_in_trouble`.
     pub trouble: u32,
-    /// How often it was refused alone as larger than a limit of the account.
+    /// Number of times it was refused alone as larger than a limit of the account.
     pub over_limit: u32,
     /// Most rows of its next request.
     pub most_rows: usize,
     /// Answers that were cut off before they came to it, for which it was not charged.
     pub cut: u32,
-    /// What its answer should have been, if it was something else.
+    /// The value that was wanted, if its last answer was another.
     pub wanted: Option<String>,
     /// The largest cap of its answer that is not known to be refused where it was alone, tokens.
     pub most_answer: u64,
@@ -113,7 +113,7 @@ impl Row {
         (self.wanted, self.refused_in) = (None, None);
     }
 
-    /// What it was charged was not its fault.
+    /// Its attempts were not its fault.
     pub fn forgive(&mut self, most_rows: usize) {
         if self.attempts > 0 && self.refused_in.is_none() {
             (self.attempts, self.most_rows) = (0, most_rows);

@@ -22,10 +22,10 @@ use crate::places::Places;
 use crate::protocol::{Endpoint, FromGateway, Item, Stream, ToGateway, decode, encode};
 use crate::request::{self, Answered, Question};
 
-/// How long a client may be silent in the midst of a message, and before the first.
+/// Time for which a client may be silent in the midst of a message, and before the first.
 const SILENCE: Duration = Duration::from_secs(30);
 
-/// How long a client to which the connection is closed has to read why.
+/// Time that a client has to read why its connection is closed.
 const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Rows, and bytes of text, that are taken in of one client before others have their turn.

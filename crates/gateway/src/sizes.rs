@@ -1,13 +1,13 @@
-//! How long the answers to a task are.
+//! The lengths of the answers to a task.
 
 use llm_batch_core::pack::Ratio;
 
-/// What a sum keeps with each further answer.
+/// The part of a sum that stays with each further answer.
 const RECENT: f64 = 0.99;
 /// Answers after which we know how long they are.
 pub const ENOUGH_ANSWERS: u32 = 3;
 
-/// How the answers to a task relate to what is planned for them.
+/// The relation of a task's answers to what is planned for them.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Sizes {
     /// Tokens of an answer for each that is planned, once one was seen that tells.
@@ -35,7 +35,7 @@ impl Sizes {
         self.answer().apply(1000) as f64 / 1000.0
     }
 
-    /// How answers relate to what is planned for them.
+    /// The relation of answers to what is planned for them.
     pub fn answer(&self) -> Ratio {
         self.answer.unwrap_or_default()
     }

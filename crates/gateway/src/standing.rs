@@ -17,11 +17,11 @@ const MOST_REFUSED: usize = 3;
 
 /// Requests in a row that are not answered, while those without rows are, until nothing is sent for a while.
 const MOST_UNANSWERED: u32 = 20;
-/// Of so many new requests the part is taken that were paid for in vain.
+/// The number of new requests over which the part is taken that was paid for in vain.
 const RECENT: f64 = 4.0;
 /// So many rows may all be such that there is no answer.
 const FEW_ROWS: usize = 4;
-/// How long (ms) that is at first, doubled each time, and at most.
+/// Time (ms) for which nothing is sent at first, doubled each time, and at most.
 const FIRST_PAUSE: u64 = 30_000;
 const LONGEST_PAUSE: u64 = 900_000;
 
@@ -31,7 +31,7 @@ pub struct Standing {
     pub patience: Patience,
     /// The record of answers in each form of `response_format`.
     pub forms: Forms,
-    /// How large its answers are.
+    /// The sizes of its answers.
     pub sizes: Sizes,
     /// The part of its new requests of late that may have been paid for, and of which no row was answered.
     in_vain: f64,
@@ -137,7 +137,7 @@ impl Standing {
 pub struct Standings(HashMap<TextKey, Standing>);
 
 impl Standings {
-    /// How large the answers to a task are, if it was ever asked.
+    /// The sizes of a task's answers, if it was ever asked.
     pub fn sizes(&self, scope: TextKey) -> Option<Sizes> {
         self.0.get(&scope).map(|standing| standing.sizes)
     }

@@ -14,7 +14,7 @@ use regex_automata::{Anchored, Input};
 
 /// All tokens, one after the other, in the order in which they are merged.
 static BYTES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/o200k.bytes"));
-/// Where each begins; four bytes each, as in the next one.
+/// The start of each token; four bytes each, as in the next one.
 static STARTS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/o200k.starts"));
 /// One more than the number of the token that has this place; 0: nobody has it.
 static PLACES: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/o200k.places"));
@@ -102,8 +102,8 @@ fn merged(piece: &[u8]) -> usize {
     count
 }
 
-/// Where the first piece ends, if it is what most are: a word of small letters, with what stands before it. What follows
-/// decides whether the word goes on, and is left to the pattern if it may.
+/// The end of the first piece, if it is what most are: a word of small letters, with what stands before it. The text
+/// behind it decides whether the word goes on; if it may, the pattern decides.
 fn word(text: &[u8]) -> Option<usize> {
     let before = usize::from(text.first().is_some_and(|c| c.is_ascii_punctuation() || *c == b' '));
     let letters = text.get(before..)?.iter().take_while(|c| c.is_ascii_lowercase()).count();
@@ -160,7 +160,7 @@ pub fn beginning(text: &str, most: usize) -> &str {
             high = text.floor_char_boundary(middle - 1);
         }
     }
-    // Where parts meet there may be a token more.
+    // A token more is possible where parts meet.
     while low > PART && quoted(part(0, low)) > most {
         low = text.floor_char_boundary(low - low / 64);
     }

@@ -1,4 +1,5 @@
-//! What models and servers answer, from a server that answers as it is told: what is read, and from how many requests.
+//! Forms of answers that models and servers give, from a server that answers as it is told: the labels read, and the
+//! requests made.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -180,7 +181,7 @@ fn an_answer_that_is_all_reasoning_is_none_and_says_how_to_turn_it_off() {
         });
         assert!(stop.message.contains("enable_thinking") && stop.message.contains("alter_model"), "{stop:?}");
         assert!(bodies.len() <= 20, "{}", bodies.len());
-        // Where others are answered, it is the row's detail that says so.
+        // If others are answered, the row's detail says it.
         let (got, _) = forty(&setup, move |_, rows| {
             if rows.len() > 1 {
                 let most = rows.iter().skip(1).cloned().collect();
@@ -199,7 +200,7 @@ fn an_answer_that_is_all_reasoning_is_none_and_says_how_to_turn_it_off() {
     }
 }
 
-/// What the types of `response_format` of these requests are, `-` for none.
+/// The types of `response_format` in these requests, `-` for none.
 fn forms(bodies: &[Value]) -> String {
     let of = |body: &Value| body["response_format"]["type"].as_str().unwrap_or("-").to_owned();
     bodies.iter().map(of).collect::<Vec<_>>().join(" ")

@@ -11,7 +11,7 @@ use llm_batch_gateway::protocol::*;
 use llm_fake_provider::{Config, FakeProvider, Fault, Stats};
 use support::*;
 
-/// What became of rows: either all are done with, or the stream was stopped and those that were not came back.
+/// The fate of rows: either all are done with, or the stream was stopped and the rest came back.
 struct Round {
     outcomes: Vec<Outcome>,
     stop: Option<Stop>,
@@ -144,7 +144,7 @@ fn what_is_open_says_until_when_and_a_new_statement_does_not_wait() {
     let stop = round.stop.unwrap();
     assert!(stop.reason == StopReason::ProviderDown && stop.message.contains("500"), "{stop:?}");
     assert!(requests(&provider.stats()) <= sent + 1);
-    // Who asks whether the model answers gets to know it at once, and that closes the circuit.
+    // A client that asks whether the model answers is told at once, and that closes the circuit.
     provider.configure(|c| c.faults.clear());
     client.open(&provider, |_| {});
     client.say(&ToGateway::Probe);

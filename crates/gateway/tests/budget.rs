@@ -54,7 +54,7 @@ impl<'a> Job<'a> {
         self.client.say(&ToGateway::Allow(more));
     }
 
-    /// What the provider has charged so far.
+    /// The provider's charges so far.
     fn bill(&self) -> Allowance {
         let stats = self.provider.stats();
         worth(stats.prompt_tokens, stats.completion_tokens)
@@ -107,7 +107,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// What it was told is what was charged, but for requests of which nobody knows.
+    /// Checks that the client was told all charges, except for requests of which nobody knows.
     #[track_caller]
     fn accounts_agree(&self) {
         let s = &self.spent;
@@ -132,7 +132,7 @@ fn nothing_is_sent_that_was_not_allowed() {
     // It is said once, whatever is asked meanwhile.
     job.client.rows(60..100);
     job.client.activity();
-    // What does not suffice for a row is asked for again, and kept.
+    // A grant too small for a row is kept, and more is asked for.
     let little = Allowance { cost: least.cost - 1, tokens: u64::MAX };
     for more in [NOTHING, little] {
         job.allow(more);
@@ -162,7 +162,7 @@ fn it_is_exhausted_once_and_only_when_nothing_is_under_way() {
     job.client.activity();
     assert_eq!(provider.stats().requests, 3);
     provider.release();
-    // What they did not take lets others go, until nothing comes back any more.
+    // The part that they did not take lets others go, until nothing comes back any more.
     let mut times = 0;
     while job.got.len() < 400 {
         let (_, full) = loop {
@@ -324,7 +324,7 @@ fn what_may_have_been_charged_is_said_and_counts_as_spent() {
         let (_, full) = job.exhausted();
         provider.script([Some(fault.clone())]);
         job.allow(full);
-        // What is left of it is not enough for a second time.
+        // The rest of it is not enough for a second time.
         job.exhausted();
         assert_eq!(provider.stats().requests, 1, "{fault:?}");
         let s = job.spent;
@@ -387,7 +387,7 @@ fn a_budget_is_for_nobody_elses_rows() {
     let input = provider.stats().prompt_tokens - blocker.answers(1).1.input_tokens;
     assert!(jobs.iter().all(|job| job.spent.input_tokens * 3 <= input + 60 && job.spent.requests == 1));
     assert_eq!(jobs.iter().map(|job| job.spent.input_tokens).sum::<u64>(), input);
-    // What has been paid is free for all.
+    // An answer that was paid for is free for all.
     provider.reset_stats();
     let mut poor = Job::new(&setup, &provider, |_| {});
     poor.client.rows(0..10);

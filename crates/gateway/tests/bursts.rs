@@ -1,4 +1,4 @@
-//! Who waits and comes to an idle limit is not paced; a gateway that follows another one knows what that has sent.
+//! A waiting session that comes to an idle limit is not paced; a gateway knows what the one before it has sent.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -68,7 +68,7 @@ fn a_gateway_knows_what_the_one_before_has_sent() {
     assert_eq!((stock.lanes.len(), stock.known_for >= 70_000), (1, true));
     drop((client, setup));
 
-    // What was under way counts: no more than a burst goes, both together.
+    // Requests under way count: no more than a burst goes, both together.
     let setup = Setup::after(stock.clone());
     let mut client = session(&setup, &provider);
     client.rows(2000..4000);
@@ -98,7 +98,7 @@ fn a_shorter_window_is_found_once_and_handed_on() {
         client.outcomes(2500);
         let stats = provider.stats();
         let refused = stats.by_status.get(&429).copied().unwrap_or_default();
-        // Of a burst of AT_ONCE tokens at most a tenth, and a request.
+        // At most a tenth of a burst of AT_ONCE tokens is refused, and a request.
         assert!(refused <= most && (round > 0 || refused > 0), "{round}: {:?}", stats.by_status);
         drop(client);
         let stock = setup.stock().later(70_000);

@@ -1,4 +1,4 @@
-//! What the fuzzer has found worth keeping is tried with every run of the tests.
+//! Inputs that the fuzzer found worth keeping, tried with every run of the tests.
 
 #[path = "../../../fuzz/src/lib.rs"]
 mod fuzz;

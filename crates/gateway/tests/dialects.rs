@@ -1,4 +1,4 @@
-//! What must hold in every dialect, against the fake provider that speaks it.
+//! Promises that hold in every dialect, against the fake provider that speaks it.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -36,7 +36,7 @@ fn chats() -> impl Iterator<Item = &'static Api> {
     Api::ALL.iter().filter(|api| api.dialect().asks())
 }
 
-/// Whether the headers of a dialect's answers tell the limits.
+/// Returns true if the headers of a dialect's answers tell the limits.
 fn tells_limits(api: Api) -> bool {
     !["gemini", "cohere", "ollama"].contains(&api.name())
 }
@@ -167,7 +167,7 @@ fn each_text_gets_its_own_vector_in_every_dialect() {
 /// Whatever goes wrong, no text gets another's vector.
 #[test]
 fn vectors_are_asked_again_in_every_dialect() {
-    // What names no places cannot be shuffled.
+    // An answer without indices cannot be shuffled.
     let faults = Fault::OF_VECTORS.into_iter().filter(|f| !matches!(f, Fault::InventId | Fault::ShuffledVectors));
     let faults: Vec<Fault> =
         faults.chain([Fault::Http500, Fault::Http503, Fault::RateLimit429, Fault::ResetAfter]).collect();

@@ -1,5 +1,5 @@
-//! What is not the rows' fault is not held against them: models that think, that give no valid answer, and servers that
-//! refuse a row.
+//! No row is charged for what is not its fault: models that think, that give no valid answer, and servers that refuse a
+//! row.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -11,7 +11,7 @@ use llm_batch_gateway::protocol::*;
 use llm_fake_provider::{Config, FakeProvider, Fault, Latency};
 use support::*;
 
-/// What came of rows, and the stop if there was one.
+/// The outcomes of rows, and the stop if there was one.
 #[track_caller]
 fn end(client: &mut Client, n: usize, what: &str) -> (BTreeMap<u64, Outcome>, Option<Stop>) {
     let (mut got, mut stop) = (BTreeMap::new(), None);
@@ -74,7 +74,7 @@ fn a_model_that_thinks_is_given_the_room_and_it_is_remembered() {
     }
 }
 
-/// What is thought is reserved: a limit is kept.
+/// Thinking is reserved for, so that a limit is kept.
 #[test]
 fn what_is_thought_counts_against_the_limit_before_it_is_sent() {
     let setup = Setup::new(64 << 20);
@@ -298,7 +298,7 @@ fn a_request_that_is_wrong_is_told_from_its_rows_by_three() {
         assert!(message.contains("temperature is odd"), "{message}");
         assert!(provider.stats().requests <= 16, "{}", provider.stats().requests);
     }
-    // What was accepted once is never wrong.
+    // A request that was accepted once is never wrong.
     provider.configure(|c| c.faults.clear());
     let mut client = setup.client(&provider, |_| {});
     client.rows(0..50);
@@ -318,7 +318,7 @@ fn a_request_that_is_wrong_is_told_from_its_rows_by_three() {
     }
 }
 
-/// What waits for a client that does not read is bounded.
+/// Bounds the frames that wait for a client that does not read.
 #[test]
 fn who_never_reads_is_let_go() {
     let setup = Setup::new(64 << 20);

@@ -46,7 +46,7 @@ fn each_text_gets_its_own_vector_in_every_encoding() {
         let (got, spent) = ask(&provider, |_| {});
         check(&got);
         let stats = provider.stats();
-        // What was refused was learnt once, by those that were under way.
+        // The refusal was learnt once, by the requests that were under way.
         assert!(stats.admitted <= 8 && stats.requests <= 8 + 4, "{stats:?}");
         assert_eq!((spent.input_tokens, spent.output_tokens), (stats.prompt_tokens, 0));
         let encoding = if base64 { "base64" } else { "float" };

@@ -14,7 +14,7 @@ use llm_fake_provider::{Config, Fault};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use support::*;
 
-/// What came of fifty rows.
+/// The end of fifty rows.
 #[derive(Debug)]
 struct End {
     outcomes: Vec<Outcome>,
@@ -115,7 +115,7 @@ fn every_answer_of_the_fixtures_does_what_its_class_says() {
             }
             other => panic!("{name} is of class {other}"),
         };
-        // What words alone say is asked again by a request without rows, which this provider answers.
+        // A request without rows checks a class that rests on words alone. This provider answers it.
         if end.stop.is_none() && matches!(reason, StopReason::Spend | StopReason::NotFound) {
             all_right(&end, &name);
             assert!((3..=5).contains(&requests), "{name}: {requests}");
@@ -233,7 +233,7 @@ fn names_that_do_not_resolve_and_certificates_that_nobody_knows() {
             let connection = rustls::ServerConnection::new(Arc::clone(&config)).unwrap();
             let mut tls = rustls::StreamOwned::new(connection, stream);
             let mut byte = [0];
-            // Whoever trusts it is heard: that must not happen.
+            // A client that trusts the certificate speaks: that must not happen.
             if std::io::Read::read(&mut tls, &mut byte).is_ok_and(|n| n > 0) {
                 let _ = tls.write_all(b"HTTP/1.1 401 TRUSTED\r\ncontent-length: 0\r\n\r\n");
             }

@@ -41,7 +41,7 @@ fn answers_that_come_twice_give_no_row_a_wrong_label() {
             let labels = outcomes.values().filter(|o| matches!(o.verdict, Verdict::Answer(_))).count();
             for (n, o) in &outcomes {
                 assert!(!matches!(o.verdict, Verdict::Answer(_)) || is_right(*n, &o.verdict), "{c}: {n} {o:?}");
-                // What answers another request is held against no row.
+                // An answer to another request is charged to no row.
                 assert!(o.attempts <= 1, "{c}: {n} {o:?}");
             }
             // A row that gets nothing else for its answer fails in the end.
@@ -345,7 +345,7 @@ fn who_says_in_words_alone_that_all_is_over_is_asked_without_rows() {
     ] {
         only_the_row_is_rejected("not quoted", words, refuse);
     }
-    // Of all requests it is believed.
+    // An error about all requests is believed.
     let setup = Setup::new(64 << 20);
     let provider = provider(Config::default());
     let spent =
@@ -378,7 +378,7 @@ fn a_cap_that_is_said_to_be_absurdly_small_takes_no_row() {
     }
 }
 
-/// What a client is told at the end of all it asked.
+/// The stop that a client is told at the end.
 #[track_caller]
 fn stop(client: &mut Client) -> Stop {
     loop {

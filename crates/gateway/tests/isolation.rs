@@ -12,7 +12,7 @@ use support::*;
 /// Enough for all answers of a test.
 const LARGE: usize = 1 << 20;
 
-/// What keeps row n apart: one of five values, of which one is none and one is empty.
+/// The isolation of row n: one of five values, of which one is none and one is empty.
 fn isolation(n: u64) -> Option<String> {
     [None, Some(String::new()), Some("a".into()), Some("a\"\n'".into()), Some("x".repeat(1 << 12))][n as usize % 5]
         .clone()
@@ -107,7 +107,7 @@ fn an_estimate_counts_requests_by_value() {
     assert_eq!(provider.stats().requests, 0);
 }
 
-/// What a provider says may quote a row: other roles that use the model are told the class of it and the status.
+/// A provider's words may quote a row: other roles that use the model are told only their class and status.
 #[test]
 fn what_a_provider_says_of_a_row_is_told_its_role_alone() {
     for (status, faults) in [(402, 1), (429, 1), (500, 50)] {

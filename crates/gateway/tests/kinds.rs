@@ -113,7 +113,7 @@ fn a_row_whose_answer_was_refused_is_asked_again_and_told_why() {
     let requests = |provider: &FakeProvider| provider.stats().admitted;
     client.say(&item(1, None));
     assert_eq!(client.answers(1).0[&1].attempts, 1);
-    // What was kept for the text is what was refused.
+    // The answer kept for the text is the one that was refused.
     client.say(&item(2, Some((1, "write in German"))));
     let (got, _) = client.answers(1);
     assert!(matches!(got[&2].verdict, Verdict::Answer(_)) && got[&2].attempts == 2 && !got[&2].reused, "{got:?}");
@@ -126,7 +126,7 @@ fn a_row_whose_answer_was_refused_is_asked_again_and_told_why() {
     client.say(&item(4, Some((2, "write in German"))));
     client.say(&item(5, Some((1, "write in Greek"))));
     assert!(client.answers(2).0.values().all(|o| !o.reused) && requests(&provider) == 4);
-    // What was asked as ever has its answer still.
+    // A row asked as before still has its answer.
     client.say(&item(6, None));
     assert!(client.answers(1).0[&6].reused && requests(&provider) == 4);
 }

@@ -24,7 +24,8 @@ const FIRST_ROWS: u64 = 8;
 /// Bad models, requests of each at a time.
 const BAD: usize = 2;
 const AT_A_TIME: u32 = 24;
-/// What this process may take more beside a bad one, with the providers in it, and of how many files at most four fifths.
+/// Memory that this process may take more beside a bad model, with the providers in it. Of open files it may have four
+/// fifths.
 const MOST_MIB: u64 = 64;
 const FILES: u64 = 1024;
 /// A machine that is busy with other things is given so many chances.
@@ -67,7 +68,7 @@ fn a_byte_short(stream: &mut TcpStream) {
     let _ = stream.write_all(&PART[2..]);
 }
 
-/// What this process takes, with the providers in it: MiB of memory, and open files.
+/// Memory (MiB) and open files of this process, with the providers in it.
 fn takes() -> (u64, usize) {
     let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
     let pss = rollup.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB")).unwrap();
@@ -85,7 +86,7 @@ fn most(stop: &AtomicBool) -> (u64, usize) {
     most
 }
 
-/// How long rows of the healthy model took: the median and the 95th of a hundred.
+/// Times that rows of the healthy model took: the median and the 95th of a hundred.
 fn times(setup: &Setup, healthy: &FakeProvider, first: u64, rows: u64) -> (Duration, Duration) {
     let session = |(n, mut client): (u64, Client)| {
         let row = move |i: u64| {

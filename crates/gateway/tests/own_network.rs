@@ -47,7 +47,7 @@ fn http_at_another_address_of_this_machine() {
     }));
 }
 
-/// Who names no file, or another, must not hold up those who name the right one.
+/// A stream without the file, or with another, must not hold up those that name the right one.
 #[test]
 fn what_fails_by_one_ca_file_does_not_stop_another() {
     let setup = Setup::new(64 << 20);

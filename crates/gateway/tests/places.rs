@@ -1,4 +1,5 @@
-//! What takes a file is bounded: a model that does not answer, or a role that asks too much, leaves places for others.
+//! Bounds on all that takes a file: a model that does not answer, or a role that asks too much, leaves places for
+//! others.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -80,7 +81,7 @@ fn models_that_do_not_answer_leave_places_for_others() {
     let _alone = alone();
     let latency = Latency { base: Duration::from_millis(100), ..Latency::default() };
     let (good, bad) = (provider(Config { latency, ..Config::default() }), provider(Config::default()));
-    // Of one account, which has half of the places, and each of its own.
+    // First one account, which has half of the places; then one for each.
     let accounts: [fn(usize) -> Option<String>; 2] = [|_| None, |i| Some(format!("account {i}"))];
     for (account, most) in accounts.into_iter().zip([32, 63]) {
         let setup = Setup::within(Places { others: 10, ..FEW });
@@ -102,7 +103,7 @@ fn models_that_do_not_answer_leave_places_for_others() {
             under_way.iter().sum::<u64>() <= most && under_way.iter().all(|n| (1..=8).contains(n)),
             "{under_way:?}"
         );
-        // Of a connection both ends are in this process.
+        // Both ends of a connection are in this process.
         let more = files() - before;
         assert!(more <= 2 * (silent.len() + FEW.connections), "{more} files");
         // A further model, and one that has more to ask: a job of many rows.
@@ -186,7 +187,7 @@ fn role(role: u32) -> impl Fn(&mut Stream) {
     }
 }
 
-/// Who comes in vain has said more by then, or finds the connection closed.
+/// The stop of a client that found no place: it has sent more by then, or finds the connection closed.
 fn refused(client: &mut Client) -> Full {
     let row = Item { n: 1, text: text(1), isolation: None, again: None };
     let _ = client.stream.write_all(&encode(&ToGateway::Items(vec![row])).unwrap());
@@ -277,7 +278,7 @@ fn an_idle_session_gives_way() {
     assert_eq!(clients[2].outcomes(1).0.len(), 1);
 }
 
-/// What sessions ask is kept as long as their streams are open: that of idle ones is let go, and there is a bound.
+/// Sessions' tasks are kept as long as their streams are open. Idle ones are let go, and there is a bound.
 #[test]
 fn large_tasks_leave_room_for_others() {
     let _alone = alone();
@@ -291,7 +292,7 @@ fn large_tasks_leave_room_for_others() {
                 task.instruction = format!("{n} {}", "Tickets of a web shop. ".repeat(10_000));
             }
         });
-        // Who comes in vain may find the connection closed.
+        // A client that found no place may find the connection closed.
         let row = Item { n, text: text(n), isolation: None, again: None };
         for message in [ToGateway::Items(vec![row]), ToGateway::Activity] {
             let _ = client.stream.write_all(&encode(&message).unwrap());

@@ -21,7 +21,7 @@ use support::*;
 
 const KEY: &str = "key-0123456789abcdef";
 
-/// What is known to differ, and why.
+/// The known differences, and their reasons.
 const KNOWN: &[(&str, &str)] = &[
     ("gemini: /systemInstruction/role: \"user\" is theirs, null ours", "the API reads no role of this content"),
     ("mistral: /stream: false is theirs, null ours", "the default"),
@@ -135,6 +135,6 @@ fn the_official_clients_ask_as_we_do_and_can_read_the_answers() {
             found.extend(differing.iter().map(|what| format!("{}: {what}", api.name())));
         }
     }
-    // What does not differ any more is not listed.
+    // A difference that is gone must not be listed.
     assert_eq!(found, KNOWN.iter().map(|(what, _)| (*what).to_owned()).collect());
 }

@@ -1,4 +1,5 @@
-//! What clients have of each other: requests, answers to the same text, turns, limits, what was learnt of the provider.
+//! Effects of clients on each other: requests, answers to the same text, turns, limits, what was learnt of the
+//! provider.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -86,7 +87,7 @@ fn rows_of_many_clients_share_the_request_after_the_one_under_way() {
 #[test]
 fn what_differs_in_any_respect_never_shares_a_request() {
     let (setup, provider) = (Setup::with_cache(0), provider(Config::default()));
-    // What does not change the answer changes whose turn it is, or who pays.
+    // A change that leaves the answer alone changes whose turn it is, or who pays.
     let further: [Change; 4] = [
         ("somebody waits", somebody_waits),
         ("priority", |s| s.task.options.priority = 51),
@@ -158,7 +159,7 @@ fn a_text_that_comes_often_is_asked_once_and_paid_by_the_first() {
         assert_eq!((spent_a.requests, spent_a.input_tokens), (1, stats.prompt_tokens));
         assert_eq!((spent_a.output_tokens, spent_b), (stats.completion_tokens, Spent::default()));
         assert_eq!(a.only_activity().rows_reused, 60);
-        // Of two clients at once, while neither is under way: the first whose row came pays for it.
+        // Two clients ask at once, while neither is under way: the one whose row came first pays.
         provider.hold();
         a.rows(200..201);
         wait_in_flight(&provider, 1);
@@ -184,7 +185,7 @@ fn later_rows_of_a_text_are_answered_at_once_unless_told_otherwise() {
     let mut a = setup.client(&provider, |_| {});
     a.rows(0..100);
     a.answers(100);
-    // Whoever waits for it or not, and with a budget of nothing.
+    // Sessions and jobs alike, and with a budget of nothing.
     let kinds: [fn(&mut Stream); 4] =
         [|_| {}, somebody_waits, |s| s.task.options.priority = 1, |s| s.budget = Some(Prices { input: 1, output: 1 })];
     for change in kinds {
@@ -325,7 +326,7 @@ fn what_was_given_up_is_asked_again_and_no_answer_of_others() {
 
 // Clients that leave.
 
-/// How a client leaves.
+/// The ways in which a client leaves.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Leave {
     Withdraw,
@@ -688,7 +689,7 @@ fn who_had_nothing_to_ask_has_saved_up_nothing() {
     assert!((1_850..=2_000).contains(&rows), "{rows} of 2,000");
 }
 
-// What is learnt of the provider.
+// Learning from the provider.
 
 #[test]
 fn requests_get_smaller_after_incomplete_answers_and_grow_back() {

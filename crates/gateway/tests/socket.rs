@@ -53,7 +53,7 @@ fn garbage_ends_its_own_connection_and_nothing_else() {
         let _ = client.stream.write_all(&bytes);
         assert_eq!(client.hear(&format!("the end of {what}")), None, "{what}");
     }
-    // What makes no sense without a stream, and does no harm.
+    // These messages make no sense without a stream, and do no harm.
     let mut early = setup.connect();
     early.say(&ToGateway::Withdraw);
     early.say(&ToGateway::Allow(Allowance { cost: u64::MAX, tokens: u64::MAX }));
@@ -86,7 +86,7 @@ fn a_client_that_stops_in_the_midst_of_a_message_is_let_go() {
     for client in [&mut mute, &mut half_head, &mut half] {
         assert_eq!(client.hear("the end"), None);
     }
-    // Who has said all he began to say may be silent for longer.
+    // A client that is not in the midst of a message may be silent for longer.
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(3) {
         assert_eq!(idle.activity().len(), 1);

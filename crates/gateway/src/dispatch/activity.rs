@@ -1,4 +1,4 @@
-//! What the gateway does at the moment, lane by lane.
+//! The gateway's present state, lane by lane.
 
 use std::collections::HashMap;
 

@@ -30,20 +30,20 @@ const SLOW: u64 = 2;
 /// as much as it may.
 const MOST_CUT: u32 = 8;
 
-/// How an answer ended.
+/// The end of an answer, as far as its rows are concerned.
 struct Ended {
     finish: Finish,
-    /// What is missing is held against no row.
+    /// No row is charged for what is missing.
     is_no_fault: bool,
     /// All of it was thought.
     is_thought: bool,
-    /// How often a row may be asked.
+    /// Most attempts of a row.
     max_attempts: u32,
-    /// What it was cut off at.
+    /// The cap at which it was cut off.
     cap: String,
 }
 
-/// What an answer is by itself.
+/// An answer, seen without its rows.
 struct Seen<'a> {
     reply: &'a Reply,
     /// The rows that were asked about, and how many of them got a label.
@@ -64,7 +64,7 @@ impl<'a> Seen<'a> {
         let spoken = thinking::spoken(&reply.text);
         let answers = read.iter().filter(|v| matches!(v, Read::Answer(_))).count();
         let is_cut = reply.finish == Finish::Length;
-        // What is longer than it may be gets no more; what is thought before it does.
+        // A model that writes more than it may gets no larger cap; one that only thinks does.
         let is_bounded = kind.most_tokens().is_some();
         let longest = kind.longest().map(|most| most * read.len());
         let runs_on =
@@ -171,10 +171,10 @@ impl State {
         }
     }
 
-    /// What an answer says of the rows of a request; `None` if it answers another one.
+    /// Reads the answer to the rows of a request. `None` if it answers another request.
     fn read(&self, request: &InFlight, reply: &Reply) -> Option<Vec<Read>> {
         let group = self.groups.get(request.group)?;
-        // What has ended by itself goes no further.
+        // A complete answer cannot go on: its last line has an end.
         let whole = if reply.finish == Finish::Complete { format!("{}\n", reply.text) } else { reply.text.clone() };
         answer::read(&whole, &request.ids, &*group.kind)
     }
@@ -253,7 +253,7 @@ impl State {
         if let Some(purse) = &mut group.purse {
             purse.give_back(worst, reply.usage.or(worst));
         }
-        // Of a budget, who does not say what it took may have taken the most.
+        // A request with a budget whose usage is not reported may have taken the most.
         let is_unconfirmed = is_bounded && reply.usage.whole().is_none();
         if is_unconfirmed {
             self.unconfirmed(model, &payers, reply.usage.missing(worst));
@@ -262,7 +262,8 @@ impl State {
         self.spend(model, &payers, sure, reply.cached_input, now.saturating_sub(sent));
     }
 
-    /// What becomes of the rows of an answer. Whether nothing more is paid for some of them, though it is not their fault.
+    /// Decides about the rows of an answer. Returns true if nothing more is paid for some of them, though it is not
+    /// their fault.
     fn verdicts(
         &mut self,
         now: u64,
@@ -387,7 +388,7 @@ fn learn(
     if reply.usage.output.is_some() && (answers > 0 || is_cut) {
         lane.measured.thinking.observe(thought, is_cut && answers == 0);
     }
-    // What was not measured teaches nothing.
+    // Without reported usage there is nothing to learn.
     if let Some(usage) = reply.usage.whole() {
         lane.measured.observe(asked.estimate.input, usage.input);
         if !is_cut {
@@ -418,7 +419,7 @@ fn learn(
     is_prose
 }
 
-/// What the provider says is left of its limits.
+/// The rest of the limits, as the provider reports it.
 pub(super) fn left(said: &Reported) -> Left {
     Left {
         requests: said.requests.remaining,

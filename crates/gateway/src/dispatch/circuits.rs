@@ -16,7 +16,7 @@ use crate::protocol::{Stop, StopReason, Stream, Words};
 use crate::request::Answered;
 use crate::route::Member;
 
-/// How long (ms) a probe is waited for at least.
+/// Least time (ms) that a probe is waited for.
 const LEAST_PATIENCE: u64 = 5_000;
 
 /// Account and URL. Models of an account may be at different ones.
@@ -26,7 +26,7 @@ pub type EndpointKey = (Rc<str>, String);
 #[derive(Debug, Default)]
 pub struct Circuits {
     breakers: Breakers,
-    /// What went wrong last.
+    /// The last error.
     words: Words,
 }
 
@@ -54,7 +54,7 @@ fn lane((account, _): &EndpointKey, model: &str) -> LaneKey {
     LaneKey { account: Rc::clone(account), model: model.into() }
 }
 
-/// Whether requests of this stream may be sent.
+/// Returns true if requests of this stream may be sent.
 pub fn is_closed(circuits: &BTreeMap<EndpointKey, Circuits>, lane: &LaneKey, stream: &Stream) -> bool {
     circuits.get(&endpoint(lane, stream)).is_none_or(|c| c.breakers.state(&lane.model) == breaker::State::Closed)
 }
@@ -154,7 +154,8 @@ impl State {
                     continue;
                 }
             };
-            // Where others take the rows a silent one is not waited for longer than they are: it may be back meanwhile.
+            // If other models take the rows, a silent one is not waited for longer than they are: it may be back
+            // meanwhile.
             let timeout = lane
                 .patience()
                 .filter(|_| is_route)

@@ -13,14 +13,14 @@ use crate::row::Row;
 
 /// Characters of an answer without a valid row that are shown.
 const MOST_SHOWN: usize = 200;
-/// What is said of a row where all of the answer was thought.
+/// The detail of a row where the model thought and wrote no answer.
 pub(super) const ONLY_THOUGHT: &str = "the model wrote its reasoning and no answer, and nothing is taken from reasoning; thinking is turned off \
     by llm_batch.alter_model(…, parameters => …) with {\"chat_template_kwargs\": {\"enable_thinking\": false}} for vLLM, \
     SGLang and llama.cpp, {\"think\": false} or {\"reasoning_effort\": \"none\"} for Ollama, {\"reasoning_effort\": \"none\"} or \
     \"minimal\" for OpenAI, {\"thinkingConfig\": {\"thinkingLevel\": \"minimal\"}} or {\"thinkingBudget\": 0} for Gemini, {\"thinking\": {\"type\": \"disabled\"}} for \
     Anthropic";
 
-/// What an answer says of whether a model can answer a task.
+/// The evidence that an answer gives for or against a model and a task.
 pub(super) enum Said {
     /// So many of its rows are valid.
     Valid(usize),
@@ -53,7 +53,7 @@ impl State {
                         }
                     }
                 }
-                // What is held may be of other streams of the same task.
+                // Held rows may belong to other streams of the same task.
                 for id in self.same(lane_key, asked.scope) {
                     self.release(id, is_own_fault);
                 }
@@ -174,12 +174,12 @@ impl State {
     }
 }
 
-/// Whether a verdict of this class is of a single row, whatever becomes of others.
+/// Returns true if a verdict of this class is about a single row, whatever happens to others.
 fn is_refusal(class: &str) -> bool {
     matches!(class, "rejected" | "refused")
 }
 
-/// What an answer without a valid row says, on a line and without keys.
+/// The words of an answer without a valid row, on a line and without keys.
 pub(super) fn shown(reply: &Reply, key: &str, thought: u64, is_thought: bool) -> String {
     let text = presentable(&reply.text, key);
     let cut = text.char_indices().nth(MOST_SHOWN).map_or(text.len(), |(end, _)| end);

@@ -1,4 +1,4 @@
-//! What rows would take, before they are sent.
+//! Estimates of rows before they are sent.
 
 use llm_batch_core::patience::Way;
 
@@ -10,7 +10,7 @@ use crate::protocol::{Estimate, Item};
 use crate::route::Turn;
 
 impl State {
-    /// What rows would take if they were sent, by what is known of the client's model.
+    /// Estimates the requests and tokens of rows, by the measurements of the client's model.
     pub fn estimate(&mut self, conn: u64, items: Vec<(Item, Option<Line>)>) -> Estimate {
         let mut sum = Estimate::default();
         let Some((group_id, stream)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else {

@@ -66,7 +66,7 @@ struct Conn {
     coming: usize,
     outstanding: usize,
     outstanding_bytes: usize,
-    /// What it is to be told, by the place of the model in its stream.
+    /// Reports to it, by the place of the model in its stream.
     reports: BTreeMap<usize, Report>,
     /// It was told to stop: nothing more is sent for it until it opens a stream again.
     stopped: bool,
@@ -74,7 +74,7 @@ struct Conn {
     left: Rc<Notify>,
 }
 
-/// What is to be told of a model.
+/// Outcomes and spending that a client is to be told of a model.
 #[derive(Default)]
 struct Report {
     outcomes: Vec<Outcome>,
@@ -82,7 +82,7 @@ struct Report {
 }
 
 impl Conn {
-    /// What it is to be told of the model at this place.
+    /// The report on the model at this place.
     fn report(&mut self, model: usize) -> &mut Report {
         self.reports.entry(model).or_default()
     }
@@ -115,13 +115,13 @@ pub struct InFlight {
     grant: Grant,
     /// Woken when all clients that wait for it have gone.
     abandoned: Rc<Notify>,
-    /// What it may have taken was told the last of them.
+    /// The last of its clients was told what it may have taken.
     is_accounted: bool,
-    /// How it was refused; whether that is so of requests without rows too is being asked.
+    /// Its refusal, while a request without rows finds out whether that is refused too.
     in_doubt: Option<Answered>,
 }
 
-/// How a request was asked.
+/// The terms under which a request was sent.
 #[derive(Clone, Copy)]
 struct Asked {
     /// Which task.
@@ -134,7 +134,7 @@ struct Asked {
     /// By our count, and what was reserved.
     estimate: Tokens,
     reserved: Tokens,
-    /// What it may take at the worst: its prompt and the cap of its answer.
+    /// Most tokens that it may take: its prompt and the cap of its answer.
     worst: Tokens,
     /// The cap of its answer might be larger.
     can_grow: bool,
@@ -159,7 +159,7 @@ pub struct Launch {
 pub struct State {
     pub settings: Settings,
     places: Places,
-    /// What outlives the gateway.
+    /// State that outlives the gateway.
     kept: Kept,
     conns: HashMap<u64, Conn>,
     lanes: BTreeMap<LaneKey, Lane>,
@@ -335,7 +335,7 @@ impl State {
         }
         // Clients that ask the same keep it once.
         let before = c.stream.replace((group_id, Rc::clone(&group.stream)));
-        // Who asks again where all have stopped has perhaps mended it.
+        // A client that asks again after all models have stopped may have mended the cause.
         if self.out(now, group_id).is_some()
             && let Some(group) = self.groups.get_mut(group_id)
         {
@@ -480,7 +480,7 @@ impl State {
             let reuse = g.stream.task.options.reuse;
             let compartment = g.compartment(&self.keys, &item);
             let before = item.again.as_ref().map_or(0, |again| again.attempts);
-            // What was refused is not given again; who is told the same for the same text may have the same answer.
+            // A refused answer is not given again. Rows with the same text and the same hint may share an answer.
             let scope = item
                 .again
                 .as_ref()
@@ -659,7 +659,7 @@ fn say(conn: &Conn, message: &FromGateway) {
     }
 }
 
-/// What an answer of the model at this place is kept under.
+/// The key under which the cache keeps an answer of the model at this place.
 fn of_model(key: TextKey, place: usize) -> TextKey {
     key ^ place as TextKey
 }

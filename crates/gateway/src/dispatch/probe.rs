@@ -20,18 +20,18 @@ use crate::route::Member;
 
 /// The cap of a probe's answer, tokens.
 const PROBE_ANSWER_TOKENS: u64 = 16;
-/// What of it is read, tokens: some servers do not count what is thought.
+/// Tokens of it that are read: some servers do not count what is thought.
 pub const PROBE_READ_TOKENS: u64 = 8_192;
 /// The number of the only text of one that needs a text.
 pub const PROBE_IDS: [u16; 1] = [FIRST_NUMBER];
 /// Tokens a probe reserves.
 const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
 
-/// How long it may take, ms: what it finds out is of who has more patience too.
+/// Time that it may take, ms: its result also serves streams with more patience.
 const LEAST_TIMEOUT: u64 = 10_000;
 const MOST_TIMEOUT: u64 = 60_000;
 
-/// What a probe is to do.
+/// The next step of a probe.
 pub enum Probe {
     /// The model answered a moment ago.
     Alive,
@@ -119,7 +119,7 @@ impl State {
         None
     }
 
-    /// How many models the stream of a client has.
+    /// The number of models in the stream of a client.
     pub fn models(&self, conn: u64) -> usize {
         self.group_of(conn).and_then(|id| self.groups.get(id)).map_or(0, |group| group.members.len())
     }
@@ -143,7 +143,7 @@ impl State {
         })
     }
 
-    /// What a probe's end means: `None` if it is to be sent again, else the answer to give.
+    /// Interprets the end of a probe: `None` if it is to be sent again, else the answer to give.
     pub fn probed(
         &mut self,
         now: u64,

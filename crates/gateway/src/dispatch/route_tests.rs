@@ -13,7 +13,7 @@ use crate::protocol::{self, Alternative, Policy, decode};
 use crate::request::TIMED_OUT;
 use crate::tokens;
 
-/// What a model does with a request.
+/// The behaviour of a model on a request.
 enum Does {
     /// Answers after so long (ms).
     Answers(u64),
@@ -239,7 +239,7 @@ fn the_next_model_takes_over_from_one_that_does_not_answer_until_that_is_back() 
         let mut first = usual;
         sim.run(60_000, 500, move |_, _, _| first());
         assert!(sim.requests("second").is_empty(), "{what}: the second is asked though the first answers");
-        // What is under way when it goes down comes back.
+        // Requests that are under way when it goes down come back.
         let down = sim.now;
         let back = down + 90_000;
         let mut second = usual;

@@ -10,7 +10,8 @@ use crate::protocol::{Stop, StopReason, Verdict};
 use crate::route::{Member, Stopped, Turn};
 use crate::row::Row;
 
-/// How long (ms) a model is left alone that refuses its key, or is out of money or quota, unless the provider says.
+/// Time (ms) for which a model that refuses its key, or is out of credit or quota, is left alone, unless the provider
+/// says.
 const STOPPED_FOR: u64 = 300_000;
 /// Until when (ms) one is left alone that cannot answer the task.
 pub const FOREVER: u64 = u64::MAX;
@@ -39,7 +40,7 @@ fn again_at(now: u64, stop: &Stop) -> u64 {
 }
 
 impl State {
-    /// Whether a member of a group other than this lane's can take rows.
+    /// Returns true if a member of a group other than this lane's can take rows.
     pub(super) fn has_other(&self, now: u64, lane: &LaneKey, group: GroupId) -> bool {
         let group = self.groups.get(group).filter(|group| group.members.len() > 1);
         group.is_some_and(|group| {
@@ -83,7 +84,7 @@ impl State {
         }
         self.lost(now, id, stop, role);
         if self.has_other(now, lane, id) {
-            // What was in doubt with the one is asked of another.
+            // Rows that were in doubt with one model are asked of another.
             if let Some(group) = self.groups.get_mut(id) {
                 group.hurry();
             }

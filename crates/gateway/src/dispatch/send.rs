@@ -34,13 +34,13 @@ pub(super) struct Draft {
     format: Option<Format>,
     /// By our count.
     pub estimate: Tokens,
-    /// What it may take at the worst: of its prompt; and the cap of its answer.
+    /// Most tokens that it may take: its prompt, and the cap of its answer.
     pub worst: Tokens,
-    /// What is reserved for it.
+    /// Tokens that are reserved for it.
     reserve: Tokens,
     /// The cap of its answer might be larger.
     can_grow: bool,
-    /// What is expected of its answer by itself, without what is thought before it.
+    /// Tokens that are expected of its answer, without what is thought before it.
     expected: u64,
 }
 
@@ -72,8 +72,8 @@ impl Draft {
             };
         }
         let expected = measured.expected_answer(estimate.output);
-        // What is spared must not make a request too large that would not be without.
-        // No cap that is said to be the largest is believed to be too small for the rows, but for one that was tried alone.
+        // Spare tokens must not make a request too large that fits without them. A cap that is said to be the largest
+        // is believed to be too small for the rows only if a row was tried alone with it.
         let said = learned.most_answer_tokens.max(measured.least_cap(estimate.output));
         let said = rows.iter().map(|row| row.most_answer).fold(said, u64::min);
         let most = largest.saturating_sub(prompt).max(expected).min(said);
@@ -92,7 +92,7 @@ impl Draft {
         }
     }
 
-    /// What is thought before an answer makes no request too large for the limit of answers (`most`): that would be so for
+    /// Thinking before an answer makes no request too large for the limit of answers (`most`): that would be so for
     /// every row.
     fn within(mut self, most: Option<u64>, counts: Counts) -> Self {
         let Some(most) = most.map(|most| most.max(self.expected)) else { return self };
@@ -108,7 +108,7 @@ impl Draft {
         (self.estimate.input + self.estimate.output) as usize
     }
 
-    /// How it is asked, if it is sent.
+    /// The terms under which it is sent.
     fn asked(&self, now: u64, scope: TextKey, (way, turn): (Way, u32), learned: Learned) -> Asked {
         Asked {
             scope,
@@ -163,7 +163,7 @@ struct Pack {
     asked: Asked,
     grant: Grant,
     stream: Rc<Stream>,
-    /// How long (ms) its answer may take.
+    /// Time (ms) that its answer may take.
     timeout: u64,
 }
 
@@ -178,7 +178,7 @@ enum Unsent {
 }
 
 impl Unsent {
-    /// How many rows of the pack are not put back: those that are too large.
+    /// The number of rows of the pack that are not put back: those that are too large.
     fn rows(&self) -> usize {
         if let Self::TooLarge(rows, _) = self { *rows } else { 0 }
     }
@@ -210,7 +210,7 @@ impl Terms<'_> {
             .within(self.largest_answer, counts)
     }
 
-    /// How many of these rows go in one request now, by the budget and the limits.
+    /// Decides how many of these rows go in one request now, by the budget and the limits.
     fn decide(
         &self,
         now: u64,
@@ -270,7 +270,7 @@ impl Terms<'_> {
     }
 }
 
-/// What a look at a lane's queues came to.
+/// The result of a look at a lane's queues.
 enum Look {
     Sent,
     /// These rows of a group are larger than a request may be; and why.
@@ -303,7 +303,7 @@ impl State {
         self.in_flight.insert(id, request);
     }
 
-    /// What can be sent at `now` (ms), and when to look again.
+    /// The requests that can be sent at `now` (ms), and the time to look again.
     pub fn pump(&mut self, now: u64) -> (Vec<Launch>, Option<u64>) {
         let mut launches = std::mem::take(&mut self.doubts);
         let mut wake: Option<u64> = None;
@@ -380,7 +380,7 @@ impl State {
             }
             let (way, turn) = standing.patience.way();
             let learned = Learned { forms: standing.forms.without(learned.forms), ..*learned };
-            // What the user has set is what makes a row too long. What a provider says is tried with the row alone.
+            // A row is too long by the user's settings only. A provider's limit is tried with the row alone.
             let set = configured.largest_request().unwrap_or(u64::MAX).min(stream.most_tokens());
             let largest = set.min(by_word);
             let terms = Terms {

@@ -1,4 +1,4 @@
-//! What becomes of rows where time is simulated and each answer is made up.
+//! Fates of rows, with a simulated clock and made-up answers.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -170,7 +170,7 @@ fn what_has_been_answered_is_not_failed_for_an_address_that_is_gone_for_a_while(
     }
 }
 
-/// What came back as no answer at all may have been paid for like any other.
+/// A request without a readable answer may have been charged like any other.
 #[test]
 fn what_a_row_may_cost_is_bounded() {
     type Broken = fn(&Question) -> Answered;
@@ -294,7 +294,7 @@ fn rows_larger_than_a_limit_are_told_from_a_limit_that_is_none() {
     assert!(sim.stop.is_none(), "{:?}", sim.stop);
     let is_skip = |o: &Outcome| matches!(&o.verdict, Verdict::Skip { class, detail } if class == "too_long" && detail.contains("Limit 1000"));
     assert!(sim.outcomes.values().all(is_skip), "{:?}", sim.outcomes);
-    // What nothing gets past is no row's fault.
+    // If no row gets past the limit, no row is at fault.
     let mut sim = Sim::new(|s| s.task.options.max_rows_per_request = 1);
     sim.ask(0..5, &long, |_| over(1));
     assert!(
@@ -329,12 +329,12 @@ fn a_text_gets_no_more_tokens_than_its_user_has_set() {
         question.right()
     });
     assert!(sim.is_answered() && caps.iter().all(|cap| (66..110).contains(cap)), "{caps:?}");
-    // What runs into it gets no more, and what only thinks does.
+    // An answer that runs into it gets no larger cap; one that only thinks does.
     let long = format!("{{\"417\":\"{}", "It is long. ".repeat(100));
     gets_more(spec, &[(&long, false), ("", true)]);
 }
 
-/// Whether a row whose answers run into their cap with these texts is given a larger one.
+/// Checks whether a row whose answers run into their cap with these texts gets a larger cap.
 #[track_caller]
 fn gets_more(spec: impl Fn(&mut Stream), texts: &[(&str, bool)]) {
     for (text, more) in texts {

@@ -27,7 +27,7 @@ const MOST_TROUBLE: u32 = 5;
 const BACKOFF: u64 = 250;
 /// Longest wait after requests that were not answered, ms.
 const MOST_BACKOFF: u64 = 30_000;
-/// How long (ms) a limit that is too small for any row is left alone: it is one of a minute.
+/// Time (ms) for which a limit that is too small for any row is left alone: it is one of a minute.
 const LIMIT_WAIT: u64 = 60_000;
 /// Refusals of a row alone, as larger than a limit that does not contradict what was served, until it is skipped.
 const MOST_OVER_LIMIT: u32 = 2;
@@ -40,7 +40,7 @@ struct Failed {
     /// For whom it was.
     role: Option<u32>,
     asked: Asked,
-    /// What went wrong, in words; and in those of the provider alone, without what it quotes.
+    /// The error in words; and in those of the provider alone, without what it quotes.
     message: String,
     words: String,
 }
@@ -55,7 +55,7 @@ impl State {
         said: &Reported,
         (is_unsure, has_begun): (bool, bool),
     ) {
-        // What may have been charged counts as spent.
+        // A request that may have been charged counts as spent.
         if is_unsure {
             self.unsure(&request);
         }
@@ -229,7 +229,7 @@ impl State {
         let stream = member.map(|(_, member)| Rc::clone(&member.stream));
         let options = stream.as_ref().map(|s| s.task.options.clone()).unwrap_or_default();
         let is_form = parameter == Parameter::ResponseFormat;
-        // Where the user has set further parameters it may be refused for one of these.
+        // With further parameters of the user's, the refusal may be about one of these.
         let is_own = is_form && stream.is_some_and(|s| !s.model.parameters.is_empty());
         let has_other = if is_own {
             lane.standings.of(now, asked.scope).refuses(asked.learned.form(&options), &options)
@@ -255,8 +255,8 @@ impl State {
         }
     }
 
-    /// Whether others ask the same endpoint who wait longer for an answer: a request of this group that took too long may
-    /// have been served to them.
+    /// Returns true if others wait longer for an answer of the same endpoint: a request of this group that took too
+    /// long may have been served to them.
     fn is_impatient(&self, lane: &LaneKey, group: GroupId) -> bool {
         let Some((_, own)) = self.groups.get(group).and_then(|g| g.member(lane)) else { return false };
         let members = self.groups.iter().flat_map(|(_, g)| &g.members);
@@ -284,7 +284,7 @@ impl State {
         if let Some(lane) = self.lanes.get_mut(&lane_key).filter(|_| message == TIMED_OUT) {
             lane.took(now.saturating_sub(asked.sent));
         }
-        // Where another model takes the rows, less is enough to leave this one alone until a probe is answered.
+        // If another model takes the rows, less is enough to leave this one alone until a probe is answered.
         let has_other = self.has_other(now, &lane_key, group);
         let points = if message == TIMED_OUT { 2 } else { 1 } * if has_other { 2 } else { 1 };
         if let (Some(wait), Some(lane)) = (wait, self.lanes.get_mut(&lane_key)) {
@@ -311,7 +311,7 @@ impl State {
             return;
         }
         if is_open {
-            // Whether it is these rows or the provider, a probe will tell.
+            // A probe finds out whether it is these rows or the provider.
             self.put_back(group, rows);
             if let Some(group) = self.groups.get_mut(group).filter(|_| has_other) {
                 group.hurry();
@@ -328,8 +328,8 @@ impl State {
         }
     }
 
-    /// How often a row of this group may be asked, as far as that bounds what is paid for it: what was never answered has a
-    /// bound of its own.
+    /// Most attempts of a row of this group, as far as they bound what is paid for it: a task that was never answered
+    /// has a bound of its own.
     fn max_attempts(&mut self, now: u64, lane: &LaneKey, group: GroupId) -> u32 {
         let Some(lane) = self.lanes.get_mut(lane) else { return u32::MAX };
         let Some(group) = self.groups.get(group) else { return u32::MAX };
@@ -359,7 +359,7 @@ impl State {
         self.stop_task(now, lane, asked.scope, &stop, None);
     }
 
-    /// Whether probes are answered, and so many requests of a task are not that it is left alone for a while.
+    /// Returns true if probes are answered, but so few requests of a task that it is left alone for a while.
     fn is_left_alone(&mut self, now: u64, lane: &LaneKey, asked: Asked) -> bool {
         let Some(lane) = self.lanes.get_mut(lane) else { return false };
         lane.vouched.is_some_and(|at| asked.sent >= at) && lane.standings.of(now, asked.scope).is_unanswered(asked.sent)

@@ -40,18 +40,19 @@ fn http_leads_to_private_addresses_if_that_is_allowed() {
         assert!(!answered.is_unsure);
     }
     assert_eq!(*count.lock().unwrap(), 0);
-    // Of several addresses those are asked that may be. This one stands for a private one, which not every machine has.
+    // Only the permitted ones of several addresses are asked. This one stands for a private one, which not every
+    // machine has.
     for list in [&["127.0.0.1"][..], &["8.8.8.8", "127.0.0.1"], &["169.254.169.254", "127.0.0.1", "2606:4700::1"]] {
         let before = *count.lock().unwrap();
         let answered = ask(&mut clients(&[list]), &endpoint(&named, true));
         assert!(message(&answered).contains("500"), "{list:?}: {answered:?}");
         assert_eq!(*count.lock().unwrap(), before + 1, "{list:?}");
     }
-    // What was private is looked at again for the next connection.
+    // A private address is checked again for the next connection.
     let mut rebound = clients(&[&["127.0.0.1"], &["8.8.8.8"]]);
     assert!(message(&ask(&mut rebound, &endpoint(&named, true))).contains("500"));
     assert!(message(&ask(&mut rebound, &endpoint(&named, true))).contains("http may not reach"));
-    // What https may reach stays as it was.
+    // The reach of https does not change.
     let reach = |allow_http| Reach { is_trusted: true, https: true, allow_http };
     assert_eq!(reach(false).refusal("a", [8, 8, 8, 8].into()), None);
     assert_eq!(reach(true).refusal("a", [8, 8, 8, 8].into()), None);
@@ -114,7 +115,7 @@ fn certificates_are_verified_by_ca_file_alone() {
     assert!(says(&there).contains(unknown), "{}", says(&there));
     file.write(&format!("Somebody's:\n{OTHER_CA}\nOurs:\n{CA}"));
     assert!(says(&there).contains(came), "{}", says(&there));
-    // What another server accepts is its own matter, also with the same URL and key.
+    // Another server verifies by its own file, also with the same URL and key.
     assert!(says(&Endpoint { ca_file: None, ..there.clone() }).contains(unknown));
     let elsewhere = there.base_url.replace("models.example", "else.example");
     assert!(says(&Endpoint { base_url: elsewhere, ..there.clone() }).contains(unknown));

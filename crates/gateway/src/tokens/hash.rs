@@ -1,4 +1,4 @@
-//! Where a token is looked for; shared with the build script, which puts it there.
+//! The place of a token in the table; shared with the build script, which fills it.
 
 /// Places for the 200,000 tokens; a power of two.
 pub const PLACES: usize = 1 << 19;

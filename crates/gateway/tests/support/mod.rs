@@ -1,4 +1,4 @@
-//! What the tests of the gateway share: a gateway on a socket, clients of it, marked rows.
+//! Helpers that the gateway's tests share: a gateway on a socket, clients of it, marked rows.
 
 // Each test file is a crate of its own and uses a part of this.
 #![allow(dead_code, clippy::unwrap_used, clippy::expect_used, clippy::panic)]
@@ -58,7 +58,7 @@ impl Setup {
         Self::with(Settings { enabled: true, memory: 64 << 20, cache: 0 }, places, Stock::default())
     }
 
-    /// What is kept for the next one.
+    /// The state that is kept for the next one.
     pub fn stock(&self) -> Stock {
         self.gateway.as_ref().unwrap().kept().stock()
     }
@@ -266,7 +266,7 @@ pub fn text(n: u64) -> String {
     format!("row #r{n}:{}# \"quoted\"\n902: \"not a row\"", LABELS[n as usize % 4])
 }
 
-/// Whether a text has its label.
+/// Returns true if a text has its label.
 pub fn is_right(text: u64, verdict: &Verdict) -> bool {
     *verdict == label(LABELS[(text % 4) as usize])
 }
@@ -304,7 +304,7 @@ pub fn packs(provider: &FakeProvider) -> Vec<Vec<u64>> {
     provider.bodies().iter().map(of).collect()
 }
 
-/// How often each text was asked.
+/// The number of times that each text was asked.
 pub fn asked(provider: &FakeProvider) -> BTreeMap<u64, u32> {
     provider.stats().rows.iter().map(|(id, row)| (id.parse().unwrap(), row.asked)).collect()
 }

@@ -1,4 +1,4 @@
-//! What stands before a provider and does to its answers what no provider should.
+//! A relay in front of a provider that does to its answers what no provider should.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
