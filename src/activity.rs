@@ -15,7 +15,7 @@ use crate::{process, settings, sql, worker};
 /// Why a job that is to run does not, in a word; NULL if it does, or will in a moment.
 #[pg_extern(sql = false)]
 fn waits_for(job_id: i64) -> Option<&'static str> {
-    // Where nothing of ours runs, nothing is known of it.
+    // A session where nothing of ours runs knows nothing of it.
     if !shared::is_ready() || in_recovery() {
         return None;
     }

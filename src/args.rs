@@ -46,7 +46,7 @@ pub fn unknown(what: &str, name: &str) -> Error {
     Error::unknown(format!("{what} \"{name}\" does not exist")).hint(hint)
 }
 
-/// What a task of a kind is called, as in the names of its functions.
+/// The noun for a task of each kind, as in the names of its functions.
 const NOUNS: [(&str, &str); 5] = [
     ("classify", "classifier"),
     ("extract", "extractor"),
@@ -55,7 +55,7 @@ const NOUNS: [(&str, &str); 5] = [
     ("embed", "embedder"),
 ];
 
-/// How users call a task of a kind.
+/// The users' noun for a task of a kind.
 pub fn noun(kind: &str) -> &str {
     NOUNS.iter().find(|(known, _)| *known == kind).map_or("task", |(_, noun)| noun)
 }

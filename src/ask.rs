@@ -34,12 +34,12 @@ fn never_taken(model: &str, class: &str, detail: &str) -> Error {
 /// A text, and what keeps it apart from others.
 pub type Asking = (String, Option<String>);
 
-/// Whether there is something to ask about: white space alone is no text.
+/// Returns true if there is something to ask about: white space alone is no text.
 pub fn has_text(text: &str) -> bool {
     !text.trim().is_empty()
 }
 
-/// What [`has_text()`] takes for white space, which is all that Unicode does.
+/// The white space of [`has_text()`], which is all that Unicode has.
 const WHITE_SPACE: [&str; 25] = [
     " ", r"\n", r"\r", r"\t", r"\u000b", r"\f", r"\u0085", r"\u00a0", r"\u1680", r"\u2000", r"\u2001", r"\u2002",
     r"\u2003", r"\u2004", r"\u2005", r"\u2006", r"\u2007", r"\u2008", r"\u2009", r"\u200a", r"\u2028", r"\u2029",
@@ -95,7 +95,7 @@ pub struct Asker {
     next: u64,
     lost: LostInVain,
     done: Done,
-    /// What the next request takes, where the statement's budget did not have it.
+    /// Most that the next request takes with one row, and in full, if the statement's budget did not have it.
     exhausted: Option<(Allowance, Allowance)>,
 }
 
@@ -105,14 +105,14 @@ struct Pending {
     since: Instant,
 }
 
-/// What a stream did so far.
+/// The work of a stream so far.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Done {
     /// Rows that have their answer.
     pub rows: u64,
     /// Those of them whose answer was paid for with another row.
     pub reused: u64,
-    /// How long they had none, of all of them together.
+    /// Time that they had none, summed over all of them.
     pub waited: Duration,
     pub spent: Spent,
     /// Picodollars, where prices are known.
@@ -139,7 +139,7 @@ impl Asker {
         let prices = models.into_iter().map(|(_, price)| price).collect();
         let mut purse = Purse::new(limit, prices, stream.budget);
         let client = match KEPT.take() {
-            // What a stream was allowed holds for one budget.
+            // A stream's grants belong to one budget.
             Some(kept) if kept.stream == stream && (stream.budget.is_none() || kept.purse.is_same(&purse)) => {
                 match if_fresh(kept)? {
                     Some(Kept { client, purse: kept, .. }) => {
@@ -179,12 +179,12 @@ impl Asker {
         self.pending.len()
     }
 
-    /// Whether there is room for another row.
+    /// Returns true if there is room for another row.
     pub fn has_room(&self) -> bool {
         self.pending.len() < WINDOW_ROWS && self.bytes < WINDOW_BYTES
     }
 
-    /// Whether there is room for this row: there always is for a first one.
+    /// Returns true if there is room for this row: there always is for a first one.
     fn fits(&self, text: &str) -> bool {
         self.pending.len() < WINDOW_ROWS
             && (self.pending.is_empty() || self.bytes + text.len().min(self.most_text) <= WINDOW_BYTES)
@@ -202,7 +202,7 @@ impl Asker {
         n
     }
 
-    /// How many rows are queued and not handed over.
+    /// The number of rows that are queued and not handed over.
     pub fn unsent(&self) -> usize {
         self.unsent.len()
     }
@@ -251,7 +251,7 @@ impl Asker {
     ) -> Result<()> {
         self.lost.answered();
         self.done.spent.add(spent);
-        // What was withdrawn is followed by the reason: the stream is stopped.
+        // The reason follows withdrawn rows: the stream is stopped.
         let outcomes: Vec<_> = outcomes.into_iter().filter(|o| o.verdict != Verdict::Withdrawn).collect();
         self.done.cost += self.purse.spend(model, spent, outcomes.len() as u64);
         // Memory that is used for a row is not kept until the statement ends.
@@ -294,7 +294,7 @@ impl Asker {
         Ok(())
     }
 
-    /// What the types of the fields and the task's checks say of answers.
+    /// Judges answers by the types of the fields and by the task's checks.
     fn judge(&self, outcomes: &[Outcome]) -> Result<Vec<Option<Judged>>> {
         let spec = &self.stream.task.spec;
         let columns = spec.columns();
@@ -341,7 +341,7 @@ impl Asker {
         Ok(self.done)
     }
 
-    /// Whether it is open for what is asked now.
+    /// Returns true if it is open for what is asked now.
     pub fn is_for(&self, asked: &Asked) -> bool {
         let stream = Stream { budget: asked.stream.budget, ..self.stream.clone() };
         stream == asked.stream && self.checks == asked.checks
@@ -358,7 +358,7 @@ impl Asker {
         self.client.send(&ToGateway::Allow(more))
     }
 
-    /// Whether it waits for more than the statement's budget has.
+    /// Returns true if it waits for more than the statement's budget has.
     pub fn is_exhausted(&self) -> bool {
         self.exhausted.is_some()
     }
@@ -370,13 +370,13 @@ impl Asker {
         }
     }
 
-    /// What it spends from now on is counted to the statement that runs.
+    /// Counts its further spending to the statement that runs.
     pub fn move_on(&mut self) {
         self.purse.move_on();
     }
 
-    /// Whether nothing is under way, and the gateway has said nothing since. Otherwise it may have been stopped, which says
-    /// nothing about today.
+    /// Returns true if nothing is under way, and the gateway has said nothing since. Otherwise it may have been
+    /// stopped, which says nothing about today.
     pub fn is_fresh(&mut self) -> Result<bool> {
         Ok(self.pending.is_empty() && self.client.is_quiet()?)
     }

@@ -1,6 +1,6 @@
-//! Where no function of ours asks a model: while a job, or what prepares it, reads or writes rows. It would wait for the
-//! network inside a transaction, and pay for each look at a row. What can be seen beforehand is refused then; a
-//! function's body can't.
+//! Places in which no function of ours asks a model: while a job, or its preparation, reads or writes rows. It would
+//! wait for the network inside a transaction, and pay for each look at a row. Calls that can be seen are refused
+//! beforehand; those inside a function's body can't be.
 
 use std::cell::Cell;
 

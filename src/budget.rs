@@ -72,7 +72,7 @@ impl Bill {
     }
 }
 
-/// Where there is no limit.
+/// The amount that stands for no limit.
 pub const UNLIMITED: u64 = u64::MAX;
 
 /// The state of a budget.
@@ -123,7 +123,7 @@ impl Funds {
     }
 }
 
-/// Whether it adds to nothing that is limited.
+/// Returns true if it adds to nothing that is limited.
 pub fn is_nothing(allowance: Allowance) -> bool {
     [allowance.cost, allowance.tokens].iter().all(|n| *n == 0 || *n == UNLIMITED)
 }

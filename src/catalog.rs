@@ -357,7 +357,7 @@ pub fn read_by(statement: &str, types: &[pg_sys::Oid]) -> Result<Vec<pg_sys::Oid
     Ok(all)
 }
 
-/// Whether a query reads a system column of the table that stands first in it.
+/// Returns true if a query reads a system column of the table that stands first in it.
 ///
 /// # Safety
 /// `query` must come from parse analysis.
@@ -396,7 +396,7 @@ unsafe fn parse(text: &CStr) -> Option<*mut pg_sys::RawStmt> {
     }
 }
 
-/// Whether a statement is a bare `SELECT expression`.
+/// Returns true if a statement is a bare `SELECT expression`.
 ///
 /// # Safety
 /// `raw` must come from `parse()`.
@@ -426,7 +426,7 @@ unsafe fn is_one_expression(raw: *mut pg_sys::RawStmt) -> bool {
     }
 }
 
-/// Whether a type is json, jsonb or a domain over one: a label goes there as a JSON string.
+/// Returns true if a type is json, jsonb or a domain over one: a label goes there as a JSON string.
 pub fn is_json(type_oid: pg_sys::Oid) -> bool {
     // SAFETY: a catalog lookup on the main thread inside a transaction.
     let base = unsafe { pg_sys::getBaseType(type_oid) };

@@ -1,4 +1,4 @@
-//! How a job's worker hears that others have changed what it asks, whom, or how, or what its owner may see.
+//! Tells a job's worker that others have changed its task, model, endpoint or options, or what its owner may see.
 //!
 //! Postgres invalidates every process's caches after a committed change of foreign servers and user mappings. Models and
 //! tasks are rows, for which it does not: a function that changes them invalidates their table. A process notices
@@ -55,7 +55,7 @@ fn register() {
     }
 }
 
-/// Whether anything was heard since this was last asked.
+/// Returns true if anything was heard since this was last asked.
 pub fn heard() -> bool {
     HEARD.swap(false, Relaxed)
 }
@@ -65,7 +65,7 @@ pub fn watch(tables: &[pg_sys::Oid]) {
     WATCHED.set(tables.to_vec());
 }
 
-/// Whether rights may have changed since this was last asked.
+/// Returns true if rights may have changed since this was last asked.
 pub fn heard_of_rights() -> bool {
     RIGHTS.swap(false, Relaxed)
 }

@@ -18,9 +18,9 @@ use crate::text::Text;
 use crate::version;
 use crate::worker::gateway::connect;
 
-/// How long a gateway may take to come up or come back.
+/// Time that a gateway may take to come up or come back.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a process of ours takes at the most to come up for the first time, from when sessions can connect.
+/// Most time that a process of ours takes to come up for the first time, from when sessions can connect.
 const START: Duration = Duration::from_secs(3);
 
 /// Rows handed over and not yet answered (of a job: not yet written), above which no more are fetched; a page may go
@@ -295,7 +295,7 @@ impl Client {
         Ok(Received::Nothing)
     }
 
-    /// Whether nothing has come, and the gateway is there.
+    /// Returns true if nothing has come, and the gateway is there.
     pub fn is_quiet(&mut self) -> Result<bool> {
         Ok(matches!(self.receive(Duration::ZERO)?, Received::Nothing))
     }

@@ -23,7 +23,7 @@ pub struct Json(pub Value);
 fn read(text: &CStr) -> Result<Value> {
     let text = Text::new(text.to_bytes().to_vec()).checked()?;
     serde_json::from_str(&text).map_err(|e| {
-        // Where in the text it is says nothing: the text is Postgres' own.
+        // The position in the text says nothing: the text is Postgres' own.
         let what = e.to_string();
         let what = what.split(" at line ").next().unwrap_or_default();
         Error::invalid(format!("a JSON argument can't be used: {what}"))

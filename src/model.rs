@@ -187,7 +187,7 @@ impl Settings {
             .hint(format!("Settings that can be reset: {}.", names.join(", "))))
     }
 
-    /// Whether a price is given.
+    /// Returns true if a price is given.
     fn has_prices(&self) -> bool {
         self.input_price.is_some() || self.output_price.is_some() || self.cached_input_price.is_some()
     }

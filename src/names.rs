@@ -42,7 +42,7 @@ pub fn hold_all() -> Result<()> {
 
 /// Drops a model or a route that nothing uses. As the extension's owner.
 pub fn drop(kind: &str, name: &str) -> Result<()> {
-    // What comes to use it from now on waits, and finds it gone.
+    // A new user of the name waits from now on, and finds it gone.
     sql::run(&format!("SELECT 1 FROM llm_batch.{kind} WHERE name = $1 FOR UPDATE"), &[name.into()])?;
     let users = [
         ("task", "SELECT name FROM llm_batch.task WHERE model = $1 ORDER BY 1 LIMIT 1"),

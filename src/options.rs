@@ -12,11 +12,11 @@ use crate::{isolation, provenance, settings};
 /// The options of a function that asks.
 pub struct OfCall {
     pub task: Value,
-    /// What the statement may spend; `llm_batch.statement_max_cost` holds as well.
+    /// Most that the statement may spend; `llm_batch.statement_max_cost` holds as well.
     pub limit: Allowance,
 }
 
-/// Of `llm_classify()` and the like: the task's, and a budget.
+/// Reads those of `llm_classify()` and the like: the task's, and a budget.
 pub fn of_call(mut options: Value) -> Result<OfCall> {
     let cost = match take(&mut options, "max_cost") {
         None => UNLIMITED,
@@ -37,7 +37,7 @@ pub fn of_call(mut options: Value) -> Result<OfCall> {
     Ok(OfCall { task: options, limit: Allowance { cost, tokens } })
 }
 
-/// Of `llm_filter()` and the like: a model and a task besides.
+/// The options of `llm_filter()` and the like: a model and a task besides.
 pub struct OfQuestion {
     pub call: OfCall,
     pub model: Option<String>,
@@ -54,7 +54,7 @@ pub fn of_question(mut options: Value) -> Result<OfQuestion> {
     Ok(OfQuestion { call: of_call(options)?, model, task })
 }
 
-/// Of `backfill()` and `estimate()`.
+/// The options of `backfill()` and `estimate()`.
 pub struct OfJob {
     pub task: Value,
     /// The expression that keeps rows apart.
@@ -69,7 +69,7 @@ pub fn of_job(mut options: Value) -> Result<OfJob> {
     Ok(OfJob { task: options, isolation, provenance })
 }
 
-/// Of a task: nothing but the task's.
+/// Checks those of a task, which has no others.
 pub fn check_of_task(options: &Value) -> Result<()> {
     refuse_isolation(options)?;
     refuse_budget(options)?;

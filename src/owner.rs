@@ -12,7 +12,7 @@ use crate::{client, sql, txn};
 /// The error for a job whose owner does not exist any more.
 pub const GONE: &str = "the job's owner was dropped";
 
-/// Whether the caller has the rights of an owner. If the owner was dropped, superusers have them.
+/// Returns true if the caller has the rights of an owner. If the owner was dropped, superusers have them.
 pub fn is_mine(owner: Option<pg_sys::Oid>) -> bool {
     // SAFETY: catalog lookups on the main thread inside a transaction.
     unsafe {
@@ -67,7 +67,7 @@ pub fn new(role: pg_sys::Oid) -> Result<(String, bool)> {
     }
 }
 
-/// Whether the current user could still log in. If not, an open session continues, but a job does not.
+/// Checks that the current user could still log in. If not, an open session continues, but a job does not.
 pub fn check_login() -> Result<()> {
     let lost = sql::one::<String>(
         "SELECT CASE WHEN NOT r.rolcanlogin THEN 'it may not log in'

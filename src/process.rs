@@ -23,10 +23,10 @@ unsafe extern "C-unwind" {
 const STATEMENT_TIMEOUT: std::ffi::c_int = 3;
 /// As `RegisterTimeout()` is asked for one of an extension's own, in all versions: it takes the next that is free.
 const OWN_TIMEOUT: std::ffi::c_int = 16;
-/// How often a process that holds on looks whether it has done so for too long, milliseconds.
+/// Interval at which a process that holds on looks whether it has done so for too long, milliseconds.
 const LOOK: std::ffi::c_int = 500;
-/// How long it may hold on after a SIGTERM, microseconds: longer than it takes to write what it has. A function of a user
-/// may catch each cancellation of its statement; what `die()` raises it cannot catch.
+/// Time for which it may hold on after a SIGTERM, microseconds: longer than it takes to write what it has. A function
+/// of a user may catch each cancellation of its statement; it cannot catch the error of `die()`.
 const LONGEST_HOLD: i64 = 6_000_000;
 
 static IN_TRANSACTION: AtomicBool = AtomicBool::new(false);
@@ -94,12 +94,12 @@ pub fn cancel_after(milliseconds: i32) {
     unsafe { enable_timeout_after(STATEMENT_TIMEOUT, milliseconds) };
 }
 
-/// Whether this is a worker of ours, in a transaction.
+/// Returns true if this is a worker of ours, in a transaction.
 pub fn is_worker() -> bool {
     IN_TRANSACTION.load(Ordering::Relaxed)
 }
 
-/// Whether this process was sent a SIGTERM.
+/// Returns true if this process was sent a SIGTERM.
 pub fn is_told_to_end() -> bool {
     TOLD_TO_END.load(Ordering::Relaxed)
 }
@@ -113,8 +113,8 @@ extern "C-unwind" fn cancel(signal: std::ffi::c_int) {
     }
 }
 
-/// Whether a statement may be cancelled now. A cancellation that came too late is forgotten. In a transaction code of
-/// users may run: a process that holds on does so for a bounded time.
+/// Says whether a statement may be cancelled from now on. A cancellation that came too late is forgotten. In a
+/// transaction code of users may run: a process that holds on does so for a bounded time.
 pub fn set_in_transaction(value: bool) {
     IN_TRANSACTION.store(value, Ordering::Relaxed);
     let timeout = HOLD_TIMEOUT.load(Ordering::Relaxed);

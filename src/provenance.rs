@@ -65,7 +65,7 @@ pub fn check(column: &str, target: &Target) -> Result<()> {
     Ok(())
 }
 
-/// What a job has asked: the same for all of its rows, until the task or its model changes.
+/// The origin of a job's answers: the same for all of its rows, until the task or its model changes.
 #[derive(Debug, Clone, PartialEq)]
 pub struct By<'a> {
     pub job: i64,
@@ -89,7 +89,7 @@ impl By<'_> {
     }
 }
 
-/// What says of a row that the NULL of a target is the answer.
+/// The test whether the NULL of a target is the answer.
 pub struct Known<'a> {
     pub column: &'a str,
     pub task: &'a str,
@@ -98,8 +98,8 @@ pub struct Known<'a> {
 }
 
 impl Known<'_> {
-    /// Whether the NULL of a field is the answer, as SQL that is true, false or NULL. What somebody else has written there
-    /// must not raise.
+    /// SQL that is true if the NULL of a field is the answer, else false or NULL. A value that somebody else has
+    /// written there must not raise.
     pub fn is_answer(&self, field: &str, hash: &str) -> String {
         let column = name(self.column);
         let holds = json!({"task": self.task, "nulls": [field]}).to_string();

@@ -156,7 +156,7 @@ fn check_superuser(option: &str) -> Result<()> {
         .hint(format!("A server without it can be changed: ALTER SERVER … OPTIONS (DROP {option}, …).")))
 }
 
-/// What a provider counts against its limit of tokens.
+/// Reads the option that says which tokens count against the provider's limit.
 fn counts(value: &str) -> Result<Counts> {
     serde_json::from_value(value.into()).map_err(|_| {
         bad_value(format!("invalid value for option \"counts\": \"{value}\"")).hint(
@@ -166,7 +166,7 @@ fn counts(value: &str) -> Result<Counts> {
     })
 }
 
-/// Whether a key can be sent in a header.
+/// Returns true if a key can be sent in a header.
 fn is_header(key: &str) -> bool {
     key.bytes().all(|b| (0x21..0x7f).contains(&b))
 }
@@ -301,7 +301,7 @@ fn check_ca_file(server: &str, path: &str) -> Result<()> {
     })
 }
 
-/// Whether a server that a superuser does not own may reach a host. What a name stands for, the gateway looks at.
+/// Checks that a server which a superuser does not own may reach a host. The gateway checks the addresses of its name.
 fn check_host(server: &str, target: &url::Target) -> Result<()> {
     let denied = |detail: &str| {
         Error::denied(format!("host \"{}\" of server \"{server}\" is not allowed", target.host)).detail(detail)

@@ -27,12 +27,12 @@ pub struct Question {
 /// A question that can be asked.
 pub struct Prepared {
     pub asked: Asked,
-    /// What the statement may spend.
+    /// Most that the statement may spend.
     pub limit: Allowance,
     pub conclude: Conclude,
 }
 
-/// How verdicts become answers.
+/// Turns verdicts into answers.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Conclude {
     spec: Spec,
@@ -76,8 +76,8 @@ impl Question {
     }
 }
 
-/// What a verb asks with a subject of its own: of the model of the options, or of the task that they name, or else of the
-/// default one.
+/// Prepares a verb with a subject of its own. The model is that of the options, or of the task that they name, or else
+/// the default one.
 pub fn ad_hoc(
     verb: Verb,
     subject: &[Option<String>],

@@ -1,4 +1,4 @@
-//! What sessions call for many rows: `llm_classify_batch()`, `llm_classify_array()`, `llm_run_batch()`, `llm_run_array()`.
+//! Functions for many rows: `llm_classify_batch()`, `llm_classify_array()`, `llm_run_batch()`, `llm_run_array()`.
 
 use std::cell::RefCell;
 
@@ -33,7 +33,8 @@ struct Answer {
 /// Rows without their ids: their text, and what keeps them apart.
 type Page = Vec<(Option<Text>, Option<String>)>;
 
-/// What becomes of rows as `page` yields them (at most so many at a call), in their order; an empty page is the end.
+/// Asks about rows as `page` yields them (at most so many at a call), and returns answers in their order. An empty page
+/// is the end.
 fn answers_of(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> Result<Page>) -> Result<Vec<Answer>> {
     let answers: RefCell<Vec<Answer>> = RefCell::new(Vec::new());
     let spec = asked.stream.task.spec.clone();

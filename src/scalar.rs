@@ -1,4 +1,4 @@
-//! What sessions call for one text: `llm_run()`, `llm_classify()`, `llm_filter()`, `llm_extract()`, `llm_generate()`,
+//! Functions for one text: `llm_run()`, `llm_classify()`, `llm_filter()`, `llm_extract()`, `llm_generate()`,
 //! `llm_summarize()`, `llm_translate()`, `llm_score()`.
 
 use pgrx::pg_sys::panic::ErrorReport;

@@ -23,7 +23,7 @@ const OF_A_ROLE: usize = (ENTRIES - FOR_FINDERS) / 4 * 3;
 /// The launcher comes up so soon after the server (microseconds), or never.
 const START: i64 = 5_000_000;
 
-/// How long a worker that was asked to give way (microseconds) is waited for before another one is asked.
+/// Time (microseconds) that a worker has to give way before another one is asked.
 const GIVES_WAY: i64 = 30_000_000;
 /// A job that waits for a slot is looked at so often (microseconds).
 pub const WAITS: i64 = 1_000_000;
@@ -57,7 +57,7 @@ pub struct Entry {
     /// Wanted: not before; Starting, Running: since. Microseconds, as Postgres counts them.
     pub at: i64,
     pid: i32,
-    /// How often it died, one time after the other.
+    /// The number of times that it died, one after the other.
     deaths: u32,
     /// No background worker was free for it.
     pub no_slot: bool,
@@ -139,7 +139,7 @@ pub fn init() {
     READY.store(true, std::sync::atomic::Ordering::Relaxed);
 }
 
-/// Whether the library was preloaded; without that there is no table, no gateway and no launcher.
+/// Returns true if the library was preloaded; without that there is no table, no gateway and no launcher.
 pub fn is_ready() -> bool {
     READY.load(std::sync::atomic::Ordering::Relaxed)
 }
@@ -275,7 +275,7 @@ pub fn found(database: u32, job: i64, owner: u32) {
     }
 }
 
-/// Whether the log has not been told of this database yet. Of more than there is room for it is told each time.
+/// Returns true if the log has not been told of this database yet. Beyond the table's room it is told each time.
 pub fn first_told(database: u32) -> bool {
     let mut table = TABLE.exclusive();
     let place = table.told.iter_mut().find(|d| **d == database || **d == 0);
@@ -296,7 +296,7 @@ pub fn listed_a_crash(database: u32, job: i64) {
     }
 }
 
-/// Whether the caller's job was told to look at its row again, since the last call.
+/// Returns true if the caller's job was told to look at its row again, since the last call.
 pub fn was_poked(database: u32, job: i64) -> bool {
     TABLE.exclusive().find(database, job).is_some_and(|e| std::mem::take(&mut e.poked))
 }
@@ -332,7 +332,7 @@ pub enum Process {
     Launcher,
 }
 
-/// Whether a process has come up since the server started.
+/// Returns true if a process has come up since the server started.
 pub fn has_come_up(process: Process) -> bool {
     let table = TABLE.share();
     match process {
@@ -362,7 +362,7 @@ pub fn gateway_ends(told: bool) {
     TABLE.exclusive().gateway_told = told;
 }
 
-/// Whether the gateway that has just gone was told to, and did not die of something.
+/// Returns true if the gateway that has just gone was told to, and did not die of something.
 pub fn was_gateway_told() -> bool {
     TABLE.share().gateway_told
 }
@@ -395,7 +395,7 @@ pub fn due(now: i64) -> Due {
     }
 }
 
-/// How many finders run or are due, and whether there is room for jobs that they find.
+/// Counts the finders that run or are due, and tells whether there is room for jobs that they find.
 pub fn searches(now: i64) -> (usize, bool) {
     let table = TABLE.share();
     let is_busy = |e: &Entry| match e.phase {
@@ -406,7 +406,7 @@ pub fn searches(now: i64) -> (usize, bool) {
     (table.entries.iter().filter(|e| e.job == 0 && is_busy(e)).count(), table.free() > FOR_FINDERS)
 }
 
-/// Whether something has found no entry; the caller sees to it.
+/// Returns true if something has found no entry; the caller sees to it.
 pub fn take_missed() -> bool {
     std::mem::take(&mut TABLE.exclusive().missed)
 }
@@ -450,12 +450,12 @@ pub fn ask_to_give_way(owner: u32, now: i64) {
     }
 }
 
-/// Whether the caller's job is to make room for another role's.
+/// Returns true if the caller's job is to make room for another role's.
 pub fn gives_way(database: u32, job: i64) -> bool {
     TABLE.exclusive().find(database, job).is_some_and(|e| e.gives_way != 0)
 }
 
-/// Whether a background worker was free for what was started last.
+/// Notes that no background worker was free for the last start, or that one was.
 pub fn set_no_slot(value: bool) {
     TABLE.exclusive().no_slot = value;
 }
@@ -485,7 +485,7 @@ fn died(e: &mut Entry, now: i64, told: bool) {
     (e.phase, e.at, e.pid, e.told) = (Phase::Wanted, now + pause(e.deaths.max(1)), 0, told);
 }
 
-/// How long what has died so often in a row is left alone, microseconds.
+/// Pause after so many deaths in a row, microseconds.
 pub fn pause(deaths: u32) -> i64 {
     if deaths == 0 { 0 } else { (RESTART << (deaths - 1).min(10)).min(MOST_RESTART) }
 }
@@ -511,7 +511,7 @@ pub fn comes_up(database: u32, job: i64, pid: i32) -> Option<Entry> {
     Some(before)
 }
 
-/// How a worker ends.
+/// The end of a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum End {
     /// Its work is done: it is not wanted any more, unless it was poked meanwhile.

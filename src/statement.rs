@@ -114,7 +114,7 @@ impl Purse {
         }
     }
 
-    /// Whether the other may spend this one's grants.
+    /// Returns true if the other may spend this one's grants.
     pub fn is_same(&self, other: &Self) -> bool {
         (self.began, self.limit) == (other.began, other.limit)
     }

@@ -74,7 +74,7 @@ pub struct Asked {
     pub version: i32,
     /// The models that may answer, in the order of the stream: their names and prices.
     pub models: Vec<(String, Price)>,
-    /// What is done to its answers.
+    /// The checks and repairs of its answers.
     pub checks: Option<Checks>,
 }
 
@@ -139,7 +139,7 @@ fn kind_of(name: &str) -> Result<String> {
     kind.ok_or_else(|| unknown("task", name))
 }
 
-/// What a task's row holds: its specification and its options.
+/// The columns of a task's row.
 struct Stored {
     spec: Value,
     options: Value,
@@ -332,7 +332,7 @@ fn alter_under(
         let before = shape(kind, &now.spec)?;
         let new = now.with(kind, members, options)?.checked(kind, owner, &search_path)?;
         if shape(kind, &new.spec)? != before {
-            // What it has asked for may still be on its way.
+            // Answers by the old fields may still be on their way.
             refuse_in_use(name, "change the fields of")?;
         }
         keep(name)?;

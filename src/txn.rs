@@ -80,7 +80,7 @@ pub fn sub<T>(f: impl FnOnce() -> Result<T>) -> Result<T> {
     subtransaction(true, f)
 }
 
-/// Whether there may be subtransactions here: beside parallel workers there may not, before Postgres 17.
+/// Returns true if there may be subtransactions here: beside parallel workers there may not, before Postgres 17.
 pub fn has_subtransactions() -> bool {
     #[cfg(any(feature = "pg15", feature = "pg16"))]
     // SAFETY: read on the main thread.
@@ -125,7 +125,7 @@ pub fn restricted<T>(role: pg_sys::Oid, search_path: &str, f: impl FnOnce() -> R
 struct HiddenTemporary {
     schema: pg_sys::Oid,
     toast: pg_sys::Oid,
-    /// How many messages of other sessions were heard when it was hidden.
+    /// The number of messages of other sessions that were heard when it was hidden.
     heard: u64,
 }
 

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::args::wrong_kind;
 use crate::error::{Error, Result};
 
-/// What a function asks about its text.
+/// The question that a function asks about its text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verb {
     /// `llm_run(input, task)`, and `llm_classify()` and `llm_extract()` with a task
@@ -69,7 +69,7 @@ impl Verb {
         ALL.iter().find(|known| known.0 == symbol).map(|known| known.1)
     }
 
-    /// What stands between the text and the options, and whether there are options.
+    /// The arguments between the text and the options, and whether there are options.
     pub fn arguments(self) -> (Subject, bool) {
         ALL.iter().find(|known| known.1 == self).map_or((Subject::None, false), |known| (known.2, known.3))
     }
@@ -86,7 +86,7 @@ impl Verb {
         }
     }
 
-    /// Whether its subject is the name of a task.
+    /// Returns true if its subject is the name of a task.
     pub fn names_task(self) -> bool {
         matches!(self, Self::Run | Self::ClassifyTask | Self::ExtractTask | Self::Embed)
     }
@@ -99,7 +99,7 @@ impl Verb {
         }
     }
 
-    /// What its options may say of the specification.
+    /// Members of the specification that its options may have.
     fn own_options(self) -> Result<Vec<&'static str>> {
         let descriptions: &[&str] = if self.has_names() { &["descriptions"] } else { &[] };
         let of_kind = Spec::options(self.kind().unwrap_or("classify"))?;

@@ -23,7 +23,7 @@ const MOST_ROWS: usize = 32_000;
 const FRAME: usize = 200;
 /// Refill the gateway after this many rows, even if no row is being waited for.
 const REFILL: u64 = 100;
-/// How long one call's answer is waited for until the others' are looked at.
+/// Time that one call's answer is waited for before the others' are looked at.
 const LOOK: Duration = Duration::from_secs(1);
 /// Rows read at first where it is not known how many are wanted.
 const FIRST: u64 = 10;
@@ -62,7 +62,7 @@ pub struct Ahead {
     wanted: Wanted,
     /// The expressions of a limit, compiled.
     bounds: [*mut pg_sys::ExprState; 2],
-    /// How many rows a limit takes, once it is known.
+    /// The number of rows that a limit takes, once it is known.
     limit: Option<u64>,
     role: pg_sys::Oid,
     /// The budget that the setting gives each statement.
@@ -311,8 +311,8 @@ impl Ahead {
         }
     }
 
-    /// Whether a client may read the result in parts, as drivers do that fetch so many rows at a time: it has a name then.
-    /// Whether the rows are fetched in parts: row security may allow other rows at the next.
+    /// Returns true if a client may read the result in parts, as drivers do that fetch so many rows at a time: the
+    /// portal has a name then. Row security may allow other rows at the next part.
     unsafe fn is_in_parts(&self) -> bool {
         // SAFETY: what runs now, if anything; names are C strings. Those that Postgres makes up are loops of functions.
         unsafe {
@@ -376,7 +376,7 @@ impl Ahead {
         if unsafe { pg_sys::tuplestore_in_memory(self.store) } { self.rows.len() } else { self.stored }
     }
 
-    /// Whether the first row can be evaluated.
+    /// Returns true if the first row can be evaluated.
     fn is_first_decided(&self) -> bool {
         self.rows.front().is_some_and(|row| row.fates.iter().all(Fate::is_decided))
     }

@@ -21,7 +21,7 @@ pub unsafe fn called(node: *mut pg_sys::Node) -> Option<Verb> {
     unsafe { nodes::cast::<pg_sys::FuncExpr>(node, pg_sys::NodeTag::T_FuncExpr).and_then(|f| verb((*f).funcid)) }
 }
 
-/// Whether an expression, or a list of them, calls one of our functions.
+/// Returns true if an expression, or a list of them, calls one of our functions.
 ///
 /// # Safety
 /// `node` is a planned expression or NULL.
@@ -68,7 +68,7 @@ pub unsafe fn find(qual: *mut pg_sys::List, targetlist: *mut pg_sys::List) -> Fo
     finder.found
 }
 
-/// Whether an expression can be evaluated twice, with calls that can be asked about ahead, if any.
+/// Returns true if an expression can be evaluated twice, with calls that can be asked about ahead, if any.
 ///
 /// # Safety
 /// `node` is a planned expression or NULL.
@@ -263,7 +263,7 @@ impl Finder {
         }
     }
 
-    /// Whether a node does no harm and gives the same if what it is made of does.
+    /// Returns true if a node does no harm and gives the same if what it is made of does.
     unsafe fn is_repeatable(&self, node: *mut pg_sys::Node) -> bool {
         use pg_sys::NodeTag as T;
         // SAFETY: as in walk().

@@ -1,4 +1,5 @@
-//! Whether reading a plan's rows may do something, or give others later: then no row is read that may not be taken.
+//! Checks whether reading a plan's rows may do something, or give others later: then no row is read that may not be
+//! taken.
 
 use pgrx::prelude::*;
 
@@ -141,7 +142,7 @@ fn asks_for_rights(function: pg_sys::Oid) -> bool {
     }
 }
 
-/// Of `CURRENT_DATE` and its like: a transaction has one time.
+/// Returns true for `CURRENT_DATE` and its like, which stay the same in a transaction.
 fn is_time(value: pg_sys::SQLValueFunctionOp::Type) -> bool {
     value <= pg_sys::SQLValueFunctionOp::SVFOP_LOCALTIMESTAMP_N
 }

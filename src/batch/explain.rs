@@ -79,7 +79,8 @@ pub unsafe fn explain(
     }
 }
 
-/// Whether the rows of a node are sorted before a limit takes the first: then it is not the limit that bounds what is asked.
+/// Returns true if the rows of a node are sorted before a limit takes the first: then it is not the limit that bounds
+/// what is asked.
 ///
 /// # Safety
 /// `ancestors` are the nodes above, the nearest first.

@@ -45,9 +45,9 @@ pub struct Guards {
 
 struct Gate {
     guard: Guard,
-    /// Whether a call is behind it.
+    /// A call is behind it.
     is_needed: bool,
-    /// Whether it and all before it hold, once that was looked at.
+    /// It and all before it hold; `None` until that was looked at.
     holds: Option<bool>,
 }
 
@@ -97,7 +97,7 @@ impl Guards {
         self.conditions.iter_mut().for_each(|condition| condition.value = None);
     }
 
-    /// Whether a guard and all before it hold. Those after one that does not are not evaluated.
+    /// Returns true if a guard and all before it hold. Those after one that does not are not evaluated.
     ///
     /// # Safety
     /// The context is that of the node, with a row in it; a call is behind the guard.

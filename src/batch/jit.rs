@@ -1,5 +1,5 @@
-//! Whether a plan is compiled (JIT). Postgres decides by the plan's cost, most of which comes from our functions. They
-//! wait for the network, which compilation does not make faster.
+//! Decides whether a plan is compiled (JIT). Postgres decides by the plan's cost, most of which comes from our
+//! functions. They wait for the network, which compilation does not make faster.
 
 use std::collections::HashMap;
 use std::ptr::null_mut;
@@ -46,7 +46,7 @@ pub unsafe fn decide(stmt: *mut pg_sys::PlannedStmt) {
     }
 }
 
-/// How much of the costs of a statement's plans are those of our functions.
+/// The costs of a statement's plans, and the part of our functions in them.
 struct Costs {
     tables: Vec<*mut pg_sys::RangeTblEntry>,
     subplans: Vec<*mut pg_sys::Plan>,

@@ -67,7 +67,7 @@ pub fn to_list<T>(items: impl IntoIterator<Item = *mut T>) -> *mut pg_sys::List 
 
 type Visit<'a> = &'a mut dyn FnMut(*mut pg_sys::Node) -> bool;
 
-/// Whether `found` holds for a node of an expression, or of a list of them; looked at from the top.
+/// Returns true if `found` holds for a node of an expression, or of a list of them; looked at from the top.
 ///
 /// # Safety
 /// `node` is a planned expression or NULL.
@@ -109,7 +109,7 @@ pub unsafe fn children(node: *mut pg_sys::Node, visit: &mut dyn FnMut(*mut pg_sy
     unsafe { pg_sys::expression_tree_walker(node, Some(child), (&raw mut visit).cast()) };
 }
 
-/// Whether an expression depends on the row.
+/// Returns true if an expression depends on the row.
 ///
 /// # Safety
 /// As of `any()`.
@@ -127,7 +127,7 @@ pub struct Distinct {
 }
 
 impl Distinct {
-    /// Where an expression is.
+    /// The position of an expression, if it was added.
     ///
     /// # Safety
     /// As of `any()`; what was added still exists.
@@ -136,7 +136,7 @@ impl Distinct {
         unsafe { self.look_up(fingerprint(expression), expression) }
     }
 
-    /// Where an expression is, from now on.
+    /// Adds an expression. Returns its position.
     ///
     /// # Safety
     /// As of `position()`.

@@ -192,7 +192,7 @@ impl View {
     }
 }
 
-/// Whether a call in a node, or below it, asks the default model: sets the bool.
+/// Sets the bool if a call in a node, or below it, asks the default model.
 #[pg_guard]
 unsafe extern "C-unwind" fn asks(node: *mut pg_sys::Node, found: *mut c_void) -> bool {
     // SAFETY: a node of a view's definition, or NULL; View::of() hands on its bool.

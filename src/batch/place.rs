@@ -1,4 +1,4 @@
-//! Where in a finished plan batch scans go. See README.md in this folder.
+//! Places batch scans in a finished plan. See README.md in this folder.
 
 use std::ptr::null_mut;
 
@@ -12,7 +12,7 @@ use super::{jit, node};
 use crate::settings;
 use pg_sys::NodeTag as T;
 
-/// Whether a query's rows are fetched one by one, with anything in between.
+/// Returns true if a query's rows are fetched one by one, with anything in between.
 pub fn is_cursor(cursor_options: i32) -> bool {
     cursor_options as u32 & pg_sys::CURSOR_OPT_FAST_PLAN != 0
 }
@@ -44,7 +44,7 @@ pub unsafe fn place(stmt: *mut pg_sys::PlannedStmt, cursor_options: i32, has_pol
         }
         let mut placer = Placer { placed: 0, subplans: list((*stmt).subplans), is_cursor, has_policies };
         let wanted = if is_cursor { Wanted::Unknown } else { Wanted::All };
-        // Where a plan can go back, Postgres lets a cursor do so, though nobody said SCROLL.
+        // A plan that can go back may be scrolled by a cursor, though nobody said SCROLL.
         let goes_back = has(pg_sys::CURSOR_OPT_SCROLL)
             || is_cursor
                 && !has(pg_sys::CURSOR_OPT_NO_SCROLL)
@@ -250,7 +250,8 @@ impl Placer {
     }
 }
 
-/// Whether a batch scan can stand above a node: it has expressions that another node can compute of its columns.
+/// Returns true if a batch scan can stand above a node: it has expressions that another node can compute of its
+/// columns.
 unsafe fn may_be_below(plan: *mut pg_sys::Plan) -> bool {
     // SAFETY: the tag says what a node is.
     unsafe {
@@ -299,7 +300,7 @@ unsafe fn split(qual: *mut pg_sys::List) -> (Vec<*mut pg_sys::Node>, Vec<*mut pg
 /// Expressions that a node yields as columns of its own, each once.
 #[derive(Default)]
 struct Columns {
-    /// How many other columns come before them.
+    /// The number of other columns before them.
     first: usize,
     expressions: Distinct,
 }

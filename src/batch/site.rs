@@ -120,7 +120,7 @@ impl Site {
         }
     }
 
-    /// Whether the stream is the one that would be opened now: rights, key, model and task are looked at anew.
+    /// Returns true if the stream is the one that would be opened now: rights, key, model and task are looked at anew.
     pub fn is_current(&self) -> bool {
         let (Some(asker), Some(asked)) = (&self.asker, &self.asked) else { return false };
         prepare(&asked.question).is_ok_and(|new| asker.is_for(&new.asked) && new.conclude == asked.conclude)

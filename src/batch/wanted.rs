@@ -1,4 +1,4 @@
-//! How much of a batch scan's output is wanted, and how a plan carries it.
+//! The part of a batch scan's output that is wanted, and its place in a plan.
 
 use std::ptr::null_mut;
 
@@ -6,7 +6,7 @@ use pgrx::prelude::*;
 
 use super::nodes::{list, to_list};
 
-/// How much of a node's output will be wanted.
+/// The part of a node's output that will be wanted.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Wanted {
     /// All of it.

@@ -1,4 +1,4 @@
-//! What a row that could not be written may have in common with others.
+//! Causes of failed writes that rows may share.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -7,24 +7,24 @@ use pgrx::PgSqlErrorCode as Code;
 
 use crate::error::sqlstate;
 
-/// What may be at fault, beside the row.
+/// A cause that may be at fault, beside the row.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Cause {
     /// A label.
     Label(String),
     /// The task's checks or the columns' types, and the class of what they say.
     Refused(String),
-    /// Where values are not labels: the error's SQLSTATE.
+    /// The error's SQLSTATE, if values are not labels.
     State(String),
 }
 
 impl Cause {
-    /// Of an answer whose UPDATE raised; its label, if it is one.
+    /// The cause for an answer whose UPDATE raised. `label`: its label, if it is one.
     pub fn of(label: Option<&String>, code: Code) -> Self {
         label.map_or_else(|| Self::State(sqlstate(code)), |label| Self::Label(label.clone()))
     }
 
-    /// Whether a row that has these values would have met it too.
+    /// Returns true if a row that has these values would have met it too.
     pub fn is_refuted(&self, written: &BTreeSet<String>) -> bool {
         match self {
             Self::Label(label) => written.contains(label),

@@ -16,7 +16,7 @@ use crate::process::current_user;
 use crate::task::{self, Asked};
 use crate::{asking, isolation, provenance, sql, txn};
 
-/// What to fill, from what, with what.
+/// The arguments of a job: what to fill, from what, with what.
 pub struct Given<'a> {
     relation: pg_sys::Oid,
     pub input: &'a str,
@@ -120,7 +120,7 @@ impl<'a> Given<'a> {
     }
 }
 
-/// What a job needs, if all is well.
+/// The result of the checks before a job is created.
 pub struct Checked {
     pub target: Target,
     /// The field of each column; `None` is the whole answer.

@@ -12,11 +12,11 @@ use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::{catalog, model, owner, route, sql, task, txn};
 
-/// What `cancel()` changes.
+/// The assignment of `cancel()`.
 const CANCELLED: &str = "wanted = 'cancelled'";
 
-/// What its owner wants of a job is changed by `change`, which returns whether it changed anything. `starts`: it may have to
-/// be started for that; else a worker that runs is told.
+/// Changes what its owner wants of a job. `change` returns the assignment, if any; `starts`: a worker may have to be
+/// started for it, else one that runs is told.
 fn control(
     job_id: i64,
     starts: bool,
@@ -171,8 +171,8 @@ fn set_job_owner(job_id: i64, new_owner: pg_sys::Oid) -> std::result::Result<(),
             .hint("Give the job to the table's owner.")
             .into());
     }
-    // What an owner was who is gone, such as after a restore without its roles, nobody knows: no superuser, then.
-    // SAFETY: as above.
+    // The rights of an owner that is gone, such as after a restore without its roles, are not known: it counts as no
+    // superuser. SAFETY: as above.
     let is_raised = |old| status.owner != Some(new_owner) && !unsafe { pg_sys::superuser_arg(old) };
     // SAFETY: as above.
     if unsafe { pg_sys::superuser_arg(new_owner) } && status.owner.is_none_or(is_raised) {

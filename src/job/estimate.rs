@@ -171,7 +171,7 @@ fn cost(price: &Price, input: i64, output: i64) -> Result<Option<AnyNumeric>> {
     )
 }
 
-/// What the tightest of the limits takes.
+/// The time that the tightest limit takes.
 fn duration(model: &Model, requests: i64, input: i64, output: i64) -> Option<Interval> {
     let limits = [
         (requests, model.requests_per_minute),
@@ -183,7 +183,7 @@ fn duration(model: &Model, requests: i64, input: i64, output: i64) -> Option<Int
     Interval::new(0, 0, ((minutes * 60.0).ceil() * 1e6) as i64).ok()
 }
 
-/// What `estimate()` returns.
+/// The row that `estimate()` returns.
 type Estimated = (i64, i64, i64, i64, Option<AnyNumeric>, Option<Interval>, i64, Option<JsonB>);
 
 fn estimated(given: &Given, sample_rows: Option<i32>) -> Result<Estimated> {

@@ -1,4 +1,4 @@
-//! Whether values fit their columns: those that the types do not take, as opposed to what the table refuses.
+//! Checks whether values fit their columns: some are refused by the types, as opposed to the table.
 
 use std::ffi::{CStr, CString};
 

@@ -30,7 +30,7 @@ use crate::json::Json;
 use crate::task::Asked;
 use crate::{client, shared, sql, txn};
 
-/// What a job may spend.
+/// The limits of a job's spending.
 pub struct Budget {
     max_cost: Option<AnyNumeric>,
     max_tokens: Option<i64>,
@@ -97,7 +97,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
     }
     check_alone(&target, given.provenance.as_deref(), 0)?;
     client::check_came_up(shared::Process::Launcher)?;
-    // Whether the model, or one of a route, answers at all, before a row is paid for.
+    // Before a row is paid for: the model, or one of a route, must answer at all.
     client::ask(&stream, &ToGateway::Probe, |message| match message {
         FromGateway::Probed(None) => Ok(Some(())),
         FromGateway::Probed(Some(stop)) | FromGateway::Stopped(stop) => Err(Error::from_stop(&stop, &model)),
@@ -191,7 +191,7 @@ fn insert(
     required(id, "id")
 }
 
-/// Who is told of a change of a job.
+/// The worker that is told of a change of a job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Wake {
     /// A worker of this role, which is started if none runs.

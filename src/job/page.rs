@@ -69,9 +69,9 @@ impl Page {
 /// A page with what is needed of it only once.
 pub struct Claimed {
     pub page: Page,
-    /// Of each row: its text.
+    /// The text of each row.
     pub texts: Vec<Result<String>>,
-    /// Of each row: what keeps it apart from others.
+    /// The isolation of each row.
     pub isolations: Vec<Option<String>>,
 }
 

@@ -22,9 +22,9 @@ use crate::{catalog, provenance, sql};
 pub struct Plan {
     /// Bytes of a text that are sent at the most.
     pub most_text: usize,
-    /// How many columns are filled.
+    /// The number of columns that are filled.
     pub targets: usize,
-    /// How values are converted for them.
+    /// The conversions of values for them.
     pub columns: Vec<fit::Column>,
     /// Answers to a row, until it is given up.
     pub max_attempts: u32,
@@ -34,7 +34,7 @@ pub struct Plan {
     pub has_labels: bool,
     /// The search_path under which input and filter are read.
     pub search_path: String,
-    /// How many rows are to fill, and how many of them have no text.
+    /// Counts the rows to fill, and those of them without text.
     pub count: String,
     /// The first page; `$1` is its size.
     pub claim_first: String,
@@ -48,9 +48,9 @@ pub struct Plan {
     pub write: String,
     /// Looks at rows `$k+1`: position, whether a target is NULL, the input's hash.
     pub look: String,
-    /// Whether row `$k+1` can be locked: raises if another transaction holds it, returns no row if it is out of reach.
+    /// Tries to lock row `$k+1`: raises if another transaction holds it, returns no row if it is out of reach.
     pub try_lock: String,
-    /// Whether we may write the targets at all.
+    /// Checks whether we may write the targets at all.
     pub may_update: String,
     /// Which targets of the rows `$k+1` are NULL: position, and an array in their order. A trigger may have emptied them
     /// again.
@@ -113,7 +113,7 @@ unsafe fn renew_snapshot() {
     }
 }
 
-/// Who holds a lock on the table, or waits for one, that lets nobody write.
+/// The processes that hold or await a lock on the table that lets nobody write.
 pub fn lockers(job: &Job) -> Result<String> {
     let found = sql::one::<String>(
         "SELECT pg_catalog.string_agg(DISTINCT pg_catalog.format('%s on %s %s %s', l.mode, l.relation::pg_catalog.regclass,
@@ -202,7 +202,7 @@ pub fn cut(text: &str, most: usize) -> String {
     )
 }
 
-/// Whether one of these columns is NULL.
+/// A condition: one of these columns is NULL.
 fn any_null(columns: impl Iterator<Item = String>) -> String {
     columns.map(|column| format!("{column} IS NULL")).collect::<Vec<_>>().join(" OR ")
 }
@@ -211,7 +211,7 @@ fn hash_sql(text: &str, seed: &str) -> String {
     format!("pg_catalog.hashtextextended({text} COLLATE pg_catalog.\"C\", {seed})")
 }
 
-/// What all statements over a table's rows have in common.
+/// The expressions that all statements over a table's rows share.
 pub struct Rows {
     /// The table, as it stands in a FROM clause.
     pub from: String,
@@ -221,7 +221,7 @@ pub struct Rows {
     pub todo: String,
     /// Which rows have something to send.
     pub has_text: String,
-    /// What keeps a row apart from others.
+    /// The value of `isolation`.
     pub isolation: String,
 }
 
@@ -298,7 +298,7 @@ impl Plan {
             columns: job.targets.iter().zip(casts).map(column).collect(),
             max_attempts: task.options.max_attempts,
             has_provenance: job.provenance.is_some(),
-            // Of several columns each value may be at fault.
+            // With several columns each value may be at fault.
             has_labels: job.targets.len() == 1 && spec.columns().iter().all(|field| field.values.is_some()),
             search_path: format!("{}, pg_temp", job.search_path),
             // Rows without text are counted at the start, and never claimed.
@@ -320,7 +320,7 @@ impl Plan {
 /// gets into its way; positions come from a list of odd names.
 const POSITION: &str = "\"llm_batch u\".\"llm_batch i\"";
 
-/// What the statements are made of.
+/// The parts of which the statements are made.
 struct Parts<'a> {
     job: &'a Job,
     rows: &'a Rows,
@@ -344,7 +344,7 @@ impl Parts<'_> {
         (1..=self.keys.len()).map(|i| format!("(${i})[{position}]")).collect()
     }
 
-    /// Whether a row of the table has the key at a position of the arrays.
+    /// A condition: a row of the table has the key at a position of the arrays.
     fn matches(&self, position: &str) -> String {
         let column = |(key, value): (&String, String)| format!("{}.{key} OPERATOR(pg_catalog.=) {value}", self.bare);
         self.keys.iter().zip(self.at(position)).map(column).collect::<Vec<_>>().join(" AND ")
@@ -374,7 +374,7 @@ impl Parts<'_> {
         )
     }
 
-    /// Whether a row comes after the one at the position of the first parameter.
+    /// A condition: a row comes after the one at the position of the first parameter.
     fn after(&self) -> String {
         let (keys, last) = (self.keys.join(", "), self.at(&self.parameter(1)).join(", "));
         format!(" AND ROW({keys}) OPERATOR(pg_catalog.>) ROW({last})")
@@ -392,7 +392,7 @@ impl Parts<'_> {
         let value = |i: usize, target: &String| {
             let (column, cast) = (self.job.targets.get(i), casts.get(i));
             let column = name(column.map_or("", |t| t.name.as_str()));
-            // What somebody has filled meanwhile stays, and so does what has no value.
+            // A value that somebody has written meanwhile stays; so does NULL where there is no value.
             format!("{column} = COALESCE({target}, \"llm_batch v{i}\"{})", cast.map_or("", String::as_str))
         };
         let mut arrays = each(&|i, _| format!(", pg_catalog.unnest({}::pg_catalog.text[])", self.parameter(3 + i)), "");

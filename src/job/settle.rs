@@ -26,11 +26,11 @@ pub struct Answer {
     pub verdict: Verdict,
     /// The value of each target, if there is an answer: what the task's fields are may change before it is written.
     pub values: Option<Vec<Option<String>>>,
-    /// What the row is to say of its answer, if the job has a column for that.
+    /// The row's provenance, if the job has a column for that.
     pub by: Option<String>,
     /// Answers to the row so far.
     pub attempts: u32,
-    /// What was sent, for a row that may have to be asked again.
+    /// The text that was sent, for a row that may have to be asked again.
     pub text: String,
     pub isolation: Option<String>,
     /// The task's checks have taken it.
@@ -43,7 +43,7 @@ pub struct Answer {
     pub refused_since: Option<Instant>,
 }
 
-/// How long a row is tried again that others hold locked, or whose write raises what should pass.
+/// Time for which a row is tried again that others hold locked, or whose write raises what should pass.
 const PATIENCE: Duration = Duration::from_secs(600);
 /// Errors that should pass in one settlement (waits for locks but the first are of 100 ms), until the rest is left for the
 /// next one.
@@ -52,7 +52,7 @@ const MOST_TRIES: u32 = 20;
 /// has none.
 pub const FEW: usize = 3;
 
-/// What became of the answers.
+/// The result of a settlement.
 #[derive(Debug, Default)]
 pub struct Settled {
     pub done: i64,
@@ -73,12 +73,12 @@ pub struct Settled {
     pub changed: Vec<(String, u32)>,
 }
 
-/// Whether an error says nothing about the job: the same may succeed the next time.
+/// Returns true if an error says nothing about the job: the same may succeed the next time.
 pub fn says_nothing(code: Code) -> bool {
     is_passing(code) || code == Code::ERRCODE_INTERNAL_ERROR
 }
 
-/// What should pass has kept rows of a settlement from being written.
+/// Rows that errors which should pass have kept from being written.
 #[derive(Default)]
 struct Hindered {
     tries: u32,
@@ -88,8 +88,8 @@ struct Hindered {
 }
 
 impl Hindered {
-    /// Whether it may be what every row meets: then nothing is done, and all rows are kept. Where others were written it is
-    /// not.
+    /// Returns true if every row may meet the same error: then nothing is done, and all rows are kept. It is not so if
+    /// others were written.
     fn is_for_all(&self, done: i64, others: Others) -> bool {
         let may_be = |(answer, e): &(Answer, Error)| match is_scarce(e.code) {
             true => answer.refused_since.is_none() || !self.are_few(others),
@@ -103,7 +103,7 @@ impl Hindered {
     }
 }
 
-/// What is to be written besides the answers at hand.
+/// Rows that are to be written besides the answers at hand.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Others {
     /// Nothing, now or later.
@@ -176,7 +176,7 @@ fn look(plan: &Plan, page: &Page, positions: Vec<i32>) -> Result<BTreeMap<i32, L
     Ok(rows.into_iter().collect())
 }
 
-/// Whether all of these rows can still be seen, with the text that was claimed.
+/// Returns true if all of these rows can still be seen, with the text that was claimed.
 pub fn is_as_sent(plan: &Plan, page: &Page, positions: &[i32]) -> Result<bool> {
     let seen = look(plan, page, positions.to_vec())?;
     let hash = |position: i32| page.hashes.get(position as usize - 1).copied();
@@ -190,7 +190,7 @@ struct Listed {
     class: String,
     attempts: u32,
     detail: String,
-    /// What the UPDATE raised for, or the task's checks refused.
+    /// The cause, if the UPDATE raised or the task's checks refused.
     raised: Option<Cause>,
 }
 
@@ -293,7 +293,7 @@ fn raised(plan: &Plan, answer: &Answer, e: &Error, settled: &mut Settled) -> Res
     })
 }
 
-/// Whether a row has been tried again for long enough.
+/// Returns true if a row has been tried again for long enough.
 fn is_over(since: Option<Instant>) -> bool {
     let Some(since) = since else { return false };
     #[cfg(feature = "failure_points")]
@@ -303,8 +303,8 @@ fn is_over(since: Option<Instant>) -> bool {
     since.elapsed() > PATIENCE
 }
 
-/// What became of a row that was as it had been. `written`: whether something of it is NULL after the UPDATE;
-/// `is_missing`: there was something to write. Whether the row is done, and yet has a NULL that was the answer.
+/// Notes the fate of a row that was as it had been. `written`: something of it is NULL after the UPDATE; `is_missing`:
+/// there was something to write. Returns true if the row is done, and yet has a NULL that was the answer.
 fn note(
     answer: &Answer,
     written: Option<bool>,
@@ -396,15 +396,15 @@ struct Todo {
     hash: i64,
 }
 
-/// What came of trying to write rows; a row that is nowhere in it could not be locked.
+/// The result of trying to write rows; a row that is nowhere in it could not be locked.
 #[derive(Default)]
 struct Tried {
     seen: BTreeMap<i32, Look>,
     /// Rows that there was something to write to.
     missing: BTreeSet<i32>,
-    /// Whether something that was written is NULL after the UPDATE.
+    /// True if something that was written is NULL after the UPDATE.
     written: BTreeMap<i32, bool>,
-    /// What the UPDATE raised.
+    /// The errors that the UPDATE raised.
     raised: BTreeMap<i32, Error>,
     /// The write alone raised what should pass.
     refused: BTreeMap<i32, Error>,
@@ -440,7 +440,7 @@ fn write(plan: &Plan, page: &Page, rows: &[Todo], hindered: &mut Hindered) -> Re
             return Err(e);
         }
         if part.len() == rows.len() {
-            // What looking raises, every write would.
+            // An error of looking is one that every write would raise.
             look(plan, page, part.iter().map(|t| t.position).collect())?;
         }
         // It may be what one row alone needs: a lock on what its label refers to, something of its trigger.
@@ -490,7 +490,7 @@ fn write_part(plan: &Plan, page: &Page, part: &[Todo]) -> Result<Vec<Found>> {
     })
 }
 
-/// What a trigger made NULL again after the UPDATE would be asked again for ever.
+/// Finds values that a trigger made NULL again after the UPDATE: their rows would be asked again for ever.
 fn find_nulls(plan: &Plan, page: &Page, answers: &BTreeMap<i32, &Answer>, tried: &mut Tried) -> Result<()> {
     let Some(query) = plan.nulls.as_ref().filter(|_| !tried.written.is_empty()) else { return Ok(()) };
     let mut args = page.args();

@@ -44,12 +44,12 @@ impl Status {
         if self.table_owner.is_some() && owner::is_mine(self.table_owner) { Ok(self) } else { self.by_owner() }
     }
 
-    /// Whether a role owns its table.
+    /// Returns true if a role owns its table.
     pub fn is_of_table(&self, role: pg_sys::Oid) -> bool {
         self.table_owner == Some(role)
     }
 
-    /// What it needs to go on: its owner and its table.
+    /// Its owner and its table, without which it can't go on.
     pub fn check_complete(&self) -> Result<(pg_sys::Oid, pg_sys::Oid)> {
         let Some(owner) = self.owner else {
             return Err(Error::new(PgSqlErrorCode::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION, owner::GONE)
@@ -126,7 +126,7 @@ pub fn forget(id: i64, why: &str) -> Result<()> {
     Ok(())
 }
 
-/// What a finder does besides: names are noted, old jobs forgotten.
+/// A finder's further work: names are noted, old jobs forgotten.
 pub fn tidy_up() -> Result<()> {
     if version::installed()?.is_none_or(|v| v != version::LIBRARY) {
         return Ok(());
@@ -152,7 +152,7 @@ fn forget_old() -> Result<()> {
 /// here once all of theirs is found: from then on they follow owner and server when these are renamed. A job is at home with
 /// `resume()`. A copy of the files, such as a template's, has these names. What others hold locked waits.
 fn note_names() -> Result<()> {
-    // What is gone has no name to be found by, as in a dump.
+    // A dropped object keeps no name to be found by, as in a dump.
     sql::run(
         "UPDATE llm_batch.model m SET server = 0
            FROM (SELECT x.name FROM llm_batch.model x
@@ -231,9 +231,9 @@ pub struct Job {
     pub retry_epoch: i32,
     /// It is to run now: not ended, not paused for longer.
     pub is_due: bool,
-    /// Where it is at home, which is here.
+    /// Its home, which is here.
     pub home: String,
-    /// Whether the rows have been counted.
+    /// The rows have been counted.
     pub is_counted: bool,
     pub retried_epoch: i32,
     pub has_failures: bool,
@@ -242,7 +242,7 @@ pub struct Job {
     pub max_attempts: u32,
     /// The run before could write nothing.
     pub was_unwritable: bool,
-    /// How many runs, this one included, have begun since one did a row.
+    /// The number of runs, this one included, that have begun since one did a row.
     pub starts: i32,
 }
 
@@ -441,7 +441,7 @@ fn note_nulls(id: i64, rows: &[i64]) -> Result<()> {
     .map(|_| ())
 }
 
-/// How many rows are listed that killed what worked on them.
+/// The number of listed rows that killed what worked on them.
 pub fn crashes(id: i64) -> Result<i64> {
     txn::as_extension_owner(|| {
         let crashes = "SELECT count(*) FROM llm_batch.row_failure WHERE job_id = $1 AND class = 'crash'";
@@ -460,7 +460,7 @@ pub struct Failure {
     pub detail: String,
 }
 
-/// What has changed since it was last written.
+/// Changes since the last write.
 #[derive(Debug, Default)]
 pub struct Delta {
     pub done: i64,
@@ -632,7 +632,7 @@ fn list<'a>(id: i64, failures: impl IntoIterator<Item = &'a Failure>) -> Result<
 /// The budget of a job.
 pub struct Account {
     pub funds: Funds,
-    /// What was spent of what, in words.
+    /// The spending and the budget, in words.
     pub spent: String,
 }
 
@@ -663,7 +663,7 @@ pub fn release(id: i64, in_doubt: bool) -> Result<()> {
     })
 }
 
-/// How a run ends.
+/// The end of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Outcome {
     Done,

@@ -19,7 +19,7 @@ pub struct Target {
     form: Form,
 }
 
-/// How a column takes a value.
+/// The form in which a column takes a value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     Plain,
@@ -47,7 +47,7 @@ impl Target {
         Self { name, attnum, type_oid, field, form: Form::of(type_oid) }
     }
 
-    /// What of an answer goes into the column, as its type reads it.
+    /// The part of an answer that goes into the column, as its type reads it.
     pub fn value(&self, spec: &Spec, fields: &[Field], answer: &Answer) -> Option<String> {
         let Some(name) = &self.field else { return Some(spec.to_json(answer)) };
         let at = fields.iter().position(|f| f.name == *name)?;
@@ -209,12 +209,12 @@ fn through(target: &Target, spec: &Spec) -> Result<Option<String>> {
     Ok(Some(sql_type(field.of, field.is_array)))
 }
 
-/// Whether a type takes any text.
+/// Returns true if a type takes any text.
 fn is_text(base: pg_sys::Oid) -> bool {
     matches!(base, pg_sys::TEXTOID | pg_sys::VARCHAROID | pg_sys::BPCHAROID | pg_sys::NAMEOID)
 }
 
-/// Whether a type is one of pgvector's, which read vectors as JSON writes them.
+/// Returns true if a type is one of pgvector's, which read vectors as JSON writes them.
 fn is_vector(base: pg_sys::Oid) -> bool {
     let name = type_name(base);
     let name = name.rsplit('.').next().unwrap_or_default();

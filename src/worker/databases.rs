@@ -10,7 +10,7 @@ use crate::settings;
 /// A database that workers may connect to.
 pub struct Database {
     pub oid: u32,
-    /// Whether jobs are looked for in it, by `llm_batch.databases`.
+    /// Jobs are looked for in it, by `llm_batch.databases`.
     pub is_searched: bool,
 }
 
@@ -63,12 +63,12 @@ pub fn open() -> Vec<Database> {
     found
 }
 
-/// Whether workers may connect to the database of this session.
+/// Returns true if workers may connect to the database of this session.
 pub fn is_mine_open() -> bool {
     mine(is_open)
 }
 
-/// Whether jobs are looked for in the database of this session.
+/// Returns true if jobs are looked for in the database of this session.
 pub fn is_mine_searched() -> bool {
     mine(|row| is_searched(row, &settings::databases()))
 }

@@ -16,13 +16,13 @@ use crate::shared::{self, Due, Entry};
 
 /// A worker that has not come up after so long (microseconds) could not connect.
 const PATIENCE: i64 = 10_000_000;
-/// How often all databases are searched, microseconds: for what no commit told of.
+/// Interval at which all databases are searched, microseconds: for changes that no commit told of.
 const SEARCH: i64 = 300_000_000;
-/// How soon again where something did not fit into the table, microseconds.
+/// The same after something did not fit into the table, microseconds.
 const SEARCH_MISSED: i64 = 10_000_000;
 /// The next try where no background worker was free, microseconds.
 const NO_SLOT: i64 = 3_000_000;
-/// How often the log is told of the same, microseconds.
+/// Interval at which the log is told of the same, microseconds.
 const SAY: i64 = 600_000_000;
 /// Most finders at a time. Each takes some 20 ms.
 const FINDERS: usize = 2;
@@ -207,7 +207,7 @@ fn terminate(pid: i32) {
     }
 }
 
-/// How many workers a role has.
+/// The number of workers that a role has.
 fn held(owners: &[u32], owner: u32) -> usize {
     owners.iter().filter(|o| **o == owner).count()
 }
@@ -216,7 +216,7 @@ fn is_open(open: &[Database], oid: u32) -> bool {
     open.binary_search_by_key(&oid, |d| d.oid).is_ok()
 }
 
-/// Whether something may be said (again), which it then is.
+/// Returns true if something may be said (again), which it then is.
 fn is_time(said: &mut Option<i64>, now: i64) -> bool {
     let is_time = said.is_none_or(|at| at + SAY < now);
     if is_time {
@@ -225,8 +225,8 @@ fn is_time(said: &mut Option<i64>, now: i64) -> bool {
     is_time
 }
 
-/// Whether a finder may start beside so many others. Where few background workers are free it waits for a while; where
-/// none is even then, its start fails and says so.
+/// Returns true if a finder may start beside so many others. Where few background workers are free it waits for a
+/// while; where none is even then, its start fails and says so.
 fn may_search(entry: &Entry, finders: usize, starting: usize, now: i64) -> bool {
     let (free, seen) = workers();
     let free = free.saturating_sub(starting);
@@ -235,7 +235,7 @@ fn may_search(entry: &Entry, finders: usize, starting: usize, now: i64) -> bool 
     finders < FINDERS && (free > LEFT_FREE || (finders == 0 && entry.at + FINDER_PATIENCE < now))
 }
 
-/// How many of `max_worker_processes` nobody has, and how many are finders, as `pg_stat_activity` shows it.
+/// The numbers of free `max_worker_processes` and of finders, as `pg_stat_activity` shows them.
 fn workers() -> (usize, usize) {
     // SAFETY: on the main thread; a position of the copy that is made below, so that there is a process. The type's name
     // is copied by Postgres, and ends with a zero byte.

@@ -15,7 +15,7 @@ use crate::txn;
 /// Requests that are paid for, with no answer that the checks take, until the job stops.
 const MOST_REQUESTS: u64 = 15;
 
-/// Whether any answer is taken, as far as that is known.
+/// Evidence that answers are taken, or are not.
 #[derive(Debug, Default)]
 pub(super) struct Doubt {
     is_taken: bool,
@@ -43,8 +43,8 @@ impl Doubt {
         self.refused = Some((class, why.to_owned()));
     }
 
-    /// Whether an answer has shown that what says this class takes some: the columns one that was written, the task's
-    /// checks one that they took.
+    /// Returns true if an answer has shown that the source of this class takes some: the columns one that was written,
+    /// the task's checks one that they took.
     pub(super) fn is_refuted(&self, class: &str) -> bool {
         if class == BAD_VALUE { self.is_written } else { self.is_taken }
     }

@@ -1,4 +1,4 @@
-//! How a run ends: by what went wrong, or because nothing is left to do.
+//! The end of a run: by an error, or because nothing is left to do.
 
 use pgrx::PgSqlErrorCode as Code;
 
@@ -13,7 +13,7 @@ use crate::shared::{self, End};
 use crate::{owner, txn};
 
 impl Worker {
-    /// What an error in a transaction means: some pass, some are the job's end.
+    /// Reacts to an error in a transaction: some pass, some are the job's end.
     pub(super) fn fail(&mut self, e: &Error) {
         self.failures_in_a_row += 1;
         let id = self.job.id;
@@ -45,7 +45,7 @@ impl Worker {
         }
         let job = txn::run(|| store::load(id)).ok().flatten();
         if job.as_ref().is_some_and(|job| job.owner.is_some_and(|owner| owner != me())) {
-            // What the old owner may not do says nothing about the new one, as whom another process goes on.
+            // A right that the old owner lacks says nothing about the new one, as whom another process goes on.
             self.put_off = true;
             self.withdraw();
             return;

@@ -26,9 +26,9 @@ pub const FIRST_PAGE: i64 = 200;
 const LARGEST_PAGE: i64 = 500;
 /// Bytes of text handed over and not yet answered, above which no more is handed over.
 const WINDOW_BYTES: usize = 4 << 20;
-/// How long answers wait for others, with which they are written, and how long until there are enough: a transaction costs
-/// as much as fifty rows. Enough is so many, or this part of the rows with the gateway if that is less: if the server is
-/// killed, they are asked again.
+/// Time that answers wait for others, with which they are written, once there are enough and before that: a transaction
+/// costs as much as fifty rows. Enough is `ENOUGH`, or this part of the rows with the gateway if that is less: if the
+/// server is killed, they are asked again.
 const GATHER: Duration = Duration::from_millis(50);
 const GATHER_ENOUGH: Duration = Duration::from_secs(1);
 const ENOUGH: usize = 128;
@@ -76,9 +76,9 @@ impl Found {
     }
 }
 
-/// What a claim has read.
+/// The result of a claim.
 struct Claim {
-    /// What holds for the next page.
+    /// The task, table and statements for the next page.
     ready: (Asked, Table, Plan),
     /// With the first page.
     rights: Option<Rights>,
@@ -101,8 +101,8 @@ impl page::Claimed {
 }
 
 impl Worker {
-    /// Whether the next page may be claimed now. A pass begins only when nothing of the one before is open: what is
-    /// open is NULL still, and would be claimed and paid for again.
+    /// Returns true if the next page may be claimed now. A pass begins only when nothing of the one before is open: an
+    /// open row is still NULL, and would be claimed and paid for again.
     pub(super) fn may_claim(&self) -> bool {
         let is_free = self.stopping.is_none() && self.reopen.is_none() && !self.put_off && self.client.is_some();
         let is_new_pass = self.last.is_none();
@@ -132,7 +132,7 @@ impl Worker {
         window.min(self.doubted_window())
     }
 
-    /// Whether a row may be handed over now.
+    /// Returns true if a row may be handed over now.
     fn may_hand_over(&self) -> bool {
         self.outstanding.is_empty() || (self.outstanding.len() < self.window() && self.outstanding_bytes < WINDOW_BYTES)
     }
@@ -261,14 +261,14 @@ impl Worker {
             }
             failure_point!("hand-over");
             let sent = self.client.as_mut().map_or(Ok(()), |client| client.send(&ToGateway::Items(items)));
-            // What was not sent is never answered.
+            // A row that was not sent is never answered.
             sent.inspect_err(|_| self.lose_gateway())?;
             failure_point!("handed-over");
         }
         Ok(())
     }
 
-    /// How long outcomes are waited for.
+    /// Time that outcomes are waited for.
     fn wait_for_outcomes(&self) -> Duration {
         let is_idle = self.outstanding.is_empty() && self.waiting.is_empty() && self.locked.is_empty();
         let most = if self.outstanding.is_empty() { CONTROL } else { HEAR };
@@ -332,7 +332,8 @@ impl Worker {
                     return Ok(());
                 }
             }
-            // What comes soon after is written together with it. Nobody waits for that at the end of a job, or for money.
+            // An outcome that comes soon after is written together with it. Nobody waits for that at the end of a job,
+            // or for money.
             let is_last = self.outstanding.is_empty() || self.money.waits() || self.answers.len() >= WINDOW_ROWS / 4;
             let enough = ENOUGH.min(self.outstanding.len() / ENOUGH_OF);
             let gather = if self.answers.len() < enough { GATHER_ENOUGH } else { GATHER };

@@ -38,13 +38,13 @@ use crate::shared::{self, End};
 use crate::task::{self, Asked};
 use crate::{asking, changes, owner, settings, txn, worker};
 
-/// How often locked rows are tried again, and transactions that failed in passing.
+/// Interval at which locked rows are tried again, and transactions that failed in passing.
 const AGAIN: Duration = Duration::from_secs(1);
-/// How long a job that is to stop tries to write rows that others hold locked.
+/// Time for which a job that is to stop tries to write rows that others hold locked.
 const LAST_TRIES: Duration = Duration::from_secs(10);
-/// How often its row is looked at without being told to.
+/// Interval at which its row is looked at without being told to.
 const CONTROL: Duration = Duration::from_secs(10);
-/// How often it is heard whether something has changed, while rows are with the gateway.
+/// Interval at which changes are heard while rows are with the gateway.
 const HEAR: Duration = Duration::from_secs(1);
 /// Transactions that fail in passing one after the other, until the worker is given up.
 const MOST_FAILURES: u32 = 60;
@@ -56,7 +56,7 @@ const MOST_STARTS: i32 = 7;
 const MORE_STARTS: i64 = 4;
 /// The class of such a row.
 const CRASH: &str = "crash";
-/// How long answers to what was sent are awaited after a cancel; and how long the gateway may take then to give up.
+/// Time that answers to rows that were sent are awaited after a cancel; and that the gateway may take then to give up.
 const LAST_ANSWERS: Duration = Duration::from_millis(500);
 const ABANDON: Duration = Duration::from_millis(1_000);
 /// When a job goes on by itself where nobody says when, microseconds.
@@ -133,7 +133,7 @@ fn begin(id: i64, told: bool) -> Result<Option<Job>> {
     job.was_unwritable = store::reason(id)?.as_deref() == Some("write_error");
     changes::listen();
     store::begin(&job)?;
-    // What is reserved still, a worker left that died; nobody knows how much of it was spent.
+    // A reservation that is left is of a worker that died; nobody knows how much of it was spent.
     store::release(id, true)?;
     job.has_failures &= job.retry_epoch <= job.retried_epoch;
     Ok(Some(job))
@@ -176,19 +176,20 @@ struct Worker {
     next_n: u64,
     /// Outcomes to write.
     answers: Vec<Answer>,
-    /// How many are written at once: after a write that failed for all of them one, and then more and more.
+    /// The number of answers that are written at once: one after a write that failed for all of them, and then more and
+    /// more.
     most_at_once: usize,
-    /// What is in the way of writing.
+    /// The trouble that is in the way of writing.
     trouble: Option<Trouble>,
     /// Rows whose UPDATE raised, or that checks refused: perhaps not their own fault.
     suspects: Suspects,
-    /// Whether any answer is taken.
+    /// Evidence that answers are taken.
     doubt: Doubt,
     /// Outcomes of rows that others hold locked.
     locked: Vec<Answer>,
     /// When they were last tried.
     locked_tried: Instant,
-    /// Where the pass over the key has come to.
+    /// The place in the key that the pass has come to.
     last: Option<Place>,
     pass_ended: bool,
     claimed_in_pass: usize,
@@ -198,7 +199,7 @@ struct Worker {
     late: HashMap<String, u32>,
     /// Failures that come from `late`.
     too_late: Vec<Failure>,
-    /// What was spent and is not yet in the counters.
+    /// Spending that is not yet in the counters.
     spent: Bill,
     money: Money,
     samples: VecDeque<(Instant, i64, i64)>,
@@ -270,7 +271,7 @@ impl Worker {
         })))
     }
 
-    /// What is needed before the first row.
+    /// Prepares for the first row.
     fn ready(job: &Job) -> Result<(Asked, plan::Table, Plan)> {
         txn::check_writable()?;
         owner::check_login()?;
@@ -321,7 +322,7 @@ impl Worker {
             self.look_at_rights()?;
         }
         if told || is_due || self.looked.elapsed() > CONTROL {
-            // What was heard is not forgotten because the look failed in passing.
+            // If the look fails in passing, the change is not forgotten.
             self.look().inspect_err(|_| self.look_now = true)?;
         }
         if self.client.is_none() && self.stopping.is_none() && !self.money.in_doubt {
@@ -329,7 +330,7 @@ impl Worker {
             self.client = Some(Client::open(&self.asked.stream)?);
             self.has_answered = false;
         }
-        // What has come is written also where no more can be claimed.
+        // Outcomes are written also when no more rows can be claimed.
         let claimed = if may_try && self.may_claim() { self.claim() } else { Ok(()) };
         if claimed.is_ok() && (self.trouble.is_none() || self.lacks_others()) {
             self.hand_over()?;
@@ -363,7 +364,7 @@ impl Worker {
                 return Ok(());
             }
         } else if !self.outstanding.is_empty() {
-            // What others have changed is heard at the start of a transaction.
+            // Changes by others are heard at the start of a transaction.
             txn::run(|| Ok(()))?;
         }
         claimed?;
@@ -378,7 +379,7 @@ impl Worker {
 
     /// Opens the stream anew once nothing of it is open.
     fn open_anew(&mut self) -> Result<()> {
-        // What was spent is entered by the models that it was spent for.
+        // Spending is entered by the models that it was spent for.
         if !self.outstanding.is_empty() || !self.waiting.is_empty() || !self.spent.is_empty() {
             return Ok(());
         }
@@ -430,7 +431,7 @@ impl Worker {
             self.change(asked);
         }
         if job.budget != self.job.budget {
-            // What is allowed already may be more than that: nothing more is sent until the stream has been opened anew.
+            // The gateway may have more than that already: nothing more is sent until the stream has been opened anew.
             self.job.budget = job.budget.clone();
             self.change(self.reopen.clone().unwrap_or_else(|| self.asked.clone()));
         }
@@ -446,7 +447,7 @@ impl Worker {
             if let Some(trouble) = &mut self.trouble {
                 trouble.next = Instant::now();
             }
-            // What was at fault may be mended. Its rows are asked again.
+            // A cause that was at fault may be mended. Its rows are asked again.
             self.suspects = Suspects::default();
             self.job.has_failures = job.has_failures && job.retry_epoch <= job.retried_epoch;
             // There may be rows behind that are to be asked again: not before the end of this pass, since what is open
@@ -461,7 +462,7 @@ impl Worker {
         if self.stopping.is_none() {
             self.withdraw();
         }
-        // What is at hand is tried once more.
+        // Answers at hand are tried once more.
         if let Some(trouble) = self.trouble.as_mut().filter(|_| self.stopping.as_ref() != Some(&outcome)) {
             trouble.next = Instant::now();
         }
@@ -489,7 +490,7 @@ impl Worker {
         }
     }
 
-    /// How long the gateway is waited for at the most.
+    /// Most time that the gateway is waited for.
     fn patience(&self) -> Duration {
         let end = |(since, is_told): (Instant, bool)| {
             let whole = if is_told { LAST_ANSWERS + ABANDON } else { LAST_ANSWERS };
@@ -498,7 +499,7 @@ impl Worker {
         self.cancelled.map_or(CONTROL, end)
     }
 
-    /// What has not been sent comes back.
+    /// Takes back the rows that have not been sent.
     fn withdraw(&mut self) {
         self.waiting.clear();
         if let Some(client) = &mut self.client {
@@ -507,8 +508,8 @@ impl Worker {
         }
     }
 
-    /// What to ask, whom or for how much has changed: from the next request on. What has not been sent is claimed again
-    /// by a further pass.
+    /// Asks by a changed task, model, endpoint or budget from the next request on. Rows that have not been sent are
+    /// claimed again by a further pass.
     fn change(&mut self, asked: Asked) {
         self.withdraw();
         self.reopen = Some(asked);

@@ -1,16 +1,16 @@
-//! What a job with a budget may spend. The gateway is granted a chunk at a time. Each chunk is entered as reserved and
+//! The budget of a running job. The gateway is granted a chunk at a time. Each chunk is entered as reserved and
 //! committed before the gateway receives it.
 
 use llm_batch_gateway::protocol::{Allowance, Spent, Stream};
 
 use crate::budget::{Funds, chunk, is_nothing};
 
-/// Where the open stream stands.
+/// The state of the open stream's allowance.
 #[derive(Debug, Default)]
 pub(super) struct Money {
-    /// What the gateway should have at hand, once it has said what requests take.
+    /// The amount that the gateway should have at hand, once it has said what requests take.
     chunk: Option<Allowance>,
-    /// What its next request takes at least: it can't send it.
+    /// Least amount that its next request takes: it can't send it.
     least: Option<Allowance>,
     /// It asked before, got nothing, and nothing was spent since.
     in_vain: bool,
@@ -18,7 +18,7 @@ pub(super) struct Money {
     pub(super) in_doubt: bool,
 }
 
-/// What is to be done about the gateway's allowance.
+/// The decision about the gateway's allowance.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Decision {
     Nothing,
@@ -54,7 +54,7 @@ impl Money {
         }
     }
 
-    /// What was decided is committed.
+    /// The decision is committed.
     pub(super) fn settled(&mut self, decision: Decision) {
         if let Decision::Grant(allowance) = decision {
             self.in_vain = is_nothing(allowance);

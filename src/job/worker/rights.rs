@@ -12,15 +12,15 @@ use crate::job::plan::Plan;
 use crate::job::{plan as statements, settle};
 use crate::{catalog, changes, sql, txn};
 
-/// What decides which rows a job may see: a number that is another one if that was changed. It is cheap, so that the
-/// many changes which say nothing about rights (VACUUM, ANALYZE) cost nothing else.
+/// The rights by which a job sees rows, as a number that changes with them. It is cheap, so that the many changes which
+/// say nothing about rights (VACUUM, ANALYZE) cost nothing else.
 pub struct Rights {
     relations: Vec<pg_sys::Oid>,
     fingerprint: i64,
 }
 
 impl Rights {
-    /// What a job's claims read, and who may now. From then on changes of that are heard.
+    /// The relations that a job's claims read, and the rights to them now. Changes of these are heard from then on.
     pub(super) fn of(plan: &Plan) -> Result<Self> {
         sql::set_local("search_path", &plan.search_path)?;
         let relations = catalog::read_by(&plan.claim_first, &[pg_sys::INT8OID])?;
@@ -33,8 +33,8 @@ impl Rights {
     }
 }
 
-/// Of tables: their owner, grants and policies, with the functions that those call; of views their query; of roles who is
-/// a member of whom, and who goes past policies.
+/// A hash of the tables' owners, grants and policies with the functions that those call, of the views' queries, of the
+/// memberships of roles, and of who goes past policies.
 fn fingerprint(relations: &[pg_sys::Oid]) -> Result<i64> {
     let found = sql::one::<i64>(
         "SELECT pg_catalog.hashtextextended(pg_catalog.concat_ws('#',
@@ -95,7 +95,7 @@ impl Worker {
                 Ok(())
             }
             Err(e) => {
-                // What can't be looked at is not sent, and what holds then is noted with the next page.
+                // Rows that can't be checked are not sent. The rights that hold then are noted with the next page.
                 self.take_back();
                 self.rights = None;
                 Err(e)
@@ -114,7 +114,7 @@ impl Worker {
         pages
     }
 
-    /// What has not been sent comes back, and is claimed again by a further pass, if it is found.
+    /// Takes back the rows that have not been sent. A further pass claims them again, if it finds them.
     fn take_back(&mut self) {
         let asked = self.reopen.clone().unwrap_or_else(|| self.asked.clone());
         self.change(asked);

@@ -1,5 +1,5 @@
-//! Finds out why the UPDATE of a row raised, or the task's checks refused it: because of the row, which is then listed, or because of its label or the kind
-//! of the error, which ends the run before all such rows are paid for.
+//! Finds out why the UPDATE of a row raised, or the task's checks refused it: because of the row, which is then listed,
+//! or because of its label or the kind of the error, which ends the run before all such rows are paid for.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -23,7 +23,7 @@ struct Suspect {
 #[derive(Default)]
 pub(super) struct Suspects(HashMap<Cause, Suspect>);
 
-/// What a settlement has shown.
+/// The verdicts of a settlement.
 pub(super) struct Verdicts {
     /// Rows that are at fault themselves.
     pub rows: Vec<Failure>,

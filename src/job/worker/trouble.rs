@@ -1,5 +1,6 @@
-//! What keeps answers from being written. Nothing more is claimed meanwhile, and what is at hand is kept: a lock on the
-//! table, a database that is read-only, a right that the owner has lost, an error that every write meets (a full disk).
+//! Trouble that keeps answers from being written: a lock on the table, a database that is read-only, a right that the
+//! owner has lost, an error that every write meets (a full disk). Nothing more is claimed meanwhile, and answers at
+//! hand are kept.
 
 use std::time::{Duration, Instant};
 
@@ -18,11 +19,12 @@ use crate::{process, shared, sql, txn};
 const MOST_TRIES: u32 = 3;
 /// The longest wait between two tries.
 const MOST_WAIT: Duration = Duration::from_secs(60);
-/// How often a database that is read-only is looked at.
+/// Interval at which a database that is read-only is looked at.
 const FREEZE: Duration = Duration::from_secs(5);
-/// How long a process that is told to end tries to write what is at hand, milliseconds: longer than it waits for a lock.
+/// Time for which a process that is told to end tries to write answers at hand, milliseconds: longer than it waits for
+/// a lock.
 const LAST_WRITE: i32 = 3_000;
-/// How long it then tries to enter what it could not write.
+/// Time for which it then tries to enter what it could not write.
 const LAST_ENTRY: i32 = 1_000;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,7 +36,7 @@ pub(super) enum Kind {
 }
 
 impl Kind {
-    /// What an error of a settlement is, if answers are to be kept because of it.
+    /// The kind of an error of a settlement, if answers are to be kept because of it.
     pub(super) fn of(code: Code) -> Option<Self> {
         match code {
             Code::ERRCODE_LOCK_NOT_AVAILABLE => Some(Self::Locked),
@@ -80,7 +82,7 @@ impl Trouble {
         self.next.saturating_duration_since(Instant::now())
     }
 
-    /// How long it is waited for after so many failures.
+    /// The wait after so many failures.
     fn wait(&self) -> Duration {
         match self.kind {
             Kind::Locked => AGAIN,
@@ -100,7 +102,7 @@ impl Trouble {
 }
 
 impl Worker {
-    /// How often what is in the way has been met.
+    /// The number of times that the trouble was met.
     pub(super) fn troubles(&self) -> u32 {
         self.trouble.as_ref().map_or(0, |t| t.failures)
     }
@@ -108,7 +110,7 @@ impl Worker {
     /// Something is in the way of writing: it is shown, and tried again after a while.
     pub(super) fn hinder(&mut self, kind: Kind, e: &Error) {
         if kind == Kind::Denied && self.put_off {
-            // What the old owner may not do says nothing about the new one: nothing of it is shown.
+            // A right that the old owner lacks says nothing about the new one: the error is not shown.
             self.give_up(&e.one_line());
             return;
         }
@@ -127,7 +129,7 @@ impl Worker {
             self.most_at_once = FEW;
         }
         if kind == Kind::Denied && self.stopping.is_none() {
-            // What was answered is kept for resume().
+            // Answers are kept for resume().
             self.stop(Outcome::Paused("owner", Some(e.one_line()), None));
         }
         // A job that is to stop has tried once more.
@@ -138,7 +140,7 @@ impl Worker {
             return;
         }
         if is_pause && self.reopen.is_none() && !is_to_stop && self.outstanding.len() > FEW {
-            // What has not been sent comes back; it is claimed again when the stream has been opened anew.
+            // Rows that have not been sent come back; they are claimed again when the stream has been opened anew.
             self.change(self.asked.clone());
         }
         self.show(is_pause, e);
@@ -184,7 +186,7 @@ impl Worker {
 
     /// Nothing is in the way any more.
     pub(super) fn free(&mut self) -> Result<()> {
-        // What is to stop says itself how it ends.
+        // A job that is to stop says itself how it ends.
         if self.trouble.is_some() && self.stopping.is_none() {
             let (id, epoch) = (self.job.id, self.job.epoch);
             txn::run(|| store::show(id, epoch, "running", None, None))?;
@@ -198,7 +200,7 @@ impl Worker {
         self.answers.len() < FEW && self.trouble.as_ref().is_some_and(|t| t.kind == Kind::WriteError && t.is_pause())
     }
 
-    /// Whether there are answers that are not written.
+    /// Returns true if there are answers that are not written.
     pub(super) fn has_in_hand(&self) -> bool {
         !self.answers.is_empty() || !self.locked.is_empty()
     }

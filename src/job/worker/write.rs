@@ -22,12 +22,12 @@ use crate::{changes, checks, shared, sql, txn};
 /// The time over which rates are measured.
 const RATES: Duration = Duration::from_secs(60);
 
-/// What a settlement has committed.
+/// The result of a settlement that was committed.
 struct Written {
     settled: Settled,
     decision: Decision,
     is_progress: bool,
-    /// What the job's budget then has spent, in words.
+    /// The spending and the budget of the job after it, in words.
     account: Option<String>,
 }
 
@@ -55,7 +55,7 @@ impl Worker {
         self.note(written)
     }
 
-    /// What is to be written besides these answers.
+    /// Rows that are to be written besides these answers.
     fn others(&self, batch: &[Answer], rest: &[Answer]) -> Others {
         let is_last = self.pass_ended
             && self.outstanding.is_empty()
@@ -82,7 +82,7 @@ impl Worker {
             failure_point!("settle");
             txn::check_writable()?;
             plan::lock(job, pg_sys::RowExclusiveLock)?;
-            // Where nothing was changed since the last look, it would find the same.
+            // If nothing was changed since the last look, it would find the same.
             let at = changes::of_tables();
             if *known_at != Some(at) {
                 let table = plan::table(job)?;
