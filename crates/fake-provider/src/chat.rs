@@ -37,7 +37,7 @@ pub(crate) struct Admitted {
     pub(crate) fault: Option<Fault>,
     pub(crate) rows: u64,
     pub(crate) prompt_tokens: u64,
-    /// Of those, the ones reported as cached.
+    /// Those of them that are reported as cached.
     pub(crate) cached_tokens: u64,
     /// The admission's number in the limits, and the tokens charged there.
     pub(crate) charge: (u64, u64),
@@ -121,7 +121,7 @@ impl State {
         }))
     }
 
-    /// What is asked, and the texts if vectors are.
+    /// Reads the request: the task, and the texts if vectors are asked for.
     fn read(
         &mut self,
         (wire, model): (&dyn Wire, Option<&str>),
@@ -178,7 +178,7 @@ impl State {
         Err(reply)
     }
 
-    /// How the limits stand, as of the last admission or refusal.
+    /// The state of the limits, as of the last admission or refusal.
     fn rate_headers(&self, now: Instant, charge: Amounts, style: RateHeaders) -> Vec<Header> {
         let config = &self.config;
         let caps = config.caps();
@@ -247,7 +247,7 @@ fn asked(wire: &dyn Wire, request: &Request, model: Option<&str>, body: &Value) 
     Ok(asked)
 }
 
-/// Whether the key is the one asked for.
+/// Checks that the key is the one asked for.
 pub(crate) fn authorized(config: &Config, given: Option<&str>) -> Result<(), Reply> {
     match &config.api_key {
         Some(key) if given != Some(key) => {
@@ -257,7 +257,7 @@ pub(crate) fn authorized(config: &Config, given: Option<&str>) -> Result<(), Rep
     }
 }
 
-/// Whether the configured model would take the request.
+/// Checks that the configured model would take the request.
 fn check(config: &Config, chat: &Chat) -> Result<(), Reply> {
     if let Some(models) = &config.models
         && !models.contains(&chat.model)

@@ -18,7 +18,7 @@ pub struct Config {
     pub api_key: Option<String>,
     /// The models served; any other gets 404 `model_not_found`. `None` serves every name.
     pub models: Option<Vec<String>>,
-    /// How the limits are kept.
+    /// The kind of limiter.
     pub limiter: Limiter,
     /// The time all limits are given for. Default 60 s.
     pub window: Duration,
@@ -38,11 +38,11 @@ pub struct Config {
     /// Once a request has its answer, lower its charge to what it used. Matters
     /// where `reserve` charges more than that. Default false.
     pub release: bool,
-    /// How the 429 of a full limit says how long to wait.
+    /// The form in which the 429 of a full limit gives the wait.
     pub retry_after: RetryAfter,
     /// Which headers tell of the limits that are set.
     pub rate_headers: RateHeaders,
-    /// How long an answer takes.
+    /// Time that an answer takes.
     pub latency: Latency,
     /// Accept `response_format` of type `json_schema`; otherwise 400. Default true.
     pub json_schema: bool,
@@ -130,8 +130,7 @@ impl Config {
     }
 }
 
-/// How limits are kept. Names on the command line and in `/control` are those of
-/// the variants, in lower case.
+/// A kind of limiter. Names on the command line and in `/control` are those of the variants, in lower case.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Limiter {
@@ -204,8 +203,8 @@ pub enum RateHeaders {
     Azure,
 }
 
-/// How the 429 of a full limit says how long to wait, rounded up. Names on the
-/// command line and in `/control` are `none`, `seconds`, `both` and `date`.
+/// The form in which the 429 of a full limit gives the wait, rounded up. Names on the command line and in `/control`
+/// are `none`, `seconds`, `both` and `date`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RetryAfter {
@@ -221,8 +220,8 @@ pub enum RetryAfter {
     HttpDate,
 }
 
-/// How long an admitted request takes: `(base + per_output_token * completion
-/// tokens) * factor`. Refusals (4xx, 5xx) are immediate. Default: no delay.
+/// Time that an admitted request takes: `(base + per_output_token * completion tokens) * factor`. Refusals (4xx, 5xx)
+/// are immediate. Default: no delay.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Latency {
     /// Delay of every answer.

@@ -121,7 +121,7 @@ impl Texts {
     }
 }
 
-/// What is billed: nothing but the texts.
+/// Answers with vectors. The texts alone are billed.
 pub(crate) fn answer(task: &Task) -> Answer {
     Answer {
         content: None,

@@ -243,12 +243,12 @@ impl Fault {
         }
     }
 
-    /// Whether the fault changes the values of one row.
+    /// Returns true if the fault changes the values of one row.
     pub(crate) fn is_of_values(&self) -> bool {
         Self::OF_VALUES.contains(self) && !matches!(self, Self::SmartQuotes | Self::CutInString)
     }
 
-    /// Whether the fault comes before admission.
+    /// Returns true if the fault comes before admission.
     pub(crate) fn refuses(&self) -> bool {
         matches!(
             self,

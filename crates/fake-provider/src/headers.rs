@@ -9,7 +9,7 @@ use crate::{RateHeaders, RetryAfter};
 /// A header's name and value.
 pub(crate) type Header = (&'static str, String);
 
-/// How a limit stands.
+/// The state of a limit.
 pub(crate) struct Standing {
     /// The limit as it would be for a minute.
     pub(crate) per_minute: u64,
@@ -93,8 +93,7 @@ fn names(style: RateHeaders, limit: Limit) -> Option<[&'static str; 3]> {
     }
 }
 
-/// How long to wait after a refusal, rounded up: who waits that long must not
-/// come too early.
+/// Headers with the wait after a refusal, rounded up: a client that waits that long must not come too early.
 pub(crate) fn retry_headers(style: RetryAfter, wait: Duration) -> Vec<Header> {
     let ms = wait.as_nanos().div_ceil(1_000_000).max(1);
     let seconds = ("retry-after", ms.div_ceil(1_000).to_string());

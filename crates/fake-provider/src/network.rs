@@ -1,4 +1,4 @@
-//! Where a model of one's own may be: at another address than loopback, behind a certificate of one's own.
+//! A model on one's own network: at another address than loopback, behind a certificate of one's own.
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -34,7 +34,7 @@ pub fn private_address() -> Option<IpAddr> {
 /// address at which it listens. It runs until the process ends.
 #[derive(Debug)]
 pub struct TlsFront {
-    /// Where it listens.
+    /// The address that it listens on.
     pub address: SocketAddr,
 }
 

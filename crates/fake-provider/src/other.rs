@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use crate::amounts::{Amounts, Limit};
 use crate::{Config, OtherClient};
 
-/// How long it waits after a refusal.
+/// Wait after a refusal.
 const RETRY: Duration = Duration::from_millis(100);
 /// The least time between its requests, lest there be no end of them.
 const LEAST_INTERVAL: Duration = Duration::from_micros(10);

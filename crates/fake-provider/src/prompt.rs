@@ -19,7 +19,7 @@ const MAX_LABEL_BYTES: usize = 200;
 #[derive(Debug, PartialEq)]
 pub(crate) struct Task {
     pub(crate) shape: Shape,
-    /// What is asked, if it is not a code.
+    /// The values asked for, if the answer is not a code.
     pub(crate) wanted: Option<Wanted>,
     /// The codes of the legend, in its order.
     pub(crate) codes: Vec<String>,
@@ -148,7 +148,7 @@ fn numbered(line: &str) -> Option<(&str, String)> {
     if !is_number || (index.len() > 1 && index.starts_with('0')) {
         return None;
     }
-    // What was wrong with the answer before may follow.
+    // A hint about the answer before may follow.
     let text = text
         .rfind("\" (asked again: ")
         .and_then(|end| text.get(..=end))

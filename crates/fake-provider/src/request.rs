@@ -18,7 +18,7 @@ pub(crate) struct Chat {
     pub(crate) user: String,
     /// `max_completion_tokens`, else `max_tokens`.
     pub(crate) max_tokens: Option<u64>,
-    /// Whether the older name, `max_tokens`, is used.
+    /// The older name, `max_tokens`, is used.
     pub(crate) old_max_tokens: bool,
     pub(crate) format: Format,
     /// Tokens of the system messages.

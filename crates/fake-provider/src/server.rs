@@ -105,7 +105,7 @@ impl FakeProvider {
         self.shared.hold_after(answers);
     }
 
-    /// Whether answers are held back by now.
+    /// Returns true if answers are held back by now.
     pub fn holds(&self) -> bool {
         self.shared.holds()
     }
@@ -219,7 +219,7 @@ fn stats_reply(stats: &Stats) -> Reply {
     }
 }
 
-/// How a chat request ends.
+/// The end of a chat request.
 enum After {
     /// How often it is sent, too.
     Reply(Reply, usize),

@@ -36,7 +36,7 @@ pub(crate) struct State {
 
 #[derive(Clone, Copy)]
 pub(crate) struct Gate {
-    /// How many answers it still lets through; no number is all.
+    /// Number of answers that it still lets through; no number is all.
     open_for: Option<u64>,
     /// Calls of `release`: each lets go of all requests that came before it.
     pub(crate) releases: u64,
@@ -107,7 +107,7 @@ impl Shared {
         self.gate.send_modify(|gate| gate.open_for = Some(answers));
     }
 
-    /// Whether answers are held back by now.
+    /// Returns true if answers are held back by now.
     pub(crate) fn holds(&self) -> bool {
         self.gate.borrow().open_for == Some(0)
     }
@@ -127,7 +127,7 @@ impl Shared {
         while !passed {
             // Fails only without a sender, and `self` holds it.
             let _ = gate.wait_for(may_pass).await;
-            // Of several that wait only as many may go as it is open for.
+            // Only as many of the waiting requests go as it is open for.
             self.gate.send_if_modified(|gate| {
                 passed = may_pass(gate);
                 match &mut gate.open_for {

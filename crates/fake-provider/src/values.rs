@@ -3,7 +3,7 @@
 
 use serde_json::Value;
 
-/// What is to be answered about each row.
+/// The values to answer for each row.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) enum Wanted {
     /// Values of fields, in an array or an object.
@@ -171,7 +171,7 @@ fn words(id: u64, (least, most): (u64, u64)) -> String {
     format!("{id} {}", words.collect::<Vec<_>>().join(" "))
 }
 
-/// Whether an element of the example is a key: no form of a value.
+/// Returns true if an element of the example is a key: no form of a value.
 fn is_key(element: &Value) -> bool {
     element.as_str().is_some_and(|text| !matches!(text, "LABEL" | "TEXT" | "…") && !text.starts_with("YYYY"))
 }

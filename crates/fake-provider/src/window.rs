@@ -10,7 +10,7 @@ use crate::meter::{Held, Meter};
 #[derive(Default)]
 pub(crate) struct Window {
     log: VecDeque<Entry>,
-    /// How many have left the log: the number of its first entry.
+    /// Number of entries that have left the log: the number of its first entry.
     gone: u64,
     held: Held,
     pub(crate) meter: Meter,

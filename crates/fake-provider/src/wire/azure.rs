@@ -8,7 +8,7 @@ use crate::http::Request;
 
 pub(crate) struct Azure;
 
-/// Whether a path asks a model for this, under either address; and the deployment.
+/// The deployment whose model a path asks for `what`, under either address. `None` if it is another path.
 fn of<'a>(path: &'a str, what: &str) -> Option<Option<&'a str>> {
     if path.strip_prefix("/openai/v1/") == Some(what) {
         return Some(None);

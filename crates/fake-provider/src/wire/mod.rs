@@ -24,10 +24,10 @@ pub(crate) trait Wire: Sync {
     /// The path of its base URL.
     fn base(&self) -> &'static str;
 
-    /// Whether a path is that of its chats; and the model, where that is in the path.
+    /// Matches the path of its chats. The inner value is the model, if it is in the path.
     fn chat<'a>(&self, path: &'a str) -> Option<Option<&'a str>>;
 
-    /// Whether a path is that of its embeddings; and the model, where that is in the path.
+    /// Matches the path of its embeddings. The inner value is the model, if it is in the path.
     fn embeds<'a>(&self, _path: &'a str) -> Option<Option<&'a str>> {
         None
     }
