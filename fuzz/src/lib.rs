@@ -1,4 +1,4 @@
-//! What must hold for any bytes. The fuzzer calls these functions, and so does `cargo test` with the corpora
+//! Properties that hold for any bytes. The fuzzer calls these functions, and so does `cargo test` with the corpora
 //! (crates/gateway/tests/corpus.rs).
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
@@ -133,7 +133,7 @@ pub fn headers(data: &[u8]) {
 pub fn frames(data: &[u8]) {
     both_ways::<ToGateway>(data);
     both_ways::<FromGateway>(data);
-    // What is printed of a stream is the same whatever its key.
+    // A stream prints the same whatever its key.
     let mut buffer = data.to_vec();
     while let Ok(Some(message)) = decode::<ToGateway>(&mut buffer) {
         let ToGateway::Open(mut stream) = message else { continue };
@@ -173,7 +173,7 @@ fn both_ways<T: serde::Serialize + for<'de> serde::Deserialize<'de> + PartialEq 
     assert_eq!(again, messages);
 }
 
-/// What a user may write: options and labels as JSON, a base_url.
+/// Texts that a user may write: options and labels as JSON, a base_url.
 pub fn options(data: &[u8]) {
     let text = String::from_utf8_lossy(data);
     if let Ok(target) = url::parse(&text, true) {

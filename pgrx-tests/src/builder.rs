@@ -48,7 +48,7 @@ impl Builder {
         self
     }
 
-    /// Whether `shared_preload_libraries` holds `pg_llm_batch`. Default true.
+    /// Sets whether `shared_preload_libraries` holds `pg_llm_batch`. Default true.
     pub fn preload(mut self, preload: bool) -> Self {
         self.preload = preload;
         self
@@ -93,8 +93,8 @@ impl Builder {
             ("max_connections", "100"),
             ("max_worker_processes", "32"),
             ("log_line_prefix", "%m [%p] %b %q%u@%d "),
-            // What a killed server has written is in the operating system's
-            // cache and survives it: only a crash of the machine needs these.
+            // Writes of a killed server are in the operating system's cache and survive it: only a crash of the machine
+            // needs these.
             ("fsync", "off"),
             ("full_page_writes", "off"),
         ];

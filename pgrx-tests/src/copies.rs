@@ -80,7 +80,7 @@ pub fn installed(folder: &str) -> PathBuf {
     PathBuf::from(crate::install::stdout(&output).trim())
 }
 
-/// Where the extension's scripts are installed.
+/// The folder that the extension's scripts are installed in.
 pub fn extension_dir() -> PathBuf {
     installed("sharedir").join("extension")
 }

@@ -27,7 +27,7 @@ impl Cluster {
         fs::rename(&new, &file).expect("the file was just written");
     }
 
-    /// Whether all failures wanted at `point` have happened.
+    /// Returns true if all failures wanted at `point` have happened.
     pub fn has_failed_at(&self, point: &str) -> bool {
         !self.failure(point).exists()
     }

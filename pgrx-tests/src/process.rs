@@ -28,8 +28,8 @@ impl Process {
         })
     }
 
-    /// Whether it has ended. Orphans may stay zombies for long: not every
-    /// container has an init process that reaps them.
+    /// Returns true if it has ended. Orphans may stay zombies for long: not every container has an init process that
+    /// reaps them.
     pub(crate) fn is_gone(&self) -> bool {
         Self::find(self.pid).is_none_or(|now| now.zombie || now.start_ticks != self.start_ticks)
     }

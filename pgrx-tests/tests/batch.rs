@@ -25,7 +25,7 @@ fn settle(bed: &Bed) {
     let under_way = "SELECT coalesce(sum(queued + in_flight_requests), 0)::bigint FROM llm_batch.activity";
     wait_until("nothing is under way", PATIENCE, || one(c, under_way), |n| *n == 0);
     wait_until("nothing is being answered", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 0);
-    // What was given up on its way is before this request, or never comes.
+    // A request that was given up on its way comes before this one, or never.
     text(c, "SELECT llm_classify('#r777777:bug# ' || clock_timestamp(), 'topic')");
 }
 
@@ -332,7 +332,7 @@ fn what_was_not_sent_is_withdrawn() {
         wait_until("what waits is withdrawn", PATIENCE, || queued(witness), |n| *n == 0);
         bed.provider.release();
         settle(&bed);
-        // Whoever asks after that is answered after what would have been sent before.
+        // A later question is answered after the rows that would have been sent before it.
         let before = bed.provider.stats().requests;
         let one_more = "SELECT llm_classify('#r777777:bug# ' || clock_timestamp(), 'topic')";
         assert_eq!(text(witness, one_more), "bug", "{what}");
@@ -348,7 +348,7 @@ fn what_was_not_sent_is_withdrawn() {
             wait_until("rows wait", PATIENCE, || queued(witness), |n| *n > 500);
             run(witness, &format!("SELECT pg_{what}_backend({pid})"));
             let e = waiting.join().unwrap().unwrap_err();
-            // Who is terminated may find the connection closed, and not why.
+            // A terminated session may find the connection closed, and not why.
             assert!(e.is_closed() || e.code().is_some_and(|c| ["57014", "57P01"].contains(&c.code())), "{what}: {e:?}");
         });
         quiet(witness, what);
@@ -473,8 +473,8 @@ fn what_changes_between_two_fetches() {
     assert!(asked <= 1, "{asked} texts were sent after the right was revoked");
 }
 
-/// Who reads, and what policies and conditions ask of the session, may be other at the next FETCH: the rows are those that
-/// come without the node.
+/// Row security and conditions may ask other things of the session at the next FETCH: the rows are those that come
+/// without the node.
 #[test]
 fn rows_of_the_session_as_it_is() {
     let bed = Bed::new("batch_tenants");
@@ -620,7 +620,7 @@ fn what_reading_does_is_not_done_for_rows_that_nobody_takes() {
     assert_eq!(drawn(c), 3);
     run(c, &format!("SELECT FROM {numbered} WHERE llm_classify(body, 'topic') = 'spam' LIMIT 2"));
     assert_eq!(drawn(c), 5);
-    // Where a LIMIT takes all that is read, or everything is, requests are shared.
+    // Requests are shared if a LIMIT takes all that is read, or everything is read.
     for (what, rows) in [("LIMIT 20", 20), ("", 100)] {
         count_anew(&bed);
         let before = drawn(c);
@@ -676,7 +676,7 @@ fn a_budget_that_several_streams_share() {
     );
     let both = "SELECT count(llm_classify(body, 'topic')), count(llm_filter(ask, 'Is it?', '{\"reuse\": false}')) FROM";
     for (table, most) in [("t", 0.0075), ("p", 0.02)] {
-        // What it takes, and half as much again, is enough for both calls; half of it is not.
+        // The cost of both calls, and half as much again, is enough; half of it is not.
         run(c, &format!("SET llm_batch.statement_max_cost = {most}"));
         let row = c.query_one(&format!("{both} {table}"), &[]).unwrap();
         assert_eq!((row.get::<_, i64>(0), row.get::<_, i64>(1)), (400, 400), "{table}");
@@ -783,7 +783,7 @@ fn rows_wider_than_memory() {
     wait_until("it went to disk", PATIENCE, || one(c, files), |n| *n == 1);
 }
 
-/// What a statement takes of its process' CPU, in ns; whether it ends well or not.
+/// CPU time of a statement's process, in ns, whether the statement ends well or not.
 fn cpu(c: &mut Client, sql: &str) -> u64 {
     let pid = one(c, "SELECT pg_backend_pid()::bigint");
     let spent = || {
@@ -871,7 +871,7 @@ fn plans_are_compiled_as_without_our_functions() {
             run(c, &format!("ALTER FUNCTION {function} COST {cost}"));
         }
     };
-    // What a plan costs by itself is where its compilation begins.
+    // Compilation begins at the cost of a plan by itself.
     let by_itself = |c: &mut Client, sql: &str| -> f64 {
         cost_functions(c, "0.000001");
         let plan = explain(c, "COSTS", sql);
@@ -879,7 +879,7 @@ fn plans_are_compiled_as_without_our_functions() {
         let cost = plan.split("..").nth(1).and_then(|rest| rest.split(' ').next()).unwrap();
         cost.parse().unwrap()
     };
-    // What costs much makes costs alike, and another plan the first among them.
+    // A high cost makes costs alike, and another plan the first among them.
     run(
         c,
         "SET jit_optimize_above_cost = -1; SET jit_inline_above_cost = -1; SET enable_hashagg = off; SET enable_material = off",

@@ -1,5 +1,5 @@
-//! What others do to the table, the settings and the server while a job runs: it goes on, or waits, and no row is lost
-//! or paid for twice.
+//! Changes by others to the table, the settings and the server while a job runs: it goes on, or waits, and no row is
+//! lost or paid for twice.
 
 mod common;
 
@@ -157,7 +157,7 @@ fn transactions_that_fail_a_few_times() {
     assert!(one(client, "SELECT last_value FROM tries") > 11);
 }
 
-/// What is altered holds from the next answer on, also while rows without number wait in the gateway.
+/// A change holds from the next answer on, also while rows without number wait in the gateway.
 #[test]
 fn server_key_model_and_classifier_altered_in_the_middle() {
     let bed = Bed::with("changes_server", slow(200));

@@ -199,7 +199,7 @@ fn fields_and_values_that_do_not_fit() {
         let told = "\" (asked again: the field \"amount\" must be a value of PostgreSQL's type numeric(5,2))";
         assert!(lines.len() == 2 && lines.iter().all(|l| l.ends_with(&format!(":x#{told}"))), "{lines:?}");
     }
-    // What the table refuses is another matter, and is not asked again.
+    // A refusal of the table is another matter, and is not asked again.
     table(c, "refuses", 2001..=2040);
     run(c, "ALTER TABLE refuses ALTER amount TYPE numeric, ADD CHECK (amount < 2020)");
     let job = one(c, &format!("SELECT llm_batch.backfill('refuses', 'body', targets => '{targets}', task => 'sums')"));
@@ -220,7 +220,7 @@ fn fields_and_values_that_do_not_fit() {
         assert!(bed.provider.stats().admitted - before < 60, "{}", bed.provider.stats().admitted - before);
     }
 
-    // What can't be an expression.
+    // Texts that are no expressions.
     let bad = [
         (r#""check": "length(answer) >""#, "42601", "check"),
         (r#""check": "true) OR (true""#, "42601", "check"),
@@ -368,7 +368,7 @@ fn whose_rights_expressions_have() {
     run(c, "BEGIN; SELECT llm_run('#r000002:x#', 'ours')");
     assert_eq!(one(c, "SELECT count(*) FROM pg_locks WHERE relation = 'secret'::regclass"), 0);
     run(c, "COMMIT");
-    // What its owner may not read, her check can't.
+    // A check reads only tables that its owner may read.
     let hers = generator_sql("hers", r#""check": "EXISTS (SELECT FROM public.secret)""#);
     run(mallory, &hers);
     let detail = text(c, "SELECT detail FROM llm_run_batch('SELECT 1, ''#r000001:x#''', 'hers')");
@@ -395,7 +395,7 @@ fn whose_rights_expressions_have() {
     assert_eq!(one(c, "SELECT count(*) FROM t WHERE answer NOT IN (lower(answer), upper(answer))"), 0);
     // Her role goes: nobody runs what it has left.
     run(c, "SELECT llm_batch.set_owner('task', 'late', 'bob')");
-    // What she wrote never runs as a superuser.
+    // Her expression never runs as a superuser.
     let (code, ..) = error(c, "SELECT llm_batch.set_owner('task', 'trap', 'postgres')");
     assert_eq!(code, "42501");
     run(

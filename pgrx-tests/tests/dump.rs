@@ -15,7 +15,7 @@ use postgres::Client;
 const ROWS: i64 = 200;
 const SMALL: &str = "options => '{\"max_rows_per_request\": 10}'";
 
-/// What must be the same before and after.
+/// The rows that must be the same before and after.
 const ALL: &str = "
     SELECT concat_ws(E'\n',
       (SELECT string_agg(to_jsonb(m)::text, E'\n' ORDER BY name) FROM llm_batch.model m),
@@ -27,7 +27,7 @@ const ALL: &str = "
       (SELECT last_value::text FROM llm_batch.job_id_seq),
       (SELECT string_agg(concat(srvname, srvoptions, srvacl), E'\n') FROM pg_foreign_server))";
 
-/// What is the same in another database of the cluster.
+/// The rows that are the same in another database of the cluster.
 fn everywhere(all: &str) -> String {
     let own = |line: &str| {
         let Ok(serde_json::Value::Object(mut row)) = serde_json::from_str(line) else { return line.to_owned() };
@@ -136,7 +136,7 @@ impl Jobs {
         );
         let versions = "SELECT string_agg(concat(name, version), ' ' ORDER BY name) FROM llm_batch.task";
         assert_eq!(text(there, versions), "bill2 s2 topic2");
-        // What could not be done is asked again, and new jobs have new numbers.
+        // Failed rows are asked again, and new jobs have new numbers.
         run(there, "UPDATE c SET body = left(body, 40) WHERE id > 2018");
         run(there, &format!("SELECT llm_batch.retry_failed({})", self.done));
         assert_eq!(wait_status(there, self.done, "done").counts(), (20, 20, 0, 0, 0, 0));
@@ -445,7 +445,7 @@ fn numbers_mean_nothing_elsewhere() {
     // A server of the name of the one that was dropped is another one here, too.
     let e = error(there, "SELECT llm_batch.create_classifier('x', '[\"a\", \"b\"]', 'without')");
     assert!(e.0 == "42704" && e.1.contains("server \"gone\" of model"), "{e:?}");
-    // What a dump has brought is at home once a search has found all of it, and follows its owner and its server then.
+    // A restored object is at home once a search has found all of it. It follows its owner and its server then.
     to.restart();
     let there = &mut to.connect("postgres");
     let away = "SELECT string_agg(name, ' ' ORDER BY name) FROM llm_batch.model WHERE home <> llm_batch.home()";

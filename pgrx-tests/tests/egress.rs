@@ -1,4 +1,4 @@
-//! Where requests go, and where they don't: redirects, proxies, hosts that the owner of a server may not name.
+//! Destinations of requests: redirects, proxies, hosts that the owner of a server may not name.
 
 mod common;
 
@@ -154,13 +154,13 @@ fn hosts_of_servers_that_a_superuser_does_not_own() {
         let (code, ..) = error(alice, &format!("ALTER SERVER hers OPTIONS (SET base_url '{url}')"));
         assert_eq!(code, "HV024", "{url}");
     }
-    // What a superuser owns may go anywhere: here nobody listens.
+    // A superuser's server may lead anywhere: nobody listens here.
     point(alice, "https://0.0.0.0:9/v1");
     run(client, "ALTER SERVER hers OWNER TO postgres");
     assert_eq!(error(client, ask).0, "08006");
 }
 
-/// Who shares an account shares its limits and its troubles. A server of one's own whose account is named like another's
+/// Users of an account share its limits and its troubles. A server of one's own whose account is named like another's
 /// must not hold up that one.
 #[test]
 fn an_account_is_shared_only_among_servers_of_one_owner() {

@@ -9,7 +9,7 @@ use postgres::Client;
 
 const DIMENSIONS: usize = 16;
 
-/// How many rows have a vector that is not their text's, and how many have none.
+/// Counts rows whose vector is not their text's, and rows without one.
 fn wrong(c: &mut Client, column: &str) -> (usize, usize) {
     let all = c.query(&format!("SELECT body, {column} FROM t"), &[]).unwrap();
     let is_wrong = |body: &str, vector: &[f32]| vector != embedding(body, DIMENSIONS).as_slice();

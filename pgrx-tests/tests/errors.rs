@@ -1,5 +1,5 @@
-//! What can't work is said at once: SQLSTATE, message, detail or hint, before a row is paid for. What breaks in the
-//! middle of a job leaves it in a state that says why; and no key is ever shown.
+//! Errors: an impossible job is refused at once, with SQLSTATE, message, detail or hint, before a row is paid for. A
+//! job that breaks in the middle is left in a state that says why. No key is ever shown.
 
 mod common;
 
@@ -73,7 +73,7 @@ fn a_provider_that_refuses() {
     }
     bed.provider.configure(|c| c.models = None);
 
-    // What is missing most often.
+    // The most frequent omissions.
     let base_url = bed.provider.base_url();
     let bare = base_url.trim_end_matches("/v1");
     run(client, &format!("ALTER SERVER fake OPTIONS (SET base_url '{bare}')"));
@@ -211,7 +211,7 @@ fn expressions_that_cannot_be_evaluated() {
         refused(client, &input(e), "0A000", &["input", "volatile"]);
     }
     refused(client, &filter("random() < 0.5"), "0A000", &["filter", "volatile"]);
-    // What a view hides is seen as well.
+    // Volatile functions inside a view are seen as well.
     run(
         client,
         "CREATE VIEW asks AS SELECT id, llm_classify(body, 'topic') AS said FROM tickets;
@@ -237,7 +237,7 @@ fn expressions_that_cannot_be_evaluated() {
     refused(client, &input("body || count(*) OVER ()"), "0A000", &["window"]);
     refused(client, &input("unnest(ARRAY[body, body])"), "0A000", &["set-returning"]);
     refused(client, &input("regexp_split_to_table(body, ' ')"), "0A000", &["set-returning"]);
-    // Where Postgres itself refuses.
+    // Postgres itself refuses these.
     for e in ["max(id) > 1", "row_number() OVER () > 1", "generate_series(1, 2) > 1"] {
         let (code, ..) = error(client, &filter(e));
         assert!(["42803", "42P20", "0A000"].contains(&code.as_str()), "{e}: {code}");
@@ -293,7 +293,7 @@ fn expressions_that_cannot_be_evaluated() {
     refused(client, &filter("true, id > 1"), "42601", &["filter must be one expression"]);
     assert_eq!(one(client, "SELECT count(*) FROM pg_class WHERE relname = 'victim'"), 1);
     nothing_happened(&bed);
-    // What is allowed, and looks odd.
+    // Odd but allowed names.
     run(client, "ALTER TABLE tickets ADD \"odd \"\"name\" text");
     for e in [
         "(SELECT p.body FROM plain p WHERE p.id = tickets.id)",
@@ -308,7 +308,7 @@ fn expressions_that_cannot_be_evaluated() {
     nothing_happened(&bed);
 }
 
-/// What a function's body does can't be seen before it runs.
+/// A function's body can't be seen before it runs.
 #[test]
 fn functions_that_ask_while_a_job_reads() {
     let bed = Bed::new("errors_asking");
@@ -454,7 +454,7 @@ fn without_preloading() {
     ] {
         refused(client, &sql, "55000", &["not loaded", "shared_preload_libraries", "pg_llm_batch", "restart"]);
     }
-    // What needs no process works.
+    // The views need no process.
     assert_eq!(one(client, "SELECT count(*) FROM llm_batch.progress"), 0);
     assert_eq!(one(client, "SELECT count(*) FROM llm_batch.failure"), 0);
 }
@@ -522,7 +522,7 @@ fn names_and_options() {
     refused(client, "SELECT llm_batch.drop_model('gone')", "42704", &["gone", "create_model"]);
     refused(client, "SELECT llm_batch.drop_model('m')", "2BP01", &["\"m\"", "task \"topic\"", "drop_task"]);
 
-    // What a stream holds stays in the gateway's memory, whoever wrote it and wherever.
+    // A stream stays in the gateway's memory, whoever wrote its parts and wherever.
     for sql in [
         "SELECT llm_classify('x', ARRAY['a', 'b'], jsonb_build_object('model', 'm', 'instruction', repeat('x ', 200000)))",
         "SELECT llm_generate('x', repeat('words ', 100000), '{\"model\": \"m\"}')",
@@ -709,7 +709,7 @@ fn options_of_servers_and_mappings() {
     );
     refused(client, "ALTER SERVER fake OPTIONS (SET base_url 'http://a/v1')", "HV024", &["this machine alone"]);
     refused(client, "ALTER SERVER fake OPTIONS (DROP api, DROP base_url)", "HV00J", &["base_url"]);
-    // What is right passes.
+    // A valid text passes.
     run(
         client,
         "CREATE SERVER x FOREIGN DATA WRAPPER llm_provider
@@ -830,7 +830,7 @@ fn a_key_that_is_revoked_in_the_middle() {
     assert_eq!(p.reason.as_deref(), Some("auth"), "{p:?}");
     let last = p.last_error.unwrap();
     assert!(last.contains("rejected the API key") && last.contains("401"), "{last}");
-    // What was sent before was answered and is written.
+    // Rows that were sent before were answered and are written.
     wait_until("what was in flight is written", PATIENCE, || progress(client, job).done, |n| *n == 10);
     refused(client, &format!("CALL llm_batch.wait({job})"), "55000", &["paused (auth)", "401", "resume"]);
     // Resumed without mending, it pauses again.

@@ -36,7 +36,7 @@ fn no_faults(bed: &Bed) {
     bed.provider.configure(|config| config.faults.clear());
 }
 
-/// How often rows were asked: times → rows.
+/// Counts rows by how often they were asked: times → rows.
 fn asked(bed: &Bed) -> BTreeMap<u32, usize> {
     let mut out = BTreeMap::new();
     for row in bed.provider.stats().rows.values() {
@@ -489,7 +489,7 @@ fn a_bad_row_never_fails_a_statement() {
     assert!(got.iter().all(|(_, label, s, _)| s == "ok" && label.is_some()));
     assert_eq!(bed.provider.stats().faults.len(), 4);
 
-    // What has no text is not sent, and has its row nevertheless; ids come back as they are.
+    // A row without text is not sent, and has an answer nevertheless; ids come back as they are.
     bed.provider.reset_stats();
     let got = statuses(
         &mut c,

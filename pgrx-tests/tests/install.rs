@@ -36,7 +36,7 @@ impl Copy {
         let ([lib, extension], [lib_from, extension_from]) = (copy.targets(), targets(installed));
         shell(real, &[&lib_from.join(LIBRARY), &lib.join(LIBRARY)]);
         shell(real, &[&extension_from.join(CONTROL), &extension.join(CONTROL)]);
-        // What other versions are made from.
+        // The file that other versions are made from.
         shell("strip -o \"$1\" \"$0\"", &[&lib_from.join(LIBRARY), &copy.0.join(LIBRARY)]);
         shell("cp \"$0\" \"$1\"", &[&extension_from.join(CONTROL), &copy.0.join(CONTROL)]);
         copy
@@ -94,7 +94,7 @@ impl Drop for Copy {
     }
 }
 
-/// Where packages go: the library, and the rest.
+/// The folders of a package: for the library, and for the rest.
 fn targets(folder: impl Fn(&str) -> PathBuf) -> [PathBuf; 2] {
     [folder("pkglibdir"), folder("sharedir").join("extension")]
 }
@@ -164,7 +164,7 @@ fn a_server_goes_on_while_its_library_is_replaced() {
         });
         let _end = Set(&over);
         let mut last = None;
-        // Whoever installs, what has to work first, and what everybody may do in the folders.
+        // The installing user, a command that has to work first, and the mode of the folders.
         for (i, (who, by, needs, mode)) in [
             ("root", root, [root, &["true"]].concat(), 0o755),
             ("a user who may write there", user, [user, &["true"]].concat(), 0o777),

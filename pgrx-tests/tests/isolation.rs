@@ -88,7 +88,7 @@ fn a_statement_keeps_tenants_apart_and_shares_answers_with_a_job_of_the_same_ten
     let job = backfill_with(&mut c, "same", "options => '{\"isolation\": \"tenant\"}'");
     wait_status(&mut c, job, "done");
     assert_eq!((wrong(&mut c, "same"), bed.provider.stats().rows.len()), (0, 0));
-    // Whoever keeps nothing apart has asked nothing yet.
+    // Questions without `isolation` share nothing with those before.
     assert_eq!(ask(&mut c, "SELECT id, body FROM same"), 300);
     assert_eq!(bed.provider.stats().rows.len(), 2);
 }
@@ -107,7 +107,7 @@ fn an_estimate_says_what_keeping_apart_costs() {
     };
     assert_eq!([estimate(&mut c, "1"), estimate(&mut c, "tenant"), estimate(&mut c, "id")], [24, 24, 1_200]);
     assert_eq!(estimate(&mut c, "id / 10"), 121);
-    // Of a table whose values follow its key, also from a part of it.
+    // A table whose values follow its key, also from a part of it.
     let part = one(
         &mut c,
         "SELECT requests FROM llm_batch.estimate('tickets', input => 'body', target => 'topic', task => 'topic',
@@ -166,7 +166,7 @@ fn what_is_no_expression_over_the_row_is_refused() {
         }
     }
     run(c, "SET llm_batch.default_model = 'm'");
-    // Where there is no table.
+    // Statements without a table.
     for sql in [
         "SELECT llm_batch.create_classifier('x', labels => '[\"a\", \"b\"]', options => '{\"isolation\": \"tenant\"}')",
         "SELECT * FROM llm_classify_batch('SELECT id, body FROM tickets', 'topic', '{\"isolation\": \"tenant\"}')",
@@ -203,7 +203,7 @@ fn it_is_evaluated_as_the_jobs_owner_under_his_search_path() {
     assert_eq!(wrong(&mut c, "shop.tickets"), 0);
     apart(&bed, 6);
     assert_eq!(text(&mut c, &format!("SELECT owner FROM llm_batch.progress WHERE job_id = {job}")), "shop");
-    // What he may not evaluate stops the job as any other right that is missing.
+    // A right that he lacks stops the job as any other right that is missing.
     run(
         &mut c,
         "UPDATE tickets SET topic = NULL; CREATE TABLE public.secret (a text); CREATE TABLE public.other (a text)",

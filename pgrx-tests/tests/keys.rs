@@ -162,7 +162,7 @@ fn write(path: &Path, content: &str) {
 
 const ASK: &str = "SELECT llm_classify('#r000001:bug#', 'topic')";
 
-/// What Postgres does with a key in a user mapping, and that it can't with one in a file.
+/// Postgres tells a key in a user mapping in its own ways, and can't tell one in a file.
 #[test]
 fn a_key_in_a_file_is_not_what_postgres_tells() {
     let builder = Cluster::builder("keys_file").conf("log_statement", "all").conf("log_min_duration_statement", "0");
@@ -211,7 +211,7 @@ fn what_a_key_file_may_be() {
     let fifo = CString::new(at("fifo").to_str().unwrap()).unwrap();
     // SAFETY: a path that ends in a zero byte and outlives the call.
     assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o666) }, 0);
-    // Whoever waits for the other end of a pipe waits for ever.
+    // A read from a pipe without a writer would wait for ever.
     run(client, "SET statement_timeout = '30 s'");
     let names =
         ["empty", "two", "binary", "umlaut", "large", "closed", "fifo", "missing"].map(|n| at(n).display().to_string());

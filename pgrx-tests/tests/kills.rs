@@ -1,4 +1,4 @@
-//! What dies comes back: jobs go on by themselves, and nothing is paid for again but what was in flight.
+//! Recovery: jobs go on by themselves after a death, and nothing is paid for again but rows in flight.
 
 mod common;
 
@@ -25,7 +25,7 @@ fn terminate(client: &mut Client, pid: i32) {
     assert_eq!(text(client, &format!("SELECT pg_terminate_backend({pid}, 10000)")), "t");
 }
 
-/// How often rows were asked more than once.
+/// The number of times that rows were asked again.
 fn extra(stats: &Stats) -> i64 {
     stats.rows.values().map(|r| i64::from(r.asked) - 1).sum()
 }
@@ -59,7 +59,7 @@ fn the_whole_server_killed_twice() {
         bed.provider.hold_after(25);
         bed.cluster.start();
         client = bed.connect();
-        // What was committed is still there, and is what is counted.
+        // Committed rows are still there, and are counted.
         let p = progress(&mut client, job);
         let written = ROWS - left(&mut client, "tickets");
         assert!(written >= before && p.done >= before, "{written} {p:?} {before}");
@@ -83,7 +83,7 @@ fn the_whole_server_killed_at_any_time() {
         let stats = wait_until("rows were asked", PATIENCE, || bed.provider.stats(), |s| s.rows.len() >= part);
         assert!(stats.rows.len() < ROWS as usize, "too fast to be killed");
         bed.cluster.kill9();
-        // What is asked from now on is not answered before the rows are counted.
+        // From now on nothing is answered before the rows are counted.
         bed.provider.hold();
         let asked: i64 = bed.provider.stats().rows.values().map(|r| i64::from(r.asked)).sum();
         bed.cluster.start();

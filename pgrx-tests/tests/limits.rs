@@ -211,7 +211,7 @@ fn no_more_requests_at_a_time_than_the_model_allows() {
     let bed = Bed::with("concurrency", slow(100));
     let mut c = bed.connect();
     let small = r#"options => '{"max_rows_per_request": 10}'"#;
-    // Where the model sets nothing, it begins with four.
+    // Without a setting of the model's, it begins with four.
     for (i, (allowed, expected)) in [(Some(3), 3), (Some(1), 1), (None, 4)].into_iter().enumerate() {
         let (name, first) = (format!("t{i}"), i as i64 * 10_000 + 1);
         let settings = allowed.map_or(String::new(), |n| format!("max_concurrent_requests => {n}"));
@@ -296,7 +296,7 @@ fn against(bed: &Bed, name: &str, packs: i64, options: &str, change: impl FnOnce
     assert_eq!((wrong(&mut c, name), left(&mut c, name)), (0, 0), "{name}");
     let first = bed.provider.stats();
     assert!(first.rows.values().all(|row| (row.asked, row.answered) == (1, 1)), "{name}");
-    // What was learnt stays: a further job runs into nothing.
+    // The learnt limits stay: a further job runs into nothing.
     run(&mut c, &format!("UPDATE {name} SET topic = NULL"));
     bed.provider.reset_stats();
     let job = one(&mut c, &backfill);

@@ -12,13 +12,13 @@ use postgres::{Client, SimpleQueryMessage};
 /// pg_monitor; `alice` owns what is acted upon, `member` is a member of her role; `postgres` is the superuser.
 const ROLES: [&str; 7] = ["nobody", "user", "other", "monitor", "alice", "member", "postgres"];
 
-/// What an action by each of `ROLES` comes to: `ok`; `=` and the first value returned; an SQLSTATE; `-` is not tried.
+/// The result of an action by each of `ROLES`: `ok`; `=` and the first value returned; an SQLSTATE; `-` is not tried.
 type Row = (&'static str, &'static str, [&'static str; 7]);
 
 const NO: &str = "42501";
-/// Who has USAGE on the server; `member` by alice.
+/// Roles with USAGE on the server; `member` by alice.
 const USAGE: [&str; 7] = [NO, "ok", "ok", NO, "ok", "ok", "ok"];
-/// Who has the rights of alice.
+/// Roles with the rights of alice.
 const HERS: [&str; 7] = [NO, NO, NO, NO, "ok", "ok", "ok"];
 const SUPERUSERS: [&str; 7] = [NO, NO, NO, NO, NO, NO, "ok"];
 const ALL: [&str; 7] = ["ok"; 7];
@@ -143,7 +143,7 @@ const ROWS: &[Row] = &[
     ("", "SELECT llm_batch.forget(2)", [NO, NO, NO, NO, "55000", "55000", "55000"]),
     ("", "SELECT llm_batch.pause(99)", ["42704"; 7]),
     ("llm_batch.wait(bigint,interval)", "CALL llm_batch.wait(1)", ["42704", "42704", "42704", "ok", "ok", "ok", "ok"]),
-    // What is seen
+    // The rows that are seen.
     ("", "SELECT count(*) FROM llm_batch.progress WHERE job_id = 1", SEEN),
     ("", "SELECT count(*) FROM llm_batch.progress_by_model WHERE job_id = 1", SEEN),
     ("", "SELECT count(*) FROM llm_batch.failure WHERE job_id = 1", SEEN),
@@ -176,7 +176,7 @@ const ROWS: &[Row] = &[
      [NO, NO, NO, NO, NO, NO, "-"]),
     ("", "SELECT pg_terminate_backend({launcher})",
      [NO, NO, NO, NO, NO, NO, "-"]),
-    // What is inside: harmless to call.
+    // Internals, harmless to call.
     ("llm_batch.provider_validator(text[],oid)", "SELECT llm_batch.provider_validator('{}', 'pg_user_mapping'::regclass)", ALL),
     ("llm_batch.goes_on(text)", "SELECT llm_batch.goes_on('quota')", ["=t"; 7]),
     ("llm_batch.waits_for(bigint)", "SELECT llm_batch.waits_for(2)", ["="; 7]),
@@ -187,7 +187,7 @@ const ROWS: &[Row] = &[
     ("llm_batch.refuse_transaction_block(text)", "SELECT llm_batch.refuse_transaction_block('this')", ["25001"; 7]),
 ];
 
-/// What a statement comes to in a transaction that is rolled back; a CALL has its own.
+/// The result of a statement in a transaction that is rolled back; a CALL has its own.
 fn comes_to(client: &mut Client, sql: &str) -> String {
     let has_own = sql.starts_with("CALL");
     if !has_own {

@@ -1,5 +1,5 @@
-//! What it costs: the accounts are exact, budgets hold by the provider's own count, also when something dies, and what a
-//! job would cost is known before.
+//! Costs: the accounts are exact, budgets hold by the provider's own count, also when something dies, and the cost of a
+//! job is known before.
 
 mod common;
 
@@ -30,7 +30,7 @@ fn bed(name: &str, config: Config, rows: i64) -> (Bed, Client) {
     (bed, client)
 }
 
-/// What the provider has charged, as SQL writes it.
+/// The provider's charges, as SQL writes them.
 fn bill(bed: &Bed, client: &mut Client) -> String {
     let stats = bed.provider.stats();
     text(
@@ -47,13 +47,13 @@ fn tokens(bed: &Bed) -> i64 {
     (stats.prompt_tokens + stats.completion_tokens) as i64
 }
 
-/// Whether SQL finds it so.
+/// Asserts a condition in SQL.
 #[track_caller]
 fn holds(client: &mut Client, condition: &str) {
     assert_eq!(text(client, &format!("SELECT {condition}")), "t", "{condition}");
 }
 
-/// What a job's row says of its budget: cost, unconfirmed, reserved; tokens, unconfirmed, reserved.
+/// The budget in a job's row: cost, unconfirmed, reserved; tokens, unconfirmed, reserved.
 fn account(client: &mut Client, job: i64) -> String {
     text(
         client,
@@ -254,7 +254,7 @@ fn a_budget_holds_when_the_server_is_killed() {
     bed.provider.release();
     let p = paused_by_budget(&mut c, job);
     let paid = bill(&bed, &mut c);
-    // What was paid is within what is known and what may have been spent.
+    // The provider's bill is within what is known and what may have been spent.
     holds(&mut c, &format!("{} <= {paid} AND {paid} <= {} + {lost} AND {paid} <= 0.008", p.cost, p.cost));
     run(&mut c, &format!("SELECT llm_batch.alter_job({job}, max_cost => 1), llm_batch.resume({job})"));
     assert_eq!(wait_status(&mut c, job, "done").left, 0);
@@ -307,7 +307,7 @@ fn statements_keep_their_budgets() {
     let paid = |c: &mut Client, sql: &str, max: &str, least: &str| {
         bed.provider.reset_stats();
         used_up(c, sql);
-        // What was under way when the error was raised is abandoned, and may be paid.
+        // A request that was under way when the error was raised is abandoned, and may be paid.
         std::thread::sleep(Duration::from_millis(100));
         let paid = bill(&bed, c);
         holds(c, &format!("{paid} <= {max} AND {paid} >= {least}"));
@@ -356,7 +356,7 @@ fn statements_keep_their_budgets() {
 fn a_statement_keeps_its_budget_when_the_gateway_ends() {
     let (bed, mut c) = bed("money_statement_lost", slow(50), 1_000);
     let other = &mut bed.connect();
-    // What may have been under way counts: the first has enough nevertheless, the second has not.
+    // A request that may have been under way counts: the first has enough nevertheless, the second has not.
     for (max_tokens, is_enough) in [(200_000, true), (25_000, false)] {
         bed.provider.reset_stats();
         let sql = format!(
@@ -485,7 +485,7 @@ fn budgets_that_make_no_sense_cost_nothing() {
     run(&mut c, "RESET llm_batch.statement_max_cost");
     let stats = bed.provider.stats();
     assert_eq!((stats.requests, stats.rows.len()), (0, 0));
-    // Whoever may not control a job may not give it money either.
+    // A role that may not control a job may not give it money either.
     run(&mut c, "CREATE ROLE other; SET ROLE other");
     assert_eq!(error(&mut c, &alter(paused, "max_cost => 5")).0, "42501");
     run(&mut c, "RESET ROLE");
@@ -522,7 +522,7 @@ fn an_estimate_is_what_the_job_then_takes() {
     let (guess, _) = estimate(&mut c, ", filter => 'id > 500'");
     let stats = bed.provider.stats();
     assert_eq!(stats.requests, 0, "an estimate sent something: {stats:?}");
-    // How long answers are is known when some have come.
+    // The lengths of answers are known when some have come.
     let some = "SELECT llm_classify_batch('SELECT id, body FROM tickets WHERE id <= 500', 'topic')";
     run(&mut c, some);
     let ([rows, requests, input, output, sample], cost) = estimate(&mut c, ", filter => 'id > 500'");
@@ -561,7 +561,7 @@ fn estimates_of_every_kind() {
     ] {
         let call =
             |filter: &str| format!("'tickets', input => 'body', {targets}, task => '{task}', filter => '{filter}'");
-        // How long answers are is known when some have come.
+        // The lengths of answers are known when some have come.
         let job = one(&mut c, &format!("SELECT llm_batch.backfill({})", call("id <= 500")));
         assert_eq!(wait_status(&mut c, job, "done").done, 500, "{task}");
         bed.provider.reset_stats();

@@ -97,7 +97,7 @@ impl Dice {
         }
     }
 
-    /// What stands behind FROM, and the names in it.
+    /// The part behind FROM, and the names in it.
     fn source(&mut self) -> (String, &'static [&'static str]) {
         let on = |dice: &mut Self| {
             let more = if dice.chance(2) { format!(" AND {}", dice.condition(&["t", "u"], 1)) } else { String::new() };
@@ -213,7 +213,7 @@ fn quoted(query: &str) -> String {
     format!("'{}'", query.replace('\'', "''"))
 }
 
-/// What a statement gives, and what it leaves in the tables; or the code of its error. Rolled back.
+/// The result of a statement and the tables after it; or the code of its error. Rolled back.
 fn outcome(client: &mut Client, settings: &str, sql: &str) -> Vec<String> {
     run(client, &format!("BEGIN; {settings}"));
     let is_ordered = sql.starts_with("SELECT t.id") && sql.contains("ORDER BY");

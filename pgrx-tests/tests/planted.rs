@@ -130,7 +130,7 @@ fn prepare(bed: &Bed) -> Client {
     client
 }
 
-/// What ran, and as whom; nothing that is forbidden came through.
+/// Checks that no forbidden code ran. Returns the code that ran, and its roles.
 #[track_caller]
 fn judge(client: &mut Client, allowed: &[&str]) -> String {
     run(client, "SET search_path = pg_catalog, public");
@@ -174,7 +174,7 @@ fn a_superuser_fills_a_minefield() {
     bed.done(job);
     assert_eq!(one(client, "SELECT count(*) FROM tickets WHERE topic::text = want"), 60);
 
-    // What he looks after it with: each of these runs statements of ours, in his session.
+    // Each of these statements of his maintenance runs statements of ours, in his session.
     run(client, evil);
     run(client, "BEGIN");
     let job = one(client, &BACKFILL.replace("'topic', task", "'second', task"));

@@ -30,7 +30,7 @@ fn scripts_print_what_is_expected() {
     }
 }
 
-/// What `surface.out` lists is in the reference: functions, views with their columns, settings.
+/// Checks that the reference lists all of `surface.out`: functions, views with their columns, settings.
 #[test]
 fn the_reference_names_everything() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");

@@ -1,4 +1,4 @@
-//! Who may do what: Postgres' own rights hold, also in jobs; a job's worker has its owner's rights and no more.
+//! Rights: Postgres' own hold, also in jobs; a job's worker has its owner's rights and no more.
 
 mod common;
 
@@ -309,7 +309,7 @@ fn a_superusers_job_on_anothers_table() {
         "SELECT coalesce(string_agg(DISTINCT what || ' as ' || who, ', '), '') FROM seen WHERE who <> 'alice'",
     );
     assert_eq!(others, "", "code of alice's ran with another's rights");
-    // Where writing is not allowed it warns.
+    // A role that may not write causes a warning.
     let log = bed.cluster.log();
     for what in ["billing", "filter", "constant", "input"] {
         assert!(log.contains(&format!("seen {what} as alice")), "{what} was not evaluated");
@@ -352,7 +352,7 @@ fn a_job_has_its_owners_rights_and_no_more() {
     let job = one(bob, &call("filter => 'true'"));
     let p = bed.done(job);
     assert_eq!(p.counts(), (50, 50, 0, 0, 0, 0));
-    // Who waits for a job runs nothing of another role's, whatever stands first in the search_path.
+    // A session that waits for a job runs nothing of another role's, whatever stands first in the search_path.
     run(
         client,
         "CREATE SCHEMA bobs AUTHORIZATION bob; SET ROLE bob;
@@ -411,11 +411,11 @@ fn an_owner_that_loses_a_right_in_the_middle() {
     assert!(now <= asked + 20, "{now} rows were paid for in vain");
     run(client, &format!("GRANT UPDATE ON tickets TO alice; SELECT llm_batch.resume({job})"));
     let p = bed.done(job);
-    // What was answered before is not paid for again.
+    // Rows that were answered before are not paid for again.
     common::all_right_once(&bed, client, &p, 100);
 }
 
-/// What its owner may see no longer is not sent: at most what was under way when that changed.
+/// A row that its owner may see no longer is not sent, unless it was under way when that changed.
 #[test]
 fn row_security_that_changes_in_the_middle() {
     const ROWS: i64 = 700;
@@ -456,7 +456,7 @@ fn row_security_that_changes_in_the_middle() {
                  AS 'BEGIN RETURN {few}; END'"
             ),
         ),
-        // What another table tells of the rows.
+        // Another table says something of the rows.
         (
             note,
             "GRANT SELECT ON note TO alice".to_owned(),
@@ -480,7 +480,7 @@ fn row_security_that_changes_in_the_middle() {
         let waits = |queued: &i64| *queued == ROWS - 10;
         wait_until("all rows are in the gateway", PATIENCE, || one(client, queued), waits);
         if n == 0 {
-            // What says nothing about what may be seen takes nothing back, also if it looks like it.
+            // A change that leaves rights alone takes nothing back, also if it looks like one.
             run(client, "ANALYZE tickets");
             run(client, "GRANT staff TO bystander; CREATE POLICY new ON tickets FOR INSERT WITH CHECK (true)");
             let start = Instant::now();
@@ -579,8 +579,8 @@ fn an_owner_that_may_not_log_in_any_more() {
     assert_eq!(bed.done(job).counts(), (4_000, 4_000, 0, 0, 0, 0));
 }
 
-/// What another role has put on a table never runs as a superuser, be it that it comes to own the table in the middle of a
-/// job, or that a partition is its own.
+/// Code that another role has put on a table never runs as a superuser, even if the superuser comes to own the table in
+/// the middle of a job, or a partition is its own.
 #[test]
 fn a_superuser_fills_no_table_of_another_role() {
     let bed = Bed::with("rights_superuser", common::slow(20));
@@ -946,7 +946,7 @@ fn whose_default_model_it_is() {
         refused(mallory, sql, "the outer view's");
     }
     run(mallory, "UPDATE over_his_named SET done = true WHERE id < 5");
-    // Who has a definer's or an author's rights may say for them where texts go: superusers, and the role itself.
+    // A superuser, and the role itself, may decide where the texts of a definer or an author go.
     for session in [&mut *client, &mut *carol] {
         run(session, "SET llm_batch.default_model = 'his'");
         for sql in [
@@ -962,7 +962,7 @@ fn whose_default_model_it_is() {
     run(client, "SET llm_batch.default_model = 'his'; SET ROLE carol");
     assert_eq!(asked_of(&bed, client, plain), "fake-his");
     run(client, "RESET ROLE; RESET llm_batch.default_model");
-    // What a function of another's leaves behind does not hold for one's own texts.
+    // Settings that a function of another's leaves behind do not hold for one's own texts.
     let victim = &mut bed.connect();
     run(victim, "SELECT own()");
     refused(victim, plain, "left behind");
@@ -1023,7 +1023,7 @@ fn owners_and_servers_that_go() {
     assert_eq!(p.counts(), (200, 200, 0, 0, 0, 0));
     assert_eq!(common::wrong(client, "tickets"), 0);
     assert_eq!(text(client, "SELECT owner FROM llm_batch.progress"), "alice");
-    // What was under way was written as bob.
+    // Rows that were under way were written as bob.
     assert_eq!(one(client, "SELECT count(*) FROM tickets WHERE by = 'alice'"), 190);
     assert_eq!(bed.provider.stats().rows.values().map(|r| r.asked).max(), Some(1), "what was sent was asked again");
 
@@ -1124,7 +1124,7 @@ fn jobs_that_are_forgotten() {
     assert!(e.0 == "55000" && e.3.contains("cancel"), "{e:?}");
     bed.provider.release();
     wait_status(client, open, "paused");
-    // What is older than the setting says goes with the next search, and only what has ended.
+    // Ended jobs older than the setting go with the next search, and only these.
     run(client, "UPDATE llm_batch.job_state SET updated_at = now() - interval '89 days'");
     bed.cluster.restart();
     let client = &mut bed.connect();

@@ -16,7 +16,7 @@ const OPEN: &str = "SELECT coalesce(string_agg(format('%s %s %s', backend_type, 
                   FROM pg_stat_activity
                  WHERE backend_type LIKE 'llm_batch%' AND (xact_start IS NOT NULL OR backend_xmin IS NOT NULL)";
 
-/// How often each row was asked, as (rows asked once, rows asked twice, rows asked more often).
+/// Counts rows by how often they were asked: once, twice, more often.
 fn asked(bed: &Bed) -> (usize, usize, usize) {
     let stats = bed.provider.stats();
     let count = |ok: fn(u32) -> bool| stats.rows.values().filter(|r| ok(r.asked)).count();
@@ -263,7 +263,7 @@ fn pause_resume_and_cancel_in_the_middle() {
     // While requests are held it would wait for ever, if it waited for them.
     run(client, &format!("SELECT llm_batch.pause({job})"));
     assert_eq!(progress(client, job).reason.as_deref(), Some("user"));
-    // What waits in the gateway has been withdrawn: on a machine that is not busy within a second.
+    // Rows that wait in the gateway are withdrawn: within a second on a machine that is not busy.
     wait_until(
         "nothing is queued",
         PATIENCE,
@@ -311,7 +311,7 @@ fn pause_resume_and_cancel_in_the_middle() {
     run(client, "LISTEN llm_batch");
     run(client, &format!("SELECT llm_batch.cancel({job})"));
     assert_eq!(progress(client, job).status, "cancelled");
-    // What hangs is given up, and may have been paid.
+    // A request that hangs is given up, and may have been paid.
     wait_until("the worker has gone", PATIENCE, || one(client, workers), |n| *n == 0);
     wait_until("the requests are dropped", PATIENCE, || bed.provider.stats().abandoned, |n| *n == 2);
     assert_eq!((progress(client, job).done, left(client, "tickets")), (0, 100));
@@ -622,7 +622,7 @@ fn tables_and_columns_that_change_in_the_middle() {
             );
         }
     }
-    // What does not matter to the job does not end it.
+    // A change that does not matter to the job does not end it.
     for (i, change) in [
         "ALTER TABLE t RENAME TO \"New name\"; ALTER TABLE \"New name\" SET SCHEMA s2; ALTER TABLE s2.\"New name\" RENAME TO t; ALTER TABLE s2.t SET SCHEMA s",
         "ALTER TABLE t RENAME TO u; ALTER TABLE u RENAME TO t",
@@ -663,7 +663,7 @@ fn tables_and_columns_that_change_in_the_middle() {
     assert_eq!((wrong(client, "s2.\"Odd \"\"name\""), left(client, "s2.\"Odd \"\"name\"")), (0, 0));
 }
 
-/// What an owner's role or the database sets must not change what a job is.
+/// Settings of an owner's role or of the database must not change what a job is.
 #[test]
 fn settings_of_the_owners_role() {
     let bed = Bed::new("robust_role");

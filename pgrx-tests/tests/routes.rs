@@ -129,7 +129,7 @@ fn budgets_reckon_with_the_dearest(bed: &Bed, c: &mut Client) {
     assert_eq!(wrong(c, "t"), 0);
 }
 
-/// Whoever asks a route needs USAGE on the server of each of its models.
+/// A role that asks a route needs USAGE on the server of each of its models.
 fn every_server_must_be_allowed(bed: &Bed, c: &mut Client) {
     run(c, "CREATE ROLE half LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO half; GRANT ALL ON SCHEMA public TO half");
     let half = &mut bed.cluster.connect_as("postgres", "half");

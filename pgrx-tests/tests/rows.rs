@@ -91,7 +91,7 @@ fn triggers_that_leave_rows_out_raise_or_empty() {
         assert_eq!(*id, wanted);
         assert!(detail.starts_with(says), "{id}: {detail}");
     }
-    // What failed is not asked again by a new search of the worker, but is by retry_failed(), once mended.
+    // A failed row is not asked again by a new search of the worker, but is by retry_failed(), once mended.
     run(client, "DROP TRIGGER moody ON tickets");
     run(client, &format!("SELECT llm_batch.retry_failed({job})"));
     let p = wait_until(
@@ -143,7 +143,7 @@ fn rows_that_row_security_hides_from_update() {
     );
     let job = backfill(&mut bed.cluster.connect_as("postgres", "app"), "tickets");
     let p = wait_status(client, job, "done");
-    // What can't be seen is not counted.
+    // An invisible row is not counted.
     assert_eq!(p.counts(), (ROWS - 1, ROWS - 4, 0, 3, 0, 0));
     listed(client, job, &[5, 55], "not_written", "row security");
     listed(client, job, &[66], "write_error", "42501: ");
@@ -218,7 +218,7 @@ fn foreign_keys_checks_and_uniqueness_of_the_target() {
     assert_eq!((common::wrong(client, "tickets"), common::left(client, "tickets")), (0, p.failed));
 }
 
-/// What empties the column behind the worker's back must not have the same rows paid for without end.
+/// A trigger that empties the column must not have the same rows paid for without end.
 #[test]
 fn a_trigger_that_empties_the_column_afterwards() {
     let bed = Bed::new("rows_emptied");

@@ -1,5 +1,5 @@
-//! What sessions call beside `llm_classify()` and `llm_classify_batch()`: arrays with typed ids, questions, and labels in each
-//! of their forms.
+//! Functions of sessions beside `llm_classify()` and `llm_classify_batch()`: arrays with typed ids, questions, and
+//! labels in each of their forms.
 
 mod common;
 
@@ -35,7 +35,7 @@ fn arrays_with_ids_of_any_type() {
     let stats = bed.provider.stats();
     assert!(stats.rows.len() == 1_000 && stats.rows.values().all(|r| r.asked == 1));
     assert!(stats.requests <= 21, "{} requests", stats.requests);
-    // Of a type without and with a length, short and long, compressed or not, and in whichever place of a query.
+    // Values of types without and with a length, short and long, compressed or not, and in every place of a query.
     for (kind, made) in [
         ("uuid", "md5(id::text)::uuid"),
         ("numeric", "id * 1.25"),
@@ -65,7 +65,7 @@ fn arrays_with_ids_of_any_type() {
             assert_eq!(text(c, &all), "t", "{kind}: {all}");
         }
     }
-    // What there is nothing to ask about, and ids that are NULL or the same.
+    // Rows with nothing to ask about, and ids that are NULL or the same.
     let rows = "SELECT string_agg(concat_ws(' ', coalesce(id::text, '-'), coalesce(label, '-'), status, detail), '; ')
                   FROM llm_classify_array(ARRAY[7, NULL, 7, 8, 9], ARRAY['#r1:bug#', '#r2:spam#', NULL, '', E' \\n\\u3000'],
                                           'topic')";
@@ -79,7 +79,7 @@ fn arrays_with_ids_of_any_type() {
         assert_eq!(one(c, &format!("SELECT count(*) FROM llm_classify_array({nothing}, 'topic')")), 0);
     }
     assert_eq!(bed.provider.stats().requests, 0);
-    // What is wrong is said before anything is asked.
+    // Mistakes are reported before anything is asked.
     let call = |args: &str| format!("SELECT * FROM llm_classify_array({args})");
     refused(
         &bed,

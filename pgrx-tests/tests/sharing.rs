@@ -1,4 +1,4 @@
-//! What sessions and jobs have of each other: requests, answers to the same text, turns.
+//! Effects of sessions and jobs on each other: requests, answers to the same text, turns.
 
 mod common;
 
@@ -22,7 +22,7 @@ fn ticket(n: usize) -> (String, &'static str) {
     (format!("My order #r{n:06}:{label}# is not what I wanted"), label)
 }
 
-/// What is wrong with the answer to a text, if anything is.
+/// The error in the answer to a text, if there is one.
 fn trouble(client: &mut Client, n: usize) -> Option<String> {
     let (body, want) = ticket(n);
     match client.query_one("SELECT llm_classify($1, 'topic')", &[&body]) {
@@ -110,7 +110,7 @@ fn answers_are_kept_for_the_role_as_long_as_there_is_a_cache() {
         bed.provider.stats().requests - before
     };
     assert_eq!([1, 2, 1, 2].map(|n| requests(&mut c, n)), [1, 1, 0, 0]);
-    // Of another session, and of whom it is for.
+    // The answers of another session, and of another role.
     assert_eq!(requests(&mut bed.connect(), 1), 0);
     run(&mut c, "CREATE ROLE other; GRANT USAGE ON FOREIGN SERVER fake TO other; SET ROLE other");
     assert_eq!([1, 1].map(|n| requests(&mut c, n)), [1, 0]);

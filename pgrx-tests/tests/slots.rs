@@ -1,4 +1,4 @@
-//! Who gets a background worker, and what is said of a job that has none.
+//! Background workers: which jobs get one, and the words for a job that has none.
 
 mod common;
 
@@ -56,7 +56,7 @@ fn why_a_job_does_not_run() {
     waits(client, job, "user");
     assert_eq!(text(client, &format!("SELECT llm_batch.resume({job})")), "t");
     waits(client, job, "disabled");
-    // Who waits for the job goes on to, and is told.
+    // A session that waits for the job goes on to wait, and is told.
     std::thread::scope(|scope| {
         let waiter = scope.spawn(|| bed.cluster.psql("postgres", &format!("CALL llm_batch.wait({job})")));
         let calls =
@@ -185,7 +185,7 @@ fn many_databases_and_few_slots() {
     for i in 1..=DATABASES {
         run(client, &format!("CREATE DATABASE d{i} STRATEGY file_copy"));
     }
-    // What a DROP DATABASE leaves that was broken off.
+    // The remains of a DROP DATABASE that was broken off.
     run(client, "CREATE DATABASE invalid STRATEGY file_copy");
     run(client, "UPDATE pg_database SET datconnlimit = -2 WHERE datname = 'invalid'");
     println!("{DATABASES} databases after {:?}", start.elapsed());
@@ -292,7 +292,7 @@ fn one_role_leaves_room_for_others() {
         wait_until("all slots are taken again", PATIENCE, || one(client, workers), |n| *n == 2);
         run(ben, "UPDATE tickets SET topic = NULL");
     }
-    // What gave its slot back is as it was: nothing of it failed, nothing was asked twice.
+    // Jobs that gave up their slot are as they were: nothing failed, nothing was asked twice.
     let odd = "SELECT count(*) FROM llm_batch.progress WHERE owner <> 'ben' AND (rows_failed > 0 OR status NOT IN ('running', 'paused'))";
     assert_eq!(one(client, odd), 0);
     assert!(bed.provider.stats().rows.values().all(|r| r.asked <= 2));

@@ -24,7 +24,7 @@ fn setting(name: &str, default: i64) -> i64 {
     std::env::var(name).map_or(default, |v| v.parse().unwrap_or_else(|_| panic!("{name} is not a number: {v}")))
 }
 
-/// What is done to a running job.
+/// A disturbance of a running job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
     EndGateway,
@@ -55,7 +55,7 @@ impl Event {
         Self::Vacuum,
     ];
 
-    /// Whether what is in flight is lost by it.
+    /// Returns true if rows in flight are lost by it.
     fn loses(self) -> bool {
         use Event::*;
         matches!(self, EndGateway | EndWorker | KillWorker | KillServer | Restart | SwitchOffAndOn)
@@ -155,7 +155,7 @@ fn happen(bed: &mut Bed, job: i64, event: Event, random: &mut Rng) {
 fn work_beside(c: &mut Client, rows: i64, random: &mut Rng) {
     let mut some = || (0..TOUCHED).map(|_| random.i64(0..rows).to_string()).collect::<Vec<_>>().join(",");
     let (mine, changed, gone) = (some(), some(), some());
-    // Where it meets a lock for too long or a deadlock, it is not done.
+    // It is not done if it meets a deadlock, or a lock for too long.
     let _ = c.batch_execute(&format!(
         "SET lock_timeout = '1s'; BEGIN;
          WITH u AS (UPDATE t SET topic = 'mine' WHERE id IN ({mine}) AND topic IS NULL RETURNING id)
@@ -194,7 +194,7 @@ fn the_accounts_hold_after_all_of_it() {
 
     let start = Instant::now();
     let mut events: BTreeMap<Event, i64> = BTreeMap::new();
-    // Of gateway and worker, kB, with the time.
+    // Memory of gateway and worker, kB, with the time.
     let mut peaks: [Vec<(f64, i64)>; 2] = [Vec::new(), Vec::new()];
     let mut restarts = 0;
     while start.elapsed() < Duration::from_secs(seconds as u64) {
@@ -232,7 +232,7 @@ fn the_accounts_hold_after_all_of_it() {
     accounts(&mut c, job, rows, &p);
     paid(&bed, &mut c, job, &p, &events);
     memory_is_flat(&peaks, restarts);
-    // What we write for every request lies in a row of each job: dead versions of it are used again.
+    // Every request writes to a row of its job: dead versions of it are used again.
     let state = one(&mut c, "SELECT pg_total_relation_size('llm_batch.job_state')");
     println!("job_state has {} kB", state / 1024);
     assert!(state < 4 << 20, "job_state has grown to {state} bytes");

@@ -25,7 +25,7 @@ fn server_uid(bed: &Bed) -> u32 {
     fs::metadata(bed.cluster.data_dir()).unwrap().uid()
 }
 
-/// Whether the test may be whoever it likes.
+/// Returns true if the test may take any identity.
 fn is_root() -> bool {
     // SAFETY: takes nothing and cannot fail.
     unsafe { libc::geteuid() == 0 }
@@ -46,7 +46,7 @@ fn as_server<T: Send>(bed: &Bed, f: impl FnOnce() -> T + Send) -> T {
     })
 }
 
-/// What the gateway says to these bytes until it hangs up or has said something.
+/// The gateway's answer to these bytes, until it hangs up or has said something.
 fn answer(mut stream: UnixStream, bytes: &[u8]) -> Vec<u8> {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     let _ = stream.write_all(bytes);

@@ -16,7 +16,7 @@ const SMALL: &str = "options => '{\"max_rows_per_request\": 10}'";
 /// Every process of ours.
 const OURS: &str = "SELECT count(*) FROM pg_stat_activity WHERE backend_type LIKE 'llm_batch%'";
 
-/// How often rows were asked.
+/// The number of rows that were asked.
 fn asked(bed: &Bed) -> i64 {
     bed.provider.stats().rows.values().map(|r| i64::from(r.asked)).sum()
 }
@@ -52,7 +52,7 @@ fn nothing_runs_on_a_standby() {
     let (job, written) = held(&bed, client, "");
     caught_up(client, there);
     assert_eq!(one(there, OURS), 0);
-    // What is read is what the primary has written.
+    // The standby reads what the primary has written.
     let p = progress(there, job);
     assert_eq!((p.status.as_str(), p.done), ("running", written));
     assert_eq!(one(there, "SELECT count(*) FROM llm_batch.activity"), 0);
@@ -119,7 +119,7 @@ fn promoted(name: &str, promote: impl Fn(&Cluster)) {
     assert_eq!(p.counts(), (ROWS, ROWS, 0, 0, 0, 0));
     assert_eq!((wrong(there, "tickets"), left(there, "tickets")), (0, 0));
     assert_eq!(asked(&bed), ROWS + in_flight, "asked again is what was in flight, and no more");
-    // What the old primary had reserved counts as spent; the budget holds.
+    // The old primary's reservation counts as spent; the budget holds.
     let money = text(
         there,
         &format!(
@@ -176,7 +176,7 @@ fn a_switchover_with_a_paused_job() {
     assert_eq!(asked(&bed), ROWS);
 }
 
-/// What docs/operations.md says to do with a copy: it starts switched off, and its jobs are ended before it is switched on.
+/// A copy, used as docs/operations.md says: it starts switched off, and its jobs are ended before it is switched on.
 #[test]
 fn a_base_backup_of_a_running_server() {
     let bed = Bed::with("standby_backup", slow(50));

@@ -190,13 +190,13 @@ fn a_row_of_a_statement_that_kills_the_gateway() {
         assert_eq!(code, "08006", "{message}");
         assert!(detail.contains("5 times") && hint.contains("log"), "{message} {detail} {hint}");
     }
-    // What others ask is answered as ever.
+    // Questions of others are answered as ever.
     assert_eq!(one(client, &batch.replace("FROM tickets", "FROM tickets WHERE id <> 30")), ROWS - 1);
     assert!(bed.cluster.log().matches("network thread of the llm_batch gateway ended").count() <= 10);
     witness.lives();
 }
 
-/// What kills the worker at every row, or before it has any, ends the job, and the error is shown.
+/// A cause that kills the worker at every row, or before it has any, ends the job, and the error is shown.
 #[test]
 fn a_worker_that_always_dies() {
     let bed = bed("survival_hopeless");

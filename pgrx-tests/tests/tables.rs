@@ -208,7 +208,7 @@ fn partitioned_tables() {
     assert_eq!((wrong(&mut c, "t"), left(&mut c, "t")), (0, 0));
     assert!(bed.provider.stats().rows.values().all(|row| row.asked == 1));
 
-    // Of inheritance the parent's own rows alone.
+    // Only the parent's own rows of an inheritance tree.
     let script = format!(
         "CREATE TABLE parent (id int PRIMARY KEY, body text, want text, topic text);
          CREATE TABLE child () INHERITS (parent);

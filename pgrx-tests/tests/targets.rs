@@ -14,7 +14,7 @@ use postgres::Client;
 /// The columns of a table and the fields that fill them.
 const TARGETS: &str = r#"{"topic": "category", "amount": "amount", "due_on": "due", "tags": "tags"}"#;
 
-/// What the provider makes a value of: the row's id and the field's name.
+/// The value that the provider makes of the row's id and the field's name.
 fn n(field: &str) -> String {
     format!("(id + {})", field.bytes().map(i64::from).sum::<i64>() % 7)
 }
@@ -28,7 +28,7 @@ fn date(field: &str) -> String {
 const WORDS: &str = "CREATE FUNCTION words(n bigint) RETURNS text LANGUAGE sql AS
     $$SELECT concat(n, ' ', string_agg(('{the,text,is,about,row}'::text[])[1 + i % 5], ' ' ORDER BY i)) FROM generate_series(1, 4 + n % 16) i$$";
 
-/// How many rows have a value that is not theirs. `all`: NULL is such a value, but where the text says so.
+/// Counts rows that have a value which is not theirs. `all`: NULL is such a value, unless the text says so.
 fn wrong(client: &mut Client, table: &str, all: bool) -> i64 {
     let columns = [
         ("topic", "category", "want".to_owned()),
@@ -226,7 +226,8 @@ fn what_cannot_be_filled_is_refused() {
     bed.done(job);
 }
 
-/// What somebody fills meanwhile stays, and the rest of the row is written; NULL is asked once; all of it survives a dump.
+/// A value that somebody writes meanwhile stays, and the rest of the row is written; NULL is asked once; all of it
+/// survives a dump.
 #[test]
 fn null_is_an_answer() {
     let (bed, mut c) = bed("targets_nulls", Config::default());
@@ -247,7 +248,7 @@ fn null_is_an_answer() {
         || (bed.provider.holds(), progress(c, job).done),
         |p| p.0 && p.1 >= 40,
     );
-    // Of rows that are with the provider, or will be.
+    // Rows that are with the provider, or will be.
     run(
         c,
         "UPDATE t SET due_on = '1999-01-01' WHERE id > 200 AND id <= 250; UPDATE t SET topic = 'mine', amount = 1, due_on = '1999-01-01', tags = '{}' WHERE id > 250",
@@ -274,7 +275,7 @@ fn null_is_an_answer() {
         let p = wait_status(client, job, "done");
         p.adds_up();
         assert_eq!((p.failed, p.skipped, p.left), (0, 0, 0), "{p:?}");
-        // What the rows of others say.
+        // Rows that others have filled.
         assert_eq!(
             one(client, "SELECT count(*) FROM t WHERE id > 250 AND topic = 'mine' AND amount = 1 AND tags = '{}'"),
             50
@@ -296,14 +297,14 @@ fn null_is_an_answer() {
         one(c, "SELECT llm_batch.backfill('t', 'body', targets => '{\"amount\": \"amount\"}', task => 'ticket')");
     let p = bed.done(again);
     assert!(p.done > 19 && p.failed == 0, "{p:?}");
-    // What was noted goes with the job.
+    // The notes go with the job.
     let noted = format!("SELECT count(*) FROM llm_batch.row_null WHERE job_id = {job}");
     assert!(one(c, &noted) > 0);
     run(c, &format!("SELECT llm_batch.forget({job})"));
     assert_eq!(one(c, &noted), 0);
 }
 
-/// What the provider was asked so far, in rows.
+/// The rows that the provider was asked so far.
 fn asked(bed: &Bed) -> i64 {
     bed.provider.stats().rows.values().map(|r| i64::from(r.asked)).sum()
 }

@@ -198,7 +198,7 @@ fn versions(c: &mut Client) {
     assert_eq!(version(c), 1);
     run(c, "SELECT llm_batch.alter_generator('v', 'two')");
     assert_eq!((version(c), history(c).as_str()), (2, "1 generate one"));
-    // What is refused or rolled back makes no version.
+    // A change that is refused or rolled back makes no version.
     refused(c, "SELECT llm_batch.alter_generator('v', '')", "22023", &[]);
     run(c, "BEGIN; SELECT llm_batch.alter_generator('v', 'lost'); ROLLBACK");
     assert_eq!((version(c), history(c).as_str()), (2, "1 generate one"));
@@ -404,7 +404,7 @@ fn raised_by_rows(bed: &Bed, c: &mut Client) {
     }
 }
 
-/// What an unfinished job uses is not dropped, and keeps its fields.
+/// A task that an unfinished job uses is not dropped, and keeps its fields.
 fn used_by_jobs(bed: &Bed, c: &mut Client) {
     run(c, "TRUNCATE t; INSERT INTO t (id, body) VALUES (1, '[\"2026-02-28\"]'), (2, '[\"never\"]')");
     run(c, "BEGIN");

@@ -103,7 +103,7 @@ fn old_bed(name: &str) -> (Bed, Client) {
     (bed, client)
 }
 
-/// How often the log was told that the versions differ.
+/// The number of times that the log was told that the versions differ.
 fn told(bed: &Bed) -> usize {
     bed.cluster.log().matches("jobs in database \"postgres\" wait").count()
 }

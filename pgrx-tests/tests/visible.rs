@@ -1,4 +1,4 @@
-//! What a DBA looks at: the processes while a job runs, and the statistics that autovacuum goes by.
+//! The view of a DBA: the processes while a job runs, and the statistics that autovacuum goes by.
 
 mod common;
 

@@ -101,7 +101,7 @@ fn what_is_sent_is_what_openai_documents() {
     assert_ne!(bodies[0]["messages"][1], bodies[1]["messages"][1]);
 }
 
-/// What stands in a text between two others.
+/// The part of a text between two others.
 fn between<'a>(text: &'a str, before: &str, after: &str) -> Option<&'a str> {
     Some(text.split_once(before)?.1.split_once(after)?.0)
 }

@@ -63,7 +63,7 @@ fn a_lock_that_lets_reads_through() {
     assert!(says.contains("ShareLock") && says.contains(&holder) && says.contains("since"), "{says}");
     asks_no_more(&bed, client, job);
     assert_eq!(left(client, "tickets"), 5_000);
-    // What was paid for is in the accounts already.
+    // Paid rows are in the accounts already.
     all_counted(&bed, &progress(client, job));
     // A fast shutdown ends the lock's holder too: what is at hand is written.
     let asked = bed.provider.stats().rows.len() as i64;
@@ -177,7 +177,7 @@ fn a_write_that_fails_for_everybody() {
     assert!(bed.provider.stats().rows.values().all(|r| r.asked == 2));
 }
 
-/// What should pass, and is raised by some rows alone each time: they are tried again, listed in the end, and hold up
+/// Passing errors that some rows alone raise each time: these rows are tried again, listed in the end, and hold up
 /// nothing. A disk that is full for all, or for many, lists none.
 #[test]
 fn a_write_that_fails_for_a_few() {
@@ -304,7 +304,7 @@ fn a_label_that_cannot_be_written() {
     }
 }
 
-/// What was listed stays listed whatever the owner's role sets.
+/// A listed row stays listed whatever the owner's role sets.
 #[test]
 fn keys_in_one_form_whatever_is_set() {
     let bed = Bed::new("writes_keys");
@@ -362,7 +362,7 @@ fn a_database_that_is_read_only() {
     let p = wait_reason(client, job, "paused", "read_only");
     assert!(p.last_error.unwrap_or_default().contains("default_transaction_read_only"));
     bed.provider.release();
-    // What was under way is kept, not written, and no more is asked.
+    // Answers under way are kept, not written, and no more is asked.
     wait_until("it was answered", PATIENCE, || bed.provider.stats().in_flight, |n| *n == 0);
     assert_eq!(asks_no_more(&bed, client, job), 10);
     assert_eq!(left(client, "tickets"), 200);

@@ -1,4 +1,4 @@
-//! What tests with the extension share: a cluster with a fake provider, marked rows, the accounts of a job.
+//! Helpers for tests with the extension: a cluster with a fake provider, marked rows, the accounts of a job.
 
 // Each test file is a crate of its own and uses a part of this.
 #![allow(dead_code)]
@@ -266,7 +266,7 @@ impl Progress {
 /// A row of `llm_batch.failure`: key, state, class, attempts, detail.
 pub type Failure = (serde_json::Value, String, String, i32, String);
 
-/// What `llm_batch.failure` lists for a job, by key.
+/// The rows of `llm_batch.failure` for a job, by key.
 #[track_caller]
 pub fn failures(client: &mut Client, job: i64) -> Vec<Failure> {
     client
