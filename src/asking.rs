@@ -12,7 +12,7 @@ thread_local! {
     static IS_REFUSED: Cell<bool> = const { Cell::new(false) };
 }
 
-/// From now on nobody asks in this process: it is a job's.
+/// Refuses all asking in this process from now on: it is a job's.
 pub fn refuse() {
     IS_REFUSED.set(true);
 }

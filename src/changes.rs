@@ -60,7 +60,7 @@ pub fn heard() -> bool {
     HEARD.swap(false, Relaxed)
 }
 
-/// From now on changes of these tables are heard as such of rights.
+/// Hears changes of these tables as such of rights from now on.
 pub fn watch(tables: &[pg_sys::Oid]) {
     WATCHED.set(tables.to_vec());
 }

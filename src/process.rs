@@ -69,8 +69,8 @@ extern "C-unwind" fn look_at_hold() {
     }
 }
 
-/// From now on a SIGTERM wakes this process instead of ending it; it is to look at `is_told_to_end()`, write what it
-/// has in a few seconds, and `end_now()`.
+/// Sets whether a SIGTERM wakes this process instead of ending it. A process that holds on looks at `is_told_to_end()`,
+/// writes what it has within a few seconds, and calls `end_now()`.
 pub fn hold_on(value: bool) {
     HOLDS_ON.store(value, Ordering::Relaxed);
 }

@@ -146,8 +146,8 @@ struct Stored {
 }
 
 impl Stored {
-    /// With what a user gives, where that is not NULL. Options that belong to the specification of the kind go there;
-    /// options that are given replace all that there were.
+    /// Adds the members that a user gives and that are not NULL. Options that belong to the specification of the kind
+    /// go there; options that are given replace all that there were.
     fn with(mut self, kind: &str, members: Value, options: Option<Json>) -> Result<Self> {
         let (Value::Object(spec), Value::Object(members)) = (&mut self.spec, members) else {
             return Err(Error::invalid("a task's specification must be an object"));

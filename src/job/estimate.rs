@@ -111,7 +111,7 @@ fn aggregate(is_reused: bool, expression: &str) -> String {
     if is_reused { format!("pg_catalog.min({expression})") } else { expression.to_owned() }
 }
 
-/// So many of the texts that their mean length is that of all texts: chance would be some per cent off.
+/// Chooses so many of the texts that their mean length is that of all texts: chance would be some per cent off.
 fn balanced(texts: Vec<Sampled>, wanted: i64, mean: f64) -> Vec<Sampled> {
     let (mut long, mut short): (Vec<_>, Vec<_>) = texts.into_iter().partition(|(t, _)| t.len() as f64 > mean);
     let mut sample = Vec::new();

@@ -34,12 +34,12 @@ pub struct Status {
 }
 
 impl Status {
-    /// For what its owner alone may do.
+    /// Checks that the caller is its owner.
     pub fn by_owner(self) -> Result<Self> {
         if owner::is_mine(self.owner) { Ok(self) } else { Err(owner::denied(self.owner, &format!("job {}", self.id))) }
     }
 
-    /// For what the table's owner may do too.
+    /// Checks that the caller is its owner or the table's.
     pub fn by_owner_or_tables(self) -> Result<Self> {
         if self.table_owner.is_some() && owner::is_mine(self.table_owner) { Ok(self) } else { self.by_owner() }
     }

@@ -17,7 +17,8 @@ const MOST: f64 = 256.0;
 const CUT: f64 = 0.5;
 /// A latency of so many times the least is taken for waiting.
 const WAITING: f64 = 3.0;
-/// So many times the least counts at most: a few answers that took ages, on a server that stood still, say little.
+/// The factor of the least time at which a time is cut: a few answers that took ages, on a server that stood still, say
+/// little.
 const MOST_COUNTED: f64 = 1.2 * WAITING;
 /// Tokens of answers that take as long as a request without any: makes short and long answers comparable.
 const BASE_TOKENS: f64 = 40.0;

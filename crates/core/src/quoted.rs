@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use serde::de::IgnoredAny;
 use serde_json::Deserializer;
 
-/// So many letters and digits in a row that stand in a text too are quoted from it.
+/// Letters and digits in a row that stand in a text too, from which on they are quoted from it.
 const RUN: usize = 12;
 /// A shorter text is quoted where it stands as a whole, if it has at least so many.
 const SHORTEST: usize = 3;

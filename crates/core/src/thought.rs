@@ -11,7 +11,7 @@ const LONGEST: f64 = 0.998;
 const ROOM: f64 = 2.0;
 /// More than the mean is reserved: an estimate that is too low breaks the limit.
 const RESERVED: f64 = 1.25;
-/// So many tokens more than a text accounts for are none of thinking: servers count marks of their own.
+/// Tokens beyond those of the text that are none of thinking: servers count marks of their own.
 const UNACCOUNTED: u64 = 16;
 
 /// The tokens of recent answers that came before the answer itself.

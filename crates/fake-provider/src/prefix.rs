@@ -7,7 +7,7 @@ use std::hash::{BuildHasher, RandomState};
 const LEAST_TOKENS: u64 = 1_024;
 /// Tokens are cached in steps of this.
 const STEP: u64 = 128;
-/// So many are remembered; then all are forgotten.
+/// Most prefixes that are remembered; then all are forgotten.
 const MOST: usize = 10_000;
 
 /// The system messages seen.

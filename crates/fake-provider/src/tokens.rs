@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher, RandomState};
 
-/// So many counts are remembered; then all are forgotten.
+/// Most counts that are remembered; then all are forgotten.
 const MOST_COUNTS: usize = 1_000;
 
 /// Remembers the counts of texts that come with every request: instructions,

@@ -132,7 +132,7 @@ struct State {
     /// Bytes that were read since its request, whatever they are, and most of them; 0: as many as come.
     read: usize,
     most: usize,
-    /// From when on it may be closed; `None`: it has a request.
+    /// The time from which it may be closed; `None`: it has a request.
     free_from: Option<Instant>,
     is_closing: bool,
     /// The reader that waits.
@@ -162,7 +162,7 @@ impl Use {
         self.state().most = bytes.saturating_mul(2).saturating_add(2 * MAX_HEAD);
     }
 
-    /// So many bytes of the answer to its request were read.
+    /// Counts bytes of the answer to its request.
     fn reads(&self, bytes: usize) -> Result<(), String> {
         let mut state = self.state();
         if state.free_from.is_some() {

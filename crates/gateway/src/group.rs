@@ -57,7 +57,7 @@ pub struct Group {
     pub served: f64,
 }
 
-/// By what a text becomes a line of a request. For a long text that is done on another thread.
+/// Turns texts into lines of a request. A long text is measured on another thread.
 #[derive(Debug)]
 pub struct Ruler {
     kind: Arc<dyn Kind>,
@@ -198,7 +198,7 @@ impl Group {
         self.retry.iter_mut().for_each(|row| (row.not_before, row.trouble) = (0, 0));
     }
 
-    /// By what texts become lines.
+    /// The ruler of its texts.
     pub fn ruler(&self) -> Ruler {
         let most_tokens = self.most_of_a_row();
         Ruler {

@@ -1,4 +1,4 @@
-//! By what a lane and a group are found. What is cloned for each request is cheap, and nothing of it is secret.
+//! The keys of lanes and groups. A key that is cloned for each request is cheap, and nothing in it is secret.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::rc::Rc;
@@ -23,7 +23,7 @@ impl LaneKey {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct GroupId(pub u64);
 
-/// Whose limits an endpoint is under: as the user named it, else the URL, a mark of the key, and who may sign for it, since
+/// The account that limits an endpoint: as the user named it, else the URL, a mark of the key, and who may sign for it, since
 /// what fails by one such file does not fail by another.
 fn account(endpoint: &Endpoint) -> String {
     if let Some(account) = &endpoint.account {

@@ -26,7 +26,7 @@ pub const MOST_SPARE_ANSWER_TOKENS: u64 = 131_072;
 /// The factor by which a cap grows that was too small.
 const GROWTH: u64 = 4;
 
-/// So many answers say how long they take; and what is added (ms) to twice the longest.
+/// Answers after which their times are known; and the time (ms) that is added to twice the longest.
 const ENOUGH_TIMES: u32 = 8;
 const SPARE_TIME: u64 = 1_000;
 /// Time (ms) for which requests are kept as small as a refusal said.

@@ -17,7 +17,7 @@ impl Default for Numbers {
 }
 
 impl Numbers {
-    /// So many of them, in random order.
+    /// Draws `n` of them, in random order.
     pub fn draw(&self, n: usize) -> Vec<u16> {
         let mut drawn = fastrand::choose_multiple(self.0.iter().copied().take(n.max(REST)), n);
         fastrand::shuffle(&mut drawn);

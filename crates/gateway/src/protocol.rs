@@ -331,9 +331,9 @@ pub struct Stop {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Full {
-    /// So many streams of the same role are.
+    /// This many streams of the same role are open.
     Role(usize),
-    /// So many clients are.
+    /// This many clients are connected.
     Gateway(usize),
     /// Their tasks take this memory, bytes.
     Memory(usize),

@@ -10,7 +10,7 @@ use crate::row::Row;
 const GATHER: (u64, u64) = (20, 80);
 /// Time that rows wait for the rest of their message, ms: it is taken in by parts.
 const COMING: u64 = 1_000;
-/// So many compartments of a client are looked at for one that may be sent: those behind have not waited longer.
+/// Compartments of a client that are looked at for one that may be sent: those behind have not waited longer.
 const LOOKED_AT: usize = 32;
 
 /// The rows of one compartment: those with the same isolation, or all that have none.

@@ -19,7 +19,7 @@ const MOST_REFUSED: usize = 3;
 const MOST_UNANSWERED: u32 = 20;
 /// The number of new requests over which the part is taken that was paid for in vain.
 const RECENT: f64 = 4.0;
-/// So many rows may all be such that there is no answer.
+/// Rows that may all be such that there is no answer.
 const FEW_ROWS: usize = 4;
 /// Time (ms) for which nothing is sent at first, doubled each time, and at most.
 const FIRST_PAUSE: u64 = 30_000;

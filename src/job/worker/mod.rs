@@ -155,10 +155,10 @@ struct Worker {
     job: Job,
     asked: Asked,
     table: plan::Table,
-    /// As of which `changes::of_tables()` a settlement has looked at it.
+    /// The `changes::of_tables()` at which a settlement looked at it.
     table_at: Option<u32>,
     plan: Plan,
-    /// From the first page on.
+    /// The rights of its owner, from the first page on.
     rights: Option<Rights>,
     client: Option<Client>,
     /// The gateway has answered a row of this connection.

@@ -17,7 +17,7 @@ type Statement = (u64, u64);
 struct Seen {
     sent: u64,
     refused: u64,
-    /// From the statement's begin to when its last request was sent, ms.
+    /// Time from the statement's begin to the sending of its last request, ms.
     took: u64,
 }
 

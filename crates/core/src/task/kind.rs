@@ -63,7 +63,7 @@ impl Unfit {
         Self { class: "bad_value", detail: wanted.clone(), wanted }
     }
 
-    /// With what was given instead, cut.
+    /// Adds the given value to the detail, cut.
     pub(super) fn not(mut self, given: &str) -> Self {
         let cut: String = trouble::one_line(given).chars().take(60).collect();
         self.detail.push_str(&format!(", not {cut}"));

@@ -62,7 +62,7 @@ pub(crate) trait Wire: Sync {
     }
 }
 
-/// That of the routes that are no chats.
+/// The wire of the routes that are no chats.
 pub(crate) const HOME: &dyn Wire = &openai::Openai;
 
 /// All of them, a line each.

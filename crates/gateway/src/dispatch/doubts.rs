@@ -22,7 +22,7 @@ pub(super) const ONLY_THOUGHT: &str = "the model wrote its reasoning and no answ
 
 /// The evidence that an answer gives for or against a model and a task.
 pub(super) enum Said {
-    /// So many of its rows are valid.
+    /// The number of its rows that are valid.
     Valid(usize),
     /// It was cut off, and the next one will be longer.
     Cut,

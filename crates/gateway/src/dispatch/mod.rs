@@ -129,7 +129,7 @@ struct Asked {
     /// The way, and its number.
     way: Way,
     turn: u32,
-    /// By what it was written.
+    /// The knowledge of the server by which it was written.
     learned: Learned,
     /// By our count, and what was reserved.
     estimate: Tokens,
@@ -437,7 +437,7 @@ impl State {
         }
     }
 
-    /// By what texts of a client become lines.
+    /// The ruler that turns texts of a client into lines.
     pub fn ruler(&self, conn: u64) -> Option<Ruler> {
         Some(self.groups.get(self.group_of(conn)?)?.ruler())
     }

@@ -173,7 +173,7 @@ enum Unsent {
     Unpaid(Option<(u64, FromGateway)>),
     /// Not before this time (ms).
     Until(u64),
-    /// So many of its rows are larger than a request may be; and why.
+    /// The number of its rows that are larger than a request may be; and why.
     TooLarge(usize, String),
 }
 
@@ -184,7 +184,7 @@ impl Unsent {
     }
 }
 
-/// By what the requests of a group are drafted.
+/// The terms by which the requests of a group are drafted.
 struct Terms<'a> {
     numbers: &'a Numbers,
     stream: &'a Stream,
@@ -199,7 +199,7 @@ struct Terms<'a> {
 }
 
 impl Terms<'_> {
-    /// So many of the server's tokens by our count.
+    /// The number of tokens by our count that make so many of the server's.
     fn counted(&self, tokens: u64) -> usize {
         (tokens as f64 / self.measured.prompt.apply(1000) as f64 * 1000.0) as usize
     }

@@ -37,7 +37,7 @@ struct Failed {
     lane: LaneKey,
     group: GroupId,
     rows: Vec<Row>,
-    /// For whom it was.
+    /// The role it was for.
     role: Option<u32>,
     asked: Asked,
     /// The error in words; and in those of the provider alone, without what it quotes.
