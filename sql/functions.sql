@@ -233,7 +233,7 @@ COMMENT ON FUNCTION llm_batch.set_owner(text, text, regrole) IS 'changes the own
 CREATE FUNCTION llm_batch.set_owner(job_id bigint, new_owner regrole) RETURNS void
     LANGUAGE c STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'set_job_owner_wrapper';
-COMMENT ON FUNCTION llm_batch.set_owner(bigint, regrole) IS 'changes the owner of a job, with whose rights it runs';
+COMMENT ON FUNCTION llm_batch.set_owner(bigint, regrole) IS 'changes the owner of a job; the job runs with the owner''s rights';
 
 -- Functions that ask. They are in the schema that CREATE EXTENSION is given.
 
@@ -252,7 +252,7 @@ COMMENT ON FUNCTION @extschema@.llm_classify(text, text[], jsonb) IS 'returns th
 CREATE FUNCTION @extschema@.llm_run(input text, task text) RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
     AS 'MODULE_PATHNAME', 'llm_run_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_run(text, text) IS 'returns what a task of any kind answers to a text; JSON for extractors; NULL, with a warning, if the model gives no answer';
+COMMENT ON FUNCTION @extschema@.llm_run(text, text) IS 'returns the answer of a task of any kind to a text; JSON for extractors; NULL, with a warning, if the model gives no answer';
 
 CREATE FUNCTION @extschema@.llm_extract(input text, task text) RETURNS jsonb
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
@@ -272,7 +272,7 @@ COMMENT ON FUNCTION @extschema@.llm_embed(text, text) IS 'returns the vector tha
 CREATE FUNCTION @extschema@.llm_generate(input text, instruction text, options jsonb DEFAULT '{}') RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
     AS 'MODULE_PATHNAME', 'llm_generate_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_generate(text, text, jsonb) IS 'returns what a model writes about a text';
+COMMENT ON FUNCTION @extschema@.llm_generate(text, text, jsonb) IS 'returns the text that a model writes about an input by an instruction';
 
 CREATE FUNCTION @extschema@.llm_summarize(input text, options jsonb DEFAULT '{}') RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED COST 100000
@@ -306,7 +306,7 @@ CREATE FUNCTION @extschema@.llm_classify_batch(query text, labels text[], option
     RETURNS TABLE (id text, label text, status text, detail text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000
     AS 'MODULE_PATHNAME', 'llm_classify_batch_labels_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text[], jsonb) IS 'returns labels for the rows of a query, as above, with labels instead of a classifier, by the model llm_batch.default_model';
+COMMENT ON FUNCTION @extschema@.llm_classify_batch(text, text[], jsonb) IS 'returns labels for the rows of a query, with labels instead of a classifier; the model is the option "model" or llm_batch.default_model';
 
 CREATE FUNCTION @extschema@.llm_classify_array(ids anyarray, inputs text[], task text, options jsonb DEFAULT '{}')
     RETURNS TABLE (id anyelement, label text, status text, detail text)
@@ -319,13 +319,13 @@ CREATE FUNCTION @extschema@.llm_run_batch(query text, task text, options jsonb D
     RETURNS TABLE (id text, value text, status text, detail text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000
     AS 'MODULE_PATHNAME', 'llm_run_batch_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_run_batch(text, text, jsonb) IS 'returns what a task of any kind answers to the rows of a query, as llm_classify_batch()';
+COMMENT ON FUNCTION @extschema@.llm_run_batch(text, text, jsonb) IS 'returns the answers of a task of any kind to the rows of a query, as llm_classify_batch()';
 
 CREATE FUNCTION @extschema@.llm_run_array(ids anyarray, inputs text[], task text, options jsonb DEFAULT '{}')
     RETURNS TABLE (id anyelement, value text, status text, detail text)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000 SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'llm_run_array_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_run_array(anyarray, text[], text, jsonb) IS 'returns what a task of any kind answers to an array of inputs, as llm_classify_array()';
+COMMENT ON FUNCTION @extschema@.llm_run_array(anyarray, text[], text, jsonb) IS 'returns the answers of a task of any kind to an array of inputs, as llm_classify_array()';
 
 -- No search_path, as above.
 CREATE FUNCTION @extschema@.llm_filter(input text, question text, options jsonb DEFAULT '{}') RETURNS boolean
@@ -399,7 +399,7 @@ COMMENT ON FUNCTION llm_batch.cancel IS 'cancels a job; values already written s
 CREATE FUNCTION llm_batch.retry_failed(job_id bigint) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'retry_failed_wrapper';
-COMMENT ON FUNCTION llm_batch.retry_failed IS 'makes a job ask again for the rows that it listed as skipped or failed';
+COMMENT ON FUNCTION llm_batch.retry_failed IS 'makes a job ask again for the rows that it listed as skipped or failed; false if there are none';
 
 CREATE FUNCTION llm_batch.forget(job_id bigint) RETURNS void
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
@@ -415,7 +415,7 @@ COMMENT ON FUNCTION llm_batch.waits_for IS 'returns why a job cannot start: no_w
 CREATE FUNCTION llm_batch.goes_on(reason text) RETURNS boolean
     LANGUAGE sql IMMUTABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp
     RETURN COALESCE(reason, '') IN ('provider_down', 'quota', 'read_only', 'write_error', 'no_worker_slot', 'disabled', 'no_connections');
-COMMENT ON FUNCTION llm_batch.goes_on IS 'whether a job that is paused for a reason goes on by itself';
+COMMENT ON FUNCTION llm_batch.goes_on IS 'returns whether a job that is paused for a reason goes on by itself; used by llm_batch.progress';
 
 CREATE FUNCTION llm_batch.home() RETURNS text
     LANGUAGE c STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp

@@ -14,7 +14,7 @@ CREATE TABLE llm_batch.list_price (
     is_own             boolean NOT NULL DEFAULT true,
     PRIMARY KEY (provider, model, is_own)
 );
-COMMENT ON TABLE llm_batch.list_price IS 'list prices of models in dollars per million tokens; to correct one, insert a row: it goes before the row that came with the extension';
+COMMENT ON TABLE llm_batch.list_price IS 'list prices of models in dollars per million tokens; to correct one, insert a row: it takes precedence over the row that came with the extension';
 COMMENT ON COLUMN llm_batch.list_price.provider IS 'host of the server''s base_url';
 COMMENT ON COLUMN llm_batch.list_price.model IS 'the provider''s name of the model; a name with a date behind it is found too';
 COMMENT ON COLUMN llm_batch.list_price.input_price IS 'dollars per million prompt tokens';

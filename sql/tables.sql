@@ -84,11 +84,11 @@ CREATE TABLE llm_batch.task (
     version     integer NOT NULL DEFAULT 1
 );
 COMMENT ON TABLE llm_batch.task IS 'tasks; managed by llm_batch.create_classifier() and the like, alter_classifier() and the like, and drop_task()';
-COMMENT ON COLUMN llm_batch.task.kind IS 'classify, extract, generate or score';
-COMMENT ON COLUMN llm_batch.task.model IS 'the model that is asked, or a route';
-COMMENT ON COLUMN llm_batch.task.spec IS 'what is asked, by the kind: instruction, labels, fields, range, examples';
-COMMENT ON COLUMN llm_batch.task.options IS 'how it is asked; jobs and functions can override it';
-COMMENT ON COLUMN llm_batch.task.search_path IS 'search_path under which the expressions of the options are read: that of who wrote them';
+COMMENT ON COLUMN llm_batch.task.kind IS 'classify, extract, generate, score or embed';
+COMMENT ON COLUMN llm_batch.task.model IS 'the model or route that is asked';
+COMMENT ON COLUMN llm_batch.task.spec IS 'specification by kind: instruction, labels, fields, range, dimensions, examples';
+COMMENT ON COLUMN llm_batch.task.options IS 'options of requests; jobs and functions can override them';
+COMMENT ON COLUMN llm_batch.task.search_path IS 'search_path under which the expressions of the options are read: that of their author';
 COMMENT ON COLUMN llm_batch.task.version IS 'raised by each change of the task; llm_batch.task_history keeps the versions before';
 
 CREATE TABLE llm_batch.task_history (
@@ -212,7 +212,7 @@ CREATE TABLE llm_batch.row_null (
     key_hash bigint NOT NULL,
     PRIMARY KEY (job_id, key_hash)
 );
-COMMENT ON TABLE llm_batch.row_null IS 'rows for which NULL is an answer that a job has had: it does not ask them again';
+COMMENT ON TABLE llm_batch.row_null IS 'rows for which a job has had NULL as an answer: it does not ask for them again';
 
 -- A dump keeps what users made; jobs wake up paused where it is restored, since job.home tells it apart. Names are those of
 -- the moment of the dump: pg_dump puts the condition behind "SELECT … FROM ONLY table", and jsonb_populate_record() gives

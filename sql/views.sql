@@ -79,7 +79,7 @@ SELECT m.job_id, m.model, m.rows_answered, m.requests, m.input_tokens, m.cached_
     OR pg_catalog.pg_has_role(llm_batch.owner_now(j.owner, j.owner_name, j.home), 'USAGE')
     OR pg_catalog.pg_has_role((SELECT t.relowner FROM pg_catalog.pg_class t
                                 WHERE t.oid OPERATOR(pg_catalog.=) llm_batch.relation_now(j.relation, j.relation_name, j.home)), 'USAGE');
-COMMENT ON VIEW llm_batch.progress_by_model IS 'which model has answered how many rows of a job, and at what cost; as for llm_batch.progress';
+COMMENT ON VIEW llm_batch.progress_by_model IS 'rows, tokens and cost of a job by model; shown to those who see the job in llm_batch.progress';
 COMMENT ON COLUMN llm_batch.progress_by_model.rows_answered IS 'answers that came, reused ones included; not all of them may have been written';
 COMMENT ON COLUMN llm_batch.progress_by_model.cost_unconfirmed IS 'maximum cost in dollars of requests whose usage is unknown because they broke off';
 
@@ -115,7 +115,7 @@ COMMENT ON VIEW llm_batch.activity IS 'current limiter and queue of each account
 COMMENT ON COLUMN llm_batch.activity.requests_allowed IS 'maximum number of concurrent requests, as found out by trying';
 COMMENT ON COLUMN llm_batch.activity.rows_allowed IS 'current maximum number of rows in a request; less than the task allows after incomplete or slow answers';
 COMMENT ON COLUMN llm_batch.activity.used IS 'fraction of the tightest limit that is currently used, 0 to 1';
-COMMENT ON COLUMN llm_batch.activity.share IS 'fraction of the limit that this server takes for its own, 0 to 1; less than 1 after refusals that nothing else explains';
+COMMENT ON COLUMN llm_batch.activity.share IS 'fraction of the limit that this server uses as its own, 0 to 1; less than 1 after refusals that nothing else explains';
 COMMENT ON COLUMN llm_batch.activity.reported_left IS 'tokens left in the provider''s window, as it reported, less what was sent since';
 COMMENT ON COLUMN llm_batch.activity.breaker IS 'closed: requests are sent; open: none are sent, because the provider does not answer; half_open: a probe is under way';
 COMMENT ON COLUMN llm_batch.activity.waiting_until IS 'no request is sent before this time: the provider asked to wait, or its next probe is due then';
