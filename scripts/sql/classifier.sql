@@ -3,7 +3,7 @@ CREATE SERVER local FOREIGN DATA WRAPPER llm_provider
     OPTIONS (api 'openai', base_url :'base_url');
 
 SELECT llm_batch.create_model('qwen', server => 'local', model => :'model',
-    max_concurrent_requests => 2, parameters => '{"temperature": 0}');
+    max_concurrent_requests => 2, input_price => 0, output_price => 0, parameters => '{"temperature": 0}');
 
 SELECT llm_batch.create_classifier('sentiment', model => 'qwen',
     labels => '{"positive": "good feelings or good news", "negative": "bad feelings or bad news"}',
