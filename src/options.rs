@@ -70,11 +70,10 @@ pub fn of_job(mut options: Value) -> Result<OfJob> {
 }
 
 /// Checks those of a task, which has no others.
-pub fn check_of_task(options: &Value) -> Result<()> {
+pub fn check_of_task(options: &Value) -> Result<Options> {
     refuse_isolation(options)?;
     refuse_budget(options)?;
-    Options::from_json([options])?;
-    Ok(())
+    Ok(Options::from_json([options])?)
 }
 
 /// Takes an option out. NULL stands for none.

@@ -103,6 +103,7 @@ impl Asked {
 impl Known {
     /// The task as a stream on behalf of a role, with the settings of this moment.
     pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<Asked> {
+        self.task.check()?;
         let (models, policy) = route::known(&self.model)?;
         let (mut all, mut prices) = (Vec::new(), Vec::new());
         for (name, known) in models {
@@ -172,12 +173,13 @@ impl Stored {
         check_time_zones(&spec)?;
         let mut options = self.options.clone();
         let checks = Checks::take(&spec, &mut options)?;
-        check_of_task(&options)?;
+        let task = Task { spec, options: check_of_task(&options)? };
+        task.check()?;
         if let Some(checks) = checks {
             let owner = owner.ok_or_else(|| Error::unknown("the owner of the task does not exist"))?;
             checks.of(owner, search_path.to_owned()).look()?;
         }
-        let mut spec = serde_json::to_value(spec).unwrap_or_default();
+        let mut spec = serde_json::to_value(task.spec).unwrap_or_default();
         if let Some(spec) = spec.as_object_mut() {
             spec.shift_remove("kind");
         }
@@ -203,9 +205,13 @@ fn check_time_zones(spec: &Spec) -> Result<()> {
     })
 }
 
-/// What of a provider's answers tasks of a kind.
-fn service(kind: &str) -> Service {
-    if kind == "embed" { Service::Embeddings } else { Service::Chat }
+/// What of a provider's answers tasks of a kind with these options.
+fn service(kind: &str, options: &Value) -> Service {
+    match kind {
+        "embed" => Service::Embeddings,
+        _ if options["ask_by"] == "decisions" => Service::Decisions,
+        _ => Service::Chat,
+    }
 }
 
 fn check_model(name: &str, service: Service) -> Result<()> {
@@ -248,7 +254,7 @@ fn create_under(
     };
     let none = Stored { spec: json!({}), options: json!({}) };
     let stored = none.with(kind, members, options)?.checked(kind, Some(current_user()), search_path)?;
-    check_model(&model, service(kind))?;
+    check_model(&model, service(kind, &stored.options))?;
     if let Ok(kind) = kind_of(name) {
         return Err(exists("task", name, noun(&kind)));
     }
@@ -292,6 +298,16 @@ fn keep(name: &str) -> Result<()> {
     .map(|_| ())
 }
 
+/// The model and the options of a task.
+fn asked_before(name: &str) -> Result<(String, Value)> {
+    let found = sql::row(
+        "SELECT t.model, t.options FROM llm_batch.task t WHERE t.name OPERATOR(pg_catalog.=) $1",
+        &[name.into()],
+        |row| Ok((row.get::<String>("model")?, row.get::<JsonB>("options")?.0)),
+    )?;
+    found.ok_or_else(|| unknown("task", name))
+}
+
 /// Makes the next version of a task. `members` as of [`create`].
 fn alter(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, options: Option<Json>) -> Result<()> {
     let search_path = txn::search_path()?;
@@ -313,8 +329,10 @@ fn alter_under(
         let is = noun(&is);
         return Err(wrong_kind(name, kind).hint(format!("It is {}: change it with llm_batch.alter_{is}().", a(is))));
     }
-    if let Some(model) = model {
-        check_model(model, service(kind))?;
+    let (model_before, options_before) = asked_before(name)?;
+    let service = service(kind, options.as_ref().map(|o| &o.0).filter(|o| !o.is_null()).unwrap_or(&options_before));
+    if model.is_some() || service == Service::Decisions {
+        check_model(model.unwrap_or(&model_before), service)?;
     }
     txn::as_extension_owner(|| {
         let now = sql::rows_mut(

@@ -7,7 +7,7 @@ use std::fmt::Debug;
 use llm_batch_core::answer::{self, Verdict};
 use llm_batch_core::codes::Legend;
 use llm_batch_core::dialect::{Api, Reply, Sent, Service};
-use llm_batch_core::options::{Codes, Options};
+use llm_batch_core::options::{AskBy, Codes, Options};
 use llm_batch_core::task::{Answer, Spec, Type};
 use llm_batch_core::trouble::{self, Report, Trouble, one_line};
 use llm_batch_core::{headers, task, url};
@@ -33,6 +33,7 @@ pub fn answer(data: &[u8]) {
     let options = |codes| Options { codes, ..Options::default() };
     let all = [Codes::Words, Codes::Letters, Codes::Auto]
         .map(|codes| ("classify", json!({"labels": LABELS}), options(codes)));
+    let decisions = Options { ask_by: AskBy::Decisions, ..Options::default() };
     let others = [
         ("generate", json!({"instruction": "x"})),
         ("score", json!({"instruction": "x", "low": 0, "high": 10})),
@@ -41,7 +42,8 @@ pub fn answer(data: &[u8]) {
         ("extract", json!({"fields": {"from": "date", "to": "date", "at": "timestamptz", "j": "jsonb"}})),
     ];
     let others = others.map(|(kind, spec)| (kind, spec, options(Codes::Auto)));
-    for (kind, spec, options) in all.into_iter().chain(others) {
+    let decided = ("classify", json!({"labels": LABELS}), decisions);
+    for (kind, spec, options) in all.into_iter().chain(others).chain([decided]) {
         let spec = Spec::from_json(kind, &spec).unwrap();
         let kind = spec.prepare(&options, &|s| s.len());
         let of = |ids: &[u16]| answer::read(&text, ids, &*kind).unwrap_or_else(|| vec![Verdict::Missing; ids.len()]);
@@ -91,7 +93,7 @@ pub fn outcome(data: &[u8]) {
 }
 
 fn outcome_in(api: Api, status: u16, body: &[u8]) {
-    for service in [Service::Chat, Service::Embeddings] {
+    for service in [Service::Chat, Service::Embeddings, Service::Decisions] {
         outcome_by(trouble::outcome(api, Sent { service, ids: &IDS, texts: &[] }, status, body, None));
     }
 }
@@ -101,6 +103,7 @@ fn outcome_by(result: Result<Reply, Report>) {
         Ok(reply) => {
             let usage = reply.usage.or(Default::default());
             assert!(usage.input < 1 << 32 && usage.output < 1 << 32 && reply.cached_input <= usage.input);
+            assert!(reply.refused.iter().all(|id| IDS.contains(id)), "{:?}", reply.refused);
             answer(reply.text.as_bytes());
         }
         Err(report) => {

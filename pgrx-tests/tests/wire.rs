@@ -5,8 +5,9 @@
 mod common;
 
 use common::*;
-use llm_fake_provider::{Config, FakeProvider};
+use llm_fake_provider::{Config, FakeProvider, Fault};
 use pg_llm_batch_e2e::Cluster;
+use postgres::Client;
 
 #[test]
 fn a_real_model_is_asked() {
@@ -155,7 +156,81 @@ fn the_examples_of_providers_fill_a_table_each() {
     assert!(rows >= 5 * 60, "{rows} rows of all examples");
     let stats = provider.stats();
     assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{:?}", stats.by_status);
+    decisions(&mut c, &provider);
+    what_cannot_be_decided(&mut c, &provider);
     assert!(!cluster.log().contains(KEY));
+}
+
+/// The tables of the servers are filled once more, by decisions, while answers are dropped, doubled and invented; and queries ask.
+fn decisions(c: &mut Client, provider: &FakeProvider) {
+    let (_, section) = include_str!("../../docs/providers.md").split_once("## Decisions").unwrap();
+    run(c, between(section, "```sql\n", "```").unwrap());
+    run(c, "SELECT llm_batch.create_model('decide2', server => 'gemini', model => 'gemini-decision-1')");
+    let faults = Fault::OF_DECISIONS.into_iter().filter(|fault| *fault != Fault::Refusal);
+    let faults: Vec<_> = faults.map(|fault| (fault, 0.03)).collect();
+    for (model, table) in [("decide", "openai"), ("decide2", "gemini")] {
+        let options = r#"{"ask_by": "decisions", "max_rows_per_request": 10, "max_attempts": 10}"#;
+        classifier(c, &format!("by_{table}"), &labels_json(&LABELS), model, options);
+        run(c, &format!("ALTER TABLE {table} ADD decided text"));
+        provider.configure(|config| config.faults.clone_from(&faults));
+        let job = one(c, &format!("SELECT llm_batch.backfill('{table}', 'body', 'decided', 'by_{table}')"));
+        let p = wait_status(c, job, "done");
+        provider.configure(|config| config.faults = Vec::new());
+        assert_eq!((p.total, p.done, p.left, p.output_tokens), (60, 60, 0, 0), "{table}: {p:?}");
+        assert_eq!(one(c, &format!("SELECT count(*) FROM {table} WHERE decided = want")), 60, "{table}");
+        assert!(provider.bodies().last().unwrap().get("questions").is_some());
+    }
+    let options = r#"'{"model": "decide", "ask_by": "decisions"}'"#;
+    let labels = LABELS.join(",");
+    for (query, rows) in [
+        (format!("SELECT count(*) FROM openai WHERE llm_classify(body, '{{{labels}}}'::text[], {options}) = want"), 60),
+        (format!("SELECT count(*) FROM openai WHERE llm_filter(body, 'Is it a ticket?', {options})"), 60),
+        (
+            "SELECT count(*) FROM llm_run_batch('SELECT id, body FROM openai', 'by_openai') WHERE status = 'ok'".into(),
+            60,
+        ),
+    ] {
+        assert_eq!(one(c, &query), rows, "{query}");
+        assert!(provider.bodies().last().unwrap().get("questions").is_some(), "{query}");
+    }
+    // One question is refused: its row has no label, at once.
+    provider.script([Some(Fault::Refusal)]);
+    let refused = "SELECT string_agg(detail, ';') FROM llm_run_batch(\
+                   'SELECT id, body || ''!'' FROM openai WHERE id <= 10', 'by_openai') WHERE status <> 'ok'";
+    assert!(text(c, refused).starts_with("refused"), "{}", text(c, refused));
+}
+
+fn what_cannot_be_decided(c: &mut Client, provider: &FakeProvider) {
+    run(c, "SELECT llm_batch.create_model('gone', server => 'openai', model => 'gpt-7')");
+    let labels = r#"'["a", "b"]', "#;
+    let by = r#"options => '{"ask_by": "decisions"}'"#;
+    provider.configure(|config| config.decisions = false);
+    for (sql, code, says) in [
+        (
+            format!("SELECT llm_batch.create_generator('g', 'x', 'decide', {by})"),
+            "22023",
+            "\"generate\" cannot be asked",
+        ),
+        (
+            format!("SELECT llm_batch.create_scorer('g', 'x', 0, 1, 'decide', {by})"),
+            "22023",
+            "\"score\" cannot be asked",
+        ),
+        (format!("SELECT llm_batch.create_classifier('g', {labels}'haiku', {by})"), "0A000", "serves no decisions"),
+        (format!("SELECT llm_batch.alter_classifier('topic_haiku', {by})"), "0A000", "serves no decisions"),
+        ("SELECT llm_batch.alter_classifier('by_openai', model => 'haiku')".into(), "0A000", "serves no decisions"),
+        (
+            r#"SELECT llm_generate('x', 'y', '{"model": "decide", "ask_by": "decisions"}')"#.into(),
+            "22023",
+            "\"generate\" cannot be asked",
+        ),
+        (r#"SELECT llm_filter('x', 'y', '{"model": "gone", "ask_by": "decisions"}')"#.into(), "", "asks in a chat"),
+        (r#"SELECT llm_filter('x', 'y', '{"model": "decide", "ask_by": "auto"}')"#.into(), "22023", "chat, decisions"),
+    ] {
+        let (found, message, detail, hint) = error(c, &sql);
+        let all = format!("{message}\n{detail}\n{hint}");
+        assert!((found == code || code.is_empty()) && all.contains(says), "{sql}\n{found} {all}");
+    }
 }
 
 /// The first job and what watches it, as the README writes them but for the address and the key. The superuser's part is the

@@ -1,6 +1,7 @@
 """Asks a provider through the official clients, and reads its answers with their types, strictly.
 
-stdin: a JSON list of questions: api, base, key, model, system, user, max_tokens, schema (or null), json (whether JSON is asked for).
+stdin: a JSON list of questions: api, base, key, model, system, user, max_tokens, schema (or null), json (whether JSON is asked for);
+or, of decisions, input, ids, labels and asks (a text with "{}" for the id) in place of those from system on.
 stdout: a JSON list: for each question null, or what is wrong with the answer by the client's own type.
 
 The request goes out as the client writes it, and the provider keeps it. A client's answer is read once more from its bytes, with
@@ -30,9 +31,11 @@ http, http2 = (of.Client(event_hooks={"response": [keep]}, trust_env=False, time
 @cache
 def openai(base, key):
     import openai
+    from openai.types import Decision
     from openai.types.chat import ChatCompletion
 
     TYPES["openai"] = ChatCompletion
+    TYPES["openai", "decisions"] = Decision
     return openai.OpenAI(base_url=base, api_key=key, http_client=http, max_retries=0)
 
 
@@ -59,9 +62,10 @@ def anthropic(base, key):
 @cache
 def gemini(base, key):
     from google import genai
-    from google.genai import types
+    from google.genai import decisions, types
 
     TYPES["gemini"] = types.GenerateContentResponse
+    TYPES["gemini", "decisions"] = decisions.CreateDecisionResponse
     root, version = base.rsplit("/", 1)
     return genai.Client(api_key=key, http_options=types.HttpOptions(base_url=root, api_version=version, httpx_client=http))
 
@@ -123,6 +127,22 @@ def ask_gemini(client, q):
     )  # fmt: skip
 
 
+def decide_openai(client, q):
+    choices = [{"value": label} for label in q["labels"]]
+    questions = [
+        {"type": "choice", "name": str(n), "instructions": q["asks"].format(n), "choices": choices} for n in q["ids"]
+    ]
+    client.decisions.create(model=q["model"], input=q["input"], questions=questions)
+
+
+def decide_gemini(client, q):
+    criteria = dict.fromkeys(q["labels"], "")
+    questions = {
+        str(n): {"type": "choice", "instructions": q["asks"].format(n), "criteria": criteria} for n in q["ids"]
+    }
+    client.decisions.create(model=f"models/{q['model']}", input=q["input"], questions=questions)
+
+
 def ask_mistral(client, q):
     client.chat.complete(
         model=q["model"], messages=messages(q), max_tokens=q["max_tokens"], **given(response_format=openai_format(q))
@@ -138,17 +158,20 @@ ASK = {
     "openai": (openai, ask_openai), "azure": (azure, ask_openai), "anthropic": (anthropic, ask_anthropic),
     "gemini": (gemini, ask_gemini), "mistral": (mistral, ask_mistral), "cohere": (cohere, ask_cohere),
 }  # fmt: skip
+DECIDE = {"openai": decide_openai, "gemini": decide_gemini}
 
 
 def wrong(q):
     client, ask = ASK[q["api"]]
+    decides = "ids" in q
+    ask, answer = (DECIDE[q["api"]], (q["api"], "decisions")) if decides else (ask, q["api"])
     found = []
     try:
         ask(client(q["base"], q["key"]), q)
     except Exception as error:  # of any of the clients
         found.append(f"raised: {type(error).__name__} {error}")
     try:
-        TypeAdapter(TYPES[q["api"]]).validate_json(last.pop("body"), extra="forbid")
+        TypeAdapter(TYPES[answer]).validate_json(last.pop("body"), extra="forbid")
     except ValidationError as error:
         found += [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
     return found or None

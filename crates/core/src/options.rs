@@ -20,6 +20,17 @@ pub enum StructuredOutput {
     None,
 }
 
+/// Where a task is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AskBy {
+    /// In a chat: the answer is written.
+    #[default]
+    Chat,
+    /// At the endpoint for decisions: each row is a question with choices.
+    Decisions,
+}
+
 /// The codes that stand for labels in a request and its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -75,6 +86,9 @@ pub struct Options {
     pub max_attempts: u32,
     /// Weight among jobs, 1 to 100.
     pub priority: u32,
+    /// Where it is asked.
+    #[serde(default)]
+    pub ask_by: AskBy,
     /// The way in which machine-readable answers are asked for.
     pub structured_output: StructuredOutput,
     /// The codes that stand for labels.
@@ -96,6 +110,7 @@ impl Default for Options {
             max_rows_per_request: 50,
             max_attempts: 3,
             priority: 50,
+            ask_by: AskBy::default(),
             structured_output: StructuredOutput::default(),
             codes: Codes::default(),
             answer_shape: AnswerShape::default(),
@@ -107,8 +122,8 @@ impl Default for Options {
 }
 
 /// The keys of a task's options.
-pub const KEYS: &str = "max_rows_per_request, max_attempts, priority, structured_output, codes, answer_shape, too_long, \
-                        reuse, on_error";
+pub const KEYS: &str = "max_rows_per_request, max_attempts, priority, ask_by, structured_output, codes, answer_shape, \
+                        too_long, reuse, on_error";
 /// Those of a task with a name alone, and of a job.
 const OF_TASK: &str = "repair, check, check_hint";
 const OF_JOB: &str = "isolation, provenance_column";
@@ -138,12 +153,22 @@ impl Options {
         Ok(self)
     }
 
+    /// As they are asked with: where nothing is written, there is no form of it.
+    #[must_use]
+    pub fn in_effect(mut self) -> Self {
+        if self.ask_by == AskBy::Decisions {
+            self.structured_output = StructuredOutput::None;
+        }
+        self
+    }
+
     fn apply(&mut self, map: &Map<String, Value>) -> Result<(), Error> {
         for (key, value) in map {
             match key.as_str() {
                 "max_rows_per_request" => self.max_rows_per_request = number(key, value, 1, 500)?,
                 "max_attempts" => self.max_attempts = number(key, value, 1, 10)?,
                 "priority" => self.priority = number(key, value, 1, 100)?,
+                "ask_by" => self.ask_by = word(key, value, "chat, decisions")?,
                 "structured_output" => {
                     self.structured_output = word(key, value, "auto, json_schema, json_object, none")?
                 }
@@ -197,6 +222,7 @@ mod tests {
             json!({"max_attempts": 0}),
             json!({"priority": 1.5}),
             json!({"codes": "emoji"}),
+            json!({"ask_by": "auto"}),
             json!([1]),
             json!({"max_attempts": "3"}),
         ] {

@@ -97,7 +97,18 @@ pub fn outcome(api: Api, sent: Sent, status: u16, body: &[u8], retry_after: Opti
         return Err(Report::new(Trouble::Misplaced, message));
     }
     let result = outcome_by(api, sent, status, body, retry_after);
-    if sent.service == Service::Chat { result } else { result.map_err(of_vectors) }
+    match sent.service {
+        Service::Chat => result,
+        Service::Embeddings => result.map_err(of_vectors),
+        Service::Decisions => result.map_err(of_decisions),
+    }
+}
+
+/// A request for decisions has nothing that could be written in another way.
+fn of_decisions(report: Report) -> Report {
+    let is_of_chats = matches!(report.trouble, Trouble::Unsupported(_) | Trouble::AnswerCap | Trouble::CutOff);
+    let trouble = if is_of_chats { Trouble::Rejected } else { report.trouble };
+    Report { trouble, ..report }
 }
 
 /// What is refused of how vectors are written takes the place of the forms of a chat's answer.

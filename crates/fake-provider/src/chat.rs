@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::amounts::{Amounts, Limit};
 use crate::answer::{self, Answer};
 use crate::date::{go_duration, unix_time};
+use crate::decisions::Questions;
 use crate::embeddings::{self, Texts};
 use crate::headers::{Header, Standing, per_minute, rate_headers, retry_headers};
 use crate::http::Request;
@@ -18,6 +19,13 @@ use crate::request::{Chat, Format};
 use crate::state::State;
 use crate::wire::{self, Wire};
 use crate::{Config, Fault, RateHeaders, Reserve};
+
+/// What a request asks for, beside what all of them have.
+enum Wanted {
+    Chat,
+    Vectors(Texts),
+    Decisions(Questions),
+}
 
 /// The decision about a request.
 pub(crate) enum Verdict {
@@ -52,7 +60,7 @@ impl State {
         let now = Instant::now();
         self.tally.arrived(now);
         self.limits.arrived(now);
-        let (chat, texts) = match self.read((wire, model), request) {
+        let (chat, wanted) = match self.read((wire, model), request) {
             Ok(checked) => checked,
             Err(reply) => return Verdict::Refused(reply),
         };
@@ -77,9 +85,13 @@ impl State {
             _ => None,
         };
         let rng = &mut self.rng;
-        let answer = match texts {
-            Some(_) => embeddings::answer(&task),
-            None => answer::compose(&task, enforced, chat.max_tokens, self.config.thinking_tokens, &mut fault, rng),
+        let (answer, decisions) = match &wanted {
+            Wanted::Vectors(_) => (embeddings::answer(&task), Vec::new()),
+            Wanted::Decisions(questions) => questions.answer(&task, &mut fault, rng),
+            Wanted::Chat => {
+                let thinking = self.config.thinking_tokens;
+                (answer::compose(&task, enforced, chat.max_tokens, thinking, &mut fault, rng), Vec::new())
+            }
         };
         let charge = charge(self.config.reserve, &chat, &answer);
         let style = wire.headers(self.config.rate_headers).0;
@@ -104,9 +116,10 @@ impl State {
         if fault != Some(Fault::Hang) {
             self.tally.billed(chat.prompt_tokens, cached_tokens, &answer);
         }
-        let mut reply = match &texts {
-            Some(texts) => texts.reply(&chat, fault.as_ref(), &mut self.rng),
-            None => self.completion(&chat, cached_tokens, &answer, fault.as_ref()),
+        let mut reply = match &wanted {
+            Wanted::Vectors(texts) => texts.reply(&chat, fault.as_ref(), &mut self.rng),
+            Wanted::Decisions(questions) => questions.reply(&decisions, cached_tokens, fault.as_ref()),
+            Wanted::Chat => self.completion(&chat, cached_tokens, &answer, fault.as_ref()),
         };
         reply.headers.extend(self.rate_headers(now, charge, style));
         Verdict::Admitted(Box::new(Admitted {
@@ -121,23 +134,24 @@ impl State {
         }))
     }
 
-    /// Reads the request: the task, and the texts if vectors are asked for.
-    fn read(
-        &mut self,
-        (wire, model): (&dyn Wire, Option<&str>),
-        request: &Request,
-    ) -> Result<(Chat, Option<Texts>), Reply> {
+    /// What is asked, as a chat, and what is asked for.
+    fn read(&mut self, (wire, model): (&dyn Wire, Option<&str>), request: &Request) -> Result<(Chat, Wanted), Reply> {
         let body: Value =
             serde_json::from_slice(&request.body).map_err(|_| Reply::invalid("", "", "the body is not JSON"))?;
         let asked =
             authorized(&self.config, wire::key(wire, request)).and_then(|()| asked(wire, request, model, &body));
-        let chat = asked.and_then(|asked| match wire.embeds(&request.path).is_some() {
-            true => Texts::read(&asked, &self.config).map(|texts| (texts.as_chat(), Some(texts))),
-            false => Chat::read(&asked, &mut self.counts).map(|chat| (chat, None)),
+        let chat = asked.and_then(|asked| {
+            if wire.embeds(&request.path).is_some() {
+                Texts::read(&asked, &self.config).map(|texts| (texts.as_chat(), Wanted::Vectors(texts)))
+            } else if wire.decides(&request.path) {
+                Questions::read(&asked, &self.config).map(|all| (all.as_chat(), Wanted::Decisions(all)))
+            } else {
+                Chat::read(&asked, &mut self.counts).map(|chat| (chat, Wanted::Chat))
+            }
         });
         self.keep_body(body);
-        let (chat, texts) = chat?;
-        check(&self.config, &chat).map(|()| (chat, texts))
+        let (chat, wanted) = chat?;
+        check(&self.config, &chat).map(|()| (chat, wanted))
     }
 
     /// One draw, so that the configured probabilities are those of the outcome.
@@ -238,6 +252,7 @@ impl State {
 fn asked(wire: &dyn Wire, request: &Request, model: Option<&str>, body: &Value) -> Result<Value, Reply> {
     let asked = match wire.embeds(&request.path) {
         Some(_) => wire.texts(body),
+        None if wire.decides(&request.path) => wire.questions(body),
         None => wire.request(request, body),
     };
     let mut asked = asked.map_err(|message| Reply::invalid("", "", &message))?;

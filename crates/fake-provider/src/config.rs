@@ -52,6 +52,12 @@ pub struct Config {
     pub base64: bool,
     /// Accept `dimensions` for embeddings; otherwise 400. Default true.
     pub dimensions: bool,
+    /// Serve decisions; otherwise 404. Default true.
+    pub decisions: bool,
+    /// Most questions of a request, and most choices of one; above them, 400. Default 200 and 255.
+    pub max_questions: usize,
+    /// See `max_questions`.
+    pub max_choices: usize,
     /// Accept messages of the system; otherwise 400. Default true.
     pub system_role: bool,
     /// Accept `max_tokens`; otherwise 400 asking for `max_completion_tokens`. Default true.
@@ -106,6 +112,9 @@ impl Default for Config {
             json_object: true,
             base64: true,
             dimensions: true,
+            decisions: true,
+            max_questions: 200,
+            max_choices: 255,
             system_role: true,
             max_tokens_param: true,
             cache_prefix: false,

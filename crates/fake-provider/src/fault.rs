@@ -101,8 +101,13 @@ pub enum Fault {
     NanVector,
     /// One vector is all zeros.
     ZeroVector,
-    /// The vectors come in another order, each with its index.
+    /// The vectors, or the answers to questions, come in another order, each with its index or name.
     ShuffledVectors,
+
+    /// The answers to questions have no names.
+    Nameless,
+    /// The same, and one is left out.
+    NamelessDropped,
 }
 
 impl Fault {
@@ -150,8 +155,22 @@ impl Fault {
         Self::ShuffledVectors,
     ];
 
+    /// Those of decisions; what is refused is so for one row.
+    pub const OF_DECISIONS: [Self; 10] = [
+        Self::DropId,
+        Self::InventId,
+        Self::DoubleId,
+        Self::UnknownCode,
+        Self::EmptyAnswer,
+        Self::MalformedJson,
+        Self::Refusal,
+        Self::ShuffledVectors,
+        Self::Nameless,
+        Self::NamelessDropped,
+    ];
+
     /// The faults without parameters.
-    const PLAIN: [Self; 40] = [
+    const PLAIN: [Self; 42] = [
         Self::Http500,
         Self::Http503,
         Self::RateLimit429,
@@ -192,6 +211,8 @@ impl Fault {
         Self::NanVector,
         Self::ZeroVector,
         Self::ShuffledVectors,
+        Self::Nameless,
+        Self::NamelessDropped,
     ];
 
     /// Name of the variant, as [`Stats::faults`](crate::Stats::faults) has it.
@@ -240,6 +261,8 @@ impl Fault {
             Self::NanVector => "NanVector",
             Self::ZeroVector => "ZeroVector",
             Self::ShuffledVectors => "ShuffledVectors",
+            Self::Nameless => "Nameless",
+            Self::NamelessDropped => "NamelessDropped",
         }
     }
 

@@ -31,6 +31,7 @@ mod chat;
 mod config;
 mod control;
 mod date;
+mod decisions;
 mod embeddings;
 mod fault;
 mod headers;

@@ -4,7 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use llm_batch_core::dialect::{FRAME_TOKENS, Format};
+use llm_batch_core::dialect::{FRAME_TOKENS, Format, Service, decisions};
 use llm_batch_core::limiter::{Class, Tokens};
 use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
@@ -38,8 +38,9 @@ pub struct Group {
     pub bytes: usize,
     /// Tokens of the fixed prefix.
     prefix_tokens: usize,
-    /// Tokens of an answer beside its rows.
+    /// Tokens of an answer beside its rows, and of a row's question, if there is one.
     answer_frame: usize,
+    question_tokens: usize,
     /// Rows that have not been asked yet.
     fresh: Queue,
     retry: VecDeque<Row>,
@@ -61,7 +62,9 @@ pub struct Group {
 #[derive(Debug)]
 pub struct Ruler {
     kind: Arc<dyn Kind>,
-    embeds: bool,
+    service: Service,
+    /// Tokens of a row's question.
+    question_tokens: usize,
     most_bytes: usize,
     /// Tokens of a line and its answer.
     most: usize,
@@ -79,9 +82,9 @@ pub struct Line {
 
 impl Ruler {
     pub fn line(&self, text: &str) -> Line {
-        let tokens_of = |quoted: &str| match self.embeds {
-            true => tokens::count(quoted.get(1..quoted.len().saturating_sub(1)).unwrap_or_default()),
-            false => tokens::count(&prompt::row(417, quoted, None)),
+        let tokens_of = |quoted: &str| match self.service {
+            Service::Embeddings => tokens::count(quoted.get(1..quoted.len().saturating_sub(1)).unwrap_or_default()),
+            Service::Chat | Service::Decisions => tokens::count(&prompt::row(417, quoted, None)) + self.question_tokens,
         };
         let answer = |tokens: usize| self.kind.tokens(tokens);
         // Counting a text that can't fit anyway would be wasted work.
@@ -125,8 +128,13 @@ impl Group {
     pub fn new(stream: Rc<Stream>, keys: &Keys) -> Self {
         let task = &stream.task;
         let kind = task.spec.prepare(&task.options, &tokens::count);
-        let embeds = task.spec.embeds().is_some();
-        let system = if embeds { String::new() } else { request::system(&*kind) };
+        let service = task.service();
+        let system = match service {
+            Service::Chat => request::system(&*kind),
+            Service::Embeddings => String::new(),
+            Service::Decisions => request::decided(&*kind),
+        };
+        let (has_prefix, is_written) = (service != Service::Embeddings, service == Service::Chat);
         let model = &stream.model;
         let scope = serde_json::json!([
             stream.database,
@@ -147,9 +155,10 @@ impl Group {
             scope: keys.of(0, &scope),
             // Each member has a copy of the task.
             bytes: 2 * scope.len() * (1 + stream.others.len()),
-            prefix_tokens: if embeds { 0 } else { tokens::count(&system) + FRAME_TOKENS },
+            prefix_tokens: if has_prefix { tokens::count(&system) + FRAME_TOKENS } else { 0 },
             system,
-            answer_frame: if embeds { 0 } else { prompt::tokens_of_the_frame(&tokens::count) },
+            answer_frame: if is_written { prompt::tokens_of_the_frame(&tokens::count) } else { 0 },
+            question_tokens: kind.choices().map_or(0, |choices| decisions::tokens(choices, &tokens::count)),
             kind: kind.into(),
             stream,
             fresh: Queue::default(),
@@ -203,7 +212,8 @@ impl Group {
         let most_tokens = self.most_of_a_row();
         Ruler {
             kind: Arc::clone(&self.kind),
-            embeds: self.stream.task.spec.embeds().is_some(),
+            service: self.stream.task.service(),
+            question_tokens: self.question_tokens,
             most_bytes: most_text(most_tokens),
             most: (most_tokens as usize).saturating_sub(self.prefix_tokens + self.answer_frame),
             too_long: self.stream.task.options.too_long,
@@ -246,7 +256,7 @@ impl Group {
 
     pub fn push_again(&mut self, mut row: Row) {
         if row.wanted.is_some() {
-            row.tokens = tokens::count(&prompt::row(417, &row.quoted, row.wanted.as_deref()));
+            row.tokens = tokens::count(&prompt::row(417, &row.quoted, row.wanted.as_deref())) + self.question_tokens;
         }
         self.retry.push_back(row);
     }
@@ -329,7 +339,9 @@ impl Group {
         let Some((_, member)) = self.member(lane) else { return Next::Empty };
         let most = way.rows(member.size.rows());
         let most_texts = member.stream.embeddings().map(|(embed, e)| embed.most_rows().min(e.most_texts()));
-        let most = most.min(most_texts.unwrap_or(most));
+        let choices = self.kind.choices().zip(member.stream.decisions());
+        let most_questions = choices.map(|(choices, d)| decisions::most_rows(choices).min(d.most_questions()));
+        let most = most.min(most_texts.or(most_questions).unwrap_or(most));
         let takes_fresh = turn_of.takes(0);
         // A row that was not asked before is the best test of whether a model answers at all.
         let fresh_first = takes_fresh && way != Way::AsEver && self.fresh.len() > 0;

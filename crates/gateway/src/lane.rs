@@ -1,6 +1,7 @@
 //! One account and model (a lane): its limiter, and what was learnt about its server.
 
 use llm_batch_core::concurrency::Concurrency;
+use llm_batch_core::dialect::Service;
 use llm_batch_core::forms::{Form, Forms};
 use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::limiter::{Grant, Left, Limiter, Limits, Stated, Tokens};
@@ -175,7 +176,9 @@ pub struct Lane {
     /// The served rows of the group that went last, among jobs and among sessions.
     pub level: [f64; 2],
     pub learned: Learned,
+    /// Of chats or embeddings, and of decisions: a question has another frame than a line of a chat, and nothing is thought.
     pub measured: Measured,
+    pub decided: Measured,
     /// Until when (ms) no larger cap of an answer is tried than is known not to be refused.
     smaller_cap: u64,
     pub standings: Standings,
@@ -231,6 +234,7 @@ impl Lane {
                 most_request_tokens: u64::MAX,
             },
             measured: Measured::default(),
+            decided: Measured::default(),
             smaller_cap: 0,
             standings: Standings::default(),
             concurrency: Concurrency::default(),
@@ -373,6 +377,11 @@ impl Lane {
         if self.smaller_cap <= now {
             self.learned.most_answer_tokens = u64::MAX;
         }
+    }
+
+    /// What is measured of a service.
+    pub fn measured(&mut self, service: Service) -> &mut Measured {
+        if service == Service::Decisions { &mut self.decided } else { &mut self.measured }
     }
 
     /// A request was answered with a 2xx.

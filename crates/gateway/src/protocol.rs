@@ -7,8 +7,9 @@ use std::fmt;
 use std::rc::Rc;
 
 use llm_batch_core::breaker;
+use llm_batch_core::dialect::decisions::Decisions;
 use llm_batch_core::dialect::embeddings::Embeddings;
-use llm_batch_core::dialect::{Api, Counts};
+use llm_batch_core::dialect::{Api, Counts, Service};
 use llm_batch_core::limiter::Limits;
 pub use llm_batch_core::remedy::StopReason;
 use llm_batch_core::task::{Answer, Embed, Task};
@@ -170,6 +171,11 @@ impl Stream {
     /// The embedder and the dialect's embeddings, if vectors are asked for.
     pub(crate) fn embeddings(&self) -> Option<(&Embed, &'static dyn Embeddings)> {
         Some((self.task.spec.embeds()?, self.endpoint.api.dialect().embeddings()?))
+    }
+
+    /// How decisions are asked for, if they are.
+    pub(crate) fn decisions(&self) -> Option<&'static dyn Decisions> {
+        self.endpoint.api.dialect().decisions().filter(|_| self.task.service() == Service::Decisions)
     }
 
     /// Most tokens of a request, prompt and answer. For vectors that is the provider's; what is set for the model bounds a

@@ -170,7 +170,7 @@ fn texts(body: &Value) -> Vec<String> {
     match body {
         Value::Object(map) => {
             let text = |(key, value): (&String, &Value)| match (key.as_str(), value) {
-                ("content" | "text" | "system", Value::String(text)) => vec![text.clone()],
+                ("content" | "text" | "system" | "input", Value::String(text)) => vec![text.clone()],
                 ("input" | "texts", Value::Array(all)) => {
                     all.iter().filter_map(Value::as_str).map(str::to_owned).collect()
                 }
@@ -289,6 +289,9 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
             && let Some(end) = usual_end(endpoint)
         {
             message.push_str(&format!(" (base_url does not end in {end}, as most do)"));
+        }
+        if report.trouble == Trouble::NotFound && question.service == Service::Decisions {
+            message.push_str(" (not every server serves decisions; \"ask_by\": \"chat\" asks in a chat)");
         }
         Report { message, ..report }
     });

@@ -10,9 +10,10 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::process::{Command, Stdio};
 
+use llm_batch_core::dialect::decisions::Questions;
 use llm_batch_core::dialect::{Api, Ask, Format};
 use llm_batch_core::forms::Form;
-use llm_batch_core::options::{AnswerShape, Options};
+use llm_batch_core::options::{AnswerShape, AskBy, Options};
 use llm_batch_core::task::Spec;
 use llm_batch_core::{prompt, request};
 use llm_fake_provider::{Config, FakeProvider, Fault};
@@ -44,7 +45,7 @@ struct Asked {
 }
 
 impl Asked {
-    /// In all forms; the last two questions are answered otherwise.
+    /// In all forms, two of them answered otherwise; and by decisions, if it has them.
     fn new(api: Api) -> Self {
         // Anthropic's client sends its key as `Authorization: Bearer`. The API takes that and `x-api-key`, which is ours.
         let api_key = (api.name() != "anthropic").then(|| KEY.to_owned());
@@ -80,6 +81,17 @@ impl Asked {
                 parameters: &Map::new(),
                 no_sampling: false,
             }));
+        }
+        if let Some(decisions) = api.dialect().decisions() {
+            let kind = spec.prepare(&Options { ask_by: AskBy::Decisions, ..Options::default() }, &str::len);
+            let (ids, choices) = ([417, 418, 419], kind.choices().unwrap());
+            let input = request::decided(&*kind) + &user;
+            questions.push(json!({
+                "api": api.name(), "base": provider.base_of(api.name()), "key": KEY, "model": "m", "input": input,
+                "ids": ids, "labels": LABELS, "asks": "Which label is right for text {}?",
+            }));
+            let parameters = &Map::new();
+            ours.push(decisions.body(&Questions { model: "m", input: &input, ids: &ids, choices, parameters }));
         }
         Self { api, provider, questions, ours }
     }

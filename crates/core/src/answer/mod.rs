@@ -22,6 +22,8 @@ pub enum Verdict {
     Unfit(Unfit),
     /// The answer names the row more than once, and not with the same values.
     Contradicted,
+    /// It is refused for this row, and not for others.
+    Refused,
 }
 
 /// Holds `text` against the ids that were asked; the verdicts are in the order of `ids`. A last line without an end

@@ -100,6 +100,7 @@ impl Dialect for Anthropic {
             },
             thought: tokens(&usage["output_tokens_details"]["thinking_tokens"]),
             cached_input,
+            refused: Vec::new(),
             text,
         }
         .consistent())

@@ -64,6 +64,7 @@ impl Dialect for Cohere {
             usage: Usage { input: count("input_tokens"), output: count("output_tokens") },
             thought: None,
             cached_input: tokens(&usage["cached_tokens"]).unwrap_or(0),
+            refused: Vec::new(),
             text,
         }
         .consistent())

@@ -87,6 +87,7 @@ pub(super) fn reply(text: String, input: Option<u64>) -> Reply {
         usage: Usage { input: input.filter(|n| *n > 0), output: Some(0) },
         thought: Some(0),
         cached_input: 0,
+        refused: Vec::new(),
     }
 }
 

@@ -1,13 +1,15 @@
-//! Gemini's generateContent and batchEmbedContents.
+//! Gemini's generateContent, batchEmbedContents and decisions.
 //!
-//! Source: Google's published API reference (both, and rate limits), late 2026. The key goes into a header,
+//! Source: Google's published API reference (the first two, and rate limits) and Python client (decisions), late 2026. The key goes into a header,
 //! never into the URL.
 
 use serde_json::{Map, Value, json};
 
+use super::decisions::{self, Decisions, Questions};
 use super::embeddings::{Embeddings, Texts, in_order, reply, vector};
-use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, segment, tokens};
+use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, segment, tokens, without_mark};
 use crate::class::{Parameter, Trouble};
+use crate::task::Members;
 
 pub(super) struct Gemini;
 
@@ -97,12 +99,17 @@ impl Dialect for Gemini {
             usage: Usage { input, output: written.filter(|n| *n < 1 << 32 && (*n > 0 || text.is_empty())) },
             thought,
             cached_input: tokens(&usage["cachedContentTokenCount"]).unwrap_or(0),
+            refused: Vec::new(),
             text,
         }
         .consistent())
     }
 
     fn embeddings(&self) -> Option<&'static dyn Embeddings> {
+        Some(&Gemini)
+    }
+
+    fn decisions(&self) -> Option<&'static dyn Decisions> {
         Some(&Gemini)
     }
 
@@ -163,6 +170,54 @@ impl Embeddings for Gemini {
     }
 }
 
+/// The members of an object, as they are written; one that comes twice is not lost.
+fn members(json: &[u8]) -> Vec<(String, String)> {
+    let all: Option<Members> = serde_json::from_slice(json).ok();
+    all.into_iter().flat_map(|all| all.0).map(|(name, value)| (name, value.get().to_owned())).collect()
+}
+
+/// The answers of a body, under the names of their questions.
+fn answers(body: &[u8]) -> Vec<(String, Value)> {
+    let all = members(without_mark(body)).into_iter().filter(|(name, _)| name == "answers");
+    let all = all.flat_map(|(_, json)| members(json.as_bytes()));
+    all.map(|(name, json)| (name, serde_json::from_str(&json).unwrap_or_default())).collect()
+}
+
+impl Decisions for Gemini {
+    fn most_questions(&self) -> usize {
+        1_000
+    }
+
+    fn body(&self, questions: &Questions) -> Value {
+        let criteria: Map<String, Value> = questions.choices.iter().map(|label| (label.clone(), "".into())).collect();
+        let question = |id: &u16| {
+            let asked =
+                json!({"type": "choice", "instructions": decisions::instructions(*id), "criteria": criteria.clone()});
+            (id.to_string(), asked)
+        };
+        let all: Map<String, Value> = questions.ids.iter().map(question).collect();
+        let model = format!("models/{}", bare(questions.model));
+        questions.body([("model", model.into()), ("input", questions.input.into()), ("questions", all.into())], &[])
+    }
+
+    fn reply(&self, body: &[u8], ids: &[u16]) -> Result<Reply, Unread> {
+        let said = parsed(body)?;
+        let answers = answers(body);
+        let usage = &said["usage"];
+        let input = tokens(&usage["total_input_tokens"]).filter(|n| *n > 0);
+        let output = tokens(&usage["total_output_tokens"]).or(Some(0));
+        let all = answers.iter().map(|(name, answer)| (name.clone(), answer));
+        let reply = decisions::reply(all, ids, Usage { input, output });
+        let is_blocked = !said["prompt_feedback"]["block_reason"].is_null();
+        Ok(Reply {
+            finish: if is_blocked { Finish::Refused } else { Finish::Complete },
+            cached_input: tokens(&usage["total_cached_tokens"]).unwrap_or(0),
+            ..reply
+        }
+        .consistent())
+    }
+}
+
 /// A vector that was shortened has not the length that distances are measured by.
 fn of_length_one(mut vector: Vec<f32>) -> Vec<f32> {
     let length = vector.iter().map(|n| f64::from(*n).powi(2)).sum::<f64>().sqrt();
@@ -212,6 +267,42 @@ mod tests {
             Dialect::url(&Gemini, "https://x", "a/../b?key=1#", None),
             "https://x/models/a%2F..%2Fb%3Fkey%3D1%23:generateContent"
         );
+    }
+
+    #[test]
+    fn decisions_are_asked_and_read_as_documented() {
+        let parameters = json!({"thinkingConfig": {"thinkingLevel": "minimal"}});
+        let body = Decisions::body(
+            &Gemini,
+            &Questions {
+                model: "gemini-decision-1",
+                input: "417: \"x\"\n",
+                ids: &[417],
+                choices: &["a".to_owned(), "b".to_owned()],
+                parameters: parameters.as_object().unwrap(),
+            },
+        );
+        let question = json!({
+            "type": "choice", "instructions": "Which label is right for text 417?", "criteria": {"a": "", "b": ""},
+        });
+        let input = "417: \"x\"\n";
+        assert_eq!(body, json!({"model": "models/gemini-decision-1", "input": input, "questions": {"417": question}}));
+        assert_eq!(Decisions::url(&Gemini, "https://x/v1beta"), "https://x/v1beta/decisions");
+        let of = |said: &str| Decisions::reply(&Gemini, said.as_bytes(), &[417, 902]).unwrap();
+        let reply = of(
+            r#"{"answers": {"417": {"type": "choice", "choice": "b", "confidence": 0.9, "probabilities": {"a": 0.1, "b": 0.9}},
+                "902": {"type": "choice", "choice": "a"}, "902": {"type": "choice", "choice": "b"}, "x": 1},
+                "usage": {"total_input_tokens": 10, "total_cached_tokens": 4, "total_output_tokens": 0, "total_tokens": 10}}"#,
+        );
+        assert_eq!(reply.text, r#"{"417":"b","902":"a","902":"b"}"#);
+        assert_eq!((reply.usage, reply.cached_input), (Usage { input: Some(10), output: Some(0) }, 4));
+        let blocked = of(r#"{"prompt_feedback": {"block_reason": "safety"}, "usage": {"total_input_tokens": 10}}"#);
+        assert_eq!((blocked.finish, blocked.text.as_str()), (Finish::Refused, "{}"));
+        for odd in
+            ["{}", r#"{"answers": []}"#, r#"{"answers": {"417": 3}, "answers": {}}"#, r#"{"answers": {"417": null}}"#]
+        {
+            assert!(!of(odd).text.contains('b'), "{odd}");
+        }
     }
 
     #[test]

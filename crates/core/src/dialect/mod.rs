@@ -9,6 +9,7 @@
 mod anthropic;
 mod azure;
 mod cohere;
+pub mod decisions;
 pub mod embeddings;
 mod gemini;
 mod mistral;
@@ -22,6 +23,7 @@ use serde_json::{Map, Value};
 use crate::class::Trouble;
 use crate::forms::Forms;
 use crate::limiter::Tokens;
+use decisions::Decisions;
 use embeddings::Embeddings;
 
 /// The dialects, by their names in the option `api`.
@@ -71,6 +73,8 @@ pub enum Service {
     Chat,
     /// Vectors.
     Embeddings,
+    /// One of the choices of each question.
+    Decisions,
 }
 
 impl Service {
@@ -79,6 +83,7 @@ impl Service {
         match self {
             Self::Chat => "chats",
             Self::Embeddings => "embeddings",
+            Self::Decisions => "decisions",
         }
     }
 }
@@ -101,16 +106,19 @@ impl Api {
         match service {
             Service::Chat => dialect.asks(),
             Service::Embeddings => dialect.embeddings().is_some(),
+            Service::Decisions => dialect.decisions().is_some(),
         }
     }
 
     /// The address of a model. `base`: without a slash at its end.
     pub fn url(self, service: Service, base: &str, model: &str, version: Option<&str>) -> String {
         let dialect = self.dialect();
-        match dialect.embeddings().filter(|_| service == Service::Embeddings) {
-            Some(embeddings) => embeddings.url(base, model, version),
-            None => dialect.url(base, model, version),
-        }
+        let url = match service {
+            Service::Chat => None,
+            Service::Embeddings => dialect.embeddings().map(|embeddings| embeddings.url(base, model, version)),
+            Service::Decisions => dialect.decisions().map(|decisions| decisions.url(base)),
+        };
+        url.unwrap_or_else(|| dialect.url(base, model, version))
     }
 
     /// Reads the body of a 2xx.
@@ -119,10 +127,12 @@ impl Api {
     /// If it is no answer, or carries an error.
     pub(crate) fn reply(self, sent: Sent, body: &[u8]) -> Result<Reply, Unread> {
         let dialect = self.dialect();
-        match dialect.embeddings().filter(|_| sent.service == Service::Embeddings) {
-            Some(embeddings) => embeddings.reply(body, sent.ids.len()),
-            None => dialect.reply(body),
-        }
+        let reply = match sent.service {
+            Service::Chat => None,
+            Service::Embeddings => dialect.embeddings().map(|embeddings| embeddings.reply(body, sent.ids.len())),
+            Service::Decisions => dialect.decisions().map(|decisions| decisions.reply(body, sent.ids)),
+        };
+        reply.unwrap_or_else(|| dialect.reply(body))
     }
 }
 
@@ -183,6 +193,11 @@ pub trait Dialect: Sync {
 
     /// How it embeds texts, if it does.
     fn embeddings(&self) -> Option<&'static dyn Embeddings> {
+        None
+    }
+
+    /// How it decides, if it does.
+    fn decisions(&self) -> Option<&'static dyn Decisions> {
         None
     }
 
@@ -335,6 +350,8 @@ pub struct Reply {
     pub thought: Option<u64>,
     /// Tokens of the prompt that the provider had cached.
     pub cached_input: u64,
+    /// The numbers of rows that an answer is refused for, each by itself.
+    pub refused: Vec<u16>,
 }
 
 impl Reply {

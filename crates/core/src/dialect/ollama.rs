@@ -69,6 +69,7 @@ impl Dialect for Ollama {
             },
             thought: None,
             cached_input: 0,
+            refused: Vec::new(),
             text,
         })
     }

@@ -2,11 +2,13 @@
 //!
 //! Source: OpenAI's published API description (`/chat/completions`); what other servers leave out or add is tolerated.
 
+mod decisions;
 pub(super) mod embeddings;
 mod stream;
 
 use serde_json::{Value, json};
 
+use super::decisions::Decisions;
 use super::embeddings::Embeddings;
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, without_mark};
 
@@ -49,6 +51,10 @@ impl Dialect for Openai {
 
     fn embeddings(&self) -> Option<&'static dyn Embeddings> {
         Some(&embeddings::OpenaiEmbeddings)
+    }
+
+    fn decisions(&self) -> Option<&'static dyn Decisions> {
+        Some(&decisions::OpenaiDecisions)
     }
 }
 
@@ -104,7 +110,7 @@ fn reply(body: &[u8]) -> Result<Reply, Unread> {
     let cached = json["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
     let cached_input = usage.input.map_or(0, |input| cached.min(input));
     let thought = json["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64();
-    Ok(Reply { text, finish, has_reasoning, usage, thought, cached_input })
+    Ok(Reply { text, finish, has_reasoning, usage, thought, cached_input, refused: Vec::new() })
 }
 
 /// One answer is asked for. Of several, that without a number or with the first one is it.
@@ -191,7 +197,8 @@ mod tests {
                 has_reasoning: false,
                 usage: Usage { input: Some(7), output: Some(2) },
                 thought: None,
-                cached_input: 4
+                cached_input: 4,
+                refused: Vec::new(),
             }
         );
         let of = |body: Value| reply(body.to_string().as_bytes()).unwrap();

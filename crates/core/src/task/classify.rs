@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::kind::{Answer, Column, Kind, LONGEST, Span, Unfit, one_line, only, shown, text};
 use super::value::Type;
 use crate::codes::{Label, Legend};
-use crate::options::Options;
+use crate::options::{AskBy, Codes, Options};
 use crate::{CountTokens, Error, prompt};
 
 /// Fewest labels of a classifier.
@@ -57,17 +57,21 @@ impl Classify {
 pub(super) struct Prepared {
     task: Classify,
     legend: Legend,
-    /// Tokens of an answer: the mean over the labels, and the longest.
+    /// Tokens of an answer: the mean over the labels, and the longest; none where nothing is written.
     span: Span,
+    /// The labels are choices of a decision.
+    decides: bool,
 }
 
 impl Prepared {
     pub(super) fn new(task: &Classify, options: &Options, count: CountTokens) -> Self {
-        let legend = Legend::new(&task.labels, options.codes, count);
+        let decides = options.ask_by == AskBy::Decisions;
+        let legend = Legend::new(&task.labels, if decides { Codes::Words } else { options.codes }, count);
         let tokens = |code: &String| prompt::tokens_of_a_row(&prompt::quote(code), count);
         let all: Vec<usize> = legend.codes().iter().map(tokens).collect();
         let mean = all.iter().sum::<usize>() as f64 / all.len().max(1) as f64;
-        Self { task: task.clone(), legend, span: Span { mean, planned: all.into_iter().max().unwrap_or(1) } }
+        let span = Span { mean, planned: all.into_iter().max().unwrap_or(1) };
+        Self { task: task.clone(), legend, span: if decides { Span { mean: 0.0, planned: 0 } } else { span }, decides }
     }
 
     fn code(&self, label: &str) -> String {
@@ -117,7 +121,7 @@ impl Kind for Prepared {
     }
 
     fn longest(&self) -> Option<usize> {
-        Some(LONGEST * self.span.planned)
+        (!self.decides).then_some(LONGEST * self.span.planned)
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
@@ -126,8 +130,13 @@ impl Kind for Prepared {
         label.map(|l| Answer(vec![Some(l.label.clone())])).ok_or_else(Unfit::unknown_code)
     }
 
+    fn choices(&self) -> Option<&[String]> {
+        self.decides.then(|| self.legend.codes())
+    }
+
+    /// What decides gives JSON, in which nothing has to be recognized.
     fn legend(&self) -> Option<&Legend> {
-        Some(&self.legend)
+        (!self.decides).then_some(&self.legend)
     }
 }
 

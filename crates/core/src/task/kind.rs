@@ -113,6 +113,10 @@ pub trait Kind: fmt::Debug + Send + Sync {
     /// # Errors
     /// The reason why the value is not an answer.
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit>;
+    /// The labels that a row's answer is chosen from, if that is decided and not written.
+    fn choices(&self) -> Option<&[String]> {
+        None
+    }
     /// The codes, if an answer is one of them: then answers of other forms can be read too.
     fn legend(&self) -> Option<&Legend> {
         None

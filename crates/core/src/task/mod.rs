@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::dialect::Service;
-use crate::options::Options;
+use crate::options::{AskBy, Options};
 use crate::{CountTokens, Error};
 
 pub use crate::codes::Label;
@@ -44,7 +44,23 @@ pub struct Task {
 impl Task {
     /// What of a provider's answers it.
     pub fn service(&self) -> Service {
-        if self.spec.embeds().is_some() { Service::Embeddings } else { Service::Chat }
+        match (&self.spec, self.options.ask_by) {
+            (Spec::Embed(_), _) => Service::Embeddings,
+            (Spec::Classify(_), AskBy::Decisions) => Service::Decisions,
+            _ => Service::Chat,
+        }
+    }
+
+    /// Refuses options that its kind cannot be asked with.
+    ///
+    /// # Errors
+    /// If it is no choice among labels and is to be decided.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.options.ask_by == AskBy::Chat || self.service() == Service::Decisions {
+            return Ok(());
+        }
+        let message = format!("a task of kind \"{}\" cannot be asked by decisions", self.spec.kind());
+        Err(Error::new(message).hint("Decisions choose among labels: they answer classifiers and llm_filter()."))
     }
 }
 

@@ -1,6 +1,6 @@
-//! Gemini's generateContent and batchEmbedContents. It has no headers about limits, and says in an error's details how long to wait.
+//! Gemini's generateContent, batchEmbedContents and decisions. It has no headers about limits, and says in an error's details how long to wait.
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{Wire, at_most, in_order, message, only, parts};
 use crate::RateHeaders;
@@ -45,6 +45,53 @@ impl Wire for Gemini {
         let (vectors, tokens) = in_order(said);
         let all: Vec<Value> = vectors.iter().map(|vector| json!({"values": vector})).collect();
         json!({"embeddings": all, "usageMetadata": {"promptTokenCount": tokens}})
+    }
+
+    fn decides(&self, path: &str) -> bool {
+        path == "/v1beta/decisions"
+    }
+
+    fn questions(&self, body: &Value) -> Result<Value, String> {
+        only(body, "", &["model", "input", "questions"])?;
+        let Some(model) = body["model"].as_str().and_then(|model| model.strip_prefix("models/")) else {
+            return Err("* CreateDecisionRequest.model: unexpected model name format".to_owned());
+        };
+        let mut questions: Vec<Value> = Vec::new();
+        for (name, one) in body["questions"].as_object().into_iter().flatten() {
+            only(one, "questions.", &["type", "instructions", "criteria"])?;
+            let labels = one["criteria"].as_object().into_iter().flatten();
+            let choices: Vec<Value> = labels.map(|(label, _)| json!({"value": label})).collect();
+            let asked =
+                json!({"type": one["type"], "name": name, "instructions": one["instructions"], "choices": choices});
+            questions.push(asked);
+        }
+        Ok(json!({"model": model, "input": body["input"], "questions": questions}))
+    }
+
+    /// It knows no refusal of a question. If all are refused, the input is blocked.
+    fn decisions(&self, said: &Value) -> Value {
+        let usage = &said["usage"];
+        let usage = json!({
+            "total_input_tokens": usage["input_tokens"], "total_output_tokens": 0, "total_tokens": usage["total_tokens"],
+            "total_cached_tokens": usage["input_tokens_details"]["cached_tokens"],
+        });
+        let all = said["answers"].as_array().map(Vec::as_slice).unwrap_or_default();
+        if !all.is_empty() && all.iter().all(|answer| answer["type"] == "refusal") {
+            return json!({"prompt_feedback": {"block_reason": "prohibited_content"}, "usage": usage});
+        }
+        let mut answers = Map::new();
+        for answer in all.iter().filter(|answer| answer["type"] == "choice") {
+            let of = |one: &Value| Some((one["value"].as_str()?.to_owned(), one["probability"].clone()));
+            let probabilities: Map<String, Value> =
+                answer["probabilities"].as_array().into_iter().flatten().filter_map(of).collect();
+            let name = answer["name"].as_str().unwrap_or_default().to_owned();
+            let (choice, confidence) = (&answer["choice"], &answer["confidence"]);
+            // Of a name that comes twice the first is left.
+            answers.entry(name).or_insert_with(|| {
+                json!({"type": "choice", "choice": choice, "confidence": confidence, "probabilities": probabilities})
+            });
+        }
+        json!({"answers": answers, "usage": usage})
     }
 
     fn key_header(&self) -> &'static str {

@@ -32,6 +32,21 @@ pub(crate) trait Wire: Sync {
         None
     }
 
+    /// Whether a path is that of its decisions.
+    fn decides(&self, _path: &str) -> bool {
+        false
+    }
+
+    /// A request for decisions in OpenAI's shape; the error is the message of a 400.
+    fn questions(&self, body: &Value) -> Result<Value, String> {
+        Ok(body.clone())
+    }
+
+    /// The body of an answer with decisions.
+    fn decisions(&self, said: &Value) -> Value {
+        said.clone()
+    }
+
     /// The header with the key.
     fn key_header(&self) -> &'static str {
         "authorization"
@@ -80,7 +95,9 @@ pub(crate) const WIRES: &[&dyn Wire] = &[
 
 /// The dialect of a path, and the model in it.
 pub(crate) fn find(path: &str) -> Option<(&'static dyn Wire, Option<&str>)> {
-    WIRES.iter().find_map(|wire| wire.chat(path).or_else(|| wire.embeds(path)).map(|model| (*wire, model)))
+    let decides = |wire: &dyn Wire| wire.decides(path).then_some(None);
+    let model = |wire: &dyn Wire| wire.chat(path).or_else(|| wire.embeds(path)).or_else(|| decides(wire));
+    WIRES.iter().find_map(|wire| model(*wire).map(|model| (*wire, model)))
 }
 
 /// The key of a request.
@@ -102,6 +119,8 @@ pub(crate) fn translate(wire: &dyn Wire, mut reply: Reply) -> Reply {
         wire.completion(&said)
     } else if said["data"].is_array() {
         wire.vectors(&said)
+    } else if said["answers"].is_array() {
+        wire.decisions(&said)
     } else if is_ours {
         if !tells_wait {
             reply.headers.retain(|(name, _)| !name.starts_with("retry-after"));

@@ -24,6 +24,10 @@ impl Wire for Openai {
         (path == "/v1/embeddings").then_some(None)
     }
 
+    fn decides(&self, path: &str) -> bool {
+        path == "/v1/decisions"
+    }
+
     fn request(&self, _request: &Request, body: &Value) -> Result<Value, String> {
         Ok(body.clone())
     }

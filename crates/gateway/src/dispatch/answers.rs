@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use llm_batch_core::answer::{self, Verdict as Read};
-use llm_batch_core::dialect::{Finish, Reply};
+use llm_batch_core::dialect::{Finish, Reply, Service};
 use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::{Left, Tokens};
 use llm_batch_core::options::StructuredOutput;
@@ -30,6 +30,9 @@ const SLOW: u64 = 2;
 /// as much as it may.
 const MOST_CUT: u32 = 8;
 
+/// What is said of a row for which an answer is refused.
+const REFUSED: &str = "the model or its filter refused to answer";
+
 /// The end of an answer, as far as its rows are concerned.
 struct Ended {
     finish: Finish,
@@ -46,9 +49,10 @@ struct Ended {
 /// An answer, seen without its rows.
 struct Seen<'a> {
     reply: &'a Reply,
-    /// The rows that were asked about, and how many of them got a label.
+    /// The rows that were asked about; how many of them got a label, and how many are refused by themselves.
     size: usize,
     answers: usize,
+    refused: usize,
     /// Tokens that were thought; and whether nothing else was said.
     thought: u64,
     is_thought: bool,
@@ -63,6 +67,7 @@ impl<'a> Seen<'a> {
     fn new(reply: &'a Reply, read: &[Read], asked: Asked, kind: &dyn Kind) -> Self {
         let spoken = thinking::spoken(&reply.text);
         let answers = read.iter().filter(|v| matches!(v, Read::Answer(_))).count();
+        let refused = read.iter().filter(|v| **v == Read::Refused).count();
         let is_cut = reply.finish == Finish::Length;
         // A model that writes more than it may gets no larger cap; one that only thinks does.
         let is_bounded = kind.most_tokens().is_some();
@@ -84,6 +89,7 @@ impl<'a> Seen<'a> {
             reply,
             size: read.len(),
             answers,
+            refused,
             thought,
             is_thought,
             is_cut,
@@ -176,7 +182,11 @@ impl State {
         let group = self.groups.get(request.group)?;
         // A complete answer cannot go on: its last line has an end.
         let whole = if reply.finish == Finish::Complete { format!("{}\n", reply.text) } else { reply.text.clone() };
-        answer::read(&whole, &request.ids, &*group.kind)
+        let mut read = answer::read(&whole, &request.ids, &*group.kind)?;
+        for (_, verdict) in request.ids.iter().zip(&mut read).filter(|(id, _)| reply.refused.contains(id)) {
+            *verdict = if *verdict == Read::Missing { Read::Refused } else { Read::Contradicted };
+        }
+        Some(read)
     }
 
     fn answered(&mut self, now: u64, request: InFlight, reply: &Reply, came: &Answered, in_flight: usize) {
@@ -276,7 +286,7 @@ impl State {
         let (mut missing, mut uncharged) = (0, Vec::new());
         for (mut row, verdict) in rows {
             row.paid += 1;
-            if is_no_fault && row.cut < MOST_CUT && !matches!(verdict, Read::Answer(_)) {
+            if is_no_fault && row.cut < MOST_CUT && !matches!(verdict, Read::Answer(_) | Read::Refused) {
                 row.cut += u32::from(finish == Finish::Length);
                 uncharged.push(row);
                 continue;
@@ -287,9 +297,8 @@ impl State {
             let failed = |class: &str, detail: &str| Verdict::Fail { class: class.into(), detail: detail.into() };
             let done = match (verdict, finish) {
                 (Read::Answer(answer), _) => Some(Verdict::Answer(answer)),
-                (_, Finish::Refused) if size == 1 => {
-                    Some(given_up("refused", "the model or its filter refused to answer"))
-                }
+                (Read::Refused, _) => Some(given_up("refused", REFUSED)),
+                (_, Finish::Refused) if size == 1 => Some(given_up("refused", REFUSED)),
                 (Read::Missing, Finish::Length) if last => {
                     let detail = format!(
                         "the answer was cut off at {cap}, before it came to this row, and the model or max_request_tokens \
@@ -383,18 +392,21 @@ fn learn(
     seen: &Seen,
     in_flight: usize,
 ) -> bool {
-    let Seen { reply, size, answers, thought, is_cut, is_at_cap, grows, .. } = *seen;
-    lane.learned.observe_end(is_at_cap, asked.worst.output);
+    let Seen { reply, size, answers, refused, thought, is_cut, is_at_cap, grows, .. } = *seen;
+    if asked.service == Service::Chat {
+        lane.learned.observe_end(is_at_cap, asked.worst.output);
+    }
     if reply.usage.output.is_some() && (answers > 0 || is_cut) {
-        lane.measured.thinking.observe(thought, is_cut && answers == 0);
+        lane.measured(asked.service).thinking.observe(thought, is_cut && answers == 0);
     }
     // Without reported usage there is nothing to learn.
     if let Some(usage) = reply.usage.whole() {
-        lane.measured.observe(asked.estimate.input, usage.input);
+        lane.measured(asked.service).observe(asked.estimate.input, usage.input);
         if !is_cut {
             let sizes = &mut lane.standings.of(now, asked.scope).sizes;
             sizes.observe(asked.estimate.output, group.mean_answer(rows), usage.output.saturating_sub(thought));
-            lane.measured.sizes = *sizes;
+            let sizes = *sizes;
+            lane.measured(asked.service).sizes = sizes;
         }
     }
     lane.concurrency.answered(asked.sent, now, reply.usage.or(asked.estimate), in_flight);
@@ -413,7 +425,7 @@ fn learn(
     lane.took(took);
     let is_slow = group.member(lane_key).is_some_and(|(_, m)| took > m.stream.model.request_timeout_ms / SLOW);
     if answers > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
-        let missing = if grows { 0 } else { size - answers };
+        let missing = if grows { 0 } else { size - answers - refused };
         group.size(lane_key).into_iter().for_each(|rows| rows.observe(size, missing, is_slow));
     }
     is_prose

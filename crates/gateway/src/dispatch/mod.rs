@@ -24,6 +24,7 @@ use std::rc::Rc;
 use std::sync::mpsc;
 use std::time::Duration;
 
+use llm_batch_core::dialect::Service;
 use llm_batch_core::limiter::{Grant, Limits, Tokens};
 use llm_batch_core::patience::Way;
 use llm_batch_core::trouble;
@@ -124,8 +125,9 @@ pub struct InFlight {
 /// The terms under which a request was sent.
 #[derive(Clone, Copy)]
 struct Asked {
-    /// Which task.
+    /// Which task, and what of the provider.
     scope: TextKey,
+    service: Service,
     /// The way, and its number.
     way: Way,
     turn: u32,
@@ -302,7 +304,7 @@ impl State {
         self.is_full() && !self.conns.get(&conn).is_some_and(has_budget)
     }
 
-    pub fn open(&mut self, now: u64, conn: u64, stream: Stream) -> Result<(), String> {
+    pub fn open(&mut self, now: u64, conn: u64, mut stream: Stream) -> Result<(), String> {
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
         if c.outstanding > 0 {
             return Err("a stream was opened while rows of another one wait".to_owned());
@@ -317,6 +319,7 @@ impl State {
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
         c.came = now;
         c.stopped = false;
+        stream.task.options = stream.task.options.in_effect();
         let stream = Rc::new(stream);
         self.next_id += 1;
         let lane = self.lanes.get(&LaneKey::of(&stream));

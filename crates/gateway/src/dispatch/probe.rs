@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use llm_batch_core::dialect::decisions::Questions;
 use llm_batch_core::dialect::embeddings::{FIRST_NUMBER, Texts};
 use llm_batch_core::dialect::{Ask, Reply};
 use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
@@ -22,7 +23,7 @@ use crate::route::Member;
 const PROBE_ANSWER_TOKENS: u64 = 16;
 /// Tokens of it that are read: some servers do not count what is thought.
 pub const PROBE_READ_TOKENS: u64 = 8_192;
-/// The number of the only text of one that needs a text.
+/// The number of the only text or question of one that needs it.
 pub const PROBE_IDS: [u16; 1] = [FIRST_NUMBER];
 /// Tokens a probe reserves.
 const PROBE_TOKENS: Tokens = Tokens { input: 30, output: 10 };
@@ -67,6 +68,16 @@ fn bare(lane: &Lane, stream: &Stream) -> (Value, Duration) {
             parameters: &stream.model.parameters,
         };
         return (embeddings.body(&texts), timeout);
+    }
+    if let Some(decisions) = stream.decisions() {
+        let questions = Questions {
+            model: &stream.model.model,
+            input: "Say ok.",
+            ids: &PROBE_IDS,
+            choices: &["ok".to_owned(), "other".to_owned()],
+            parameters: &stream.model.parameters,
+        };
+        return (decisions.body(&questions), timeout);
     }
     let body = dialect.body(&Ask {
         model: &stream.model.model,

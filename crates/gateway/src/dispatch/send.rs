@@ -4,8 +4,9 @@ use std::collections::BTreeSet;
 use std::rc::Rc;
 use std::time::Duration;
 
+use llm_batch_core::dialect::decisions::{self, Questions};
 use llm_batch_core::dialect::embeddings::{FIRST_NUMBER, Texts};
-use llm_batch_core::dialect::{Ask, Counts, Format};
+use llm_batch_core::dialect::{Ask, Counts, Format, Service};
 use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Tokens};
 use llm_batch_core::patience::Way;
 use llm_batch_core::request;
@@ -15,7 +16,6 @@ use tokio::sync::Notify;
 
 use super::routes::FOREVER;
 use super::{Asked, Conn, InFlight, Launch, State, routes, say};
-use crate::cache::TextKey;
 use crate::group::{Group, Next};
 use crate::key::{GroupId, LaneKey};
 use crate::lane::{Lane, Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
@@ -54,13 +54,18 @@ impl Draft {
         largest: u64,
     ) -> Self {
         let options = &stream.task.options;
-        let embeds = stream.embeddings().is_some();
-        let ids = if embeds { (FIRST_NUMBER..).take(rows.len()).collect() } else { numbers.draw(rows.len()) };
+        let service = stream.task.service();
+        let ids = match service {
+            Service::Embeddings => (FIRST_NUMBER..).take(rows.len()).collect(),
+            Service::Chat | Service::Decisions => numbers.draw(rows.len()),
+        };
         let form = learned.form(options);
-        let format = request::format(options.answer_shape, form, &*group.kind, &ids).filter(|_| !embeds);
+        let format =
+            request::format(options.answer_shape, form, &*group.kind, &ids).filter(|_| service == Service::Chat);
         let estimate = group.tokens(rows, format.as_ref());
         let prompt = measured.prompt.apply(estimate.input);
-        if embeds {
+        // Nothing is written.
+        if service != Service::Chat {
             return Self {
                 ids,
                 format,
@@ -109,9 +114,10 @@ impl Draft {
     }
 
     /// The terms under which it is sent.
-    fn asked(&self, now: u64, scope: TextKey, (way, turn): (Way, u32), learned: Learned) -> Asked {
+    fn asked(&self, now: u64, group: &Group, (way, turn): (Way, u32), learned: Learned) -> Asked {
         Asked {
-            scope,
+            scope: group.scope,
+            service: group.stream.task.service(),
             way,
             turn,
             learned,
@@ -135,6 +141,15 @@ impl Draft {
             });
         }
         let (system, user) = group.messages(rows, &self.ids);
+        if let Some((choices, decisions)) = group.kind.choices().zip(stream.decisions()) {
+            return decisions.body(&Questions {
+                model: &stream.model.model,
+                input: &[system, &user].concat(),
+                ids: &self.ids,
+                choices,
+                parameters: &stream.model.parameters,
+            });
+        }
         stream.endpoint.api.dialect().body(&Ask {
             model: &stream.model.model,
             system,
@@ -355,7 +370,7 @@ impl State {
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
         let (largest_answer, patience) = (lane.limiter.largest_answer(), lane.patience());
-        let Lane { groups, limiter, learned, measured, standings, in_flight, .. } = lane;
+        let Lane { groups, limiter, learned, measured, decided, standings, in_flight, .. } = lane;
         for id in groups.iter().copied() {
             let Some(group) = self.groups.get_mut(id) else { continue };
             if *in_flight >= if group.stream.interactive { allowed_interactive } else { allowed } {
@@ -374,6 +389,7 @@ impl State {
                 later(at);
                 return Look::Nothing;
             }
+            let measured = if stream.decisions().is_some() { &*decided } else { &*measured };
             let standing = standings.of(now, group.scope);
             if !standing.may_send(now) {
                 continue;
@@ -407,7 +423,7 @@ impl State {
             group.put_back(rows.split_off(decided.as_ref().map_or_else(Unsent::rows, |(n, ..)| *n)));
             match decided {
                 Ok((_, draft, grant)) => {
-                    let asked = draft.asked(now, group.scope, (way, turn), learned);
+                    let asked = draft.asked(now, group, (way, turn), learned);
                     let timeout = timeout(&stream, turn_of, patience);
                     launches.extend(self.launch(now, key, id, Pack { rows, draft, asked, grant, stream, timeout }));
                     return Look::Sent;
@@ -445,7 +461,10 @@ impl State {
             ids: draft.ids.clone(),
             body: draft.body(asked.learned, (group, &stream), &rows),
             timeout: Duration::from_millis(timeout),
-            most_tokens: stream.embeddings().map_or(draft.worst.output, |_| Embed::most_answer(rows.len())),
+            most_tokens: match group.kind.choices() {
+                Some(choices) => decisions::most_answer(choices, rows.len()),
+                None => stream.embeddings().map_or(draft.worst.output, |_| Embed::most_answer(rows.len())),
+            },
             stream,
             abandoned: Rc::clone(&abandoned),
         };

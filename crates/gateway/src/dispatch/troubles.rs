@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::rc::Rc;
 
+use llm_batch_core::dialect::Service;
 use llm_batch_core::forms::Form;
 use llm_batch_core::headers::Reported;
 use llm_batch_core::limiter::Tokens;
@@ -163,7 +164,8 @@ impl State {
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         let cap = thought::cap_in(&words, asked.worst.output).max(1);
         let sizes = lane.standings.of(now, asked.scope).sizes;
-        let is_least = asked.worst.output <= Measured { sizes, ..lane.measured }.least_cap(asked.estimate.output);
+        let measured = Measured { sizes, ..*lane.measured(asked.service) };
+        let is_least = asked.worst.output <= measured.least_cap(asked.estimate.output);
         lane.answer_cap(now, cap);
         match rows.as_mut_slice() {
             [row] if is_least => row.most_answer = cap,
@@ -188,9 +190,12 @@ impl State {
             return self.row_over_limit(now, failed);
         }
         let sizes = lane.standings.of(now, asked.scope).sizes;
-        let least = Measured { sizes, ..lane.measured }.least_cap(asked.estimate.output);
+        let least = Measured { sizes, ..*lane.measured(asked.service) }.least_cap(asked.estimate.output);
         let caps = (asked.worst.output, least);
-        if !is_limit && lane.takes_less_answer(now, words, asked.learned, asked.estimate.input, caps) {
+        if !is_limit
+            && asked.service == Service::Chat
+            && lane.takes_less_answer(now, words, asked.learned, asked.estimate.input, caps)
+        {
             return self.put_back(failed.group, failed.rows);
         }
         let alone = is_limit && lane.refuses_as_over_limit(now, words);
@@ -207,7 +212,7 @@ impl State {
     fn row_over_limit(&mut self, now: u64, failed: Failed) {
         let Failed { lane: ref lane_key, group, asked, ref message, ref words, .. } = failed;
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let prompt = lane.measured.prompt.apply(asked.estimate.input);
+        let prompt = lane.measured(asked.service).prompt.apply(asked.estimate.input);
         let is_so = lane.is_over_limit(words, prompt + asked.worst.output);
         let key = failed.rows.first().map_or(0, |row| row.key);
         if is_so || !lane.refuses_all_as_over_limit(key) {

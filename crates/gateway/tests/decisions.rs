@@ -1,0 +1,233 @@
+//! Decisions, in every dialect that has them: each row gets the label of its own question, whatever goes wrong on the way.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use llm_batch_core::dialect::Api;
+use llm_batch_core::options::{AskBy, Options};
+use llm_batch_core::task::Spec;
+use llm_batch_gateway::protocol::*;
+use llm_fake_provider::{Config, FakeProvider, Fault};
+use serde_json::json;
+use support::*;
+
+const KEY: &str = "key-0123456789abcdef";
+const ROWS: u64 = 600;
+
+fn deciders() -> impl Iterator<Item = Api> {
+    Api::ALL.iter().copied().filter(|api| api.dialect().decisions().is_some())
+}
+
+/// A provider that wants the key.
+fn keyed(config: Config) -> FakeProvider {
+    provider(Config { api_key: Some(KEY.into()), ..config })
+}
+
+/// A client whose rows are decided.
+fn decides(setup: &Setup, provider: &FakeProvider, api: Api, change: impl FnOnce(&mut Stream)) -> Client {
+    setup.client(provider, |s| {
+        s.endpoint.api = api;
+        s.endpoint.base_url = provider.base_of(api.name());
+        s.endpoint.api_key = Some(Secret(KEY.into()));
+        s.task.options = Options { ask_by: AskBy::Decisions, max_attempts: 10, ..Options::default() };
+        change(s);
+    })
+}
+
+/// Rows, all of which get their labels; what was spent for them.
+#[track_caller]
+fn all_right(client: &mut Client, rows: u64, what: &str) -> Spent {
+    client.rows(0..rows);
+    let (got, spent) = client.answers(rows as usize);
+    for (n, outcome) in &got {
+        assert!(is_right(*n, &outcome.verdict), "{what}: row {n}: {outcome:?}");
+    }
+    spent
+}
+
+/// Rows, all of which come back or are given up until the stream stops; why it does.
+#[track_caller]
+fn stopped(client: &mut Client, rows: u64, what: &str) -> Stop {
+    client.rows(0..rows);
+    let (mut stop, mut back) = (None, 0);
+    while back < rows as usize || stop.is_none() {
+        match client.hear(what) {
+            Some(FromGateway::Stopped(why)) => stop = Some(why),
+            Some(FromGateway::Outcomes { outcomes, .. }) => {
+                let is_answer = |o: &Outcome| matches!(o.verdict, Verdict::Answer(_));
+                assert!(!outcomes.iter().any(is_answer), "{what}: {outcomes:?}");
+                back += outcomes.len();
+            }
+            other => panic!("{what}: {other:?}"),
+        }
+    }
+    stop.unwrap()
+}
+
+#[test]
+fn each_row_gets_its_label_and_nothing_but_prompts_is_paid_for() {
+    for api in deciders() {
+        let (setup, provider) = (Setup::with_cache(0), keyed(Config::default()));
+        let mut client =
+            decides(&setup, &provider, api, |s| {
+                // Parameters of the model's chats are not sent.
+                s.model.parameters.insert("reasoning_effort".into(), "none".into());
+                s.endpoint.counts = llm_batch_core::dialect::Counts::Reserved;
+                s.task.spec = Spec::from_json("classify", &json!({
+                "instruction": "Tickets.", "examples": [{"input": "x", "label": "bug"}],
+                "labels": {"billing": "invoices, refunds", "bug": "", "shipping": "late \"or\" lost", "other": ""},
+            }))
+            .unwrap();
+            });
+        client.say(&ToGateway::Estimate(
+            (0..ROWS).map(|n| Item { n, text: text(n), isolation: None, again: None }).collect(),
+        ));
+        let Some(FromGateway::Estimated(estimate)) = client.hear("an estimate") else { panic!() };
+        let spent = all_right(&mut client, ROWS, api.name());
+        let stats = provider.stats();
+        assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{api:?}: {:?}", stats.by_status);
+        assert_eq!((spent.input_tokens, spent.output_tokens), (stats.prompt_tokens, 0), "{api:?}");
+        assert_eq!((stats.requests, estimate.requests), (12, 12), "{api:?}");
+        assert!(asked(&provider).values().all(|asked| *asked == 1), "{api:?}");
+        // Our count is the fake's, but for the frame of a chat and what each provider has around a question.
+        let off = estimate.input_tokens as f64 / stats.prompt_tokens as f64;
+        assert!((0.95..1.05).contains(&off) && estimate.output_tokens == 0, "{api:?}: {off}");
+        for body in provider.bodies() {
+            assert!(body["questions"].as_array().map_or(50, Vec::len) == 50, "{api:?}");
+            assert_eq!(body["input"].as_str().unwrap().matches("invoices, refunds").count(), 1, "{api:?}");
+            assert!(!body.to_string().contains(KEY) && body.get("reasoning_effort").is_none(), "{api:?}: {body}");
+        }
+    }
+}
+
+/// Each fault once, in the first request: all rows are right in the end, and none is another's.
+#[test]
+fn each_fault_costs_its_rows_and_no_others() {
+    for (api, fault) in deciders().flat_map(|api| Fault::OF_DECISIONS.map(|fault| (api, fault))) {
+        let what = format!("{api:?}, {fault}");
+        let (setup, provider) = (Setup::with_cache(0), keyed(Config::default()));
+        provider.script([Some(fault.clone())]);
+        let mut client = decides(&setup, &provider, api, |_| {});
+        client.rows(0..100);
+        let (got, _) = client.answers(100);
+        let is_refused = |o: &Outcome| matches!(&o.verdict, Verdict::Skip { class, .. } if class == "refused");
+        let wrong: Vec<_> = got.iter().filter(|(n, o)| !is_right(**n, &o.verdict)).collect();
+        // Gemini knows no refusal of a question: its answer is not there, and is asked for again.
+        if fault == Fault::Refusal && api.name() == "openai" {
+            assert!(matches!(wrong[..], [(_, o)] if is_refused(o) && o.attempts == 1), "{what}: {wrong:?}");
+            assert_eq!(provider.stats().requests, 2, "{what}");
+        } else {
+            assert!(wrong.is_empty(), "{what}: {wrong:?}");
+        }
+        let stats = provider.stats();
+        assert_eq!(stats.faults.get(fault.name()), Some(&1), "{what}");
+        // In a map keyed by names there is no order and no doubled name.
+        let is_none = match fault {
+            Fault::Refusal | Fault::ShuffledVectors => true,
+            Fault::Nameless => api.name() == "openai",
+            Fault::DoubleId => api.name() == "gemini",
+            _ => false,
+        };
+        let again = asked(&provider).values().filter(|asked| **asked > 1).count();
+        let is_refusal_of_gemini = fault == Fault::Refusal && api.name() == "gemini";
+        assert_eq!(again == 0, is_none && !is_refusal_of_gemini, "{what}: {again} asked again");
+    }
+}
+
+#[test]
+fn labels_are_right_whatever_goes_wrong() {
+    let of_requests = [Fault::Http500, Fault::Http503, Fault::RateLimit429, Fault::ResetBefore, Fault::ResetAfter];
+    for api in deciders() {
+        // What is refused is no label.
+        let faults =
+            Fault::OF_DECISIONS.into_iter().filter(|fault| *fault != Fault::Refusal).chain(of_requests.clone());
+        let faults = faults.map(|fault| (fault, 0.02)).collect();
+        let (setup, provider) = (Setup::with_cache(0), keyed(Config { faults, ..Config::default() }));
+        let mut client = decides(&setup, &provider, api, |s| s.task.options.max_rows_per_request = 10);
+        all_right(&mut client, ROWS, api.name());
+    }
+}
+
+#[test]
+fn what_is_refused_as_a_whole_is_asked_in_smaller_requests() {
+    for api in deciders() {
+        let (setup, provider) = (Setup::with_cache(0), keyed(Config { max_questions: 7, ..Config::default() }));
+        all_right(&mut decides(&setup, &provider, api, |_| {}), 60, "too many questions");
+        assert!(provider.stats().by_status[&400] > 0);
+        // The filter of an input, or of each question in it.
+        let provider = keyed(Config::default());
+        provider.script([Some(Fault::ContentFilter)]);
+        let mut client = decides(&setup, &provider, api, |s| s.model.model = "filtered".into());
+        client.rows(0..20);
+        let (got, _) = client.answers(20);
+        let refused = got.values().filter(|o| matches!(&o.verdict, Verdict::Skip { class, .. } if class == "refused"));
+        assert_eq!(refused.count(), if api.name() == "openai" { 20 } else { 0 }, "{api:?}: {got:?}");
+    }
+}
+
+#[test]
+fn what_is_not_served_stops_the_stream() {
+    for api in deciders() {
+        let setup = Setup::with_cache(0);
+        let of = |config: Config, what: &str| {
+            let provider = keyed(config);
+            let stop = stopped(&mut decides(&setup, &provider, api, |s| s.model.model = what.into()), 30, what);
+            let stats = provider.stats();
+            assert!(stats.requests < 20 && stats.prompt_tokens == 0, "{api:?}, {what}: {stats:?}");
+            stop
+        };
+        let stop = of(Config { decisions: false, ..Config::default() }, "none");
+        assert!(stop.reason == StopReason::NotFound && stop.message.contains("ask_by"), "{api:?}: {stop:?}");
+        let models = Some(vec!["x".to_owned()]);
+        assert_eq!(of(Config { models, ..Config::default() }, "unknown").reason, StopReason::NotFound, "{api:?}");
+        let stop = of(Config { max_choices: 3, ..Config::default() }, "choices");
+        assert!(stop.reason == StopReason::Rejected && stop.message.contains("choices"), "{api:?}: {stop:?}");
+        let provider = provider(Config { api_key: Some("another".into()), ..Config::default() });
+        let stop = stopped(&mut decides(&setup, &provider, api, |_| {}), 30, "a wrong key");
+        assert_eq!(stop.reason, StopReason::Auth, "{api:?}: {stop:?}");
+        let probed = |provider: &FakeProvider, model: &str| {
+            let mut client = decides(&setup, provider, api, |s| s.model.model = model.into());
+            client.say(&ToGateway::Probe);
+            client.hear("a probe")
+        };
+        assert_eq!(probed(&keyed(Config::default()), "there"), Some(FromGateway::Probed(None)), "{api:?}");
+        let gone = probed(&keyed(Config { decisions: false, ..Config::default() }), "gone");
+        assert!(
+            matches!(gone, Some(FromGateway::Probed(Some(stop))) if stop.reason == StopReason::NotFound),
+            "{api:?}"
+        );
+    }
+}
+
+/// The same model answers chats too: what is learnt of one says nothing of the other, and the limits are those of both.
+#[test]
+fn a_model_that_is_asked_both_ways_keeps_its_counts_apart() {
+    let (setup, provider) = (Setup::with_cache(0), keyed(Config { thinking_tokens: 300, ..Config::default() }));
+    let api = Api::default();
+    let (mut decided, mut chat) = (
+        decides(&setup, &provider, api, |_| {}),
+        decides(&setup, &provider, api, |s| s.task.options.ask_by = AskBy::Chat),
+    );
+    for _ in 0..3 {
+        all_right(&mut chat, 60, "chat");
+        let spent = all_right(&mut decided, 60, "decisions");
+        assert_eq!(spent.output_tokens, 0);
+    }
+    assert_eq!(setup.connect().only_activity().requests_total, provider.stats().requests);
+    decided.say(&ToGateway::Estimate(vec![Item { n: 1, text: text(1), isolation: None, again: None }]));
+    let Some(FromGateway::Estimated(estimate)) = decided.hear("an estimate") else { panic!() };
+    assert_eq!(estimate.output_tokens, 0);
+}
+
+/// What a budget allows is what a request may take at the worst, and no tokens of an answer are among that.
+#[test]
+fn a_budget_is_reserved_for_prompts_alone() {
+    let (setup, provider) = (Setup::with_cache(0), keyed(Config::default()));
+    let mut client = decides(&setup, &provider, Api::default(), |s| {
+        s.budget = Some(Prices { input: 1, output: 1_000_000_000 });
+    });
+    client.say(&ToGateway::Allow(Allowance { cost: 1_000_000, tokens: 1_000_000 }));
+    let spent = all_right(&mut client, ROWS, "a budget");
+    assert!(spent.input_tokens <= 1_000_000 && spent.output_tokens == 0, "{spent:?}");
+    assert_eq!(provider.stats().prompt_tokens, spent.input_tokens);
+}
