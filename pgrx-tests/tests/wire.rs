@@ -224,6 +224,12 @@ fn what_cannot_be_decided(c: &mut Client, provider: &FakeProvider) {
             "22023",
             "\"generate\" cannot be asked",
         ),
+        (
+            r#"SELECT llm_batch.backfill('anthropic', 'body', 'topic', 'topic_haiku', options => '{"ask_by": "decisions"}')"#
+                .into(),
+            "0A000",
+            "serves no decisions",
+        ),
         (r#"SELECT llm_filter('x', 'y', '{"model": "gone", "ask_by": "decisions"}')"#.into(), "", "asks in a chat"),
         (r#"SELECT llm_filter('x', 'y', '{"model": "decide", "ask_by": "auto"}')"#.into(), "22023", "chat, decisions"),
     ] {

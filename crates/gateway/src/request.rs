@@ -500,6 +500,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_texts_of_a_request_are_found_whatever_it_asks_for() {
+        let rows = "417: \"x\"\n";
+        for body in [
+            serde_json::json!({"model": "m", "messages": [{"role": "user", "content": rows}]}),
+            serde_json::json!({"model": "m", "contents": [{"parts": [{"text": rows}]}]}),
+            serde_json::json!({"model": "m", "input": [rows], "dimensions": 3}),
+            serde_json::json!({"model": "m", "input": rows, "questions": [{"name": "417", "instructions": "Which?"}]}),
+        ] {
+            assert_eq!(texts(&body), [rows], "{body}");
+        }
+    }
+
+    #[test]
     fn keys_and_parts_of_them_are_redacted() {
         let key = "secret-0123456789";
         for text in [

@@ -154,6 +154,18 @@ fn what_is_refused_as_a_whole_is_asked_in_smaller_requests() {
         let (setup, provider) = (Setup::with_cache(0), keyed(Config { max_questions: 7, ..Config::default() }));
         all_right(&mut decides(&setup, &provider, api, |_| {}), 60, "too many questions");
         assert!(provider.stats().by_status[&400] > 0);
+        // As many as the provider takes are no reason.
+        let most = api.dialect().decisions().unwrap().most_questions();
+        let provider = keyed(Config { max_questions: most, ..Config::default() });
+        let mut client = decides(&setup, &provider, api, |s| {
+            s.model.model = "as many".into();
+            (s.task.options.max_rows_per_request, s.model.max_request_tokens) = (500, 100_000);
+        });
+        all_right(&mut client, ROWS, "as many");
+        let stats = provider.stats();
+        let largest = ROWS.div_ceil(most.min(500) as u64);
+        assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{api:?}: {:?}", stats.by_status);
+        assert!((largest..=2 * largest).contains(&stats.requests), "{api:?}: {}", stats.requests);
         // The filter of an input, or of each question in it.
         let provider = keyed(Config::default());
         provider.script([Some(Fault::ContentFilter)]);
