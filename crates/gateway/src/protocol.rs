@@ -484,13 +484,17 @@ pub fn encode<T: Serialize>(message: &T) -> Result<Vec<u8>, String> {
     Ok(frame)
 }
 
+/// Bytes of the frame that begins in `buffer`, if that says so yet.
+pub fn announced(buffer: &[u8]) -> Option<usize> {
+    buffer.first_chunk::<4>().map(|head| u32::from_le_bytes(*head) as usize)
+}
+
 /// Takes the first whole frame out of `buffer`; `None` if there is none yet.
 ///
 /// # Errors
 /// If the peer announces a frame that is too large or does not hold a message.
 pub fn decode<T: for<'de> Deserialize<'de>>(buffer: &mut Vec<u8>) -> Result<Option<T>, String> {
-    let Some(head) = buffer.first_chunk::<4>() else { return Ok(None) };
-    let length = u32::from_le_bytes(*head) as usize;
+    let Some(length) = announced(buffer) else { return Ok(None) };
     if length > MAX_FRAME {
         return Err(format!("a frame of {length} bytes was announced"));
     }

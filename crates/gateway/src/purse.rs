@@ -46,6 +46,11 @@ impl Purse {
         }
     }
 
+    /// The client was told that it does not suffice, and has not said anything to that.
+    pub fn has_asked(&self) -> bool {
+        self.has_asked
+    }
+
     pub fn allow(&mut self, more: Allowance) {
         self.add(more, 1);
         self.is_last = std::mem::take(&mut self.has_asked);

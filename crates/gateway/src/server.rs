@@ -6,8 +6,9 @@ use std::rc::Rc;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
+use tokio::net::unix::OwnedReadHalf;
 use tokio::sync::{Notify, watch};
 use tokio::task::spawn_local;
 
@@ -19,7 +20,7 @@ use crate::frames::Frames;
 use crate::group::Line;
 use crate::kept::Kept;
 use crate::places::Places;
-use crate::protocol::{Endpoint, FromGateway, Item, Stream, ToGateway, decode, encode};
+use crate::protocol::{Endpoint, FromGateway, Item, MAX_FRAME, Stream, ToGateway, announced, decode, encode};
 use crate::request::{self, Answered, Question};
 
 /// Time for which a client may be silent in the midst of a message, and before the first.
@@ -30,6 +31,12 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 
 /// Rows, and bytes of text, that are taken in of one client before others have their turn.
 const TURN: (usize, usize) = (32, 4 << 10);
+
+/// How often it is looked whether a client that has to wait has left.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Bytes that a client's buffer may keep while nothing comes.
+const MOST_KEPT: usize = 64 << 10;
 
 /// Bytes of a text whose tokens take long to count.
 const LONG: usize = 16 << 10;
@@ -83,9 +90,7 @@ pub async fn run(
         for launch in launches {
             spawn(&shared, carry_out(Rc::clone(&shared), launch));
         }
-        if !shared.state.borrow().is_full() {
-            shared.room.notify_waiters();
-        }
+        shared.room.notify_waiters();
         // Better no gateway than one that has lost track of a row: the process ends, and another one comes.
         if shared.broken.get() {
             return;
@@ -189,15 +194,20 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
         }
     });
     let mut buffer = Vec::new();
-    let mut has_spoken = false;
+    let (mut has_spoken, mut is_coming) = (false, false);
     loop {
-        // A reader that waits here still notices nothing of a client that leaves; room comes soon or never matters.
         let room = shared.room.notified();
-        if shared.state.borrow().must_wait(conn) {
+        if !is_coming && shared.state.borrow_mut().must_wait(conn) {
             tokio::select! {
                 () = room => continue,
+                () = left(&reading) => break,
                 () = too_slow.notified() => break,
             }
+        }
+        // A message has its place in memory as soon as it begins to come, and is not held up from then on.
+        if !is_coming && let Some(length) = announced(&buffer) {
+            is_coming = true;
+            shared.state.borrow_mut().comes(conn, length.min(MAX_FRAME));
         }
         // Between messages a client may be silent as long as it likes.
         let patience = if has_spoken && buffer.is_empty() { Duration::MAX } else { SILENCE };
@@ -209,8 +219,17 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
             Ok(Ok(n)) if n > 0 => has_spoken = true,
             _ => break,
         }
+        let before = buffer.len();
         if take(&shared, conn, &mut buffer).await.is_err() {
             break;
+        }
+        if buffer.len() < before {
+            is_coming = false;
+            shared.state.borrow_mut().comes(conn, 0);
+            shared.room.notify_waiters();
+        }
+        if buffer.capacity() > MOST_KEPT && buffer.len() <= MOST_KEPT && !is_coming {
+            buffer.shrink_to(MOST_KEPT);
         }
     }
     if !shared.state.borrow().is_connected(conn) {
@@ -222,6 +241,13 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
     shared.room.notify_waiters();
     // Nothing more is written to a client that has gone or broken the rules.
     writer.abort();
+}
+
+/// Comes to its end when a client has left from which nothing is read.
+async fn left(reading: &OwnedReadHalf) {
+    while !reading.ready(Interest::READABLE).await.is_ok_and(|ready| ready.is_read_closed()) {
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 /// Takes rows. Their tokens are counted, which takes time: others have their turn in between.

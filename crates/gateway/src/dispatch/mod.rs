@@ -3,13 +3,15 @@
 //! queue → pack → reserve → send → check → settle → outcomes. Everything here is synchronous and happens on one
 //! thread; only sending is not. This file has the state and the clients, `send` what goes out, `answers` and `troubles`
 //! what comes back, `doubts` what may not be the rows' fault, `circuits` what is left alone because nothing comes back,
-//! `probe` whether a model answers at all, `routes` which of several models is asked, `estimate` what rows would take, `activity` what goes on.
+//! `probe` whether a model answers at all, `routes` which of several models is asked, `estimate` what rows would take, `memory`
+//! whose texts it is full of, `activity` what goes on.
 
 mod activity;
 mod answers;
 mod circuits;
 mod doubts;
 mod estimate;
+mod memory;
 mod probe;
 #[cfg(test)]
 mod route_tests;
@@ -32,6 +34,7 @@ use serde_json::Value;
 use tokio::sync::Notify;
 
 use self::circuits::{Circuits, EndpointKey, Probing};
+use self::memory::Shares;
 pub use self::probe::{PROBE_IDS, PROBE_READ_TOKENS, Probe};
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
@@ -67,6 +70,8 @@ struct Conn {
     coming: usize,
     outstanding: usize,
     outstanding_bytes: usize,
+    /// Bytes of a message of which a part has come.
+    coming_bytes: usize,
     /// Reports to it, by the place of the model in its stream.
     reports: BTreeMap<usize, Report>,
     /// It was told to stop: nothing more is sent for it until it opens a stream again.
@@ -179,6 +184,8 @@ pub struct State {
     next_id: u64,
     /// Bytes of text that wait or are under way.
     bytes: usize,
+    /// Who these are of, as long as they do not change.
+    shares: Option<Shares>,
     notices: Notices,
     log: mpsc::Sender<String>,
 }
@@ -201,6 +208,7 @@ impl State {
             cache: Cache::default(),
             next_id: 0,
             bytes: 0,
+            shares: None,
             notices: Notices::default(),
             log,
         }
@@ -222,6 +230,7 @@ impl State {
                 coming: 0,
                 outstanding: 0,
                 outstanding_bytes: 0,
+                coming_bytes: 0,
                 reports: BTreeMap::new(),
                 stopped: false,
                 left: Rc::new(Notify::new()),
@@ -243,6 +252,8 @@ impl State {
     }
 
     pub fn disconnect(&mut self, now: u64, conn: u64) {
+        self.comes(conn, 0);
+        self.shares = None;
         self.withdraw(conn);
         let stream = self.conns.remove(&conn).and_then(|c| {
             c.left.notify_one();
@@ -293,17 +304,6 @@ impl State {
         (gone, worst)
     }
 
-    /// Memory is full: no more is read from clients for now.
-    pub fn is_full(&self) -> bool {
-        self.bytes >= self.settings.memory
-    }
-
-    /// Nothing is read from this client for now. What a budget allows is: its rows may be what memory is full of.
-    pub fn must_wait(&self, conn: u64) -> bool {
-        let has_budget = |c: &Conn| c.stream.as_ref().is_some_and(|(_, s)| s.budget.is_some());
-        self.is_full() && !self.conns.get(&conn).is_some_and(has_budget)
-    }
-
     pub fn open(&mut self, now: u64, conn: u64, mut stream: Stream) -> Result<(), String> {
         let Some(c) = self.conns.get_mut(&conn) else { return Ok(()) };
         if c.outstanding > 0 {
@@ -338,6 +338,7 @@ impl State {
         }
         // Clients that ask the same keep it once.
         let before = c.stream.replace((group_id, Rc::clone(&group.stream)));
+        self.shares = None;
         // A client that asks again after all models have stopped may have mended the cause.
         if self.out(now, group_id).is_some()
             && let Some(group) = self.groups.get_mut(group_id)
@@ -473,6 +474,7 @@ impl State {
             c.outstanding += 1;
             c.outstanding_bytes += bytes;
             self.bytes += bytes;
+            self.shares = None;
             let waiter = Waiter { conn, n: item.n, bytes };
             if c.stopped {
                 self.outcome(waiter, 0, 0, Verdict::Withdrawn, false);
@@ -565,6 +567,7 @@ impl State {
 
     fn outcome(&mut self, waiter: Waiter, model: usize, attempts: u32, verdict: Verdict, reused: bool) {
         self.bytes = self.bytes.saturating_sub(waiter.bytes);
+        self.shares = None;
         if let Some(c) = self.conns.get_mut(&waiter.conn) {
             c.outstanding = c.outstanding.saturating_sub(1);
             c.outstanding_bytes = c.outstanding_bytes.saturating_sub(waiter.bytes);

@@ -1,0 +1,107 @@
+//! The memory for texts that wait: nobody's share of it is another's.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod support;
+
+use std::io::{ErrorKind, Write};
+use std::time::{Duration, Instant};
+
+use llm_batch_gateway::protocol::*;
+use llm_fake_provider::Config;
+use support::*;
+
+const MEMORY: usize = 2 << 20;
+/// A message.
+const FRAME: usize = 512 << 10;
+/// What a connection holds beside it: the buffer of its socket, and the first bytes of a message.
+const BESIDE: usize = 256 << 10;
+
+/// Rows with about so many bytes of text.
+fn large(first: u64, bytes: usize) -> Vec<u8> {
+    let item = |n| Item { n, text: format!("{} {}", text(n), "word ".repeat(800)), isolation: None, again: None };
+    encode(&ToGateway::Items((first..first + bytes as u64 / 4_000).map(item).collect())).unwrap()
+}
+
+/// Writes to all of these as much as is taken, until nothing is for a while: how many bytes that were.
+fn pour(clients: &mut [Client], frames: &[Vec<u8>]) -> usize {
+    let mut written = vec![0; clients.len()];
+    let mut last = Instant::now();
+    clients.iter().for_each(|client| client.stream.set_nonblocking(true).unwrap());
+    while last.elapsed() < Duration::from_millis(500) {
+        for ((client, frame), written) in clients.iter_mut().zip(frames).zip(&mut written) {
+            match client.stream.write(&frame[*written..]) {
+                Ok(0) => {}
+                Ok(n) => (*written, last) = (*written + n, Instant::now()),
+                Err(e) => assert_eq!(e.kind(), ErrorKind::WouldBlock, "{e}"),
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    written.iter().sum()
+}
+
+/// Texts of a role, or for an account, whose server is silent: others go on, and who looks at what goes on.
+#[test]
+fn one_role_or_account_leaves_memory_for_others() {
+    for (is_role, has_budget) in [(true, false), (true, true), (false, false)] {
+        let (good, bad) = (provider(Config::default()), provider(Config::default()));
+        let setup = Setup::new(MEMORY);
+        bad.hold();
+        let client = |n: u32| {
+            let mut client = setup.client(&bad, |s| {
+                s.interactive = n % 2 == 0;
+                s.role = if is_role { 1 } else { n };
+                s.endpoint.account = is_role.then(|| n.to_string());
+                s.model.request_timeout_ms = 300_000;
+                s.budget = has_budget.then_some(Prices { input: 1, output: 4 });
+            });
+            if has_budget {
+                client.say(&ToGateway::Allow(Allowance { cost: 1 << 40, tokens: 1 << 40 }));
+            }
+            client
+        };
+        let mut greedy: Vec<Client> = (0..8).map(client).collect();
+        let frames: Vec<Vec<u8>> =
+            (0..8).map(|n| [large(n * 1_000, FRAME), large(n * 1_000 + 500, FRAME)].concat()).collect();
+        let written = pour(&mut greedy, &frames);
+        println!("{} of {} kB were taken", written >> 10, frames.iter().map(Vec::len).sum::<usize>() >> 10);
+        let share = if is_role { MEMORY / 4 * 3 } else { MEMORY / 2 };
+        assert!(written <= share + 2 * FRAME + greedy.len() * BESIDE, "{written}");
+        let mut healthy = setup.client(&good, |s| s.role = if is_role { 2 } else { 1 });
+        healthy.rows(9_000..9_050);
+        let (got, _) = healthy.outcomes(50);
+        assert!(got.iter().all(|(n, verdict)| is_right(*n, verdict)), "{got:?}");
+        assert!(!setup.connect().activity().is_empty());
+        // They did not wait for a timeout.
+        assert_eq!(bad.stats().abandoned, 0);
+        // Who leaves is missed, though nothing more is read.
+        drop(greedy);
+        let mut next = setup.client(&good, |s| s.role = 1);
+        next.rows(9_100..9_150);
+        assert_eq!(next.outcomes(50).0.len(), 50);
+        let held = || setup.connect().activity().iter().map(|a| a.queued + a.in_flight_rows).sum::<u64>();
+        wait("nothing is left of them", held, |n| *n == 0);
+    }
+}
+
+/// What has begun to come counts, and what was taken is not kept.
+#[test]
+fn frames_that_come_at_the_same_time_have_no_more_memory() {
+    let provider = provider(Config::default());
+    let setup = Setup::new(MEMORY);
+    let mut clients: Vec<Client> = (0..40).map(|n| setup.client(&provider, |s| s.role = n)).collect();
+    for client in &mut clients {
+        client.activity();
+    }
+    // All but the last byte of each.
+    let frames: Vec<Vec<u8>> = (0..40)
+        .map(|n| large(n * 1_000, 2 * FRAME))
+        .map(|mut f| {
+            f.pop();
+            f
+        })
+        .collect();
+    let written = pour(&mut clients, &frames);
+    println!("{} of {} MiB were taken", written >> 20, frames.iter().map(Vec::len).sum::<usize>() >> 20);
+    assert!(written <= MEMORY + 2 * FRAME + clients.len() * BESIDE, "{written}");
+}
