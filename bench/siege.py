@@ -13,13 +13,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from cases import Goal
-from lab import GATEWAY, JOB, ROOT, Cluster, Memory, Provider, Session, Watch
+from lab import GATEWAY, ROOT, Cluster, Memory, Provider, Session, Watch
 from tickets import LABELS
 
 SECONDS = 6  # an attack, and what is healthy alone
 SESSIONS = 4
 FILES = 1_024  # as many Linux gives by default
-MEMORY_MIB = 64  # llm_batch.gateway_memory
+MEMORY_MIB = 32  # llm_batch.gateway_memory
 MOST_MIB = MEMORY_MIB + 64
 HEALTHY_MS = 150
 MODELS = 6
@@ -32,10 +32,28 @@ Seen = tuple[str, list[Goal]]
 # Prepares, yields, attacks, yields, ends it and tells.
 Attack = Callable[["Siege"], Generator[None, None, Seen]]
 
-# Lines that make no load: each is a test.
+# What makes no load is looked at by a test of pgrx-tests/tests: its file and name.
 TESTED = {
-    "a domain's CHECK as bait": ("rights.rs", "domain"),
+    "a domain's CHECK as bait": "planted literals_are_read_as_the_owner",
+    "other code that a role has planted": "planted a_superuser_fills_a_minefield",
+    "the table's owner changes, a partition is another's": "rights a_superuser_fills_no_table_of_another_role",
+    "a server is renamed or dropped": "rights owners_and_servers_that_go",
+    "default_model of a caller": "rights whose_default_model_it_is",
+    "REVOKE, a changed mapping or model between two FETCHes": "batch what_changes_between_two_fetches",
+    "a setting that a policy reads between two FETCHes": "batch rows_of_the_session_as_it_is",
+    "row security changes while a job runs": "rights row_security_that_changes_in_the_middle",
+    "the owner may not log in any more": "rights an_owner_that_loses_usage_or_login_in_the_middle",
+    "a view that asks a model": "errors functions_that_ask_while_a_job_reads",
+    "numbers that are none, in options": "errors names_and_options",
+    "FETCH BACKWARD": "batch a_cursor_goes_back",
+    "volatile functions below the node": "batch what_reading_does_is_not_done_for_rows_that_nobody_takes",
 }
+
+
+def _untested() -> list[str]:
+    """Those of TESTED whose test is not there."""
+    tests = {path.stem: path.read_text() for path in (ROOT / "pgrx-tests/tests").glob("*.rs")}
+    return [what for what, test in TESTED.items() if f"\nfn {test.split()[1]}(" not in tests.get(test.split()[0], "")]
 
 
 class Healthy:
@@ -81,8 +99,9 @@ class Healthy:
 class Siege:
     """A cluster with what is healthy, and a server that is in bad hands. `mallory` has USAGE on that and no other right."""
 
-    def __init__(self, cluster: Cluster, bad: Provider) -> None:
-        self.cluster, self.bad = cluster, bad
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.bad: Provider  # each attack has its own, of which nothing is known
         self.next_row = 200_000
         self.tables = 0
         self.samples: list[tuple[float, int, float, int]] = []  # when, rows of the job, MiB and files of the gateway
@@ -107,7 +126,7 @@ class Siege:
             SELECT llm_batch.alter_model('fake', max_concurrent_requests => 2);
             SELECT llm_batch.create_model('calls', server => 'fake', model => 'calls');
             {calls}
-            CREATE SERVER bad FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'openai', base_url '{self.bad.base_url}');
+            CREATE SERVER bad FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'openai', base_url 'http://localhost:1/v1');
             CREATE ROLE mallory LOGIN; GRANT USAGE ON FOREIGN SERVER bad TO mallory; GRANT CREATE ON SCHEMA public TO mallory""")
         self.mallory(f"""{models}
             SELECT llm_batch.create_model('good', server => 'bad', model => 'good');
@@ -168,7 +187,7 @@ class Siege:
         return self.cluster.progress(job)
 
 
-def _many(faults: dict[str, float], models: int, rows_a_request: int, rows: int = 300) -> Attack:
+def _many(faults: dict[str, float], models: int, rows_a_request: int, rows: int = 3_000) -> Attack:
     """Jobs of so many models whose requests meet these faults; none of their rows gets a wrong label."""
 
     def attack(s: Siege) -> Generator[None, None, Seen]:
@@ -176,8 +195,9 @@ def _many(faults: dict[str, float], models: int, rows_a_request: int, rows: int 
         tables = [s.table(rows) for _ in range(models)]
         s.bad.reset()
         yield
-        s.bad.control(faults=faults)
+        # backfill() asks whether the model answers.
         jobs = [s.backfill(table, f"bad{n}", rows_a_request) for n, table in enumerate(tables)]
+        s.bad.control(faults=faults)
         yield
         met = sum(s.bad.totals()["faults"].values())
         gone = s.cancel(jobs)
@@ -203,22 +223,26 @@ def silent(s: Siege) -> Generator[None, None, Seen]:
     return f"{under_way} requests hang, activity shows {seen} models in {ms:.0f} ms", [Goal("models at work", seen, least=MODELS)]
 
 
-def large_texts(s: Siege) -> Generator[None, None, Seen]:
-    """All that the gateway may hold of one role's texts, and nobody answers."""
-    s.answered(1)
-    table = s.table(500, "repeat('All work and no play. ', 900)")
-    query = f"SELECT count(label) FROM llm_classify_batch('SELECT id, body FROM {table}', 'bad0')"
-    sessions = [Session(s.cluster, "mallory") for _ in range(12)]
-    yield
-    s.bad.control(hold=True)
-    for session in sessions:
-        session.send(query)
-    yield
-    pids = s.cluster.sql("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'mallory'")
-    s.bad.control(hold=False)
-    for session in sessions:
-        session.close()
-    return f"{pids} sessions that hand over 8 MiB each", []
+def _texts(sessions: int, rows: int, body: str, options: str) -> Attack:
+    """Sessions that hand over as many texts as they may, and nobody answers."""
+
+    def attack(s: Siege) -> Generator[None, None, Seen]:
+        s.answered(1)
+        table = s.table(rows, body)
+        query = f"SELECT count(label) FROM llm_classify_batch('SELECT id, body FROM {table}', 'bad0', options => '{options}')"
+        asking = [Session(s.cluster, "mallory") for _ in range(sessions)]
+        yield
+        s.bad.control(hold=True)
+        for session in asking:
+            session.send(query)
+        yield
+        s.cluster.sql("SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE usename = 'mallory'")
+        s.bad.control(hold=False)
+        for session in asking:
+            session.close()
+        return f"{sessions} sessions", []
+
+    return attack
 
 
 def twice(s: Siege) -> Generator[None, None, Seen]:
@@ -247,8 +271,8 @@ def absurd_limits(s: Siege) -> Generator[None, None, Seen]:
     table = s.table(2_000)
     yield
     raw = {f"Raw:HTTP/1.1 {status} X\r\n{ABSURD}content-length: 2\r\n\r\n{{}}": rate for status, rate in [(500, 0.3), (429, 0.2)]}
-    s.bad.control(faults=raw | {"TooLarge429": 0.2})
     job = s.backfill(table, "bad0", 20)
+    s.bad.control(faults=raw | {"TooLarge429": 0.2})
     yield
     s.bad.control(faults={})
     progress = s.wait(job, 120)
@@ -262,8 +286,8 @@ def no_wait(s: Siege) -> Generator[None, None, Seen]:
     s.bad.reset()
     yield
     began = time.monotonic()
-    s.bad.control(faults={NO_WAIT: 1.0})
     job = s.backfill(table, "bad0", 1)
+    s.bad.control(faults={NO_WAIT: 1.0})
     yield
     requests, seconds = s.bad.totals()["requests"], time.monotonic() - began
     s.cancel([job])
@@ -275,8 +299,9 @@ def paid_refusals(s: Siege) -> Generator[None, None, Seen]:
     table = s.table(2_000)
     s.bad.reset()
     yield
-    s.bad.control(faults={'Status:200:{"error": {"message": "Rate limit exceeded", "code": 429}}': 1.0})
     job = s.backfill(table, "bad0", 1)
+    s.bad.reset()
+    s.bad.control(faults={'Status:200:{"error": {"message": "Rate limit exceeded", "code": 429}}': 1.0})
     yield
     s.until("it pauses", lambda: s.cluster.progress(job)["status"] == "paused", 120)
     requests = s.bad.totals()["requests"]
@@ -362,7 +387,9 @@ ATTACKS: dict[str, Attack] = {
     "half of the usage": _bills("PromptUsage"),
     "cancel() while requests hang": cancels,
     "three sessions with 450 calls": greedy,
-    "large texts, and no answer": large_texts,
+    "4 MiB of texts of each of 30 sessions": _texts(30, 500, "repeat('All work and no play. ', 900)", "{}"),
+    "the same with a budget": _texts(30, 500, "repeat('All work and no play. ', 900)", '{"max_cost": 1}'),
+    "texts whose tokens take long to count": _texts(4, 64, "repeat('a', 900000)", "{}"),
 }
 
 
@@ -372,40 +399,54 @@ def siege(only: str = "") -> tuple[dict, list[Goal]]:
     conf = f"max_worker_processes = 32\nllm_batch.max_job_workers = 16\nllm_batch.gateway_memory = {MEMORY_MIB}MB"
     with ExitStack() as stack:
         good = stack.enter_context(Provider(["--base-ms", str(HEALTHY_MS)]))
-        bad = stack.enter_context(Provider(["--base-ms", "20"]))
         cluster = stack.enter_context(Cluster(good, 20, None, conf, FILES))
         cluster.fill(min(150_000, 20_000 + 12_000 * len(chosen)))
-        s = Siege(cluster, bad)
+        s = Siege(cluster)
         stack.callback(s.healthy.stop)
         with Watch(0.1, s.look):
             time.sleep(3)  # what is learnt of the healthy models
-            lines = [_line(s, name, attack) for name, attack in chosen.items()]
+            lines = []
+            for name, attack in chosen.items():
+                with Provider(["--base-ms", "50"]) as s.bad:
+                    cluster.sql(f"ALTER SERVER bad OPTIONS (SET base_url '{s.bad.base_url}')")
+                    lines.append(_line(s, name, attack))
             alone = (time.monotonic(), time.monotonic() + SECONDS)
             time.sleep(SECONDS)
         job = cluster.progress(s.job)
         wrong = cluster.lost_and_wrong()[1]
-    for line, after in zip(lines, [line["alone"] for line in lines[1:]] + [alone]):
-        line["ratios"] = _ratios(s, [line.pop("alone"), after], line.pop("window"))
+    afters = [line["alone"] for line in lines[1:]] + [alone]
+    for line, after in zip(lines, afters):
+        before, window = line.pop("alone"), line.pop("window")
+        line["ratios"] = _ratios(s, [before, after], window) if window[0] < window[1] else None
     return _result(s, lines, job, wrong)
 
 
 def _line(s: Siege, name: str, attack: Attack) -> dict:
+    """Carries out an attack. `goals` and `windows` are for what is worked out at the end."""
     running = attack(s)
-    next(running)
-    alone = time.monotonic()
-    time.sleep(SECONDS)
-    began = time.monotonic()
-    next(running)
-    time.sleep(max(0, began + SECONDS - time.monotonic()))
-    ended = time.monotonic()
+    alone = began = ended = time.monotonic()
     try:
         next(running)
-        raise RuntimeError("an attack does not end")
-    except StopIteration as end:
-        seen, goals = end.value
-    s.bad.control(faults={})
+        alone = time.monotonic()
+        time.sleep(SECONDS)
+        began = time.monotonic()
+        next(running)
+        time.sleep(max(0, began + SECONDS - time.monotonic()))
+        ended = time.monotonic()
+        seen, goals = _end(running)
+    except RuntimeError as error:
+        seen, goals = f"failed: {str(error).splitlines()[0]}", [Goal("was carried out", 0, least=1)]
+    s.mallory("SELECT llm_batch.cancel(job_id) FROM llm_batch.progress WHERE status NOT IN ('done', 'failed', 'cancelled')")
     print(f"  {name}: {seen}", *(f"\n    {goal}" for goal in goals), flush=True)
     return {"attack": name, "seen": seen, "goals": goals, "alone": (alone, began), "window": (began, ended)}
+
+
+def _end(running: Generator[None, None, Seen]) -> Seen:
+    try:
+        next(running)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("an attack has two parts")
 
 
 def _ratios(s: Siege, alone: list[tuple[float, float]], window: tuple[float, float]) -> dict:
@@ -413,6 +454,7 @@ def _ratios(s: Siege, alone: list[tuple[float, float]], window: tuple[float, flo
         inside = [sample for sample in s.samples if a <= sample[0] <= b]
         return (inside[-1][1] - inside[0][1]) / (inside[-1][0] - inside[0][0])
 
+    alone = [(a, b) for a, b in alone if b - a > SECONDS / 2]
     p50, p95 = s.healthy.times(alone)
     p50_now, p95_now = s.healthy.times([window])
     pss, files = (max(sample[n] for sample in s.samples if window[0] <= sample[0] <= window[1]) for n in (2, 3))
@@ -427,6 +469,10 @@ def _result(s: Siege, lines: list[dict], job: dict, wrong: int) -> tuple[dict, l
     table, goals = [titles], []
     for line in lines:
         r, name = line["ratios"], line["attack"]
+        goals += [Goal(f"{name}: {goal.what}", goal.value, goal.least, goal.most) for goal in line.pop("goals")]
+        if not r:
+            table.append([name, *[""] * 8, line["seen"]])
+            continue
         cells = [name]
         for key, ratio, digits in [("p50_ms", "p50", 0), ("p95_ms", "p95", 0), ("rows_per_second", "pace", 0)]:
             cells += [", ".join(f"{value:.{digits}f}" for value in r[key]), f"{r[ratio]:.2f}"]
@@ -435,9 +481,10 @@ def _result(s: Siege, lines: list[dict], job: dict, wrong: int) -> tuple[dict, l
                   Goal(f"{name}: the job's pace, alone / attacked", r["pace"], most=1.5),
                   Goal(f"{name}: gateway PSS MiB", r["pss_mib"], most=MOST_MIB),
                   Goal(f"{name}: files", r["files"], most=0.8 * s.files)]
-        goals += [Goal(f"{name}: {goal.what}", goal.value, goal.least, goal.most) for goal in line.pop("goals")]
     goals += [Goal("healthy calls that failed", len(s.healthy.failed), most=0), Goal("wrong labels of the healthy job", wrong, most=0),
+              Goal("lines without load that have no test", len(_untested()), most=0),
               Goal("the healthy job is still running", float(job["status"] == "running"), least=1)]
+    table += [[what, *[""] * 8, test.replace(" ", ".rs: ")] for what, test in TESTED.items()]
     result = {"gateway_memory_mib": MEMORY_MIB, "files_limit": s.files, "healthy_calls": len(s.healthy.calls),
               "failed": s.healthy.failed[:5], "load": os.getloadavg()[0], "lines": lines, "table": table}
     return result, goals
