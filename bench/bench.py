@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="exit with 1 if a goal is not met")
     parser.add_argument("--no-build", action="store_true", help="take the extension and the provider that are installed")
     parser.add_argument("--rows", type=int, help=f"rows of one, {', '.join(WITH_ROWS)}")
-    parser.add_argument("--attack", default="", help="of siege: those whose names have these words")
+    parser.add_argument("--attack", default="", help="of siege: those in whose names this expression is found")
     parser.add_argument("--tokens-per-minute", type=int, default=500_000)
     one = parser.add_argument_group("one")
     one.add_argument("--client", choices=["extension", "naive", "asyncio"], default="extension")

@@ -5,6 +5,7 @@ after it the same is looked at alone.
 """
 
 import os
+import re
 import statistics
 import threading
 import time
@@ -322,7 +323,8 @@ def _bills(fault: str) -> Attack:
         totals = s.bad.totals()
         billed = (totals["prompt_tokens"] + 4 * totals["completion_tokens"]) / 1e6
         counted = float(p["cost"]) + float(p["cost_unconfirmed"])
-        output = p["output_tokens"] + p["tokens_unconfirmed"]
+        unconfirmed = s.cluster.sql(f"SELECT tokens_unconfirmed FROM llm_batch.job_state WHERE job_id = {job}")
+        output = p["output_tokens"] + int(unconfirmed)
         return (f"{p['rows_done']} of 2,000 rows, $ {billed:.4f} billed, {counted:.4f} counted, {float(p['cost_unconfirmed']):.4f} of it unconfirmed",
                 [Goal("rows done", p["rows_done"], least=2_000), Goal("rows skipped", p["rows_skipped"], most=0),
                  Goal("counted / billed", counted / billed, least=1, most=3), Goal("answers' tokens", output, least=1)])
@@ -394,8 +396,8 @@ ATTACKS: dict[str, Attack] = {
 
 
 def siege(only: str = "") -> tuple[dict, list[Goal]]:
-    """Attacks one after the other; `only` those whose names have these words."""
-    chosen = {name: attack for name, attack in ATTACKS.items() if only in name}
+    """Attacks one after the other; `only` those in whose names this expression is found."""
+    chosen = {name: attack for name, attack in ATTACKS.items() if re.search(only, name)}
     conf = f"max_worker_processes = 32\nllm_batch.max_job_workers = 16\nllm_batch.gateway_memory = {MEMORY_MIB}MB"
     with ExitStack() as stack:
         good = stack.enter_context(Provider(["--base-ms", str(HEALTHY_MS)]))

@@ -284,9 +284,9 @@ fn large_tasks_leave_room_for_others() {
     let _alone = alone();
     let provider = provider(Config::default());
     let setup = Setup::new(4 << 20);
-    let open = |n: u64| {
+    let open = |n: u64, by: u32| {
         let mut client = setup.client(&provider, |s| {
-            role(1)(s);
+            role(by)(s);
             s.model.max_request_tokens = MAX_REQUEST_TOKENS;
             if let Spec::Classify(task) = &mut s.task.spec {
                 task.instruction = format!("{n} {}", "Tickets of a web shop. ".repeat(10_000));
@@ -302,7 +302,7 @@ fn large_tasks_leave_room_for_others() {
     provider.hold();
     let mut busy: Vec<Client> = Vec::new();
     let full = loop {
-        let mut client = open(busy.len() as u64);
+        let mut client = open(busy.len() as u64, 1);
         match client.hear("the activity or a refusal") {
             Some(FromGateway::Activity(_)) => busy.push(client),
             Some(FromGateway::Full(full)) => break full,
@@ -311,7 +311,11 @@ fn large_tasks_leave_room_for_others() {
         assert!(busy.len() < 20, "there is no bound");
     };
     println!("{} streams, {full:?}", busy.len());
-    assert!(busy.len() > 1 && full == Full::Memory(4 << 20), "{full:?}");
+    // Of a role they have three quarters of it.
+    assert!(busy.len() > 1 && full == Full::Memory(3 << 20), "{full:?}");
+    let mut other = open(200, 2);
+    assert!(matches!(other.hear("the activity"), Some(FromGateway::Activity(_))));
+    busy.push(other);
     provider.release();
     for client in &mut busy {
         assert_eq!(client.outcomes(1).0.len(), 1);
@@ -319,7 +323,7 @@ fn large_tasks_leave_room_for_others() {
     wait(
         "one gives way",
         || {
-            let mut client = open(100);
+            let mut client = open(100, 1);
             !matches!(client.hear("an answer"), Some(FromGateway::Full(_)))
         },
         |is_in| *is_in,

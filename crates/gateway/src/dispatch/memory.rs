@@ -1,4 +1,4 @@
-//! Memory for texts that wait. Nobody's share of it is another's.
+//! Memory for texts that wait, and as much for what is asked of them. Nobody's share of it is another's.
 
 use std::collections::HashMap;
 use std::mem;
@@ -32,6 +32,17 @@ impl State {
         let shares = self.shares();
         let of_account = account.and_then(|account| shares.accounts.get(&account)).copied();
         of_account.unwrap_or(0) >= memory / 2 || shares.roles.get(&role).copied().unwrap_or(0) >= memory / 4 * 3
+    }
+
+    /// What is asked has as many bytes as it may: those of all, or those of a role, and which.
+    pub(super) fn too_large_tasks(&self, role: u32) -> Option<(usize, bool)> {
+        let (memory, of_a_role) = (self.settings.memory, self.settings.memory / 4 * 3);
+        let (mut all, mut of_role) = (0, 0);
+        for (_, group) in self.groups.iter() {
+            all += group.bytes;
+            of_role += if group.stream.role == role { group.bytes } else { 0 };
+        }
+        (of_role > of_a_role).then_some((of_a_role, true)).or((all > memory).then_some((memory, false)))
     }
 
     fn shares(&mut self) -> &Shares {

@@ -360,10 +360,13 @@ impl State {
 
     /// Why there is no place for the stream of a session. Those that are idle give way.
     fn full(&mut self, now: u64, conn: u64, role: u32) -> Option<Full> {
-        while self.groups.iter().map(|(_, g)| g.bytes).sum::<usize>() > self.settings.memory {
-            let idle = self.conns.iter().filter(|(id, c)| **id != conn && c.session().is_some() && c.gives_way(now));
-            let Some(idlest) = idle.min_by_key(|(_, c)| c.came).map(|(id, _)| *id) else {
-                return Some(Full::Memory(self.settings.memory));
+        while let Some((most, is_role)) = self.too_large_tasks(role) {
+            let is_other = |stream: &Stream| !is_role || stream.role == role;
+            let sessions = self.conns.iter().filter(|(id, c)| **id != conn && c.session().is_some_and(is_other));
+            let Some(idlest) =
+                sessions.filter(|(_, c)| c.gives_way(now)).min_by_key(|(_, c)| c.came).map(|(id, _)| *id)
+            else {
+                return Some(Full::Memory(most));
             };
             self.hang_up(now, idlest);
         }
