@@ -15,6 +15,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import columns
+import dialects
+import embeddings
+import routes
 import siege
 import special
 from cases import COLUMNS, Case, Goal, goals, row, run
@@ -57,7 +60,8 @@ def cases_of(size: str) -> list[Case]:
 STANDARD = ["one-pass", "objects", "texts", "faults", "texts-throughput", "nulls"]
 # What is in the file of numbers alone.
 HIDDEN = ("samples", "lines")
-WITH_ROWS = [*STANDARD, "throughput", "million"]
+WITH_ROWS = [*STANDARD, "throughput", "million", "embeddings"]
+WITH_MINUTES = ["dialects", "routes"]
 # Name, seconds it takes, function.
 SPECIALS: dict[str, tuple[float, Callable[..., special.Result]]] = {
     "one-pass": (30, columns.one_pass),
@@ -69,6 +73,9 @@ SPECIALS: dict[str, tuple[float, Callable[..., special.Result]]] = {
     "nulls": (60, columns.nulls),
     "nulls-million": (400, lambda: columns.nulls(1_000_000)),
     "million": (60, special.million),
+    "dialects": (160, dialects.dialects),
+    "routes": (280, routes.routes),
+    "embeddings": (80, embeddings.embeddings),
     "barrier": (30, special.barrier),
     "sql": (60, special.sql),
     "burst": (320, lambda: special.burst(60)),
@@ -89,6 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--no-build", action="store_true", help="take the extension and the provider that are installed")
     parser.add_argument("--rows", type=int, help=f"rows of one, {', '.join(WITH_ROWS)}")
     parser.add_argument("--attack", default="", help="of siege: those in whose names this expression is found")
+    parser.add_argument("--minutes", type=float, help=f"how long limits are used: {', '.join(WITH_MINUTES)}")
     parser.add_argument("--tokens-per-minute", type=int, default=500_000)
     one = parser.add_argument_group("one")
     one.add_argument("--client", choices=["extension", "naive", "asyncio"], default="extension")
@@ -233,8 +241,8 @@ def main() -> int:
         for case in cases:
             report.add_case(case)
         for name, (_, measure) in specials.items():
-            with_rows = args.rows and name in WITH_ROWS
-            report.add_special(name, (lambda f=measure: f(args.rows)) if with_rows else measure)
+            size = args.rows if name in WITH_ROWS else args.minutes if name in WITH_MINUTES else None
+            report.add_special(name, (lambda f=measure, size=size: f(size)) if size else measure)
     except BaseException:  # told to stop: what was measured is kept
         if report.result["cases"] or report.result["special"]:
             report.write()

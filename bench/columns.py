@@ -11,7 +11,7 @@ from pathlib import Path
 
 from cases import LATENCY, PYTHON, Goal
 from fields import DISTINCT, FIELDS, TEXT_INSTRUCTION, TWO_DATES, definitions, lacks, long_ticket, value, words
-from lab import GATEWAY, JOB, ROOT, Cluster, Provider, Watch
+from lab import GATEWAY, JOB, ROOT, Cluster, Provider, Watch, quoted
 from special import Result, job_seconds
 from tickets import INSTRUCTION, ticket
 
@@ -82,10 +82,6 @@ def extractor(cluster: Cluster, name: str, fields: list[str], pack: int | None =
 def generator(cluster: Cluster, name: str, options: dict) -> None:
     cluster.sql(f"SELECT llm_batch.create_generator('{name}', {quoted(TEXT_INSTRUCTION)}, model => 'fake', "
                 f"options => {quoted(json.dumps(options))}::jsonb)")
-
-
-def quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
 
 
 def spent(provider: Provider) -> dict:

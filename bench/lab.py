@@ -1,15 +1,18 @@
 """What a case runs in: a provider and a cluster of its own, and a look at what their processes take."""
 
+import contextlib
 import json
 import os
 import queue
+import socket
 import subprocess
 import threading
 import time
 import urllib.request
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tickets import INSTRUCTION, LABELS, label, ticket
 
@@ -25,6 +28,11 @@ def lib(script: str) -> str:
     return subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True, text=True).stdout
 
 
+def quoted(text: str) -> str:
+    """A literal of SQL."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 class Provider:
     """A fake provider, a process of its own."""
 
@@ -34,7 +42,9 @@ class Provider:
         ready = self.process.stdout.readline()
         if not ready:
             raise RuntimeError(f"the fake provider did not start: {' '.join(command)}")
-        self.base_url: str = json.loads(ready)["base_url"]
+        said = json.loads(ready)
+        self.base_url: str = said["base_url"]
+        self.bases: dict[str, str] = said["bases"]  # by dialect
 
     def __enter__(self) -> "Provider":
         return self
@@ -55,6 +65,10 @@ class Provider:
         asked = [row["asked"] for row in stats.pop("rows").values()]
         return stats | {"rows_asked": len(asked), "rows_asked_again": sum(asked) - len(asked)}
 
+    def asked(self) -> Counter[str]:
+        """How often each row was asked."""
+        return Counter({row: counts["asked"] for row, counts in self._call("/stats")["rows"].items()})
+
     def totals(self) -> dict:
         """Its counts without the rows: cheap, so that it can be asked while something is measured."""
         return self._call("/stats/totals")
@@ -68,6 +82,59 @@ class Provider:
 
     def cpu_ms(self) -> float:
         return _stat(self.process.pid).own_ms
+
+
+class Door:
+    """A way to a provider that can be shut: then connections are refused. Or silenced: they are accepted, and nothing passes."""
+
+    def __init__(self, provider: Provider) -> None:
+        to = urlsplit(provider.base_url)
+        self.to, self.port, self.is_silent = (to.hostname, to.port), 0, False
+        self.ends: list[socket.socket] = []
+        self.open()
+        self.base_url = f"http://127.0.0.1:{self.port}{to.path}"
+
+    def open(self) -> None:
+        """Opens it, if it was shut; if it was silenced, what was on its way then is lost."""
+        self.shut()
+        self.is_silent = False
+        self.listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, args=(self.listener,), daemon=True).start()
+
+    def shut(self) -> None:
+        ends = [*([self.listener] if self.port else []), *self.ends]
+        self.ends.clear()
+        for end in ends:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)  # close() alone ends no call that waits
+            end.close()
+
+    def silence(self) -> None:
+        self.is_silent = True
+
+    def __enter__(self) -> "Door":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shut()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = listener.accept()[0]
+                far = socket.create_connection(self.to)
+                self.ends += [near, far]
+                for way in [(near, far), (far, near)]:
+                    threading.Thread(target=self._pass, args=way, daemon=True).start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                if not self.is_silent:
+                    sink.sendall(data)
+            if not self.is_silent:
+                sink.shutdown(socket.SHUT_WR)
 
 
 class Stat:
@@ -108,7 +175,7 @@ class Memory:
 class Cluster:
     """A throwaway cluster with the extension, and what its processes take."""
 
-    def __init__(self, provider: Provider, rows_per_request: int, tokens_per_minute: int | None, conf: str = "",
+    def __init__(self, provider: "Provider | Door", rows_per_request: int, tokens_per_minute: int | None, conf: str = "",
                  files: int | None = None) -> None:
         """`conf`: lines of postgresql.conf. `files`: how many a process of it may have open."""
         limit = f"ulimit -n {files}; " if files else ""
@@ -161,10 +228,21 @@ class Cluster:
         self.sql("VACUUM ANALYZE ticket")
         self.sql("CHECKPOINT")
 
-    def backfill(self) -> int:
+    def model(self, name: str, base_url: str, api: str = "openai", **settings: int) -> None:
+        """A further model, with a server of its own."""
+        self.sql(f"CREATE SERVER {name} FOREIGN DATA WRAPPER llm_provider OPTIONS (api '{api}', base_url '{base_url}')")
+        more = "".join(f", {setting} => {value}" for setting, value in settings.items())
+        self.sql(f"SELECT llm_batch.create_model('{name}', server => '{name}', model => '{name}'{more})")
+
+    def classifier(self, name: str, model: str, rows_per_request: int) -> None:
+        """The classifier of bench/tickets.py for another model."""
+        options = json.dumps({"max_rows_per_request": rows_per_request})
+        self.sql(f"SELECT llm_batch.create_classifier('{name}', {quoted(json.dumps(LABELS))}::json, '{model}', {quoted(INSTRUCTION)}, "
+                 f"options => '{options}')")
+
+    def backfill(self, table: str = "ticket", target: str = "topic", task: str = "topic") -> int:
         """Starts the job; its id."""
-        call = "SELECT llm_batch.backfill('ticket', input => 'body', target => 'topic', task => 'topic')"
-        return int(self.sql(call))
+        return int(self.sql(f"SELECT llm_batch.backfill('{table}', input => 'body', target => '{target}', task => '{task}')"))
 
     def wait(self, job: int, most_seconds: float) -> None:
         self.sql(f"CALL llm_batch.wait({job}, interval '{most_seconds:.0f} s')")
@@ -172,8 +250,8 @@ class Cluster:
     def progress(self, job: int) -> dict:
         return json.loads(self.sql(f"SELECT to_jsonb(p) FROM llm_batch.progress p WHERE job_id = {job}"))
 
-    def lost_and_wrong(self) -> tuple[int, int]:
-        counts = self.sql("SELECT count(*) FILTER (WHERE topic IS NULL), count(*) FILTER (WHERE topic <> want) FROM ticket")
+    def lost_and_wrong(self, table: str = "ticket") -> tuple[int, int]:
+        counts = self.sql(f"SELECT count(*) FILTER (WHERE topic IS NULL), count(*) FILTER (WHERE topic <> want) FROM {table}")
         lost, wrong = map(int, counts.split("|"))
         return lost, wrong
 

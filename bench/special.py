@@ -63,7 +63,7 @@ def million(rows: int = 1_000_000) -> Result:
         seconds = job_seconds(cluster, job)
 
     # Without the very beginning and end, where the job counts rows and waits for the last answers.
-    first, last = _rate(samples, 0.01 * rows, 0.1 * rows), _rate(samples, 0.9 * rows, 0.99 * rows)
+    first, last = rate(samples, 0.01 * rows, 0.1 * rows), rate(samples, 0.9 * rows, 0.99 * rows)
     memory = {kind: {f"{tenth}. tenth": _most(samples, kind, (tenth - 1) * rows / 10, tenth * rows / 10) for tenth in (1, 5, 10)}
               for kind in (GATEWAY, JOB)}
     claim = plan[0] if plan else ""
@@ -257,7 +257,7 @@ def _at(samples: list[dict], done: float) -> float | None:
     return None
 
 
-def _rate(samples: list[dict], begin: float, end: float) -> float | None:
+def rate(samples: list[dict], begin: float, end: float) -> float | None:
     first, last = _at(samples, begin), _at(samples, end)
     return (end - begin) / (last - first) if first and last else None
 
