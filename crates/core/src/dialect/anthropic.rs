@@ -41,6 +41,11 @@ impl Dialect for Anthropic {
         forms
     }
 
+    /// Keys that a schema does not name are refused.
+    fn has_open_schemas(&self) -> bool {
+        false
+    }
+
     fn url(&self, base: &str, _model: &str, _version: Option<&str>) -> String {
         format!("{base}/messages")
     }
@@ -68,7 +73,6 @@ impl Dialect for Anthropic {
         if let Value::Object(map) = &mut body {
             map.extend(ask.others(&RESERVED));
         }
-        // Any other key than those named is refused in a schema, so one for any key can't be said.
         if let Some(Format::Schema { strict: true, schema }) = ask.format {
             if !body["output_config"].is_object() {
                 body["output_config"] = json!({});

@@ -164,6 +164,11 @@ pub trait Dialect: Sync {
         Forms::default()
     }
 
+    /// Whether a schema can be sent that allows any key.
+    fn has_open_schemas(&self) -> bool {
+        true
+    }
+
     /// The address of a model. `base`: without a slash at its end.
     fn url(&self, base: &str, model: &str, version: Option<&str>) -> String;
 

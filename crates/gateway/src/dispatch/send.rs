@@ -60,8 +60,13 @@ impl Draft {
             Service::Chat | Service::Decisions => numbers.draw(rows.len()),
         };
         let form = learned.form(options);
-        let format =
-            request::format(options.answer_shape, form, &*group.kind, &ids).filter(|_| service == Service::Chat);
+        let is_sent = |format: &Format| match format {
+            Format::Schema { strict: false, .. } => stream.endpoint.api.dialect().has_open_schemas(),
+            _ => true,
+        };
+        let format = request::format(options.answer_shape, form, &*group.kind, &ids)
+            .filter(is_sent)
+            .filter(|_| service == Service::Chat);
         let estimate = group.tokens(rows, format.as_ref());
         let prompt = measured.prompt.apply(estimate.input);
         // Nothing is written.

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use llm_batch_core::dialect::{Api, Sent};
+use llm_batch_core::options::StructuredOutput;
 use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
@@ -361,4 +362,20 @@ fn a_score_that_writes_on_gets_no_larger_cap() {
     let spec = |s: &mut Stream| s.task.spec = llm_batch_core::task::Spec::from_json("score", &task).unwrap();
     let endless = format!("{{{}", "\"4\":4,\"-4\":-4,\"0\":0,".repeat(40));
     gets_more(spec, &[(&endless, false), ("Let me think. ", true), ("{\"", true)]);
+}
+
+/// A schema that a dialect has no words for is not sent, and its tokens are not counted.
+#[test]
+fn a_schema_that_is_not_sent_takes_no_tokens() {
+    let of = |api| {
+        let mut sim = Sim::new(|s| {
+            s.endpoint.api = api;
+            s.task.options.structured_output = StructuredOutput::JsonSchema;
+        });
+        let item = |n| (Item { n, text: format!("row {n}"), isolation: None, again: None }, None);
+        let estimate = sim.state.estimate(sim.conn, (0..20).map(item).collect());
+        (estimate.example.unwrap().contains("schema"), estimate.input_tokens)
+    };
+    let ((is_sent, with), (is_sent_too, without)) = (of(Api::Openai), of(Api::Anthropic));
+    assert!(is_sent && !is_sent_too && with > without + 10, "{with} {without}");
 }
