@@ -12,6 +12,7 @@ CREATE FUNCTION llm_batch.create_model(
     name text, server name, model text,
     tokens_per_minute integer DEFAULT NULL, requests_per_minute integer DEFAULT NULL,
     input_tokens_per_minute integer DEFAULT NULL, output_tokens_per_minute integer DEFAULT NULL,
+    inputs_per_minute integer DEFAULT NULL,
     input_price numeric DEFAULT NULL, output_price numeric DEFAULT NULL, cached_input_price numeric DEFAULT NULL,
     max_concurrent_requests integer DEFAULT NULL, request_timeout interval DEFAULT NULL,
     max_request_tokens integer DEFAULT NULL, parameters jsonb DEFAULT NULL
@@ -24,6 +25,7 @@ CREATE FUNCTION llm_batch.alter_model(
     name text, server name DEFAULT NULL, model text DEFAULT NULL,
     tokens_per_minute integer DEFAULT NULL, requests_per_minute integer DEFAULT NULL,
     input_tokens_per_minute integer DEFAULT NULL, output_tokens_per_minute integer DEFAULT NULL,
+    inputs_per_minute integer DEFAULT NULL,
     input_price numeric DEFAULT NULL, output_price numeric DEFAULT NULL, cached_input_price numeric DEFAULT NULL,
     max_concurrent_requests integer DEFAULT NULL, request_timeout interval DEFAULT NULL,
     max_request_tokens integer DEFAULT NULL, parameters jsonb DEFAULT NULL,

@@ -30,6 +30,7 @@ CREATE TABLE llm_batch.model (
     requests_per_minute     integer,
     input_tokens_per_minute integer,
     output_tokens_per_minute integer,
+    inputs_per_minute       integer,
     input_price             numeric,
     output_price            numeric,
     cached_input_price      numeric,
@@ -50,6 +51,7 @@ COMMENT ON COLUMN llm_batch.model.tokens_per_minute IS 'limit of tokens per minu
 COMMENT ON COLUMN llm_batch.model.requests_per_minute IS 'limit of requests per minute; NULL means no limit';
 COMMENT ON COLUMN llm_batch.model.input_tokens_per_minute IS 'limit of prompt tokens per minute; NULL means no limit';
 COMMENT ON COLUMN llm_batch.model.output_tokens_per_minute IS 'limit of answer tokens per minute; NULL means no limit';
+COMMENT ON COLUMN llm_batch.model.inputs_per_minute IS 'limit of texts per minute, however many of them a request has; NULL means that of the provider where it is known, else no limit';
 COMMENT ON COLUMN llm_batch.model.input_price IS 'dollars per million prompt tokens';
 COMMENT ON COLUMN llm_batch.model.output_price IS 'dollars per million answer tokens';
 COMMENT ON COLUMN llm_batch.model.cached_input_price IS 'dollars per million prompt tokens that the provider had cached; NULL means input_price';

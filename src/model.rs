@@ -37,6 +37,7 @@ pub fn find(name: &str) -> Result<Option<Known>> {
     sql::row(
         "SELECT llm_batch.server_now(m.server, m.server_name, m.home) AS server, m.server_name::pg_catalog.text AS server_name,
                 m.model, m.tokens_per_minute, m.requests_per_minute, m.input_tokens_per_minute, m.output_tokens_per_minute,
+                m.inputs_per_minute,
                 m.max_concurrent_requests, m.max_request_tokens, m.parameters,
                 (EXTRACT(epoch FROM m.request_timeout) OPERATOR(pg_catalog.*) 1000)::pg_catalog.int8 AS request_timeout_ms,
                 m.input_price::pg_catalog.text AS input_price, m.output_price::pg_catalog.text AS output_price,
@@ -69,6 +70,7 @@ pub fn find(name: &str) -> Result<Option<Known>> {
                     requests_per_minute: limit("requests_per_minute")?,
                     input_tokens_per_minute: limit("input_tokens_per_minute")?,
                     output_tokens_per_minute: limit("output_tokens_per_minute")?,
+                    inputs_per_minute: limit("inputs_per_minute")?,
                     max_concurrent_requests: row.maybe::<i32>("max_concurrent_requests")?.map(|n| n.max(1) as u32),
                     request_timeout_ms: row.get::<i64>("request_timeout_ms")?.max(1) as u64,
                     max_request_tokens: row.get::<i32>("max_request_tokens")?.max(1) as u64,
@@ -141,6 +143,7 @@ struct Settings {
     requests_per_minute: Option<i32>,
     input_tokens_per_minute: Option<i32>,
     output_tokens_per_minute: Option<i32>,
+    inputs_per_minute: Option<i32>,
     input_price: Option<AnyNumeric>,
     output_price: Option<AnyNumeric>,
     cached_input_price: Option<AnyNumeric>,
@@ -160,13 +163,14 @@ enum Given<'a> {
 
 impl Settings {
     /// Each setting's column, its default as SQL, and its value.
-    fn table(&self) -> [(&'static str, &'static str, Given<'_>); 11] {
+    fn table(&self) -> [(&'static str, &'static str, Given<'_>); 12] {
         use Given::{Number, Parameters, Price, Timeout};
         [
             ("tokens_per_minute", "NULL", Number(self.tokens_per_minute)),
             ("requests_per_minute", "NULL", Number(self.requests_per_minute)),
             ("input_tokens_per_minute", "NULL", Number(self.input_tokens_per_minute)),
             ("output_tokens_per_minute", "NULL", Number(self.output_tokens_per_minute)),
+            ("inputs_per_minute", "NULL", Number(self.inputs_per_minute)),
             ("input_price", "NULL", Price(self.input_price.as_ref())),
             ("output_price", "NULL", Price(self.output_price.as_ref())),
             ("cached_input_price", "NULL", Price(self.cached_input_price.as_ref())),
@@ -323,6 +327,7 @@ fn create_model(
     requests_per_minute: Option<i32>,
     input_tokens_per_minute: Option<i32>,
     output_tokens_per_minute: Option<i32>,
+    inputs_per_minute: Option<i32>,
     input_price: Option<AnyNumeric>,
     output_price: Option<AnyNumeric>,
     cached_input_price: Option<AnyNumeric>,
@@ -340,6 +345,7 @@ fn create_model(
         requests_per_minute,
         input_tokens_per_minute,
         output_tokens_per_minute,
+        inputs_per_minute,
         input_price,
         output_price,
         cached_input_price,
@@ -399,6 +405,7 @@ fn alter_model(
     requests_per_minute: Option<i32>,
     input_tokens_per_minute: Option<i32>,
     output_tokens_per_minute: Option<i32>,
+    inputs_per_minute: Option<i32>,
     input_price: Option<AnyNumeric>,
     output_price: Option<AnyNumeric>,
     cached_input_price: Option<AnyNumeric>,
@@ -416,6 +423,7 @@ fn alter_model(
         requests_per_minute,
         input_tokens_per_minute,
         output_tokens_per_minute,
+        inputs_per_minute,
         input_price,
         output_price,
         cached_input_price,

@@ -493,6 +493,7 @@ fn names_and_options() {
         ("tokens_per_minute", "0"),
         ("requests_per_minute", "-1"),
         ("input_tokens_per_minute", "0"),
+        ("inputs_per_minute", "0"),
         ("output_tokens_per_minute", "0"),
         ("max_concurrent_requests", "0"),
         ("max_request_tokens", "0"),

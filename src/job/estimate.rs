@@ -3,7 +3,8 @@
 
 use std::ffi::CStr;
 
-use llm_batch_gateway::protocol::{Estimate, FromGateway, Item, Model, ToGateway, most_text};
+use llm_batch_core::limiter::Limits;
+use llm_batch_gateway::protocol::{Estimate, FromGateway, Item, ToGateway, most_text};
 use pgrx::datum::{Interval, JsonB};
 use pgrx::iter::TableIterator;
 use pgrx::name;
@@ -172,12 +173,13 @@ fn cost(price: &Price, input: i64, output: i64) -> Result<Option<AnyNumeric>> {
 }
 
 /// The time that the tightest limit takes.
-fn duration(model: &Model, requests: i64, input: i64, output: i64) -> Option<Interval> {
+fn duration(limits: Limits, inputs: i64, requests: i64, input: i64, output: i64) -> Option<Interval> {
     let limits = [
-        (requests, model.requests_per_minute),
-        (input.saturating_add(output), model.tokens_per_minute),
-        (input, model.input_tokens_per_minute),
-        (output, model.output_tokens_per_minute),
+        (inputs, limits.inputs_per_minute),
+        (requests, limits.requests_per_minute),
+        (input.saturating_add(output), limits.tokens_per_minute),
+        (input, limits.input_tokens_per_minute),
+        (output, limits.output_tokens_per_minute),
     ];
     let minutes = limits.iter().filter_map(|(n, limit)| Some(*n as f64 / (*limit)? as f64)).reduce(f64::max)?;
     Interval::new(0, 0, ((minutes * 60.0).ceil() * 1e6) as i64).ok()
@@ -196,7 +198,7 @@ fn estimated(given: &Given, sample_rows: Option<i32>) -> Result<Estimated> {
     let example = estimate.example.and_then(|text| serde_json::from_str(&text).ok()).map(JsonB);
     let price = asked.model(0).1.cloned().unwrap_or_default();
     let cost = cost(&price, input, output)?;
-    let duration = duration(&asked.stream.model, requests, input, output);
+    let duration = duration(asked.stream.limits(), population.sent, requests, input, output);
     Ok((population.rows, requests, input, output, cost, duration, sample, example))
 }
 

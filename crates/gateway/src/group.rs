@@ -341,7 +341,8 @@ impl Group {
         let most_texts = member.stream.embeddings().map(|(embed, e)| embed.most_rows().min(e.most_texts()));
         let choices = self.kind.choices().zip(member.stream.decisions());
         let most_questions = choices.map(|(choices, d)| decisions::most_rows(choices).min(d.most_questions()));
-        let most = most.min(most_texts.or(most_questions).unwrap_or(most));
+        let most_inputs = member.stream.limits().most_inputs().map(|n| n as usize);
+        let most = [most_texts, most_questions, most_inputs].into_iter().flatten().fold(most, usize::min);
         let takes_fresh = turn_of.takes(0);
         // A row that was not asked before is the best test of whether a model answers at all.
         let fresh_first = takes_fresh && way != Way::AsEver && self.fresh.len() > 0;

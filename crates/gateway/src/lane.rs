@@ -277,6 +277,7 @@ impl Lane {
             tokens_per_minute: said.tokens.limit,
             input_tokens_per_minute: said.input_tokens.limit,
             output_tokens_per_minute: said.output_tokens.limit,
+            inputs_per_minute: None,
         };
         self.stated.serves(now, took, say);
         self.keep_to_limits(now);

@@ -83,6 +83,8 @@ pub struct Model {
     pub input_tokens_per_minute: Option<u64>,
     /// Tokens of answers a minute.
     pub output_tokens_per_minute: Option<u64>,
+    /// Texts a minute, however many of them a request has.
+    pub inputs_per_minute: Option<u64>,
     /// Most requests at the same time.
     pub max_concurrent_requests: Option<u32>,
     /// Time that one request may take, ms.
@@ -91,17 +93,6 @@ pub struct Model {
     pub max_request_tokens: u64,
     /// Further parameters of each request, such as `temperature`.
     pub parameters: Map<String, Value>,
-}
-
-impl Model {
-    pub(crate) fn limits(&self) -> Limits {
-        Limits {
-            requests_per_minute: self.requests_per_minute,
-            tokens_per_minute: self.tokens_per_minute,
-            input_tokens_per_minute: self.input_tokens_per_minute,
-            output_tokens_per_minute: self.output_tokens_per_minute,
-        }
-    }
 }
 
 /// A further model of a stream, and where it is.
@@ -166,6 +157,19 @@ impl Stream {
             Rc::new(Self { endpoint, model, others, policy, task: self.task.clone(), ..**self })
         };
         std::iter::once(first).chain(self.others.iter().cloned()).map(alone).collect()
+    }
+
+    /// The limits of its model.
+    pub fn limits(&self) -> Limits {
+        let model = &self.model;
+        let of_provider = || self.embeddings()?.1.inputs_per_minute(model.requests_per_minute);
+        Limits {
+            requests_per_minute: model.requests_per_minute,
+            tokens_per_minute: model.tokens_per_minute,
+            input_tokens_per_minute: model.input_tokens_per_minute,
+            output_tokens_per_minute: model.output_tokens_per_minute,
+            inputs_per_minute: model.inputs_per_minute.or_else(of_provider),
+        }
     }
 
     /// The embedder and the dialect's embeddings, if vectors are asked for.
@@ -530,6 +534,7 @@ pub(crate) mod tests {
             model: Model {
                 model: "m".into(),
                 requests_per_minute: None,
+                inputs_per_minute: None,
                 tokens_per_minute: None,
                 input_tokens_per_minute: None,
                 output_tokens_per_minute: None,
@@ -545,6 +550,21 @@ pub(crate) mod tests {
                 options: Options::default(),
             },
             budget: None,
+        }
+    }
+
+    #[test]
+    fn texts_a_minute_are_those_of_the_provider_unless_the_user_says() {
+        let mut s = stream();
+        s.model.requests_per_minute = Some(100);
+        for (api, want) in [(Api::Openai, None), (Api::Cohere, Some(2_000)), (Api::Gemini, Some(100))] {
+            s.endpoint.api = api;
+            s.task.spec = Spec::from_json("classify", &serde_json::json!({"labels": ["a", "b"]})).unwrap();
+            assert_eq!(s.limits().inputs_per_minute, None, "{api:?}");
+            s.task.spec = Spec::from_json("embed", &serde_json::json!({"dimensions": 3})).unwrap();
+            assert_eq!(s.limits().inputs_per_minute, want, "{api:?}");
+            let model = Model { inputs_per_minute: Some(7), ..s.model.clone() };
+            assert_eq!(Stream { model, ..s.clone() }.limits().inputs_per_minute, Some(7), "{api:?}");
         }
     }
 

@@ -142,6 +142,8 @@ fn embedders() -> impl Iterator<Item = Api> {
 fn embeds(stream: &mut Stream) {
     stream.task.spec = Spec::from_json("embed", &json!({"dimensions": DIMENSIONS})).unwrap();
     (stream.task.options.max_rows_per_request, stream.task.options.max_attempts) = (500, 10);
+    // Some providers take few texts a minute.
+    stream.model.inputs_per_minute = Some(10_000_000);
 }
 
 /// Each text gets its own vector, in requests as large as the provider takes, and the accounts are the provider's.

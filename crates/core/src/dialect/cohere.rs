@@ -96,6 +96,11 @@ impl Embeddings for Cohere {
         128_000
     }
 
+    /// Of a key that is paid for.
+    fn inputs_per_minute(&self, _requests_per_minute: Option<u64>) -> Option<u64> {
+        Some(2_000)
+    }
+
     fn body(&self, texts: &Texts) -> Value {
         texts.body([
             ("model", texts.model.into()),

@@ -21,6 +21,12 @@ pub trait Embeddings: Sync {
     /// Most tokens of a request to a model, all texts together.
     fn most_tokens(&self, model: &str) -> u64;
 
+    /// Most texts a minute that the provider takes, unless the user says how many; by the limit of requests that the model
+    /// has.
+    fn inputs_per_minute(&self, _requests_per_minute: Option<u64>) -> Option<u64> {
+        None
+    }
+
     /// The body of a request.
     fn body(&self, texts: &Texts) -> Value;
 

@@ -149,6 +149,11 @@ impl Embeddings for Gemini {
         200_000
     }
 
+    /// Each text counts as a request.
+    fn inputs_per_minute(&self, requests_per_minute: Option<u64>) -> Option<u64> {
+        requests_per_minute
+    }
+
     /// Each text is a request, with all that is said of vectors.
     fn body(&self, texts: &Texts) -> Value {
         let of = |text: &String| {

@@ -36,6 +36,8 @@ pub struct Limits {
     pub input_tokens_per_minute: Option<u64>,
     /// Tokens of answers a minute.
     pub output_tokens_per_minute: Option<u64>,
+    /// Inputs a minute: texts, however many of them a request has.
+    pub inputs_per_minute: Option<u64>,
 }
 
 impl Limits {
@@ -47,22 +49,30 @@ impl Limits {
             tokens_per_minute: min(self.tokens_per_minute, other.tokens_per_minute),
             input_tokens_per_minute: min(self.input_tokens_per_minute, other.input_tokens_per_minute),
             output_tokens_per_minute: min(self.output_tokens_per_minute, other.output_tokens_per_minute),
+            inputs_per_minute: min(self.inputs_per_minute, other.inputs_per_minute),
         }
     }
 
     fn caps(self) -> Caps {
-        [self.requests_per_minute, self.tokens_per_minute, self.input_tokens_per_minute, self.output_tokens_per_minute]
+        [
+            self.requests_per_minute,
+            self.tokens_per_minute,
+            self.input_tokens_per_minute,
+            self.output_tokens_per_minute,
+            self.inputs_per_minute,
+        ]
     }
 
     /// Length (ms) of the shorter window: a whole part of a minute, or a minute could overlap one window more than it is
     /// entitled to.
     fn short_window(self) -> u64 {
-        let [requests, tokens, input, output] = self.caps();
+        let [requests, tokens, input, output, inputs] = self.caps();
         [
             (tokens, TOKENS_PER_WINDOW),
             (input, TOKENS_PER_WINDOW),
             (output, OUTPUT_TOKENS_PER_WINDOW),
             (requests, REQUESTS_PER_WINDOW),
+            (inputs, INPUTS_PER_WINDOW),
         ]
         .into_iter()
         .filter_map(|(limit, want)| limit.map(|l| MINUTE / (l / want).clamp(1, MINUTE / SHORTEST)))
@@ -77,24 +87,46 @@ impl Limits {
 
     /// Most tokens one request may take, prompt and answer together, if there is a limit.
     pub fn largest_request(self) -> Option<u64> {
-        let [_, tokens, input, _] = self.caps_of(self.short_window());
+        let [_, tokens, input, ..] = self.caps_of(self.short_window());
         tokens.into_iter().chain(input).min()
     }
 
+    /// Most inputs that one request may have, if there is a limit.
+    pub fn most_inputs(self) -> Option<u64> {
+        let [.., inputs] = self.caps_of(self.short_window());
+        inputs
+    }
+
     /// Returns true if the limits ever allow a request of this size.
-    pub fn admit(self, tokens: Tokens) -> bool {
+    pub fn admit(self, size: Size) -> bool {
         let caps = self.caps_of(self.short_window());
-        caps.iter().zip(amounts(1, tokens)).all(|(cap, want)| cap.is_none_or(|cap| want <= cap))
+        caps.iter().zip(amounts(size)).all(|(cap, want)| cap.is_none_or(|cap| want <= cap))
     }
 }
 
-/// The size of a request, tokens.
+/// The tokens of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Tokens {
     /// Tokens of its prompt.
     pub input: u64,
     /// Tokens of its answer.
     pub output: u64,
+}
+
+/// The size of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Size {
+    /// Its tokens.
+    pub tokens: Tokens,
+    /// Its inputs.
+    pub inputs: u64,
+}
+
+/// A request of a single input.
+impl From<Tokens> for Size {
+    fn from(tokens: Tokens) -> Self {
+        Self { tokens, inputs: 1 }
+    }
 }
 
 /// The rest of its limits that a provider reports.
@@ -110,13 +142,14 @@ pub struct Left {
     pub output_tokens: Option<u64>,
 }
 
-/// Kinds of amounts: requests, tokens, tokens of prompts, tokens of answers.
-const KINDS: usize = 4;
+/// Kinds of amounts: requests, tokens, tokens of prompts, tokens of answers, inputs.
+const KINDS: usize = 5;
 type Amounts = [u64; KINDS];
 type Caps = [Option<u64>; KINDS];
 
-fn amounts(requests: u64, tokens: Tokens) -> Amounts {
-    [requests, tokens.input + tokens.output, tokens.input, tokens.output]
+/// The amounts of one request.
+fn amounts(Size { tokens, inputs }: Size) -> Amounts {
+    [1, tokens.input + tokens.output, tokens.input, tokens.output, inputs]
 }
 
 /// The class of a request.
@@ -148,7 +181,7 @@ pub enum Refusal {
 #[must_use = "a reservation that is not settled counts in full"]
 pub struct Grant {
     slot: u64,
-    tokens: Tokens,
+    size: Size,
     /// When (ms) it was sent.
     at: u64,
     /// Our own estimate of the rest at that time.
@@ -167,6 +200,8 @@ const TOKENS_PER_WINDOW: u64 = 48_000;
 const OUTPUT_TOKENS_PER_WINDOW: u64 = 8_000;
 /// The same for requests.
 const REQUESTS_PER_WINDOW: u64 = 16;
+/// The same for inputs, of which a request may have a hundred.
+const INPUTS_PER_WINDOW: u64 = 1_600;
 /// By how much our windows are longer than the provider's, ms: the short one and the minute. Requests take that much
 /// more or less time to get there. The short one has a tenth of a minute's: over a minute it comes to as much.
 const SLACK: (u64, u64) = (60, 250);
@@ -261,13 +296,13 @@ impl Limiter {
 
     /// The reservation of a request that is larger than the reported limits, as a trial: a part of them.
     pub fn trial(&self, tokens: Tokens) -> Tokens {
-        let [_, all, input, output] = self.windows[0].caps.map(|cap| cap.map_or(u64::MAX, |cap| cap / TRIAL));
+        let [_, all, input, output, _] = self.windows[0].caps.map(|cap| cap.map_or(u64::MAX, |cap| cap / TRIAL));
         Tokens { input: tokens.input.min(input).min(all / 2), output: tokens.output.min(output).min(all / 2) }
     }
 
     /// Most tokens one answer may have, if there is a limit for answers.
     pub fn largest_answer(&self) -> Option<u64> {
-        let [.., output] = self.windows[0].caps;
+        let [_, _, _, output, _] = self.windows[0].caps;
         output
     }
 
@@ -277,13 +312,14 @@ impl Limiter {
         Some(self.blocked_until.max(paced)).filter(|at| *at > now)
     }
 
-    /// Asks to send one request of so many tokens at `now` (ms). `part`: 1, or less for one that was cut to that part
+    /// Asks to send one request of this size at `now` (ms). `part`: 1, or less for one that was cut to that part
     /// because the refusal of the whole proposed it.
     ///
     /// # Errors
     /// When it may not be sent now; see [`Refusal`].
-    pub fn reserve(&mut self, now: u64, tokens: Tokens, class: Class, part: f64) -> Result<Grant, Refusal> {
-        let want = amounts(1, tokens);
+    pub fn reserve(&mut self, now: u64, size: impl Into<Size>, class: Class, part: f64) -> Result<Grant, Refusal> {
+        let size = size.into();
+        let want = amounts(size);
         if self.windows[0].caps.iter().zip(want).any(|(cap, want)| cap.is_some_and(|cap| want > cap)) {
             return Err(Refusal::TooLarge);
         }
@@ -321,7 +357,7 @@ impl Limiter {
         if steady.is_some() {
             self.burst.goes(now);
         }
-        let grant = self.count(now, tokens, false);
+        let grant = self.count(now, size, false);
         Ok(Grant { beyond: self.burst.is_beyond(now, &self.windows[1]), ..grant })
     }
 
@@ -414,8 +450,8 @@ impl Limiter {
         }
     }
 
-    fn count(&mut self, now: u64, tokens: Tokens, beyond: bool) -> Grant {
-        let want = amounts(1, tokens);
+    fn count(&mut self, now: u64, size: Size, beyond: bool) -> Grant {
+        let want = amounts(size);
         let mut slot = Window::slot(now);
         // The longer window first: what it holds reaches as far as what the shorter one holds.
         for window in self.windows.iter_mut().rev() {
@@ -427,28 +463,29 @@ impl Limiter {
             let of = |caps: &Caps| caps.get(kind).copied().flatten();
             of(&a).into_iter().chain(of(&b)).min()
         });
-        Grant { slot, tokens, at: now, left, beyond }
+        Grant { slot, size, at: now, left, beyond }
     }
 
     /// The request was sent only at `now` (ms), later than it was granted: so much later it leaves the window.
     pub fn sent(&mut self, grant: Grant, now: u64) -> Grant {
-        let (old, mut moved) = (amounts(1, grant.tokens), false);
+        let (old, mut moved) = (amounts(grant.size), false);
         for window in &mut self.windows {
             moved |= window.replace(grant.slot, old, [0; KINDS]);
         }
         if !moved {
             return grant;
         }
-        self.count(now, grant.tokens, grant.beyond)
+        self.count(now, grant.size, grant.beyond)
     }
 
     /// Replaces what was reserved by what the provider says it took. `left`: what it said was left when it got the
     /// request.
     pub fn settle(&mut self, grant: Grant, actual: Tokens, left: Left) {
         let left = self.limited(left);
-        self.replace(&grant, amounts(1, actual));
+        let actual = amounts(Size { tokens: actual, ..grant.size });
+        self.replace(&grant, actual);
         self.observe(&grant, left);
-        self.burst.settled(&grant, amounts(1, actual), left, &self.windows[1]);
+        self.burst.settled(&grant, actual, left, &self.windows[1]);
     }
 
     /// A request was refused for the limit's sake at `now` (ms), and took nothing. Unless the answer says what is left,
@@ -476,7 +513,7 @@ impl Limiter {
 
     /// The reported rest of the kinds that have a limit: some providers report 0 for the others.
     fn limited(&self, left: Left) -> Left {
-        let [requests, tokens, input, output] = self.limits.caps().map(|cap| cap.is_some());
+        let [requests, tokens, input, output, _] = self.limits.caps().map(|cap| cap.is_some());
         Left {
             requests: left.requests.filter(|_| requests),
             tokens: left.tokens.filter(|_| tokens),
@@ -487,12 +524,12 @@ impl Limiter {
 
     fn replace(&mut self, grant: &Grant, actual: Amounts) {
         for window in &mut self.windows {
-            window.replace(grant.slot, amounts(1, grant.tokens), actual);
+            window.replace(grant.slot, amounts(grant.size), actual);
         }
     }
 
     fn observe(&mut self, grant: &Grant, left: Left) {
-        let want = amounts(1, grant.tokens);
+        let want = amounts(grant.size);
         let [_, minute] = &self.windows;
         let left = [left.requests, left.tokens, left.input_tokens, left.output_tokens];
         for (kind, (left, reported)) in left.into_iter().zip(&mut self.reported).enumerate() {

@@ -27,14 +27,26 @@ impl Stated {
 
     /// The limits.
     pub fn limits(&self) -> Limits {
-        let [requests_per_minute, tokens_per_minute, input_tokens_per_minute, output_tokens_per_minute] = self.limits;
-        Limits { requests_per_minute, tokens_per_minute, input_tokens_per_minute, output_tokens_per_minute }
+        let [
+            requests_per_minute,
+            tokens_per_minute,
+            input_tokens_per_minute,
+            output_tokens_per_minute,
+            inputs_per_minute,
+        ] = self.limits;
+        Limits {
+            requests_per_minute,
+            tokens_per_minute,
+            input_tokens_per_minute,
+            output_tokens_per_minute,
+            inputs_per_minute,
+        }
     }
 
     /// A request was served at `now` (ms) that took so much, and its answer says that these are the limits. One of 0 says
     /// that there is none of this kind.
     pub fn serves(&mut self, now: u64, took: Tokens, say: Limits) {
-        let took = amounts(1, took);
+        let took = amounts(took.into());
         self.served.forget(now);
         self.served.add(Window::slot(now), took);
         let each = self.limits.iter_mut().zip(&mut self.said).zip(say.caps()).zip(took).zip(self.served.sum);

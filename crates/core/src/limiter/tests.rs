@@ -16,9 +16,9 @@ fn warm(l: Limits) -> (Limiter, u64) {
 
 impl Limiter {
     /// As if nobody had to be spared for and nothing paced.
-    fn at_once(&mut self, now: u64, tokens: Tokens) -> Result<Grant, Refusal> {
+    fn at_once(&mut self, now: u64, size: impl Into<Size>) -> Result<Grant, Refusal> {
         self.paced = [0; 2];
-        self.reserve(now, tokens, Class::Bulk, 1.0)
+        self.reserve(now, size, Class::Bulk, 1.0)
     }
 }
 
@@ -75,6 +75,59 @@ fn input_and_output_have_limits_of_their_own() {
 }
 
 #[test]
+fn texts_have_a_limit_of_their_own() {
+    let l = Limits { inputs_per_minute: Some(2_000), requests_per_minute: Some(100), ..Limits::default() };
+    assert_eq!(l.most_inputs(), Some(2_000));
+    let (mut l, now) = warm(l);
+    let texts = |inputs| Size { tokens: of(10 * inputs), inputs };
+    assert_eq!(l.at_once(now, texts(2_001)), Err(Refusal::TooLarge));
+    let grant = l.at_once(now, texts(1_500)).unwrap();
+    // What it took of tokens changes nothing of how many texts there were.
+    l.settle(grant, of(0), Left::default());
+    assert!(l.at_once(now, texts(501)).is_err());
+    let grant = l.at_once(now, texts(500)).unwrap();
+    assert!(l.at_once(now, of(1)).is_err());
+    // A refused request took none.
+    l.refused(now, grant, Left { requests: Some(90), ..Left::default() });
+    let _ = l.at_once(now, texts(400)).unwrap();
+}
+
+/// There are always texts to send, 96 a request: the limit of texts is used, and no minute has more.
+#[test]
+fn a_limit_of_texts_is_used_and_never_passed() {
+    const TEXTS: u64 = 96;
+    for limit in [2_000, 10_000, 100_000] {
+        let (start, mut now, mut sent) = (3_600_000, 3_600_000, Vec::new());
+        let mut l = Limiter::new(Limits { inputs_per_minute: Some(limit), ..Limits::default() }, start, start);
+        while now < start + 10 * MINUTE {
+            let texts = |inputs| Size { tokens: of(40 * inputs), inputs };
+            let (mut n, mut tried) = (TEXTS, l.reserve(now, texts(TEXTS), Class::Bulk, 1.0));
+            if let Err(Refusal::Until { part, .. }) = tried
+                && part >= 0.35
+            {
+                n = (TEXTS as f64 * part) as u64;
+                tried = l.reserve(now, texts(n), Class::Bulk, part).or(tried);
+            }
+            match tried {
+                Ok(grant) => {
+                    sent.push((now, n));
+                    l.settle(grant, of(40 * n), Left::default());
+                }
+                refused => now = until(refused),
+            }
+        }
+        let within = |begin: u64, end: u64| -> u64 {
+            sent.iter().filter(|(at, _)| *at > begin && *at <= end).map(|(_, n)| n).sum()
+        };
+        for (at, _) in &sent {
+            assert!(within(at.saturating_sub(MINUTE), *at) <= limit, "{limit}");
+        }
+        let used = within(start + MINUTE, start + 10 * MINUTE) as f64 / (9 * limit) as f64;
+        assert!(used >= 0.97, "{used} of {limit}");
+    }
+}
+
+#[test]
 fn a_penalty_holds_everything_back() {
     let (mut l, now) = warm(Limits::default());
     l.penalize(now + 500);
@@ -118,6 +171,7 @@ fn what_is_left_at_the_edge_is_offered_once_a_window() {
 struct Ask {
     gap: u64,
     tokens: u64,
+    inputs: u64,
     actual: u64,
     travel: u64,
     lag: u64,
@@ -129,37 +183,44 @@ proptest! {
     fn no_window_is_ever_passed(
         tpm in prop_oneof![Just(None), (2_000u64..2_000_000).prop_map(Some)],
         rpm in prop_oneof![Just(None), (1u64..5_000).prop_map(Some)],
-        asks in proptest::collection::vec((0u64..3_000, 1u64..20_000, 0u64..20_000, 0u64..SLACK.1, prop_oneof![Just(0), 0u64..2_000])
-            .prop_map(|(gap, tokens, actual, travel, lag)| Ask { gap, tokens, actual: actual.min(tokens), travel, lag }), 1..300),
+        ipm in prop_oneof![Just(None), (1u64..100_000).prop_map(Some)],
+        asks in proptest::collection::vec((0u64..3_000, 1u64..20_000, 1u64..500, 0u64..20_000, 0u64..SLACK.1, prop_oneof![Just(0), 0u64..2_000])
+            .prop_map(|(gap, tokens, inputs, actual, travel, lag)| Ask { gap, tokens, inputs, actual: actual.min(tokens), travel, lag }), 1..300),
     ) {
-        let (mut l, mut now) = warm(limits(rpm, tpm));
-        let mut arrived: Vec<(u64, u64)> = Vec::new();
+        let (mut l, mut now) = warm(Limits { inputs_per_minute: ipm, ..limits(rpm, tpm) });
+        let mut arrived: Vec<(u64, u64, u64)> = Vec::new();
         for (i, ask) in asks.into_iter().enumerate() {
             now += ask.gap;
             let class = if i % 3 == 0 { Class::Interactive } else { Class::Bulk };
             let grant = loop {
-                match l.reserve(now, of(ask.tokens), class, 1.0) {
+                let size = |part: f64| Size { tokens: of((ask.tokens as f64 * part) as u64), inputs: (ask.inputs as f64 * part) as u64 };
+                match l.reserve(now, size(1.0), class, 1.0) {
                     Ok(g) => break Some(g),
                     Err(Refusal::Until { at, part }) => {
                         prop_assert!(at > now);
-                        if let Ok(g) = l.reserve(now, of((ask.tokens as f64 * part) as u64), class, part) { break Some(g) }
+                        if let Ok(g) = l.reserve(now, size(part), class, part) { break Some(g) }
                         now = at;
                     }
-                    Err(Refusal::TooLarge) => { prop_assert!(ask.tokens > l.largest_request().unwrap()); break None; }
+                    Err(Refusal::TooLarge) => {
+                        let is_more = |n: u64, most: Option<u64>| most.is_some_and(|most| n > most);
+                        prop_assert!(is_more(ask.tokens, l.largest_request()) || is_more(ask.inputs, l.limits.most_inputs()));
+                        break None;
+                    }
                 }
             };
             if let Some(g) = grant {
                 // Sent some time after it was granted.
                 now += ask.lag;
                 let g = l.sent(g, now);
-                let actual = ask.actual.min(g.tokens.input);
-                arrived.push((now + ask.travel, actual));
+                let actual = ask.actual.min(g.size.tokens.input);
+                arrived.push((now + ask.travel, actual, g.size.inputs));
                 l.settle(g, of(actual), Left::default());
             }
         }
-        for (end, _) in &arrived {
-            let inside: Vec<u64> = arrived.iter().filter(|(t, _)| *t <= *end && *t + MINUTE > *end).map(|a| a.1).collect();
-            if let Some(tpm) = tpm { prop_assert!(inside.iter().sum::<u64>() <= tpm); }
+        for (end, ..) in &arrived {
+            let inside: Vec<(u64, u64)> = arrived.iter().filter(|(t, ..)| *t <= *end && *t + MINUTE > *end).map(|a| (a.1, a.2)).collect();
+            if let Some(tpm) = tpm { prop_assert!(inside.iter().map(|a| a.0).sum::<u64>() <= tpm); }
+            if let Some(ipm) = ipm { prop_assert!(inside.iter().map(|a| a.1).sum::<u64>() <= ipm); }
             if let Some(rpm) = rpm { prop_assert!(inside.len() as u64 <= rpm.max(1)); }
         }
     }

@@ -48,8 +48,8 @@ use crate::notice::Notices;
 use crate::numbers::Numbers;
 use crate::places::Places;
 use crate::protocol::{
-    Allowance, FromGateway, Full, Item, MAX_FRAME, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Model, Outcome, Spent,
-    Stop, StopReason, Stream, Verdict, encode,
+    Allowance, FromGateway, Full, Item, MAX_FRAME, MAX_OUTSTANDING_BYTES, MAX_OUTSTANDING_ITEMS, Outcome, Spent, Stop,
+    StopReason, Stream, Verdict, encode,
 };
 use crate::request::Answered;
 use crate::route::Member;
@@ -327,7 +327,7 @@ impl State {
         let kept = &self.kept;
         for Member { lane: key, stream, .. } in &group.members {
             let new = || {
-                let mut lane = Lane::new(stream.model.limits(), kept.lane(key), kept.known_since(), now);
+                let mut lane = Lane::new(stream.limits(), kept.lane(key), kept.known_since(), now);
                 lane.learned.forms = stream.endpoint.api.dialect().forms();
                 lane
             };
@@ -418,11 +418,11 @@ impl State {
         // was sent under them still counts.
         let busy = self.conns.values().filter(|c| c.outstanding > 0).filter_map(|c| c.stream.as_ref());
         let on_lane = busy.filter_map(|(id, _)| self.groups.get(*id)?.member(key));
-        let models: Vec<&Model> = on_lane.map(|(_, member)| &member.stream.model).collect();
+        let streams: Vec<&Stream> = on_lane.map(|(_, member)| &*member.stream).collect();
         if let Some(lane) = self.lanes.get_mut(key)
-            && let Some(limits) = models.iter().map(|model| model.limits()).reduce(Limits::min)
+            && let Some(limits) = streams.iter().map(|stream| stream.limits()).reduce(Limits::min)
         {
-            lane.configure(now, limits, models.iter().filter_map(|model| model.max_concurrent_requests).min());
+            lane.configure(now, limits, streams.iter().filter_map(|stream| stream.model.max_concurrent_requests).min());
         }
     }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 use llm_batch_core::dialect::decisions::{self, Questions};
 use llm_batch_core::dialect::embeddings::{FIRST_NUMBER, Texts};
 use llm_batch_core::dialect::{Ask, Counts, Format, Service};
-use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Tokens};
+use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Size, Tokens};
 use llm_batch_core::patience::Way;
 use llm_batch_core::request;
 use llm_batch_core::task::Embed;
@@ -116,6 +116,11 @@ impl Draft {
     /// Tokens of prompt and answer, by our count.
     fn size(&self) -> usize {
         (self.estimate.input + self.estimate.output) as usize
+    }
+
+    /// What is reserved of the limits.
+    fn reserved(&self) -> Size {
+        Size { tokens: self.reserve, inputs: self.ids.len() as u64 }
     }
 
     /// The terms under which it is sent.
@@ -245,8 +250,8 @@ impl Terms<'_> {
             return Err(Unsent::TooLarge(1, format!("{what} of the model leaves {} tokens for one", self.set)));
         }
         let (mut rows, mut draft) = self.afford(group, rows, draft)?;
-        let mut tried = limiter.reserve(now, draft.reserve, group.class(), 1.0);
-        if tried == Err(Refusal::TooLarge) && rows.len() == 1 && self.configured.admit(draft.reserve) {
+        let mut tried = limiter.reserve(now, draft.reserved(), group.class(), 1.0);
+        if tried == Err(Refusal::TooLarge) && rows.len() == 1 && self.configured.admit(draft.reserved()) {
             tried = limiter.reserve(now, limiter.trial(draft.reserve), group.class(), 1.0);
         }
         if let Err(Refusal::Until { part, .. }) = tried
@@ -257,7 +262,7 @@ impl Terms<'_> {
                 let part = n as f64 / rows.len() as f64;
                 rows = rows.get(..n).unwrap_or(rows);
                 draft = self.draft(group, rows);
-                tried = limiter.reserve(now, draft.reserve, group.class(), part).or(tried);
+                tried = limiter.reserve(now, draft.reserved(), group.class(), part).or(tried);
             }
         }
         match tried {

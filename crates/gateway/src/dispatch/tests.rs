@@ -364,6 +364,29 @@ fn a_score_that_writes_on_gets_no_larger_cap() {
     gets_more(spec, &[(&endless, false), ("Let me think. ", true), ("{\"", true)]);
 }
 
+/// As many texts a minute as the model takes, however many of them go in a request.
+#[test]
+fn a_limit_of_texts_holds_for_the_rows_of_requests() {
+    let mut sim = Sim::new(|s| s.model.inputs_per_minute = Some(300));
+    let (mut most, begin) = (0, sim.now);
+    sim.ask(0..1_200, "", |question| {
+        most = question.rows.len().max(most);
+        question.right()
+    });
+    assert!(sim.is_answered() && most > 10);
+    // The first 300 might go at once; each minute after those takes 300.
+    let took = sim.now - begin;
+    assert!((180_000..240_000).contains(&took), "{took} ms");
+    // A request never has more texts than a minute takes.
+    let mut sim = Sim::new(|s| s.model.inputs_per_minute = Some(7));
+    most = 0;
+    sim.ask(0..20, "", |question| {
+        most = question.rows.len().max(most);
+        question.right()
+    });
+    assert!(sim.is_answered() && most <= 7, "{most}");
+}
+
 /// A schema that a dialect has no words for is not sent, and its tokens are not counted.
 #[test]
 fn a_schema_that_is_not_sent_takes_no_tokens() {

@@ -218,6 +218,7 @@ pub fn stream(provider: &FakeProvider) -> Stream {
         model: Model {
             model: "m".into(),
             requests_per_minute: None,
+            inputs_per_minute: None,
             tokens_per_minute: None,
             input_tokens_per_minute: None,
             output_tokens_per_minute: None,
