@@ -15,17 +15,7 @@ fn several_models_are_asked_as_one() {
     let bed = Bed::with("routes", slow(40));
     let second = FakeProvider::start(slow(20)).unwrap();
     let c = &mut bed.connect();
-    let url = second.base_url();
-    run(c, &format!("CREATE SERVER other FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'openai', base_url '{url}')"));
-    run(c, "CREATE USER MAPPING FOR PUBLIC SERVER other OPTIONS (api_key 'sk-test-other-0123456789')");
-    model(c, "cheap", "input_price => 0.1, output_price => 0.4, max_concurrent_requests => 4");
-    run(
-        c,
-        "SELECT llm_batch.create_model('dear', server => 'other', model => 'fake-dear', input_price => 1.5,
-                output_price => 3, max_concurrent_requests => 4)",
-    );
-    run(c, "SELECT llm_batch.create_route('both', ARRAY['cheap', 'dear'])");
-    classifier(c, "topic2", &labels_json(&common::LABELS), "both", "{\"reuse\": false, \"max_rows_per_request\": 20}");
+    two_models(&second, 4, c);
     tickets(c, "t", 1..=6000);
     run(c, "ALTER TABLE t ADD by jsonb");
 
@@ -35,6 +25,100 @@ fn several_models_are_asked_as_one() {
     budgets_reckon_with_the_dearest(&bed, c);
     every_server_must_be_allowed(&bed, c);
     sessions_and_vectors(&bed, c);
+}
+
+/// Two models that answer so many requests at once, and the task `topic2` for a route of both.
+fn two_models(second: &FakeProvider, concurrent: u64, c: &mut Client) {
+    let url = second.base_url();
+    run(c, &format!("CREATE SERVER other FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'openai', base_url '{url}')"));
+    run(c, "CREATE USER MAPPING FOR PUBLIC SERVER other OPTIONS (api_key 'sk-test-other-0123456789')");
+    let concurrent = format!("max_concurrent_requests => {concurrent}");
+    model(c, "cheap", &format!("input_price => 0.1, output_price => 0.4, {concurrent}"));
+    run(
+        c,
+        &format!(
+            "SELECT llm_batch.create_model('dear', server => 'other', model => 'fake-dear', input_price => 1.5,
+                    output_price => 3, {concurrent})"
+        ),
+    );
+    run(c, "SELECT llm_batch.create_route('both', ARRAY['cheap', 'dear'])");
+    classifier(c, "topic2", &labels_json(&common::LABELS), "both", "{\"reuse\": false, \"max_rows_per_request\": 20}");
+}
+
+/// The account of a model: requests, tokens of prompts, tokens of answers.
+fn account(c: &mut Client, job: i64, model: &str) -> [i64; 3] {
+    let sql = "SELECT requests, input_tokens, output_tokens FROM llm_batch.progress_by_model WHERE job_id = $1 AND model = $2";
+    c.query_opt(sql, &[&job, &model]).unwrap().map_or([0; 3], |row| [0, 1, 2].map(|i| row.get(i)))
+}
+
+/// What a provider has counted and a model's account has not.
+fn missing(provider: &FakeProvider, account: [i64; 3]) -> [i64; 3] {
+    let stats = provider.stats();
+    let counted = [stats.admitted, stats.prompt_tokens, stats.completion_tokens];
+    std::array::from_fn(|i| counted[i] as i64 - account[i])
+}
+
+/// The server is killed in the middle of a job: what the providers have counted and the accounts by model have not is what
+/// was in flight then, and at the end it is no more.
+#[test]
+fn accounts_by_model_after_a_kill() {
+    const ROWS: i64 = 1000;
+    const CONCURRENT: i64 = 2;
+    let mut bed = Bed::with("routes_killed", slow(20));
+    let second = FakeProvider::start(slow(20)).unwrap();
+    let mut c = bed.connect();
+    two_models(&second, CONCURRENT as u64, &mut c);
+    run(&mut c, "SELECT llm_batch.alter_route('both', policy => 'spread')");
+    tickets(&mut c, "t", 1..=ROWS);
+    run(&mut c, "ALTER TABLE t ADD by jsonb");
+    // What a model says to nobody's account: whether it is there.
+    run(&mut c, "BEGIN");
+    job(&mut c, "");
+    run(&mut c, "ROLLBACK");
+    bed.provider.reset_stats();
+    second.reset_stats();
+    // Held, so that what is in flight is known: all slots are taken, and all that was answered is written.
+    bed.provider.hold_after(10);
+    second.hold_after(10);
+    let job = job(&mut c, ", max_cost => 100");
+    wait_until(
+        "what was answered is written",
+        PATIENCE,
+        || {
+            let written = one(&mut c, "SELECT count(topic) FROM t");
+            [&bed.provider, &second].iter().fold((true, written), |(is_held, left), provider| {
+                let stats = provider.stats();
+                let is_held = is_held && provider.holds() && stats.in_flight as i64 == CONCURRENT;
+                (is_held, left - stats.rows.len() as i64 + stats.rows_in_flight as i64)
+            })
+        },
+        |found| *found == (true, 0),
+    );
+    let cheap = missing(&bed.provider, account(&mut c, job, "cheap"));
+    let dear = missing(&second, account(&mut c, job, "dear"));
+    assert_eq!((cheap[0], dear[0]), (CONCURRENT, CONCURRENT), "requests in flight");
+    bed.cluster.kill9();
+    bed.provider.release();
+    second.release();
+    bed.cluster.start();
+    let mut c = bed.connect();
+    assert_eq!(bed.done(job).counts(), (ROWS, ROWS, 0, 0, 0, 0), "{:?}", failures(&mut c, job));
+    assert_eq!(wrong(&mut c, "t"), 0);
+    accounts_agree(&mut c, job);
+    assert_eq!(missing(&bed.provider, account(&mut c, job, "cheap")), cheap, "requests and tokens of cheap");
+    assert_eq!(missing(&second, account(&mut c, job, "dear")), dear, "requests and tokens of dear");
+    let asked = |provider: &FakeProvider| provider.stats().rows.values().map(|row| i64::from(row.asked)).sum::<i64>();
+    assert_eq!(
+        asked(&bed.provider) + asked(&second),
+        ROWS + 2 * CONCURRENT * 20,
+        "only what was in flight is asked again"
+    );
+    let within = format!(
+        "SELECT cost_unconfirmed > 0 AND cost + cost_unconfirmed >=
+                cost + ({} * 0.1 + {} * 0.4 + {} * 1.5 + {} * 3) * 0.000001 FROM llm_batch.progress WHERE job_id = {job}",
+        cheap[1], cheap[2], dear[1], dear[2]
+    );
+    assert_eq!(text(&mut c, &within), "t", "what was lost is within what is unconfirmed");
 }
 
 fn job(c: &mut Client, more: &str) -> i64 {
