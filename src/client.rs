@@ -85,7 +85,7 @@ pub enum Received {
     Message(FromGateway),
     /// The time was up, or something else woke the process.
     Nothing,
-    /// The connection is gone, most likely as the gateway ended. What was not answered has to be asked again.
+    /// The connection is gone, most likely as the gateway ended. Rows without an answer have to be asked again.
     Lost,
 }
 

@@ -264,7 +264,8 @@ pub fn deaf(now: i64) -> Vec<i32> {
     TABLE.exclusive().entries.iter_mut().filter(is_deaf).map(deaf).collect()
 }
 
-/// Wants a job that a search has found to run, if nobody does yet. What is wanted, waits or runs is left alone.
+/// Wants a job that a search has found to run, if nobody does yet. An entry that is wanted, waits or runs is left
+/// alone.
 pub fn found(database: u32, job: i64, owner: u32) {
     let mut table = TABLE.exclusive();
     let launcher = table.launcher;
@@ -341,7 +342,7 @@ pub fn has_come_up(process: Process) -> bool {
     }
 }
 
-/// Registers the launcher. What an earlier launcher was about to start is wanted again.
+/// Registers the launcher. Jobs that an earlier launcher was about to start are wanted again.
 pub fn launcher_starts(pid: i32) {
     let mut table = TABLE.exclusive();
     table.launcher = pid;

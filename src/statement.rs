@@ -165,7 +165,8 @@ impl Purse {
         Some(self.reserve(allowance))
     }
 
-    /// Enters what the gateway says was spent on a model, and how many rows were answered. What that cost, picodollars.
+    /// Enters the spending on a model and the number of answered rows, as the gateway reports them. Returns the cost,
+    /// picodollars.
     pub fn spend(&mut self, model: usize, spent: &Spent, rows: u64) -> u64 {
         self.in_vain &= *spent == Spent::default();
         let mut taken = budget::taken(spent, self.prices.unwrap_or_default());

@@ -150,8 +150,8 @@ impl HiddenTemporary {
         }
     }
 
-    /// Shows it again. What the session knows of its temporary tables is looked up anew if any of it was since: it would be
-    /// taken for another session's.
+    /// Shows it again. The session's knowledge of its temporary tables is looked up anew if any of it was since: it
+    /// would be taken for another session's.
     fn end(self) {
         let heard = self.heard;
         drop(self);
@@ -245,7 +245,7 @@ pub fn with_settings<T>(settings: &[(&CStr, &CStr)], f: impl FnOnce() -> Result<
 }
 
 /// Refuses to go on where `default_transaction_read_only` is on for this role or database, or for the server: that is
-/// how a database is frozen. What was set since this process connected counts.
+/// how a database is frozen. A setting made since this process connected counts.
 pub fn check_writable() -> Result<()> {
     const NAME: &CStr = c"default_transaction_read_only";
     // As Postgres ranks them: a role in a database, a role, a database, all.

@@ -270,7 +270,7 @@ impl Finder {
         unsafe {
             match (*node).type_ {
                 T::T_NextValueExpr | T::T_CoerceToDomainValue => false,
-                // Its plan is not looked into. What may run in a parallel worker changes nothing.
+                // Its plan is not looked into. A plan that may run in a parallel worker changes nothing.
                 T::T_SubPlan => (*node.cast::<pg_sys::SubPlan>()).parallel_safe,
                 T::T_Param => !self.fleeting.contains(&(*node.cast::<pg_sys::Param>()).paramid),
                 T::T_List => true,

@@ -127,7 +127,7 @@ impl Guards {
 
 /// Evaluates a condition. A value of another type than boolean gives some value that is not NULL, unless it is NULL.
 unsafe fn evaluate(state: *mut pg_sys::ExprState, econtext: *mut pg_sys::ExprContext) -> Option<bool> {
-    // SAFETY: a compiled expression, in the context of its node. What it gives by reference is freed with the row's memory.
+    // SAFETY: a compiled expression, in the context of its node. A result by reference is freed with the row's memory.
     unsafe {
         let before = pg_sys::MemoryContextSwitchTo((*econtext).ecxt_per_tuple_memory);
         let mut is_null = true;

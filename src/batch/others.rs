@@ -18,7 +18,7 @@ use pg_sys::NodeTag as T;
 /// The position of an expression that comes out of the catalogs. One written in the query has its place there.
 const STORED: i32 = -1;
 
-/// Marks the calls of others. Whether policies hold for the query.
+/// Marks the calls of others. Returns true if policies hold for the query.
 ///
 /// # Safety
 /// The query is about to be planned: nobody else needs it as it is.

@@ -134,7 +134,7 @@ impl Placer {
     /// The node itself, or a batch scan above it that does what of it comes after the first call: the rest of its
     /// filter, and its target list. The node then yields the columns which those need.
     unsafe fn lift(&mut self, plan: *mut pg_sys::Plan, wanted: Wanted) -> *mut pg_sys::Plan {
-        // SAFETY: the tag says what a node is. What may be refused is looked at before anything is changed.
+        // SAFETY: the tag says what a node is. Reasons to refuse are looked at before anything is changed.
         unsafe {
             let join = match (*plan).type_ {
                 T::T_NestLoop | T::T_MergeJoin | T::T_HashJoin => Some(plan.cast::<pg_sys::Join>()),
@@ -196,7 +196,7 @@ impl Placer {
 
     /// Aggregates that are computed of what calls give: a batch scan below computes it, as further columns.
     unsafe fn below_aggregate(&mut self, agg: *mut pg_sys::Agg, wanted: Wanted) {
-        // SAFETY: an Agg of a finished plan. What may be refused is looked at before anything is changed.
+        // SAFETY: an Agg of a finished plan. Reasons to refuse are looked at before anything is changed.
         unsafe {
             let plan = agg.cast::<pg_sys::Plan>();
             let calls = |node: *mut pg_sys::Node| {

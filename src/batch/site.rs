@@ -126,7 +126,7 @@ impl Site {
         prepare(&asked.question).is_ok_and(|new| asker.is_for(&new.asked) && new.conclude == asked.conclude)
     }
 
-    /// Gives the stream up once what was sent of it is answered. What was not is withdrawn.
+    /// Gives the stream up once its sent rows are answered. The others are withdrawn.
     pub fn recall(&mut self, answer: &mut dyn FnMut(u64, Answer)) -> Result<()> {
         let (Some(asker), Some(asked)) = (self.asker.take(), self.asked.take()) else { return Ok(()) };
         let waiting = &mut self.waiting;
@@ -139,7 +139,7 @@ impl Site {
         Ok(())
     }
 
-    /// Gives the stream up. What was not sent of it is withdrawn.
+    /// Gives the stream up. Its rows that were not sent are withdrawn.
     pub fn close(&mut self) {
         if let Some(asker) = self.asker.take() {
             self.done.add(&asker.done());

@@ -1,7 +1,7 @@
 //! Forms of asking for machine-readable answers, and which of them are left to try with a server.
 //!
 //! A server refuses a form with a 400, or accepts it and answers in prose all the same. A refusal is kept for each account
-//! and model, so that it is found once. What the answers are like is kept for each task: instructions may lead a model to
+//! and model, so that it is found once. The record of answers is kept for each task: instructions may lead a model to
 //! prose that answers another task as it should. A form that is out stays out, so nothing goes round in circles.
 
 use crate::options::{AnswerShape, StructuredOutput};
@@ -77,8 +77,8 @@ impl Forms {
         }
     }
 
-    /// A request in this form was answered in prose. Whether that is the form's fault, and not the rows': with a form
-    /// that has worked before it is not. After the second time the form is out.
+    /// A request in this form was answered in prose. Returns true if that is the form's fault, and not the rows': with
+    /// a form that has worked before it is not. After the second time the form is out.
     pub fn answered_in_prose(&mut self, form: Form) -> bool {
         let known = &mut self.0[form as usize];
         match *known {

@@ -137,7 +137,7 @@ impl Patience {
     }
 
     /// An answer was paid for that says nothing of whether there will be a valid row: it was cut off, and the next one
-    /// will be longer. Whether there may be a next one.
+    /// will be longer. Returns true if there may be a next one.
     pub fn cut(&mut self, now: u64) -> Next {
         self.pay(now);
         self.in_bounds(now, Next::GoOn)

@@ -8,7 +8,7 @@ use crate::amounts::{Amounts, Caps, Limit};
 /// Rounding errors of this size (in tokens or requests) do not matter.
 const EPSILON: f64 = 1e-6;
 
-/// A bucket for each limit, full at first. What is missing is kept, rather than
+/// A bucket for each limit, full at first. The missing amount is kept, rather than
 /// what is there: so a limit may change at any time.
 #[derive(Default)]
 pub(crate) struct Bucket {

@@ -76,7 +76,7 @@ impl FakeProvider {
         self.shared.stats()
     }
 
-    /// Starts the counts anew. What is in flight and what the window holds stay.
+    /// Starts the counts anew. Requests in flight and the content of the window stay.
     pub fn reset_stats(&self) {
         self.shared.lock().reset_stats();
     }
@@ -99,8 +99,8 @@ impl FakeProvider {
         self.shared.hold();
     }
 
-    /// Gives so many more answers and holds all that come after them, from the next request's on. What a test then finds
-    /// does not hang on who was faster.
+    /// Gives so many more answers and holds all that come after them, from the next request's on. The answers that a
+    /// test then finds does not hang on who was faster.
     pub fn hold_after(&self, answers: u64) {
         self.shared.hold_after(answers);
     }

@@ -1,4 +1,4 @@
-//! Right answers to tasks that are not answered by a code: fields, scores, texts. What a row's answer is follows from
+//! Right answers to tasks that are not answered by a code: fields, scores, texts. A row's answer follows from
 //! the id of its marker, so that a test knows it; `right_value` says it for SQL and for tests.
 
 use serde_json::Value;
@@ -176,7 +176,7 @@ fn is_key(element: &Value) -> bool {
     element.as_str().is_some_and(|text| !matches!(text, "LABEL" | "TEXT" | "…") && !text.starts_with("YYYY"))
 }
 
-/// The answer to the first row of the prompt's example. What stands for a value there may be no JSON.
+/// The answer to the first row of the prompt's example. The words for a value there may be no JSON.
 fn example(system: &str) -> Value {
     let row = system.rsplit_once("exactly like {\"").and_then(|(_, example)| example.split_once("\":"));
     let row = row.map_or(String::new(), |(_, row)| row.to_owned());

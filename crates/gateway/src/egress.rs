@@ -84,7 +84,7 @@ impl Clients {
         Self { tls, lookup, pools: BTreeMap::new(), uses: 0, places }
     }
 
-    /// The client for an endpoint. What its options allow and its `ca_file` are looked at anew each time.
+    /// The client for an endpoint. Its permissions and its `ca_file` are looked at anew each time.
     ///
     /// # Errors
     /// If it can't be asked in this way.

@@ -62,7 +62,8 @@ impl Learned {
     }
 
     /// A parameter of a request was refused that was written by what had been learnt `before`, for a task with these
-    /// options. Whether it can be written in another way. Requests that were under way together are refused together.
+    /// options. Returns true if it can be written in another way. Requests that were under way together are refused
+    /// together.
     pub fn refused(&mut self, parameter: Parameter, before: Self, options: &Options) -> bool {
         match parameter {
             Parameter::MaxTokens => {
@@ -306,7 +307,7 @@ impl Lane {
         said.or(stated).is_some_and(|limit| is_larger(limit) && (stated == Some(limit) || self.may_be_limit(limit)))
     }
 
-    /// A row was refused so that is not, as far as is known. Whether that is no single row's matter.
+    /// A row was refused so that is not, as far as is known. Returns true if that is no single row's matter.
     pub fn refuses_all_as_over_limit(&mut self, row: TextKey) -> bool {
         let rows = &mut self.over_limit.1;
         if !rows.contains(&row) {
@@ -341,8 +342,8 @@ impl Lane {
     }
 
     /// A request is too large that was written by what had been learnt `before`, of so many tokens of its prompt by our
-    /// count and with this cap of its answer, of which its rows need the `least`. Whether that is the cap's fault, which has grown for what is thought: then the next is
-    /// smaller.
+    /// count and with this cap of its answer, of which its rows need the `least`. Returns true if that is the fault of
+    /// the cap, which has grown for thinking: then the next is smaller.
     pub fn takes_less_answer(
         &mut self,
         now: u64,

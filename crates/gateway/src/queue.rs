@@ -27,7 +27,7 @@ struct Compartment {
 }
 
 impl Compartment {
-    /// Adds a row. Whether it is its client's only one.
+    /// Adds a row. Returns true if it is its client's only one.
     fn add(&mut self, row: Row, in_front: bool) -> bool {
         self.count += 1;
         self.tokens += row.size();

@@ -50,13 +50,13 @@ pub struct Standing {
 }
 
 impl Standing {
-    /// A form is of no use. Whether there is another one to try, where the server refuses some.
+    /// A form is of no use. Returns true if there is another one to try, where the server refuses some.
     pub fn has_other(&self, refused: Forms, form: Form, options: &Options) -> bool {
         let forms = self.forms.without(refused);
         forms.left(options.answer_shape, options.structured_output).any(|other| other != form)
     }
 
-    /// A form is refused. Whether there is another one to try.
+    /// A form is refused. Returns true if there is another one to try.
     pub fn refuses(&mut self, form: Form, options: &Options) -> bool {
         if form == Form::Plain {
             return false;
@@ -65,7 +65,8 @@ impl Standing {
         self.forms.left(options.answer_shape, options.structured_output).next().is_some()
     }
 
-    /// A single row was refused that had been in the request of this number. Whether it is the request that is wrong.
+    /// A single row was refused that had been in the request of this number. Returns true if it is the request that is
+    /// wrong.
     pub fn row_is_refused(&mut self, request: u64) -> bool {
         if !self.is_accepted && !self.refused.contains(&request) {
             self.refused.push(request);
@@ -81,7 +82,8 @@ impl Standing {
         }
     }
 
-    /// Most of its new requests are not in vain: if a row is, it is its fault. What was never answered has its own bound.
+    /// Most of its new requests are not in vain: if a row is, it is its fault. A task that was never answered has its
+    /// own bound.
     pub fn is_well(&self) -> bool {
         self.in_vain < 0.5 || !self.patience.has_answered()
     }
@@ -97,19 +99,19 @@ impl Standing {
     }
 
     /// A request that was sent at `sent` (ms) was not answered although one without rows was, or was refused within an
-    /// answer. Whether they are enough.
+    /// answer. Returns true if they are enough.
     pub fn is_unanswered(&mut self, sent: u64) -> bool {
         let is_new = self.is_after_pause(sent);
         self.unanswered += u32::from(is_new);
         is_new && self.unanswered >= MOST_UNANSWERED
     }
 
-    /// Whether a request was sent (ms) after the last pause began, so that it does not make that longer.
+    /// Returns true if a request was sent (ms) after the last pause began, so that it does not make that longer.
     pub fn is_after_pause(&self, sent: u64) -> bool {
         self.held == 0 || sent > self.held_at
     }
 
-    /// From now (ms) on nothing is to be sent for so long (ms).
+    /// Sends nothing from now (ms) on. Returns for how long (ms).
     pub fn hold(&mut self, now: u64) -> u64 {
         self.held_at = now;
         self.unanswered = MOST_UNANSWERED - 1;

@@ -210,7 +210,7 @@ fn sessions_have_places_by_role_and_jobs_have_others() {
     };
     let mut busy: Vec<Client> = (0..6).map(|n| open(n, 1)).collect();
     busy.iter_mut().for_each(|client| drop(client.activity()));
-    // The role has its places. What was said in vain keeps nobody from reading why.
+    // The role has its places. Unread messages keep no client from reading why.
     for _ in 0..100 {
         let mut offender = setup.client(&provider, role(1));
         assert_eq!(refused(&mut offender), Full::Role(6));

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! An endpoint has a circuit, and so has each of its models: one that is broken among others that answer is left alone by
-//! itself. What opens a circuit is only a suspicion (the rows that were asked may be what breaks the server); a probe
+//! itself. An open circuit is only a suspicion (the rows that were asked may be what breaks the server); a probe
 //! that holds no row tells. From when it has failed the endpoint is called down.
 
 use std::collections::BTreeMap;

@@ -43,7 +43,7 @@ pub(super) struct Known {
 }
 
 impl Burst {
-    /// The limits are these from now on. What was let through is an amount; in ms of a larger limit it is less.
+    /// The limits are these from now on. A burst that was let through is an amount; in ms of a larger limit it is less.
     pub fn set_limits(&mut self, limits: Limits) {
         let scale = |(old, new): (Option<u64>, Option<u64>)| Some(old.unwrap_or(0) as f64 / new? as f64);
         let known = &mut self.known;

@@ -4,9 +4,9 @@
 //! Time is a parameter: milliseconds of a monotonic clock.
 //!
 //! Two rolling windows keep the amounts that were sent: a minute, and a shorter one with the same part of the limit where the
-//! limit is large enough for that. What holds in every 6 s holds in every minute, for providers that look at shorter
-//! windows than they say, and requests are spread instead of sent in one burst. Within the short window requests are
-//! paced: each is followed by the time its tokens take to come back.
+//! limit is large enough for that. A rate that holds in every 6 s holds in every minute, for providers that look at
+//! shorter windows than they say, and requests are spread instead of sent in one burst. Within the short window
+//! requests are paced: each is followed by the time its tokens take to come back.
 //!
 //! A session that comes to an idle limit is not paced until what the windows allow is used up. `burst` finds out how much
 //! that is at once.

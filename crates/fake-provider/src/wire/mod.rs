@@ -106,7 +106,7 @@ pub(crate) fn key<'a>(wire: &dyn Wire, request: &'a Request) -> Option<&'a str> 
     if wire.key_header() == "authorization" { value.strip_prefix("Bearer ") } else { Some(value) }
 }
 
-/// A reply in a dialect. What is not in OpenAI's shape (a fault's own body) stays as it is.
+/// A reply in a dialect. A body that is not in OpenAI's shape (a fault's own) stays as it is.
 pub(crate) fn translate(wire: &dyn Wire, mut reply: Reply) -> Reply {
     if wire.name() == "openai" {
         return reply;

@@ -134,7 +134,7 @@ impl State {
             Some(answered) if answered.has_no_place => self.had_no_place(now, request, &answered),
             Some(answered) => {
                 if let Ok(reply) = &answered.result {
-                    // Half of what we count is sure. What is cached does not count everywhere.
+                    // Half of what we count is sure. Cached tokens do not count everywhere.
                     let took = reply.usage.or(Tokens { input: request.asked.estimate.input / 2, output: 0 });
                     let took = Tokens { input: took.input.saturating_sub(reply.cached_input), ..took };
                     lane.serves(now, &answered.said, took);
@@ -382,7 +382,7 @@ impl State {
     }
 }
 
-/// Takes in what an answer teaches about the model. Whether it is prose although JSON was requested.
+/// Learns from an answer about the model. Returns true if it is prose although JSON was requested.
 fn learn(
     now: u64,
     lane_key: &LaneKey,

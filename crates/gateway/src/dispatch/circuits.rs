@@ -111,7 +111,7 @@ impl State {
         }
     }
 
-    /// A request of a group was not answered. Whether nothing more may be sent until a probe is answered.
+    /// A request of a group was not answered. Returns true if nothing more may be sent until a probe is answered.
     pub(super) fn fails(&mut self, now: u64, lane: &LaneKey, group: GroupId, points: u32, message: &str) -> bool {
         let Some((_, Member { stream, .. })) = self.groups.get(group).and_then(|g| g.member(lane)) else {
             return false;

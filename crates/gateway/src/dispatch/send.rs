@@ -304,7 +304,7 @@ enum Look {
     Nothing,
 }
 
-/// Asks a client for more to spend. What was answered so far goes first: the client reckons with it.
+/// Asks a client for more to spend. The answers so far go first: the client reckons with them.
 fn ask(c: &mut Conn, message: &FromGateway) {
     super::flush(c);
     say(c, message);

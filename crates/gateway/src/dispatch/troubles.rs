@@ -157,8 +157,8 @@ impl State {
         }
     }
 
-    /// The cap of the answer is larger than the model allows. What others ask is capped by that only as far as their rows
-    /// allow it.
+    /// The cap of the answer is larger than the model allows. Requests of others are capped by that only as far as
+    /// their rows allow it.
     fn cap_refused(&mut self, now: u64, failed: Failed) {
         let Failed { lane: lane_key, group, mut rows, asked, message, words, .. } = failed;
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };

@@ -1,7 +1,8 @@
 //! Reading labels: a code can be recognized wherever it stands, so answers of many shapes are read.
 //! Each reading of the text makes claims: this number has this label. Stricter
 //! readings go first, and a looser one is heard only for a row of which the stricter say nothing. Within a reading, two
-//! labels for a row are none. What is thought is cut off before; what is cut off in the middle loses rows and changes none.
+//! labels for a row are none. Thinking is cut off before; an answer that is cut off in the middle loses rows and
+//! changes none.
 
 mod json;
 mod lines;

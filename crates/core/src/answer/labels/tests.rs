@@ -308,7 +308,7 @@ fn kinds_of_answers_that_people_report() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
-/// Ways of writing an answer. What is quoted of a text is as a model would quote it.
+/// Ways of writing an answer. Quotes of a text are as a model would write them.
 fn written(shape: usize, rows: &[(u16, &str, &str)]) -> String {
     let quoted = |text: &str| prompt::quote(text);
     let all = |between: &str, one: &dyn Fn(u16, &str, &str) -> String| {
