@@ -1,15 +1,12 @@
 //! Routes where time is simulated: who takes rows, how long none is answered if one does not answer, and when it is back.
 
-use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 
-use llm_batch_core::dialect::{Api, Sent};
 use serde_json::json;
-use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+use super::tests::{Heard, connect, said};
 use super::*;
-use crate::kept::Stock;
-use crate::protocol::{self, Alternative, Policy, decode};
+use crate::protocol::{self, Alternative, Policy};
 use crate::request::TIMED_OUT;
 use crate::tokens;
 
@@ -30,8 +27,7 @@ struct Sim {
     state: State,
     now: u64,
     conn: u64,
-    heard: UnboundedReceiver<Vec<u8>>,
-    unread: Rc<Cell<usize>>,
+    heard: Heard,
     /// Requests under way by when (ms) they end, with their model, rows, and what comes back.
     under_way: BTreeMap<(u64, u64), Option<Answered>>,
     /// When (ms) rows were answered, and by which model.
@@ -42,7 +38,6 @@ struct Sim {
     sent: BTreeMap<String, Vec<(u64, Vec<u64>)>>,
     stop: Option<Stop>,
     next: u64,
-    _log: mpsc::Receiver<String>,
 }
 
 fn models(names: &[&str], policy: Policy) -> Stream {
@@ -62,21 +57,13 @@ fn models(names: &[&str], policy: Policy) -> Stream {
 
 impl Sim {
     fn new(stream: Stream) -> Self {
-        let settings = Settings { enabled: true, memory: 64 << 20, cache: 0 };
-        let (log, _log) = mpsc::channel();
-        let kept = Kept::new(Stock::default());
-        let now = kept.now() + 120_000;
-        let mut state = State::new(settings, Places::within(16_384), kept, log);
-        let (queue, heard) = unbounded_channel();
-        let unread = Rc::new(Cell::new(0));
-        let conn = state.connect(Frames::new(queue, Rc::clone(&unread), Rc::new(Notify::new())));
+        let (mut state, now, conn, heard) = connect();
         state.open(now, conn, stream).unwrap();
         Self {
             state,
             now,
             conn,
             heard,
-            unread,
             under_way: BTreeMap::new(),
             answered: Vec::new(),
             verdicts: BTreeMap::new(),
@@ -84,7 +71,6 @@ impl Sim {
             sent: BTreeMap::new(),
             stop: None,
             next: 0,
-            _log,
         }
     }
 
@@ -100,9 +86,9 @@ impl Sim {
     }
 
     fn hear(&mut self) {
-        while let Ok(mut frame) = self.heard.try_recv() {
-            match decode(&mut frame).unwrap() {
-                Some(FromGateway::Outcomes { model, outcomes, spent }) => {
+        while let Some(message) = self.heard.next() {
+            match message {
+                FromGateway::Outcomes { model, outcomes, spent } => {
                     self.spent.entry(model).or_default().add(&spent);
                     for o in outcomes {
                         if matches!(o.verdict, Verdict::Answer(_)) {
@@ -111,11 +97,10 @@ impl Sim {
                         assert!(self.verdicts.insert(o.n, (model, o.verdict)).is_none(), "two outcomes");
                     }
                 }
-                Some(FromGateway::Stopped(stop)) => self.stop = Some(stop),
+                FromGateway::Stopped(stop) => self.stop = Some(stop),
                 other => panic!("{other:?}"),
             }
         }
-        self.unread.set(0);
     }
 
     /// Lets so much time (ms) pass, or until all rows have an outcome; `does` is asked with the time, the model and the
@@ -189,15 +174,6 @@ impl Sim {
     fn requests(&self, model: &str) -> &[(u64, Vec<u64>)] {
         self.sent.get(model).map_or(&[], Vec::as_slice)
     }
-}
-
-/// An answer with this status and body.
-fn said(status: u16, body: &Value) -> Answered {
-    let body = body.to_string();
-    let result = trouble::outcome(Api::Openai, Sent::default(), status, body.as_bytes(), None);
-    let mut answered = Answered::broke_off(String::new(), false);
-    (answered.result, answered.has_begun) = (result, status == 200);
-    answered
 }
 
 #[test]

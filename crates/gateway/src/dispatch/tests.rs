@@ -44,7 +44,7 @@ impl Question {
 }
 
 /// An answer with this status and body.
-fn said(status: u16, body: &Value) -> Answered {
+pub(super) fn said(status: u16, body: &Value) -> Answered {
     self::body(status, body.to_string().as_bytes())
 }
 
@@ -55,33 +55,54 @@ fn body(status: u16, body: &[u8]) -> Answered {
     answered
 }
 
+/// The messages of a gateway to its client.
+pub(super) struct Heard {
+    frames: UnboundedReceiver<Vec<u8>>,
+    unread: Rc<Cell<usize>>,
+    _log: mpsc::Receiver<String>,
+}
+
+impl Heard {
+    pub(super) fn next(&mut self) -> Option<FromGateway> {
+        let Ok(mut frame) = self.frames.try_recv() else {
+            self.unread.set(0);
+            return None;
+        };
+        decode(&mut frame).unwrap()
+    }
+}
+
+/// A gateway that has run for two minutes, the time (ms), and a client of it.
+pub(super) fn connect() -> (State, u64, u64, Heard) {
+    let settings = Settings { enabled: true, memory: 64 << 20, cache: 0 };
+    let (log, _log) = mpsc::channel();
+    let kept = Kept::new(Stock::default());
+    let now = kept.now() + 120_000;
+    let mut state = State::new(settings, Places::within(16_384), kept, log);
+    let (queue, frames) = unbounded_channel();
+    let unread = Rc::new(Cell::new(0));
+    let conn = state.connect(Frames::new(queue, Rc::clone(&unread), Rc::new(Notify::new())));
+    (state, now, conn, Heard { frames, unread, _log })
+}
+
 /// A client of a gateway.
 struct Sim {
     state: State,
     now: u64,
     conn: u64,
-    heard: UnboundedReceiver<Vec<u8>>,
-    unread: Rc<Cell<usize>>,
+    heard: Heard,
     outcomes: BTreeMap<u64, Outcome>,
     stop: Option<Stop>,
     /// Requests that each text was in.
     asked: BTreeMap<u64, u32>,
     requests: u32,
-    _log: mpsc::Receiver<String>,
 }
 
 impl Sim {
     fn new(change: impl FnOnce(&mut Stream)) -> Self {
-        let settings = Settings { enabled: true, memory: 64 << 20, cache: 0 };
-        let (log, _log) = mpsc::channel();
-        let kept = Kept::new(Stock::default());
-        let now = kept.now() + 120_000;
-        let mut state = State::new(settings, Places::within(16_384), kept, log);
-        let (queue, heard) = unbounded_channel();
-        let unread = Rc::new(Cell::new(0));
-        let conn = state.connect(Frames::new(queue, Rc::clone(&unread), Rc::new(Notify::new())));
+        let (state, now, conn, heard) = connect();
         let (outcomes, asked) = Default::default();
-        let mut sim = Self { state, now, conn, heard, unread, outcomes, stop: None, asked, requests: 0, _log };
+        let mut sim = Self { state, now, conn, heard, outcomes, stop: None, asked, requests: 0 };
         sim.open(change);
         sim
     }
@@ -100,16 +121,15 @@ impl Sim {
         let item = |n| (Item { n, text: format!("row {n} {long}"), isolation: None, again: None }, None);
         self.state.items(self.now, self.conn, rows.map(item).collect()).unwrap();
         for _ in 0..100_000 {
-            while let Ok(mut frame) = self.heard.try_recv() {
-                match decode(&mut frame).unwrap() {
-                    Some(FromGateway::Outcomes { outcomes, .. }) => {
+            while let Some(message) = self.heard.next() {
+                match message {
+                    FromGateway::Outcomes { outcomes, .. } => {
                         self.outcomes.extend(outcomes.into_iter().map(|o| (o.n, o)));
                     }
-                    Some(FromGateway::Stopped(stop)) => self.stop = Some(stop),
+                    FromGateway::Stopped(stop) => self.stop = Some(stop),
                     other => panic!("{other:?}"),
                 }
             }
-            self.unread.set(0);
             if self.outcomes.len() as u64 == count {
                 return;
             }
