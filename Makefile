@@ -1,4 +1,4 @@
-# What can be done here. Each target is a script in scripts/; they install what is missing (Debian 12 with Rust).
+# The commands of this project. Each target is a script in scripts/; they install what is missing (Debian 12 with Rust).
 # PG_CONFIG=/path/to/pg_config chooses another Postgres than Debian's 15; `make test` takes 15 and 18 if it is not set.
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-stop test fuzz lint fmt install soak bench clean distclean

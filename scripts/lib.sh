@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the scripts beside this file share. Source it, do not run it.
+# Helpers for the scripts beside this file. Source it, do not run it.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -7,7 +7,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CACHE=$ROOT/.cache
 PG_CONFIG_DEBIAN=/usr/lib/postgresql/15/bin/pg_config
 # shellcheck disable=SC2034
-# What `scripts/setup pg18` unpacks. Its place does not depend on the version of Python.
+# Unpacked by `scripts/setup pg18`. Its place does not depend on the version of Python.
 PG_CONFIG_18=$CACHE/pg18/postgres/bin/pg_config
 PG_CONFIG=${PG_CONFIG:-$PG_CONFIG_DEBIAN}
 export PG_CONFIG
@@ -93,7 +93,7 @@ stop_model() {
     kill -9 "$1" 2>/dev/null || true
 }
 
-# Where psql, initdb and pg_ctl are.
+# The folder of psql, initdb and pg_ctl.
 bin() { "$PG_CONFIG" --bindir; }
 
 # start_cluster DATABASE [CONF]: a throwaway cluster with the extension preloaded, on a socket of its own; CONF are further

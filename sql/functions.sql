@@ -424,7 +424,7 @@ CREATE FUNCTION llm_batch.home() RETURNS text
     AS 'MODULE_PATHNAME', 'home_wrapper';
 COMMENT ON FUNCTION llm_batch.home() IS 'returns an identifier of this cluster, database and extension; OIDs are valid only there';
 
--- What a number and a name stand for: see tables.sql. NULL is what does not exist.
+-- The objects that a number and a name stand for: see tables.sql. NULL if there is none.
 
 CREATE FUNCTION llm_batch.owner_now(number oid, called name, home text) RETURNS oid
     LANGUAGE sql STABLE PARALLEL SAFE SET search_path = pg_catalog, pg_temp

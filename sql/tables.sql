@@ -111,7 +111,7 @@ COMMENT ON TABLE llm_batch.task_history IS 'versions of tasks before the last, a
 COMMENT ON COLUMN llm_batch.task_history.owner_name IS 'name of the owner when the version was replaced';
 COMMENT ON COLUMN llm_batch.task_history.replaced_at IS 'when the next version was made, or the task was dropped';
 
--- What a job is to do, and what its owner wants of it. Its worker writes only to job_state, so that an open
+-- The jobs, as their owners want them. A job's worker writes only to job_state, so that an open
 -- transaction with a pause() in it blocks no worker.
 CREATE TABLE llm_batch.job (
     id            bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
@@ -136,7 +136,7 @@ CREATE TABLE llm_batch.job (
     task          text NOT NULL,
     options       jsonb NOT NULL,
     search_path   text NOT NULL,
-    -- Where it was made, or resumed: llm_batch.home(). A dump brings it to where it is not at home.
+    -- llm_batch.home() where it was made or resumed. A dump brings it to another place.
     home          text NOT NULL,
     wanted        text NOT NULL DEFAULT 'running' CHECK (wanted IN ('running', 'paused', 'cancelled')),
     -- Raised by resume() and retry_failed(): what job_state says of an earlier epoch no longer holds.
@@ -165,10 +165,10 @@ CREATE TABLE llm_batch.job_state (
     output_tokens     bigint NOT NULL DEFAULT 0,
     requests          bigint NOT NULL DEFAULT 0,
     cost              numeric NOT NULL DEFAULT 0,
-    -- What requests may have taken whose answers were lost.
+    -- Most that requests may have taken whose answers were lost.
     cost_unconfirmed  numeric NOT NULL DEFAULT 0,
     tokens_unconfirmed bigint NOT NULL DEFAULT 0,
-    -- What of a job's budget the gateway may spend, and has not reported: always within the budget.
+    -- The part of a job's budget that the gateway may spend and has not reported: always within the budget.
     cost_reserved     numeric NOT NULL DEFAULT 0,
     tokens_reserved   bigint NOT NULL DEFAULT 0,
     rows_per_second   double precision,
@@ -210,7 +210,7 @@ COMMENT ON TABLE llm_batch.row_failure IS 'rows that a job could not fill; see l
 CREATE TABLE llm_batch.row_null (
     -- Without a foreign key, which would cost as much as the rest of a row: who deletes the job deletes these.
     job_id   bigint NOT NULL,
-    -- Of the row's key as text, seeded with the hash of its input.
+    -- A hash of the row's key as text, seeded with the hash of its input.
     key_hash bigint NOT NULL,
     PRIMARY KEY (job_id, key_hash)
 );

@@ -40,7 +40,7 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
       JOIN llm_batch.job_state s ON s.job_id OPERATOR(pg_catalog.=) j.id
       CROSS JOIN LATERAL (SELECT s.rows_done OPERATOR(pg_catalog.+) s.rows_skipped OPERATOR(pg_catalog.+) s.rows_failed OPERATOR(pg_catalog.+) s.rows_superseded) h (handled)
       -- OFFSET: found once, not once for each use.
-      -- What is at home needs no function: it would be planned each time, by llm_batch.wait() once a second.
+      -- An object at home needs no function, which would be planned each time, by llm_batch.wait() once a second.
       CROSS JOIN LATERAL (SELECT j.home OPERATOR(pg_catalog.=) llm_batch.home() OFFSET 0) a (is_at_home)
       CROSS JOIN LATERAL (SELECT CASE WHEN a.is_at_home THEN j.owner ELSE llm_batch.owner_now(j.owner, j.owner_name, j.home) END,
                                  CASE WHEN a.is_at_home THEN j.relation ELSE llm_batch.relation_now(j.relation, j.relation_name, j.home) END OFFSET 0) o (owner, relation)

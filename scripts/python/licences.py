@@ -17,7 +17,7 @@ ALLOWED = {
 
 
 def allowed(expression):
-    """Whether what an SPDX expression demands can be met with the licences above. `/` is an old way to write OR."""
+    """Returns whether the licences above satisfy an SPDX expression. `/` is an old way to write OR."""
     tokens = re.findall(r"\(|\)|/|[^\s()/]+(?:\s+WITH\s+[^\s()/]+)?", expression or "")
     words = {"OR": "or", "/": "or", "AND": "and", "(": "(", ")": ")"}
     python = " ".join(words.get(token) or str(" ".join(token.split()) in ALLOWED) for token in tokens)

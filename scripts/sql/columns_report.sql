@@ -1,4 +1,4 @@
--- What the demo's second act prints at its end. Variables: filter.
+-- The report of the demo's second act. Variables: filter.
 
 \echo 'Row by row: the tweet; what the three columns say of it:'
 \pset format unaligned

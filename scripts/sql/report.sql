@@ -1,4 +1,4 @@
--- What the demo prints at its end. Variables: rows, single, rows_a_request.
+-- The demo's last report. Variables: rows, single, rows_a_request.
 
 \echo 'Rows by state:'
 SELECT target AS "column", status AS job, rows_total AS rows, rows_done AS done, rows_skipped AS skipped,

@@ -1,4 +1,4 @@
--- What a user sees of the extension, and what must hold for all of it.
+-- The surface of the extension, and rules that hold for all of it.
 \pset format unaligned
 \pset tuples_only on
 CREATE EXTENSION pg_llm_batch;
