@@ -3,6 +3,7 @@
 use pgrx::prelude::*;
 
 use super::store::{self, Outcome};
+use super::tidy;
 use crate::error::Result;
 use crate::failure::failure_point;
 use crate::process::{handle_signals, my_database, my_pid};
@@ -28,7 +29,7 @@ pub extern "C-unwind" fn llm_batch_finder_main(_arg: pg_sys::Datum) {
     }
     let found = txn::run(search);
     // Later and apart: what holds this up holds up no job.
-    if let Err(e) = txn::run(store::tidy_up) {
+    if let Err(e) = txn::run(tidy::tidy_up) {
         pgrx::log!("llm_batch could not remove old jobs: {}", e.one_line());
     }
     let end = match found {

@@ -11,6 +11,7 @@ mod plan;
 pub mod settle;
 mod store;
 pub mod target;
+mod tidy;
 mod worker;
 
 use std::collections::BTreeSet;
