@@ -35,7 +35,7 @@ pub fn check() -> Result<()> {
     if IS_REFUSED.get() {
         return Err(refuse("a model can't be asked while a job reads or writes rows")
             .detail("A function that the input, the filter, a trigger or a policy calls would ask it.")
-            .hint("Fill a column of its own with what the model says, by another job, and read that column."));
+            .hint("Let another job fill a column with the answers of the model, and read that column."));
     }
     // SAFETY: read on the main thread.
     if unsafe { pg_sys::ParallelWorkerNumber } >= 0 {

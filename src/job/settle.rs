@@ -48,7 +48,7 @@ const PATIENCE: Duration = Duration::from_secs(600);
 /// Errors that should pass in one settlement (waits for locks but the first are of 100 ms), until the rest is left for the
 /// next one.
 const MOST_TRIES: u32 = 20;
-/// Most rows that are at fault themselves if they meet a lack of disk or memory: if more do, the server has none.
+/// Most rows that are at fault themselves if they meet a lack of disk or memory: if more do, the server lacks it.
 pub const FEW: usize = 3;
 
 /// The result of a settlement.
