@@ -1,6 +1,9 @@
 //! Reading ahead: the child's rows are kept in their order, what their calls will ask is asked as far ahead as is wanted,
 //! and a row is evaluated when all of its answers are there.
 
+mod asking;
+mod window;
+
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
@@ -10,23 +13,16 @@ use pgrx::prelude::*;
 use super::answers::{Answer, Shown};
 use super::calls::Found;
 use super::guards::Guards;
-use super::site::{Site, evaluate, string};
+use super::site::Site;
 use super::wanted::Wanted;
-use crate::ask::{Asker, has_text};
 use crate::error::{Error, Result};
 use crate::process::current_user;
 use crate::{settings, statement};
 
-/// Most rows that are kept. Those that wait for the slowest answer should not fill the disk.
-const MOST_ROWS: usize = 32_000;
-/// Rows handed over at a time, if there are so many: the gateway sends the first that it gets at once.
-const FRAME: usize = 200;
 /// Refill the gateway after this many rows, even if no row is being waited for.
 const REFILL: u64 = 100;
 /// Time that one call's answer is waited for before the others' are looked at.
 const LOOK: Duration = Duration::from_secs(1);
-/// Rows read at first where it is not known how many are wanted.
-const FIRST: u64 = 10;
 
 /// The state of a call in a row.
 enum Fate {
@@ -252,65 +248,6 @@ impl Ahead {
         }
     }
 
-    /// Between two FETCHes much may change: streams are opened anew that are another role's or statement's, or of which
-    /// anything is not as it was.
-    unsafe fn look_at_changes(&mut self) {
-        let role_and_budget = (current_user(), settings::statement_max_cost());
-        let mut is_same = role_and_budget == (self.role, self.max_cost);
-        (self.role, self.max_cost) = role_and_budget;
-        let is_new_statement = std::mem::replace(&mut self.began, statement::began()) != self.began;
-        let default_model = settings::default_model();
-        if self.default_model != default_model {
-            is_same = false;
-            self.default_model = default_model;
-            self.keep_to_former_model();
-        }
-        // SAFETY: as of next(). What others have changed is not heard by itself within a transaction.
-        unsafe {
-            if is_new_statement {
-                pg_sys::AcceptInvalidationMessages();
-            }
-            for i in 0..self.sites.len() {
-                let Some(site) = self.sites.get_mut(i).filter(|s| s.asker.is_some() || !s.waiting.is_empty()) else {
-                    continue;
-                };
-                if is_same && (!is_new_statement || site.is_current()) {
-                    site.asker.as_mut().map(Asker::move_on);
-                    continue;
-                }
-                let waiting = std::mem::take(&mut site.waiting);
-                site.close();
-                for (row, text) in waiting.into_values() {
-                    self.ask(i, row, text);
-                }
-            }
-        }
-    }
-
-    /// Each text goes to one model: what was sent to the one that was the default is answered by it.
-    fn keep_to_former_model(&mut self) {
-        let Self { sites, rows, first, .. } = self;
-        for (i, site) in sites.iter_mut().enumerate() {
-            if site.asked.as_ref().is_some_and(|asked| asked.default_model.borrow().is_some()) {
-                let recalled = site.recall(&mut |number, answer| {
-                    if let Some(fate) = rows.get_mut((number - *first) as usize).and_then(|row| row.fates.get_mut(i)) {
-                        *fate = Fate::Answered(Rc::new(answer));
-                    }
-                });
-                if let Err(e) = recalled {
-                    site.failed.get_or_insert(e);
-                }
-            }
-        }
-        for fate in rows.iter().flat_map(|row| &row.fates) {
-            if let Fate::Answered(answer) = fate
-                && answer.asked.default_model.borrow().is_some()
-            {
-                answer.asked.default_model.replace(Some(self.default_model.clone()));
-            }
-        }
-    }
-
     /// Returns true if a client may read the result in parts, as drivers do that fetch so many rows at a time: the
     /// portal has a name then. Row security may allow other rows at the next part.
     unsafe fn is_in_parts(&self) -> bool {
@@ -324,225 +261,9 @@ impl Ahead {
         }
     }
 
-    /// Rows that the limit takes, if it is one.
-    unsafe fn bound(&self) -> Option<u64> {
-        // SAFETY: expressions of the LIMIT above, which has evaluated them by now.
-        unsafe {
-            let value = |bound: *mut pg_sys::ExprState| {
-                if bound.is_null() { None } else { evaluate::<i64>(bound, (*self.ps).ps_ExprContext) }
-            };
-            let [count, offset] = self.bounds.map(value);
-            let count = u64::try_from(count?).unwrap_or(0);
-            Some(count.saturating_add(offset.and_then(|n| u64::try_from(n).ok()).unwrap_or(0)))
-        }
-    }
-
-    /// Most rows to have in hand. With a filter before a limit, twice the rows that have to be asked about are, at most,
-    /// and as many as the limit takes.
-    fn most_rows(&self) -> u64 {
-        let left = match (self.wanted, self.limit) {
-            (Wanted::All, _) | (Wanted::Limit { .. }, None) => return u64::MAX,
-            (Wanted::Limit { .. }, Some(limit)) => limit.saturating_sub(self.passed),
-            (Wanted::Unknown, _) => 0,
-        };
-        if left == 0 {
-            return FIRST.max(self.taken);
-        }
-        let left = match self.wanted {
-            Wanted::Limit { is_sure: false, .. } => left.min(FIRST.max(self.taken)),
-            _ => left,
-        };
-        // SAFETY: reads a field of our state.
-        if unsafe { (*self.ps).qual.is_null() } {
-            return left;
-        }
-        // As many as it takes if as many pass as did so far.
-        let expected = left.saturating_mul(self.taken + 1).div_ceil(self.passed + 1);
-        expected.min(left.max(self.taken))
-    }
-
-    fn has_room(&self) -> bool {
-        // SAFETY: a setting, read on the main thread.
-        let memory = unsafe { pg_sys::work_mem } as usize * 1024;
-        (self.rows.len() as u64) < self.most_rows()
-            && self.stored_rows() < MOST_ROWS
-            && (self.bytes < memory || self.rows.is_empty())
-            && self.sites.iter().all(|s| s.failed.is_none() && s.asker.as_ref().is_none_or(Asker::has_room))
-    }
-
-    /// Rows that take room in the store.
-    fn stored_rows(&self) -> usize {
-        // SAFETY: our own store, which was made before the first row.
-        if unsafe { pg_sys::tuplestore_in_memory(self.store) } { self.rows.len() } else { self.stored }
-    }
-
     /// Returns true if the first row can be evaluated.
     fn is_first_decided(&self) -> bool {
         self.rows.front().is_some_and(|row| row.fates.iter().all(Fate::is_decided))
-    }
-
-    /// Reads on while there is room, and hands over what is to be asked.
-    unsafe fn fill(&mut self) {
-        // SAFETY: as of next().
-        unsafe {
-            while !self.is_child_done && (self.has_room() || self.rows.is_empty()) {
-                let slot = pg_sys::ExecProcNode((*self.ps).lefttree);
-                if is_empty(slot) {
-                    self.is_child_done = true;
-                    break;
-                }
-                pg_sys::tuplestore_puttupleslot(self.store, slot);
-                self.stored += 1;
-                let number = self.first + self.rows.len() as u64;
-                let fates = self.sites.iter().map(|_| Fate::Unknown).collect();
-                self.rows.push_back(Row { fates, bytes: 0 });
-                self.examine(0, number, slot);
-                self.flush(FRAME);
-            }
-            for level in 1..self.examined.len() {
-                self.look_again(level);
-            }
-            self.flush(1);
-        }
-    }
-
-    /// Looks at rows for the calls of a level, as long as those have the answers of the levels before.
-    unsafe fn look_again(&mut self, level: usize) {
-        // SAFETY: as of next(). Every row is looked at once at each level before it is returned.
-        unsafe {
-            while let Some(number) = self.examined.get(level).copied() {
-                let is_below = |site: &Site| site.call.level < level;
-                let row = self.rows.get((number - self.first) as usize);
-                let is_ready = row.is_some_and(|row| {
-                    self.sites.iter().zip(&row.fates).all(|(site, fate)| !is_below(site) || fate.is_decided())
-                });
-                let has_room = self.sites.iter().all(|s| s.asker.as_ref().is_none_or(Asker::has_room));
-                if !is_ready || !(has_room || number == self.first) {
-                    return;
-                }
-                let [_, slot] = self.slots;
-                pg_sys::tuplestore_select_read_pointer(self.store, level as i32);
-                if !pg_sys::tuplestore_gettupleslot(self.store, true, true, slot) {
-                    return;
-                }
-                self.examine(level, number, slot);
-                if let Some(examined) = self.examined.get_mut(level) {
-                    *examined += 1;
-                }
-            }
-        }
-    }
-
-    /// Decides which calls of a level a row comes to, and queues what they ask.
-    unsafe fn examine(&mut self, level: usize, number: u64, slot: *mut pg_sys::TupleTableSlot) {
-        // SAFETY: as of next(). What is evaluated, and what it is read from, is freed with the row's memory.
-        unsafe {
-            let econtext = (*self.ps).ps_ExprContext;
-            let at = (number - self.first) as usize;
-            let known = self.rows.get(at).map(|row| {
-                row.fates.iter().filter_map(|f| if let Fate::Answered(a) = f { Some(Rc::clone(a)) } else { None })
-            });
-            let _shown = Shown::new(known.map(Iterator::collect).unwrap_or_default(), true);
-            (*econtext).ecxt_outertuple = slot;
-            self.guards.forget();
-            for i in 0..self.sites.len() {
-                let Some(site) = self.sites.get(i).filter(|s| s.call.level == level) else { continue };
-                let text =
-                    if self.guards.hold(site.call.guard, econtext) { string(site.input, econtext) } else { None };
-                match text.filter(|t| has_text(t)) {
-                    Some(text) => self.ask(i, number, text),
-                    None => self.set(number, i, Fate::NotAsked),
-                }
-            }
-            (*econtext).ecxt_outertuple = std::ptr::null_mut();
-            pg_sys::MemoryContextReset((*econtext).ecxt_per_tuple_memory);
-        }
-    }
-
-    fn set(&mut self, number: u64, site: usize, fate: Fate) {
-        let row = self.rows.get_mut((number - self.first) as usize);
-        if let Some(f) = row.and_then(|row| row.fates.get_mut(site)) {
-            *f = fate;
-        }
-    }
-
-    /// Queues a row's text of a call.
-    unsafe fn ask(&mut self, site: usize, number: u64, text: String) {
-        let Some(s) = self.sites.get_mut(site) else { return };
-        // SAFETY: as of next().
-        let fate = match unsafe { s.open(self.ps) } {
-            Ok(Some(asker)) => {
-                let n = asker.put((text.clone(), None));
-                let bytes = text.len();
-                s.waiting.insert(n, (number, text));
-                if let Some(row) = self.rows.get_mut((number - self.first) as usize) {
-                    row.bytes += bytes;
-                    self.bytes += bytes;
-                }
-                Fate::Pending
-            }
-            Ok(None) => Fate::NotAsked,
-            Err(e) => {
-                s.failed.get_or_insert(e);
-                Fate::Pending
-            }
-        };
-        self.set(number, site, fate);
-    }
-
-    /// Hands over what is queued, where it is at least so much.
-    fn flush(&mut self, least: usize) {
-        for site in &mut self.sites {
-            if let Some(asker) = &mut site.asker
-                && asker.unsent() >= least
-                && let Err(e) = asker.flush()
-            {
-                site.failed.get_or_insert(e);
-            }
-        }
-    }
-
-    /// Takes what has come.
-    fn poll(&mut self) {
-        for site in 0..self.sites.len() {
-            while self.receive(site, Duration::ZERO) {}
-        }
-    }
-
-    /// Waits for answers of a call. Whether anything came.
-    fn receive(&mut self, site: usize, timeout: Duration) -> bool {
-        let Self { sites, rows, first, .. } = self;
-        let Some(Site { asker: Some(asker), asked: Some(asked), waiting, failed, .. }) = sites.get_mut(site) else {
-            return false;
-        };
-        if failed.is_some() || asker.pending() == 0 {
-            return false;
-        }
-        let received = asker.receive(timeout, &mut |n, verdict| {
-            let Some((number, input)) = waiting.remove(&n) else { return };
-            let answer = Answer { asked: Rc::clone(asked), input, verdict };
-            if let Some(fate) = rows.get_mut((number - *first) as usize).and_then(|row| row.fates.get_mut(site)) {
-                *fate = Fate::Answered(Rc::new(answer));
-            }
-        });
-        let Err(e) = received else { return received.unwrap_or_default() };
-        // Perhaps the budget lacks no more than what idle streams are allowed to spend.
-        if asker.is_exhausted() && self.release_idle(site) {
-            return true;
-        }
-        if let Some(site) = self.sites.get_mut(site) {
-            site.failed.get_or_insert(e);
-        }
-        false
-    }
-
-    /// Closes the streams of other calls that wait for nothing, and asks for more of the budget once again. Whether there
-    /// is more.
-    fn release_idle(&mut self, site: usize) -> bool {
-        let others = self.sites.iter_mut().enumerate().filter(|(i, s)| *i != site && s.waiting.is_empty());
-        others.for_each(|(_, s)| s.close());
-        let asker = self.sites.get_mut(site).and_then(|s| s.asker.as_mut());
-        asker.is_some_and(|asker| asker.grant().is_ok())
     }
 
     /// Begins anew: the child's rows will be others.
