@@ -262,6 +262,8 @@ impl Said {
             429 if self.any(&["perday", "per day", "rpd", "tokens-month"]) => Trouble::Quota(retry_after),
             429 => Trouble::Rate(retry_after),
             400 | 422 | 500 if self.refuses_system_role() => Trouble::Unsupported(Parameter::SystemRole),
+            // "Not implemented" does not pass: such as embeddings of a server that was started for chats.
+            501 => Trouble::Misplaced,
             408 | 409 | 421 | 424 | 425 | 499..=599 => Trouble::Overload(retry_after),
             400 | 422 if self.is_of_spend() => Trouble::Spend,
             400 if self.any(&["could not finish the message"]) => Trouble::CutOff,
