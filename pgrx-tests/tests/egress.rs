@@ -7,12 +7,12 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener};
 use std::process::Command;
 use std::sync::{Arc, Mutex};
 
-use common::{Bed, PATIENCE, backfill, error, run, text, tickets, wait_status};
+use common::{Bed, PATIENCE, backfill, error, refused, run, text, tickets, wait_status};
 use llm_fake_provider::{CA, Config, FakeProvider, Fault, OTHER_CA, TlsFront, private_address};
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::Client;
 
-/// Somewhere that nothing may be sent to. What came nevertheless.
+/// Somewhere that nothing may be sent to. Returns what came nevertheless.
 struct Elsewhere {
     port: u16,
     heard: Arc<Mutex<Vec<String>>>,
@@ -197,16 +197,6 @@ fn an_account_is_shared_only_among_servers_of_one_owner() {
 }
 
 const ASK: &str = "SELECT llm_classify('#r000001:bug#', 'topic')";
-
-#[track_caller]
-fn refused(client: &mut Client, sql: &str, code: &str, says: &[&str]) {
-    let (found, message, detail, hint) = error(client, sql);
-    let all = format!("{message}\n{detail}\n{hint}");
-    assert_eq!(found, code, "{sql}\n{all}");
-    for words in says {
-        assert!(all.contains(words), "\"{words}\" is missing\n{sql}\n{all}");
-    }
-}
 
 /// Calls `start` in a second network of this machine, with an address there that this network reaches over a virtual cable.
 /// Sockets and threads that it makes stay in that network, which goes with the last of them. Otherwise says why not: it

@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant};
 
-use common::{Bed, PATIENCE, backfill_with, error, one, progress, run, text, tickets, wait_status, warm};
+use common::{Bed, PATIENCE, backfill_with, error, one, progress, run, set, text, tickets, wait_status, warm};
 use llm_fake_provider::Config;
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::Client;
@@ -684,15 +684,6 @@ fn an_owner_without_login() {
     let (code, ..) = error(bob, &format!("SET ROLE alice; {BACKFILL}"));
     assert_eq!(code, "28000");
     assert_eq!(bed.provider.stats().rows.values().map(|r| r.asked).max(), Some(1));
-}
-
-/// Sets a parameter for all, and waits until a new session has it.
-#[track_caller]
-fn set(bed: &Bed, name: &str, value: &str) {
-    let client = &mut bed.connect();
-    run(client, &format!("ALTER SYSTEM SET {name} = '{value}'"));
-    run(client, "SELECT pg_reload_conf()");
-    wait_until("the parameter is set", PATIENCE, || text(&mut bed.connect(), &format!("SHOW {name}")), |v| v == value);
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use common::{
     Bed, LABELS, PATIENCE, SMALL, backfill, backfill_with, error, failures, held_job, in_flight, left, one, progress,
-    run, text, tickets, wait_status, warm, wrong,
+    run, set, text, tickets, wait_status, warm, wrong,
 };
 use pg_llm_batch_e2e::{Cluster, wait_until};
 use postgres::{Client, NoTls};
@@ -721,15 +721,6 @@ fn settings_of_the_owners_role() {
     }
     assert_eq!(one(client, "SELECT count(*) FROM evil.tickets"), 0);
     assert!(bed.provider.stats().rows.values().all(|r| r.asked == 1));
-}
-
-/// Sets a parameter for all, and waits until a new session has it.
-#[track_caller]
-fn set(bed: &Bed, name: &str, value: &str) {
-    let client = &mut bed.connect();
-    run(client, &format!("ALTER SYSTEM SET {name} = '{value}'"));
-    run(client, "SELECT pg_reload_conf()");
-    wait_until("the parameter is set", PATIENCE, || text(&mut bed.connect(), &format!("SHOW {name}")), |v| v == value);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A job under kills, faults and other people's work for a while, and its accounts at the end.
 //!
-//! A short form by default; `make soak` runs a million rows. What happens when is drawn from `SOAK_SEED`, and printed.
+//! A short form by default; `make soak` runs a million rows. The events are drawn from `SOAK_SEED`, and printed.
 
 mod common;
 

@@ -365,7 +365,8 @@ fn rows_without_text_are_skipped_and_not_listed() {
     let bed = Bed::new("empty");
     let mut c = bed.connect();
     tickets(&mut c, "t", 1..=100);
-    // White space is no text: each character that Unicode has as such, and much of it. What has some of it is a text.
+    // White space is no text: each character that Unicode has as such, and much of it. A value with only some of it is
+    // a text.
     let white: String = ('\0'..=char::MAX).filter(|c| c.is_whitespace()).collect();
     c.execute("UPDATE t SET body = substr($1, id::int - 30, 1) WHERE id BETWEEN 31 AND 55", &[&white]).unwrap();
     c.execute("UPDATE t SET body = repeat($1, 10000) WHERE id = 56", &[&white]).unwrap();

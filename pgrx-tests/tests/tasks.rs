@@ -6,21 +6,10 @@ mod common;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 
-use common::{Bed, PATIENCE, error, failures, one, run, text};
+use common::{Bed, PATIENCE, error, failures, one, refused, run, text};
 use pg_llm_batch_e2e::wait_until;
 use postgres::Client;
 use serde_json::{Value, json};
-
-/// A statement fails with this SQLSTATE, and says each of these things in its message, detail or hint.
-#[track_caller]
-fn refused(client: &mut Client, sql: &str, code: &str, says: &[&str]) {
-    let (found, message, detail, hint) = error(client, sql);
-    let all = format!("{message}\n{detail}\n{hint}");
-    assert_eq!(found, code, "{sql}\n{all}");
-    for part in says {
-        assert!(all.contains(part), "{sql}\nnothing of \"{part}\" in\n{all}");
-    }
-}
 
 /// The names of an extractor's fields in their order.
 fn fields(client: &mut Client, name: &str) -> String {

@@ -334,6 +334,27 @@ pub fn error(client: &mut Client, sql: &str) -> (String, String, String, String)
     (db.code().code().to_owned(), db.message().to_owned(), or_empty(db.detail()), or_empty(db.hint()))
 }
 
+/// A statement fails with this SQLSTATE, and says each of these things in its message, detail or hint. Returns the three.
+#[track_caller]
+pub fn refused(client: &mut Client, sql: &str, code: &str, says: &[&str]) -> [String; 3] {
+    let (found, message, detail, hint) = error(client, sql);
+    let all = format!("{message}\n{detail}\n{hint}");
+    assert_eq!(found, code, "{sql}\n{all}");
+    for part in says {
+        assert!(all.contains(part), "{sql}\nnothing of \"{part}\" in\n{all}");
+    }
+    [message, detail, hint]
+}
+
+/// Sets a parameter for all, and waits until a new session has it.
+#[track_caller]
+pub fn set(bed: &Bed, name: &str, value: &str) {
+    let client = &mut bed.connect();
+    run(client, &format!("ALTER SYSTEM SET {name} = '{value}'"));
+    run(client, "SELECT pg_reload_conf()");
+    wait_until("the parameter is set", PATIENCE, || text(&mut bed.connect(), &format!("SHOW {name}")), |v| v == value);
+}
+
 /// Has the model answer, so that `backfill()` sends no probe for the next minute: then the provider can be told to hold
 /// its answers before a job starts.
 #[track_caller]
