@@ -102,7 +102,8 @@ fn without_server(model: &str, server: &str) -> Error {
 pub fn default(author: Option<pg_sys::Oid>) -> Result<String> {
     let name = crate::settings::default_model();
     if name.is_empty() {
-        return Err(Error::invalid("no model is specified").hint("Specify a model, or set llm_batch.default_model."));
+        return Err(Error::invalid("no model is specified")
+            .hint("Name it in the argument or the option \"model\", or set llm_batch.default_model."));
     }
     let Some(by) = crate::settings::default_model_set_by() else { return Ok(name) };
     let me = current_user();
