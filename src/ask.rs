@@ -213,7 +213,7 @@ impl Asker {
         send(&mut self.client, items)
     }
 
-    /// Waits for answers, at most for so long, and hands each to `sink` by its number. Whether anything came.
+    /// Waits for answers, at most for so long, and hands each to `sink` by its number. Returns true if anything came.
     pub fn receive(&mut self, timeout: Duration, sink: &mut dyn FnMut(u64, Verdict)) -> Result<bool> {
         match self.client.receive(timeout)? {
             Received::Message(FromGateway::Outcomes { model, outcomes, spent }) => {
@@ -224,7 +224,9 @@ impl Asker {
                     self.client.send(&ToGateway::Allow(more))?;
                 }
             }
-            Received::Message(FromGateway::Stopped(stop)) => return Err(Error::from_stop(&stop, &self.model)),
+            Received::Message(FromGateway::Stopped(stop)) => {
+                return Err(Error::from_stop(&stop, &self.model, &self.stream));
+            }
             Received::Message(FromGateway::Exhausted { least, full }) => {
                 self.exhausted = Some((least, full));
                 self.grant()?;

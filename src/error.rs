@@ -1,6 +1,6 @@
 //! The error type of this crate: SQLSTATE, message, detail and hint.
 
-use llm_batch_gateway::protocol::{Full, Stop, StopReason};
+use llm_batch_gateway::protocol::{Full, Stop, StopReason, Stream};
 use pgrx::PgSqlErrorCode;
 use pgrx::pg_sys::panic::{CaughtError, ErrorReport};
 
@@ -62,9 +62,15 @@ impl Error {
     }
 
     /// The error for a provider's refusal.
-    pub fn from_stop(stop: &Stop, model: &str) -> Self {
+    pub fn from_stop(stop: &Stop, model: &str, stream: &Stream) -> Self {
         use PgSqlErrorCode as C;
         let (code, message, hint) = match stop.reason {
+            StopReason::Auth if stream.endpoint.api_key.is_none() && stream.others.is_empty() => (
+                C::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
+                format!("the provider of model \"{model}\" asks for an API key, and there is none"),
+                "Create it with CREATE USER MAPPING FOR … SERVER … OPTIONS (api_key '…'). A mapping counts for its role \
+                 alone; one for PUBLIC counts for every role without its own.",
+            ),
             StopReason::Auth => (
                 C::ERRCODE_INVALID_AUTHORIZATION_SPECIFICATION,
                 format!("the provider of model \"{model}\" rejected the API key"),
@@ -85,6 +91,12 @@ impl Error {
                 format!("the provider of model \"{model}\" does not answer"),
                 "Where the certificate is signed by an authority of one's own, a superuser can set option ca_file of the \
                  server.",
+            ),
+            StopReason::ProviderDown if stop.message.contains("InvalidContentType") => (
+                C::ERRCODE_CONNECTION_FAILURE,
+                format!("the provider of model \"{model}\" does not answer"),
+                "The endpoint does not speak TLS at this port. Check the option base_url of the foreign server: https, or \
+                 http for this machine and, with allow_http, for private addresses.",
             ),
             StopReason::ProviderDown => (
                 C::ERRCODE_CONNECTION_FAILURE,

@@ -16,18 +16,12 @@ use postgres::Client;
 /// The key that [`Bed`] gives everybody.
 const KEY: &str = "sk-test-0123456789abcdef";
 
-/// A statement fails with this SQLSTATE, and says each of these things in its message, detail or hint. There must be
-/// more than a message: something that helps.
+/// A statement fails as [`common::refused`] says. There must be more than a message, something that helps, and no key.
 #[track_caller]
 fn refused(client: &mut Client, sql: &str, code: &str, says: &[&str]) {
-    let (found, message, detail, hint) = error(client, sql);
-    let all = format!("{message}\n{detail}\n{hint}");
-    assert_eq!(found, code, "{sql}\n{all}");
-    for part in says {
-        assert!(all.contains(part), "{sql}\nnothing of \"{part}\" in\n{all}");
-    }
+    let [message, detail, hint] = common::refused(client, sql, code, says);
     assert!(!detail.is_empty() || !hint.is_empty() || says.is_empty(), "{sql}\nonly a message: {message}");
-    assert!(!all.contains(KEY), "{sql}\n{all}");
+    assert!(![&message, &detail, &hint].iter().any(|part| part.contains(KEY)), "{sql}\n{message}\n{detail}\n{hint}");
 }
 
 /// The call of `backfill()` for column `topic` of `tickets` with another argument in place of one.
@@ -64,6 +58,10 @@ fn a_provider_that_refuses() {
     for sql in &verbs {
         refused(client, sql, "28000", &["model \"m\"", "rejected the API key", "401", "ALTER USER MAPPING"]);
     }
+    run(client, "DROP USER MAPPING FOR PUBLIC SERVER fake");
+    for sql in &verbs {
+        refused(client, sql, "28000", &["asks for an API key", "there is none", "401", "CREATE USER MAPPING"]);
+    }
     bed.provider.configure(|c| {
         c.api_key = None;
         c.models = Some(vec!["gpt-4o".to_owned()]);
@@ -80,6 +78,8 @@ fn a_provider_that_refuses() {
     for sql in &verbs {
         refused(client, sql, "42704", &["404", "base_url does not end in /v1", "usually ends in /v1"]);
     }
+    run(client, &format!("ALTER SERVER fake OPTIONS (SET base_url '{}')", base_url.replace("http:", "https:")));
+    refused(client, &verbs[0], "08006", &["does not answer", "does not speak TLS", "http for this machine"]);
     run(client, &format!("ALTER SERVER fake OPTIONS (SET base_url '{base_url}')"));
 
     let elsewhere = FakeProvider::start(Config::default()).unwrap();
@@ -172,6 +172,10 @@ fn tables_that_cannot_be_filled() {
     refused(client, &relation("parted"), "42809", &["parted_foreign", "foreign table"]);
     refused(client, &call("relation => 4294967295::oid::regclass"), "42P01", &[]);
     refused(client, &call("relation => 'nowhere'"), "42P01", &[]);
+    for input in ["body", " BODY", "\"body\""] {
+        let same = format!("SELECT llm_batch.backfill('tickets', '{input}', 'body', 'topic')");
+        refused(client, &same, "22023", &["both the input and the target", "NULL", "Add a column"]);
+    }
     refused(client, &call("target => 'nothing'"), "42703", &["nothing", "tickets", "ADD COLUMN"]);
     refused(client, &call("target => 'id'"), "42809", &["id"]);
     for name in ["ctid", "xmin", "tableoid"] {

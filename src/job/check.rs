@@ -67,6 +67,7 @@ impl<'a> Given<'a> {
         let owner = owner_of(&target)?;
         let asked = task::load(self.task, &self.task_options)?.stream(owner, false)?;
         self.check_rights(&target, owner, is_to_write)?;
+        self.check_apart(&names)?;
         let spec = &asked.stream.task.spec;
         let fields = target::fields(&self.columns, &target.columns, spec)?;
         catalog::check_owners(target.relation, owner, &target.name)?;
@@ -98,6 +99,20 @@ impl<'a> Given<'a> {
         };
         asking::refused(|| txn::as_role(owner, look))?;
         Ok(Checked { target, fields, owner, asked })
+    }
+
+    /// Refuses a target that is the input: a row whose target is NULL would have no text.
+    fn check_apart(&self, targets: &[String]) -> Result<()> {
+        let input = self.input.trim();
+        let quoted = |name: &str| format!("\"{}\"", name.replace('"', "\"\""));
+        match targets {
+            [name] if input.to_lowercase() == *name || input == quoted(name) => {
+                Err(Error::invalid(format!("column \"{name}\" is both the input and the target"))
+                    .detail("A job fills rows whose target is NULL, and these would have no text.")
+                    .hint("Add a column for the answers."))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn check_rights(&self, target: &Target, owner: pg_sys::Oid, is_to_write: bool) -> Result<()> {

@@ -101,7 +101,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
     // Before a row is paid for: the model, or one of a route, must answer at all.
     client::ask(&stream, &ToGateway::Probe, |message| match message {
         FromGateway::Probed(None) => Ok(Some(())),
-        FromGateway::Probed(Some(stop)) | FromGateway::Stopped(stop) => Err(Error::from_stop(&stop, &model)),
+        FromGateway::Probed(Some(stop)) | FromGateway::Stopped(stop) => Err(Error::from_stop(&stop, &model, &stream)),
         _ => Ok(None),
     })?;
     let id = insert(&target, fields, owner, given, budget)?;

@@ -398,7 +398,7 @@ impl Worker {
         process::hold_on(!self.answers.is_empty() || !self.locked.is_empty());
     }
 
-    /// The gateway ended. What it had not answered is claimed again from the table.
+    /// The gateway ended. Rows without an answer are claimed again from the table.
     pub(super) fn lose_gateway(&mut self) {
         self.client = None;
         if self.asked.stream.budget.is_some() {
@@ -412,7 +412,7 @@ impl Worker {
     }
 
     fn outcome_of_stop(&self, stop: &Stop) -> Outcome {
-        let text = Error::from_stop(stop, &self.asked.model).one_line();
+        let text = Error::from_stop(stop, &self.asked.model, &self.asked.stream).one_line();
         let at = shared::now() + stop.retry_after_ms.map_or(LATER, |ms| ms as i64 * 1000);
         match stop.reason {
             StopReason::Auth => Outcome::Paused("auth", Some(text), None),
