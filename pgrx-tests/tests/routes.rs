@@ -20,6 +20,7 @@ fn several_models_are_asked_as_one() {
     run(c, "ALTER TABLE t ADD by jsonb");
 
     what_is_wrong(c);
+    names_under_repeatable_read(&bed, c);
     the_second_goes_on(&bed, &second, c);
     both_share_the_rows(&bed, c);
     budgets_reckon_with_the_dearest(&bed, c);
@@ -252,6 +253,49 @@ fn sessions_and_vectors(bed: &Bed, c: &mut Client) {
     assert_eq!(vector, embedding("a text", 16));
     let (code, message, detail, _) = error(c, "SELECT llm_batch.create_embedder('f', 'both', 16)");
     assert!(code == "22023" && message.contains("both") && detail.contains("fake-dear"), "{code} {message} {detail}");
+}
+
+/// Who began before another made a route, and a task with a model, sees neither: a model of the same name is not made, and
+/// the model is not dropped.
+fn names_under_repeatable_read(bed: &Bed, c: &mut Client) {
+    model(c, "used", "");
+    for (makes, sql, code, says) in [
+        (
+            "SELECT llm_batch.create_route('twin', ARRAY['m'])",
+            "SELECT llm_batch.create_model('twin', 'fake', 'x')",
+            "42710",
+            "alter_route",
+        ),
+        (
+            "SELECT llm_batch.create_model('twin2', 'fake', 'x')",
+            "SELECT llm_batch.create_route('twin2', ARRAY['m'])",
+            "42710",
+            "alter_model",
+        ),
+        (
+            "SELECT llm_batch.create_scorer('uses', 'x', model => 'used')",
+            "SELECT llm_batch.drop_model('used')",
+            "2BP01",
+            "uses",
+        ),
+        (
+            "SELECT llm_batch.create_route('uses', ARRAY['used']), llm_batch.drop_task('uses')",
+            "SELECT llm_batch.drop_model('used')",
+            "2BP01",
+            "uses",
+        ),
+    ] {
+        let other = &mut bed.connect();
+        run(other, "BEGIN ISOLATION LEVEL REPEATABLE READ; SELECT count(*) FROM llm_batch.model");
+        run(c, makes);
+        let (found, message, _, hint) = error(other, sql);
+        assert!(found == code && format!("{message}\n{hint}").contains(says), "{sql}: {found} {message} {hint}");
+    }
+    run(
+        c,
+        "SELECT llm_batch.drop_route('uses'), llm_batch.drop_route('twin');
+         SELECT llm_batch.drop_model(n) FROM unnest('{twin2,used}'::text[]) n",
+    );
 }
 
 fn what_is_wrong(c: &mut Client) {
