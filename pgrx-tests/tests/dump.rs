@@ -19,10 +19,12 @@ const SMALL: &str = "options => '{\"max_rows_per_request\": 10}'";
 const ALL: &str = "
     SELECT concat_ws(E'\n',
       (SELECT string_agg(to_jsonb(m)::text, E'\n' ORDER BY name) FROM llm_batch.model m),
+      (SELECT string_agg(to_jsonb(r)::text, E'\n' ORDER BY name) FROM llm_batch.route r),
       (SELECT string_agg(to_jsonb(c)::text, E'\n' ORDER BY name) FROM llm_batch.task c),
       (SELECT string_agg(to_jsonb(h)::text, E'\n' ORDER BY name, version) FROM llm_batch.task_history h),
       (SELECT string_agg(to_jsonb(j)::text, E'\n' ORDER BY id) FROM llm_batch.job j),
       (SELECT string_agg(to_jsonb(s)::text, E'\n' ORDER BY job_id) FROM llm_batch.job_state s),
+      (SELECT string_agg(to_jsonb(k)::text, E'\n' ORDER BY job_id, model) FROM llm_batch.job_model k),
       (SELECT string_agg(to_jsonb(f)::text, E'\n' ORDER BY job_id, key) FROM llm_batch.row_failure f),
       (SELECT last_value::text FROM llm_batch.job_id_seq),
       (SELECT string_agg(concat(srvname, srvoptions, srvacl), E'\n') FROM pg_foreign_server))";
@@ -31,7 +33,7 @@ const ALL: &str = "
 fn everywhere(all: &str) -> String {
     let own = |line: &str| {
         let Ok(serde_json::Value::Object(mut row)) = serde_json::from_str(line) else { return line.to_owned() };
-        if row.contains_key("server") || row.contains_key("spec") {
+        if ["server", "spec", "policy"].iter().any(|name| row.contains_key(*name)) {
             row.retain(|name, _| name != "home" && name != "server");
         }
         serde_json::Value::Object(row).to_string()
@@ -60,7 +62,7 @@ impl Jobs {
              SELECT llm_batch.alter_model('m', max_concurrent_requests => 2, max_request_tokens => 2000);
              SELECT llm_batch.alter_classifier('topic', instruction => 'Tickets.'),
                     llm_batch.create_extractor('bill', '{\"due\": \"date\", \"a\": \"numeric\"}', 'm'), llm_batch.create_scorer('s', 'x', model => 'm');
-             SELECT llm_batch.drop_task('s')",
+             SELECT llm_batch.drop_task('s'), llm_batch.create_route('one of', ARRAY['m'], 'spread')",
         );
         // Columns dropped before leave gaps in the numbers, which a restored table does not have.
         tickets(client, "a", 1..=ROWS);
@@ -79,6 +81,7 @@ impl Jobs {
         tickets(client, "d", 3001..=3020);
         let done = backfill_with(client, "c", SMALL);
         assert_eq!(wait_status(client, done, "done").counts(), (20, 18, 2, 0, 0, 0));
+        assert_eq!(one(client, &format!("SELECT rows_answered FROM llm_batch.job_model WHERE job_id = {done}")), 18);
         // The probe's answer, and those of three requests.
         bed.provider.hold_after(4);
         let paused = backfill_with(&mut bed.cluster.connect_as("postgres", "app"), "app.\"B b\"", SMALL);
@@ -129,13 +132,22 @@ impl Jobs {
         for table in ["a", "app.\"B b\""] {
             assert_eq!((wrong(there, table), left(there, table)), (0, 0), "{table}");
         }
+        // The route leads to its model, by whose accounts jobs go on.
+        run(
+            there,
+            "SELECT llm_batch.alter_route('one of', policy => 'failover');
+             SELECT llm_batch.alter_classifier('topic', model => 'one of')",
+        );
+        let accounts = "SELECT count(*) FROM llm_batch.progress_by_model m JOIN llm_batch.progress p USING (job_id)
+                         WHERE m.model = 'm' AND m.requests = p.requests AND m.cost = p.cost";
+        assert_eq!(one(there, accounts), 3);
         // Tasks go on counting their versions.
         run(
             there,
             "SELECT llm_batch.alter_extractor('bill', instruction => 'x'), llm_batch.create_generator('s', 'x', 'm')",
         );
         let versions = "SELECT string_agg(concat(name, version), ' ' ORDER BY name) FROM llm_batch.task";
-        assert_eq!(text(there, versions), "bill2 s2 topic2");
+        assert_eq!(text(there, versions), "bill2 s2 topic3");
         // Failed rows are asked again, and new jobs have new numbers.
         run(there, "UPDATE c SET body = left(body, 40) WHERE id > 2018");
         run(there, &format!("SELECT llm_batch.retry_failed({})", self.done));
