@@ -22,7 +22,8 @@ pub fn from_name(name: &CStr) -> String {
 pub fn new_name(name: Option<&str>) -> Result<&str> {
     let name = required(name, "name")?;
     if name.trim().is_empty() || name.chars().count() > 200 {
-        return Err(Error::invalid("a name must have 1 to 200 characters"));
+        return Err(Error::invalid("a name must have 1 to 200 characters")
+            .hint("Choose a name under which it is used from now on, such as 'topic'."));
     }
     Ok(name)
 }

@@ -225,7 +225,8 @@ impl Settings {
 impl Given<'_> {
     fn check(&self, name: &str, api: Api) -> Result<()> {
         match self {
-            Self::Number(Some(n)) if *n < 1 => Err(Error::invalid(format!("\"{name}\" must be greater than zero"))),
+            Self::Number(Some(n)) if *n < 1 => Err(Error::invalid(format!("\"{name}\" must be greater than zero"))
+                .hint("Leave it out for the default; a limit that is not set does not hold.")),
             Self::Price(Some(price)) => check_price(name, price),
             Self::Timeout(Some(timeout)) => {
                 let ms = sql::one::<i64>(
@@ -233,7 +234,8 @@ impl Given<'_> {
                     &[(*timeout).into()],
                 )?;
                 if !ms.is_some_and(|ms| (1..=86_400_000).contains(&ms)) {
-                    return Err(Error::invalid(format!("\"{name}\" must be between 1 millisecond and 1 day")));
+                    return Err(Error::invalid(format!("\"{name}\" must be between 1 millisecond and 1 day"))
+                        .hint("Write an interval, such as '2 min'."));
                 }
                 Ok(())
             }

@@ -7,7 +7,7 @@ use pgrx::prelude::*;
 use crate::args::unknown;
 use crate::error::{Error, Result};
 use crate::process::current_user;
-use crate::{client, sql, txn};
+use crate::{client, names, sql, txn};
 
 /// The error for a job whose owner does not exist any more.
 pub const GONE: &str = "the job's owner was dropped";
@@ -47,6 +47,11 @@ pub fn check(kind: &str, name: &str) -> Result<()> {
     match owner {
         Some(owner) if is_mine(owner) => Ok(()),
         Some(owner) => Err(denied(owner, &format!("{kind} \"{name}\""))),
+        None if names::check_free(name, kind).is_err() => {
+            let is = if kind == "model" { "route" } else { "model" };
+            Err(Error::new(PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE, format!("\"{name}\" is a {is}"))
+                .hint(format!("Use llm_batch.alter_{is}() and drop_{is}().")))
+        }
         None => Err(unknown(kind, name)),
     }
 }

@@ -13,6 +13,8 @@ use pgrx::prelude::*;
 use crate::error::{Error, Result};
 use crate::{settings, sql};
 
+/// Paths of requests, which documentation of providers shows behind their addresses.
+const REQUESTS: [&str; 4] = ["/chat/completions", "/embeddings", "/v1/messages", "/v1/responses"];
 const SERVER_OPTIONS: &str = "api, api_version, base_url, account, counts, api_key_file, allow_http, ca_file";
 const MAPPING_OPTIONS: &str = "api_key";
 /// Most bytes of a file that holds a key.
@@ -51,7 +53,9 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
         }
         match name {
             "api_key_file" | "ca_file" if !Path::new(value).is_absolute() => {
-                return Err(bad_value(format!("option \"{name}\" must be an absolute path")).into());
+                return Err(bad_value(format!("option \"{name}\" must be an absolute path"))
+                    .hint("Write it from the root on, such as '/etc/llm/key'.")
+                    .into());
             }
             "ca_file" => check_superuser(name)?,
             "allow_http" if allow_http => check_superuser(name)?,
@@ -63,6 +67,12 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
                 if !llm_batch_gateway::is_readable(value) {
                     return Err(bad_value("invalid base_url: the host is not a valid name".to_owned())
                         .hint("Write it as https://host/path. The prefix \"xn--\" is for internationalized names.")
+                        .into());
+                }
+                let path = value.trim_end_matches('/');
+                if let Some(end) = REQUESTS.iter().find(|end| path.ends_with(*end)) {
+                    return Err(bad_value(format!("invalid base_url: it ends in {end}"))
+                        .hint(format!("Leave out {end}: each request has such a path of its own."))
                         .into());
                 }
             }

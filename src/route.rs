@@ -61,7 +61,8 @@ fn check(models: Vec<Option<String>>) -> Result<Vec<String>> {
     }
     for (i, name) in models.iter().enumerate() {
         if models.iter().take(i).any(|before| before == name) {
-            return Err(Error::invalid(format!("model \"{name}\" is named twice")));
+            return Err(Error::invalid(format!("model \"{name}\" is named twice"))
+                .hint("Name each model once, the ones to be asked first at the front."));
         }
         if names::check_free(name, "model").is_err() {
             return Err(Error::invalid(format!("\"{name}\" is a route")).hint("A route consists of models."));

@@ -21,6 +21,8 @@ use crate::{asking, catalog, process, sql, txn};
 /// The options: each is a text, or for an extractor an object of fields and texts.
 const OPTIONS: [&str; 3] = ["repair", "check", "check_hint"];
 /// Most bytes of what a model is told.
+/// What expressions read, as SQL calls it.
+const ROW: &str = "llm_batch row";
 const MOST_HINT: usize = 500;
 /// Most characters of an answer that are shown.
 const MOST_SHOWN: usize = 500;
@@ -102,7 +104,9 @@ impl Checks {
                 self.restricted(|| look::expression(key, text, &source, wanted)).map_err(|e| {
                     let of = if self.has_names { format!(" of field \"{}\"", column.name) } else { String::new() };
                     let names = if self.has_names { "the fields" } else { "answer" };
-                    Error { message: format!("{key}{of}: {}", e.message), ..e }
+                    // Postgres' hints name what the expression reads with the row that we have made for it.
+                    let hint = e.hint.map(|hint| hint.replace(&format!("{ROW}."), ""));
+                    Error { message: format!("{key}{of}: {}", e.message), hint, ..e }
                         .hint_if_none(format!("It is an SQL expression over {names} and input."))
                 })?;
             }
@@ -309,7 +313,7 @@ fn from(columns: &[Column], has_names: bool, value: &dyn Fn(usize) -> String) ->
     all.extend(columns.iter().zip(2..).map(|(column, i)| {
         format!("{}::{} AS {}", value(i), sql_type(column.of, column.is_array), called(column, has_names))
     }));
-    format!("(SELECT {} OFFSET 0) \"llm_batch row\"", all.join(", "))
+    format!("(SELECT {} OFFSET 0) \"{ROW}\"", all.join(", "))
 }
 
 /// Repairs see the answer as it came, checks as the repairs have left it. The line ends close comments.
@@ -338,7 +342,7 @@ fn statement(columns: &[Column], rules: &[Rule], has_names: bool) -> String {
     };
     let check = |(_, rule): (&Column, &Rule)| rule.check.as_ref().map_or("NULL".to_owned(), |c| format!("({c}\n)"));
     format!(
-        "SELECT ARRAY[{}]::pg_catalog.text[], ARRAY[{}]::pg_catalog.bool[] FROM (SELECT {} FROM {} OFFSET 0) \"llm_batch row\"",
+        "SELECT ARRAY[{}]::pg_catalog.text[], ARRAY[{}]::pg_catalog.bool[] FROM (SELECT {} FROM {} OFFSET 0) \"{ROW}\"",
         all().map(written).collect::<Vec<_>>().join(", "),
         all().map(check).collect::<Vec<_>>().join(", "),
         repaired.join(", "),

@@ -74,12 +74,16 @@ impl<'a> Given<'a> {
         // A domain's CHECK and a table's expressions may call functions of their owners: never with more rights
         // than the job will have. To parse an expression is enough, since its literals are read then.
         let look = || {
-            catalog::check_expression(&target, self.input, Use::Input)?;
-            if let Some(filter) = self.filter {
-                catalog::check_expression(&target, filter, Use::Filter)?;
-            }
-            if let Some(isolation) = &self.isolation {
-                catalog::check_expression(&target, isolation, Use::Isolation)?;
+            let expressions = [
+                ("argument \"input\"", Some(self.input), Use::Input),
+                ("argument \"filter\"", self.filter, Use::Filter),
+                ("option \"isolation\"", self.isolation.as_deref(), Use::Isolation),
+            ];
+            for (what, text, usage) in expressions {
+                let Some(text) = text else { continue };
+                // What Postgres raises says nothing of where the expression came from.
+                txn::sub(|| catalog::check_expression(&target, text, usage))
+                    .map_err(|e| e.hint_if_none(format!("The {what} is an SQL expression over a row of the table.")))?;
             }
             for (column, field) in target.columns.iter().zip(&fields) {
                 target::check(column, field.as_deref(), spec)?;

@@ -182,10 +182,8 @@ pub fn labels_from_json(value: &Value) -> Result<Vec<Label>, Error> {
 /// As [`labels_from_json`].
 pub fn check_labels(labels: Vec<Label>) -> Result<Vec<Label>, Error> {
     if !(MIN_LABELS..=MAX_LABELS).contains(&labels.len()) {
-        return Err(Error::new(format!(
-            "a classifier needs {MIN_LABELS} to {MAX_LABELS} labels, not {}",
-            labels.len()
-        )));
+        let message = format!("a classifier needs {MIN_LABELS} to {MAX_LABELS} labels, not {}", labels.len());
+        return Err(Error::new(message).hint("Write '[\"billing\", \"other\"]': each text gets one of them."));
     }
     let mut seen = HashSet::new();
     for l in &labels {
@@ -220,7 +218,8 @@ pub fn examples_from_json(value: &Value, labels: &[Label]) -> Result<Vec<Example
     })?;
     for e in &examples {
         if !labels.iter().any(|l| l.label == e.label) {
-            return Err(Error::new(format!("the label \"{}\" of an example is not among the labels", e.label)));
+            return Err(Error::new(format!("the label \"{}\" of an example is not among the labels", e.label))
+                .hint("Give the example one of the labels, or add its label to them."));
         }
     }
     Ok(examples)

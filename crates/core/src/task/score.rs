@@ -38,11 +38,13 @@ impl Score {
             return Err(Error::new("the instruction must not be empty").hint("Say what the score tells of each text."));
         }
         if task.low.as_f64() >= task.high.as_f64() {
-            return Err(Error::new(format!("the lowest score {} is not below the highest, {}", task.low, task.high)));
+            return Err(Error::new(format!("the lowest score {} is not below the highest, {}", task.low, task.high))
+                .hint("Write the lowest first: low => 1, high => 5."));
         }
         for e in &task.examples {
             if !e.answer.as_f64().is_some_and(|n| task.has(n)) {
-                return Err(Error::new(format!("the answer {} of an example is not within the range", e.answer)));
+                return Err(Error::new(format!("the answer {} of an example is not within the range", e.answer))
+                    .hint(format!("It must be a number from {} to {}.", task.low, task.high)));
             }
         }
         Ok(task)

@@ -127,11 +127,18 @@ fn field(name: &str, definition: &Value, bad: &dyn Fn() -> Error) -> Result<Fiel
     let of = match Type::named(scalar) {
         Some(Type::Text) if !labels.is_empty() => Type::Labels,
         Some(of) if (of == Type::Labels) != labels.is_empty() => of,
-        Some(Type::Labels) => return Err(Error::new(format!("the field \"{name}\" has no labels"))),
-        Some(of) => return Err(Error::new(format!("the field \"{name}\" is {} and has labels", of.name()))),
+        Some(Type::Labels) => {
+            return Err(Error::new(format!("the field \"{name}\" has no labels"))
+                .hint("Write '{\"category\": {\"labels\": [\"billing\", \"other\"]}}'."));
+        }
+        Some(of) => {
+            return Err(Error::new(format!("the field \"{name}\" is of type {} and has labels", of.name()))
+                .hint("A field with labels has no type, or for several labels \"labels[]\"."));
+        }
         None => {
+            let modifier = if named.contains('(') { "Length and precision are those of the column. " } else { "" };
             return Err(Error::new(format!("the type \"{named}\" of the field \"{name}\" is not known"))
-                .hint(format!("Types are: {}, and lists of these such as text[].", Type::names())));
+                .hint(format!("{modifier}Types are: {}, and lists of these such as text[].", Type::names())));
         }
     };
     let field = Field {
@@ -153,16 +160,18 @@ fn field(name: &str, definition: &Value, bad: &dyn Fn() -> Error) -> Result<Fiel
     };
     if let Missing::Value(value) = &field.missing {
         let legend = Legend::new(&field.labels, Codes::Words, &str::len);
-        field
-            .value(&value.to_string(), &legend, false)
-            .map_err(|want| Error::new(format!("the value {value} for a missing field \"{name}\" must be {want}")))?;
+        field.value(&value.to_string(), &legend, false).map_err(|want| {
+            Error::new(format!("the value {value} for a missing field \"{name}\" must be {want}"))
+                .hint("It is written where a text does not say the field; \"null\" leaves the column NULL.")
+        })?;
     }
     Ok(field)
 }
 
 fn check_fields(fields: Vec<Field>) -> Result<Vec<Field>, Error> {
     if !(1..=MOST_FIELDS).contains(&fields.len()) {
-        return Err(Error::new(format!("an extractor needs 1 to {MOST_FIELDS} fields, not {}", fields.len())));
+        return Err(Error::new(format!("an extractor needs 1 to {MOST_FIELDS} fields, not {}", fields.len()))
+            .hint("Write '{\"amount\": \"numeric\", \"due\": \"date\"}': names and types."));
     }
     for (i, field) in fields.iter().enumerate() {
         let name = &field.name;
@@ -175,11 +184,13 @@ fn check_fields(fields: Vec<Field>) -> Result<Vec<Field>, Error> {
                 .hint("A number stands for a row in what a model answers."));
         }
         if fields.iter().take(i).any(|other| other.name.eq_ignore_ascii_case(name)) {
-            return Err(Error::new(format!("the field \"{name}\" is given twice")));
+            return Err(Error::new(format!("the field \"{name}\" is given twice"))
+                .hint("Names of fields are compared without regard to case."));
         }
         let zone = field.time_zone.as_deref().unwrap_or_default();
         if !zone.chars().all(|c| c.is_ascii_alphanumeric() || "/_+-".contains(c)) {
-            return Err(Error::new(format!("\"{zone}\" cannot be a time zone")));
+            return Err(Error::new(format!("\"{zone}\" cannot be a time zone"))
+                .hint("The view pg_timezone_names lists time zones, such as Europe/Berlin."));
         }
     }
     Ok(fields)

@@ -55,7 +55,11 @@ impl Extract {
 
 /// The values of an example belong to fields and are of their types.
 fn check_example(example: &Example, fields: &[Field]) -> Result<(), Error> {
-    let bad = |what: String| Err(Error::new(format!("the answer of an example {what}")));
+    let bad = |what: String| {
+        let names: Vec<String> = fields.iter().map(|f| Value::from(f.name.as_str()).to_string()).collect();
+        Err(Error::new(format!("the answer of an example {what}"))
+            .hint(format!("Write an object of fields and their values; the fields are {}.", names.join(", "))))
+    };
     let Some(values) = example.answer.as_object() else { return bad("is not an object by the fields' names".into()) };
     for (name, value) in values {
         let Some(field) = fields.iter().find(|f| f.name == *name) else {
