@@ -206,19 +206,7 @@ fn fields_and_values_that_do_not_fit() {
     let p = bed.done(job);
     let listed = failures(c, job);
     assert!(p.done > 5 && listed.len() > 5 && listed.iter().all(|f| f.2 == "write_error" && f.3 == 1), "{listed:?}");
-    // No value fits, by a modifier or a domain.
-    run(c, "CREATE DOMAIN word AS text CHECK (value !~ ' ')");
-    for (of, name) in [("varchar(5)", "short"), ("word", "domain_")] {
-        table(c, name, 3001..=4000);
-        run(c, &format!("ALTER TABLE {name} ALTER answer TYPE {of}"));
-        generator(c, name, r#""reuse": false"#);
-        let before = bed.provider.stats().admitted;
-        let job = backfill(c, name, name);
-        let p = wait_status(c, job, "paused");
-        assert!(p.reason.as_deref() == Some("label") && p.done + p.failed == 0, "{p:?}");
-        // A window of rows was on its way.
-        assert!(bed.provider.stats().admitted - before < 60, "{}", bed.provider.stats().admitted - before);
-    }
+    nothing_fits(&bed, c);
 
     // Texts that are no expressions.
     let bad = [
@@ -249,7 +237,7 @@ fn fields_and_values_that_do_not_fit() {
     }
     // Nobody but the task's owner says what is checked.
     let (code, message, ..) =
-        error(c, "SELECT llm_batch.backfill('t', 'body', 'answer', 'short', options => '{\"check\": \"true\"}')");
+        error(c, "SELECT llm_batch.backfill('t', 'body', 'answer', 'words', options => '{\"check\": \"true\"}')");
     assert_eq!((code.as_str(), message.as_str()), ("22023", "unrecognized option \"check\""));
 }
 
@@ -292,6 +280,48 @@ fn whose_rights_expressions_have() {
     );
     generator(c, "plain", "");
     let mallory = &mut bed.cluster.connect_as("postgres", "mallory");
+/// A column takes nothing of what the model gives: by a modifier, a domain, a constraint, also where each row is a request of
+/// its own or is asked many times. The job pauses before twenty requests, and says what is wrong.
+#[track_caller]
+fn nothing_fits(bed: &Bed, c: &mut Client) {
+    run(c, "CREATE DOMAIN word AS text CHECK (value !~ ' ')");
+    generator(c, "words", r#""reuse": false"#);
+    run(
+        c,
+        "SELECT llm_batch.create_classifier('many', ARRAY(SELECT 'label ' || i FROM generate_series(1, 26) i), model => 'm')",
+    );
+    let amount = "targets => '{\"amount\": \"amount\"}', task => 'sums'";
+    let cases = [
+        ("short", "ALTER answer TYPE varchar(5)", "'answer', 'words'", "no answer fits the columns: \"3", "22001"),
+        ("dom", "ALTER answer TYPE word", "'answer', 'words'", "no answer fits the columns: \"3", "23514"),
+        ("checked", "ADD CHECK (answer !~ ' ')", "'answer', 'words'", "rows with error 23514", "23514"),
+        ("labels", "ADD CHECK (answer !~ ' ')", "'answer', 'many'", "", "23514"),
+        ("sum", "ALTER due SET NOT NULL", amount, "no answer fits the columns: field \"amount\": \"3", "22003"),
+    ];
+    for (name, change, task, says, code) in cases {
+        for options in ["{}", r#"{"isolation": "id", "max_attempts": 10, "max_rows_per_request": 100, "reuse": false}"#]
+        {
+            run(c, &format!("DROP TABLE IF EXISTS {name}"));
+            table(c, name, 3001..=4000);
+            run(c, &format!("UPDATE {name} SET due = 'today'; ALTER TABLE {name} {change}"));
+            let before = bed.provider.stats().admitted;
+            let job = one(c, &format!("SELECT llm_batch.backfill('{name}', 'body', {task}, options => '{options}')"));
+            let p = wait_status(c, job, "paused");
+            let paid = bed.provider.stats().admitted - before;
+            assert!(paid <= 20, "{name} {options}: {paid} requests, {p:?}");
+            assert!(p.reason.as_deref() == Some("label") && p.done + p.failed == 0, "{name} {options}: {p:?}");
+            let last = text(c, &format!("SELECT last_error FROM llm_batch.progress WHERE job_id = {job}"));
+            let is_said = last.starts_with(says) && last.contains(&format!(": {code}: "));
+            assert!(is_said && last.ends_with(&format!(", then call llm_batch.resume({job})")), "{name}: {last}");
+        }
+    }
+    // Mended, it goes on where it was.
+    run(c, "ALTER TABLE checked DROP CONSTRAINT checked_answer_check");
+    let job = one(c, "SELECT max(job_id) FROM llm_batch.progress WHERE relation = 'checked'");
+    run(c, &format!("SELECT llm_batch.resume({job})"));
+    assert_eq!(bed.done(job).done, 1000);
+}
+
     run(mallory, "SET search_path = mallory; CREATE TABLE loot (a int); CREATE SEQUENCE s");
     run(mallory, TRAP);
     for (name, options) in

@@ -66,8 +66,8 @@ pub struct Settled {
     pub raised: Vec<(Cause, Failure)>,
     /// The row is locked by another transaction, or can't be written for another reason that should pass: to be tried again.
     pub locked: Vec<Answer>,
-    /// A value does not fit its column, and the row may be asked again: what the model is told.
-    pub unfit: Vec<(Answer, String)>,
+    /// A value does not fit its column, and the row may be asked again: what the model is told, and people.
+    pub unfit: Vec<(Answer, String, String)>,
     /// The input has changed since it was sent: the answer is for a text that is no more.
     pub changed: Vec<(String, u32)>,
 }
@@ -276,8 +276,8 @@ fn raised(plan: &Plan, answer: &Answer, e: &Error, settled: &mut Settled) -> Res
     // Labels were looked at before the job began: no other answer would fit.
     let values = answer.values.as_deref().filter(|_| !plan.has_labels).unwrap_or_default();
     Ok(match fit::unfit(&plan.columns, values)? {
-        Some(Refused { hint: Some(hint), .. }) if answer.attempts < plan.max_attempts => {
-            settled.unfit.push((answer.clone(), hint));
+        Some(Refused { hint: Some(hint), detail, .. }) if answer.attempts < plan.max_attempts => {
+            settled.unfit.push((answer.clone(), hint, detail));
             None
         }
         Some(Refused { class, detail, .. }) => {

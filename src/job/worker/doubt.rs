@@ -1,34 +1,48 @@
-//! Answers that are refused: by the task's checks, or because their values do not fit. Their rows are asked again; and as
-//! long as no answer has been taken, few are, since none may ever be.
+//! Answers that are refused: by the task's checks, because their values do not fit, or by the table. As long as nothing was
+//! written, few rows are asked about, since none may ever be.
 
-use llm_batch_gateway::protocol::{Again, Spent, Verdict};
+use llm_batch_gateway::protocol::{Again, Verdict};
 use pgrx::pg_sys;
 
 use super::{Asking, Worker};
-use crate::checks::{BAD_VALUE, Judged};
+use crate::checks::{self, BAD_VALUE, Judged};
 use crate::error::Result;
 use crate::job::settle::{Answer, FEW};
 use crate::job::store::Outcome;
 use crate::process::{self, report};
+use crate::task::Asked;
 use crate::txn;
 
-/// Requests that are paid for, with no answer that the checks take, until the job stops.
+/// Requests whose rows may be with the gateway at first.
+const AHEAD: usize = 8;
+/// Requests with answers that are paid for, and three refusals, until the job stops.
 const MOST_REQUESTS: u64 = 15;
 
 /// Evidence that answers are taken, or are not.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Doubt {
+    /// Tokens of the answer to a row, at the worst.
+    tokens: usize,
     is_taken: bool,
     is_written: bool,
-    /// Requests that were answered before one was.
+    /// Requests that had answers.
     requests: u64,
-    /// Why the last answer was refused.
-    refused: Option<(&'static str, String)>,
+    /// Answers that were refused, and the last one's class and why.
+    refusals: usize,
+    refused: Option<(String, String)>,
 }
 
 impl Doubt {
-    pub(super) fn spent(&mut self, spent: &Spent) {
-        self.requests += spent.requests;
+    /// Nothing is known of what is asked.
+    pub(super) fn new(asked: &Asked) -> Self {
+        let task = &asked.stream.task;
+        let tokens = task.spec.prepare(&task.options, &str::len).tokens(0).planned;
+        Self { tokens, is_taken: false, is_written: false, requests: 0, refusals: 0, refused: None }
+    }
+
+    /// Requests were paid for that had answers.
+    pub(super) fn paid(&mut self, requests: u64) {
+        self.requests += requests;
     }
 
     pub(super) fn take(&mut self) {
@@ -39,31 +53,62 @@ impl Doubt {
         (self.is_taken, self.is_written) = (true, true);
     }
 
-    pub(super) fn refuse(&mut self, class: &'static str, why: &str) {
-        self.refused = Some((class, why.to_owned()));
+    pub(super) fn refuse(&mut self, class: &str, why: &str) {
+        self.refusals += 1;
+        self.refused = Some((class.to_owned(), why.to_owned()));
     }
 
-    /// Returns true if an answer has shown that the source of this class takes some: the columns one that was written,
-    /// the task's checks one that they took.
+    /// Returns true if an answer has shown that the source of this class takes some: the task's checks one that they took,
+    /// the table one that was written.
     pub(super) fn is_refuted(&self, class: &str) -> bool {
-        if class == BAD_VALUE { self.is_written } else { self.is_taken }
+        if is_of_checks(class) { self.is_taken } else { self.is_written }
+    }
+
+    /// The last refusal, if as much was paid for as is risked.
+    fn in_vain(&self) -> Option<(String, String)> {
+        let is_enough = self.refusals >= FEW && self.requests >= MOST_REQUESTS;
+        self.refused.clone().filter(|(class, _)| is_enough && !self.is_refuted(class))
     }
 }
 
+fn is_of_checks(class: &str) -> bool {
+    [checks::FAILED, checks::RAISED].contains(&class)
+}
+
 impl Worker {
-    /// Rows that may be with the gateway: those of a request at first, and few once an answer was refused.
+    /// Rows that may be with the gateway: those of some requests at first, and few once an answer was refused.
     pub(super) fn doubted_window(&self) -> usize {
-        match (&self.doubt, &self.asked.checks) {
-            (Doubt { is_taken: true, .. }, _) => usize::MAX,
-            (Doubt { refused: Some(_), .. }, _) => FEW,
-            (_, Some(_)) => self.asked.stream.task.options.max_rows_per_request as usize,
-            (_, None) => usize::MAX,
+        let Doubt { tokens, is_written, refused, .. } = &self.doubt;
+        if *is_written {
+            return usize::MAX;
+        }
+        if refused.is_some() {
+            return FEW;
+        }
+        let stream = &self.asked.stream;
+        let takes = self.outstanding_bytes + self.outstanding.len() * tokens;
+        // Two requests that follow each other are as large as one may be, and a token has two bytes at least.
+        let is_too_much = takes > AHEAD * stream.model.max_request_tokens as usize;
+        if is_too_much || self.job.isolation.is_some() {
+            return AHEAD;
+        }
+        AHEAD * stream.task.options.max_rows_per_request as usize
+    }
+
+    /// Stops if as much was paid for in vain as is risked.
+    pub(super) fn weigh(&mut self) {
+        if self.stopping.is_none()
+            && let Some((class, why)) = self.doubt.in_vain()
+        {
+            self.stop_untaken(&class, &why);
         }
     }
 
-    /// Repairs and checks answers that have come, as the task's owner says, before anything is locked to write them.
-    pub(super) fn judge(&mut self) -> Result<()> {
-        let Some(checks) = &self.asked.checks else { return Ok(()) };
+    /// Repairs and checks answers that have come, as the task's owner says, before anything is locked to write them. Which
+    /// are left for later: where that takes long, it is told of the first ones first.
+    pub(super) fn judge(&mut self) -> Result<Vec<Answer>> {
+        let mut later = Vec::new();
+        let Some(checks) = &self.asked.checks else { return Ok(later) };
         let is_new = |a: &Answer| !a.is_judged && matches!(a.verdict, Verdict::Answer(_));
         let rows: Vec<_> = self.answers.iter().filter(|a| is_new(a)).collect();
         let rows: Vec<_> = rows
@@ -73,7 +118,7 @@ impl Worker {
             )
             .collect();
         if rows.is_empty() {
-            return Ok(());
+            return Ok(later);
         }
         let judged = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "checking answers");
@@ -81,16 +126,13 @@ impl Worker {
         })?;
         let mut judged = judged.into_iter();
         for answer in std::mem::take(&mut self.answers) {
-            match if is_new(&answer) { judged.next() } else { None } {
-                Some(said) => self.take_judged(answer, said),
+            match is_new(&answer).then(|| judged.next()) {
+                Some(Some(said)) => self.take_judged(answer, said),
+                Some(None) => later.push(answer),
                 None => self.answers.push(answer),
             }
         }
-        let Doubt { is_taken, requests, refused, .. } = &self.doubt;
-        if let Some((class, why)) = refused.clone().filter(|_| !is_taken && *requests >= MOST_REQUESTS) {
-            self.stop_untaken(class, &why);
-        }
-        Ok(())
+        Ok(later)
     }
 
     fn take_judged(&mut self, mut answer: Answer, judged: Judged) {
@@ -132,13 +174,18 @@ impl Worker {
 
     /// No answer is taken, and none may ever be.
     pub(super) fn stop_untaken(&mut self, class: &str, why: &str) {
-        let outcome = match class {
-            BAD_VALUE => Outcome::Paused("label", Some(format!("no answer fits the columns: {why}")), None),
-            _ => {
-                let text = format!("no answer passes the checks of task \"{}\": {class}: {why}", self.job.task);
-                Outcome::Paused("no_answers", Some(text), None)
+        let (id, task) = (self.job.id, &self.job.task);
+        let (reason, what, change) = match class {
+            BAD_VALUE => ("label", "no answer fits the columns".to_owned(), "the type of the column, or the task"),
+            _ if is_of_checks(class) => {
+                let what = format!("no answer passes the checks of task \"{task}\": {class}");
+                ("no_answers", what, "the check or the instruction of the task")
             }
+            _ => ("label", "no answer can be written".to_owned(), "what raises this, or the task"),
         };
-        self.stop(outcome);
+        // What the checks have not seen is asked again.
+        self.answers.retain(|a| a.is_judged || !matches!(a.verdict, Verdict::Answer(_)));
+        let text = format!("{what}: {why}; change {change}, then call llm_batch.resume({id})");
+        self.stop(Outcome::Paused(reason, Some(text), None));
     }
 }

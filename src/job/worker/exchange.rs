@@ -344,10 +344,12 @@ impl Worker {
     }
 
     fn take(&mut self, model: usize, outcomes: Vec<protocol::Outcome>, spent: &Spent) {
-        let answered = outcomes.iter().filter(|o| matches!(o.verdict, Verdict::Answer(_)));
-        self.spent.add(model, spent, answered.count() as u64);
+        let answered = outcomes.iter().filter(|o| matches!(o.verdict, Verdict::Answer(_))).count() as u64;
+        self.spent.add(model, spent, answered);
         self.money.spent(spent);
-        self.doubt.spent(spent);
+        if answered > 0 {
+            self.doubt.paid(spent.requests);
+        }
         let spec = &self.asked.stream.task.spec;
         let fields = spec.columns();
         for o in outcomes {

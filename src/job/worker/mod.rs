@@ -230,6 +230,7 @@ impl Worker {
             }
         };
         job.max_attempts = asked.stream.task.options.max_attempts;
+        let doubt = Doubt::new(&asked);
         Ok(Some(Box::new(Self {
             page_size: exchange::whole_packs(exchange::FIRST_PAGE, &asked.stream),
             job,
@@ -249,7 +250,7 @@ impl Worker {
             most_at_once: usize::MAX,
             trouble: None,
             suspects: Suspects::default(),
-            doubt: Doubt::default(),
+            doubt,
             locked: Vec::new(),
             locked_tried: Instant::now(),
             last: None,
@@ -390,7 +391,7 @@ impl Worker {
         if let Some(asked) = self.reopen.take() {
             self.job.max_attempts = asked.stream.task.options.max_attempts;
             self.asked = asked;
-            (self.client, self.money, self.doubt) = (None, Money::default(), Doubt::default());
+            (self.client, self.money, self.doubt) = (None, Money::default(), Doubt::new(&self.asked));
         }
         Ok(())
     }

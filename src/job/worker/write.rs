@@ -33,13 +33,14 @@ struct Written {
 
 impl Worker {
     pub(super) fn settle(&mut self, with_locked: bool) -> Result<()> {
-        self.judge()?;
+        let mut later = self.judge()?;
         let mut batch = std::mem::take(&mut self.answers);
         if with_locked {
             self.locked_tried = Instant::now();
             batch.append(&mut self.locked);
         }
         let mut rest = batch.split_off(self.most_at_once.min(batch.len()));
+        rest.append(&mut later);
         self.sample(0, 0);
         let others = self.others(&batch, &rest);
         let written = self.write(&batch, others);
@@ -144,19 +145,26 @@ impl Worker {
         if settled.done > 0 {
             self.doubt.write();
         }
+        for (_, failure) in &settled.raised {
+            self.doubt.refuse(&failure.class, &failure.detail);
+        }
         let verdicts = self.suspects.judge(&settled.written, settled.raised, &self.doubt);
         self.too_late.extend(verdicts.rows);
         if let Some((Cause::Refused(class), says)) = &verdicts.guilty {
             self.stop_untaken(class, says);
         } else if let Some((cause, says)) = verdicts.guilty {
-            let text = format!("rows with {cause} cannot be written: {says}");
+            let id = self.job.id;
+            let text = format!(
+                "rows with {cause} cannot be written: {says}; change what raises this, then call llm_batch.resume({id})"
+            );
             self.stop(Outcome::Paused("label", Some(text), None));
         }
         self.sample(settled.done + settled.failures.len() as i64, (spent.input_tokens + spent.output_tokens) as i64);
-        for (answer, hint) in settled.unfit {
-            self.doubt.refuse(checks::BAD_VALUE, &hint);
+        for (answer, hint, why) in settled.unfit {
+            self.doubt.refuse(checks::BAD_VALUE, &why);
             self.ask_again(answer, hint);
         }
+        self.weigh();
         for (key, attempts) in settled.changed {
             self.came_too_late(key, attempts);
         }
