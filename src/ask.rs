@@ -317,8 +317,12 @@ impl Asker {
             });
         }
         if let Some(checks) = &self.checks {
+            let all = checks.judge(&rows)?;
+            if all.len() < rows.len() {
+                return Err(checks::take_too_long());
+            }
             let taken = judged.iter_mut().filter(|judged| matches!(judged, Some(Ok(_))));
-            for (place, new) in taken.zip(checks.judge(&rows)?) {
+            for (place, new) in taken.zip(all) {
                 *place = Some(new);
             }
         }

@@ -94,6 +94,59 @@ pub fn cancel_after(milliseconds: i32) {
     unsafe { enable_timeout_after(STATEMENT_TIMEOUT, milliseconds) };
 }
 
+/// A limit of time, until this is dropped: then what this process does is cancelled, as by `pg_cancel_backend()`.
+pub struct TimeLimit(());
+
+/// Its timeout, once it is registered.
+static LIMIT_TIMEOUT: AtomicI32 = AtomicI32::new(0);
+static IS_TIME_UP: AtomicBool = AtomicBool::new(false);
+
+extern "C-unwind" fn time_is_up() {
+    IS_TIME_UP.store(true, Ordering::Relaxed);
+    // SAFETY: called by Postgres' handler of SIGALRM; sets flags and the latch.
+    unsafe { StatementCancelHandler(pg_sys::SIGINT as i32) };
+}
+
+impl TimeLimit {
+    pub fn new(milliseconds: i32) -> Self {
+        IS_TIME_UP.store(false, Ordering::Relaxed);
+        // SAFETY: on the main thread of a process that is connected to a database. A process registers one timeout here,
+        // and has room for ten.
+        unsafe {
+            if LIMIT_TIMEOUT.load(Ordering::Relaxed) == 0 {
+                LIMIT_TIMEOUT.store(RegisterTimeout(OWN_TIMEOUT, time_is_up), Ordering::Relaxed);
+            }
+            enable_timeout_after(LIMIT_TIMEOUT.load(Ordering::Relaxed), milliseconds);
+        }
+        Self(())
+    }
+
+    /// Ends it in order: where the time is up, an error is raised unless one was already.
+    pub fn end(self) {
+        if IS_TIME_UP.load(Ordering::Relaxed) {
+            pgrx::check_for_interrupts!();
+        }
+    }
+
+    /// Returns true if the time of the last one was up; said once.
+    pub fn was_up() -> bool {
+        IS_TIME_UP.swap(false, Ordering::Relaxed)
+    }
+}
+
+impl Drop for TimeLimit {
+    fn drop(&mut self) {
+        // SAFETY: on the main thread; the timeout is registered, and this raises nothing. A cancellation that comes after
+        // another error is forgotten.
+        unsafe {
+            disable_timeout(LIMIT_TIMEOUT.load(Ordering::Relaxed), false);
+            if IS_TIME_UP.load(Ordering::Relaxed) {
+                pg_sys::QueryCancelPending = 0;
+            }
+        }
+    }
+}
+
 /// Returns true if this is a worker of ours, in a transaction.
 pub fn is_worker() -> bool {
     IN_TRANSACTION.load(Ordering::Relaxed)

@@ -22,6 +22,8 @@ static KEEP_FINISHED_JOBS: GucSetting<i32> = GucSetting::<i32>::new(90 * 24 * 60
 const DEFAULT_MODEL_NAME: &CStr = c"llm_batch.default_model";
 static DEFAULT_MODEL: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(c""));
 static LIBRARY_VERSION: GucSetting<Option<CString>> = GucSetting::<Option<CString>>::new(Some(LIBRARY_C));
+// An expression over one answer takes microseconds, one that looks something up milliseconds.
+static CHECK_TIMEOUT: GucSetting<i32> = GucSetting::<i32>::new(5_000);
 static STATEMENT_MAX_COST: GucSetting<f64> = GucSetting::<f64>::new(-1.0);
 
 pub fn init() {
@@ -126,6 +128,16 @@ fn define_of_sessions() {
         GucContext::Userset,
         GucFlags::EXPLAIN,
     );
+    GucRegistry::define_int_guc(
+        c"llm_batch.check_timeout",
+        c"Sets the maximum time that a task's repairs and checks may take for a row.",
+        c"A row for which they take longer has failed.",
+        &CHECK_TIMEOUT,
+        1,
+        3_600_000,
+        GucContext::Userset,
+        GucFlags::UNIT_MS,
+    );
     GucRegistry::define_float_guc(
         c"llm_batch.statement_max_cost",
         c"Sets the maximum cost in dollars of all llm_*() calls of a statement.",
@@ -197,6 +209,11 @@ unsafe fn record(name: &CStr) -> *mut pg_sys::config_generic {
             records.find(|record| CStr::from_ptr((**record).name) == name).unwrap_or(std::ptr::null_mut())
         }
     }
+}
+
+/// Milliseconds.
+pub fn check_timeout() -> i32 {
+    CHECK_TIMEOUT.get()
 }
 
 /// Dollars.

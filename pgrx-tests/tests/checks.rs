@@ -140,6 +140,45 @@ fn answers_are_repaired_and_checked() {
     assert_eq!((p.failed, failures(c, job)[0].2.as_str()), (2, "check_failed"));
     let (code, message, ..) = error(c, "SELECT * FROM llm_run_batch('SELECT id, body FROM never', 'never')");
     assert_eq!((code.as_str(), message.as_str()), ("22000", "no answer of model \"m\" to this task is taken"));
+    expressions_that_do_not_return(&bed, c);
+}
+
+/// Neither a session nor a worker is held: the row has failed, and a job or statement in which it is so for one row after the
+/// other ends.
+#[track_caller]
+fn expressions_that_do_not_return(bed: &Bed, c: &mut Client) {
+    assert_eq!(text(c, "SHOW llm_batch.check_timeout"), "5s");
+    run(
+        c,
+        "CREATE FUNCTION turns() RETURNS boolean LANGUAGE plpgsql AS 'BEGIN LOOP END LOOP; END';
+         ALTER DATABASE postgres SET llm_batch.check_timeout = '100ms'; SET llm_batch.check_timeout = '100ms'",
+    );
+    let says =
+        "57014: the repairs and checks took more than 100 ms; make them faster, or raise llm_batch.check_timeout";
+    for (name, expression) in [
+        ("sleeps", r#""check": "pg_sleep(3600) IS NOT NULL""#),
+        ("turns", r#""repair": "CASE WHEN public.turns() THEN answer END""#),
+    ] {
+        table(c, name, 5001..=5200);
+        generator(c, name, expression);
+        let batch = |rows: &str| format!("SELECT * FROM llm_run_batch('SELECT id, body FROM {name} {rows}', '{name}')");
+        let one_row = batch("LIMIT 1");
+        assert_eq!(text(c, &format!("SELECT detail FROM ({one_row}) b")), format!("check_error: {says}"));
+        let (code, message, _, hint) = error(c, &batch("LIMIT 20"));
+        assert_eq!((code.as_str(), message.as_str()), ("57014", "the repairs and checks of the task take too long"));
+        assert!(hint.contains("llm_batch.check_timeout"), "{hint}");
+        // What comes later is not cancelled.
+        run(c, "SELECT pg_sleep(0.3)");
+        let job = backfill(c, name, name);
+        let p = wait_status(c, job, "paused");
+        assert_eq!((p.reason.as_deref(), p.done, p.failed), (Some("no_answers"), 0, 0), "{p:?}");
+        let last = p.last_error.unwrap_or_default();
+        assert!(last.contains(&format!("task \"{name}\": check_error: {says}")), "{last}");
+    }
+    run(c, "ALTER DATABASE postgres RESET llm_batch.check_timeout; RESET llm_batch.check_timeout");
+    let job = one(c, "SELECT job_id FROM llm_batch.progress WHERE relation = 'turns'");
+    run(c, &format!("SELECT llm_batch.alter_generator('turns', options => '{{}}'), llm_batch.resume({job})"));
+    assert_eq!(bed.done(job).done, 200);
 }
 
 #[test]

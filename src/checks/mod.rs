@@ -16,18 +16,21 @@ use serde_json::{Number, Value};
 
 use crate::error::{Error, Result, is_passing};
 use crate::field::{sql_type, type_oid};
-use crate::{asking, catalog, process, sql, txn};
+use crate::process::TimeLimit;
+use crate::{asking, catalog, process, settings, sql, txn};
 
 /// The options: each is a text, or for an extractor an object of fields and texts.
 const OPTIONS: [&str; 3] = ["repair", "check", "check_hint"];
-/// Most bytes of what a model is told.
 /// What expressions read, as SQL calls it.
 const ROW: &str = "llm_batch row";
+/// Most bytes of what a model is told.
 const MOST_HINT: usize = 500;
 /// Most characters of an answer that are shown.
 const MOST_SHOWN: usize = 500;
 /// Most rows of those that are judged together for which an error that should pass is their own.
 const MOST_SCARCE: u32 = 3;
+/// So many rows judged together may take too long, until the rest is left for later.
+const MOST_LATE: u32 = 3;
 /// What a model is told where the task does not say it.
 const HINT: &str = "another answer is needed, the one before did not pass a check";
 
@@ -114,23 +117,35 @@ impl Checks {
         Ok(())
     }
 
-    /// Repairs answers, and checks them: each is taken, perhaps as another one, or refused.
+    /// Repairs answers, and checks them: each is taken, perhaps as another one, or refused. Where the expressions take too
+    /// long, only the first answers are judged: so this takes a bounded time.
     pub fn judge(&self, rows: &[(&str, &Answer)]) -> Result<Vec<Judged>> {
         let judged = RefCell::new(Vec::with_capacity(rows.len()));
         // The row whose expressions raised what should pass.
-        let (mut tried_before, mut scarce) = (None, 0);
+        let (mut tried_before, mut scarce, mut late) = (None, 0, 0);
+        let most = settings::check_timeout();
         loop {
             let done = judged.borrow().len();
-            let Some((row, _)) = rows.get(done..).and_then(<[_]>::split_first) else { return Ok(judged.into_inner()) };
+            let Some((row, _)) = rows.get(done..).and_then(<[_]>::split_first).filter(|_| late < MOST_LATE) else {
+                return Ok(judged.into_inner());
+            };
             // As far as the first that raises.
             let tried = self.restricted(|| {
                 for (input, answer) in rows.iter().skip(done) {
+                    let limit = TimeLimit::new(most);
                     let one = self.one(input, answer)?;
+                    limit.end();
                     judged.borrow_mut().push(one);
                 }
                 Ok(())
             });
             let Err(e) = tried else { continue };
+            let done = judged.borrow().len();
+            if e.code == PgSqlErrorCode::ERRCODE_QUERY_CANCELED && TimeLimit::was_up() {
+                late += 1;
+                judged.borrow_mut().push(Err(Refused::too_long(most)));
+                continue;
+            }
             // An expression waits for locks by its own wish alone.
             let is_own = matches!(
                 e.code,
@@ -138,7 +153,6 @@ impl Checks {
                     | PgSqlErrorCode::ERRCODE_T_R_DEADLOCK_DETECTED
                     | PgSqlErrorCode::ERRCODE_T_R_SERIALIZATION_FAILURE
             );
-            let done = judged.borrow().len();
             if is_passing(e.code) && !is_own {
                 // A session is cancelled at once, and so is a worker that is to end. What is raised for one row twice is of
                 // its expressions.
@@ -389,7 +403,22 @@ pub fn unfit(columns: &[Column], has_names: bool, answer: &Answer) -> Result<Opt
     Ok(None)
 }
 
+/// The error of a statement in which expressions take too long for one row after the other.
+pub fn take_too_long() -> Error {
+    let most = settings::check_timeout();
+    Error::new(PgSqlErrorCode::ERRCODE_QUERY_CANCELED, "the repairs and checks of the task take too long")
+        .detail(format!("For {MOST_LATE} rows they took more than {most} ms each."))
+        .hint("Change them so that they take less time, or raise llm_batch.check_timeout.")
+}
+
 impl Refused {
+    /// The expressions took longer than they may.
+    fn too_long(most: i32) -> Self {
+        let what = format!("the repairs and checks took more than {most} ms");
+        let detail = format!("57014: {what}; make them faster, or raise llm_batch.check_timeout");
+        Self { class: RAISED, detail, hint: None }
+    }
+
     /// A value that its type does not take. The model is told the field and the type alone.
     pub fn bad_value(field: Option<&str>, text: &str, of: &str, e: &Error) -> Self {
         let (named, told) = match field {
