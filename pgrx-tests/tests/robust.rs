@@ -235,7 +235,7 @@ fn a_trigger_that_waits_for_a_lock() {
     bed.provider.reset_stats();
     warm(client, "tickets");
     bed.provider.hold();
-    let job = backfill(client, "tickets");
+    let job = backfill_with(client, "tickets", "options => '{\"max_rows_per_request\": 100}'");
     let queued = "SELECT sum(queued)::bigint FROM llm_batch.activity";
     wait_until(
         "all are claimed",
@@ -730,7 +730,7 @@ fn switched_off_and_on() {
     let job = held_job(&bed, client, 100, 2);
     let mut session = bed.connect();
     let statement = std::thread::spawn(move || error(&mut session, "SELECT llm_classify('#r900000:bug#', 'topic')"));
-    wait_until("it waits", PATIENCE, || one(client, "SELECT sum(queued)::bigint FROM llm_batch.activity"), |n| *n > 90);
+    wait_until("it waits", PATIENCE, || one(client, "SELECT sum(queued)::bigint FROM llm_batch.activity"), |n| *n > 30);
     set(&bed, "llm_batch.enabled", "off");
     // At once: what is under way is dropped.
     wait_until("requests are dropped", Duration::from_secs(5), || bed.provider.stats().in_flight, |n| *n == 0);

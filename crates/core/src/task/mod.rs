@@ -1,7 +1,7 @@
 //! Tasks of several kinds.
 //!
-//! A kind is one file, or one folder, here. It says what the model is told, the JSON form of one row's answer, how many tokens an answer
-//! takes, and how it is read and checked. Nothing else knows kinds.
+//! A kind is one file, or one folder, here. It says what the model is told, the JSON form of one row's answer, how many
+//! tokens an answer takes, and how it is read and checked. Nothing else knows kinds.
 
 mod classify;
 mod embed;
