@@ -764,6 +764,20 @@ fn two_calls_are_in_flight_together() {
         bed.provider.release();
         assert_eq!(waiting.join().unwrap(), 100);
     });
+    // A session has 64 connections at a time, and has them again however a query ends.
+    let questions = |n: usize| {
+        let calls: Vec<String> = (0..n).map(|i| format!("llm_filter(ask, 'Is it {i}?')")).collect();
+        format!("SELECT num_nonnulls({})::bigint FROM (SELECT ask FROM t LIMIT 1) s", calls.join(", "))
+    };
+    for _ in 0..2 {
+        let (code, message, detail, _) = error(c, &questions(65));
+        assert_eq!(code, "53000", "{message}");
+        assert!(
+            message.contains("too many different questions") && detail.contains("64 are open"),
+            "{message} {detail}"
+        );
+        assert_eq!(one(c, &questions(64)), 64);
+    }
 }
 
 #[test]
