@@ -374,6 +374,12 @@ fn a_cap_that_is_said_to_be_absurdly_small_takes_no_row() {
             client.rows(0..rows);
             let (got, _) = client.answers(rows as usize);
             assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict) && o.attempts == 1), "{words}: {got:?}");
+            // Each request has room for its rows.
+            for body in provider.bodies().iter().filter(|body| body["messages"][1]["content"] != "Say ok.") {
+                let (cap, texts) = (body["max_tokens"].as_u64(), body["messages"][1]["content"].as_str());
+                let rows = texts.unwrap().matches("#r").count() as u64;
+                assert!(cap.unwrap() >= 16 + rows, "{words}: {cap:?} for {rows} rows");
+            }
         }
     }
 }
