@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::OwnedReadHalf;
-use tokio::sync::{Notify, watch};
+use tokio::sync::{Notify, Semaphore, watch};
 use tokio::task::spawn_local;
 
 use crate::Settings;
@@ -48,6 +48,9 @@ struct Shared {
     changed: Notify,
     /// Memory became free.
     room: Notify,
+    /// Long texts whose tokens are counted at the same time. As many threads as there are clients would leave too little of
+    /// the machine for anybody else.
+    counting: Semaphore,
     clients: RefCell<Clients>,
     kept: Kept,
     /// The user of this process. Clients must have the same.
@@ -79,6 +82,7 @@ pub async fn run(
         state: RefCell::new(state),
         changed: Notify::new(),
         room: Notify::new(),
+        counting: Semaphore::new(std::thread::available_parallelism().map_or(1, |cores| cores.get().div_ceil(2))),
         clients: RefCell::new(clients),
         kept,
         uid: own.uid(),
@@ -281,6 +285,7 @@ async fn line(shared: &Shared, conn: u64, item: Item) -> Result<(Item, Option<Li
     }
     let ruler = shared.state.borrow_mut().ruler(conn);
     let Some(ruler) = ruler else { return Ok((item, None)) };
+    let _turn = shared.counting.acquire().await.map_err(|e| format!("internal error: {e}"))?;
     let making = tokio::task::spawn_blocking(move || {
         let line = ruler.line(&item.text);
         (item, Some(line))

@@ -105,3 +105,31 @@ fn frames_that_come_at_the_same_time_have_no_more_memory() {
     println!("{} of {} MiB were taken", written >> 20, frames.iter().map(Vec::len).sum::<usize>() >> 20);
     assert!(written <= MEMORY + 2 * FRAME + clients.len() * BESIDE, "{written}");
 }
+
+/// Threads that do what takes long. They wait for more for ten seconds.
+fn threads() -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap().flatten();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("tokio-")).count()
+}
+
+/// Tokens of long texts are counted beside the network's thread. Many who hand over some take no more of the machine.
+#[test]
+fn long_texts_of_many_take_a_part_of_the_machine() {
+    let provider = provider(Config::default());
+    let setup = Setup::new(64 << 20);
+    let clients: Vec<Client> = (0..30)
+        .map(|n| {
+            let mut client = setup.client(&provider, |s| s.role = n);
+            let long = format!("{} {}", text(n.into()), "word ".repeat(8_000));
+            client.say(&ToGateway::Items(vec![Item { n: n.into(), text: long, isolation: None, again: None }]));
+            client
+        })
+        .collect();
+    for mut client in clients {
+        assert_eq!(client.outcomes(1).0.len(), 1);
+    }
+    let cores = std::thread::available_parallelism().unwrap().get();
+    println!("{} threads", threads());
+    assert!(threads() <= cores.div_ceil(2) + 2, "{} threads for {cores} cores", threads());
+}
