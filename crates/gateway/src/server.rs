@@ -35,6 +35,9 @@ const TURN: (usize, usize) = (32, 4 << 10);
 /// How often it is looked whether a client that has to wait has left.
 const LOOK: Duration = Duration::from_millis(500);
 
+/// Bytes of a message that may say to withdraw rows or what a budget allows, and holds none.
+const MOST_CONTROL: usize = 64;
+
 /// Bytes that a client's buffer may keep while nothing comes.
 const MOST_KEPT: usize = 64 << 10;
 
@@ -201,17 +204,31 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
     let (mut has_spoken, mut is_coming) = (false, false);
     loop {
         let room = shared.room.notified();
-        if !is_coming && shared.state.borrow_mut().must_wait(conn) {
-            tokio::select! {
-                () = room => continue,
-                () = left(&reading) => break,
-                () = too_slow.notified() => break,
+        if let Some(length) = announced(&buffer).filter(|_| !is_coming) {
+            // What is not about rows is heard in any case, unless it comes behind some.
+            if length > MOST_CONTROL && shared.state.borrow_mut().must_wait(conn) {
+                tokio::select! {
+                    () = room => continue,
+                    () = left(&reading) => break,
+                    () = too_slow.notified() => break,
+                }
             }
-        }
-        // A message has its place in memory as soon as it begins to come, and is not held up from then on.
-        if !is_coming && let Some(length) = announced(&buffer) {
+            // A message has its place in memory as soon as it begins to come, and is not held up from then on.
             is_coming = true;
             shared.state.borrow_mut().comes(conn, length.min(MAX_FRAME));
+        }
+        match take(&shared, conn, &mut buffer).await {
+            Ok(false) => {}
+            Ok(true) => {
+                is_coming = false;
+                shared.state.borrow_mut().comes(conn, 0);
+                shared.room.notify_waiters();
+                if buffer.len() <= MOST_KEPT {
+                    buffer.shrink_to(MOST_KEPT);
+                }
+                continue;
+            }
+            Err(_) => break,
         }
         // Between messages a client may be silent as long as it likes.
         let patience = if has_spoken && buffer.is_empty() { Duration::MAX } else { SILENCE };
@@ -222,18 +239,6 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
         match read {
             Ok(Ok(n)) if n > 0 => has_spoken = true,
             _ => break,
-        }
-        let before = buffer.len();
-        if take(&shared, conn, &mut buffer).await.is_err() {
-            break;
-        }
-        if buffer.len() < before {
-            is_coming = false;
-            shared.state.borrow_mut().comes(conn, 0);
-            shared.room.notify_waiters();
-        }
-        if buffer.capacity() > MOST_KEPT && buffer.len() <= MOST_KEPT && !is_coming {
-            buffer.shrink_to(MOST_KEPT);
         }
     }
     if !shared.state.borrow().is_connected(conn) {
@@ -293,33 +298,33 @@ async fn line(shared: &Shared, conn: u64, item: Item) -> Result<(Item, Option<Li
     making.await.map_err(|e| format!("internal error: {e}"))
 }
 
-async fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<(), String> {
-    while let Some(message) = decode::<ToGateway>(buffer)? {
-        failure_point!("net-take");
-        let state = || shared.state.borrow_mut();
-        match message {
-            ToGateway::Open(stream) => state().open(shared.now(), conn, *stream)?,
-            ToGateway::Items(items) => take_rows(shared, conn, items).await?,
-            ToGateway::Withdraw => state().withdraw(conn),
-            ToGateway::Abandon => state().abandon(conn),
-            ToGateway::Allow(more) => state().allow(conn, more),
-            ToGateway::Estimate(items) => {
-                let mut lines = Vec::new();
-                for item in items {
-                    lines.push(line(shared, conn, item).await?);
-                }
-                let estimate = state().estimate(conn, lines);
-                state().say(conn, &FromGateway::Estimated(estimate));
+/// Does what the first message of a buffer says, if it is there as a whole. Whether it is.
+async fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<bool, String> {
+    let Some(message) = decode::<ToGateway>(buffer)? else { return Ok(false) };
+    failure_point!("net-take");
+    let state = || shared.state.borrow_mut();
+    match message {
+        ToGateway::Open(stream) => state().open(shared.now(), conn, *stream)?,
+        ToGateway::Items(items) => take_rows(shared, conn, items).await?,
+        ToGateway::Withdraw => state().withdraw(conn),
+        ToGateway::Abandon => state().abandon(conn),
+        ToGateway::Allow(more) => state().allow(conn, more),
+        ToGateway::Estimate(items) => {
+            let mut lines = Vec::new();
+            for item in items {
+                lines.push(line(shared, conn, item).await?);
             }
-            ToGateway::Activity => {
-                let activity = state().activity(shared.now());
-                state().say(conn, &FromGateway::Activity(activity));
-            }
-            ToGateway::Probe => spawn(shared, probe(Rc::clone(shared), conn)),
+            let estimate = state().estimate(conn, lines);
+            state().say(conn, &FromGateway::Estimated(estimate));
         }
-        shared.changed.notify_one();
+        ToGateway::Activity => {
+            let activity = state().activity(shared.now());
+            state().say(conn, &FromGateway::Activity(activity));
+        }
+        ToGateway::Probe => spawn(shared, probe(Rc::clone(shared), conn)),
     }
-    Ok(())
+    shared.changed.notify_one();
+    Ok(true)
 }
 
 /// Finds out whether a client's model answers at all; of several, whether one does.

@@ -61,6 +61,8 @@ fn one_role_or_account_leaves_memory_for_others() {
             client
         };
         let mut greedy: Vec<Client> = (0..8).map(client).collect();
+        let mut quiet = client(1);
+        quiet.activity();
         let frames: Vec<Vec<u8>> =
             (0..8).map(|n| [large(n * 1_000, FRAME), large(n * 1_000 + 500, FRAME)].concat()).collect();
         let written = pour(&mut greedy, &frames);
@@ -72,6 +74,8 @@ fn one_role_or_account_leaves_memory_for_others() {
         let (got, _) = healthy.outcomes(50);
         assert!(got.iter().all(|(n, verdict)| is_right(*n, verdict)), "{got:?}");
         assert!(!setup.connect().activity().is_empty());
+        // Of the same role and account, who hands over no rows is heard.
+        assert!(!quiet.activity().is_empty());
         // They did not wait for a timeout.
         assert_eq!(bad.stats().abandoned, 0);
         // Who leaves is missed, though nothing more is read.
