@@ -205,7 +205,7 @@ fn check_time_zones(spec: &Spec) -> Result<()> {
     })
 }
 
-/// What of a provider's answers tasks of a kind with these options.
+/// The service that answers tasks of a kind with these options.
 fn service(kind: &str, options: &Value) -> Service {
     match kind {
         "embed" => Service::Embeddings,

@@ -161,7 +161,7 @@ fn the_examples_of_providers_fill_a_table_each() {
     assert!(!cluster.log().contains(KEY));
 }
 
-/// The tables of the servers are filled once more, by decisions, while answers are dropped, doubled and invented; and queries ask.
+/// The tables of two servers are filled once more, by decisions, while answers are dropped, doubled and invented. Queries ask too.
 fn decisions(c: &mut Client, provider: &FakeProvider) {
     let (_, section) = include_str!("../../docs/providers.md").split_once("## Decisions").unwrap();
     run(c, between(section, "```sql\n", "```").unwrap());

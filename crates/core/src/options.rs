@@ -153,7 +153,7 @@ impl Options {
         Ok(self)
     }
 
-    /// As they are asked with: where nothing is written, there is no form of it.
+    /// These, without those that mean nothing: a decision is not written, so it is asked for in no form.
     #[must_use]
     pub fn in_effect(mut self) -> Self {
         if self.ask_by == AskBy::Decisions {

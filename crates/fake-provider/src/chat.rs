@@ -20,7 +20,7 @@ use crate::state::State;
 use crate::wire::{self, Wire};
 use crate::{Config, Fault, RateHeaders, Reserve};
 
-/// What a request asks for, beside what all of them have.
+/// The answers that a request asks for.
 enum Wanted {
     Chat,
     Vectors(Texts),

@@ -78,7 +78,7 @@ impl Questions {
         Ok(Self { model: model.to_owned(), input: input.to_owned(), all, tokens: count })
     }
 
-    /// As what the checks, the limits and the counts of rows take.
+    /// The same as a chat, which the checks, the limits and the counts of rows take.
     pub(crate) fn as_chat(&self) -> Chat {
         Chat {
             model: self.model.clone(),
@@ -92,7 +92,7 @@ impl Questions {
         }
     }
 
-    /// What is billed, and the answers to the questions. A fault that makes no difference here is taken out.
+    /// The bill, and the answers to the questions. A fault that makes no difference here is taken out.
     pub(crate) fn answer(&self, task: &Task, fault: &mut Option<Fault>, rng: &mut Rng) -> (Answer, Vec<Value>) {
         let right = |question: &Question| {
             let row = task.rows.iter().find(|row| Some(&row.index) == question.name.as_ref());

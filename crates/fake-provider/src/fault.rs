@@ -106,7 +106,7 @@ pub enum Fault {
 
     /// The answers to questions have no names.
     Nameless,
-    /// The same, and one is left out.
+    /// The answers to questions have no names, and one of them is left out.
     NamelessDropped,
 }
 
@@ -155,7 +155,7 @@ impl Fault {
         Self::ShuffledVectors,
     ];
 
-    /// Those of decisions; what is refused is so for one row.
+    /// The faults of decisions. A refusal is one row's.
     pub const OF_DECISIONS: [Self; 10] = [
         Self::DropId,
         Self::InventId,

@@ -381,7 +381,7 @@ impl Lane {
         }
     }
 
-    /// What is measured of a service.
+    /// The measurements of a service.
     pub fn measured(&mut self, service: Service) -> &mut Measured {
         if service == Service::Decisions { &mut self.decided } else { &mut self.measured }
     }

@@ -177,7 +177,7 @@ impl Stream {
         Some((self.task.spec.embeds()?, self.endpoint.api.dialect().embeddings()?))
     }
 
-    /// How decisions are asked for, if they are.
+    /// The decisions that it asks for, if it does.
     pub(crate) fn decisions(&self) -> Option<&'static dyn Decisions> {
         self.endpoint.api.dialect().decisions().filter(|_| self.task.service() == Service::Decisions)
     }

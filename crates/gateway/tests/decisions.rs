@@ -138,7 +138,7 @@ fn each_fault_costs_its_rows_and_no_others() {
 fn labels_are_right_whatever_goes_wrong() {
     let of_requests = [Fault::Http500, Fault::Http503, Fault::RateLimit429, Fault::ResetBefore, Fault::ResetAfter];
     for api in deciders() {
-        // What is refused is no label.
+        // A refusal ends a row without a label.
         let faults =
             Fault::OF_DECISIONS.into_iter().filter(|fault| *fault != Fault::Refusal).chain(of_requests.clone());
         let faults = faults.map(|fault| (fault, 0.02)).collect();
@@ -154,7 +154,7 @@ fn what_is_refused_as_a_whole_is_asked_in_smaller_requests() {
         let (setup, provider) = (Setup::with_cache(0), keyed(Config { max_questions: 7, ..Config::default() }));
         all_right(&mut decides(&setup, &provider, api, |_| {}), 60, "too many questions");
         assert!(provider.stats().by_status[&400] > 0);
-        // As many as the provider takes are no reason.
+        // A request with as many questions as the provider takes is not refused.
         let most = api.dialect().decisions().unwrap().most_questions();
         let provider = keyed(Config { max_questions: most, ..Config::default() });
         let mut client = decides(&setup, &provider, api, |s| {
@@ -211,7 +211,7 @@ fn what_is_not_served_stops_the_stream() {
     }
 }
 
-/// The same model answers chats too: what is learnt of one says nothing of the other, and the limits are those of both.
+/// A model that answers chats too: the counts of one say nothing of the other, and the limits are those of both.
 #[test]
 fn a_model_that_is_asked_both_ways_keeps_its_counts_apart() {
     let (setup, provider) = (Setup::with_cache(0), keyed(Config { thinking_tokens: 300, ..Config::default() }));
@@ -231,7 +231,7 @@ fn a_model_that_is_asked_both_ways_keeps_its_counts_apart() {
     assert_eq!(estimate.output_tokens, 0);
 }
 
-/// What a budget allows is what a request may take at the worst, and no tokens of an answer are among that.
+/// A budget is reserved for the prompt at the worst, and for no tokens of an answer.
 #[test]
 fn a_budget_is_reserved_for_prompts_alone() {
     let (setup, provider) = (Setup::with_cache(0), keyed(Config::default()));

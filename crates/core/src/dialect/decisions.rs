@@ -41,7 +41,7 @@ pub trait Decisions: Sync {
     fn reply(&self, body: &[u8], ids: &[u16]) -> Result<Reply, Unread>;
 }
 
-/// What goes into a request.
+/// The contents of a request for decisions.
 #[derive(Debug)]
 pub struct Questions<'a> {
     /// The provider's name of the model.
@@ -66,7 +66,7 @@ impl Questions<'_> {
     }
 }
 
-/// What is asked about a row.
+/// The words of the question about a row.
 pub(super) fn instructions(id: u16) -> String {
     format!("Which label is right for text {id}?")
 }
@@ -145,7 +145,7 @@ mod tests {
 
     const LABELS: [&str; 3] = ["billing", "bug \"x\"", "ü"];
 
-    /// What is read of a list of answers about the rows 417, 902 and 118.
+    /// Reads a list of answers about the rows 417, 902 and 118.
     fn read(answers: &Value) -> (Vec<Verdict>, Vec<u16>) {
         let ids = [417, 902, 118];
         let spec = Spec::from_json("classify", &json!({"labels": LABELS})).unwrap();
@@ -219,7 +219,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is said, a row has a label only if its number, or as many answers as questions, are there.
+        /// A row has a label only if its number is among the names.
         #[test]
         fn never_panics(names in proptest::collection::vec("417|902|118|[0-9]{0,4}|id", 0..5), label in "\\PC{0,8}") {
             let all: Vec<Value> = names.iter().map(|name| choice(name.as_str().into(), &label)).collect();

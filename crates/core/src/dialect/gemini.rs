@@ -1,7 +1,7 @@
 //! Gemini's generateContent, batchEmbedContents and decisions.
 //!
-//! Source: Google's published API reference (the first two, and rate limits) and Python client (decisions), late 2026. The key goes into a header,
-//! never into the URL.
+//! Source: Google's published API reference (the first two, and rate limits) and Python client (decisions), late 2026. The
+//! key goes into a header, never into the URL.
 
 use serde_json::{Map, Value, json};
 

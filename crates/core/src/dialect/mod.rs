@@ -201,7 +201,7 @@ pub trait Dialect: Sync {
         None
     }
 
-    /// How it decides, if it does.
+    /// Its decisions, if it has them.
     fn decisions(&self) -> Option<&'static dyn Decisions> {
         None
     }

@@ -134,7 +134,7 @@ impl Kind for Prepared {
         self.decides.then(|| self.legend.codes())
     }
 
-    /// What decides gives JSON, in which nothing has to be recognized.
+    /// Decisions come as JSON, in which no code has to be recognized.
     fn legend(&self) -> Option<&Legend> {
         (!self.decides).then_some(&self.legend)
     }

@@ -1,4 +1,5 @@
-//! Gemini's generateContent, batchEmbedContents and decisions. It has no headers about limits, and says in an error's details how long to wait.
+//! Gemini's generateContent, batchEmbedContents and decisions. It has no headers about limits, and says in an error's
+//! details how long to wait.
 
 use serde_json::{Map, Value, json};
 

@@ -32,7 +32,7 @@ pub(crate) trait Wire: Sync {
         None
     }
 
-    /// Whether a path is that of its decisions.
+    /// Tells if a path is that of its decisions.
     fn decides(&self, _path: &str) -> bool {
         false
     }

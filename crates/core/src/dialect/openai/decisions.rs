@@ -10,7 +10,7 @@ use super::super::{Reply, Unread, Usage, parsed, tokens};
 
 pub(in super::super) struct OpenaiDecisions;
 
-/// What else a request may have.
+/// Further members that a request may have.
 const MAY_HAVE: [&str; 3] = ["prompt_cache_key", "prompt_cache_options", "safety_identifier"];
 
 impl Decisions for OpenaiDecisions {
