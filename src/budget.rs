@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 
+use llm_batch_core::dialect::Api;
 use llm_batch_gateway::protocol::{Allowance, Prices, Spent, Stream};
 
 use crate::client::WINDOW_ROWS;
@@ -15,9 +16,12 @@ pub struct Price {
     pub output: Option<String>,
     /// For tokens of prompts that the provider had cached.
     pub cached_input: Option<String>,
-    /// If both prices are known: picodollars a token, rounded up, with the dearer one for tokens of prompts.
+    /// How much more (percent) a token of a prompt costs that is written into the provider's cache.
+    pub write_surcharge: u64,
+    /// If both prices are known: picodollars a token, rounded up, with the dearest one for tokens of prompts.
     pub rates: Option<Prices>,
-    /// The same of a cached token.
+    /// The same of a token of a prompt that is neither cached nor written into the cache, and of a cached one.
+    pub input_rate: u64,
     pub cached_rate: u64,
 }
 
@@ -32,12 +36,24 @@ impl Price {
             .hint("Set the prices with llm_batch.alter_model(), or use a budget in tokens: max_tokens."))
     }
 
-    /// The amount paid, with cached tokens at their own price. No cost where the prices are not known.
+    /// The price of the model behind a server of this dialect.
+    pub fn through(mut self, api: Api) -> Self {
+        self.write_surcharge = api.dialect().cache_write_surcharge();
+        if let Some(rates) = &mut self.rates {
+            rates.input = rates.input.saturating_mul(100 + self.write_surcharge).div_ceil(100);
+        }
+        self
+    }
+
+    /// The amount paid, with each token of a prompt at its own price. No cost where the prices are not known.
     pub fn paid(&self, spent: &Spent) -> Allowance {
         let rates = self.rates.unwrap_or_default();
         let cached = spent.cached_input_tokens.min(spent.input_tokens);
+        let plain = (spent.input_tokens - cached).saturating_sub(spent.written_input_tokens);
         let mut paid = taken(spent, rates);
-        paid.cost -= rates.input.saturating_sub(self.cached_rate).saturating_mul(cached).min(paid.cost);
+        for (tokens, rate) in [(cached, self.cached_rate), (plain, self.input_rate)] {
+            paid.cost -= rates.input.saturating_sub(rate).saturating_mul(tokens).min(paid.cost);
+        }
         paid
     }
 }
@@ -132,7 +148,7 @@ fn part(free: u64, wanted: u64) -> u64 {
     if free == UNLIMITED { UNLIMITED } else { free.min(wanted) }
 }
 
-/// The gateway's charge to an allowance. Cached tokens are at the full price, since it knows no other.
+/// The gateway's charge to an allowance. All tokens of prompts are at the dearest price, since it knows no other.
 pub fn taken(spent: &Spent, prices: Prices) -> Allowance {
     let input = spent.input_tokens + spent.unconfirmed_input_tokens;
     let output = spent.output_tokens + spent.unconfirmed_output_tokens;

@@ -80,7 +80,9 @@ pub fn find(name: &str) -> Result<Option<Known>> {
                     input: prices.0,
                     output: prices.1,
                     cached_input: row.maybe("cached_input_price")?,
+                    write_surcharge: 0,
                     rates,
+                    input_rate: rates.unwrap_or_default().input,
                     cached_rate: rate("cached_rate")?.unwrap_or_default(),
                 },
             })

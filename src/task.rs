@@ -109,8 +109,8 @@ impl Known {
         for (name, known) in models {
             let endpoint = crate::provider::endpoint(known.server, role)?;
             check_api(endpoint.api, &name, self.task.service())?;
+            prices.push((name, known.price.through(endpoint.api)));
             all.push(Alternative { endpoint, model: known.model });
-            prices.push((name, known.price));
         }
         if self.task.spec.embeds().is_some() {
             route::check_vectors(&self.model, all.iter().map(|one| one.model.model.as_str()))?;

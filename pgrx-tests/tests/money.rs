@@ -147,6 +147,34 @@ fn cached_tokens_have_a_price_of_their_own() {
     std::thread::sleep(Duration::from_millis(100));
     let paid = paid(&mut c);
     holds(&mut c, &format!("{paid} BETWEEN 0.003 AND 0.004"));
+    written_tokens_are_dearer(&bed, &mut c);
+}
+
+/// A token of a prompt that Anthropic writes into its cache costs a quarter more than another.
+fn written_tokens_are_dearer(bed: &Bed, c: &mut Client) {
+    let url = bed.provider.base_of("anthropic");
+    run(
+        c,
+        &format!(
+            "RESET llm_batch.statement_max_cost;
+             CREATE SERVER anthropic FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'anthropic', base_url '{url}');
+             CREATE USER MAPPING FOR PUBLIC SERVER anthropic OPTIONS (api_key 'sk-test-0123456789');
+             SELECT llm_batch.create_model('claude', 'anthropic', 'claude', input_price => 1, output_price => 5, cached_input_price => 0.1);
+             SELECT llm_batch.alter_classifier('topic', model => 'claude', instruction => repeat('These are texts of a shop. ', 300));
+             UPDATE tickets SET topic = NULL WHERE id <= 100"
+        ),
+    );
+    // Whether the model is there is asked at nobody's cost.
+    warm(c, "tickets");
+    bed.provider.reset_stats();
+    let job = backfill_with(c, "tickets", "max_cost => 1");
+    let p = wait_status(c, job, "done");
+    let s = bed.provider.stats();
+    assert!(s.written_tokens > 1_024 && s.cached_tokens > 0, "{s:?}");
+    let plain = s.prompt_tokens - s.cached_tokens - s.written_tokens;
+    let sum =
+        format!("{plain} + {} * 0.1 + {} * 1.25 + {} * 5", s.cached_tokens, s.written_tokens, s.completion_tokens);
+    assert_eq!(p.cost, text(c, &format!("SELECT trim_scale(({sum}) * 0.000001)")));
 }
 
 #[test]

@@ -476,10 +476,10 @@ fn bill(id: i64, asked: &Asked, bill: &Bill) -> Result<(String, String)> {
     if bill.is_empty() {
         return Ok(("0".to_owned(), "0".to_owned()));
     }
-    let (mut names, mut prices, mut counts) = (Vec::new(), [vec![], vec![], vec![]], [(); 7].map(|()| Vec::new()));
+    let (mut names, mut prices, mut counts) = (Vec::new(), [vec![], vec![], vec![]], [(); 9].map(|()| Vec::new()));
     for (place, spent, rows) in bill.iter() {
         let (name, price) = asked.model(place);
-        let Price { input, output, cached_input, .. } = price.cloned().unwrap_or_default();
+        let Price { input, output, cached_input, write_surcharge, .. } = price.cloned().unwrap_or_default();
         names.push(name.to_owned());
         prices.iter_mut().zip([input, output, cached_input]).for_each(|(all, price)| all.push(price));
         let more = [
@@ -490,6 +490,8 @@ fn bill(id: i64, asked: &Asked, bill: &Bill) -> Result<(String, String)> {
             spent.output_tokens,
             spent.unconfirmed_input_tokens,
             spent.unconfirmed_output_tokens,
+            spent.written_input_tokens,
+            write_surcharge,
         ];
         counts.iter_mut().zip(more).for_each(|(all, n)| all.push(i64::try_from(n).unwrap_or(i64::MAX)));
     }
@@ -500,12 +502,16 @@ fn bill(id: i64, asked: &Asked, bill: &Bill) -> Result<(String, String)> {
     let paid = sql::rows_mut(
         "WITH spent AS (
              SELECT u.*, ((u.input - u.cached) * coalesce(u.price, 0) + u.cached * coalesce(u.cached_price, u.price, 0)
+                          + u.written * coalesce(u.price, 0) * u.surcharge * 0.01
                           + u.output * coalesce(u.output_price, 0)) * 0.000001 AS cost,
-                    (u.maybe_input * coalesce(u.price, 0) + u.maybe_output * coalesce(u.output_price, 0)) * 0.000001 AS maybe
+                    (u.maybe_input * coalesce(u.price, 0) * (1 + u.surcharge * 0.01)
+                     + u.maybe_output * coalesce(u.output_price, 0)) * 0.000001 AS maybe
                FROM ROWS FROM (unnest($2::text[]), unnest($3::text[]::numeric[]), unnest($4::text[]::numeric[]),
                                unnest($5::text[]::numeric[]), unnest($6::bigint[]), unnest($7::bigint[]), unnest($8::bigint[]),
-                               unnest($9::bigint[]), unnest($10::bigint[]), unnest($11::bigint[]), unnest($12::bigint[]))
-                    u (model, price, output_price, cached_price, rows, requests, input, cached, output, maybe_input, maybe_output)),
+                               unnest($9::bigint[]), unnest($10::bigint[]), unnest($11::bigint[]), unnest($12::bigint[]),
+                               unnest($13::bigint[]), unnest($14::bigint[]))
+                    u (model, price, output_price, cached_price, rows, requests, input, cached, output, maybe_input, maybe_output,
+                       written, surcharge)),
          entered AS (
              INSERT INTO llm_batch.job_model AS m
              SELECT $1, s.model, s.rows, s.requests, s.input, s.cached, s.output, s.cost, s.maybe

@@ -45,8 +45,8 @@ pub(crate) struct Admitted {
     pub(crate) fault: Option<Fault>,
     pub(crate) rows: u64,
     pub(crate) prompt_tokens: u64,
-    /// Those of them that are reported as cached.
-    pub(crate) cached_tokens: u64,
+    /// Of those, the ones that were cached, and those that were written into the cache.
+    pub(crate) cached_tokens: [u64; 2],
     /// The admission's number in the limits, and the tokens charged there.
     pub(crate) charge: (u64, u64),
     pub(crate) answer: Answer,
@@ -111,15 +111,16 @@ impl State {
         }
         let cached_tokens = match self.config.cache_prefix {
             true => self.prefixes.cached(&chat.system, chat.system_tokens),
-            false => 0,
+            false => [0; 2],
         };
         if fault != Some(Fault::Hang) {
             self.tally.billed(chat.prompt_tokens, cached_tokens, &answer);
         }
+        let tells_writes = wire.tells_writes();
         let mut reply = match &wanted {
             Wanted::Vectors(texts) => texts.reply(&chat, fault.as_ref(), &mut self.rng),
-            Wanted::Decisions(questions) => questions.reply(&decisions, cached_tokens, fault.as_ref()),
-            Wanted::Chat => self.completion(&chat, cached_tokens, &answer, fault.as_ref()),
+            Wanted::Decisions(questions) => questions.reply(&decisions, cached_tokens[0], fault.as_ref()),
+            Wanted::Chat => self.completion(&chat, (cached_tokens, tells_writes), &answer, fault.as_ref()),
         };
         reply.headers.extend(self.rate_headers(now, charge, style));
         Verdict::Admitted(Box::new(Admitted {
@@ -213,7 +214,13 @@ impl State {
         Duration::try_from_secs_f64(seconds).unwrap_or(Duration::ZERO)
     }
 
-    fn completion(&mut self, chat: &Chat, cached_tokens: u64, answer: &Answer, fault: Option<&Fault>) -> Reply {
+    fn completion(
+        &mut self,
+        chat: &Chat,
+        ([cached, written], tells_writes): ([u64; 2], bool),
+        answer: &Answer,
+        fault: Option<&Fault>,
+    ) -> Reply {
         let mut body = json!({
             "id": format!("chatcmpl-{:016x}", self.rng.u64(..)),
             "object": "chat.completion",
@@ -233,9 +240,12 @@ impl State {
                 "prompt_tokens": chat.prompt_tokens,
                 "completion_tokens": answer.completion_tokens,
                 "total_tokens": chat.prompt_tokens + answer.completion_tokens,
-                "prompt_tokens_details": { "cached_tokens": cached_tokens },
+                "prompt_tokens_details": { "cached_tokens": cached },
             },
         });
+        if tells_writes {
+            body["usage"]["prompt_tokens_details"]["written_tokens"] = written.into();
+        }
         if self.config.tells_thinking {
             body["usage"]["completion_tokens_details"] = json!({ "reasoning_tokens": answer.thinking_tokens });
         }

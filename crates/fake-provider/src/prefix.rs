@@ -19,17 +19,18 @@ pub(crate) struct Prefixes {
 }
 
 impl Prefixes {
-    /// Tokens of this system message that are cached: it was seen before. From
-    /// now on it was.
-    pub(crate) fn cached(&mut self, system: &str, tokens: u64) -> u64 {
+    /// Tokens of this system message that are cached, since it was seen before, and
+    /// of those that are written into the cache now.
+    pub(crate) fn cached(&mut self, system: &str, tokens: u64) -> [u64; 2] {
         if tokens < LEAST_TOKENS {
-            return 0;
+            return [0; 2];
         }
         if self.seen.len() == MOST {
             self.seen.clear();
         }
         let is_new = self.seen.insert(self.state.hash_one(system));
-        if is_new { 0 } else { tokens / STEP * STEP }
+        let tokens = tokens / STEP * STEP;
+        if is_new { [0, tokens] } else { [tokens, 0] }
     }
 }
 
@@ -40,9 +41,9 @@ mod tests {
     #[test]
     fn the_second_time_and_long_ones_only() {
         let mut prefixes = Prefixes::default();
-        assert_eq!([1, 2, 3].map(|_| prefixes.cached("a", 1_300)), [0, 1_280, 1_280]);
-        assert_eq!([1, 2].map(|_| prefixes.cached("b", 1_024)), [0, 1_024]);
-        assert_eq!([1, 2].map(|_| prefixes.cached("c", 1_023)), [0, 0]);
+        assert_eq!([1, 2, 3].map(|_| prefixes.cached("a", 1_300)), [[0, 1_280], [1_280, 0], [1_280, 0]]);
+        assert_eq!([1, 2].map(|_| prefixes.cached("b", 1_024)), [[0, 1_024], [1_024, 0]]);
+        assert_eq!([1, 2].map(|_| prefixes.cached("c", 1_023)), [[0, 0], [0, 0]]);
         for other in 0..MOST {
             prefixes.cached(&format!("{other}"), 1_024);
         }

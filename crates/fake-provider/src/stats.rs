@@ -29,6 +29,8 @@ pub struct Stats {
     pub prompt_tokens: u64,
     /// Prompt tokens of those that were reported as cached.
     pub cached_tokens: u64,
+    /// Prompt tokens that were written into the cache.
+    pub written_tokens: u64,
     /// Completion tokens billed.
     pub completion_tokens: u64,
     /// Tokens charged against the window, see [`Reserve`](crate::Reserve).
@@ -158,9 +160,10 @@ impl Tally {
         }
     }
 
-    pub(crate) fn billed(&mut self, prompt_tokens: u64, cached_tokens: u64, answer: &Answer) {
+    pub(crate) fn billed(&mut self, prompt_tokens: u64, [cached, written]: [u64; 2], answer: &Answer) {
         self.stats.prompt_tokens += prompt_tokens;
-        self.stats.cached_tokens += cached_tokens;
+        self.stats.cached_tokens += cached;
+        self.stats.written_tokens += written;
         self.stats.completion_tokens += answer.completion_tokens;
         for id in &answer.answered {
             self.rows.entry(*id).or_default().answered += 1;

@@ -193,7 +193,7 @@ impl Stream {
 /// The price of a token, in picodollars (10^-12 $; a price of $1 per million tokens is 1,000,000 of them).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Prices {
-    /// A token of a prompt that the provider had not cached.
+    /// A token of a prompt that the provider had not cached; one that it writes into its cache, if that costs more.
     pub input: u64,
     /// A token of an answer.
     pub output: u64,
@@ -302,6 +302,8 @@ pub struct Spent {
     pub input_tokens: u64,
     /// Those of them that the provider had cached.
     pub cached_input_tokens: u64,
+    /// Those of them that it has written into its cache, if they cost more for that.
+    pub written_input_tokens: u64,
     /// Tokens of answers, as the provider counts.
     pub output_tokens: u64,
     /// Tokens of prompts of requests that broke off, which may have been charged or not; by our count, at the worst.
@@ -318,7 +320,9 @@ impl Spent {
         self.requests += more.requests;
         self.input_tokens += more.input_tokens;
         // A cached part that is larger than the whole must not make a cost negative.
-        self.cached_input_tokens += more.cached_input_tokens.min(more.input_tokens);
+        let cached = more.cached_input_tokens.min(more.input_tokens);
+        self.cached_input_tokens += cached;
+        self.written_input_tokens += more.written_input_tokens.min(more.input_tokens - cached);
         self.output_tokens += more.output_tokens;
         self.unconfirmed_input_tokens += more.unconfirmed_input_tokens;
         self.unconfirmed_output_tokens += more.unconfirmed_output_tokens;

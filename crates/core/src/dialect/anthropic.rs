@@ -30,6 +30,11 @@ impl Dialect for Anthropic {
         false
     }
 
+    /// Those for five minutes, which is how long they are asked for.
+    fn cache_write_surcharge(&self) -> u64 {
+        25
+    }
+
     fn reserved(&self) -> &'static [&'static str] {
         &RESERVED
     }
@@ -94,7 +99,8 @@ impl Dialect for Anthropic {
         let usage = &said["usage"];
         let part = |name: &str| tokens(&usage[name]).unwrap_or(0);
         let cached_input = part("cache_read_input_tokens");
-        let others = cached_input + part("cache_creation_input_tokens");
+        let written_input = part("cache_creation_input_tokens");
+        let others = cached_input + written_input;
         Ok(Reply {
             finish,
             has_reasoning: blocks.iter().any(|b| b["type"].as_str().is_some_and(|kind| kind.contains("thinking"))),
@@ -105,6 +111,7 @@ impl Dialect for Anthropic {
             thought: tokens(&usage["output_tokens_details"]["thinking_tokens"]),
             cached_input,
             refused: Vec::new(),
+            written_input,
             text,
         }
         .consistent())
@@ -163,7 +170,7 @@ mod tests {
         let reply = of(&said);
         assert_eq!((reply.text.as_str(), reply.finish, reply.has_reasoning), ("{\"1\":\"a\"}", Finish::Complete, true));
         assert_eq!(reply.usage.whole(), Some(Tokens { input: 2114, output: 9 }));
-        assert_eq!((reply.thought, reply.cached_input), (Some(4), 2000));
+        assert_eq!((reply.thought, reply.cached_input, reply.written_input), (Some(4), 2000, 100));
         // What was in the cache counts against no limit here.
         let counted = |api| reply.counted(api, Tokens::default()).input;
         assert_eq!((counted(Api::Anthropic), counted(Api::Openai)), (114, 2114));

@@ -65,6 +65,7 @@ impl Dialect for Cohere {
             thought: None,
             cached_input: tokens(&usage["cached_tokens"]).unwrap_or(0),
             refused: Vec::new(),
+            written_input: 0,
             text,
         }
         .consistent())

@@ -116,6 +116,7 @@ pub(super) fn reply<'a>(answers: impl IntoIterator<Item = (String, &'a Value)>, 
         usage,
         thought: Some(0),
         cached_input: 0,
+        written_input: 0,
         refused,
     }
 }

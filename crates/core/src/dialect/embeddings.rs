@@ -94,6 +94,7 @@ pub(super) fn reply(text: String, input: Option<u64>) -> Reply {
         thought: Some(0),
         cached_input: 0,
         refused: Vec::new(),
+        written_input: 0,
     }
 }
 

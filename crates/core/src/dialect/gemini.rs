@@ -100,6 +100,7 @@ impl Dialect for Gemini {
             thought,
             cached_input: tokens(&usage["cachedContentTokenCount"]).unwrap_or(0),
             refused: Vec::new(),
+            written_input: 0,
             text,
         }
         .consistent())

@@ -156,6 +156,11 @@ pub trait Dialect: Sync {
         true
     }
 
+    /// How much more (percent) a token of a prompt costs that is written into the cache, where answers tell of these.
+    fn cache_write_surcharge(&self) -> u64 {
+        0
+    }
+
     /// Parameters of a request that a user may not set for a model, because the gateway does.
     fn reserved(&self) -> &'static [&'static str];
 
@@ -357,6 +362,8 @@ pub struct Reply {
     pub cached_input: u64,
     /// The numbers of rows that an answer is refused for, each by itself.
     pub refused: Vec<u16>,
+    /// Tokens of the prompt that it has written into its cache, if they cost more for that.
+    pub written_input: u64,
 }
 
 impl Reply {
@@ -369,7 +376,9 @@ impl Reply {
 
     /// Of what the provider says that it took nothing contradicts the rest.
     fn consistent(self) -> Self {
-        Self { cached_input: self.usage.input.map_or(0, |input| self.cached_input.min(input)), ..self }
+        let input = self.usage.input.unwrap_or(0);
+        let cached_input = self.cached_input.min(input);
+        Self { cached_input, written_input: self.written_input.min(input - cached_input), ..self }
     }
 }
 
@@ -547,7 +556,7 @@ mod tests {
             for api in Api::ALL {
                 let _ = api.dialect().reply(&bytes);
                 if let Ok(reply) = api.dialect().reply(inner.to_string().as_bytes()) {
-                    prop_assert!(reply.cached_input <= reply.usage.input.unwrap_or(0));
+                    prop_assert!(reply.cached_input + reply.written_input <= reply.usage.input.unwrap_or(0));
                 }
                 if let Some(embeddings) = api.dialect().embeddings() {
                     let _ = embeddings.reply(&bytes, 1);

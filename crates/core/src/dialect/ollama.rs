@@ -70,6 +70,7 @@ impl Dialect for Ollama {
             thought: None,
             cached_input: 0,
             refused: Vec::new(),
+            written_input: 0,
             text,
         })
     }

@@ -110,7 +110,7 @@ fn reply(body: &[u8]) -> Result<Reply, Unread> {
     let cached = json["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
     let cached_input = usage.input.map_or(0, |input| cached.min(input));
     let thought = json["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64();
-    Ok(Reply { text, finish, has_reasoning, usage, thought, cached_input, refused: Vec::new() })
+    Ok(Reply { text, finish, has_reasoning, usage, thought, cached_input, written_input: 0, refused: Vec::new() })
 }
 
 /// One answer is asked for. Of several, that without a number or with the first one is it.
@@ -198,6 +198,7 @@ mod tests {
                 usage: Usage { input: Some(7), output: Some(2) },
                 thought: None,
                 cached_input: 4,
+                written_input: 0,
                 refused: Vec::new(),
             }
         );

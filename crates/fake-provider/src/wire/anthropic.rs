@@ -61,6 +61,10 @@ impl Wire for Anthropic {
         Ok(asked)
     }
 
+    fn tells_writes(&self) -> bool {
+        true
+    }
+
     fn completion(&self, said: &Value) -> Value {
         let (text, finish, [input, cached, output, thought]) = parts(said);
         let reason = match finish {
@@ -68,12 +72,14 @@ impl Wire for Anthropic {
             "refusal" | "content_filter" => "refusal",
             _ => "end_turn",
         };
+        let written = said["usage"]["prompt_tokens_details"]["written_tokens"].as_u64().unwrap_or(0);
         json!({
             "id": "msg_01", "type": "message", "role": "assistant", "model": said["model"],
             "content": text.map(|text| json!({"type": "text", "text": text})).into_iter().collect::<Vec<_>>(),
             "stop_reason": reason, "stop_sequence": null,
             "usage": {
-                "input_tokens": input - cached, "cache_read_input_tokens": cached, "cache_creation_input_tokens": 0,
+                "input_tokens": input - cached - written, "cache_read_input_tokens": cached,
+                "cache_creation_input_tokens": written,
                 "output_tokens": output, "output_tokens_details": {"thinking_tokens": thought},
                 "service_tier": "standard",
             },

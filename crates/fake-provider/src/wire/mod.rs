@@ -65,6 +65,11 @@ pub(crate) trait Wire: Sync {
         said.clone()
     }
 
+    /// Whether its bills tell which tokens were written into the cache.
+    fn tells_writes(&self) -> bool {
+        false
+    }
+
     /// The body of a completion.
     fn completion(&self, said: &Value) -> Value;
 

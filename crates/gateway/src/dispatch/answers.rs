@@ -269,7 +269,7 @@ impl State {
             self.unconfirmed(model, &payers, reply.usage.missing(worst));
         }
         let sure = reply.usage.or(if is_unconfirmed { Tokens::default() } else { estimate });
-        self.spend(model, &payers, sure, reply.cached_input, now.saturating_sub(sent));
+        self.spend(model, &payers, sure, [reply.cached_input, reply.written_input], now.saturating_sub(sent));
     }
 
     /// Decides about the rows of an answer. Returns true if nothing more is paid for some of them, though it is not
@@ -359,7 +359,7 @@ impl State {
 
     /// Shares the tokens of a request, and the time (ms) that it took, among the clients whose rows were in it; nothing is
     /// lost by rounding.
-    fn spend(&mut self, model: usize, payers: &[u64], usage: Tokens, cached: u64, took: u64) {
+    fn spend(&mut self, model: usize, payers: &[u64], usage: Tokens, [cached, written]: [u64; 2], took: u64) {
         let mut by_conn: BTreeMap<u64, u64> = BTreeMap::new();
         for conn in payers {
             *by_conn.entry(*conn).or_default() += 1;
@@ -373,6 +373,7 @@ impl State {
                 spent.requests += u64::from(first);
                 spent.input_tokens += share(usage.input);
                 spent.cached_input_tokens += share(cached);
+                spent.written_input_tokens += share(written);
                 spent.output_tokens += share(usage.output);
                 spent.row_ms += n * took;
             }

@@ -258,6 +258,7 @@ pub fn add(sum: &mut Spent, more: &Spent) {
     sum.requests += more.requests;
     sum.input_tokens += more.input_tokens;
     sum.cached_input_tokens += more.cached_input_tokens;
+    sum.written_input_tokens += more.written_input_tokens;
     sum.output_tokens += more.output_tokens;
     sum.unconfirmed_input_tokens += more.unconfirmed_input_tokens;
     sum.unconfirmed_output_tokens += more.unconfirmed_output_tokens;
