@@ -9,16 +9,16 @@ from cases import LATENCY, Goal
 from lab import Cluster, Door, Provider, Session, Watch
 from special import Result, rate
 
-WINDOW = 6  # seconds
-KEYS = [500_000, 1_000_000, 2_000_000]  # tokens a minute
+# Tokens a minute, and the provider's window in seconds. Together they take 1,300 rows in flight: of one job there are at most 2,000.
+KEYS, KEYS_WINDOW = [240_000, 480_000, 960_000], 12
 ROW_TOKENS = 53  # about, 50 rows a request
 # The first model goes down so many seconds after the job's start, and comes back so many later.
 DOWN_AFTER, BACK_AFTER = 10, 10
-FAILOVER_PACK, FAILOVER_TOKENS, FAILOVER_ROWS = 20, 500_000, 7_000
+FAILOVER_PACK, FAILOVER_TOKENS, FAILOVER_WINDOW, FAILOVER_ROWS = 20, 500_000, 6, 7_000
 
 
-def _limit(tokens_per_minute: int) -> list[str]:
-    return [*LATENCY, "--window", str(WINDOW), "--tokens-per-window", str(tokens_per_minute * WINDOW // 60)]
+def _limit(tokens_per_minute: int, window: int) -> list[str]:
+    return [*LATENCY, "--window", str(window), "--tokens-per-window", str(tokens_per_minute * window // 60)]
 
 
 def routes(minutes: float = 1.0) -> Result:
@@ -35,7 +35,7 @@ def spread(minutes: float) -> Result:
     rows = int(sum(KEYS) / ROW_TOKENS * minutes)
     samples: list[dict] = []
     with contextlib.ExitStack() as stack:
-        providers = [stack.enter_context(Provider(_limit(tokens))) for tokens in KEYS]
+        providers = [stack.enter_context(Provider(_limit(tokens, KEYS_WINDOW))) for tokens in KEYS]
         cluster = stack.enter_context(Cluster(providers[0], 50, None))
         for n, (provider, tokens) in enumerate(zip(providers, KEYS), 1):
             cluster.model(f"key{n}", provider.base_url, tokens_per_minute=tokens)
@@ -71,7 +71,8 @@ def failover(way: str) -> Result:
     down, back = WAYS[way]
     answers: list[tuple[float, int]] = []
     samples: list[dict] = []
-    with Provider(_limit(FAILOVER_TOKENS)) as first, Provider(_limit(FAILOVER_TOKENS)) as second, Door(first) as door, \
+    limit = _limit(FAILOVER_TOKENS, FAILOVER_WINDOW)
+    with Provider(limit) as first, Provider(limit) as second, Door(first) as door, \
             Cluster(door, FAILOVER_PACK, FAILOVER_TOKENS) as cluster:
         cluster.model("second", second.base_url, tokens_per_minute=FAILOVER_TOKENS)
         _route(cluster, ["fake", "second"], "failover")
