@@ -205,7 +205,7 @@ fn check_time_zones(spec: &Spec) -> Result<()> {
     })
 }
 
-/// The service that answers tasks of a kind with these options.
+/// The provider's service that tasks of a kind with these options ask.
 fn service(kind: &str, options: &Value) -> Service {
     match kind {
         "embed" => Service::Embeddings,

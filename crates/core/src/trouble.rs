@@ -87,10 +87,10 @@ pub fn context_in(message: &str) -> Option<u64> {
     numbers.find_map(|n| n.trim_matches(',').replace(',', "").parse().ok())
 }
 
-/// What an answer with this status and body is, in this dialect. `retry_after`: the wait in milliseconds from its headers.
+/// Reads an answer with this status and body in this dialect. `retry_after`: the wait in milliseconds from its headers.
 ///
 /// # Errors
-/// Whatever is no answer to be read.
+/// The trouble that the answer reports, or that it cannot be read.
 pub fn outcome(api: Api, sent: Sent, status: u16, body: &[u8], retry_after: Option<u64>) -> Result<Reply, Report> {
     if !api.serves(sent.service) {
         let message = format!("the API \"{}\" serves no {}", api.name(), sent.service.name());
@@ -111,7 +111,7 @@ fn of_decisions(report: Report) -> Report {
     Report { trouble, ..report }
 }
 
-/// What is refused of how vectors are written takes the place of the forms of a chat's answer.
+/// A refusal of the way in which vectors are written takes the place of that of a form of a chat's answer.
 fn of_vectors(report: Report) -> Report {
     let words = report.words.to_lowercase();
     let is_of_form =

@@ -9,7 +9,7 @@ use crate::mean::Means;
 /// nothing older than the window need be remembered.
 #[derive(Default)]
 pub(crate) struct Meter {
-    /// Of the amounts in the window: ours, and all.
+    /// Means of the amounts in the window: ours, and all.
     means: [Means<{ Limit::ALL.len() }>; 2],
     /// The most tokens of ours in any window.
     pub(crate) peak_tokens: u64,

@@ -66,7 +66,7 @@ impl FakeProvider {
         wire::WIRES.iter().map(|wire| (wire.name(), self.base_of(wire.name()))).collect()
     }
 
-    /// Where it listens.
+    /// The address that it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -221,7 +221,7 @@ fn stats_reply(stats: &Stats) -> Reply {
 
 /// The end of a chat request.
 enum After {
-    /// How often it is sent, too.
+    /// A reply, and the number of times that it is sent.
     Reply(Reply, usize),
     Reset,
     Broken(Fault),

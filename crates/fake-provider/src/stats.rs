@@ -101,7 +101,7 @@ pub(crate) struct Tally {
     pub(crate) stats: Stats,
     rows: HashMap<RowId, Row>,
     started: Instant,
-    /// Of requests and rows in flight.
+    /// Means of the requests and rows in flight.
     in_flight: Means<2>,
     /// Answers, and the sum of their delays.
     answers: u64,

@@ -94,7 +94,7 @@ fn connections_that_misbehave() {
     assert_eq!(chat(&provider, &body).status, 500);
 }
 
-/// What comes on a connection until it is enough, and whether more follows within a moment.
+/// Reads a connection until that is enough. Returns the text, and whether more follows within a moment.
 fn bytes(fault: Fault, is_enough: impl Fn(&[u8]) -> bool) -> (Vec<u8>, bool) {
     let provider = FakeProvider::start(Config { faults: vec![(fault, 1.0)], ..Config::default() }).unwrap();
     let mut stream = std::net::TcpStream::connect(provider.address()).unwrap();

@@ -42,7 +42,7 @@ pub struct Task {
 }
 
 impl Task {
-    /// What of a provider's answers it.
+    /// The provider's service that it asks.
     pub fn service(&self) -> Service {
         match (&self.spec, self.options.ask_by) {
             (Spec::Embed(_), _) => Service::Embeddings,
@@ -64,7 +64,7 @@ impl Task {
     }
 }
 
-/// What is asked, by its kind.
+/// The specification of an answer, by kind.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Spec {

@@ -135,8 +135,9 @@ impl State {
         }
     }
 
-    /// Whether nothing more is sent for a while, as requests are refused within answers: some of these rows were paid for as
-    /// often as they may be, the task was without a valid row, or none of its requests was answered in between.
+    /// Returns true if nothing more is sent for a while, as requests are refused within answers: some of these rows
+    /// were paid for as often as they may be, the task was without a valid row, or none of its requests was answered in
+    /// between.
     fn is_refused_enough(&mut self, now: u64, (lane, group): (&LaneKey, GroupId), rows: &[Row], asked: Asked) -> bool {
         let most = self.max_attempts(now, lane, group);
         let is_paid = self.weigh(now, lane, group, asked, Said::Cut);
