@@ -166,7 +166,7 @@ fn decisions(c: &mut Client, provider: &FakeProvider) {
     let (_, section) = include_str!("../../docs/providers.md").split_once("## Decisions").unwrap();
     run(c, between(section, "```sql\n", "```").unwrap());
     run(c, "SELECT llm_batch.create_model('decide2', server => 'gemini', model => 'gemini-decision-1')");
-    let faults = Fault::OF_DECISIONS.into_iter().filter(|fault| *fault != Fault::Refusal);
+    let faults = Fault::OF_DECISIONS.into_iter().filter(|f| !matches!(f, Fault::Refusal | Fault::MalformedJson));
     let faults: Vec<_> = faults.map(|fault| (fault, 0.03)).collect();
     for (model, table) in [("decide", "openai"), ("decide2", "gemini")] {
         let options = r#"{"ask_by": "decisions", "max_rows_per_request": 10, "max_attempts": 10}"#;
