@@ -21,8 +21,8 @@ use crate::request::TIMED_OUT;
 use crate::route::Member;
 use crate::row::Row;
 
-/// A row that has met this many points of trouble not its own is split off, and given up when alone, as long as the
-/// provider is not down.
+/// A row that has met this many points of trouble not its own is split off, as long as the provider is not down. Alone it is
+/// given up after as many, or after as many as it may have attempts if these are more.
 const MOST_TROUBLE: u32 = 5;
 /// First wait after a request that was not answered, ms; doubled with each further one, with jitter.
 const BACKOFF: u64 = 250;
@@ -420,11 +420,11 @@ impl State {
         asked: Asked,
         message: &str,
     ) {
-        if row.trouble >= MOST_TROUBLE {
-            if size == 1 {
-                self.spent(now, (lane, group), vec![row], asked, message);
-                return;
-            }
+        let most = self.groups.get(group).map_or(0, |g| g.stream.task.options.max_attempts).max(MOST_TROUBLE);
+        if size == 1 && row.trouble >= most {
+            return self.spent(now, (lane, group), vec![row], asked, message);
+        }
+        if size > 1 && row.trouble >= MOST_TROUBLE {
             row.most_rows = size.div_ceil(2);
             row.trouble = MOST_TROUBLE - 2;
         }
