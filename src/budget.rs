@@ -16,7 +16,7 @@ pub struct Price {
     pub output: Option<String>,
     /// For tokens of prompts that the provider had cached.
     pub cached_input: Option<String>,
-    /// How much more (percent) a token of a prompt costs that is written into the provider's cache.
+    /// The surcharge (percent) for a token of a prompt that is written into the provider's cache.
     pub write_surcharge: u64,
     /// If both prices are known: picodollars a token, rounded up, with the dearest one for tokens of prompts.
     pub rates: Option<Prices>,

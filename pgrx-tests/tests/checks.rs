@@ -167,7 +167,7 @@ fn expressions_that_do_not_return(bed: &Bed, c: &mut Client) {
         let (code, message, _, hint) = error(c, &batch("LIMIT 20"));
         assert_eq!((code.as_str(), message.as_str()), ("57014", "the repairs and checks of the task take too long"));
         assert!(hint.contains("llm_batch.check_timeout"), "{hint}");
-        // What comes later is not cancelled.
+        // Later work is not cancelled.
         run(c, "SELECT pg_sleep(0.3)");
         let job = backfill(c, name, name);
         let p = wait_status(c, job, "paused");

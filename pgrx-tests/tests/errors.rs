@@ -722,7 +722,7 @@ fn options_of_servers_and_mappings() {
     );
 }
 
-/// What a new user writes wrong, in the order of the first steps: each is refused at once, and told what to write instead.
+/// Mistakes of a new user, in the order of the first steps: each is refused at once, with a hint of what to write instead.
 #[test]
 fn first_steps_in_a_wrong_way() {
     let bed = Bed::new("errors_first_steps");

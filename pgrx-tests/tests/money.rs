@@ -164,7 +164,7 @@ fn written_tokens_are_dearer(bed: &Bed, c: &mut Client) {
              UPDATE tickets SET topic = NULL WHERE id <= 100"
         ),
     );
-    // Whether the model is there is asked at nobody's cost.
+    // The probe of a model is on nobody's account.
     warm(c, "tickets");
     bed.provider.reset_stats();
     let job = backfill_with(c, "tickets", "max_cost => 1");

@@ -52,7 +52,7 @@ fn account(c: &mut Client, job: i64, model: &str) -> [i64; 3] {
     c.query_opt(sql, &[&job, &model]).unwrap().map_or([0; 3], |row| [0, 1, 2].map(|i| row.get(i)))
 }
 
-/// What a provider has counted and a model's account has not.
+/// Counts that a provider has and a model's account lacks.
 fn missing(provider: &FakeProvider, account: [i64; 3]) -> [i64; 3] {
     let stats = provider.stats();
     let counted = [stats.admitted, stats.prompt_tokens, stats.completion_tokens];
@@ -72,7 +72,7 @@ fn accounts_by_model_after_a_kill() {
     run(&mut c, "SELECT llm_batch.alter_route('both', policy => 'spread')");
     tickets(&mut c, "t", 1..=ROWS);
     run(&mut c, "ALTER TABLE t ADD by jsonb");
-    // What a model says to nobody's account: whether it is there.
+    // The probe of a model is on nobody's account.
     run(&mut c, "BEGIN");
     job(&mut c, "");
     run(&mut c, "ROLLBACK");
@@ -255,8 +255,8 @@ fn sessions_and_vectors(bed: &Bed, c: &mut Client) {
     assert!(code == "22023" && message.contains("both") && detail.contains("fake-dear"), "{code} {message} {detail}");
 }
 
-/// Who began before another made a route, and a task with a model, sees neither: a model of the same name is not made, and
-/// the model is not dropped.
+/// A transaction that began before another made a route, and a task with a model, sees neither: a model of the same name
+/// is not made, and the model is not dropped.
 fn names_under_repeatable_read(bed: &Bed, c: &mut Client) {
     model(c, "used", "");
     for (makes, sql, code, says) in [

@@ -54,7 +54,7 @@ pub fn expression(key: &str, text: &str, source: &str, wanted: pg_sys::Oid) -> R
     }
 }
 
-/// Whether a function of ours that asks a model stands in a node, or below it: sets the bool.
+/// Sets the bool if a function of ours that asks a model stands in a node, or below it.
 #[pg_guard]
 unsafe extern "C-unwind" fn asks(node: *mut pg_sys::Node, found: *mut c_void) -> bool {
     if node.is_null() {

@@ -21,7 +21,7 @@ use crate::{asking, catalog, process, settings, sql, txn};
 
 /// The options: each is a text, or for an extractor an object of fields and texts.
 const OPTIONS: [&str; 3] = ["repair", "check", "check_hint"];
-/// What expressions read, as SQL calls it.
+/// The row that expressions read, as SQL calls it.
 const ROW: &str = "llm_batch row";
 /// Most bytes of what a model is told.
 const MOST_HINT: usize = 500;
@@ -31,7 +31,7 @@ const MOST_SHOWN: usize = 500;
 const MOST_SCARCE: u32 = 3;
 /// So many rows judged together may take too long, until the rest is left for later.
 const MOST_LATE: u32 = 3;
-/// What a model is told where the task does not say it.
+/// The hint to a model if the task has none.
 const HINT: &str = "another answer is needed, the one before did not pass a check";
 
 /// Classes of answers that a task's expressions refuse.
@@ -40,7 +40,7 @@ pub const RAISED: &str = "check_error";
 /// The class of a value that its type does not take.
 pub const BAD_VALUE: &str = "bad_value";
 
-/// What is said of one value of an answer.
+/// The expressions for one value of an answer.
 #[derive(Debug, Clone, PartialEq, Default)]
 struct Rule {
     repair: Option<String>,
@@ -65,7 +65,7 @@ pub struct Checks {
 pub struct Refused {
     pub class: &'static str,
     pub detail: String,
-    /// What the model is told if the row is asked again, which it is not without.
+    /// The hint to the model when the row is asked again. Without one it is not.
     pub hint: Option<String>,
 }
 
@@ -302,7 +302,7 @@ fn hint(text: &str) -> Result<String> {
     Ok(text.to_owned())
 }
 
-/// How SQL calls a column of an answer.
+/// The name of an answer's column in SQL.
 fn called(column: &Column, has_names: bool) -> String {
     if has_names { sql::name(&column.name) } else { "answer".to_owned() }
 }
@@ -364,7 +364,7 @@ fn statement(columns: &[Column], rules: &[Rule], has_names: bool) -> String {
     )
 }
 
-/// Whether what a repair gives can stand for a value of the column.
+/// Returns true if the result of a repair can stand for a value of the column.
 fn is_value(column: &Column, text: &str) -> bool {
     if column.is_array {
         return true;

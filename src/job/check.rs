@@ -81,7 +81,7 @@ impl<'a> Given<'a> {
             ];
             for (what, text, usage) in expressions {
                 let Some(text) = text else { continue };
-                // What Postgres raises says nothing of where the expression came from.
+                // An error of Postgres does not say where the expression came from.
                 txn::sub(|| catalog::check_expression(&target, text, usage))
                     .map_err(|e| e.hint_if_none(format!("The {what} is an SQL expression over a row of the table.")))?;
             }

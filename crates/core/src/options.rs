@@ -20,7 +20,7 @@ pub enum StructuredOutput {
     None,
 }
 
-/// Where a task is asked.
+/// The service that a task is asked of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AskBy {
@@ -86,7 +86,7 @@ pub struct Options {
     pub max_attempts: u32,
     /// Weight among jobs, 1 to 100.
     pub priority: u32,
-    /// Where it is asked.
+    /// The service that it is asked of.
     #[serde(default)]
     pub ask_by: AskBy,
     /// The way in which machine-readable answers are asked for.

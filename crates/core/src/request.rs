@@ -21,7 +21,7 @@ pub fn system(kind: &dyn Kind) -> String {
     )
 }
 
-/// What stands before the rows in the input of a request for decisions. Labels are described here once, and not in each
+/// The text before the rows in the input of a request for decisions. Labels are described here once, and not in each
 /// question.
 pub fn decided(kind: &dyn Kind) -> String {
     let head = kind.head();

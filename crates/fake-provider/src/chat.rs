@@ -135,7 +135,7 @@ impl State {
         }))
     }
 
-    /// What is asked, as a chat, and what is asked for.
+    /// Reads a request: as a chat, and the form of the wanted answer.
     fn read(&mut self, (wire, model): (&dyn Wire, Option<&str>), request: &Request) -> Result<(Chat, Wanted), Reply> {
         let body: Value =
             serde_json::from_slice(&request.body).map_err(|_| Reply::invalid("", "", "the body is not JSON"))?;

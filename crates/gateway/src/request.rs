@@ -56,16 +56,16 @@ pub struct Question<'a> {
     pub timeout: Duration,
     /// The cap of its answer, tokens.
     pub most_tokens: u64,
-    /// What is asked for, about rows with these numbers.
+    /// The service that is asked, and the numbers of the rows.
     pub service: Service,
     pub ids: &'a [u16],
 }
 
-/// What came of a request.
+/// The outcome of a request.
 #[derive(Debug)]
 pub struct Answered {
     pub result: Result<Reply, Report>,
-    /// What the provider says about its limits.
+    /// The provider's report of its limits.
     pub said: Reported,
     /// It broke off after it was sent: it may have been charged or not.
     pub is_unsure: bool,
@@ -73,7 +73,7 @@ pub struct Answered {
     pub has_begun: bool,
     /// Its time ran out before there was a place for a connection: the provider knows nothing of it.
     pub has_no_place: bool,
-    /// What it came on, if it came whole.
+    /// The connection that it came on, if it came whole.
     connection: Option<CaptureConnection>,
 }
 
@@ -85,7 +85,7 @@ impl Answered {
         Self { result, said: Reported::default(), is_unsure, has_begun: false, has_no_place: false, connection: None }
     }
 
-    /// What came of a request that was refused in words that may be its rows', by what came of one without rows.
+    /// The outcome of a request that was refused in words that may be its rows', by that of one without rows.
     pub fn confirmed(self, bare: Self) -> Self {
         use Trouble::{Auth, Misplaced, NotFound, Overload, Quota, Rate, Spend};
         match (&bare.result, self.result) {
@@ -183,7 +183,7 @@ fn texts(body: &Value) -> Vec<String> {
     }
 }
 
-/// How far a request has come.
+/// The progress of a request.
 #[derive(Default)]
 struct Progress {
     connection: OnceCell<CaptureConnection>,
@@ -304,7 +304,7 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
     Answered { is_unsure, result, said, has_begun: false, has_no_place: false, connection: Some(connection) }
 }
 
-/// What the path of a base URL usually ends in, if that of the endpoint does not.
+/// The usual end of a base URL's path, if the endpoint's has another.
 fn usual_end(endpoint: &Endpoint) -> Option<&'static str> {
     let usual = endpoint.api.dialect().base_url()?;
     let end = usual.get(usual.rfind("/v")?..)?;
@@ -316,10 +316,10 @@ const REDACTED: &str = "[redacted]";
 /// Bytes of what a provider says that are looked at: far more than is shown.
 const MOST_SAID: usize = 16 << 10;
 
-/// What a provider says, without keys, on a line.
+/// A provider's words, without keys, on a line.
 pub fn presentable(said: &str, key: &str) -> String {
     // On a line first: then what the cut leaves of a key, which may not be found, is too far behind to be shown.
-    // What is dropped later on would join the parts of a key that it stands between.
+    // Characters that are dropped later on would join the parts of a key around them.
     let said: String = said.chars().filter(|c| !trouble::is_format(*c)).collect();
     let words = said.split(|c: char| c.is_whitespace() || c.is_control()).filter(|word| !word.is_empty());
     let line = words.collect::<Vec<_>>().join(" ");
@@ -335,7 +335,7 @@ struct Writing {
     begins: [bool; 256],
     /// So many of them are a part of a key.
     part: usize,
-    /// What is behind it belongs to it too.
+    /// The characters behind it belong to it too.
     goes_on: bool,
 }
 
@@ -354,7 +354,7 @@ fn writings(key: &str) -> Vec<Writing> {
         Writing { characters, begins, part: if text.len() > LONG_KEY { part } else { usize::MAX }, goes_on }
     };
     let mut all = vec![of(key, 6, false)];
-    // What is shorter may stand anywhere.
+    // A shorter key may stand anywhere.
     let long = |text: &String| text.len() >= 8;
     all.extend((0..3).map(|before| base64(key, before)).filter(long).map(|text| of(&text, 8, true)));
     let hex: String = key.bytes().map(|byte| format!("{byte:02x}")).collect();
@@ -410,7 +410,7 @@ fn redact(text: &str, key: &str) -> String {
     out
 }
 
-/// How a character of a key may be written by those who quote it: as it is, or as JSON, URLs and HTML escape it.
+/// The forms of a key's character when it is quoted: as it is, or as JSON, URLs and HTML escape it.
 fn forms(c: char) -> Vec<String> {
     let n = u32::from(c);
     let mut forms = vec![
@@ -436,7 +436,7 @@ fn forms(c: char) -> Vec<String> {
     forms
 }
 
-/// How many characters of a key are at the beginning of a text, and how many bytes of it they take.
+/// Counts the characters of a key at the beginning of a text, and the bytes that they take.
 fn beginning(text: &str, key: &[Vec<String>]) -> (usize, usize) {
     let is_here = |at: usize, form: &String| text.as_bytes().get(at..at + form.len()).is_some_and(|t| is_form(t, form));
     let mut found = (0, 0);
@@ -458,7 +458,7 @@ fn beginning(text: &str, key: &[Vec<String>]) -> (usize, usize) {
 /// Most characters of white space that part a key.
 const MOST_GAP: usize = 8;
 
-/// Where a key goes on that is parted by white space, which may be escaped.
+/// The position at which a key goes on that is parted by white space, which may be escaped.
 fn behind_gap(text: &str, mut at: usize) -> usize {
     for _ in 0..MOST_GAP {
         at += match text.as_bytes().get(at..).unwrap_or_default() {
@@ -489,10 +489,10 @@ fn causes(error: &dyn Error, is_connect: bool) -> String {
     text
 }
 
-/// How a request that took too long is reported.
+/// The message for a request that took too long.
 pub const TIMED_OUT: &str = "the request timed out";
 
-/// How one is reported that was never sent.
+/// The message for one that was never sent.
 const NO_PLACE: &str = "no connection to the provider was free in time";
 
 #[cfg(test)]

@@ -32,7 +32,7 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Rows, and bytes of text, that are taken in of one client before others have their turn.
 const TURN: (usize, usize) = (32, 4 << 10);
 
-/// How often it is looked whether a client that has to wait has left.
+/// The interval at which a client that has to wait is checked for having left.
 const LOOK: Duration = Duration::from_millis(500);
 
 /// Bytes of a message that may say to withdraw rows or what a budget allows, and holds none.
@@ -205,7 +205,7 @@ async fn serve(shared: Rc<Shared>, mut stream: UnixStream) {
     loop {
         let room = shared.room.notified();
         if let Some(length) = announced(&buffer).filter(|_| !is_coming) {
-            // What is not about rows is heard in any case, unless it comes behind some.
+            // Messages that are not about rows are heard in any case, unless they come behind some.
             if length > MOST_CONTROL && shared.state.borrow_mut().must_wait(conn) {
                 tokio::select! {
                     () = room => continue,

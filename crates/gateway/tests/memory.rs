@@ -13,7 +13,7 @@ use support::*;
 const MEMORY: usize = 2 << 20;
 /// A message.
 const FRAME: usize = 512 << 10;
-/// What a connection holds beside it: the buffer of its socket, and the first bytes of a message.
+/// Bytes that a connection holds beside it: the buffer of its socket, and the first ones of a message.
 const BESIDE: usize = 256 << 10;
 
 /// Rows with about so many bytes of text.
@@ -78,7 +78,7 @@ fn one_role_or_account_leaves_memory_for_others() {
         assert!(!quiet.activity().is_empty());
         // They did not wait for a timeout.
         assert_eq!(bad.stats().abandoned, 0);
-        // Who leaves is missed, though nothing more is read.
+        // A client that leaves is missed, though nothing more is read.
         drop(greedy);
         let mut next = setup.client(&good, |s| s.role = 1);
         next.rows(9_100..9_150);
@@ -88,7 +88,7 @@ fn one_role_or_account_leaves_memory_for_others() {
     }
 }
 
-/// What has begun to come counts, and what was taken is not kept.
+/// A message counts as soon as it begins to come, and its buffer is not kept.
 #[test]
 fn frames_that_come_at_the_same_time_have_no_more_memory() {
     let provider = provider(Config::default());

@@ -183,7 +183,7 @@ impl Worker {
             }
             _ => ("label", "no answer can be written".to_owned(), "what raises this, or the task"),
         };
-        // What the checks have not seen is asked again.
+        // Answers that the checks have not seen are asked again.
         self.answers.retain(|a| a.is_judged || !matches!(a.verdict, Verdict::Answer(_)));
         let text = format!("{what}: {why}; change {change}, then call llm_batch.resume({id})");
         self.stop(Outcome::Paused(reason, Some(text), None));

@@ -171,7 +171,7 @@ mod tests {
         assert_eq!((reply.text.as_str(), reply.finish, reply.has_reasoning), ("{\"1\":\"a\"}", Finish::Complete, true));
         assert_eq!(reply.usage.whole(), Some(Tokens { input: 2114, output: 9 }));
         assert_eq!((reply.thought, reply.cached_input, reply.written_input), (Some(4), 2000, 100));
-        // What was in the cache counts against no limit here.
+        // Cached tokens count against no limit here.
         let counted = |api| reply.counted(api, Tokens::default()).input;
         assert_eq!((counted(Api::Anthropic), counted(Api::Openai)), (114, 2114));
         for (reason, finish) in [

@@ -81,7 +81,7 @@ impl Dialect for Cohere {
     }
 }
 
-/// What vectors are for, unless the embedder says: it must be said.
+/// The use of vectors if the embedder names none: the provider requires one.
 const INPUT_TYPE: &str = "search_document";
 
 impl Embeddings for Cohere {

@@ -1,6 +1,6 @@
 //! Endpoints for embeddings: texts go in as they are, and a vector of each comes back.
 //!
-//! What comes back is rewritten as the answers of a chat are: an object of numbers, three digits each, and values. So
+//! The answer is rewritten into the form of a chat's answers: an object of numbers, three digits each, and values. So
 //! everything behind this knows one form of answers, and holds each row's value against its task.
 
 use serde_json::{Map, Value};
@@ -37,7 +37,7 @@ pub trait Embeddings: Sync {
     fn reply(&self, body: &[u8], texts: usize) -> Result<Reply, Unread>;
 }
 
-/// How a vector is written. Their length is named as well.
+/// The encoding of vectors. Their length is named as well.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Encoding {
     /// Its bytes in base64.
@@ -46,7 +46,7 @@ pub enum Encoding {
     Floats,
 }
 
-/// What goes into a request.
+/// The parts of a request.
 #[derive(Debug)]
 pub struct Texts<'a> {
     /// The provider's name of the model.
@@ -55,16 +55,16 @@ pub struct Texts<'a> {
     pub texts: &'a [String],
     /// Numbers of a vector.
     pub dimensions: u32,
-    /// What the vectors are for.
+    /// The use of the vectors.
     pub input_type: Option<&'a str>,
-    /// How vectors are asked for; without it neither their length nor their encoding is named.
+    /// The encoding that is asked for. `None`: neither the length nor the encoding of vectors is named.
     pub encoding: Option<Encoding>,
     /// Further parameters, as the user set them for the model.
     pub parameters: &'a Map<String, Value>,
 }
 
 impl Texts<'_> {
-    /// How vectors are written, if that is asked for.
+    /// The encoding of vectors, if one is asked for.
     pub(super) fn encoding_format(&self) -> Option<&'static str> {
         self.encoding.map(|encoding| if encoding == Encoding::Base64 { "base64" } else { "float" })
     }
@@ -117,7 +117,7 @@ pub(super) fn answers(vectors: impl IntoIterator<Item = (u64, Option<Vec<f32>>)>
     }
     let only = |(number, mut all): (u16, Vec<Option<Vec<f32>>>)| {
         let vector = all.pop().filter(|_| all.is_empty())?;
-        // What is not finite is written as null, and then it is no vector.
+        // A number that is not finite is written as null, and then it is no vector.
         Some(format!("\"{number}\":{}", serde_json::to_string(&vector).unwrap_or_else(|_| "null".to_owned())))
     };
     format!("{{{}}}", by_number.into_iter().filter_map(only).collect::<Vec<_>>().join(","))

@@ -65,7 +65,7 @@ dialects! {
     voyage: Voyage,
 }
 
-/// What a provider serves, each at an address of its own.
+/// A service of a provider, at an address of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Service {
     /// Answers in words.
@@ -78,7 +78,7 @@ pub enum Service {
 }
 
 impl Service {
-    /// What it is called in messages.
+    /// Its name in messages.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Chat => "chats",
@@ -91,7 +91,7 @@ impl Service {
 /// By what of a request its answer is read.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Sent<'a> {
-    /// What was asked for.
+    /// The service that was asked.
     pub service: Service,
     /// The numbers of its rows, in their order.
     pub ids: &'a [u16],
@@ -100,7 +100,7 @@ pub struct Sent<'a> {
 }
 
 impl Api {
-    /// Whether it serves this.
+    /// Returns true if it serves this.
     pub fn serves(self, service: Service) -> bool {
         let dialect = self.dialect();
         match service {
@@ -141,7 +141,7 @@ pub trait Dialect: Sync {
     /// The address, unless the option `base_url` names another; `None` where each customer has an address.
     fn base_url(&self) -> Option<&'static str>;
 
-    /// Whether the option `api_version` has a meaning.
+    /// Returns true if the option `api_version` has a meaning.
     fn has_version(&self) -> bool {
         false
     }
@@ -151,12 +151,12 @@ pub trait Dialect: Sync {
         Counts::Used
     }
 
-    /// Whether tokens of a prompt that were cached count against its limits.
+    /// Returns true if cached tokens of a prompt count against its limits.
     fn counts_cached(&self) -> bool {
         true
     }
 
-    /// How much more (percent) a token of a prompt costs that is written into the cache, where answers tell of these.
+    /// The surcharge (percent) for a token of a prompt that is written into the cache, if answers tell of these.
     fn cache_write_surcharge(&self) -> u64 {
         0
     }
@@ -169,7 +169,7 @@ pub trait Dialect: Sync {
         Forms::default()
     }
 
-    /// Whether a schema can be sent that allows any key.
+    /// Returns true if a schema can be sent that allows any key.
     fn has_open_schemas(&self) -> bool {
         true
     }
@@ -196,12 +196,12 @@ pub trait Dialect: Sync {
     /// If it is no answer, or carries an error.
     fn reply(&self, body: &[u8]) -> Result<Reply, Unread>;
 
-    /// Whether it answers chats. One that does not embeds alone.
+    /// Returns true if it answers chats. One that does not embeds alone.
     fn asks(&self) -> bool {
         true
     }
 
-    /// How it embeds texts, if it does.
+    /// Its part for embeddings, if it has one.
     fn embeddings(&self) -> Option<&'static dyn Embeddings> {
         None
     }
@@ -277,11 +277,11 @@ pub enum Format {
 /// (OpenAI's cookbook, "How to count tokens with tiktoken": 3 a message and 3).
 pub const FRAME_TOKENS: usize = 9;
 
-/// What a provider counts against its limit of tokens for a request.
+/// The tokens of a request that a provider counts against its limit.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Counts {
-    /// What it took: of what is reserved before, the rest comes back with the answer.
+    /// Those that it took: the rest of the reservation comes back with the answer.
     #[default]
     Used,
     /// The prompt and the cap of the answer, however short the answer is (Azure's documents).
@@ -291,7 +291,7 @@ pub enum Counts {
 }
 
 impl Counts {
-    /// What to reserve for a request with this prompt, for whose answer so many tokens are expected, and at most asked
+    /// The reservation for a request with this prompt, for whose answer so many tokens are expected, and at most asked
     /// for.
     pub fn reserve(self, prompt: u64, expected_answer: u64, most_answer: u64) -> Tokens {
         match self {
@@ -301,13 +301,13 @@ impl Counts {
         }
     }
 
-    /// What stays counted of a reservation when the request took `used`.
+    /// The part of a reservation that stays counted when the request took `used`.
     pub fn settle(self, reserved: Tokens, used: Tokens) -> Tokens {
         if self == Self::Used { used } else { reserved }
     }
 }
 
-/// How an answer ended.
+/// The end of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Finish {
     /// By itself.
@@ -318,7 +318,7 @@ pub enum Finish {
     Refused,
 }
 
-/// What the provider says a request took. What it does not say is missing.
+/// The provider's account of a request. `None` for a part that it does not state.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Usage {
     /// Tokens of its prompt.
@@ -350,11 +350,11 @@ impl Usage {
 pub struct Reply {
     /// The text; empty if there is none.
     pub text: String,
-    /// How it ended.
+    /// Its end.
     pub finish: Finish,
     /// There is reasoning beside the text.
     pub has_reasoning: bool,
-    /// What it took.
+    /// The tokens that it took.
     pub usage: Usage,
     /// Tokens of it that came before the answer, if the provider says.
     pub thought: Option<u64>,
@@ -367,7 +367,7 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// What of it counts against the provider's limits, with these tokens in place of what it does not say.
+    /// The tokens that count against the provider's limits, with these in place of missing ones.
     pub fn counted(&self, api: Api, missing: Tokens) -> Tokens {
         let all = self.usage.or(missing);
         let free = if api.dialect().counts_cached() { 0 } else { self.cached_input };
@@ -387,7 +387,7 @@ impl Reply {
 pub enum Unread {
     /// It carries an error: a 200 is no success at every provider.
     Said(Value),
-    /// What is wrong with it, in words of ours.
+    /// The fault in it, in words of ours.
     Other(&'static str),
 }
 

@@ -118,7 +118,7 @@ fn is_first(choice: &Value) -> bool {
     choice["index"].as_u64().is_none_or(|index| index == 0)
 }
 
-/// Whether a part of a content is thought, and not said.
+/// Returns true if a part of a content is thought, and not said.
 fn is_thought(part: &Value) -> bool {
     part["type"].as_str().is_some_and(|kind| kind.contains("think") || kind.contains("reason"))
 }

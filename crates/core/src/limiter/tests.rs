@@ -82,7 +82,7 @@ fn texts_have_a_limit_of_their_own() {
     let texts = |inputs| Size { tokens: of(10 * inputs), inputs };
     assert_eq!(l.at_once(now, texts(2_001)), Err(Refusal::TooLarge));
     let grant = l.at_once(now, texts(1_500)).unwrap();
-    // What it took of tokens changes nothing of how many texts there were.
+    // The tokens that it took do not change the number of its texts.
     l.settle(grant, of(0), Left::default());
     assert!(l.at_once(now, texts(501)).is_err());
     let grant = l.at_once(now, texts(500)).unwrap();

@@ -65,7 +65,7 @@ pub(crate) trait Wire: Sync {
         said.clone()
     }
 
-    /// Whether its bills tell which tokens were written into the cache.
+    /// Returns true if its bills tell which tokens were written into the cache.
     fn tells_writes(&self) -> bool {
         false
     }

@@ -30,7 +30,7 @@ const SLOW: u64 = 2;
 /// as much as it may.
 const MOST_CUT: u32 = 8;
 
-/// What is said of a row for which an answer is refused.
+/// The detail for a row for which an answer is refused.
 const REFUSED: &str = "the model or its filter refused to answer";
 
 /// The end of an answer, as far as its rows are concerned.

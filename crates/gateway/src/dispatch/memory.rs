@@ -34,7 +34,7 @@ impl State {
         of_account.unwrap_or(0) >= memory / 2 || shares.roles.get(&role).copied().unwrap_or(0) >= memory / 4 * 3
     }
 
-    /// What is asked has as many bytes as it may: those of all, or those of a role, and which.
+    /// Returns the bytes that tasks may have, and whether those are a role's, if they have as many.
     pub(super) fn too_large_tasks(&self, role: u32) -> Option<(usize, bool)> {
         let (memory, of_a_role) = (self.settings.memory, self.settings.memory / 4 * 3);
         let (mut all, mut of_role) = (0, 0);

@@ -184,7 +184,7 @@ pub struct State {
     next_id: u64,
     /// Bytes of text that wait or are under way.
     bytes: usize,
-    /// Who these are of, as long as they do not change.
+    /// Their owners, until they change.
     shares: Option<Shares>,
     notices: Notices,
     log: mpsc::Sender<String>,

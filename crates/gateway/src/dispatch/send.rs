@@ -118,7 +118,7 @@ impl Draft {
         (self.estimate.input + self.estimate.output) as usize
     }
 
-    /// What is reserved of the limits.
+    /// The size that is reserved of the limits.
     fn reserved(&self) -> Size {
         Size { tokens: self.reserve, inputs: self.ids.len() as u64 }
     }

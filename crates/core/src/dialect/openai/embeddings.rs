@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::super::embeddings::{Embeddings, Texts, answers, reply, vector};
 use super::super::{Reply, Unread, parsed, tokens};
 
-/// Where others speak as OpenAI does, they differ in the address alone.
+/// Dialects that speak as OpenAI does differ in the address alone.
 pub(in super::super) struct OpenaiEmbeddings;
 
 impl Embeddings for OpenaiEmbeddings {
@@ -36,7 +36,7 @@ impl Embeddings for OpenaiEmbeddings {
     fn reply(&self, body: &[u8], _texts: usize) -> Result<Reply, Unread> {
         let json = parsed(body)?;
         let data = json["data"].as_array().map(Vec::as_slice).unwrap_or_default();
-        // What does not say which text it belongs to belongs to none.
+        // A vector without the index of its text belongs to none.
         let vectors = data.iter().filter_map(|one| Some((one["index"].as_u64()?, vector(&one["embedding"]))));
         let usage = &json["usage"];
         let input = tokens(&usage["prompt_tokens"]).filter(|n| *n > 0).or_else(|| tokens(&usage["total_tokens"]));

@@ -13,7 +13,7 @@ use crate::options::Codes;
 /// Most fields: each may need a letter as its key.
 const MOST_FIELDS: usize = 26;
 
-/// What becomes of a value that is not in the text.
+/// The handling of a value that is not in the text.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Missing {
@@ -36,13 +36,13 @@ pub struct Field {
     /// A value is a list of these.
     #[serde(default)]
     pub is_array: bool,
-    /// What the model is told about it.
+    /// Its description for the model.
     #[serde(default)]
     pub description: String,
     /// The labels, if it has some.
     #[serde(default)]
     pub labels: Vec<Label>,
-    /// What becomes of a value that is not in the text.
+    /// The handling of a value that is not in the text.
     #[serde(default)]
     pub missing: Missing,
     /// Most values of a list.

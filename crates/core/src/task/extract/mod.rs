@@ -20,10 +20,10 @@ use crate::codes::{Label, Legend};
 use crate::options::{Codes, Options};
 use crate::{CountTokens, Error, prompt};
 
-/// What an extractor is made of.
+/// An extractor, as it is stored.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Extract {
-    /// What the texts are; may be empty.
+    /// A description of the texts; may be empty.
     pub instruction: String,
     /// The fields, in their order.
     pub fields: Vec<Field>,
@@ -83,7 +83,7 @@ pub(super) struct Prepared {
     legends: Vec<Legend>,
     /// The keys of those fields that have one.
     keys: Vec<Option<String>>,
-    /// What is written as a string is a string: there is a field of texts among values without keys.
+    /// A value that is written as a string is a string: there is a field of texts among values without keys.
     is_strict: bool,
     span: Span,
 }

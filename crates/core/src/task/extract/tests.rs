@@ -202,7 +202,7 @@ fn fields_are_checked() {
         ]
     );
     assert!(names(&["due dates"]).is_err() && names(&["a", "a"]).is_err() && names(&[""]).is_err());
-    // What is stored is read back the same.
+    // A stored task is read back the same.
     let spec =
         Spec::from_json("extract", &json!({"fields": {"a": {"labels": {"x": "d", "y": ""}}, "b": "date"}})).unwrap();
     assert_eq!(Spec::from_json("extract", &serde_json::to_value(&spec).unwrap()).unwrap(), spec);

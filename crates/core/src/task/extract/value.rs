@@ -47,7 +47,7 @@ impl Field {
         label.ok_or_else(|| self.of.told().to_owned())
     }
 
-    /// Whether a value of this field could be read as one of the other.
+    /// Returns true if a value of this field could be read as one of the other.
     pub(super) fn resembles(&self, other: &Self, (mine, others): (&Legend, &Legend)) -> bool {
         if self.of == Type::Jsonb && !self.is_array || other.of == Type::Jsonb && !other.is_array {
             return true;
