@@ -37,8 +37,8 @@ impl Price {
     }
 
     /// The price of the model behind a server of this dialect.
-    pub fn through(mut self, api: Api) -> Self {
-        self.write_surcharge = api.dialect().cache_write_surcharge();
+    pub fn through(mut self, api: Api, model: &str) -> Self {
+        self.write_surcharge = api.dialect().cache_write_surcharge(model);
         if let Some(rates) = &mut self.rates {
             rates.input = rates.input.saturating_mul(100 + self.write_surcharge).div_ceil(100);
         }

@@ -102,9 +102,14 @@ static LIMIT_TIMEOUT: AtomicI32 = AtomicI32::new(0);
 static IS_TIME_UP: AtomicBool = AtomicBool::new(false);
 
 extern "C-unwind" fn time_is_up() {
-    IS_TIME_UP.store(true, Ordering::Relaxed);
-    // SAFETY: called by Postgres' handler of SIGALRM; sets flags and the latch.
-    unsafe { StatementCancelHandler(pg_sys::SIGINT as i32) };
+    // SAFETY: called by Postgres' handler of SIGALRM; reads and sets flags, and sets the latch.
+    unsafe {
+        // A cancellation that came before it is another's, and goes on as such.
+        if pg_sys::QueryCancelPending == 0 {
+            IS_TIME_UP.store(true, Ordering::Relaxed);
+            StatementCancelHandler(pg_sys::SIGINT as i32);
+        }
+    }
 }
 
 impl TimeLimit {
@@ -126,6 +131,8 @@ impl TimeLimit {
         if IS_TIME_UP.load(Ordering::Relaxed) {
             pgrx::check_for_interrupts!();
         }
+        drop(self);
+        IS_TIME_UP.store(false, Ordering::Relaxed);
     }
 
     /// Returns true if the time of the last one was up; said once.

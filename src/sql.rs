@@ -138,6 +138,11 @@ pub fn rows_mut<T>(query: &str, args: &[DatumWithOid<'_>], f: impl Fn(&Row) -> R
     Spi::connect_mut(|client| update(client, query, None, args)?.map(|row| f(&Row(row))).collect())
 }
 
+/// Every row of a query whose text does not recur, read by `f`: no plan is kept, and parallel workers may run it.
+pub fn rows_once<T>(query: &str, args: &[DatumWithOid<'_>], f: impl Fn(&Row) -> Result<T>) -> Result<Vec<T>> {
+    Spi::connect(|client| client.select(query, None, args)?.map(|row| f(&Row(row))).collect())
+}
+
 /// The first row, read by `f`.
 pub fn row<T>(query: &str, args: &[DatumWithOid<'_>], f: impl Fn(&Row) -> Result<T>) -> Result<Option<T>> {
     Ok(rows(query, args, f)?.into_iter().next())

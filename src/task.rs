@@ -109,7 +109,7 @@ impl Known {
         for (name, known) in models {
             let endpoint = crate::provider::endpoint(known.server, role)?;
             check_api(endpoint.api, &name, self.task.service())?;
-            prices.push((name, known.price.through(endpoint.api)));
+            prices.push((name, known.price.through(endpoint.api, &known.model.model)));
             all.push(Alternative { endpoint, model: known.model });
         }
         if self.task.spec.embeds().is_some() {
@@ -331,7 +331,7 @@ fn alter_under(
     }
     let (model_before, options_before) = asked_before(name)?;
     let service = service(kind, options.as_ref().map(|o| &o.0).filter(|o| !o.is_null()).unwrap_or(&options_before));
-    if model.is_some() || service == Service::Decisions {
+    if model.is_some() || (options.is_some() && service == Service::Decisions) {
         check_model(model.unwrap_or(&model_before), service)?;
     }
     txn::as_extension_owner(|| {

@@ -28,10 +28,10 @@ const SEEN: [&str; 7] = ["=0", "=0", "=0", "=1", "=1", "=1", "=1"];
 #[rustfmt::skip]
 const ROWS: &[Row] = &[
     // Models
-    ("llm_batch.create_model(text,name,text,integer,integer,integer,integer,numeric,numeric,numeric,integer,interval,integer,jsonb)",
+    ("llm_batch.create_model(text,name,text,integer,integer,integer,integer,integer,numeric,numeric,numeric,integer,interval,integer,jsonb)",
      "SELECT llm_batch.create_model('new', server => 'fake', model => 'x')", USAGE),
     ("", "SELECT llm_batch.create_model('new', server => 'closed', model => 'x')", SUPERUSERS),
-    ("llm_batch.alter_model(text,name,text,integer,integer,integer,integer,numeric,numeric,numeric,integer,interval,integer,jsonb,text[])",
+    ("llm_batch.alter_model(text,name,text,integer,integer,integer,integer,integer,numeric,numeric,numeric,integer,interval,integer,jsonb,text[])",
      "SELECT llm_batch.alter_model('hers', requests_per_minute => 5)", HERS),
     ("", "SELECT llm_batch.alter_model('m', requests_per_minute => 5)", SUPERUSERS),
     // It would be used with the rights of others: the server must be open to who points there.

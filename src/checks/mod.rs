@@ -6,6 +6,7 @@ mod look;
 use std::cell::RefCell;
 use std::ffi::CString;
 use std::rc::Rc;
+use std::time::{Duration, Instant};
 
 use llm_batch_core::task::{Answer, Column, Spec, Type, array_literal};
 use pgrx::datum::DatumWithOid;
@@ -31,6 +32,8 @@ const MOST_SHOWN: usize = 500;
 const MOST_SCARCE: u32 = 3;
 /// So many rows judged together may take too long, until the rest is left for later.
 const MOST_LATE: u32 = 3;
+/// Rows are judged together for so long, or for three times the limit of a row if that is more.
+const LONG: Duration = Duration::from_secs(10);
 /// The hint to a model if the task has none.
 const HINT: &str = "another answer is needed, the one before did not pass a check";
 
@@ -117,21 +120,28 @@ impl Checks {
         Ok(())
     }
 
-    /// Repairs answers, and checks them: each is taken, perhaps as another one, or refused. Where the expressions take too
-    /// long, only the first answers are judged: so this takes a bounded time.
-    pub fn judge(&self, rows: &[(&str, &Answer)]) -> Result<Vec<Judged>> {
+    /// Repairs answers, and checks them: each is taken, perhaps as another one, or refused. Only the first answers are judged
+    /// if the expressions take long, one at least: so this takes a bounded time. Returns true beside them if the expressions
+    /// took too long for several rows.
+    pub fn judge(&self, rows: &[(&str, &Answer)]) -> Result<(Vec<Judged>, bool)> {
         let judged = RefCell::new(Vec::with_capacity(rows.len()));
         // The row whose expressions raised what should pass.
         let (mut tried_before, mut scarce, mut late) = (None, 0, 0);
-        let most = settings::check_timeout();
+        let (most, began) = (settings::check_timeout(), Instant::now());
+        let longest = LONG.max(Duration::from_millis(most.unsigned_abs().into()) * MOST_LATE);
+        let is_long = |done| done > 0 && began.elapsed() > longest;
         loop {
             let done = judged.borrow().len();
-            let Some((row, _)) = rows.get(done..).and_then(<[_]>::split_first).filter(|_| late < MOST_LATE) else {
-                return Ok(judged.into_inner());
+            let rest = rows.get(done..).and_then(<[_]>::split_first);
+            let Some((row, _)) = rest.filter(|_| late < MOST_LATE && !is_long(done)) else {
+                return Ok((judged.into_inner(), late >= MOST_LATE));
             };
             // As far as the first that raises.
             let tried = self.restricted(|| {
                 for (input, answer) in rows.iter().skip(done) {
+                    if is_long(judged.borrow().len()) {
+                        break;
+                    }
                     let limit = TimeLimit::new(most);
                     let one = self.one(input, answer)?;
                     limit.end();
@@ -141,7 +151,7 @@ impl Checks {
             });
             let Err(e) = tried else { continue };
             let done = judged.borrow().len();
-            if e.code == PgSqlErrorCode::ERRCODE_QUERY_CANCELED && TimeLimit::was_up() {
+            if e.code == PgSqlErrorCode::ERRCODE_QUERY_CANCELED && TimeLimit::was_up() && !process::is_told_to_end() {
                 late += 1;
                 judged.borrow_mut().push(Err(Refused::too_long(most)));
                 continue;

@@ -88,7 +88,7 @@ impl<'a> Given<'a> {
             for (column, field) in target.columns.iter().zip(&fields) {
                 target::check(column, field.as_deref(), spec)?;
             }
-            sql::rows(
+            sql::rows_once(
                 &format!(
                     "SELECT ({}\n)::pg_catalog.text, {}, {} FROM ONLY {} WHERE ({}\n) LIMIT 0",
                     self.input,

@@ -55,7 +55,7 @@ fn look(
     let text = cut(&rows.input, most_text);
     let isolation = &rows.isolation;
     let group = if is_reused { format!("GROUP BY {}", rows.hash(0)) } else { String::new() };
-    let counted = sql::row(
+    let counted = sql::rows_once(
         &format!(
             "SELECT COALESCE(pg_catalog.sum(q.\"llm_batch n\"), 0)::pg_catalog.int8, pg_catalog.count(*),
                     COALESCE(pg_catalog.sum(q.\"llm_batch b\"), 0)::pg_catalog.float8
@@ -66,14 +66,14 @@ fn look(
         &[],
         |r| Ok((r.get::<i64>(1)?, r.get::<i64>(2)?, r.get::<f64>(3)?)),
     )?;
-    let (count, sent, bytes) = counted.unwrap_or_default();
+    let (count, sent, bytes) = counted.into_iter().next().unwrap_or_default();
     let mean = bytes / sent.max(1) as f64;
     // With fewer rows than a request holds, each row would pay more for the instructions.
     let most = most.max(pack).min((MOST_BYTES / mean.max(1.0)) as i64).max(1);
     // A part of a request in the sample would count as a whole one for each time the sample fits into the table.
     let wanted = if sent > most && most > pack { most - most % pack } else { most.min(sent) };
     if let Some(key) = stretch {
-        let sample = sql::rows(
+        let sample = sql::rows_once(
             &format!(
                 "SELECT {text}, {isolation} FROM {from} WHERE {todo} AND {has_text} ORDER BY {}
                  OFFSET (SELECT (pg_catalog.random() OPERATOR(pg_catalog.*) {})::pg_catalog.int8) LIMIT {wanted}",
@@ -96,7 +96,7 @@ fn look(
     } else {
         (format!("pg_catalog.random() OPERATOR(pg_catalog.<) {part}::pg_catalog.float8"), String::new())
     };
-    let texts = sql::rows(
+    let texts = sql::rows_once(
         &format!(
             "SELECT {} FROM {from} WHERE {todo} AND {has_text} AND {drawn} {group} ORDER BY pg_catalog.random()",
             aggregate(is_reused, &text)

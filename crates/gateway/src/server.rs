@@ -36,7 +36,7 @@ const TURN: (usize, usize) = (32, 4 << 10);
 const LOOK: Duration = Duration::from_millis(500);
 
 /// Bytes of a message that may say to withdraw rows or what a budget allows, and holds none.
-const MOST_CONTROL: usize = 64;
+const MOST_CONTROL: usize = 128;
 
 /// Bytes that a client's buffer may keep while nothing comes.
 const MOST_KEPT: usize = 64 << 10;

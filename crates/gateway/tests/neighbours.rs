@@ -1,4 +1,5 @@
-//! A healthy model beside bad ones on one gateway: it is as fast as alone.
+//! A healthy model beside bad ones on one gateway, which take no more than their share of memory and files. Its times are
+//! printed; `bench/run siege` measures them.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
 
 mod support;
@@ -28,8 +29,6 @@ const AT_A_TIME: u32 = 24;
 /// fifths.
 const MOST_MIB: u64 = 64;
 const FILES: u64 = 1024;
-/// A machine that is busy with other things is given so many chances.
-const ROUNDS: usize = 3;
 
 /// A server that does something to each connection that has sent a request. Its URL, and how many did.
 fn server(act: fn(&mut TcpStream)) -> (String, Arc<AtomicU64>) {
@@ -109,7 +108,7 @@ fn times(setup: &Setup, healthy: &FakeProvider, first: u64, rows: u64) -> (Durat
 }
 
 #[test]
-fn bad_providers_do_not_slow_a_healthy_model() {
+fn bad_providers_take_no_more_than_their_share() {
     let healthy = provider(Config { latency: Latency { base: LATENCY, ..Latency::default() }, ..Config::default() });
     let plain = provider(Config { latency: Latency { base: LATENCY, ..Latency::default() }, ..Config::default() });
     let relay = twice(&plain);
@@ -147,61 +146,49 @@ fn bad_providers_do_not_slow_a_healthy_model() {
         "{:24} {:>15} {:>15} {:>15} {:>9} {:>10} {:>10}",
         "beside", "p50, p95 alone", "at first", "later", "requests", "MiB, most", "files, most"
     );
-    let mut bad_ones = Vec::new();
     let mut first = 0;
     for (what, url, requests) in &bad {
-        let mut is_fine = false;
-        for _ in 0..ROUNDS {
-            let setup = Setup::within(Places::within(FILES));
-            let alone = times(&setup, &healthy, first, ROWS);
-            let (before, rest) = (requests(), takes());
-            let stop = AtomicBool::new(false);
-            let (at_first, beside, most) = std::thread::scope(|scope| {
-                let watching = scope.spawn(|| most(&stop));
-                let clients: Vec<Client> = (0..BAD)
-                    .map(|n| {
-                        let mut client = setup.client(&healthy, |s| {
-                            s.endpoint.base_url.clone_from(url);
-                            s.model.model = format!("bad{n}");
-                            // With a limit it begins with many at a time.
-                            s.model.requests_per_minute = Some(1_000_000);
-                            s.model.max_concurrent_requests = Some(AT_A_TIME);
-                            s.model.request_timeout_ms = 300_000;
-                            s.task.options.max_rows_per_request = 1;
-                        });
-                        client.rows(0..2_000);
-                        client
-                    })
-                    .collect();
-                let at_first = times(&setup, &healthy, first + SESSIONS * ROWS, FIRST_ROWS);
-                wait("the bad ones are at it", requests, |n| *n >= before + 4);
-                let beside = times(&setup, &healthy, first + 2 * SESSIONS * ROWS, ROWS);
-                drop(clients);
-                stop.store(true, Ordering::Relaxed);
-                (at_first, beside, watching.join().unwrap())
-            });
-            first += 3 * SESSIONS * ROWS;
-            let seen = requests() - before;
-            let ms = |(p50, p95): (Duration, Duration)| format!("{}, {} ms", p50.as_millis(), p95.as_millis());
-            println!(
-                "{what:24} {:>15} {:>15} {:>15} {seen:>9} {:>10} {:>10}",
-                ms(alone),
-                ms(at_first),
-                ms(beside),
-                format!("{}, {}", rest.0, most.0),
-                format!("{}, {}", rest.1, most.1),
-            );
-            assert!(most.1 as u64 * 5 <= FILES * 4, "{what}: {} files", most.1);
-            // The providers' memory is in it, and what they have not given back of the time before.
-            let is_small = most.0 <= rest.0 + MOST_MIB;
-            if is_small && beside.0 <= alone.0 * 3 / 2 && beside.1 <= alone.1 * 3 / 2 {
-                is_fine = true;
-                break;
-            }
-        }
-        if !is_fine {
-            bad_ones.push(*what);
-        }
+        let setup = Setup::within(Places::within(FILES));
+        let alone = times(&setup, &healthy, first, ROWS);
+        let (before, rest) = (requests(), takes());
+        let stop = AtomicBool::new(false);
+        let (at_first, beside, most) = std::thread::scope(|scope| {
+            let watching = scope.spawn(|| most(&stop));
+            let clients: Vec<Client> = (0..BAD)
+                .map(|n| {
+                    let mut client = setup.client(&healthy, |s| {
+                        s.endpoint.base_url.clone_from(url);
+                        s.model.model = format!("bad{n}");
+                        // With a limit it begins with many at a time.
+                        s.model.requests_per_minute = Some(1_000_000);
+                        s.model.max_concurrent_requests = Some(AT_A_TIME);
+                        s.model.request_timeout_ms = 300_000;
+                        s.task.options.max_rows_per_request = 1;
+                    });
+                    client.rows(0..2_000);
+                    client
+                })
+                .collect();
+            let at_first = times(&setup, &healthy, first + SESSIONS * ROWS, FIRST_ROWS);
+            wait("the bad ones are at it", requests, |n| *n >= before + 4);
+            let beside = times(&setup, &healthy, first + 2 * SESSIONS * ROWS, ROWS);
+            drop(clients);
+            stop.store(true, Ordering::Relaxed);
+            (at_first, beside, watching.join().unwrap())
+        });
+        first += 3 * SESSIONS * ROWS;
+        let seen = requests() - before;
+        let ms = |(p50, p95): (Duration, Duration)| format!("{}, {} ms", p50.as_millis(), p95.as_millis());
+        println!(
+            "{what:24} {:>15} {:>15} {:>15} {seen:>9} {:>10} {:>10}",
+            ms(alone),
+            ms(at_first),
+            ms(beside),
+            format!("{}, {}", rest.0, most.0),
+            format!("{}, {}", rest.1, most.1),
+        );
+        assert!(most.1 as u64 * 5 <= FILES * 4, "{what}: {} files", most.1);
+        // The providers' memory is in it, and what they have not given back of the time before.
+        assert!(most.0 <= rest.0 + MOST_MIB, "{what}: {} MiB, {} before", most.0, rest.0);
     }
-    assert!(bad_ones.is_empty(), "slow or large: {bad_ones:?}");
 }

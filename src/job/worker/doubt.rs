@@ -1,6 +1,7 @@
 //! Answers that are refused: by the task's checks, because their values do not fit, or by the table. As long as nothing was
 //! written, few rows are asked about, since none may ever be.
 
+use llm_batch_core::dialect::decisions;
 use llm_batch_gateway::protocol::{Again, Verdict};
 use pgrx::pg_sys;
 
@@ -21,7 +22,7 @@ const MOST_REQUESTS: u64 = 15;
 /// Evidence that answers are taken, or are not.
 #[derive(Debug)]
 pub(super) struct Doubt {
-    /// Tokens of the answer to a row, at the worst.
+    /// Tokens of the answer to a row, at the worst, and of its question if it has one of its own.
     tokens: usize,
     is_taken: bool,
     is_written: bool,
@@ -36,7 +37,9 @@ impl Doubt {
     /// Nothing is known of what is asked.
     pub(super) fn new(asked: &Asked) -> Self {
         let task = &asked.stream.task;
-        let tokens = task.spec.prepare(&task.options, &str::len).tokens(0).planned;
+        let kind = task.spec.prepare(&task.options, &str::len);
+        let question = kind.choices().map_or(0, |choices| decisions::tokens(choices, &str::len));
+        let tokens = kind.tokens(0).planned + question;
         Self { tokens, is_taken: false, is_written: false, requests: 0, refusals: 0, refused: None }
     }
 
@@ -120,7 +123,7 @@ impl Worker {
         if rows.is_empty() {
             return Ok(later);
         }
-        let judged = txn::run(|| {
+        let (judged, _) = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "checking answers");
             checks.judge(&rows)
         })?;

@@ -470,7 +470,10 @@ impl Worker {
         if matches!(outcome, Outcome::Cancelled) {
             self.cancelled.get_or_insert((Instant::now(), false));
         }
-        self.stopping = Some(outcome);
+        // Its owner's word stays the last one.
+        if !matches!(self.stopping, Some(Outcome::Cancelled)) {
+            self.stopping = Some(outcome);
+        }
     }
 
     /// Nobody waits long for a job that is cancelled: what is under way is given up, and may have cost what it can.

@@ -31,7 +31,7 @@ impl Dialect for Anthropic {
     }
 
     /// Those for five minutes, which is how long they are asked for.
-    fn cache_write_surcharge(&self) -> u64 {
+    fn cache_write_surcharge(&self, _model: &str) -> u64 {
         25
     }
 

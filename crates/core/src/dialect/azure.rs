@@ -46,6 +46,10 @@ impl Dialect for Azure {
         openai::Openai.reply(body)
     }
 
+    fn cache_write_surcharge(&self, model: &str) -> u64 {
+        openai::write_surcharge(model)
+    }
+
     fn embeddings(&self) -> Option<&'static dyn Embeddings> {
         Some(&Azure)
     }

@@ -156,8 +156,8 @@ pub trait Dialect: Sync {
         true
     }
 
-    /// The surcharge (percent) for a token of a prompt that is written into the cache, if answers tell of these.
-    fn cache_write_surcharge(&self) -> u64 {
+    /// The surcharge (percent) of a model for a token of a prompt that is written into the cache, if answers tell of these.
+    fn cache_write_surcharge(&self, _model: &str) -> u64 {
         0
     }
 

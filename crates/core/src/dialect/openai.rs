@@ -53,9 +53,21 @@ impl Dialect for Openai {
         Some(&embeddings::OpenaiEmbeddings)
     }
 
+    fn cache_write_surcharge(&self, model: &str) -> u64 {
+        write_surcharge(model)
+    }
+
     fn decisions(&self) -> Option<&'static dyn Decisions> {
         Some(&decisions::OpenaiDecisions)
     }
+}
+
+/// From GPT-5.6 on, writing a token into the cache costs a quarter more than reading it anew (OpenAI's guide to prompt
+/// caching).
+pub(super) fn write_surcharge(model: &str) -> u64 {
+    let version = model.strip_prefix("gpt-").unwrap_or_default();
+    let version: String = version.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
+    if version.parse::<f64>().is_ok_and(|version| version >= 5.6) { 25 } else { 0 }
 }
 
 fn response_format(format: &Format) -> Value {
@@ -110,7 +122,9 @@ fn reply(body: &[u8]) -> Result<Reply, Unread> {
     let cached = json["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap_or(0);
     let cached_input = usage.input.map_or(0, |input| cached.min(input));
     let thought = json["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64();
-    Ok(Reply { text, finish, has_reasoning, usage, thought, cached_input, written_input: 0, refused: Vec::new() })
+    let written_input = json["usage"]["prompt_tokens_details"]["cache_write_tokens"].as_u64().unwrap_or(0);
+    let reply = Reply { text, finish, has_reasoning, usage, thought, cached_input, written_input, refused: Vec::new() };
+    Ok(reply.consistent())
 }
 
 /// One answer is asked for. Of several, that without a number or with the first one is it.
@@ -139,6 +153,32 @@ mod tests {
     use super::*;
     use crate::limiter::Tokens;
     use proptest::prelude::*;
+
+    #[test]
+    fn writes_into_the_cache_cost_more_from_gpt_5_6_on() {
+        for (model, percent) in [
+            ("gpt-6-luna", 25),
+            ("gpt-5.6", 25),
+            ("gpt-5.6-luna", 25),
+            ("gpt-10", 25),
+            ("gpt-5.5", 0),
+            ("gpt-5-mini", 0),
+            ("gpt-4o", 0),
+            ("gpt-", 0),
+            ("6", 0),
+            ("gpt-oss-120b", 0),
+        ] {
+            assert_eq!(write_surcharge(model), percent, "{model}");
+        }
+        let body = json!({
+            "choices": [{"message": {"content": "{}"}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 9, "completion_tokens": 1,
+                      "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 7}},
+        });
+        // No more than there are.
+        let reply = reply(body.to_string().as_bytes()).unwrap();
+        assert_eq!((reply.cached_input, reply.written_input), (4, 5));
+    }
 
     #[test]
     fn what_is_said_of_tokens_is_read_as_far_as_it_can_be() {

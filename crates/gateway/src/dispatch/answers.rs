@@ -423,7 +423,10 @@ fn learn(
         forms.works(form);
     }
     let took = now.saturating_sub(asked.sent);
-    lane.took(took);
+    // Decisions are faster than any chat: their times say nothing of how long one may be silent.
+    if asked.service != Service::Decisions {
+        lane.took(took);
+    }
     let is_slow = group.member(lane_key).is_some_and(|(_, m)| took > m.stream.model.request_timeout_ms / SLOW);
     if answers > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
         let missing = if grows { 0 } else { size - answers - refused };

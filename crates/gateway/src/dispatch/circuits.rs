@@ -1,10 +1,12 @@
 //! Circuit breakers: endpoints and models that do not answer get no requests but probes.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::Duration;
 
 use llm_batch_core::breaker::{self, Breakers, Down, ProbeEnd};
+use llm_batch_core::dialect::Service;
 use llm_batch_core::trouble::Trouble;
 use tokio::sync::Notify;
 
@@ -33,7 +35,9 @@ pub struct Circuits {
 /// A probe under way.
 pub struct Probing {
     endpoint: EndpointKey,
-    model: String,
+    lane: LaneKey,
+    /// The name of its circuit.
+    circuit: String,
     role: u32,
     abandoned: Rc<Notify>,
 }
@@ -49,22 +53,33 @@ fn endpoint(lane: &LaneKey, stream: &Stream) -> EndpointKey {
     (Rc::clone(&lane.account), stream.endpoint.base_url.clone())
 }
 
-/// The lane of a model at this endpoint.
-fn lane((account, _): &EndpointKey, model: &str) -> LaneKey {
-    LaneKey { account: Rc::clone(account), model: model.into() }
+/// The name of a stream's circuit at its endpoint: that of the model. The service for decisions has an address of its own,
+/// and may be down or missing while the model's chats are answered.
+fn circuit<'a>(lane: &'a LaneKey, stream: &Stream) -> Cow<'a, str> {
+    match stream.task.service() {
+        Service::Decisions => of_decisions(lane).into(),
+        Service::Chat | Service::Embeddings => Cow::Borrowed(&*lane.model),
+    }
+}
+
+fn of_decisions(lane: &LaneKey) -> String {
+    format!("{} decisions", lane.model)
 }
 
 /// Returns true if requests of this stream may be sent.
 pub fn is_closed(circuits: &BTreeMap<EndpointKey, Circuits>, lane: &LaneKey, stream: &Stream) -> bool {
-    circuits.get(&endpoint(lane, stream)).is_none_or(|c| c.breakers.state(&lane.model) == breaker::State::Closed)
+    circuits
+        .get(&endpoint(lane, stream))
+        .is_none_or(|c| c.breakers.state(&circuit(lane, stream)) == breaker::State::Closed)
 }
 
 /// The state of a lane's circuits (the worst, if its streams lead to several endpoints), and until when it lasts.
 pub fn of_lane(circuits: &BTreeMap<EndpointKey, Circuits>, lane: &LaneKey) -> (breaker::State, Option<u64>) {
+    let names = [lane.model.to_string(), of_decisions(lane)];
     circuits
         .iter()
         .filter(|((account, _), _)| *account == lane.account)
-        .map(|(_, c)| (c.breakers.state(&lane.model), c.breakers.until(&lane.model)))
+        .flat_map(|(_, c)| names.iter().map(|name| (c.breakers.state(name), c.breakers.until(name))))
         .max()
         .unwrap_or((breaker::State::Closed, None))
 }
@@ -75,39 +90,35 @@ fn is_down(now: u64, until: Option<u64>, message: &str) -> Stop {
 }
 
 impl State {
-    fn endpoint_of(&self, lane: &LaneKey, group: GroupId) -> Option<EndpointKey> {
-        let (_, member) = self.groups.get(group)?.member(lane)?;
-        Some(endpoint(lane, &member.stream))
-    }
-
     /// Why nothing is sent to a member of a group, if a probe has found that out and the next one is not due; and whose
     /// request it was.
     pub(super) fn down(&self, now: u64, member: &Member) -> Option<(Stop, u32)> {
         if self.circuits.is_empty() {
             return None;
         }
-        let (key, model) = (endpoint(&member.lane, &member.stream), &member.lane.model);
+        let (key, name) = (endpoint(&member.lane, &member.stream), circuit(&member.lane, &member.stream));
         let Circuits { breakers, words } = self.circuits.get(&key)?;
-        breakers.is_down(now, model).then(|| (is_down(now, breakers.until(model), &words.message), words.role))
+        breakers.is_down(now, &name).then(|| (is_down(now, breakers.until(&name), &words.message), words.role))
     }
 
     /// A request of a group was answered, be it with a refusal.
     pub(super) fn answers(&mut self, now: u64, lane: &LaneKey, group: GroupId) {
         if !self.circuits.is_empty()
-            && let Some(key) = self.endpoint_of(lane, group)
+            && let Some((_, Member { stream, .. })) = self.groups.get(group).and_then(|g| g.member(lane))
         {
-            self.endpoint_answers(now, &key, &lane.model);
+            let (key, name) = (endpoint(lane, stream), circuit(lane, stream));
+            self.endpoint_answers(now, &key, (lane, &name));
         }
     }
 
-    fn endpoint_answers(&mut self, now: u64, key: &EndpointKey, model: &str) {
+    fn endpoint_answers(&mut self, now: u64, key: &EndpointKey, (lane, circuit): (&LaneKey, &str)) {
         let Some(circuits) = self.circuits.get_mut(key) else { return };
-        let was_down = circuits.breakers.answered(model);
+        let was_down = circuits.breakers.answered(circuit);
         if circuits.breakers.is_well() {
             self.circuits.remove(key);
         }
         if was_down {
-            self.notice(now, &lane(key, model), "answers", "the provider answers again");
+            self.notice(now, lane, "answers", "the provider answers again");
         }
     }
 
@@ -117,36 +128,37 @@ impl State {
             return false;
         };
         let circuits = self.circuits.entry(endpoint(lane, stream)).or_default();
-        circuits.breakers.failed(now, &lane.model, points);
+        let name = circuit(lane, stream);
+        circuits.breakers.failed(now, &name, points);
         circuits.words = Words { role: stream.role, message: message.to_owned() };
-        circuits.breakers.state(&lane.model) != breaker::State::Closed
+        circuits.breakers.state(&name) != breaker::State::Closed
     }
 
     /// Sends a probe to each endpoint for which it is time and somebody waits; else notes when to look again.
     pub(super) fn probe_circuits(&mut self, now: u64, launches: &mut Vec<Launch>, wake: &mut Option<u64>) {
         let mut later = |at: u64| *wake = Some(wake.map_or(at, |w| w.min(at)));
         for (key, Circuits { breakers, .. }) in &mut self.circuits {
-            let mut waiting: BTreeMap<&str, (&LaneKey, Rc<Stream>, bool)> = BTreeMap::new();
+            let mut waiting: BTreeMap<Cow<'_, str>, (&LaneKey, Rc<Stream>, bool)> = BTreeMap::new();
             for (lane, l) in self.lanes.iter().filter(|(lane, _)| lane.account == key.0) {
                 // Others may take the rows meanwhile.
                 let waits = |g: &Group| g.queued() > 0 || (g.members.len() > 1 && g.in_flight > 0);
                 let groups = self.groups.of(l).filter(|(_, g)| waits(g));
-                let mut streams = groups.filter_map(|(_, g)| Some((&g.member(lane)?.1.stream, g.members.len() > 1)));
-                if let Some((stream, is_route)) = streams.find(|(s, _)| s.endpoint.base_url == key.1) {
-                    waiting.insert(&lane.model, (lane, Rc::clone(stream), is_route));
+                let streams = groups.filter_map(|(_, g)| Some((&g.member(lane)?.1.stream, g.members.len() > 1)));
+                for (stream, is_route) in streams.filter(|(s, _)| s.endpoint.base_url == key.1) {
+                    waiting.entry(circuit(lane, stream)).or_insert_with(|| (lane, Rc::clone(stream), is_route));
                 }
             }
-            let models: Vec<&str> = waiting.keys().copied().collect();
-            let Some((at, model)) = breakers.next_probe(&models).map(|(at, model)| (at, model.to_owned())) else {
+            let names: Vec<&str> = waiting.keys().map(|name| &**name).collect();
+            let Some((at, name)) = breakers.next_probe(&names).map(|(at, name)| (at, name.to_owned())) else {
                 continue;
             };
             if at > now {
                 later(at);
                 continue;
             }
-            let Some((lane, stream, is_route)) = waiting.remove(model.as_str()) else { continue };
-            let lane = lane.clone();
-            let Some(lane) = self.lanes.get_mut(&lane) else { continue };
+            let Some((lane, stream, is_route)) = waiting.remove(name.as_str()) else { continue };
+            let lane_key = lane.clone();
+            let Some(lane) = self.lanes.get_mut(&lane_key) else { continue };
             let (body, timeout) = match probe::request(now, lane, &stream) {
                 Ok(request) => request,
                 Err(at) => {
@@ -160,21 +172,23 @@ impl State {
                 .patience()
                 .filter(|_| is_route)
                 .map_or(timeout, |ms| timeout.min(Duration::from_millis(ms.max(LEAST_PATIENCE))));
-            breakers.begin_probe(&model);
+            breakers.begin_probe(&name);
             let (abandoned, role) = (Rc::new(Notify::new()), stream.role);
             self.next_id += 1;
             let most_tokens = probe::PROBE_READ_TOKENS;
             let (id, ids) = (self.next_id, probe::PROBE_IDS.to_vec());
             launches.push(Launch { id, stream, ids, body, timeout, most_tokens, abandoned: Rc::clone(&abandoned) });
-            self.probing.insert(self.next_id, Probing { endpoint: key.clone(), model, role, abandoned });
+            let endpoint = key.clone();
+            self.probing.insert(self.next_id, Probing { endpoint, lane: lane_key, circuit: name, role, abandoned });
         }
     }
 
     pub(super) fn end_probe(&mut self, now: u64, probing: Probing, answered: Option<Answered>) {
-        let Probing { endpoint: key, model, role, .. } = probing;
+        let Probing { endpoint: key, lane, circuit: name, role, .. } = probing;
         let mut result = answered.filter(|a| !a.has_no_place).map(|a| a.result);
         if let Some(Err(report)) = &mut result
-            && self.lanes.get(&lane(&key, &model)).is_some_and(|lane| lane.last_success.is_some())
+            && *name == *lane.model
+            && self.lanes.get(&lane).is_some_and(|lane| lane.last_success.is_some())
         {
             report.trouble.may_pass();
         }
@@ -182,7 +196,7 @@ impl State {
             None => ProbeEnd::Lost,
             Some(Err(report)) if let Trouble::Overload(asked) = report.trouble => {
                 let words = Words { role, message: report.message };
-                if let Some(lane) = self.lanes.get_mut(&lane(&key, &model)) {
+                if let Some(lane) = self.lanes.get_mut(&lane) {
                     lane.errors += 1;
                     lane.last_error = Some(words.clone());
                     lane.vouched = None;
@@ -193,20 +207,20 @@ impl State {
                 ProbeEnd::Failed { asked }
             }
             Some(_) => {
-                if let Some(lane) = self.lanes.get_mut(&lane(&key, &model)) {
+                if let Some(lane) = self.lanes.get_mut(&lane) {
                     lane.vouched.get_or_insert(now);
                 }
-                return self.endpoint_answers(now, &key, &model);
+                return self.endpoint_answers(now, &key, (&lane, &name));
             }
         };
         let Some(Circuits { breakers, words }) = self.circuits.get_mut(&key) else { return };
-        let Some(down) = breakers.end_probe(now, &model, end) else { return };
-        let (stop, role) = (is_down(now, breakers.until(&model), &words.message), words.role);
-        self.notice(now, &lane(&key, &model), "stopped", &stop.message);
+        let Some(down) = breakers.end_probe(now, &name, end) else { return };
+        let (stop, role) = (is_down(now, breakers.until(&name), &words.message), words.role);
+        self.notice(now, &lane, "stopped", &stop.message);
         let is_it = |Member { lane, stream, .. }: &Member| {
             lane.account == key.0
                 && stream.endpoint.base_url == key.1
-                && (down == Down::Endpoint || *lane.model == *model)
+                && (down == Down::Endpoint || circuit(lane, stream) == *name)
         };
         let groups = self.groups.iter().filter(|(_, g)| g.members.iter().any(is_it));
         let groups: Vec<GroupId> = groups.map(|(id, _)| id).collect();

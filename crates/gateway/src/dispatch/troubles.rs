@@ -80,7 +80,12 @@ impl State {
         let (message, words) = (report.message.clone(), report.words.clone());
         let failed = Failed { lane: lane_key, group, rows, role, asked, message, words };
         match remedy {
-            Remedy::Stop(end) => self.end(now, failed, end),
+            Remedy::Stop(end) => {
+                if end.reason == StopReason::Quota && (is_unsure || has_begun) {
+                    self.quota_within(now, &failed);
+                }
+                self.end(now, failed, end);
+            }
             Remedy::Wait(wait) => self.throttled(now, failed, wait, is_unsure || has_begun),
             Remedy::LargerCap => self.cut_off(now, failed),
             Remedy::SmallerCap => self.cap_refused(now, failed),
@@ -135,6 +140,14 @@ impl State {
         }
     }
 
+    /// A quota that is used up was said within a 2xx, which may be paid for: from now on the task has one request at a time.
+    fn quota_within(&mut self, now: u64, failed: &Failed) {
+        self.weigh(now, &failed.lane, failed.group, failed.asked, Said::Cut);
+        if let Some(lane) = self.lanes.get_mut(&failed.lane) {
+            lane.standings.of(now, failed.asked.scope).hold(now);
+        }
+    }
+
     /// Returns true if nothing more is sent for a while, as requests are refused within answers: some of these rows
     /// were paid for as often as they may be, the task was without a valid row, or none of its requests was answered in
     /// between.
@@ -144,7 +157,12 @@ impl State {
         let Some(lane) = self.lanes.get_mut(lane) else { return false };
         let standing = lane.standings.of(now, asked.scope);
         let is_enough = standing.is_unanswered(asked.sent) || is_paid || rows.iter().any(|row| row.is_spent(most));
-        is_enough && standing.is_after_pause(asked.sent)
+        if !standing.is_after_pause(asked.sent) {
+            // It was under way as the pause began, after which one request is to go out in any case.
+            standing.patience.holds();
+            return false;
+        }
+        is_enough
     }
 
     /// The cap of the answer did not suffice for what is thought before it, and it can be larger.

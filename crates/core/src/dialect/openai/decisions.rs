@@ -33,8 +33,9 @@ impl Decisions for OpenaiDecisions {
         let input = tokens(&usage["input_tokens"]).or_else(|| tokens(&usage["prompt_tokens"])).filter(|n| *n > 0);
         let output = tokens(&usage["output_tokens"]).or(Some(0));
         let cached_input = tokens(&usage["input_tokens_details"]["cached_tokens"]).unwrap_or(0);
+        let written_input = tokens(&usage["input_tokens_details"]["cache_write_tokens"]).unwrap_or(0);
         let reply = reply(named(answers, ids), ids, Usage { input, output });
-        Ok(Reply { cached_input, ..reply }.consistent())
+        Ok(Reply { cached_input, written_input, ..reply }.consistent())
     }
 }
 
