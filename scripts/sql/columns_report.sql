@@ -28,3 +28,5 @@ WITH lines AS (
 SELECT what AS "job", rows, requests, input_tokens AS "tokens in", output_tokens AS "tokens out",
        round((input_tokens + output_tokens) / nullif(rows, 0)::numeric, 1) AS "tokens a row"
   FROM lines ORDER BY line;
+\echo 'An estimate reckons with one answer a row. The measured pass also has the rows that were asked again, since an answer was cut off'
+\echo 'or failed the check: a small model is asked again often.'
