@@ -433,6 +433,8 @@ fn row_security_that_changes_in_the_middle() {
     let few = format!("id % 1000 <= {SEEN}");
     let secured = "ALTER TABLE tickets ENABLE ROW LEVEL SECURITY; CREATE POLICY few ON tickets";
     let note = "(SELECT n.body FROM note n WHERE n.id = tickets.id)";
+    // One request is answered, and two are under way; one, if the answers that were held back have taught so.
+    let waits = |queued: &i64| (ROWS - 15..=ROWS - 10).contains(queued);
     for (n, (input, before, change)) in [
         ("body", "SELECT 1".to_owned(), format!("{secured} USING ({few})")),
         (
@@ -478,7 +480,6 @@ fn row_security_that_changes_in_the_middle() {
             &mut bed.cluster.connect_as("postgres", "alice"),
             &format!("SELECT llm_batch.backfill('tickets', '{input}', 'topic', 'topic', {small})"),
         );
-        let waits = |queued: &i64| *queued == ROWS - 15;
         wait_until("all rows are in the gateway", PATIENCE, || one(client, queued), waits);
         if n == 0 {
             // A change that leaves rights alone takes nothing back, also if it looks like one.
@@ -510,13 +511,14 @@ fn row_security_that_changes_in_the_middle() {
     warm(client, "tickets");
     bed.provider.hold_after(1);
     let job = backfill_with(&mut bed.cluster.connect_as("postgres", "alice"), "tickets", common::SMALL);
-    wait_until("all rows are in the gateway", PATIENCE, || one(client, queued), |n| *n == ROWS - 15);
+    wait_until("all rows are in the gateway", PATIENCE, || one(client, queued), waits);
     run(client, "REVOKE SELECT (body) ON tickets FROM alice");
     wait_until("all is taken back", PATIENCE / 10, || one(client, queued), |n| *n == 0);
     bed.provider.release();
     let p = wait_status(client, job, "paused");
     assert_eq!(p.reason.as_deref(), Some("owner"), "{p:?}");
-    assert_eq!(bed.provider.stats().rows.keys().filter(|n| n.starts_with("009")).count(), 15);
+    let asked = bed.provider.stats().rows.keys().filter(|n| n.starts_with("009")).count();
+    assert!((10..=15).contains(&asked), "{asked} rows were asked about");
 }
 
 #[test]

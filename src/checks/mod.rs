@@ -127,7 +127,7 @@ impl Checks {
         let judged = RefCell::new(Vec::with_capacity(rows.len()));
         // The row whose expressions raised what should pass.
         let (mut tried_before, mut scarce, mut late) = (None, 0, 0);
-        let (most, began) = (settings::check_timeout(), Instant::now());
+        let (most, began, was_told) = (settings::check_timeout(), Instant::now(), process::is_told_to_end());
         let longest = LONG.max(Duration::from_millis(most.unsigned_abs().into()) * MOST_LATE);
         let is_long = |done| done > 0 && began.elapsed() > longest;
         loop {
@@ -151,7 +151,9 @@ impl Checks {
             });
             let Err(e) = tried else { continue };
             let done = judged.borrow().len();
-            if e.code == PgSqlErrorCode::ERRCODE_QUERY_CANCELED && TimeLimit::was_up() && !process::is_told_to_end() {
+            // A worker that is told to end meanwhile does so; one that was before judges the answers in hand.
+            let is_cancelled = e.code == PgSqlErrorCode::ERRCODE_QUERY_CANCELED;
+            if is_cancelled && TimeLimit::was_up() && (was_told || !process::is_told_to_end()) {
                 late += 1;
                 judged.borrow_mut().push(Err(Refused::too_long(most)));
                 continue;

@@ -100,7 +100,10 @@ impl Worker {
 
     /// Stops if as much was paid for in vain as is risked.
     pub(super) fn weigh(&mut self) {
+        // Answers that the checks have yet to see may pass them.
+        let are_judged = |a: &Answer| a.is_judged || !matches!(a.verdict, Verdict::Answer(_));
         if self.stopping.is_none()
+            && (self.asked.checks.is_none() || self.answers.iter().all(are_judged))
             && let Some((class, why)) = self.doubt.in_vain()
         {
             self.stop_untaken(&class, &why);

@@ -63,11 +63,11 @@ impl Dialect for Openai {
 }
 
 /// From GPT-5.6 on, writing a token into the cache costs a quarter more than reading it anew (OpenAI's guide to prompt
-/// caching).
+/// caching). Azure calls GPT-3.5 "gpt-35".
 pub(super) fn write_surcharge(model: &str) -> u64 {
     let version = model.strip_prefix("gpt-").unwrap_or_default();
     let version: String = version.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
-    if version.parse::<f64>().is_ok_and(|version| version >= 5.6) { 25 } else { 0 }
+    if version.parse::<f64>().is_ok_and(|version| (5.6..30.0).contains(&version)) { 25 } else { 0 }
 }
 
 fn response_format(format: &Format) -> Value {
@@ -164,6 +164,7 @@ mod tests {
             ("gpt-5.5", 0),
             ("gpt-5-mini", 0),
             ("gpt-4o", 0),
+            ("gpt-35-turbo", 0),
             ("gpt-", 0),
             ("6", 0),
             ("gpt-oss-120b", 0),

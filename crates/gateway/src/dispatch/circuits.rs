@@ -187,7 +187,6 @@ impl State {
         let Probing { endpoint: key, lane, circuit: name, role, .. } = probing;
         let mut result = answered.filter(|a| !a.has_no_place).map(|a| a.result);
         if let Some(Err(report)) = &mut result
-            && *name == *lane.model
             && self.lanes.get(&lane).is_some_and(|lane| lane.last_success.is_some())
         {
             report.trouble.may_pass();

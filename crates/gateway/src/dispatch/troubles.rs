@@ -143,8 +143,12 @@ impl State {
     /// A quota that is used up was said within a 2xx, which may be paid for: from now on the task has one request at a time.
     fn quota_within(&mut self, now: u64, failed: &Failed) {
         self.weigh(now, &failed.lane, failed.group, failed.asked, Said::Cut);
-        if let Some(lane) = self.lanes.get_mut(&failed.lane) {
-            lane.standings.of(now, failed.asked.scope).hold(now);
+        let Some(lane) = self.lanes.get_mut(&failed.lane) else { return };
+        let standing = lane.standings.of(now, failed.asked.scope);
+        if standing.is_after_pause(failed.asked.sent) {
+            standing.hold(now);
+        } else {
+            standing.patience.holds();
         }
     }
 
