@@ -11,24 +11,15 @@ use llm_fake_provider::{Config, FakeProvider, Fault};
 use serde_json::json;
 use support::*;
 
-const KEY: &str = "key-0123456789abcdef";
 const ROWS: u64 = 600;
 
 fn deciders() -> impl Iterator<Item = Api> {
     Api::ALL.iter().copied().filter(|api| api.dialect().decisions().is_some())
 }
 
-/// A provider that wants the key.
-fn keyed(config: Config) -> FakeProvider {
-    provider(Config { api_key: Some(KEY.into()), ..config })
-}
-
 /// A client whose rows are decided.
 fn decides(setup: &Setup, provider: &FakeProvider, api: Api, change: impl FnOnce(&mut Stream)) -> Client {
-    setup.client(provider, |s| {
-        s.endpoint.api = api;
-        s.endpoint.base_url = provider.base_of(api.name());
-        s.endpoint.api_key = Some(Secret(KEY.into()));
+    speaks(setup, provider, api, |s| {
         s.task.options = Options { ask_by: AskBy::Decisions, max_attempts: 10, ..Options::default() };
         change(s);
     })

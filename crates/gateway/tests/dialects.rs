@@ -9,27 +9,9 @@ use llm_batch_core::dialect::{Api, Counts};
 use llm_batch_core::options::{AnswerShape, StructuredOutput};
 use llm_batch_core::task::Spec;
 use llm_batch_gateway::protocol::*;
-use llm_fake_provider::{Config, FakeProvider, Fault, Latency, Reserve, embedding};
+use llm_fake_provider::{Config, Fault, Latency, Reserve, embedding};
 use serde_json::json;
 use support::*;
-
-const KEY: &str = "key-0123456789abcdef";
-
-/// A provider that wants the key.
-fn keyed(config: Config) -> FakeProvider {
-    provider(Config { api_key: Some(KEY.into()), ..config })
-}
-
-/// A client that asks in a dialect.
-fn speaks(setup: &Setup, provider: &FakeProvider, api: Api, change: impl FnOnce(&mut Stream)) -> Client {
-    setup.client(provider, |s| {
-        s.endpoint.api = api;
-        s.endpoint.base_url = provider.base_of(api.name());
-        s.endpoint.api_key = Some(Secret(KEY.into()));
-        s.endpoint.counts = api.dialect().counts();
-        change(s);
-    })
-}
 
 /// The dialects that answer chats.
 fn chats() -> impl Iterator<Item = &'static Api> {

@@ -20,8 +20,6 @@ use llm_fake_provider::{Config, FakeProvider, Fault};
 use serde_json::{Map, Value, json};
 use support::*;
 
-const KEY: &str = "key-0123456789abcdef";
-
 /// The known differences, and their reasons.
 const KNOWN: &[(&str, &str)] = &[
     ("gemini: /systemInstruction/role: \"user\" is theirs, null ours", "the API reads no role of this content"),

@@ -277,6 +277,25 @@ pub fn provider(config: Config) -> FakeProvider {
     FakeProvider::start(config).unwrap()
 }
 
+/// The key of providers that want one.
+pub const KEY: &str = "key-0123456789abcdef";
+
+/// A provider that wants the key.
+pub fn keyed(config: Config) -> FakeProvider {
+    provider(Config { api_key: Some(KEY.into()), ..config })
+}
+
+/// A client that asks in a dialect.
+pub fn speaks(setup: &Setup, provider: &FakeProvider, api: Api, change: impl FnOnce(&mut Stream)) -> Client {
+    setup.client(provider, |s| {
+        s.endpoint.api = api;
+        s.endpoint.base_url = provider.base_of(api.name());
+        s.endpoint.api_key = Some(Secret(KEY.into()));
+        s.endpoint.counts = api.dialect().counts();
+        change(s);
+    })
+}
+
 /// Looks until `ok`; what was seen last.
 #[track_caller]
 pub fn wait<T: Debug>(what: &str, mut look: impl FnMut() -> T, ok: impl Fn(&T) -> bool) -> T {
