@@ -12,7 +12,7 @@ use pgrx::{PgMemoryContexts, PgSqlErrorCode};
 
 use crate::budget::UNLIMITED;
 use crate::checks::{self, Checks, Judged};
-use crate::client::{Client, LostInVain, Received, WINDOW_ROWS};
+use crate::client::{Client, LostInVain, MESSAGE_BYTES, Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::statement::Purse;
 use crate::task::Asked;
@@ -448,7 +448,7 @@ fn send(client: &mut Client, items: Vec<Item>) -> Result<()> {
     for item in items {
         bytes += item.text.len();
         frame.push(item);
-        if bytes > 1 << 20 {
+        if bytes >= MESSAGE_BYTES {
             client.send(&ToGateway::Items(std::mem::take(&mut frame)))?;
             bytes = 0;
         }

@@ -2,12 +2,13 @@
 //! cancel, termination and shutdown work while an answer is under way; a dead gateway is a closed connection.
 
 use std::cell::Cell;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Read};
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use llm_batch_core::task::MAX_SPEC_BYTES;
+use llm_batch_gateway::outgoing::Outgoing;
 use llm_batch_gateway::protocol::{FromGateway, Stream, ToGateway, decode, encode};
 use pgrx::prelude::*;
 
@@ -26,6 +27,9 @@ const START: Duration = Duration::from_secs(3);
 /// Rows handed over and not yet answered (of a job: not yet written), above which no more are fetched; a page may go
 /// beyond.
 pub const WINDOW_ROWS: usize = 2_000;
+
+/// Bytes of text in one message of rows, unless a single row has more. The gateway reads a message as a whole.
+pub const MESSAGE_BYTES: usize = 256 * 1024;
 
 /// Most connections of a session at the same time. Each call of a query that asks something else takes one, the gateway's
 /// files are everybody's.
@@ -77,7 +81,7 @@ pub struct Client {
     stream: UnixStream,
     _file: File,
     incoming: Vec<u8>,
-    outgoing: Vec<u8>,
+    outgoing: Outgoing,
 }
 
 /// The result of a wait.
@@ -214,7 +218,9 @@ impl Client {
         let start = Instant::now();
         loop {
             match connect() {
-                Ok(stream) => return Ok(Self { stream, _file: file, incoming: Vec::new(), outgoing: Vec::new() }),
+                Ok(stream) => {
+                    return Ok(Self { stream, _file: file, incoming: Vec::new(), outgoing: Outgoing::default() });
+                }
                 Err(e) if start.elapsed() > PATIENCE || is_told_to_end() => {
                     return Err(Error::new(
                         PgSqlErrorCode::ERRCODE_CONNECTION_FAILURE,
@@ -241,33 +247,25 @@ impl Client {
             .hint("Shorten the task, the parameters of the model, or the options of its server and user mapping."));
         }
         let mut client = Self::connect()?;
-        client.queue(&frame);
+        client.outgoing.push(&frame);
+        client.write();
         Ok(client)
     }
 
-    /// Queues a message and writes as much as goes at once; `receive` writes the rest.
+    /// Queues a message, before rows that have not begun to be written, and writes as much as goes at once; `receive`
+    /// writes the rest. A lost connection is noticed by `receive` too.
     pub fn send(&mut self, message: &ToGateway) -> Result<()> {
-        self.queue(&frame(message)?);
+        let frame = frame(message)?;
+        match message {
+            ToGateway::Items(_) => self.outgoing.push_rows(frame),
+            _ => self.outgoing.push(&frame),
+        }
+        self.write();
         Ok(())
     }
 
-    fn queue(&mut self, frame: &[u8]) {
-        self.outgoing.extend_from_slice(frame);
-        // A lost connection is noticed by receive().
-        self.write();
-    }
-
     fn write(&mut self) -> bool {
-        while !self.outgoing.is_empty() {
-            match self.stream.write(&self.outgoing) {
-                Ok(0) => return false,
-                Ok(n) => drop(self.outgoing.drain(..n)),
-                Err(e) if e.kind() == ErrorKind::WouldBlock => return true,
-                Err(e) if e.kind() == ErrorKind::Interrupted => {}
-                Err(_) => return false,
-            }
-        }
-        true
+        self.outgoing.write(&self.stream)
     }
 
     /// The next message; waits for one until the time is up or the latch is set, at most once.

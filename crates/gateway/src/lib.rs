@@ -17,6 +17,7 @@ mod key;
 mod lane;
 mod notice;
 mod numbers;
+pub mod outgoing;
 mod places;
 pub mod protocol;
 mod purse;
