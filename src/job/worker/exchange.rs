@@ -8,8 +8,9 @@ use llm_batch_gateway::protocol::{self, FromGateway, Item, Spent, Stop, StopReas
 use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::rights::Rights;
+use super::write::rates;
 use super::{AGAIN, Asking, CONTROL, CRASH, HEAR, LATER, MOST_STARTS, Worker};
-use crate::client::{Received, WINDOW_ROWS};
+use crate::client::{MESSAGE_BYTES, Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
 use crate::job::page;
@@ -33,8 +34,6 @@ const GATHER: Duration = Duration::from_millis(50);
 const GATHER_ENOUGH: Duration = Duration::from_secs(1);
 const ENOUGH: usize = 128;
 const ENOUGH_OF: usize = 8;
-/// Bytes of text in one message.
-const MESSAGE_BYTES: usize = 1 << 20;
 /// Rows that others hold locked, above which no more are claimed.
 const MOST_LOCKED: usize = 1_000;
 
@@ -287,7 +286,7 @@ impl Worker {
     /// Waits for outcomes, and takes all that have come.
     pub(super) fn receive(&mut self) -> Result<()> {
         let mut timeout = self.wait_for_outcomes();
-        let mut since = None;
+        let (mut since, mut pause) = (None, Duration::ZERO);
         loop {
             let Some(client) = &mut self.client else {
                 if !timeout.is_zero() {
@@ -323,6 +322,7 @@ impl Worker {
                     self.money.exhausted(least, full, &self.asked.stream);
                 }
                 Received::Message(_) => {}
+                Received::Nothing if !pause.is_zero() => process::wait(None, Some(pause)),
                 Received::Nothing if timeout.is_zero() || since.is_none() => return Ok(()),
                 Received::Nothing => {}
                 Received::Lost => {
@@ -340,7 +340,22 @@ impl Worker {
             timeout = since
                 .filter(|_| !is_last && !process::is_told_to_end())
                 .map_or(Duration::ZERO, |since: Instant| gather.saturating_sub(since.elapsed()));
+            pause = Duration::ZERO;
+            if let Some(until_enough) = self.until_enough(enough) {
+                (timeout, pause) = (Duration::ZERO, until_enough.min(timeout));
+            }
         }
+    }
+
+    /// Time until so many answers are there, at the pace of the last minute. `None` at the end of a job, and where the gateway
+    /// may ask for more to spend: each message is heard at once then. A process that wakes up for the answers of each request
+    /// takes more time to wake up than to read them.
+    fn until_enough(&self, enough: usize) -> Option<Duration> {
+        let missing = enough.checked_sub(self.answers.len()).filter(|missing| *missing > 0)?;
+        let is_near_end = self.outstanding.len() < 2 * ENOUGH || self.stopping.is_some();
+        let (rows_per_second, _) = rates(&self.samples);
+        let is_steady = !is_near_end && self.asked.stream.budget.is_none() && rows_per_second > 1.0;
+        is_steady.then(|| Duration::from_secs_f64(missing as f64 / rows_per_second))
     }
 
     fn take(&mut self, model: usize, outcomes: Vec<protocol::Outcome>, spent: &Spent) {
