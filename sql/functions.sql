@@ -408,6 +408,12 @@ CREATE FUNCTION llm_batch.forget(job_id bigint) RETURNS void
     AS 'MODULE_PATHNAME', 'forget_wrapper';
 COMMENT ON FUNCTION llm_batch.forget IS 'removes a job that has ended from llm_batch.progress, with its failures';
 
+-- Called row by row: it looks nothing up.
+CREATE FUNCTION llm_batch.vector_numbers(vector text) RETURNS real[]
+    LANGUAGE c IMMUTABLE STRICT PARALLEL SAFE
+    AS 'MODULE_PATHNAME', 'vector_numbers_wrapper';
+COMMENT ON FUNCTION llm_batch.vector_numbers IS 'returns the numbers of a vector whose bytes are given in base64; used by jobs to write vectors';
+
 -- Reads shared memory. Used by views.
 CREATE FUNCTION llm_batch.waits_for(job_id bigint) RETURNS text
     LANGUAGE c VOLATILE STRICT PARALLEL RESTRICTED SET search_path = pg_catalog, pg_temp

@@ -45,6 +45,7 @@ mod statement;
 mod task;
 mod text;
 mod txn;
+mod vector;
 mod verb;
 mod version;
 mod worker;

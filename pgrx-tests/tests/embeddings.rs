@@ -28,9 +28,11 @@ fn vectors_of_jobs_and_queries() {
     let c = &mut bed.connect();
     tickets(c, "t", 1..=2000);
     run(c, "ALTER TABLE t ADD v real[], ADD d double precision[], ADD j jsonb, ADD i integer[], ADD n numeric");
+    run(c, "ALTER TABLE t ADD x text, ADD s varchar[], ADD r real[]");
     run(c, "SELECT llm_batch.create_embedder('e', 'm', 16, options => '{\"max_attempts\": 10}')");
 
     queries(c);
+    numbers(c);
     pieces(c);
     what_is_wrong(c);
 
@@ -43,11 +45,32 @@ fn vectors_of_jobs_and_queries() {
     assert_eq!(wrong(c, "v"), (0, 0));
 
     bed.provider.configure(|config| config.faults = Vec::new());
-    for (column, as_real) in [("d", "d::real[]"), ("j", "ARRAY(SELECT jsonb_array_elements_text(j)::real)")] {
-        let job = one(c, &format!("SELECT llm_batch.backfill('t', 'body', '{column}', 'e')"));
+    run(
+        c,
+        "SELECT llm_batch.create_embedder('checked', 'm', 16,
+           options => '{\"repair\": \"answer\", \"check\": \"cardinality(answer) = 16\", \"max_rows_per_request\": 2048}')",
+    );
+    let of_json = |column: &str| format!("ARRAY(SELECT jsonb_array_elements_text({column}::jsonb)::real)");
+    for (column, as_real, task) in [
+        ("d", "d::real[]".to_owned(), "e"),
+        ("j", of_json("j"), "e"),
+        ("x", of_json("x"), "e"),
+        ("s", "s::real[]".to_owned(), "e"),
+        ("r", "r".to_owned(), "checked"),
+    ] {
+        let job = one(c, &format!("SELECT llm_batch.backfill('t', 'body', '{column}', '{task}')"));
         assert_eq!(bed.done(job).counts().1, 2000, "{:?}", failures(c, job));
-        assert_eq!(wrong(c, as_real), (0, 0), "{column}");
+        assert_eq!(wrong(c, &as_real), (0, 0), "{column}");
     }
+    // What is no vector fits no column. The refusal shows its numbers.
+    run(c, "CREATE DOMAIN short AS real[] CHECK (cardinality(VALUE) < 9); ALTER TABLE t ADD w short");
+    let job = one(
+        c,
+        "SELECT llm_batch.backfill('t', 'body', 'w', 'e', filter => 'id < 3', options => '{\"max_attempts\": 1}')",
+    );
+    wait_until("the rows are refused", PATIENCE, || progress(c, job).failed, |failed| *failed == 2);
+    let detail = text(c, &format!("SELECT detail FROM llm_batch.failure WHERE job_id = {job} LIMIT 1"));
+    assert!(detail.contains("[0.") || detail.contains("[-0."), "{detail}");
 }
 
 /// The types of pgvector, where Postgres has it.
@@ -116,6 +139,17 @@ fn queries(c: &mut Client) {
     );
 }
 
+/// A vector in base64 as the numbers that it stands for.
+fn numbers(c: &mut Client) {
+    for (base64, numbers) in [("AACAPwAAAMA=", vec![1.0, -2.0]), ("", vec![]), ("AADAfw==", vec![f32::NAN])] {
+        let got: Vec<f32> = c.query_one("SELECT llm_batch.vector_numbers($1)", &[&base64]).unwrap().get(0);
+        assert!(got.iter().map(|n| n.to_bits()).eq(numbers.iter().map(|n| n.to_bits())), "{got:?}");
+    }
+    // As Postgres makes arrays.
+    assert_eq!(one(c, "SELECT count(*) WHERE llm_batch.vector_numbers('AACAPwAAAMA=') = '{1,-2}'::real[]"), 1);
+    assert_eq!(one(c, "SELECT count(*) WHERE array_dims(llm_batch.vector_numbers('AACAPwAAAMA=')) = '[1:2]'"), 1);
+}
+
 /// A long text in pieces, each with its vector.
 fn pieces(c: &mut Client) {
     let all = "SELECT count(*), max(length(piece)), count(*) FILTER (WHERE piece LIKE '%.') \
@@ -137,6 +171,17 @@ fn what_is_wrong(c: &mut Client) {
         ("SELECT llm_batch.create_embedder('f', 'nobody', 3)", "42704", "nobody"),
         ("SELECT llm_batch.create_embedder('e', 'm', 3)", "42710", "embedder"),
         ("SELECT llm_batch.alter_scorer('e', 'x')", "42809", "alter_embedder"),
+        (
+            "SELECT llm_batch.create_embedder('f', 'm', 3, options => '{\"max_rows_per_request\": 2049}')",
+            "22023",
+            "1 to 2048",
+        ),
+        (
+            "SELECT llm_batch.create_scorer('f', 'x', 0, 1, 'm', options => '{\"max_rows_per_request\": 501}')",
+            "22023",
+            "1 to 500",
+        ),
+        ("SELECT llm_batch.vector_numbers('[1, 2]')", "22P02", "base64"),
         ("SELECT llm_split('x', 0)", "22023", "max_tokens"),
         ("SELECT llm_split('x', 5, 5)", "22023", "less than"),
         ("SELECT llm_split('x', 5, -1)", "22023", "overlap"),

@@ -123,6 +123,7 @@ const ROWS: &[Row] = &[
     ("llm_embed(text,text)",
      "SELECT llm_batch.create_embedder('fields', 'm', 16); SELECT llm_embed('#r900001:a#', 'fields')", USAGE),
     ("llm_split(text,integer,integer)", "SELECT * FROM llm_split('a b c', 2, 1)", ALL),
+    ("llm_batch.vector_numbers(text)", "SELECT llm_batch.vector_numbers('AACAPw==')", ALL),
     // Jobs
     ("llm_batch.backfill(regclass,text,name,text,text,numeric,bigint,jsonb)",
      "SELECT llm_batch.backfill('tickets', 'body', 'third', 'topic')", HERS),

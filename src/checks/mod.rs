@@ -9,6 +9,7 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use llm_batch_core::task::{Answer, Column, Spec, Type, array_literal};
+use llm_batch_core::vector;
 use pgrx::datum::DatumWithOid;
 use pgrx::pg_sys::PgOid;
 use pgrx::prelude::*;
@@ -219,7 +220,9 @@ impl Checks {
             Some(column) => (format!("field \"{}\": ", column.name), format!("the field \"{}\": {told}", column.name)),
             None => (String::new(), told.to_owned()),
         };
-        let value = repaired.0.get(at).and_then(Option::as_deref).map_or_else(|| "NULL".to_owned(), shown);
+        let value = repaired.0.get(at).and_then(Option::as_deref);
+        let decimals = value.filter(|_| self.columns.get(at).is_some_and(|c| c.is_array)).and_then(vector::to_json);
+        let value = decimals.as_deref().or(value).map_or_else(|| "NULL".to_owned(), shown);
         let detail = format!("{field}{value} is not what the check wants");
         Ok(Err(Refused { class: FAILED, detail, hint: Some(hint) }))
     }
@@ -397,10 +400,13 @@ pub fn unfit(columns: &[Column], has_names: bool, answer: &Answer) -> Result<Opt
         return Ok(None);
     }
     for (column, text) in columns.iter().zip(&answer.0) {
-        let Some(text) = text.as_deref().filter(|_| !matches!(column.of, Type::Text | Type::Labels | Type::Boolean))
-        else {
-            continue;
+        // Those of a vector have been looked at.
+        let fits = |text: &&str| match column.of {
+            Type::Text | Type::Labels | Type::Boolean => true,
+            Type::Real => column.is_array && !text.starts_with('['),
+            _ => false,
         };
+        let Some(text) = text.as_deref().filter(|text| !fits(text)) else { continue };
         let literal = if column.is_array { array_literal(text) } else { Some(text.to_owned()) };
         let Some(literal) = literal.and_then(|text| CString::new(text).ok()) else { continue };
         if let Err(e) = catalog::read_value(&literal, sql_oid(column), -1) {

@@ -2,12 +2,13 @@
 
 use std::ffi::{CStr, CString};
 
+use llm_batch_core::vector;
 use pgrx::pg_sys;
 
 use crate::catalog;
 use crate::checks::Refused;
 use crate::error::{Result, is_passing};
-use crate::job::target::Target;
+use crate::job::target::{Cast, Target};
 use crate::{sql, txn};
 
 /// A column as values are converted for it.
@@ -21,11 +22,12 @@ pub struct Column {
     of: String,
     /// The statement that makes of a text what is assigned to it.
     convert: String,
+    is_of_vectors: bool,
 }
 
 impl Column {
     /// As it is now, on the main thread inside a transaction.
-    pub fn new(relation: pg_sys::Oid, target: &Target, has_names: bool, cast: &str) -> Self {
+    pub fn new(relation: pg_sys::Oid, target: &Target, has_names: bool, cast: &Cast) -> Self {
         // SAFETY: catalog lookups on the main thread inside a transaction; the name is a C string, which is copied.
         let (typmod, of) = unsafe {
             let (mut of, mut typmod, mut collation) = (pg_sys::InvalidOid, -1, pg_sys::InvalidOid);
@@ -34,8 +36,8 @@ impl Column {
             (typmod, CStr::from_ptr(name).to_string_lossy().into_owned())
         };
         let field = target.field.clone().filter(|_| has_names);
-        let convert = format!("SELECT (($1){cast})::pg_catalog.text");
-        Self { field, type_oid: target.type_oid, typmod, of, convert }
+        let convert = format!("SELECT ({})::pg_catalog.text", cast.of("$1"));
+        Self { field, type_oid: target.type_oid, typmod, of, convert, is_of_vectors: cast.is_of_vectors }
     }
 
     /// Converts a value as its assignment does; raises what that raises.
@@ -55,7 +57,11 @@ pub fn unfit(columns: &[Column], values: &[Option<String>]) -> Result<Option<Ref
         match column.take(value) {
             Ok(()) => {}
             Err(e) if is_passing(e.code) => return Err(e),
-            Err(e) => return Ok(Some(Refused::bad_value(column.field.as_deref(), value, &column.of, &e))),
+            Err(e) => {
+                let decimals = column.is_of_vectors.then(|| vector::to_json(value)).flatten();
+                let value = decimals.as_deref().unwrap_or(value);
+                return Ok(Some(Refused::bad_value(column.field.as_deref(), value, &column.of, &e)));
+            }
         }
     }
     Ok(None)

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::isolation::digest_sql;
 use crate::job::fit;
 use crate::job::store::Job;
-use crate::job::target::Target;
+use crate::job::target::{Cast, Target};
 use crate::process::{current_user, my_database};
 use crate::sql::name;
 use crate::task::Asked;
@@ -272,7 +272,7 @@ impl Rows {
 impl Plan {
     /// The statements for the table as it is named now; `casts` of the targets' values, texts cut to `most_text`
     /// characters.
-    pub fn new(job: &Job, table: &Table, casts: &[String], asked: &Asked) -> Self {
+    pub fn new(job: &Job, table: &Table, casts: &[Cast], asked: &Asked) -> Self {
         let task = &asked.stream.task;
         let most_text = most_text(asked.stream.model.max_request_tokens);
         let Table { full, bare, is_partitioned, has_triggers } = table;
@@ -290,8 +290,7 @@ impl Plan {
             bare,
         };
         let spec = &task.spec;
-        let column =
-            |(target, cast): (&Target, &String)| fit::Column::new(job.relation, target, spec.has_names(), cast);
+        let column = |(target, cast): (&Target, &Cast)| fit::Column::new(job.relation, target, spec.has_names(), cast);
         Self {
             most_text,
             targets: job.targets.len(),
@@ -382,7 +381,7 @@ impl Parts<'_> {
 
     /// One statement, and so one transaction id: a row that is locked under one and updated under another has a multixact
     /// made for it.
-    fn write(&self, casts: &[String]) -> String {
+    fn write(&self, casts: &[Cast]) -> String {
         let Self { targets, hash, bare, rows: Rows { from, .. }, .. } = self;
         let each = |f: &dyn Fn(usize, &String) -> String, separator: &str| {
             targets.iter().enumerate().map(|(i, target)| f(i, target)).collect::<Vec<_>>().join(separator)
@@ -393,7 +392,8 @@ impl Parts<'_> {
             let (column, cast) = (self.job.targets.get(i), casts.get(i));
             let column = name(column.map_or("", |t| t.name.as_str()));
             // A value that somebody has written meanwhile stays; so does NULL where there is no value.
-            format!("{column} = COALESCE({target}, \"llm_batch v{i}\"{})", cast.map_or("", String::as_str))
+            let value = format!("\"llm_batch v{i}\"");
+            format!("{column} = COALESCE({target}, {})", cast.map_or_else(|| value.clone(), |cast| cast.of(&value)))
         };
         let mut arrays = each(&|i, _| format!(", pg_catalog.unnest({}::pg_catalog.text[])", self.parameter(3 + i)), "");
         let mut assignments = each(&value, ", ");

@@ -238,6 +238,11 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
                 changed.push((*position, answer.attempts));
             } else {
                 let written = tried.written.get(position).copied();
+                if written == Some(false) && matches!(answer.verdict, Verdict::Answer(_)) {
+                    // Only labels are asked for by name. Others may be large.
+                    let label = answer.values.as_ref().filter(|_| plan.has_labels).and_then(|values| values.first());
+                    settled.written.insert(label.cloned().flatten().unwrap_or_default());
+                }
                 if note(answer, written, tried.missing.contains(position), settled, &mut listed) {
                     nulls.push(*position);
                 }
@@ -316,7 +321,6 @@ fn note(
         (Verdict::Answer(_), Some(false)) => {
             settled.done += 1;
             settled.reused += i64::from(answer.reused);
-            settled.written.insert(values.first().cloned().flatten().unwrap_or_default());
             return values.contains(&None);
         }
         (Verdict::Answer(_), None) if !is_missing => {

@@ -1,6 +1,7 @@
 //! The columns that a job fills: which field of an answer goes into each, and in which form.
 
 use llm_batch_core::task::{Answer, Column as Field, Spec, array_literal};
+use llm_batch_core::vector;
 use pgrx::prelude::*;
 
 use crate::catalog::{self, Column, is_json};
@@ -23,8 +24,10 @@ pub struct Target {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Form {
     Plain,
+    Text,
     Json,
     Array,
+    ArrayOfText,
 }
 
 impl Form {
@@ -37,7 +40,35 @@ impl Form {
         if is_json(type_oid) {
             return Self::Json;
         }
-        if element(type_oid).is_some() { Self::Array } else { Self::Plain }
+        // SAFETY: as above.
+        let is_text = |of| is_text(unsafe { pg_sys::getBaseType(of) });
+        match element(type_oid) {
+            Some(of) if is_text(of) => Self::ArrayOfText,
+            Some(_) => Self::Array,
+            None if is_text(type_oid) => Self::Text,
+            None => Self::Plain,
+        }
+    }
+
+    fn is_array(self) -> bool {
+        matches!(self, Self::Array | Self::ArrayOfText)
+    }
+}
+
+/// The conversion of values, which are texts, to what is assigned to a column.
+#[derive(Debug, Clone)]
+pub struct Cast {
+    /// They are vectors in base64: no text of numbers is written and read for a row.
+    pub is_of_vectors: bool,
+    /// The types, one after the other.
+    types: String,
+}
+
+impl Cast {
+    /// The conversion of an expression.
+    pub fn of(&self, value: &str) -> String {
+        let Self { is_of_vectors, types } = self;
+        if *is_of_vectors { format!("llm_batch.vector_numbers({value}){types}") } else { format!("({value}){types}") }
     }
 }
 
@@ -54,9 +85,16 @@ impl Target {
         let (field, text) = (fields.get(at)?, answer.0.get(at)?.as_deref()?);
         match self.form {
             Form::Json => Some(field.json(Some(text))),
-            Form::Array if field.is_array => array_literal(text),
+            _ if self.takes_vectors(spec) => vector::from_json(text),
+            _ if spec.embeds().is_some() && self.form == Form::Text => Some(field.json(Some(text))),
+            form if form.is_array() && field.is_array => array_literal(text),
             _ => Some(text.to_owned()),
         }
+    }
+
+    /// Returns true if its values are vectors that are converted from their bytes. In a text they are read as decimals.
+    fn takes_vectors(&self, spec: &Spec) -> bool {
+        spec.embeds().is_some() && matches!(self.form, Form::Plain | Form::Array)
     }
 
     /// The field of a task that fills the column; an error if the task has none of this name, or not any more.
@@ -124,7 +162,7 @@ pub fn check(column: &Column, field: Option<&str>, spec: &Spec) -> Result<()> {
             .hint("Give the column, or the embedder, the dimensions of the other."));
     }
     let Some(labels) = &field.values else { return Ok(()) };
-    if field.is_array && target.form != Form::Array {
+    if field.is_array && !target.form.is_array() {
         return Ok(());
     }
     let mut one = column.clone();
@@ -136,7 +174,7 @@ pub fn check(column: &Column, field: Option<&str>, spec: &Spec) -> Result<()> {
 
 /// The casts of values: of each column the type of the task's field, if values are read as such first, and the column's,
 /// as the statements may write them. Values that do not fit are refused.
-pub fn casts(targets: &[Target], spec: &Spec) -> Result<Vec<String>> {
+pub fn casts(targets: &[Target], spec: &Spec) -> Result<Vec<Cast>> {
     // SAFETY: a catalog lookup on the main thread inside a transaction.
     let bases: Vec<pg_sys::Oid> = targets.iter().map(|t| unsafe { pg_sys::getBaseType(t.type_oid) }).collect();
     // With nothing but pg_catalog in the path every other type is written with its schema. Without a modifier an
@@ -148,7 +186,8 @@ pub fn casts(targets: &[Target], spec: &Spec) -> Result<Vec<String>> {
         |r| r.get::<String>(1),
     )?;
     let cast = |(target, name): (&Target, String)| {
-        Ok(through(target, spec)?.map_or_else(|| format!("::{name}"), |field| format!("::{field}::{name}")))
+        let types = through(target, spec)?.map_or_else(|| format!("::{name}"), |field| format!("::{field}::{name}"));
+        Ok(Cast { is_of_vectors: target.takes_vectors(spec), types })
     };
     targets.iter().zip(names).map(cast).collect()
 }
@@ -183,7 +222,7 @@ fn through(target: &Target, spec: &Spec) -> Result<Option<String>> {
     if spec.embeds().is_some() && is_vector(base) {
         return Ok(None);
     }
-    let to = match (field.is_array, target.form == Form::Array) {
+    let to = match (field.is_array, target.form.is_array()) {
         (true, true) => element(base).unwrap_or(base),
         (false, is_array) if !is_array || field.values.is_some() => base,
         _ => return Err(misfit(&of)),

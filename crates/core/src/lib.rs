@@ -28,6 +28,7 @@ pub mod thinking;
 pub mod thought;
 pub mod trouble;
 pub mod url;
+pub mod vector;
 
 pub use error::Error;
 

@@ -80,7 +80,7 @@ pub enum OnError {
 /// The options of a task, complete.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
-    /// Most rows in one request, 1 to 500.
+    /// Most rows in one request, 1 to 500; of an embedder to 2,048.
     pub max_rows_per_request: u32,
     /// Completed requests without a valid answer until a row is given up, 1 to 10.
     pub max_attempts: u32,
@@ -120,6 +120,10 @@ impl Default for Options {
         }
     }
 }
+
+/// Most rows of a request: their numbers have three digits. An embedder's texts have none.
+const MOST_ROWS: u32 = 500;
+const MOST_TEXTS: u32 = 2_048;
 
 /// The keys of a task's options.
 pub const KEYS: &str = "max_rows_per_request, max_attempts, priority, ask_by, structured_output, codes, answer_shape, \
@@ -162,10 +166,18 @@ impl Options {
         self
     }
 
+    /// Refuses more rows in a request than a task may have that is not an embedder's.
+    ///
+    /// # Errors
+    /// If they are more.
+    pub(crate) fn check_rows(&self) -> Result<(), Error> {
+        number("max_rows_per_request", &self.max_rows_per_request.into(), 1, MOST_ROWS).map(|_| ())
+    }
+
     fn apply(&mut self, map: &Map<String, Value>) -> Result<(), Error> {
         for (key, value) in map {
             match key.as_str() {
-                "max_rows_per_request" => self.max_rows_per_request = number(key, value, 1, 500)?,
+                "max_rows_per_request" => self.max_rows_per_request = number(key, value, 1, MOST_TEXTS)?,
                 "max_attempts" => self.max_attempts = number(key, value, 1, 10)?,
                 "priority" => self.priority = number(key, value, 1, 100)?,
                 "ask_by" => self.ask_by = word(key, value, "chat, decisions")?,

@@ -334,11 +334,19 @@ impl Group {
     }
 
     /// The next rows to send in one request of at most `tokens` (prompt and answer), by our count of tokens, asked in this
-    /// way. Never none: a row that does not fit even alone is the caller's to notice.
-    pub fn next(&mut self, now: u64, tokens: usize, way: Way, lane: &LaneKey, turn_of: Turn) -> Next {
+    /// way. `number`: bytes of each number of a vector in an answer. Never none: a row that does not fit even alone is the
+    /// caller's to notice.
+    pub fn next(
+        &mut self,
+        now: u64,
+        (tokens, number): (usize, Option<f64>),
+        way: Way,
+        lane: &LaneKey,
+        turn_of: Turn,
+    ) -> Next {
         let Some((_, member)) = self.member(lane) else { return Next::Empty };
         let most = way.rows(member.size.rows());
-        let most_texts = member.stream.embeddings().map(|(embed, e)| embed.most_rows().min(e.most_texts()));
+        let most_texts = member.stream.embeddings().map(|(embed, e)| embed.most_rows(number).min(e.most_texts()));
         let choices = self.kind.choices().zip(member.stream.decisions());
         let most_questions = choices.map(|(choices, d)| decisions::most_rows(choices).min(d.most_questions()));
         let most_inputs = member.stream.limits().most_inputs().map(|n| n as usize);
@@ -462,7 +470,7 @@ mod tests {
 
     fn next(g: &mut Group, now: u64, tokens: usize) -> Next {
         let lane = g.members[0].lane.clone();
-        g.next(now, tokens, Way::AsEver, &lane, Turn::ALONE)
+        g.next(now, (tokens, None), Way::AsEver, &lane, Turn::ALONE)
     }
 
     fn rows(next: Next) -> Vec<Row> {

@@ -14,7 +14,7 @@ use crate::cache::TextKey;
 use crate::group::Group;
 use crate::kept::KeptLane;
 use crate::key::GroupId;
-use crate::protocol::Words;
+use crate::protocol::{Stream, Words};
 use crate::sizes::{ENOUGH_ANSWERS, Sizes};
 use crate::standing::Standings;
 
@@ -112,6 +112,8 @@ pub struct Measured {
     pub thinking: Thinking,
     /// The sizes of this task's answers. In a lane: those of the task that was answered last.
     pub sizes: Sizes,
+    /// Bytes of an answer for each number of its vectors, if the last request for some was answered.
+    pub number: Option<f64>,
 }
 
 impl Measured {
@@ -125,6 +127,12 @@ impl Measured {
     pub fn usual_answer(&self, mean: f64) -> u64 {
         let (means, actual) = self.sizes.means;
         (if means > 0.0 { mean * actual / means } else { mean }).round() as u64 + self.thinking.usual()
+    }
+
+    /// Bytes of each number of a vector in the next answer, where that was measured: other encodings are asked for in turn
+    /// where a server refuses base64.
+    pub fn number(&self, learned: Learned, stream: &Stream) -> Option<f64> {
+        self.number.filter(|_| learned.form(&stream.task.options) == Form::Object)
     }
 
     /// Tokens of an answer at most, as answers have been so far, without what is thought before; by our count they are so

@@ -67,6 +67,8 @@ pub struct Answered {
     pub result: Result<Reply, Report>,
     /// The provider's report of its limits.
     pub said: Reported,
+    /// Bytes of its answer.
+    pub bytes: usize,
     /// It broke off after it was sent: it may have been charged or not.
     pub is_unsure: bool,
     /// A 2xx has begun: the model was asked, and most likely paid for.
@@ -82,7 +84,8 @@ impl Answered {
     pub fn broke_off(message: String, is_unsure: bool) -> Self {
         let report = Report::new(Trouble::Overload(None), trouble::one_line(&message));
         let result = Err(report);
-        Self { result, said: Reported::default(), is_unsure, has_begun: false, has_no_place: false, connection: None }
+        let said = Reported::default();
+        Self { result, said, bytes: 0, is_unsure, has_begun: false, has_no_place: false, connection: None }
     }
 
     /// The outcome of a request that was refused in words that may be its rows', by that of one without rows.
@@ -270,6 +273,7 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
     // Providers quote keys in what they say. What they say is read first (JSON may hide a key behind escapes) and cut
     // to size last (a key cut in two is not found).
     let key = endpoint.api_key.as_ref().map_or("", |k| &k.0);
+    let bytes = answer.bytes.len();
     let result = match encoding {
         // Nothing was asked for that needs to be unpacked, and what is small may unpack to anything.
         Some(encoding) if status.is_success() => {
@@ -301,7 +305,7 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
         status.is_success() || matches!(status.as_u16(), 408 | 502 | 504) || report.trouble == Trouble::Filtered
     };
     let is_unsure = result.as_ref().is_err_and(may_be_charged);
-    Answered { is_unsure, result, said, has_begun: false, has_no_place: false, connection: Some(connection) }
+    Answered { is_unsure, result, said, bytes, has_begun: false, has_no_place: false, connection: Some(connection) }
 }
 
 /// The usual end of a base URL's path, if the endpoint's has another.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use llm_batch_core::dialect::{Api, Counts};
 use llm_batch_core::options::{AnswerShape, StructuredOutput};
 use llm_batch_core::task::Spec;
+use llm_batch_core::vector;
 use llm_batch_gateway::protocol::*;
 use llm_fake_provider::{Config, Fault, Latency, Reserve, embedding};
 use serde_json::json;
@@ -104,7 +105,7 @@ fn vectors_are_right(client: &mut Client, rows: u64, api: Api, what: &str) -> Sp
     let (got, spent) = client.answers(rows as usize);
     for (n, outcome) in &got {
         let Verdict::Answer(answer) = &outcome.verdict else { panic!("{what}: row {n}: {outcome:?}") };
-        let found: Vec<f32> = serde_json::from_str(answer.0[0].as_deref().unwrap()).unwrap();
+        let found = vector::decode(answer.0[0].as_deref().unwrap()).unwrap();
         let mut wanted = embedding(&text(*n), DIMENSIONS);
         // Gemini's are made as long as those of whole vectors.
         if api.name() == "gemini" {

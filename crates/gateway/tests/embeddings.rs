@@ -6,6 +6,7 @@ mod support;
 use std::collections::BTreeMap;
 
 use llm_batch_core::task::Spec;
+use llm_batch_core::vector;
 use llm_batch_gateway::protocol::*;
 use llm_fake_provider::{Config, FakeProvider, Fault, embedding};
 use serde_json::json;
@@ -34,8 +35,7 @@ fn ask(provider: &FakeProvider, change: impl Fn(&mut Stream)) -> (BTreeMap<u64, 
 fn check(got: &BTreeMap<u64, Verdict>) {
     assert_eq!(got.len() as u64, ROWS);
     for (n, verdict) in got {
-        let vector = serde_json::to_string(&embedding(&text(*n), DIMENSIONS)).unwrap();
-        assert_eq!(*verdict, label(&vector), "row {n}");
+        assert_eq!(*verdict, label(&vector::encode(&embedding(&text(*n), DIMENSIONS))), "row {n}");
     }
 }
 

@@ -4,7 +4,10 @@ use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use llm_batch_gateway::protocol::{self, FromGateway, Item, Spent, Stop, StopReason, Stream, ToGateway, Verdict};
+use llm_batch_core::vector;
+use llm_batch_gateway::protocol::{
+    self, FromGateway, Item, MAX_FRAME, MAX_OUTSTANDING_ITEMS, Spent, Stop, StopReason, Stream, ToGateway, Verdict,
+};
 use pgrx::{PgSqlErrorCode, pg_sys};
 
 use super::rights::Rights;
@@ -34,6 +37,8 @@ const GATHER: Duration = Duration::from_millis(50);
 const GATHER_ENOUGH: Duration = Duration::from_secs(1);
 const ENOUGH: usize = 128;
 const ENOUGH_OF: usize = 8;
+/// Bytes of vectors that the gateway may have for this process: half of what it keeps for a client that does not read.
+const MOST_UNREAD: usize = MAX_FRAME;
 /// Rows that others hold locked, above which no more are claimed.
 const MOST_LOCKED: usize = 1_000;
 
@@ -111,7 +116,7 @@ impl Worker {
             && self.waiting.is_empty()
             // Answers are there only where they could not be written.
             && (self.answers.is_empty() || self.lacks_others())
-            && self.outstanding.len() < self.window().div_ceil(2)
+            && self.outstanding.len() < self.enough()
             && self.locked.len() < MOST_LOCKED
             && (!is_new_pass || (self.outstanding.is_empty() && self.answers.is_empty() && self.locked.is_empty()))
     }
@@ -122,13 +127,21 @@ impl Worker {
         let window = match self.job.starts {
             // Enough to tell whether it is a row's fault.
             _ if self.job.was_unwritable || self.lacks_others() => FEW,
-            ..=2 => WINDOW_ROWS,
+            ..=2 => window_of(&self.asked.stream),
             3 => 200,
             4 => 20,
             5 => 3,
             _ => 1,
         };
         window.min(self.doubted_window())
+    }
+
+    /// Rows with the gateway for which no page is claimed. Texts for vectors are claimed as soon as a page has room: two
+    /// requests of them may take all that the gateway may have.
+    fn enough(&self) -> usize {
+        let window = self.window();
+        let page = self.asked.stream.task.spec.embeds().map_or(window, |_| self.page_size as usize);
+        window.div_ceil(2).max(window.saturating_sub(page))
     }
 
     /// Returns true if a row may be handed over now.
@@ -440,6 +453,15 @@ impl Worker {
             StopReason::NotFound | StopReason::Rejected => Outcome::Failed(text),
         }
     }
+}
+
+/// Rows that may be with the gateway. Of an embedder's these are two full requests, but no more than whose vectors may
+/// wait for this process to read them.
+fn window_of(stream: &Stream) -> usize {
+    let Some(embed) = stream.task.spec.embeds() else { return WINDOW_ROWS };
+    let two = 2 * stream.task.options.max_rows_per_request as usize;
+    let unread = MOST_UNREAD / vector::bytes(embed.dimensions as usize).max(1);
+    two.clamp(WINDOW_ROWS, MAX_OUTSTANDING_ITEMS).min(unread)
 }
 
 /// A page of so many rows, less what would not fill a request.

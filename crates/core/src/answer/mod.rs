@@ -5,6 +5,7 @@
 
 mod labels;
 mod values;
+mod vectors;
 
 use crate::prompt;
 use crate::task::{Answer, Kind, Unfit};
@@ -30,6 +31,9 @@ pub enum Verdict {
 /// counts only as far as it could not go on to another label. `None` if most of its numbers were not asked: it answers
 /// another request, and what it says of a number that both have is not said of this row.
 pub fn read(text: &str, ids: &[u16], kind: &dyn Kind) -> Option<Vec<Verdict>> {
+    if kind.has_vectors() {
+        return vectors::read(text, ids, kind);
+    }
     let text = thinking::spoken(text);
     let Some(legend) = kind.legend() else { return values::read(&text, ids, kind) };
     let answer = |code: &String| {

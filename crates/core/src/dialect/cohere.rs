@@ -4,9 +4,10 @@
 
 use serde_json::{Value, json};
 
-use super::embeddings::{Embeddings, Texts, in_order, reply, vector};
+use super::embeddings::{Embeddings, Texts, in_order, reply};
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, tokens};
 use crate::class::Trouble;
+use crate::vector;
 
 pub(super) struct Cohere;
 
@@ -119,7 +120,7 @@ impl Embeddings for Cohere {
         let vectors = ["base64", "float"].iter().find_map(|name| said["embeddings"][name].as_array());
         let vectors = vectors.map(Vec::as_slice).unwrap_or_default();
         let input = tokens(&said["meta"]["billed_units"]["input_tokens"]);
-        Ok(reply(in_order(vectors.iter().map(vector), texts), input))
+        Ok(reply(in_order(vectors.iter().map(vector::read), texts), input))
     }
 }
 

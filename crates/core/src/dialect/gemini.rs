@@ -6,10 +6,11 @@
 use serde_json::{Map, Value, json};
 
 use super::decisions::{self, Decisions, Questions};
-use super::embeddings::{Embeddings, Texts, in_order, reply, vector};
+use super::embeddings::{Embeddings, Texts, in_order, reply};
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, segment, tokens, without_mark};
 use crate::class::{Parameter, Trouble};
 use crate::task::Members;
+use crate::vector;
 
 pub(super) struct Gemini;
 
@@ -171,7 +172,7 @@ impl Embeddings for Gemini {
     fn reply(&self, body: &[u8], texts: usize) -> Result<Reply, Unread> {
         let said = parsed(body)?;
         let all = said["embeddings"].as_array().map(Vec::as_slice).unwrap_or_default();
-        let vectors = all.iter().map(|one| vector(&one["values"]).map(of_length_one));
+        let vectors = all.iter().map(|one| vector::read(&one["values"]).map(of_length_one));
         Ok(reply(in_order(vectors, texts), tokens(&said["usageMetadata"]["promptTokenCount"])))
     }
 }

@@ -6,9 +6,10 @@
 
 use serde_json::{Value, json};
 
-use super::embeddings::{Embeddings, Texts, in_order, reply, vector};
+use super::embeddings::{Embeddings, Texts, in_order, reply};
 use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, tokens};
 use crate::class::{Parameter, Trouble};
+use crate::vector;
 
 pub(super) struct Ollama;
 
@@ -115,7 +116,7 @@ impl Embeddings for Ollama {
     fn reply(&self, body: &[u8], texts: usize) -> Result<Reply, Unread> {
         let said = parsed(body)?;
         let vectors = said["embeddings"].as_array().map(Vec::as_slice).unwrap_or_default();
-        Ok(reply(in_order(vectors.iter().map(vector), texts), tokens(&said["prompt_eval_count"])))
+        Ok(reply(in_order(vectors.iter().map(vector::read), texts), tokens(&said["prompt_eval_count"])))
     }
 }
 

@@ -117,7 +117,7 @@ mod tests {
         let reply = Embeddings::reply(&Voyage, said.to_string().as_bytes(), 1).unwrap();
         assert_eq!(
             (reply.text.as_str(), reply.usage),
-            ("{\"100\":[0.5,1.0]}", Usage { input: Some(10), output: Some(0) })
+            ("{\"100\":\"AAAAPwAAgD8=\"}", Usage { input: Some(10), output: Some(0) })
         );
     }
 }

@@ -1,4 +1,5 @@
-//! Vectors: a list of numbers for every text, from an endpoint for embeddings.
+//! Vectors: a list of numbers for every text, from an endpoint for embeddings. Their form on the way is that of
+//! [`crate::vector`].
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -6,14 +7,16 @@ use serde_json::{Map, Value, json};
 
 use super::kind::{Answer, Column, Kind, Span, Unfit, only, text, whole};
 use super::value::Type;
-use crate::Error;
+use crate::{Error, vector};
 
 /// Most numbers of a vector: those of the largest models that are known, twice.
 const MOST_DIMENSIONS: u64 = 8_192;
 /// Bytes of the answers of a request, about.
-const MOST_ANSWERS: usize = 3 << 20;
+const MOST_ANSWERS: f64 = (3 << 20) as f64;
 /// Bytes of a number in JSON, as the longest are written.
-const BYTES_PER_NUMBER: usize = 24;
+const BYTES_PER_NUMBER: u64 = 24;
+/// So many numbers take the room of what stands around a vector.
+const AROUND: u32 = 16;
 
 /// An embedder's specification.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,15 +39,22 @@ impl Embed {
         Ok(Self { dimensions, input_type })
     }
 
-    /// Most texts of a request: their vectors are no larger than an answer may be.
-    pub fn most_rows(&self) -> usize {
-        (MOST_ANSWERS / BYTES_PER_NUMBER / (self.dimensions as usize + 16)).max(1)
+    /// Most texts of a request: their vectors are no larger than an answer may be. `number`: bytes of each of their
+    /// numbers, as the server has written them before.
+    pub fn most_rows(&self, number: Option<f64>) -> usize {
+        let one = number.unwrap_or(BYTES_PER_NUMBER as f64) * f64::from(self.dimensions + AROUND);
+        ((MOST_ANSWERS / one) as usize).max(1)
+    }
+
+    /// Bytes of an answer with the vectors of so many texts, for each of their numbers.
+    pub fn number(&self, bytes: usize, rows: usize) -> f64 {
+        bytes as f64 / rows.max(1) as f64 / f64::from(self.dimensions + AROUND)
     }
 
     /// Most tokens of an answer to so many texts, were it one of a chat.
     pub fn most_answer(rows: usize) -> u64 {
         // Vectors that are too long are read as well: that they are is what the user is told.
-        (MOST_DIMENSIONS * BYTES_PER_NUMBER as u64 / 4).saturating_mul(rows as u64)
+        (MOST_DIMENSIONS * BYTES_PER_NUMBER / 4).saturating_mul(rows as u64)
     }
 
     pub(super) fn columns(&self) -> Vec<Column> {
@@ -78,10 +88,14 @@ impl Kind for Prepared {
         Span { mean: 0.0, planned: 0 }
     }
 
+    fn has_vectors(&self) -> bool {
+        true
+    }
+
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
         let dimensions = self.0.dimensions as usize;
-        let vector: Vec<f32> = serde_json::from_str(value.get())
-            .map_err(|_| Unfit::bad_value("the answer must be a list of finite numbers"))?;
+        let text: &str = serde_json::from_str(value.get()).unwrap_or("none");
+        let vector = vector::decode(text).ok_or_else(|| Unfit::bad_value("the answer must be a list of numbers"))?;
         if vector.len() != dimensions {
             return Err(Unfit::bad_value(format!(
                 "the answer must be a vector of {dimensions} dimensions, not {}",
@@ -91,8 +105,7 @@ impl Kind for Prepared {
         if vector.iter().any(|n| !n.is_finite()) || vector.iter().all(|n| *n == 0.0) {
             return Err(Unfit::bad_value("the answer must be a vector of finite numbers that are not all zero"));
         }
-        // The numbers as they stand are what the dialects have written.
-        Ok(Answer(vec![Some(value.get().to_owned())]))
+        Ok(Answer(vec![Some(text.to_owned())]))
     }
 }
 
@@ -101,7 +114,6 @@ mod tests {
     use super::*;
     use crate::options::Options;
     use crate::task::Spec;
-    use proptest::prelude::*;
 
     fn read(dimensions: u32, json: &str) -> Option<String> {
         let kind = Spec::from_json("embed", &json!({"dimensions": dimensions})).unwrap();
@@ -112,10 +124,25 @@ mod tests {
 
     #[test]
     fn a_vector_has_its_length_and_is_finite_and_not_zero() {
-        assert_eq!(read(2, "[0.5,-1.0]").as_deref(), Some("[0.5,-1.0]"));
-        for bad in ["[0.5]", "[1,2,3]", "[0,0]", "[0,-0.0]", "[1,1e39]", "[1,null]", "null", "\"[1,2]\"", "[\"1\",2]"] {
+        let of = |numbers: &[f32]| Value::from(vector::encode(numbers)).to_string();
+        assert_eq!(read(2, &of(&[0.5, -1.0])), Some(vector::encode(&[0.5, -1.0])));
+        for bad in
+            [&[0.5][..], &[1.0, 2.0, 3.0], &[0.0, 0.0], &[0.0, -0.0], &[1.0, f32::INFINITY], &[f32::NAN, 1.0], &[]]
+        {
+            assert_eq!(read(2, &of(bad)), None, "{bad:?}");
+        }
+        for bad in ["[0.5,-1.0]", "null", "\"[1,2]\"", "\"none\"", "1", "\"AACAPwAAAMA\\u003d\""] {
             assert_eq!(read(2, bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn a_request_has_as_many_texts_as_the_vectors_of_its_server_allow() {
+        let of = |dimensions: u32| Embed { dimensions, input_type: None };
+        assert_eq!([384, 1_536, 8_192].map(|n| of(n).most_rows(None)), [327, 84, 15]);
+        // An answer in base64.
+        let number = of(384).number(327 * (vector::bytes(384) + 60), 327);
+        assert_eq!([256, 384, 1_536].map(|n| of(n).most_rows(Some(number))), [2_194, 1_492, 384]);
     }
 
     #[test]
@@ -129,15 +156,6 @@ mod tests {
             json!({"dimensions": 3, "instruction": "x"}),
         ] {
             assert!(Spec::from_json("embed", &bad).is_err(), "{bad}");
-        }
-    }
-
-    proptest! {
-        /// A vector is read as it was written, to the last bit.
-        #[test]
-        fn numbers_stay_what_they_are(vector in proptest::collection::vec(proptest::num::f32::NORMAL, 1..20)) {
-            let text = read(vector.len() as u32, &serde_json::to_string(&vector).unwrap()).unwrap();
-            prop_assert_eq!(serde_json::from_str::<Vec<f32>>(&text).unwrap(), vector);
         }
     }
 }

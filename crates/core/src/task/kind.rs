@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 use super::value::Type;
 use crate::Error;
 use crate::codes::Legend;
-use crate::trouble;
+use crate::{trouble, vector};
 
 /// A column of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,13 +30,14 @@ impl Column {
     pub fn json(&self, text: Option<&str>) -> String {
         match text {
             None => "null".to_owned(),
-            Some(text) if self.is_array || self.of.is_json() => text.to_owned(),
+            Some(text) if self.is_array => vector::to_json(text).unwrap_or_else(|| "null".to_owned()),
+            Some(text) if self.of.is_json() => text.to_owned(),
             Some(text) => Value::from(text).to_string(),
         }
     }
 }
 
-/// The answer of one row: a text for each column, `None` is NULL. Lists are texts of JSON.
+/// The answer of one row: a text for each column, `None` is NULL. Lists are texts of JSON, or vectors ([`vector`]).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer(pub Vec<Option<String>>);
 
@@ -116,6 +117,10 @@ pub trait Kind: fmt::Debug + Send + Sync {
     /// The labels that a row's answer is chosen from, if that is decided and not written.
     fn choices(&self) -> Option<&[String]> {
         None
+    }
+    /// Returns true if an answer is a vector, in a form of ours alone.
+    fn has_vectors(&self) -> bool {
+        false
     }
     /// The codes, if an answer is one of them: then answers of other forms can be read too.
     fn legend(&self) -> Option<&Legend> {

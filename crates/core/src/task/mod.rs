@@ -54,8 +54,11 @@ impl Task {
     /// Refuses options that its kind cannot be asked with.
     ///
     /// # Errors
-    /// If it is no choice among labels and is to be decided.
+    /// If it is no choice among labels and is to be decided, or is to be asked about more rows in a request than it can be.
     pub fn check(&self) -> Result<(), Error> {
+        if self.service() != Service::Embeddings {
+            self.options.check_rows()?;
+        }
         if self.options.ask_by == AskBy::Chat || self.service() == Service::Decisions {
             return Ok(());
         }

@@ -7,6 +7,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
+use crate::vector;
+
 /// The types of values, by the names of Postgres.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -283,8 +285,9 @@ fn is_clock(text: &str) -> bool {
         && fraction.bytes().all(|b| b.is_ascii_digit())
 }
 
-/// A list in JSON as an array of Postgres. `None` if it is no list.
-pub fn array_literal(json: &str) -> Option<String> {
+/// A list in JSON, or a vector, as an array of Postgres. `None` if it is neither.
+pub fn array_literal(value: &str) -> Option<String> {
+    let json: &str = &vector::to_json(value)?;
     // Numbers alone are written the same way, and vectors have many.
     let bare = json.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
     if let Some(numbers) = bare.filter(|n| n.bytes().all(|b| b.is_ascii_digit() || b"+-.eE,".contains(&b))) {

@@ -1,5 +1,6 @@
 //! Answers with a 2xx: what they say of rows, and rows to ask again.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
@@ -65,7 +66,7 @@ struct Seen<'a> {
 
 impl<'a> Seen<'a> {
     fn new(reply: &'a Reply, read: &[Read], asked: Asked, kind: &dyn Kind) -> Self {
-        let spoken = thinking::spoken(&reply.text);
+        let spoken = if kind.has_vectors() { Cow::Borrowed("") } else { thinking::spoken(&reply.text) };
         let answers = read.iter().filter(|v| matches!(v, Read::Answer(_))).count();
         let refused = read.iter().filter(|v| **v == Read::Refused).count();
         let is_cut = reply.finish == Finish::Length;
@@ -83,6 +84,7 @@ impl<'a> Seen<'a> {
             Some(output) => thought::thought(output, reply.thought, &spoken, tokens::count),
         };
         let is_thought = reply.finish == Finish::Complete
+            && !kind.has_vectors()
             && spoken.trim().is_empty()
             && (reply.has_reasoning || !reply.text.trim().is_empty());
         Self {
@@ -138,6 +140,9 @@ impl State {
                     let took = reply.usage.or(Tokens { input: request.asked.estimate.input / 2, output: 0 });
                     let took = Tokens { input: took.input.saturating_sub(reply.cached_input), ..took };
                     lane.serves(now, &answered.said, took);
+                } else {
+                    // Its vectors may have been more than an answer may have.
+                    lane.measured.number = None;
                 }
                 let trouble = answered.result.as_ref().err().map(|report| &report.trouble);
                 if !matches!(trouble, Some(Trouble::Overload(_))) {
@@ -214,6 +219,9 @@ impl State {
         let (is_well, is_proven) = (standing.is_well(), standing.patience.has_answered());
         let Some(stream) = group.member(&lane_key).map(|(_, member)| Rc::clone(&member.stream)) else { return };
         let is_prose = learn(now, &lane_key, (lane, group), &rows, asked, &seen, in_flight);
+        if let Some(embed) = stream.task.spec.embeds().filter(|_| seen.answers > 0) {
+            lane.measured.number = Some(embed.number(came.bytes, seen.answers));
+        }
         let Endpoint { api, counts, .. } = &stream.endpoint;
         let reserved = counts.settle(asked.reserved, reply.counted(*api, asked.estimate));
         lane.limiter.settle(grant, reserved, left(&came.said));

@@ -30,8 +30,8 @@ impl State {
             let key = if reuse { self.keys.of(compartment, &item.text) } else { i as u128 };
             group.push(0, conn, (item, line), compartment, key);
         }
-        let tokens = rows_of(learned, measured, largest) as usize;
-        while let Next::Rows(rows) = group.next(u64::MAX / 2, tokens, Way::AsEver, &member.lane, Turn::ALONE) {
+        let most = (rows_of(learned, measured, largest) as usize, measured.number(learned, &member.stream));
+        while let Next::Rows(rows) = group.next(u64::MAX / 2, most, Way::AsEver, &member.lane, Turn::ALONE) {
             let draft = Draft::new(&self.numbers, (learned, measured), (&group, &member.stream), &rows, largest);
             sum.rows += rows.len() as u64;
             sum.requests += 1;

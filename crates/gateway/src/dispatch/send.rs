@@ -420,7 +420,8 @@ impl State {
                 largest_answer,
             };
             let tokens = terms.counted(rows_of(learned, *measured, largest));
-            let mut rows = match group.next(now, tokens, way, key, turn_of) {
+            let number = measured.number(learned, &stream);
+            let mut rows = match group.next(now, (tokens, number), way, key, turn_of) {
                 Next::Rows(rows) => rows,
                 Next::Until(at) => {
                     later(at);
@@ -483,7 +484,9 @@ impl State {
         lane.last_request = self.next_id;
         lane.requests_total += 1;
         lane.rows_total += rows.len() as u64;
-        self.numbers.used(&draft.ids);
+        if asked.service != Service::Embeddings {
+            self.numbers.used(&draft.ids);
+        }
         let request = InFlight {
             id: self.next_id,
             lane: key.clone(),

@@ -4,8 +4,9 @@
 
 use serde_json::Value;
 
-use super::super::embeddings::{Embeddings, Texts, answers, reply, vector};
+use super::super::embeddings::{Embeddings, Texts, answers, reply};
 use super::super::{Reply, Unread, parsed, tokens};
+use crate::vector;
 
 /// Dialects that speak as OpenAI does differ in the address alone.
 pub(in super::super) struct OpenaiEmbeddings;
@@ -37,7 +38,7 @@ impl Embeddings for OpenaiEmbeddings {
         let json = parsed(body)?;
         let data = json["data"].as_array().map(Vec::as_slice).unwrap_or_default();
         // A vector without the index of its text belongs to none.
-        let vectors = data.iter().filter_map(|one| Some((one["index"].as_u64()?, vector(&one["embedding"]))));
+        let vectors = data.iter().filter_map(|one| Some((one["index"].as_u64()?, vector::read(&one["embedding"]))));
         let usage = &json["usage"];
         let input = tokens(&usage["prompt_tokens"]).filter(|n| *n > 0).or_else(|| tokens(&usage["total_tokens"]));
         Ok(reply(answers(vectors), input))
@@ -64,7 +65,7 @@ mod tests {
             "usage": {"prompt_tokens": 7, "total_tokens": 7},
         });
         let reply = OpenaiEmbeddings.reply(body.to_string().as_bytes(), 2).unwrap();
-        assert_eq!(reply.text, "{\"100\":[1.0,-2.0],\"101\":[0.5,1.0]}");
+        assert_eq!(reply.text, "{\"100\":\"AACAPwAAAMA=\",\"101\":\"AAAAPwAAgD8=\"}");
         assert_eq!(reply.usage, Usage { input: Some(7), output: Some(0) });
         assert!(OpenaiEmbeddings.reply(b"{\"error\":{\"message\":\"no\"}}", 2).is_err());
         assert!(OpenaiEmbeddings.reply(b"<html>", 2).is_err());
