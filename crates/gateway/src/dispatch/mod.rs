@@ -20,6 +20,8 @@ mod send;
 #[cfg(test)]
 mod tests;
 mod troubles;
+#[cfg(test)]
+mod vector_tests;
 
 use std::collections::{BTreeMap, HashMap};
 use std::rc::Rc;
