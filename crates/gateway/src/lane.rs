@@ -166,6 +166,30 @@ impl Measured {
     }
 }
 
+/// The record of a service that a model is asked for.
+#[derive(Debug, Default)]
+pub struct Record {
+    pub measured: Measured,
+    /// The number of answers, and the longest time (ms) that one took of late.
+    slowest: (u32, u64),
+    /// When (ms) a request was last answered with a 2xx.
+    pub last_success: Option<u64>,
+}
+
+impl Record {
+    /// An answer took so long (ms).
+    pub fn took(&mut self, ms: u64) {
+        let (count, slowest) = self.slowest;
+        self.slowest = (count.saturating_add(1), ms.max(slowest - slowest / 256));
+    }
+
+    /// After which time (ms) without an answer another model is asked, if enough answers were seen.
+    pub fn patience(&self) -> Option<u64> {
+        let (count, slowest) = self.slowest;
+        (count >= ENOUGH_TIMES).then(|| slowest.saturating_mul(2).saturating_add(SPARE_TIME))
+    }
+}
+
 /// One account and model.
 #[derive(Debug)]
 pub struct Lane {
@@ -185,9 +209,10 @@ pub struct Lane {
     /// The served rows of the group that went last, among jobs and among sessions.
     pub level: [f64; 2],
     pub learned: Learned,
-    /// Of chats or embeddings, and of decisions: a question has another frame than a line of a chat, and nothing is thought.
-    pub measured: Measured,
-    pub decided: Measured,
+    /// Of chats or embeddings, and of decisions: a question has another frame than a line of a chat, and its answer comes
+    /// sooner.
+    pub chats: Record,
+    pub decisions: Record,
     /// Until when (ms) no larger cap of an answer is tried than is known not to be refused.
     smaller_cap: u64,
     pub standings: Standings,
@@ -205,10 +230,6 @@ pub struct Lane {
     pub refused_at: u64,
     /// Since when (ms) requests without rows are answered, and none with rows.
     pub vouched: Option<u64>,
-    /// The number of answers, and the longest time (ms) that one took of late.
-    slowest: (u32, u64),
-    /// When (ms) a request was last answered with a 2xx.
-    pub last_success: Option<u64>,
     pub requests_total: u64,
     pub rows_total: u64,
     pub rows_reused: u64,
@@ -242,8 +263,8 @@ impl Lane {
                 most_answer_tokens: u64::MAX,
                 most_request_tokens: u64::MAX,
             },
-            measured: Measured::default(),
-            decided: Measured::default(),
+            chats: Record::default(),
+            decisions: Record::default(),
             smaller_cap: 0,
             standings: Standings::default(),
             concurrency: Concurrency::default(),
@@ -255,8 +276,6 @@ impl Lane {
             refused_in_vain: 0,
             refused_at: 0,
             vouched: None,
-            slowest: (0, 0),
-            last_success: None,
             requests_total: 0,
             rows_total: 0,
             rows_reused: 0,
@@ -360,8 +379,8 @@ impl Lane {
         input: u64,
         (cap, least): (u64, u64),
     ) -> bool {
-        let prompt = self.measured.prompt.apply(input);
-        if self.measured.thinking.usual() == 0 || cap <= least {
+        let prompt = self.chats.measured.prompt.apply(input);
+        if self.chats.measured.thinking.usual() == 0 || cap <= least {
             return false;
         }
         match trouble::context_in(message) {
@@ -389,15 +408,20 @@ impl Lane {
         }
     }
 
-    /// The measurements of a service.
-    pub fn measured(&mut self, service: Service) -> &mut Measured {
-        if service == Service::Decisions { &mut self.decided } else { &mut self.measured }
+    /// The record of a service.
+    pub fn record(&self, service: Service) -> &Record {
+        if service == Service::Decisions { &self.decisions } else { &self.chats }
     }
 
-    /// A request was answered with a 2xx.
-    pub fn answers(&mut self, now: u64) {
+    /// The same, to be changed.
+    pub fn record_mut(&mut self, service: Service) -> &mut Record {
+        if service == Service::Decisions { &mut self.decisions } else { &mut self.chats }
+    }
+
+    /// A request for a service was answered with a 2xx.
+    pub fn answers(&mut self, now: u64, service: Service) {
         (self.refusals, self.refused_in_vain) = (0, 0);
-        self.last_success = Some(now);
+        self.record_mut(service).last_success = Some(now);
     }
 
     /// A request failed that was sent at `sent` (ms), for a role. `is_own`: that says nothing of other requests.
@@ -429,18 +453,6 @@ impl Lane {
         {
             self.concurrency.troubled(sent, now);
         }
-    }
-
-    /// An answer took so long (ms).
-    pub fn took(&mut self, ms: u64) {
-        let (count, slowest) = self.slowest;
-        self.slowest = (count.saturating_add(1), ms.max(slowest - slowest / 256));
-    }
-
-    /// After which time (ms) without an answer another model is asked, if enough answers were seen.
-    pub fn patience(&self) -> Option<u64> {
-        let (count, slowest) = self.slowest;
-        (count >= ENOUGH_TIMES).then(|| slowest.saturating_mul(2).saturating_add(SPARE_TIME))
     }
 
     /// Most requests that may be under way now.

@@ -212,7 +212,7 @@ impl State {
         let InFlight { lane: lane_key, group: group_id, rows, asked, grant, .. } = request;
         let Some((lane, group)) = self.lanes.get_mut(&lane_key).zip(self.groups.get_mut(group_id)) else { return };
         let seen = Seen::new(reply, &read, asked, &*group.kind);
-        lane.answers(now);
+        lane.answers(now, asked.service);
         let standing = lane.standings.of(now, asked.scope);
         standing.accepts();
         standing.is_paid(&rows, seen.answers == 0);
@@ -406,16 +406,16 @@ fn learn(
         lane.learned.observe_end(is_at_cap, asked.worst.output);
     }
     if reply.usage.output.is_some() && (answers > 0 || is_cut) {
-        lane.measured(asked.service).thinking.observe(thought, is_cut && answers == 0);
+        lane.record_mut(asked.service).measured.thinking.observe(thought, is_cut && answers == 0);
     }
     // Without reported usage there is nothing to learn.
     if let Some(usage) = reply.usage.whole() {
-        lane.measured(asked.service).observe(asked.estimate.input, usage.input);
+        lane.record_mut(asked.service).measured.observe(asked.estimate.input, usage.input);
         if !is_cut {
             let sizes = &mut lane.standings.of(now, asked.scope).sizes;
             sizes.observe(asked.estimate.output, group.mean_answer(rows), usage.output.saturating_sub(thought));
             let sizes = *sizes;
-            lane.measured(asked.service).sizes = sizes;
+            lane.record_mut(asked.service).measured.sizes = sizes;
         }
     }
     lane.concurrency.answered(asked.sent, now, reply.usage.or(asked.estimate), in_flight);
@@ -431,10 +431,7 @@ fn learn(
         forms.works(form);
     }
     let took = now.saturating_sub(asked.sent);
-    // Decisions are faster than any chat: their times say nothing of how long one may be silent.
-    if asked.service != Service::Decisions {
-        lane.took(took);
-    }
+    lane.record_mut(asked.service).took(took);
     let is_slow = group.member(lane_key).is_some_and(|(_, m)| took > m.stream.model.request_timeout_ms / SLOW);
     if answers > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
         let missing = if grows { 0 } else { size - answers - refused };

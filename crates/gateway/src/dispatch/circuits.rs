@@ -36,6 +36,7 @@ pub struct Circuits {
 pub struct Probing {
     endpoint: EndpointKey,
     lane: LaneKey,
+    service: Service,
     /// The name of its circuit.
     circuit: String,
     role: u32,
@@ -168,7 +169,9 @@ impl State {
             };
             // If other models take the rows, a silent one is not waited for longer than they are: it may be back
             // meanwhile.
+            let service = stream.task.service();
             let timeout = lane
+                .record(service)
                 .patience()
                 .filter(|_| is_route)
                 .map_or(timeout, |ms| timeout.min(Duration::from_millis(ms.max(LEAST_PATIENCE))));
@@ -178,16 +181,17 @@ impl State {
             let most_tokens = probe::PROBE_READ_TOKENS;
             let (id, ids) = (self.next_id, probe::PROBE_IDS.to_vec());
             launches.push(Launch { id, stream, ids, body, timeout, most_tokens, abandoned: Rc::clone(&abandoned) });
-            let endpoint = key.clone();
-            self.probing.insert(self.next_id, Probing { endpoint, lane: lane_key, circuit: name, role, abandoned });
+            let (endpoint, lane) = (key.clone(), lane_key);
+            let probing = Probing { endpoint, lane, service, circuit: name, role, abandoned };
+            self.probing.insert(self.next_id, probing);
         }
     }
 
     pub(super) fn end_probe(&mut self, now: u64, probing: Probing, answered: Option<Answered>) {
-        let Probing { endpoint: key, lane, circuit: name, role, .. } = probing;
+        let Probing { endpoint: key, lane, service, circuit: name, role, .. } = probing;
         let mut result = answered.filter(|a| !a.has_no_place).map(|a| a.result);
         if let Some(Err(report)) = &mut result
-            && self.lanes.get(&lane).is_some_and(|lane| lane.last_success.is_some())
+            && self.lanes.get(&lane).is_some_and(|lane| lane.record(service).last_success.is_some())
         {
             report.trouble.may_pass();
         }

@@ -19,7 +19,7 @@ impl State {
         let Some(known) = self.groups.get(group_id) else { return sum };
         let Some(member) = known.members.first() else { return sum };
         let Some(lane) = self.lanes.get_mut(&member.lane) else { return sum };
-        let (learned, measured) = (lane.learned, *lane.measured(stream.task.service()));
+        let (learned, measured) = (lane.learned, lane.record(stream.task.service()).measured);
         let mut group = Group::new(stream, &self.keys);
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(member.stream.most_tokens());
         let measured = Measured { sizes: lane.standings.sizes(group.scope).unwrap_or(measured.sizes), ..measured };

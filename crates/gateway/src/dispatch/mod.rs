@@ -18,6 +18,8 @@ mod route_tests;
 mod routes;
 mod send;
 #[cfg(test)]
+mod service_tests;
+#[cfg(test)]
 mod tests;
 mod troubles;
 #[cfg(test)]

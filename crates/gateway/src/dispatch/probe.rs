@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use llm_batch_core::dialect::decisions::Questions;
 use llm_batch_core::dialect::embeddings::{FIRST_NUMBER, Texts};
-use llm_batch_core::dialect::{Ask, Reply, Service};
+use llm_batch_core::dialect::{Ask, Reply};
 use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
 use llm_batch_core::options::{Options, StructuredOutput};
 use llm_batch_core::trouble::{Report, Trouble};
@@ -145,9 +145,7 @@ impl State {
             return Some(Probe::Disabled);
         }
         let lane = self.lanes.get_mut(lane)?;
-        // An answer of a chat does not show that decisions are served.
-        let is_shown = stream.task.service() != Service::Decisions;
-        if is_shown && lane.last_success.is_some_and(|at| at + 60_000 > now) {
+        if lane.record(stream.task.service()).last_success.is_some_and(|at| at + 60_000 > now) {
             return Some(Probe::Alive);
         }
         Some(match request(now, lane, &stream) {
@@ -172,7 +170,7 @@ impl State {
         }
         let Err(report) = result else {
             if let Some(lane) = self.lanes.get_mut(&lane_key) {
-                lane.answers(now);
+                lane.answers(now, stream.task.service());
             }
             return Some(None);
         };

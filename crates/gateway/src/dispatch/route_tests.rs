@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use llm_batch_core::options::AskBy;
 use serde_json::json;
 
-use super::tests::{Heard, connect, said};
+use super::tests::{Heard, connect, right, rows, said};
 use super::*;
 use crate::protocol::{self, Alternative, Policy};
 use crate::request::TIMED_OUT;
@@ -38,6 +39,13 @@ struct Sim {
     sent: BTreeMap<String, Vec<(u64, Vec<u64>)>>,
     stop: Option<Stop>,
     next: u64,
+}
+
+/// The same, whose rows are decided.
+fn deciders(names: &[&str], policy: Policy) -> Stream {
+    let mut stream = models(names, policy);
+    stream.task.options.ask_by = AskBy::Decisions;
+    stream
 }
 
 fn models(names: &[&str], policy: Policy) -> Stream {
@@ -135,27 +143,18 @@ impl Sim {
     }
 
     fn launch(&mut self, launch: Launch, does: &mut impl FnMut(u64, &str, &[u64]) -> Does) {
-        let system = launch.body["messages"][0]["content"].as_str().unwrap_or_default();
-        let user = launch.body["messages"][1]["content"].as_str().unwrap_or_default();
-        let row = |line: &str| {
-            let (id, text) = line.split_once(": \"row ")?;
-            Some((id.to_owned(), text.trim_end_matches('"').parse::<u64>().ok()?))
-        };
-        let (ids, rows): (Vec<String>, Vec<u64>) = user.lines().filter_map(row).unzip();
+        let rows: Vec<u64> = rows(&launch.body).into_iter().map(|(_, row)| row).collect();
         let model = launch.stream.model.model.clone();
         if !rows.is_empty() {
             self.sent.entry(model.clone()).or_default().push((self.now, rows.clone()));
         }
-        let answers: serde_json::Map<_, _> = ids.into_iter().map(|id| (id, json!("a"))).collect();
-        let text = if rows.is_empty() { "ok".to_owned() } else { Value::from(answers).to_string() };
         let (after, answered) = match does(self.now, &model, &rows) {
             Does::Answers(after) => {
-                let usage = json!({
-                    "prompt_tokens": tokens::count(system) + tokens::count(user) + 10,
-                    "completion_tokens": tokens::count(&text),
-                });
-                let choice = json!({"message": {"content": text}, "finish_reason": "stop"});
-                (after, said(200, &json!({"choices": [choice], "usage": usage})))
+                let text = |body: &Value| body.as_str().map_or(0, tokens::count);
+                let all = &launch.body;
+                let texts = [&all["messages"][0]["content"], &all["messages"][1]["content"], &all["input"]];
+                let input = texts.into_iter().map(text).sum::<usize>() + 10;
+                (after, right(&launch, input, if all["input"].is_null() { 3 + 4 * rows.len() } else { 0 }))
             }
             Does::Says(status, message) => (20, said(status, &json!({"error": {"message": message}}))),
             Does::Refuses => (5, Answered::broke_off("the connection failed: connection refused".into(), false)),
@@ -205,28 +204,34 @@ fn the_next_model_takes_over_from_one_that_does_not_answer_until_that_is_back() 
         ("answers 503", || Does::Says(503, "overloaded"), 3_000),
         ("is silent", || Does::IsSilent, 2 * 1_200 + 3_000),
     ];
-    for (what, fails, most) in ways {
-        let mut sim = Sim::new(models(&["first", "second"], Policy::Failover));
+    let names = ["first", "second"];
+    let streams = [("chats", models(&names, Policy::Failover)), ("decisions", deciders(&names, Policy::Failover))];
+    for ((of, stream), (what, fails, most)) in streams.iter().flat_map(|stream| ways.map(|way| (stream, way))) {
+        let what = format!("{of}: {what}");
+        let mut stream = stream.clone();
+        (stream.task.options.max_rows_per_request, stream.model.max_concurrent_requests) = (3, Some(4));
+        stream.others.iter_mut().for_each(|other| other.model.max_concurrent_requests = Some(4));
+        let mut sim = Sim::new(stream);
         let mut n = 0;
         let usual = move || {
             n += 1;
             Does::Answers(if n % 10 == 0 { 1_200 } else { 600 })
         };
         let mut first = usual;
-        sim.run(60_000, 500, move |_, _, _| first());
+        sim.run(60_000, 60, move |_, _, _| first());
         assert!(sim.requests("second").is_empty(), "{what}: the second is asked though the first answers");
         // Requests that are under way when it goes down come back.
         let down = sim.now;
         let back = down + 90_000;
         let mut second = usual;
-        sim.run(90_000, 500, move |_, model, _| if model == "first" { fails() } else { second() });
+        sim.run(90_000, 60, move |_, model, _| if model == "first" { fails() } else { second() });
         let gap = sim.longest_gap(down);
         assert!(gap <= most, "{what}: {gap} ms without an answer");
         let tried = sim.requests("first").iter().filter(|(at, _)| (down + most..back).contains(at)).count();
         assert_eq!(tried, 0, "{what}: what is down gets no rows");
         // It is back, and none of its rows is asked of both but those that were under way.
         let mut usual = usual;
-        sim.run(60_000, 500, move |_, _, _| usual());
+        sim.run(60_000, 60, move |_, _, _| usual());
         let again = sim.requests("first").iter().map(|(at, _)| *at).find(|at| *at >= back);
         let again = again.unwrap_or(u64::MAX) - back;
         println!("{what}: {gap} ms without an answer, back after {again} ms");

@@ -69,14 +69,15 @@ impl Draft {
             .filter(|_| service == Service::Chat);
         let estimate = group.tokens(rows, format.as_ref());
         let prompt = measured.prompt.apply(estimate.input);
-        // Nothing is written.
+        // Nothing is written. What a server reports all the same is what the next request may take.
         if service != Service::Chat {
+            let Measured { thinking, .. } = measured;
             return Self {
                 ids,
                 format,
                 estimate,
-                worst: Tokens { input: measured.most_prompt(estimate.input), output: 0 },
-                reserve: stream.endpoint.counts.reserve(prompt, 0, 0),
+                worst: Tokens { input: measured.most_prompt(estimate.input), output: thinking.room() },
+                reserve: stream.endpoint.counts.reserve(prompt, thinking.reserved(), thinking.room()),
                 can_grow: false,
                 expected: 0,
             };
@@ -379,8 +380,8 @@ impl State {
         lane.forget(now);
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
-        let (largest_answer, patience) = (lane.limiter.largest_answer(), lane.patience());
-        let Lane { groups, limiter, learned, measured, decided, standings, in_flight, .. } = lane;
+        let largest_answer = lane.limiter.largest_answer();
+        let Lane { groups, limiter, learned, chats, decisions, standings, in_flight, .. } = lane;
         for id in groups.iter().copied() {
             let Some(group) = self.groups.get_mut(id) else { continue };
             if *in_flight >= if group.stream.interactive { allowed_interactive } else { allowed } {
@@ -399,7 +400,7 @@ impl State {
                 later(at);
                 return Look::Nothing;
             }
-            let measured = if stream.decisions().is_some() { &*decided } else { &*measured };
+            let record = if stream.task.service() == Service::Decisions { &*decisions } else { &*chats };
             let standing = standings.of(now, group.scope);
             if !standing.may_send(now) {
                 continue;
@@ -413,14 +414,14 @@ impl State {
                 numbers: &self.numbers,
                 stream: &stream,
                 learned,
-                measured: Measured { sizes: standing.sizes, ..*measured },
+                measured: Measured { sizes: standing.sizes, ..record.measured },
                 configured,
                 set,
                 largest,
                 largest_answer,
             };
-            let tokens = terms.counted(rows_of(learned, *measured, largest));
-            let number = measured.number(learned, &stream);
+            let tokens = terms.counted(rows_of(learned, record.measured, largest));
+            let number = record.measured.number(learned, &stream);
             let mut rows = match group.next(now, (tokens, number), way, key, turn_of) {
                 Next::Rows(rows) => rows,
                 Next::Until(at) => {
@@ -435,7 +436,7 @@ impl State {
             match decided {
                 Ok((_, draft, grant)) => {
                     let asked = draft.asked(now, group, (way, turn), learned);
-                    let timeout = timeout(&stream, turn_of, patience);
+                    let timeout = timeout(&stream, turn_of, record.patience());
                     launches.extend(self.launch(now, key, id, Pack { rows, draft, asked, grant, stream, timeout }));
                     return Look::Sent;
                 }

@@ -21,12 +21,7 @@ struct Question {
 
 impl Question {
     fn of(body: Value) -> Self {
-        let row = |line: &str| {
-            let (id, text) = line.split_once(": \"row ")?;
-            Some((id.parse().ok()?, text.split([' ', '"']).next()?.parse().ok()?))
-        };
-        let user = body["messages"][1]["content"].as_str().unwrap_or_default();
-        Self { rows: user.lines().filter_map(row).collect(), body }
+        Self { rows: rows(&body), body }
     }
 
     fn right(&self) -> Answered {
@@ -49,7 +44,12 @@ pub(super) fn said(status: u16, body: &Value) -> Answered {
 }
 
 fn body(status: u16, body: &[u8]) -> Answered {
-    let result = trouble::outcome(Api::Openai, Sent::default(), status, body, None);
+    answer(Sent::default(), status, body)
+}
+
+/// The same to a request that asked for this.
+pub(super) fn answer(sent: Sent<'_>, status: u16, body: &[u8]) -> Answered {
+    let result = trouble::outcome(Api::Openai, sent, status, body, None);
     let mut answered = Answered::broke_off(String::new(), false);
     (answered.result, answered.has_begun) = (result, status == 200);
     answered
@@ -59,7 +59,6 @@ fn body(status: u16, body: &[u8]) -> Answered {
 pub(super) struct Heard {
     frames: UnboundedReceiver<Vec<u8>>,
     unread: Rc<Cell<usize>>,
-    _log: mpsc::Receiver<String>,
 }
 
 impl Heard {
@@ -75,14 +74,48 @@ impl Heard {
 /// A gateway that has run for two minutes, the time (ms), and a client of it.
 pub(super) fn connect() -> (State, u64, u64, Heard) {
     let settings = Settings { enabled: true, memory: 64 << 20, cache: 0 };
-    let (log, _log) = mpsc::channel();
+    let (log, _) = mpsc::channel();
     let kept = Kept::new(Stock::default());
     let now = kept.now() + 120_000;
     let mut state = State::new(settings, Places::within(16_384), kept, log);
+    let (conn, heard) = client(&mut state);
+    (state, now, conn, heard)
+}
+
+/// A further client.
+pub(super) fn client(state: &mut State) -> (u64, Heard) {
     let (queue, frames) = unbounded_channel();
     let unread = Rc::new(Cell::new(0));
     let conn = state.connect(Frames::new(queue, Rc::clone(&unread), Rc::new(Notify::new())));
-    (state, now, conn, Heard { frames, unread, _log })
+    (conn, Heard { frames, unread })
+}
+
+/// The rows of a request, by their numbers and those of their texts.
+pub(super) fn rows(body: &Value) -> Vec<(u16, u64)> {
+    let row = |line: &str| {
+        let (id, text) = line.split_once(": \"row ")?;
+        Some((id.parse().ok()?, text.split([' ', '"']).next()?.parse().ok()?))
+    };
+    let text = body["messages"][1]["content"].as_str().or(body["input"].as_str()).unwrap_or_default();
+    text.lines().filter_map(row).collect()
+}
+
+/// The right answer to a chat or to questions, with these tokens of a prompt and of an answer.
+pub(super) fn right(launch: &Launch, input: usize, output: usize) -> Answered {
+    let ids = &launch.ids;
+    let sent = Sent { service: launch.stream.task.service(), ids, ..Sent::default() };
+    let body = if sent.service == Service::Decisions {
+        let answers: Vec<Value> =
+            ids.iter().map(|id| json!({"type": "choice", "name": id.to_string(), "choice": "a"})).collect();
+        json!({"answers": answers, "usage": {"input_tokens": input, "output_tokens": output}})
+    } else {
+        let is_bare = rows(&launch.body).is_empty();
+        let answers: serde_json::Map<_, _> = ids.iter().map(|id| (id.to_string(), json!("a"))).collect();
+        let text = if is_bare { "ok".to_owned() } else { Value::from(answers).to_string() };
+        let choice = json!({"message": {"content": text}, "finish_reason": "stop"});
+        json!({"choices": [choice], "usage": {"prompt_tokens": input, "completion_tokens": output}})
+    };
+    answer(sent, 200, body.to_string().as_bytes())
 }
 
 /// A client of a gateway.

@@ -187,7 +187,7 @@ impl State {
         let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
         let cap = thought::cap_in(&words, asked.worst.output).max(1);
         let sizes = lane.standings.of(now, asked.scope).sizes;
-        let measured = Measured { sizes, ..*lane.measured(asked.service) };
+        let measured = Measured { sizes, ..lane.record(asked.service).measured };
         let is_least = asked.worst.output <= measured.least_cap(asked.estimate.output);
         lane.answer_cap(now, cap);
         match rows.as_mut_slice() {
@@ -213,7 +213,7 @@ impl State {
             return self.row_over_limit(now, failed);
         }
         let sizes = lane.standings.of(now, asked.scope).sizes;
-        let least = Measured { sizes, ..*lane.measured(asked.service) }.least_cap(asked.estimate.output);
+        let least = Measured { sizes, ..lane.record(asked.service).measured }.least_cap(asked.estimate.output);
         let caps = (asked.worst.output, least);
         if !is_limit
             && asked.service == Service::Chat
@@ -235,7 +235,7 @@ impl State {
     fn row_over_limit(&mut self, now: u64, failed: Failed) {
         let Failed { lane: ref lane_key, group, asked, ref message, ref words, .. } = failed;
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let prompt = lane.measured(asked.service).prompt.apply(asked.estimate.input);
+        let prompt = lane.record(asked.service).measured.prompt.apply(asked.estimate.input);
         let is_so = lane.is_over_limit(words, prompt + asked.worst.output);
         let key = failed.rows.first().map_or(0, |row| row.key);
         if is_so || !lane.refuses_all_as_over_limit(key) {
@@ -310,7 +310,7 @@ impl State {
         }
         // Another model was asked after a time that may have been too short for this task: it gets more from now on.
         if let Some(lane) = self.lanes.get_mut(&lane_key).filter(|_| message == TIMED_OUT) {
-            lane.took(now.saturating_sub(asked.sent));
+            lane.record_mut(asked.service).took(now.saturating_sub(asked.sent));
         }
         // If another model takes the rows, less is enough to leave this one alone until a probe is answered.
         let has_other = self.has_other(now, &lane_key, group);
