@@ -205,13 +205,9 @@ fn check_time_zones(spec: &Spec) -> Result<()> {
     })
 }
 
-/// The provider's service that tasks of a kind with these options ask.
+/// The provider's service that tasks of a kind with these options ask. Options that are none are refused elsewhere.
 fn service(kind: &str, options: &Value) -> Service {
-    match kind {
-        "embed" => Service::Embeddings,
-        _ if options["ask_by"] == "decisions" => Service::Decisions,
-        _ => Service::Chat,
-    }
+    Task::service_of(kind, serde_json::from_value(options["ask_by"].clone()).unwrap_or_default())
 }
 
 fn check_model(name: &str, service: Service) -> Result<()> {

@@ -991,7 +991,17 @@ fn waiting_and_controlling() {
     refused(client, &format!("CALL llm_batch.wait({job})"), "55000", &["paused (user)", "resume"]);
     assert_eq!(text(client, &format!("SELECT llm_batch.pause({job})")), "f");
     refused(client, "SELECT llm_batch.drop_task('topic')", "55006", &[&format!("job {job}")]);
-    run(client, &format!("SELECT llm_batch.cancel({job})"));
+    // A call that waits for another session's cancel does not take its place.
+    run(client, &format!("SELECT llm_batch.resume({job})"));
+    run(client, &format!("BEGIN; SELECT llm_batch.cancel({job})"));
+    let mut other = bed.connect();
+    let pid = one(&mut other, "SELECT pg_backend_pid()::bigint");
+    let pause = std::thread::spawn(move || error(&mut other, &format!("SELECT llm_batch.pause({job})")));
+    let waits = format!("SELECT count(*) FROM pg_locks WHERE pid = {pid} AND NOT granted");
+    wait_until("pause() waits", PATIENCE, || one(client, &waits), |n| *n == 1);
+    run(client, "COMMIT");
+    let (code, message, ..) = pause.join().unwrap();
+    assert!(code == "55000" && message.contains("is cancelled"), "{code} {message}");
     refused(client, &format!("CALL llm_batch.wait({job})"), "55000", &["cancelled", "backfill"]);
     assert_eq!(text(client, &format!("SELECT llm_batch.cancel({job})")), "f");
     for verb in ["pause", "resume", "retry_failed"] {

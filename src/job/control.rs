@@ -24,11 +24,15 @@ fn control(
     change: impl FnOnce(&store::Status) -> Result<Option<String>>,
 ) -> Result<bool> {
     check_usable()?;
-    let status = who(store::status(job_id)?)?;
+    let mut status = who(store::status(job_id)?)?;
     let Some(assignment) = change(&status)? else { return Ok(false) };
-    txn::as_extension_owner(|| {
-        sql::run(&format!("UPDATE llm_batch.job SET {assignment} WHERE id = $1"), &[job_id.into()])
-    })?;
+    let sql = format!("UPDATE llm_batch.job SET {assignment} WHERE id = $1 AND wanted <> 'cancelled' RETURNING 1");
+    let changed = txn::as_extension_owner(|| sql::run(&sql, &[job_id.into()]))?;
+    // It was cancelled since we looked, by another session that this UPDATE waited for.
+    if changed == 0 {
+        "cancelled".clone_into(&mut status.status);
+        return if assignment == CANCELLED { Ok(false) } else { Err(ended(&status)) };
+    }
     let wake = match status.owner.filter(|_| starts) {
         Some(owner) => Wake::Start(owner),
         None if assignment == CANCELLED => Wake::Cancel,

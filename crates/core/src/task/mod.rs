@@ -44,9 +44,14 @@ pub struct Task {
 impl Task {
     /// The provider's service that it asks.
     pub fn service(&self) -> Service {
-        match (&self.spec, self.options.ask_by) {
-            (Spec::Embed(_), _) => Service::Embeddings,
-            (Spec::Classify(_), AskBy::Decisions) => Service::Decisions,
+        Self::service_of(self.spec.kind(), self.options.ask_by)
+    }
+
+    /// The provider's service that tasks of a kind ask.
+    pub fn service_of(kind: &str, ask_by: AskBy) -> Service {
+        match (kind, ask_by) {
+            ("embed", _) => Service::Embeddings,
+            ("classify", AskBy::Decisions) => Service::Decisions,
             _ => Service::Chat,
         }
     }
