@@ -43,7 +43,7 @@ COMMENT ON FUNCTION llm_batch.drop_model IS 'drops a model that no task or route
 CREATE FUNCTION llm_batch.create_route(name text, models text[], policy text DEFAULT 'failover') RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'create_route_wrapper';
-COMMENT ON FUNCTION llm_batch.create_route IS 'creates a route, whose name stands wherever a model''s may: failover asks the first model that answers, spread whichever has room in its limits';
+COMMENT ON FUNCTION llm_batch.create_route IS 'creates a route, whose name stands wherever a model''s may: failover asks the first model that answers, spread whichever has room in its limits, cheapest the one whose rows cost least';
 
 CREATE FUNCTION llm_batch.alter_route(name text, models text[] DEFAULT NULL, policy text DEFAULT NULL) RETURNS void
     LANGUAGE c PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp

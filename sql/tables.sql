@@ -67,11 +67,11 @@ CREATE TABLE llm_batch.route (
     owner_name  name NOT NULL,
     home        text NOT NULL,
     models      text[] NOT NULL,
-    policy      text NOT NULL CHECK (policy IN ('failover', 'spread'))
+    policy      text NOT NULL CHECK (policy IN ('failover', 'spread', 'cheapest'))
 );
 COMMENT ON TABLE llm_batch.route IS 'several models under one name; managed by llm_batch.create_route(), alter_route() and drop_route()';
 COMMENT ON COLUMN llm_batch.route.models IS 'the models, in the order in which failover asks them';
-COMMENT ON COLUMN llm_batch.route.policy IS 'failover: the first model that is not down and has not stopped; spread: whichever has room in its limits';
+COMMENT ON COLUMN llm_batch.route.policy IS 'failover: the first model that is not down and has not stopped; spread: whichever has room in its limits; cheapest: the one whose rows cost least, and dearer ones while it has no room if somebody waits or the job has a deadline';
 
 CREATE TABLE llm_batch.task (
     name        text PRIMARY KEY,

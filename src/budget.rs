@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use llm_batch_core::dialect::Api;
-use llm_batch_gateway::protocol::{Allowance, Prices, Spent, Stream};
+use llm_batch_gateway::protocol::{Allowance, Prices, Rates, Spent, Stream};
 
 use crate::client::WINDOW_ROWS;
 use crate::error::{Error, Result};
@@ -34,6 +34,23 @@ impl Price {
         Err(Error::state(format!("model \"{model}\" has no prices"))
             .detail("A budget in dollars needs both input_price and output_price.")
             .hint("Set the prices with llm_batch.alter_model(), or use a budget in tokens: max_tokens."))
+    }
+
+    /// Refuses a route that compares prices if nobody knows what a model costs.
+    pub fn check_for_route(&self, model: &str) -> Result<()> {
+        if self.rates.is_some() {
+            return Ok(());
+        }
+        Err(Error::state(format!("model \"{model}\" has no prices"))
+            .detail("The policy \"cheapest\" compares costs and needs both input_price and output_price of each model.")
+            .hint("Set the prices with llm_batch.alter_model() (0 if it costs nothing), or use another policy."))
+    }
+
+    /// Its prices by what the provider does with a token.
+    pub fn by_kind(&self) -> Rates {
+        let Some(Prices { output, .. }) = self.rates else { return Rates::UNKNOWN };
+        let written_input = self.input_rate.saturating_mul(100 + self.write_surcharge).div_ceil(100);
+        Rates { input: self.input_rate, cached_input: self.cached_rate, written_input, output }
     }
 
     /// The price of the model behind a server of this dialect.

@@ -17,6 +17,7 @@ mod catalog;
 mod changes;
 mod checks;
 mod client;
+mod deadline;
 mod error;
 mod failure;
 mod field;

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::budget::{UNLIMITED, picodollars};
 use crate::error::{Error, Result};
-use crate::{isolation, provenance, settings};
+use crate::{deadline, isolation, provenance, settings};
 
 /// The options of a function that asks.
 pub struct OfCall {
@@ -61,12 +61,15 @@ pub struct OfJob {
     pub isolation: Option<String>,
     /// The column that says which task answered a row.
     pub provenance: Option<String>,
+    /// When it is to be done.
+    pub deadline: Option<String>,
 }
 
 pub fn of_job(mut options: Value) -> Result<OfJob> {
     let (isolation, provenance) = (isolation::take(&mut options)?, provenance::take(&mut options)?);
+    let deadline = deadline::take(&mut options)?;
     refuse_budget(&options)?;
-    Ok(OfJob { task: options, isolation, provenance })
+    Ok(OfJob { task: options, isolation, provenance, deadline })
 }
 
 /// Checks those of a task, which has no others.

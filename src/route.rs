@@ -36,8 +36,11 @@ fn policy(name: &str) -> Result<Policy> {
     match name {
         "failover" => Ok(Policy::Failover),
         "spread" => Ok(Policy::Spread),
-        _ => Err(Error::invalid(format!("unrecognized policy \"{name}\""))
-            .hint("Valid policies are failover, in the order of the models, and spread, by the room in their limits.")),
+        "cheapest" => Ok(Policy::Cheapest { overflows: false }),
+        _ => Err(Error::invalid(format!("unrecognized policy \"{name}\"")).hint(
+            "Valid policies are failover, in the order of the models; spread, by the room in their limits; and cheapest, by \
+             what rows cost.",
+        )),
     }
 }
 
@@ -49,6 +52,12 @@ pub fn check_vectors<'a>(route: &str, mut models: impl Iterator<Item = &'a str>)
     Err(Error::invalid(format!("route \"{route}\" cannot embed"))
         .detail(format!("Vectors of \"{first}\" and of \"{other}\" cannot be compared."))
         .hint("Name one model of the provider under several keys or servers."))
+}
+
+/// Refuses models whose costs the policy cannot compare.
+fn check_prices(models: &[String], policy: Policy) -> Result<()> {
+    let Policy::Cheapest { .. } = policy else { return Ok(()) };
+    models.iter().try_for_each(|name| model::load(name)?.price.check_for_route(name))
 }
 
 /// Checks the models of a route: that there are some, none twice, and that the caller may use each one's server.
@@ -82,7 +91,7 @@ fn create_route(
     client::check_usable()?;
     let models = check(required(models, "models")?)?;
     let policy = required(policy, "policy")?;
-    self::policy(policy)?;
+    check_prices(&models, self::policy(policy)?)?;
     let owner = current_user();
     let made = txn::as_extension_owner(|| {
         names::hold_all()?;
@@ -109,7 +118,9 @@ fn alter_route(
     let name = required(name, "name")?;
     owner::check("route", name)?;
     let models = models.map(check).transpose()?;
-    policy.map(self::policy).transpose()?;
+    let (models_before, policy_before) = self::models(name)?;
+    let policy_after = policy.map_or(Ok(policy_before), self::policy)?;
+    check_prices(models.as_ref().unwrap_or(&models_before), policy_after)?;
     txn::as_extension_owner(|| {
         models.iter().flatten().try_for_each(|model| names::hold(model))?;
         sql::run(

@@ -3,7 +3,7 @@
 use llm_batch_core::dialect::{Api, Service};
 use llm_batch_core::options::Options;
 use llm_batch_core::task::{Spec, Task, Type};
-use llm_batch_gateway::protocol::{Alternative, Prices, Stream};
+use llm_batch_gateway::protocol::{Alternative, Policy, Prices, Stream};
 use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
@@ -94,6 +94,14 @@ impl Asked {
         Ok(self)
     }
 
+    /// The same for a job that has a deadline: of a route by costs dearer models too, while the cheaper have no room.
+    pub fn with_deadline(mut self) -> Self {
+        if let Policy::Cheapest { overflows } = &mut self.stream.policy {
+            *overflows = true;
+        }
+        self
+    }
+
     /// The name and the prices of the model at this place.
     pub fn model(&self, place: usize) -> (&str, Option<&Price>) {
         self.models.get(place).map_or((&self.model, None), |(name, price)| (name, Some(price)))
@@ -104,12 +112,21 @@ impl Known {
     /// The task as a stream on behalf of a role, with the settings of this moment.
     pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<Asked> {
         self.task.check()?;
-        let (models, policy) = route::known(&self.model)?;
+        let (models, mut policy) = route::known(&self.model)?;
+        let mut rates = Vec::new();
+        if let Policy::Cheapest { overflows } = &mut policy {
+            // Somebody waits.
+            *overflows = interactive;
+        }
         let (mut all, mut prices) = (Vec::new(), Vec::new());
         for (name, known) in models {
             let endpoint = crate::provider::endpoint(known.server, role)?;
             check_api(endpoint.api, &name, self.task.service())?;
-            prices.push((name, known.price.through(endpoint.api, &known.model.model)));
+            let price = known.price.through(endpoint.api, &known.model.model);
+            if let Policy::Cheapest { .. } = policy {
+                rates.push(price.by_kind());
+            }
+            prices.push((name, price));
             all.push(Alternative { endpoint, model: known.model });
         }
         if self.task.spec.embeds().is_some() {
@@ -125,6 +142,7 @@ impl Known {
             model,
             others: all.collect(),
             policy,
+            rates,
             task: self.task,
             budget: None,
         };

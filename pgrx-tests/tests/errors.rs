@@ -823,7 +823,11 @@ const MODELS_AND_ROUTES: &[Wrong] = &[
     ("SELECT llm_batch.create_route('x', ARRAY['m', 'm'])", "22023", &["named twice", "once"]),
     ("SELECT llm_batch.create_route('x', ARRAY['bulk'])", "22023", &["\"bulk\" is a route", "of models"]),
     ("SELECT llm_batch.create_route('x', ARRAY['gone'])", "42704", &["model \"gone\"", "create_model"]),
-    ("SELECT llm_batch.create_route('x', ARRAY['m'], 'fastest')", "22023", &["\"fastest\"", "failover", "spread"]),
+    (
+        "SELECT llm_batch.create_route('x', ARRAY['m'], 'fastest')",
+        "22023",
+        &["\"fastest\"", "failover", "spread", "cheapest"],
+    ),
     ("SELECT llm_batch.create_route('x', '{}')", "22023", &["1 to 16 models", "ARRAY["]),
 ];
 

@@ -24,6 +24,7 @@ fn several_models_are_asked_as_one() {
     the_second_goes_on(&bed, &second, c);
     both_share_the_rows(&bed, c);
     budgets_reckon_with_the_dearest(&bed, c);
+    the_dear_one_helps_where_there_is_a_deadline(&bed, &second, c);
     every_server_must_be_allowed(&bed, c);
     sessions_and_vectors(&bed, c);
 }
@@ -214,6 +215,37 @@ fn budgets_reckon_with_the_dearest(bed: &Bed, c: &mut Client) {
     assert_eq!(wrong(c, "t"), 0);
 }
 
+/// By costs the dear model is asked for a job with a deadline alone, and for statements.
+fn the_dear_one_helps_where_there_is_a_deadline(bed: &Bed, second: &FakeProvider, c: &mut Client) {
+    run(c, "SELECT llm_batch.alter_route('both', ARRAY['dear', 'cheap'], 'cheapest'); UPDATE t SET topic = NULL");
+    let first = job(c, ", filter => 'id <= 1000'");
+    assert_eq!(bed.done(first).counts(), (1000, 1000, 0, 0, 0, 0), "{:?}", failures(c, first));
+    // A pack may have gone to it where this machine stood still.
+    assert!(by(c, first, "dear") < 100, "{}", by(c, first, "dear"));
+    accounts_agree(c, first);
+    run(c, "SET timezone = 'Asia/Tokyo'; SET datestyle = 'SQL, DMY'");
+    let deadline = "options => '{\"deadline\": \"2 hours\"}', filter => 'id <= 3000'";
+    let hurried = one(c, &format!("SELECT llm_batch.backfill('t', 'body', 'topic', 'topic2', {deadline})"));
+    let left = format!(
+        "SELECT (options->>'deadline')::timestamptz - now() BETWEEN '1 hour 50 min' AND '2 hours' AND options->>'deadline' LIKE '2%T%+09:00'
+           FROM llm_batch.job WHERE id = {hurried}"
+    );
+    assert_eq!(text(c, &left), "t");
+    run(c, "RESET timezone; RESET datestyle");
+    assert_eq!(text(c, &left), "t");
+    assert_eq!(bed.done(hurried).counts(), (2000, 2000, 0, 0, 0, 0), "{:?}", failures(c, hurried));
+    assert!(by(c, hurried, "cheap") > 100 && by(c, hurried, "dear") > 100, "{}", by(c, hurried, "dear"));
+    assert_eq!(wrong(c, "t"), 0);
+    // Nobody waits minutes for ten packs.
+    run(c, "SELECT llm_batch.alter_model('cheap', requests_per_minute => 2)");
+    let before = second.stats().admitted;
+    let asked = "SELECT count(*) FROM t WHERE id <= 200 AND llm_classify(body, 'topic2') = want";
+    assert_eq!(one(c, asked), 200);
+    assert!(second.stats().admitted > before);
+    run(c, "SELECT llm_batch.alter_model('cheap', reset => '{requests_per_minute}')");
+    run(c, "SELECT llm_batch.alter_route('both', ARRAY['cheap', 'dear'])");
+}
+
 /// A role that asks a route needs USAGE on the server of each of its models.
 fn every_server_must_be_allowed(bed: &Bed, c: &mut Client) {
     run(c, "CREATE ROLE half LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO half; GRANT ALL ON SCHEMA public TO half");
@@ -298,8 +330,15 @@ fn names_under_repeatable_read(bed: &Bed, c: &mut Client) {
     );
 }
 
+/// A deadline that is none.
+const DEADLINE: &str = "SELECT llm_batch.backfill('t', 'body', 'topic', 'topic2', options => '{\"deadline\": 7}')";
+
 fn what_is_wrong(c: &mut Client) {
+    let deadline = |text: &str| DEADLINE.replace('7', &format!("\"{text}\""));
+    let [soon, ago, past, never] = ["soon", "2 hours ago", "2001-01-01 00:00+00", "infinity"].map(deadline);
     run(c, "SELECT llm_batch.create_route('alone', ARRAY['m'], 'spread')");
+    run(c, "SELECT llm_batch.create_model('free', 'fake', 'x'), llm_batch.create_route('free_too', ARRAY['free'])");
+    run(c, "SELECT llm_batch.create_route('thrifty', ARRAY['m'], 'cheapest')");
     for (sql, code, says) in [
         ("SELECT llm_batch.create_route('x', NULL)", "22004", "models"),
         ("SELECT llm_batch.create_route('x', '{}')", "22023", "1 to 16"),
@@ -313,7 +352,16 @@ fn what_is_wrong(c: &mut Client) {
         ("SELECT llm_batch.create_route('both', ARRAY['m'])", "42710", "alter_route"),
         ("SELECT llm_batch.create_model('both', 'fake', 'x')", "42710", "alter_route"),
         ("SELECT llm_batch.alter_route('nobody', policy => 'spread')", "42704", "create_route"),
-        ("SELECT llm_batch.alter_route('both', policy => 'cheapest')", "22023", "failover"),
+        ("SELECT llm_batch.alter_route('both', policy => 'dearest')", "22023", "cheapest"),
+        ("SELECT llm_batch.create_route('x', ARRAY['m', 'free'], 'cheapest')", "55000", "\"free\" has no prices"),
+        ("SELECT llm_batch.alter_route('free_too', policy => 'cheapest')", "55000", "alter_model"),
+        ("SELECT llm_batch.alter_route('thrifty', ARRAY['free'])", "55000", "input_price"),
+        (DEADLINE, "22023", "interval"),
+        (soon.as_str(), "22023", "\"soon\""),
+        (ago.as_str(), "22023", "not in the future"),
+        (past.as_str(), "22023", "not in the future"),
+        (never.as_str(), "22023", "not in the future"),
+        ("SELECT llm_run_batch('SELECT 1', 'topic2', options => '{\"deadline\": \"2 hours\"}')", "22023", "of a job"),
         ("SELECT llm_batch.drop_route('nobody')", "42704", "create_route"),
         ("SELECT llm_batch.drop_route('both')", "2BP01", "topic2"),
         ("SELECT llm_batch.drop_model('cheap')", "2BP01", "both"),
@@ -324,5 +372,8 @@ fn what_is_wrong(c: &mut Client) {
         let all = format!("{message}\n{detail}\n{hint}");
         assert!(found == code && all.contains(says), "{sql}\n{found} {all}");
     }
-    run(c, "SELECT llm_batch.drop_route('alone')");
+    run(
+        c,
+        "SELECT llm_batch.drop_route(n) FROM unnest('{alone,free_too,thrifty}'::text[]) n; SELECT llm_batch.drop_model('free')",
+    );
 }

@@ -14,7 +14,7 @@ use crate::json::Json;
 use crate::options::{OfJob, of_job};
 use crate::process::current_user;
 use crate::task::{self, Asked};
-use crate::{asking, isolation, provenance, sql, txn};
+use crate::{asking, deadline, isolation, provenance, sql, txn};
 
 /// The arguments of a job: what to fill, from what, with what.
 pub struct Given<'a> {
@@ -24,11 +24,12 @@ pub struct Given<'a> {
     columns: Vec<(String, Option<String>)>,
     pub task: &'a str,
     pub filter: Option<&'a str>,
-    /// As they were given.
+    /// As they were given, with the deadline as a point in time.
     pub options: Value,
     task_options: Value,
     pub isolation: Option<String>,
     pub provenance: Option<String>,
+    pub has_deadline: bool,
 }
 
 impl<'a> Given<'a> {
@@ -40,8 +41,12 @@ impl<'a> Given<'a> {
         filter: Option<&'a str>,
         options: Option<Json>,
     ) -> Result<Self> {
-        let options = options.map(|o| o.0).filter(|o| !o.is_null()).unwrap_or_else(|| json!({}));
-        let OfJob { task: task_options, isolation, provenance } = of_job(options.clone())?;
+        let mut options = options.map(|o| o.0).filter(|o| !o.is_null()).unwrap_or_else(|| json!({}));
+        let OfJob { task: task_options, isolation, provenance, deadline } = of_job(options.clone())?;
+        let has_deadline = deadline.is_some();
+        if let Some(text) = deadline {
+            options[deadline::OPTION] = deadline::resolve(&text)?.into();
+        }
         Ok(Self {
             relation: required(relation, "relation")?,
             input: required(input, "input")?,
@@ -52,6 +57,7 @@ impl<'a> Given<'a> {
             task_options,
             isolation,
             provenance,
+            has_deadline,
         })
     }
 

@@ -29,7 +29,7 @@ use crate::catalog::Target;
 use crate::error::{Error, Result};
 use crate::json::Json;
 use crate::task::Asked;
-use crate::{client, shared, sql, txn};
+use crate::{client, deadline, shared, sql, txn};
 
 /// The limits of a job's spending.
 pub struct Budget {
@@ -92,7 +92,11 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
         )
         .hint("Call it in a READ COMMITTED transaction."));
     }
-    let Checked { target, fields, owner, asked: Asked { stream, model, models, .. } } = given.check(true)?;
+    let Checked { target, fields, owner, asked } = given.check(true)?;
+    if given.has_deadline {
+        deadline::tell_if_useless(&asked);
+    }
+    let Asked { stream, model, models, .. } = asked;
     if budget.max_cost.is_some() {
         models.iter().try_for_each(|(model, price)| price.check(model))?;
     }

@@ -145,6 +145,7 @@ pub struct Job {
     pub options: Value,
     pub isolation: Option<String>,
     pub provenance: Option<String>,
+    pub has_deadline: bool,
     pub search_path: String,
     pub wanted: String,
     pub epoch: i32,
@@ -185,7 +186,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
               WHERE j.id = $1 AND j.home = llm_batch.home()",
             &[id.into()],
             |r| {
-                let OfJob { task: options, isolation, provenance } = of_job(r.get::<JsonB>(10)?.0)?;
+                let OfJob { task: options, isolation, provenance, deadline } = of_job(r.get::<JsonB>(10)?.0)?;
                 Ok(Job {
                     id,
                     owner: r.maybe(22)?,
@@ -200,6 +201,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     task: r.get(9)?,
                     isolation,
                     provenance,
+                    has_deadline: deadline.is_some(),
                     options,
                     search_path: r.get(11)?,
                     wanted: r.get(12)?,

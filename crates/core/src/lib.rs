@@ -22,6 +22,7 @@ pub mod prompt;
 pub mod quoted;
 pub mod remedy;
 pub mod request;
+pub mod route;
 pub mod split;
 pub mod task;
 pub mod thinking;

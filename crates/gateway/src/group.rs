@@ -9,15 +9,16 @@ use llm_batch_core::limiter::{Class, Tokens};
 use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::patience::Way;
+use llm_batch_core::route::{Taken, Turn, Used};
 use llm_batch_core::task::{Kind, Span};
 use llm_batch_core::{prompt, request};
 
 use crate::cache::{Keys, TextKey};
 use crate::key::LaneKey;
-use crate::protocol::{Again, Item, Stream, Verdict, most_text};
+use crate::protocol::{Again, Item, Policy, Stream, Verdict, most_text};
 use crate::purse::Purse;
 use crate::queue::{Queue, Ready};
-use crate::route::{Member, Turn};
+use crate::route::Member;
 use crate::row::{Row, Waiter};
 use crate::tokens;
 
@@ -52,6 +53,10 @@ pub struct Group {
     pub coming: usize,
     /// Requests under way.
     pub in_flight: usize,
+    /// Its rows of late by our count, where the members are asked in the order of what they cost.
+    pub counted: Taken,
+    /// The members that have no room now, a bit each, where others need not wait for them.
+    pub full: u32,
     /// The rest of its budget, if it has one.
     pub purse: Option<Purse>,
     /// Rows sent, divided by priority: the group with the least goes next.
@@ -167,6 +172,8 @@ impl Group {
             waiters: HashMap::new(),
             coming: 0,
             in_flight: 0,
+            counted: Taken::default(),
+            full: 0,
             purse: None,
             served: 0.0,
         }
@@ -200,6 +207,16 @@ impl Group {
     /// Most tokens of a request that holds a row alone, by what is set for its models.
     pub fn most_of_a_row(&self) -> u64 {
         self.members.iter().map(|member| member.stream.model.max_request_tokens).min().unwrap_or_default()
+    }
+
+    /// A lane has no more room: the lanes behind it, if that is new and they need not wait for it.
+    pub fn fills(&mut self, lane: &LaneKey) -> Vec<LaneKey> {
+        let Policy::Cheapest { overflows: true } = self.stream.policy else { return Vec::new() };
+        let own = self.member(lane).map_or(0, |(own, _)| own);
+        let is_new = self.full & own == 0;
+        self.full |= own;
+        let behind = self.members.iter().filter(|member| is_new && member.before & own != 0);
+        behind.map(|member| member.lane.clone()).collect()
     }
 
     /// Rows that are to be asked again need not wait: another member is asked.
@@ -241,6 +258,11 @@ impl Group {
         }
         self.waiters.insert(key, vec![waiter]);
         let most_rows = self.stream.task.options.max_rows_per_request as usize;
+        if let Policy::Cheapest { .. } = self.stream.policy {
+            let (input, output) = ((tokens + self.prefix_tokens / most_rows.max(1)) as u64, answer.planned as u64);
+            let used = Used { all: Tokens { input, output }, ..Used::default() };
+            self.counted.observe(now, (input + output) as f64, used);
+        }
         let mut row = Row::new(key, compartment, conn, quoted, (tokens, answer), most_rows);
         match item.again {
             None => self.fresh.push(now, row),

@@ -24,6 +24,11 @@ impl Groups {
         self.0.get_mut(&id)
     }
 
+    /// Nothing is known yet of which members have room.
+    pub fn forget_room(&mut self) {
+        self.0.values_mut().for_each(|group| group.full = 0);
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = (GroupId, &Group)> {
         self.0.iter().map(|(id, group)| (*id, group))
     }

@@ -12,6 +12,7 @@ use llm_batch_core::dialect::embeddings::Embeddings;
 use llm_batch_core::dialect::{Api, Counts, Service};
 use llm_batch_core::limiter::Limits;
 pub use llm_batch_core::remedy::StopReason;
+pub use llm_batch_core::route::Rates;
 use llm_batch_core::task::{Answer, Embed, Task};
 use llm_batch_core::trouble;
 use serde::{Deserialize, Serialize};
@@ -113,6 +114,11 @@ pub enum Policy {
     Failover,
     /// Whichever has room in its limits first.
     Spread,
+    /// The one whose rows cost least, of those that are not down and have not stopped.
+    Cheapest {
+        /// Dearer ones take rows while the cheaper have no room.
+        overflows: bool,
+    },
 }
 
 /// Most models of a stream.
@@ -138,6 +144,9 @@ pub struct Stream {
     /// Which of them takes rows.
     #[serde(default)]
     pub policy: Policy,
+    /// The prices of its models, in their order, where the policy compares them.
+    #[serde(default)]
+    pub rates: Vec<Rates>,
     /// The task to ask.
     pub task: Task,
     /// With prices, nothing is sent beyond what `Allow` has granted since the stream was opened, and its rows share
@@ -153,8 +162,8 @@ impl Stream {
         }
         let first = Alternative { endpoint: self.endpoint.clone(), model: self.model.clone() };
         let alone = |Alternative { endpoint, model }: Alternative| {
-            let (others, policy) = Default::default();
-            Rc::new(Self { endpoint, model, others, policy, task: self.task.clone(), ..**self })
+            let (others, policy, rates) = Default::default();
+            Rc::new(Self { endpoint, model, others, policy, rates, task: self.task.clone(), ..**self })
         };
         std::iter::once(first).chain(self.others.iter().cloned()).map(alone).collect()
     }
@@ -549,6 +558,7 @@ pub(crate) mod tests {
             },
             others: Vec::new(),
             policy: Policy::default(),
+            rates: Vec::new(),
             task: Task {
                 spec: Spec::from_json("classify", &serde_json::json!({"labels": ["a", "b"]})).unwrap(),
                 options: Options::default(),

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use llm_batch_core::forms::{Form, Forms};
 use llm_batch_core::options::Options;
 use llm_batch_core::patience::Patience;
+use llm_batch_core::route::Taken;
 
 use crate::cache::TextKey;
 use crate::row::Row;
@@ -33,6 +34,8 @@ pub struct Standing {
     pub forms: Forms,
     /// The sizes of its answers.
     pub sizes: Sizes,
+    /// The tokens that its rows took.
+    pub taken: Taken,
     /// The part of its new requests of late that may have been paid for, and of which no row was answered.
     in_vain: f64,
     /// A request was answered with a 2xx.
@@ -142,6 +145,11 @@ impl Standings {
     /// The sizes of a task's answers, if it was ever asked.
     pub fn sizes(&self, scope: TextKey) -> Option<Sizes> {
         self.0.get(&scope).map(|standing| standing.sizes)
+    }
+
+    /// The tokens that the rows of a task took, if it was ever asked.
+    pub fn taken(&self, scope: TextKey) -> Option<Taken> {
+        self.0.get(&scope).map(|standing| standing.taken)
     }
 
     pub fn of(&mut self, now: u64, scope: TextKey) -> &mut Standing {

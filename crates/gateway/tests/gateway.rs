@@ -244,3 +244,29 @@ fn a_providers_echo_of_the_key_is_redacted() {
     assert!(!stop.message.contains("secret"), "{}", stop.message);
     assert!(setup.log.try_iter().all(|line| !line.contains("secret")));
 }
+
+/// Of two models the dear one is asked while the cheap one has no room, if that is said, and else for nothing.
+#[test]
+fn a_dear_model_helps_where_it_may() {
+    for overflows in [true, false] {
+        let (setup, cheap, dear) = (Setup::new(64 << 20), provider(Config::default()), provider(Config::default()));
+        cheap.hold();
+        let price = |n| Rates { input: n, cached_input: n, written_input: n, output: n };
+        let Stream { endpoint, model, .. } = stream(&cheap);
+        let mut client = setup.client(&dear, |s| {
+            s.model.max_concurrent_requests = Some(1);
+            let model = Model { max_concurrent_requests: Some(1), ..model };
+            (s.others, s.rates) = (vec![Alternative { endpoint, model }], vec![price(10), price(1)]);
+            s.policy = Policy::Cheapest { overflows };
+            s.task.options.max_rows_per_request = 10;
+        });
+        client.rows(0..70);
+        let of_dear = if overflows { 60 } else { 0 };
+        wait("the dear one has answered", || dear.stats().rows.len(), |rows| *rows == of_dear);
+        wait("the cheap one is asked", || cheap.stats().rows_in_flight, |rows| *rows == 10);
+        cheap.release();
+        let (got, _) = client.outcomes(70);
+        assert!(got.iter().all(|(n, verdict)| is_right(*n, verdict)), "{got:?}");
+        assert_eq!((dear.stats().rows.len(), cheap.stats().rows.len()), (of_dear, 70 - of_dear), "{overflows}");
+    }
+}

@@ -277,6 +277,9 @@ impl Worker {
         txn::check_writable()?;
         owner::check_login()?;
         let mut asked = task::load(&job.task, &job.options)?.stream(me(), false)?;
+        if job.has_deadline {
+            asked = asked.with_deadline();
+        }
         if job.budget != (None, None) {
             asked = asked.with_budget(job.budget.0.is_some())?;
         }

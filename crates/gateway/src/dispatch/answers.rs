@@ -11,6 +11,7 @@ use llm_batch_core::limiter::{Left, Tokens};
 use llm_batch_core::options::StructuredOutput;
 use llm_batch_core::pack;
 use llm_batch_core::patience::Way;
+use llm_batch_core::route::Used;
 use llm_batch_core::task::Kind;
 use llm_batch_core::trouble::{Report, Trouble};
 use llm_batch_core::{thinking, thought};
@@ -225,6 +226,7 @@ impl State {
         let Endpoint { api, counts, .. } = &stream.endpoint;
         let reserved = counts.settle(asked.reserved, reply.counted(*api, asked.estimate));
         lane.limiter.settle(grant, reserved, left(&came.said));
+        self.rank(now, group_id);
         self.pay(now, (&lane_key, group_id), &rows, asked, reply);
         let weight = match seen.answers {
             0 if seen.grows => Said::Cut,
@@ -418,6 +420,10 @@ fn learn(
             lane.record_mut(asked.service).measured.sizes = sizes;
         }
     }
+    let counted = (asked.estimate.input + asked.estimate.output) as f64 * answers as f64 / size.max(1) as f64;
+    let Reply { cached_input, written_input, .. } = *reply;
+    let used = Used { all: reply.usage.or(asked.estimate), cached_input, written_input };
+    lane.standings.of(now, asked.scope).taken.observe(now, counted, used);
     lane.concurrency.answered(asked.sent, now, reply.usage.or(asked.estimate), in_flight);
     let options = &group.stream.task.options;
     let form = asked.learned.form(options);

@@ -1,13 +1,13 @@
 //! Estimates of rows before they are sent.
 
 use llm_batch_core::patience::Way;
+use llm_batch_core::route::Turn;
 
 use super::State;
 use super::send::{Draft, rows_of};
 use crate::group::{Group, Line, Next};
 use crate::lane::Measured;
 use crate::protocol::{Estimate, Item};
-use crate::route::Turn;
 
 impl State {
     /// Estimates the requests and tokens of rows, by the measurements of the client's model.

@@ -515,6 +515,7 @@ impl State {
         if was_idle {
             self.tidy(now, group);
         }
+        self.rank(now, group);
         let stop = if self.settings.enabled { self.out(now, group) } else { Some((disabled(), None)) };
         if let Some((stop, role)) = stop {
             self.stop(group, &stop, role);

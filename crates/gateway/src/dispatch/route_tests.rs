@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use llm_batch_core::options::AskBy;
 use serde_json::json;
 
-use super::tests::{Heard, connect, right, rows, said};
+use super::tests::{Heard, client, connect, right, rows, said};
 use super::*;
-use crate::protocol::{self, Alternative, Policy};
+use crate::protocol::{self, Alternative, Policy, Rates};
 use crate::request::TIMED_OUT;
 use crate::tokens;
 
@@ -15,6 +15,8 @@ use crate::tokens;
 enum Does {
     /// Answers after so long (ms).
     Answers(u64),
+    /// Answers after so long, and thinks so many tokens before.
+    Thinks(u64, usize),
     /// Says this at once: status and body.
     Says(u16, &'static str),
     /// The connection is refused.
@@ -22,6 +24,9 @@ enum Does {
     /// Accepts, and is silent.
     IsSilent,
 }
+
+const POLICIES: [Policy; 4] =
+    [Policy::Failover, Policy::Spread, Policy::Cheapest { overflows: false }, Policy::Cheapest { overflows: true }];
 
 /// A client with a route, and what happened.
 struct Sim {
@@ -41,16 +46,12 @@ struct Sim {
     next: u64,
 }
 
-/// The same, whose rows are decided.
-fn deciders(names: &[&str], policy: Policy) -> Stream {
-    let mut stream = models(names, policy);
-    stream.task.options.ask_by = AskBy::Decisions;
-    stream
-}
-
+/// The dearer the later, by a factor of ten.
 fn models(names: &[&str], policy: Policy) -> Stream {
     let mut stream = protocol::tests::stream();
     stream.policy = policy;
+    let price = |n| Rates { input: n, cached_input: n, written_input: n, output: 4 * n };
+    stream.rates = (0..names.len() as u32).map(|n| price(10_u64.pow(n))).collect();
     stream.task.options.max_rows_per_request = 10;
     stream.task.options.reuse = false;
     stream.model.max_concurrent_requests = Some(12);
@@ -61,6 +62,13 @@ fn models(names: &[&str], policy: Policy) -> Stream {
     });
     let first = all.next().unwrap();
     Stream { endpoint: first.endpoint, model: first.model, others: all.collect(), ..stream }
+}
+
+/// The same, whose rows are decided.
+fn deciders(names: &[&str], policy: Policy) -> Stream {
+    let mut stream = models(names, policy);
+    stream.task.options.ask_by = AskBy::Decisions;
+    stream
 }
 
 impl Sim {
@@ -148,14 +156,17 @@ impl Sim {
         if !rows.is_empty() {
             self.sent.entry(model.clone()).or_default().push((self.now, rows.clone()));
         }
+        let answers = |after, thought| {
+            let text = |body: &Value| body.as_str().map_or(0, tokens::count);
+            let all = &launch.body;
+            let texts = [&all["messages"][0]["content"], &all["messages"][1]["content"], &all["input"]];
+            let input = texts.into_iter().map(text).sum::<usize>() + 10;
+            let output = if all["input"].is_null() { 3 + 4 * rows.len() } else { 0 };
+            (after, right(&launch, input, output + thought))
+        };
         let (after, answered) = match does(self.now, &model, &rows) {
-            Does::Answers(after) => {
-                let text = |body: &Value| body.as_str().map_or(0, tokens::count);
-                let all = &launch.body;
-                let texts = [&all["messages"][0]["content"], &all["messages"][1]["content"], &all["input"]];
-                let input = texts.into_iter().map(text).sum::<usize>() + 10;
-                (after, right(&launch, input, if all["input"].is_null() { 3 + 4 * rows.len() } else { 0 }))
-            }
+            Does::Answers(after) => answers(after, 0),
+            Does::Thinks(after, thought) => answers(after, thought),
             Does::Says(status, message) => (20, said(status, &json!({"error": {"message": message}}))),
             Does::Refuses => (5, Answered::broke_off("the connection failed: connection refused".into(), false)),
             Does::IsSilent => (launch.timeout.as_millis() as u64, Answered::broke_off(TIMED_OUT.into(), true)),
@@ -205,7 +216,11 @@ fn the_next_model_takes_over_from_one_that_does_not_answer_until_that_is_back() 
         ("is silent", || Does::IsSilent, 2 * 1_200 + 3_000),
     ];
     let names = ["first", "second"];
-    let streams = [("chats", models(&names, Policy::Failover)), ("decisions", deciders(&names, Policy::Failover))];
+    let streams = [
+        ("chats", models(&names, Policy::Failover)),
+        ("decisions", deciders(&names, Policy::Failover)),
+        ("by costs", models(&names, Policy::Cheapest { overflows: false })),
+    ];
     for ((of, stream), (what, fails, most)) in streams.iter().flat_map(|stream| ways.map(|way| (stream, way))) {
         let what = format!("{of}: {what}");
         let mut stream = stream.clone();
@@ -256,7 +271,7 @@ fn the_next_model_takes_over_from_one_that_does_not_answer_until_that_is_back() 
 #[test]
 fn a_model_that_stops_is_struck_out_and_the_last_one_stops_the_stream() {
     for (status, message) in [(401, "wrong key"), (402, "no money"), (404, "no such model")] {
-        for policy in [Policy::Failover, Policy::Spread] {
+        for policy in POLICIES {
             let mut sim = Sim::new(models(&["first", "second"], policy));
             sim.rows(400);
             sim.run(120_000, 0, |_, model, _| match model {
@@ -279,7 +294,7 @@ fn a_model_that_stops_is_struck_out_and_the_last_one_stops_the_stream() {
 
 #[test]
 fn what_one_model_refuses_is_asked_of_the_next_before_it_is_given_up() {
-    for policy in [Policy::Failover, Policy::Spread] {
+    for policy in POLICIES {
         let mut sim = Sim::new(models(&["first", "second"], policy));
         sim.rows(300);
         sim.run(60_000, 0, |_, _, _| Does::Answers(300));
@@ -300,4 +315,66 @@ fn what_one_model_refuses_is_asked_of_the_next_before_it_is_given_up() {
         let alone = |model| sim.requests(model).iter().filter(|(_, rows)| *rows == [444]).count();
         assert!(alone("first") == 1 && alone("second") == 1, "{} and {}", alone("first"), alone("second"));
     }
+}
+
+/// With a deadline, dearer models take what the cheaper have no room for; without one they take nothing.
+#[test]
+fn dearer_models_take_what_the_cheaper_have_no_room_for() {
+    for overflows in [true, false] {
+        // The cheapest is named last.
+        let mut stream = models(&["a", "b", "c"], Policy::Cheapest { overflows });
+        stream.rates.reverse();
+        let limits = [u64::MAX, 40_000, 20_000];
+        for (other, limit) in stream.others.iter_mut().zip(&limits[1..]) {
+            other.model.tokens_per_minute = Some(*limit);
+        }
+        stream.model.max_concurrent_requests = Some(1);
+        let mut sim = Sim::new(stream);
+        sim.run(60_000, 2_000, |_, _, _| Does::Answers(2_000));
+        let before = sim.spent.clone();
+        sim.run(180_000, 2_000, |_, _, _| Does::Answers(2_000));
+        let took = |model| {
+            let of = |spent: &BTreeMap<usize, Spent>| spent.get(&model).map_or(0, |s| s.input_tokens + s.output_tokens);
+            of(&sim.spent) - of(&before)
+        };
+        let used = |model| took(model) as f64 / (3 * limits[model]) as f64;
+        println!("{overflows}: {:.3} and {:.3} of their limits, {} tokens of the dearest", used(2), used(1), took(0));
+        assert!((0.96..=1.01).contains(&used(2)), "{overflows}: {}", used(2));
+        if overflows {
+            // It answers one request each two seconds.
+            assert!((0.96..=1.01).contains(&used(1)) && sim.requests("a").len() > 80, "{}", used(1));
+        } else {
+            assert!(sim.requests("a").is_empty() && sim.requests("b").is_empty());
+        }
+    }
+}
+
+/// The cheapest has room for all, so that nobody else is asked in a hurry either.
+#[test]
+fn what_the_cheapest_has_room_for_is_asked_of_no_other() {
+    let mut stream = models(&["dear", "cheap"], Policy::Cheapest { overflows: true });
+    stream.rates.reverse();
+    let mut sim = Sim::new(stream);
+    for _ in 0..100 {
+        sim.rows(30);
+        sim.run(60_000, 0, |_, _, _| Does::Answers(300));
+    }
+    assert!(sim.verdicts.len() == 3_000 && sim.requests("dear").is_empty(), "{} requests", sim.requests("dear").len());
+}
+
+/// A model that thinks takes more than its prices say: some requests show it.
+#[test]
+fn costs_are_measured_and_not_read_off_the_prices() {
+    let mut sim = Sim::new(models(&["thinks", "plain"], Policy::Cheapest { overflows: false }));
+    sim.run(60_000, 500, |_, model, _| if model == "thinks" { Does::Thinks(800, 2_000) } else { Does::Answers(800) });
+    let (thinks, plain) = (sim.requests("thinks").len(), sim.requests("plain").len());
+    println!("{thinks} requests to the one that thinks, {plain} to the other");
+    assert!(thinks <= 12 && plain > 100, "{thinks} and {plain}");
+    // The next job knows it.
+    sim.run(60_000, 0, |_, _, _| Does::Answers(800));
+    sim.state.disconnect(sim.now, sim.conn);
+    (sim.conn, sim.heard) = client(&mut sim.state);
+    sim.state.open(sim.now, sim.conn, models(&["thinks", "plain"], Policy::Cheapest { overflows: false })).unwrap();
+    sim.run(10_000, 500, |_, _, _| Does::Answers(800));
+    assert!(sim.requests("thinks").len() == thinks && sim.requests("plain").len() > plain);
 }

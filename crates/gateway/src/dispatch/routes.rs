@@ -2,12 +2,14 @@
 
 use std::collections::BTreeMap;
 
+use llm_batch_core::route::{self, Rates, Taken, Turn};
+
 use super::State;
 use super::circuits::{self, Circuits, EndpointKey};
 use crate::group::Group;
 use crate::key::{GroupId, LaneKey};
-use crate::protocol::{Stop, StopReason, Verdict};
-use crate::route::{Member, Stopped, Turn};
+use crate::protocol::{Policy, Stop, StopReason, Verdict};
+use crate::route::{Member, Stopped};
 use crate::row::Row;
 
 /// Time (ms) for which a model that refuses its key, or is out of credit or quota, is left alone, unless the provider
@@ -26,9 +28,9 @@ fn open(circuits: &BTreeMap<EndpointKey, Circuits>, group: &Group, now: u64) -> 
 
 /// The turn of a lane to take rows of a group, if it can.
 pub fn turn(circuits: &BTreeMap<EndpointKey, Circuits>, group: &Group, lane: &LaneKey, now: u64) -> Option<Turn> {
-    let (own, _) = group.member(lane)?;
+    let (own, member) = group.member(lane)?;
     let open = open(circuits, group, now);
-    (open & own != 0).then_some(Turn { own, open, policy: group.stream.policy })
+    (open & own != 0).then_some(Turn { own, open, before: member.before & !group.full })
 }
 
 /// When (ms) a member that has stopped is tried again.
@@ -40,6 +42,19 @@ fn again_at(now: u64, stop: &Stop) -> u64 {
 }
 
 impl State {
+    /// Puts the members of a group in the order of what its rows cost, if that decides which is asked.
+    pub(super) fn rank(&mut self, now: u64, id: GroupId) {
+        let Some(group) = self.groups.get_mut(id) else { return };
+        let Policy::Cheapest { .. } = group.stream.policy else { return };
+        let known = |Member { lane, place, .. }: &Member| {
+            let taken = self.lanes.get(lane).and_then(|lane| lane.standings.taken(group.scope)?.recent(now));
+            (taken, group.stream.rates.get(*place).copied().unwrap_or(Rates::UNKNOWN))
+        };
+        let known: Vec<(Option<Taken>, Rates)> = group.members.iter().map(known).collect();
+        let cheaper = route::cheaper(group.counted, &known);
+        group.members.iter_mut().zip(cheaper).for_each(|(member, cheaper)| member.before = cheaper);
+    }
+
     /// Returns true if a member of a group other than this lane's can take rows.
     pub(super) fn has_other(&self, now: u64, lane: &LaneKey, group: GroupId) -> bool {
         let group = self.groups.get(group).filter(|group| group.members.len() > 1);

@@ -10,6 +10,7 @@ use llm_batch_core::dialect::{Ask, Counts, Format, Service};
 use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Size, Tokens};
 use llm_batch_core::patience::Way;
 use llm_batch_core::request;
+use llm_batch_core::route::Turn;
 use llm_batch_core::task::Embed;
 use serde_json::Value;
 use tokio::sync::Notify;
@@ -22,7 +23,6 @@ use crate::lane::{Lane, Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
 use crate::numbers::Numbers;
 use crate::protocol::{FromGateway, Policy, Stream};
 use crate::purse::{Pays, Purse};
-use crate::route::Turn;
 use crate::row::Row;
 
 /// A request that is cut to fit keeps at least one of so many rows.
@@ -301,6 +301,8 @@ enum Look {
     Sent,
     /// These rows of a group are larger than a request may be; and why.
     TooLarge(GroupId, Vec<Row>, String),
+    /// The lane has no room for more.
+    Full,
     /// Nothing can be sent now.
     Nothing,
 }
@@ -313,8 +315,8 @@ fn ask(c: &mut Conn, message: &FromGateway) {
 
 /// After which time (ms) without an answer a request is given up: another model is asked if this one is silent for longer
 /// than usual.
-fn timeout(stream: &Stream, turn: Turn, patience: Option<u64>) -> u64 {
-    let has_next = turn.policy == Policy::Failover && turn.open != turn.own;
+fn timeout(stream: &Stream, (policy, turn): (Policy, Turn), patience: Option<u64>) -> u64 {
+    let has_next = policy != Policy::Spread && turn.open != turn.own;
     stream.model.request_timeout_ms.min(patience.filter(|_| has_next).unwrap_or(u64::MAX))
 }
 
@@ -333,6 +335,7 @@ impl State {
     pub fn pump(&mut self, now: u64) -> (Vec<Launch>, Option<u64>) {
         let mut launches = std::mem::take(&mut self.doubts);
         let mut wake: Option<u64> = None;
+        self.groups.forget_room();
         self.probe_circuits(now, &mut launches, &mut wake);
         // The next place is the lane's that has the fewest requests under way; of several, whose last one is the oldest.
         let turn = |lane: &Lane, key: &LaneKey| (lane.in_flight, lane.last_request, key.clone());
@@ -347,6 +350,11 @@ impl State {
                     self.too_large(now, (&key, group), rows, size, &why);
                     self.release_last(group);
                 }
+                Look::Full => {
+                    let behind = self.behind(&key);
+                    turns.extend(behind.iter().filter_map(|key| Some(turn(self.lanes.get(key)?, key))));
+                    continue;
+                }
                 Look::Nothing => continue,
             }
             turns.extend(self.lanes.get(&key).map(|lane| turn(lane, &key)));
@@ -357,6 +365,12 @@ impl State {
         }
         self.flush();
         (launches, wake)
+    }
+
+    /// A lane has no more room: the lanes that may take rows now, which would else have left them to it.
+    fn behind(&mut self, key: &LaneKey) -> Vec<LaneKey> {
+        let ids = self.lanes.get(key).map_or(&[][..], |lane| &lane.groups);
+        ids.iter().filter_map(|id| Some(self.groups.get_mut(*id)?.fills(key))).flatten().collect()
     }
 
     /// Most requests that a lane may have under way for what others have. Requests to a server that has stopped answering give
@@ -385,7 +399,7 @@ impl State {
         for id in groups.iter().copied() {
             let Some(group) = self.groups.get_mut(id) else { continue };
             if *in_flight >= if group.stream.interactive { allowed_interactive } else { allowed } {
-                return Look::Nothing;
+                return Look::Full;
             }
             let Some(turn_of) = routes::turn(&self.circuits, group, key, now) else {
                 let until = group.member(key).and_then(|(_, m)| m.stopped.as_ref()).map(|stopped| stopped.until);
@@ -398,7 +412,7 @@ impl State {
                 && let Some(at) = limiter.closed_until(now, group.class())
             {
                 later(at);
-                return Look::Nothing;
+                return Look::Full;
             }
             let record = if stream.task.service() == Service::Decisions { &*decisions } else { &*chats };
             let standing = standings.of(now, group.scope);
@@ -436,14 +450,14 @@ impl State {
             match decided {
                 Ok((_, draft, grant)) => {
                     let asked = draft.asked(now, group, (way, turn), learned);
-                    let timeout = timeout(&stream, turn_of, record.patience());
+                    let timeout = timeout(&stream, (group.stream.policy, turn_of), record.patience());
                     launches.extend(self.launch(now, key, id, Pack { rows, draft, asked, grant, stream, timeout }));
                     return Look::Sent;
                 }
                 Err(Unsent::TooLarge(_, why)) => return Look::TooLarge(id, rows, why),
                 Err(Unsent::Until(at)) => {
                     later(at);
-                    return Look::Nothing;
+                    return Look::Full;
                 }
                 Err(Unsent::Unpaid(None)) => {}
                 Err(Unsent::Unpaid(Some((conn, message)))) => {

@@ -229,6 +229,7 @@ pub fn stream(provider: &FakeProvider) -> Stream {
         },
         others: Vec::new(),
         policy: Policy::default(),
+        rates: Vec::new(),
         task: Task { spec: tickets("Tickets."), options: Options::default() },
         budget: None,
     }
