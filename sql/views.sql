@@ -8,7 +8,7 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
        pg_catalog.round(p.tokens_per_minute::pg_catalog.numeric) AS tokens_per_minute,
        p.input_tokens, p.cached_input_tokens, p.output_tokens, p.requests,
        pg_catalog.trim_scale(p.cost) AS cost, pg_catalog.trim_scale(p.cost_unconfirmed) AS cost_unconfirmed,
-       p.max_cost, p.max_tokens,
+       p.max_cost, p.max_tokens, p.deadline,
        CASE WHEN p.handled OPERATOR(pg_catalog.>) 0
             THEN pg_catalog.trim_scale(pg_catalog.round((p.cost OPERATOR(pg_catalog.*) p.rows_total) OPERATOR(pg_catalog./) p.handled, 6)) END AS projected_cost,
        CASE WHEN p.status OPERATOR(pg_catalog.=) 'running' AND p.rows_per_second OPERATOR(pg_catalog.>) 0
@@ -35,7 +35,8 @@ SELECT p.job_id, p.owner, p.relation, p.target, p.task, p.model, p.status, p.rea
            s.rows_done, s.rows_skipped, s.rows_failed, s.rows_superseded, s.rows_reused,
            CASE WHEN s.rows_total IS NOT NULL THEN GREATEST(s.rows_total OPERATOR(pg_catalog.-) h.handled, 0) END AS rows_left, h.handled,
            s.rows_per_second, s.tokens_per_minute, s.input_tokens, s.cached_input_tokens, s.output_tokens, s.requests,
-           s.cost, s.cost_unconfirmed, j.max_cost, j.max_tokens, s.last_error, s.started_at, s.updated_at
+           s.cost, s.cost_unconfirmed, j.max_cost, j.max_tokens,
+           (j.options OPERATOR(pg_catalog.->>) 'deadline')::pg_catalog.timestamptz AS deadline, s.last_error, s.started_at, s.updated_at
       FROM llm_batch.job j
       JOIN llm_batch.job_state s ON s.job_id OPERATOR(pg_catalog.=) j.id
       CROSS JOIN LATERAL (SELECT s.rows_done OPERATOR(pg_catalog.+) s.rows_skipped OPERATOR(pg_catalog.+) s.rows_failed OPERATOR(pg_catalog.+) s.rows_superseded) h (handled)
@@ -68,6 +69,7 @@ COMMENT ON COLUMN llm_batch.progress.cost IS 'dollars, by the model''s prices an
 COMMENT ON COLUMN llm_batch.progress.cost_unconfirmed IS 'maximum cost in dollars of requests whose usage is unknown because they broke off';
 COMMENT ON COLUMN llm_batch.progress.max_cost IS 'budget in dollars; cost and cost_unconfirmed count against it';
 COMMENT ON COLUMN llm_batch.progress.max_tokens IS 'budget in tokens';
+COMMENT ON COLUMN llm_batch.progress.deadline IS 'when the job is to be done, by its option deadline';
 COMMENT ON COLUMN llm_batch.progress.projected_cost IS 'expected total cost in dollars, if the remaining rows cost as much as the rows so far';
 
 CREATE VIEW llm_batch.progress_by_model WITH (security_barrier = true) AS
