@@ -103,26 +103,39 @@ impl Taken {
     }
 }
 
-/// For each model, those that are cheaper: a bit each. `counted`: the rows to ask, by our count; `models`: what rows took
-/// of each of late, and its prices. A model that nothing is known of is believed to take what we count, or what another
-/// takes, whichever costs less: so it is tried where that may pay, and known from then on.
-pub fn cheaper(counted: Taken, models: &[(Option<Taken>, Rates)]) -> Vec<u32> {
-    let guess = |rates: Rates| {
-        let known = models.iter().filter_map(|(taken, _)| *taken).chain([counted]);
-        known.map(|taken| taken.cost(rates)).fold(f64::INFINITY, f64::min)
-    };
-    let costs: Vec<f64> =
-        models.iter().map(|(taken, rates)| taken.map_or_else(|| guess(*rates), |taken| taken.cost(*rates))).collect();
-    before(&costs)
+/// A model that rows may be asked of.
+#[derive(Debug, Clone, Copy)]
+pub struct Model {
+    /// The tokens that rows took of it of late.
+    pub taken: Option<Taken>,
+    /// Its prices.
+    pub rates: Rates,
+    /// Those with the same number are one model of the provider under several keys: any of them may be asked.
+    pub kind: usize,
 }
 
-/// For each model, those that stand before it by this order, and by their places where that is the same.
-fn before(order: &[f64]) -> Vec<u32> {
-    let stands_before = |(i, own): (usize, &f64)| {
-        let others = order.iter().enumerate().filter(|(j, other)| other.total_cmp(own).then(j.cmp(&i)).is_lt());
-        others.fold(0, |bits, (j, _)| bits | 1 << j)
+/// For each model, those that are cheaper: a bit each. `counted`: the rows to ask, by our count. A model that nothing is known
+/// of is believed to take what we count, or what another takes, whichever costs less: so it is tried where that may pay, and
+/// known from then on.
+pub fn cheaper(counted: Taken, models: &[Model]) -> Vec<u32> {
+    let guess = |rates: Rates| {
+        let known = models.iter().filter_map(|model| model.taken).chain([counted]);
+        known.map(|taken| taken.cost(rates)).fold(f64::INFINITY, f64::min)
     };
-    order.iter().enumerate().map(stands_before).collect()
+    let cost = |Model { taken, rates, .. }: &Model| taken.map_or_else(|| guess(*rates), |taken| taken.cost(*rates));
+    let of_kind = |kind: usize| models.iter().filter(move |model| model.kind == kind).map(cost);
+    let order: Vec<(f64, usize)> =
+        models.iter().map(|model| (of_kind(model.kind).fold(f64::INFINITY, f64::min), model.kind)).collect();
+    before(&order)
+}
+
+/// For each model, those that stand before it by this order of costs, and by their kinds where that is the same.
+fn before(order: &[(f64, usize)]) -> Vec<u32> {
+    let stands_before = |(own, kind): &(f64, usize)| {
+        let is_before = |(cost, other): &(f64, usize)| cost.total_cmp(own).then(other.cmp(kind)).is_lt();
+        order.iter().enumerate().filter(|(_, other)| is_before(other)).fold(0, |bits, (i, _)| bits | 1 << i)
+    };
+    order.iter().map(stands_before).collect()
 }
 
 #[cfg(test)]
@@ -155,19 +168,22 @@ mod tests {
 
     proptest! {
         /// As long as a model is open each row has one that takes it: of those that have not failed at it the first in the
-        /// order, or any where there is none; and those that are full keep nobody waiting.
+        /// order with all of its kind, or any where there is none; and those that are full keep nobody waiting.
         #[test]
         fn each_row_has_a_model_that_takes_it(
-            order in proptest::collection::vec(-3i8..3, 1..8), open in 1u32..256, failed in 0u32..256, full in 0u32..256,
+            costs in proptest::collection::vec(-3i8..3, 8), kinds in proptest::collection::vec(0usize..8, 1..8),
+            open in 1u32..256, failed in 0u32..256, full in 0u32..256,
         ) {
-            let all = (1 << order.len()) - 1;
+            let all = (1 << kinds.len()) - 1;
             let open = if open & all == 0 { 1 } else { open & all };
-            let costs: Vec<f64> = order.iter().map(|cost| f64::from(*cost)).collect();
+            let order: Vec<(f64, usize)> = kinds.iter().map(|kind| (f64::from(costs[*kind]), *kind)).collect();
             let left = if open & !failed == 0 { open } else { open & !failed };
-            let first = (0..order.len()).filter(|i| left & 1 << i != 0).min_by_key(|i| (order[*i], *i)).unwrap();
-            let ordered = before(&costs);
-            prop_assert_eq!(takers(open, failed, &ordered), [1 << first]);
-            let any = takers(open, failed, &vec![0; order.len()]);
+            let are_left = (0..kinds.len()).filter(|i| left & 1 << i != 0);
+            let first = are_left.clone().min_by_key(|i| (costs[kinds[*i]], kinds[*i])).unwrap();
+            let ordered = before(&order);
+            let same: Vec<u32> = are_left.filter(|i| kinds[*i] == kinds[first]).map(|i| 1 << i).collect();
+            prop_assert_eq!(takers(open, failed, &ordered), same);
+            let any = takers(open, failed, &vec![0; kinds.len()]);
             prop_assert_eq!(any.iter().sum::<u32>(), left);
             // If all that are cheaper have no room the next one takes it, and none that is dearer than one with room.
             let masked: Vec<u32> = ordered.iter().map(|before| before & !full).collect();
@@ -183,17 +199,23 @@ mod tests {
         fn who_takes_less_at_lower_prices_is_cheaper(
             counted in taken(), seen in taken(), rates in proptest::collection::vec(rates(), 2..6), known in 0u32..64,
         ) {
-            let models: Vec<_> =
-                rates.iter().enumerate().map(|(i, rates)| ((known & 1 << i != 0).then_some(seen), *rates)).collect();
+            let model = |(kind, rates): (usize, &Rates)| Model {
+                taken: (known & 1 << kind != 0).then_some(seen),
+                rates: *rates,
+                kind,
+            };
+            let models: Vec<Model> = rates.iter().enumerate().map(model).collect();
             let before = cheaper(counted, &models);
             let mut ranks: Vec<u32> = before.iter().map(|before| before.count_ones()).collect();
             ranks.sort_unstable();
             prop_assert_eq!(ranks, (0..models.len() as u32).collect::<Vec<_>>());
-            for ((i, (a_seen, a)), (j, (b_seen, b))) in models.iter().enumerate().flat_map(|a| models.iter().enumerate().map(move |b| (a, b))) {
-                let is_less = a.input < b.input && a.cached_input < b.cached_input && a.written_input < b.written_input && a.output < b.output;
+            for (a, b) in models.iter().flat_map(|a| models.iter().map(move |b| (a, b))) {
+                let (less, more) = (a.rates, b.rates);
+                let is_less = less.input < more.input && less.cached_input < more.cached_input
+                    && less.written_input < more.written_input && less.output < more.output;
                 // What is not known is not believed to take more than what is.
-                if is_less && (a_seen.is_none() || b_seen.is_some()) {
-                    prop_assert!(before[j] & 1 << i != 0 && before[i] & 1 << j == 0, "{:?} {:?}", a, b);
+                if is_less && (a.taken.is_none() || b.taken.is_some()) {
+                    prop_assert!(before[b.kind] & 1 << a.kind != 0 && before[a.kind] & 1 << b.kind == 0, "{:?} {:?}", a, b);
                 }
             }
         }
@@ -203,12 +225,13 @@ mod tests {
             seen in proptest::collection::vec((any::<u64>(), any::<[u64; 4]>(), 0.0..1e9f64), 1..5), rates in any::<[u64; 4]>(),
         ) {
             let rates = Rates { input: rates[0], cached_input: rates[1], written_input: rates[2], output: rates[3] };
-            let models: Vec<_> = seen.iter().map(|(now, [input, cached_input, written_input, output], counted)| {
+            let model = |(kind, (now, [input, cached_input, written_input, output], counted)): (usize, &(u64, [u64; 4], f64))| {
                 let mut taken = Taken::default();
                 let all = Tokens { input: *input, output: *output };
                 taken.observe(*now, *counted, Used { all, cached_input: *cached_input, written_input: *written_input });
-                (taken.recent(*now), if now % 3 == 0 { Rates::UNKNOWN } else { rates })
-            }).collect();
+                Model { taken: taken.recent(*now), rates: if now % 3 == 0 { Rates::UNKNOWN } else { rates }, kind }
+            };
+            let models: Vec<Model> = seen.iter().enumerate().map(model).collect();
             let ranks: std::collections::BTreeSet<u32> = cheaper(Taken::default(), &models).into_iter().collect();
             prop_assert_eq!(ranks.len(), models.len());
         }
@@ -216,6 +239,13 @@ mod tests {
 
     const CHEAP: Rates = Rates { input: 1, cached_input: 1, written_input: 1, output: 4 };
     const DEAR: Rates = Rates { input: 2, cached_input: 2, written_input: 2, output: 8 };
+
+    /// Those that are cheaper, of models of different kinds.
+    fn of(counted: Taken, models: &[(Option<Taken>, Rates)]) -> Vec<u32> {
+        let model =
+            |(kind, (taken, rates)): (usize, &(Option<Taken>, Rates))| Model { taken: *taken, rates: *rates, kind };
+        cheaper(counted, &models.iter().enumerate().map(model).collect::<Vec<_>>())
+    }
 
     fn seen(now: u64, input: u64, output: u64) -> Option<Taken> {
         let mut taken = Taken::default();
@@ -227,21 +257,31 @@ mod tests {
     fn a_model_that_thinks_is_dearer_than_its_prices() {
         let counted = seen(0, 900, 100).unwrap();
         // As long as nothing is known the prices decide; then what it takes.
-        assert_eq!(cheaper(counted, &[(None, DEAR), (None, CHEAP)]), [0b10, 0]);
+        assert_eq!(of(counted, &[(None, DEAR), (None, CHEAP)]), [0b10, 0]);
         let thinks = seen(0, 900, 5_000);
-        assert_eq!(cheaper(counted, &[(None, DEAR), (thinks, CHEAP)]), [0, 0b01]);
-        assert_eq!(cheaper(counted, &[(seen(0, 900, 120), DEAR), (thinks, CHEAP)]), [0, 0b01]);
+        assert_eq!(of(counted, &[(None, DEAR), (thinks, CHEAP)]), [0, 0b01]);
+        assert_eq!(of(counted, &[(seen(0, 900, 120), DEAR), (thinks, CHEAP)]), [0, 0b01]);
         // One of the same prices may be better.
-        assert_eq!(cheaper(counted, &[(None, CHEAP), (thinks, CHEAP)]), [0, 0b01]);
+        assert_eq!(of(counted, &[(None, CHEAP), (thinks, CHEAP)]), [0, 0b01]);
         // Without prices a model comes last.
-        assert_eq!(cheaper(counted, &[(None, Rates::UNKNOWN), (thinks, CHEAP), (None, DEAR)]), [0b110, 0b100, 0]);
+        assert_eq!(of(counted, &[(None, Rates::UNKNOWN), (thinks, CHEAP), (None, DEAR)]), [0b110, 0b100, 0]);
     }
 
     #[test]
     fn what_was_paid_in_vain_counts_and_what_is_old_does_not() {
         let mut vain = seen(0, 900, 100).unwrap();
         (0..3).for_each(|_| vain.observe(1, 0.0, Used { all: Tokens { input: 900, output: 100 }, ..Used::default() }));
-        assert_eq!(cheaper(Taken::default(), &[(Some(vain), CHEAP), (seen(0, 900, 100), DEAR)]), [0b10, 0]);
+        assert_eq!(of(Taken::default(), &[(Some(vain), CHEAP), (seen(0, 900, 100), DEAR)]), [0b10, 0]);
         assert!(vain.recent(HOUR).is_some() && vain.recent(HOUR + 1).is_none() && Taken::default().recent(0).is_none());
+    }
+
+    /// What is measured of one key is the other's too, and a dearer model waits for both.
+    #[test]
+    fn keys_of_one_model_stand_before_no_other() {
+        let (counted, key) = (seen(0, 900, 100).unwrap(), |taken| Model { taken, rates: CHEAP, kind: 0 });
+        let dear = Model { taken: None, rates: DEAR, kind: 1 };
+        for others in [None, seen(0, 900, 120), seen(0, 900, 900)] {
+            assert_eq!(cheaper(counted, &[key(seen(0, 900, 100)), dear, key(others)]), [0, 0b101, 0]);
+        }
     }
 }

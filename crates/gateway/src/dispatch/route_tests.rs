@@ -349,6 +349,27 @@ fn dearer_models_take_what_the_cheaper_have_no_room_for() {
     }
 }
 
+/// One model under two keys is no dearer than itself: both are asked, be there a deadline or not.
+#[test]
+fn keys_of_the_cheapest_share_its_rows() {
+    let mut stream = models(&["cheap", "cheap", "dear"], Policy::Cheapest { overflows: false });
+    stream.rates[1] = stream.rates[0];
+    stream.others[0].endpoint.base_url.push_str("/2");
+    let limits = [20_000, 40_000];
+    stream.model.tokens_per_minute = Some(limits[0]);
+    stream.others[0].model.tokens_per_minute = Some(limits[1]);
+    let mut sim = Sim::new(stream);
+    sim.run(60_000, 2_000, |_, _, _| Does::Answers(800));
+    let before = sim.spent.clone();
+    sim.run(120_000, 2_000, |_, _, _| Does::Answers(800));
+    for (model, limit) in limits.iter().enumerate() {
+        let took = |spent: &BTreeMap<usize, Spent>| spent[&model].input_tokens + spent[&model].output_tokens;
+        let used = (took(&sim.spent) - took(&before)) as f64 / (2 * limit) as f64;
+        assert!((0.96..=1.01).contains(&used), "{model}: {used}");
+    }
+    assert!(sim.requests("dear").is_empty());
+}
+
 /// The cheapest has room for all, so that nobody else is asked in a hurry either.
 #[test]
 fn what_the_cheapest_has_room_for_is_asked_of_no_other() {

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use llm_batch_core::route::{self, Rates, Taken, Turn};
+use llm_batch_core::route::{self, Model, Rates, Turn};
 
 use super::State;
 use super::circuits::{self, Circuits, EndpointKey};
@@ -46,12 +46,18 @@ impl State {
     pub(super) fn rank(&mut self, now: u64, id: GroupId) {
         let Some(group) = self.groups.get_mut(id) else { return };
         let Policy::Cheapest { .. } = group.stream.policy else { return };
-        let known = |Member { lane, place, .. }: &Member| {
-            let taken = self.lanes.get(lane).and_then(|lane| lane.standings.taken(group.scope)?.recent(now));
-            (taken, group.stream.rates.get(*place).copied().unwrap_or(Rates::UNKNOWN))
+        let priced = |member: &Member| {
+            let rates = group.stream.rates.get(member.place).copied().unwrap_or(Rates::UNKNOWN);
+            (member.lane.model.clone(), rates)
         };
-        let known: Vec<(Option<Taken>, Rates)> = group.members.iter().map(known).collect();
-        let cheaper = route::cheaper(group.counted, &known);
+        let model = |(i, member): (usize, &Member)| {
+            let (own, taken) = (priced(member), self.lanes.get(&member.lane));
+            let taken = taken.and_then(|lane| lane.standings.taken(group.scope)?.recent(now));
+            let kind = group.members.iter().position(|other| priced(other) == own).unwrap_or(i);
+            Model { taken, rates: own.1, kind }
+        };
+        let models: Vec<Model> = group.members.iter().enumerate().map(model).collect();
+        let cheaper = route::cheaper(group.counted, &models);
         group.members.iter_mut().zip(cheaper).for_each(|(member, cheaper)| member.before = cheaper);
     }
 
