@@ -318,16 +318,16 @@ COMMENT ON FUNCTION @extschema@.llm_classify_array(anyarray, text[], text, jsonb
 
 -- No search_path, as above.
 CREATE FUNCTION @extschema@.llm_run_batch(query text, task text, options jsonb DEFAULT '{}')
-    RETURNS TABLE (id text, value text, status text, detail text)
+    RETURNS TABLE (id text, value text, status text, detail text, confidence real)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000
     AS 'MODULE_PATHNAME', 'llm_run_batch_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_run_batch(text, text, jsonb) IS 'returns the answers of a task of any kind to the rows of a query, as llm_classify_batch()';
+COMMENT ON FUNCTION @extschema@.llm_run_batch(text, text, jsonb) IS 'returns the answers of a task of any kind to the rows of a query, as llm_classify_batch(), and the probability of each where the provider gives one';
 
 CREATE FUNCTION @extschema@.llm_run_array(ids anyarray, inputs text[], task text, options jsonb DEFAULT '{}')
-    RETURNS TABLE (id anyelement, value text, status text, detail text)
+    RETURNS TABLE (id anyelement, value text, status text, detail text, confidence real)
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE COST 1000000 ROWS 1000 SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'llm_run_array_wrapper';
-COMMENT ON FUNCTION @extschema@.llm_run_array(anyarray, text[], text, jsonb) IS 'returns the answers of a task of any kind to an array of inputs, as llm_classify_array()';
+COMMENT ON FUNCTION @extschema@.llm_run_array(anyarray, text[], text, jsonb) IS 'returns the answers of a task of any kind to an array of inputs, as llm_classify_array(), and the probability of each where the provider gives one';
 
 -- No search_path, as above.
 CREATE FUNCTION @extschema@.llm_filter(input text, question text, options jsonb DEFAULT '{}') RETURNS boolean

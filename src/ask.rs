@@ -213,8 +213,8 @@ impl Asker {
         send(&mut self.client, items)
     }
 
-    /// Waits for answers, at most for so long, and hands each to `sink` by its number. Returns true if anything came.
-    pub fn receive(&mut self, timeout: Duration, sink: &mut dyn FnMut(u64, Verdict)) -> Result<bool> {
+    /// Waits for answers, at most for so long, and hands each to `sink`. Returns true if anything came.
+    pub fn receive(&mut self, timeout: Duration, sink: &mut dyn FnMut(Outcome)) -> Result<bool> {
         match self.client.receive(timeout)? {
             Received::Message(FromGateway::Outcomes { model, outcomes, spent }) => {
                 self.take(model, outcomes, &spent, sink)?;
@@ -249,7 +249,7 @@ impl Asker {
         model: usize,
         outcomes: Vec<Outcome>,
         spent: &Spent,
-        sink: &mut dyn FnMut(u64, Verdict),
+        sink: &mut dyn FnMut(Outcome),
     ) -> Result<()> {
         self.lost.answered();
         self.done.spent.add(spent);
@@ -290,7 +290,7 @@ impl Asker {
                 self.done.rows += 1;
                 self.done.waited += since.elapsed();
                 self.done.reused += u64::from(o.reused);
-                sink(o.n, o.verdict);
+                sink(o);
             }
         }
         Ok(())
@@ -334,7 +334,7 @@ impl Asker {
     }
 
     /// Ends the stream: what was not sent comes back, and the answers to what was are awaited.
-    pub fn recall(mut self, sink: &mut dyn FnMut(u64, Verdict)) -> Result<Done> {
+    pub fn recall(mut self, sink: &mut dyn FnMut(Outcome)) -> Result<Done> {
         let mut under_way = self.pending.len() - self.unsent.len();
         self.client.send(&ToGateway::Withdraw)?;
         while under_way > 0 {
@@ -396,13 +396,13 @@ impl Asker {
     }
 }
 
-/// Asks about rows as `source` yields them (at most so many at a call; none: the end), and hands what became of each, by
-/// its position, to `sink`. The statement spends no more than `limit`.
+/// Asks about rows as `source` yields them (at most so many at a call; none: the end), and hands what became of each to
+/// `sink`: its number is its position. The statement spends no more than `limit`.
 pub fn ask(
     asked: Asked,
     limit: Allowance,
     source: &mut dyn FnMut(usize) -> Result<Vec<Asking>>,
-    sink: &mut dyn FnMut(usize, Verdict),
+    sink: &mut dyn FnMut(Outcome),
 ) -> Result<()> {
     let mut asker = Asker::open(asked, limit)?;
     let mut fetched: VecDeque<Asking> = VecDeque::new();
@@ -421,7 +421,7 @@ pub fn ask(
             asker.keep();
             return Ok(());
         }
-        asker.receive(Duration::from_secs(60), &mut |n, verdict| sink(n as usize, verdict))?;
+        asker.receive(Duration::from_secs(60), sink)?;
     }
 }
 

@@ -12,6 +12,7 @@ mod args;
 mod ask;
 mod asking;
 mod batch;
+mod beside;
 mod budget;
 mod catalog;
 mod changes;

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::budget::{UNLIMITED, picodollars};
 use crate::error::{Error, Result};
-use crate::{deadline, isolation, provenance, settings};
+use crate::{beside, deadline, isolation, settings};
 
 /// The options of a function that asks.
 pub struct OfCall {
@@ -61,15 +61,18 @@ pub struct OfJob {
     pub isolation: Option<String>,
     /// The column that says which task answered a row.
     pub provenance: Option<String>,
+    /// The column for the probability of the answer.
+    pub confidence: Option<String>,
     /// When it is to be done.
     pub deadline: Option<String>,
 }
 
 pub fn of_job(mut options: Value) -> Result<OfJob> {
-    let (isolation, provenance) = (isolation::take(&mut options)?, provenance::take(&mut options)?);
+    let isolation = isolation::take(&mut options)?;
+    let (provenance, confidence) = (beside::PROVENANCE.take(&mut options)?, beside::CONFIDENCE.take(&mut options)?);
     let deadline = deadline::take(&mut options)?;
     refuse_budget(&options)?;
-    Ok(OfJob { task: options, isolation, provenance, deadline })
+    Ok(OfJob { task: options, isolation, provenance, confidence, deadline })
 }
 
 /// Checks those of a task, which has no others.

@@ -3,67 +3,10 @@
 //! It is written by the UPDATE that writes the targets, and by none other. Where a value is NULL it names the field and the
 //! input's hash, so that a later job knows that this NULL is the answer to this text.
 
-use pgrx::prelude::*;
 use pgrx::spi::quote_literal;
-use serde_json::{Value, json};
+use serde_json::json;
 
-use crate::catalog::Target;
-use crate::error::{Error, Result};
-use crate::sql::{self, name};
-
-/// The option of a job.
-pub const OPTION: &str = "provenance_column";
-
-/// Takes the column's name out of a job's options.
-pub fn take(options: &mut Value) -> Result<Option<String>> {
-    match options.as_object_mut().and_then(|map| map.remove(OPTION)) {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(column)) => Ok(Some(column)),
-        Some(other) => Err(Error::invalid(format!("invalid value for option \"{OPTION}\": {other}"))
-            .hint("It must be the name of a column of type jsonb, such as '{\"provenance_column\": \"topic_by\"}'.")),
-    }
-}
-
-/// Checks that a column can hold the provenance of a table's rows.
-pub fn check(column: &str, target: &Target) -> Result<()> {
-    if target.columns.iter().any(|c| c.name == column) {
-        return Err(Error::invalid(format!("column \"{column}\" cannot be both a target and the provenance column"))
-            .hint("Name a column of its own, of type jsonb."));
-    }
-    let found = sql::row(
-        "SELECT a.atttypid, pg_catalog.format_type(a.atttypid, a.atttypmod),
-                a.attgenerated OPERATOR(pg_catalog.<>) ''
-           FROM pg_catalog.pg_attribute a
-          WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attname OPERATOR(pg_catalog.=) $2::pg_catalog.name
-            AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped",
-        &[target.relation.into(), column.into()],
-        |r| Ok((r.get::<pg_sys::Oid>(1)?, r.get::<String>(2)?, r.get::<bool>(3)?)),
-    )?;
-    let Some((type_oid, type_name, is_generated)) = found else {
-        return Err(Error::new(
-            PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
-            format!("provenance column \"{column}\" of {} does not exist", target.name),
-        )
-        .hint(format!("Add it with ALTER TABLE {} ADD COLUMN {} jsonb.", target.name, name(column))));
-    };
-    if type_oid != pg_sys::JSONBOID {
-        return Err(Error::new(
-            PgSqlErrorCode::ERRCODE_DATATYPE_MISMATCH,
-            format!("provenance column \"{column}\" of {} is of type {type_name}", target.name),
-        )
-        .hint("Name a column of type jsonb."));
-    }
-    if is_generated || target.key_names.iter().any(|key| key == column) {
-        let what = if is_generated { "is generated" } else { "belongs to the key" };
-        return Err(Error::new(
-            PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
-            format!("column \"{column}\" of {} cannot be the provenance column", target.name),
-        )
-        .detail(format!("The column {what}."))
-        .hint("Name a column of its own, of type jsonb."));
-    }
-    Ok(())
-}
+use crate::sql::name;
 
 /// The origin of a job's answers: the same for all of its rows, until the task or its model changes.
 #[derive(Debug, Clone, PartialEq)]

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 
-use llm_batch_gateway::protocol::{Allowance, Verdict};
+use llm_batch_gateway::protocol::{Allowance, Outcome, Verdict};
 use pgrx::datum::AnyElement;
 use pgrx::iter::TableIterator;
 use pgrx::pg_sys::panic::ErrorReport;
@@ -28,6 +28,8 @@ struct Answer {
     value: Option<String>,
     status: &'static str,
     detail: Option<String>,
+    /// The probability of the value, if the provider gave one.
+    confidence: Option<f32>,
 }
 
 /// Rows without their ids: their text, and what keeps them apart.
@@ -70,10 +72,11 @@ fn answers_of(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> Res
         }
         Ok(texts)
     };
-    let mut sink = |n: usize, verdict: Verdict| {
-        let at = places.borrow().get(n).copied().unwrap_or(usize::MAX);
+    let mut sink = |o: Outcome| {
+        let at = places.borrow().get(o.n as usize).copied().unwrap_or(usize::MAX);
         if let Some(answer) = answers.borrow_mut().get_mut(at) {
-            match verdict {
+            answer.confidence = o.confidence.map(|c| c as f32);
+            match o.verdict {
                 Verdict::Answer(values) => {
                     answer.value = spec.to_text(&values);
                     answer.status = "ok";
@@ -193,10 +196,15 @@ fn output(rows: pgrx::spi::SpiTupleTable<'_>) -> Result<Vec<Output>> {
     Ok(out)
 }
 
-type Row<Id> = (Option<Id>, Option<String>, String, Option<String>);
+type Row<Id> = (Option<Id>, Option<String>, String, Option<String>, Option<f32>);
 
 fn as_rows<Id>(ids: Vec<Option<Id>>, answers: Vec<Answer>) -> Vec<Row<Id>> {
-    ids.into_iter().zip(answers).map(|(id, a)| (id, a.value, a.status.to_owned(), a.detail)).collect()
+    ids.into_iter().zip(answers).map(|(id, a)| (id, a.value, a.status.to_owned(), a.detail, a.confidence)).collect()
+}
+
+/// A row without its probability.
+fn labelled<Id>((id, label, status, detail, _): Row<Id>) -> (Option<Id>, Option<String>, String, Option<String>) {
+    (id, label, status, detail)
 }
 
 /// The task of this name, which must be one that the verb asks, and what the statement may spend.
@@ -240,7 +248,7 @@ fn llm_classify_batch(
     >,
     ErrorReport,
 > {
-    Ok(TableIterator::new(query_by_task(Verb::ClassifyTask, query, task, options)?))
+    Ok(TableIterator::new(query_by_task(Verb::ClassifyTask, query, task, options)?.into_iter().map(labelled)))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -253,7 +261,13 @@ fn llm_run_batch(
 ) -> std::result::Result<
     TableIterator<
         'static,
-        (name!(id, Option<String>), name!(value, Option<String>), name!(status, String), name!(detail, Option<String>)),
+        (
+            name!(id, Option<String>),
+            name!(value, Option<String>),
+            name!(status, String),
+            name!(detail, Option<String>),
+            name!(confidence, Option<f32>),
+        ),
     >,
     ErrorReport,
 > {
@@ -278,7 +292,7 @@ fn llm_classify_batch_labels(
     asking::check()?;
     check_usable()?;
     let (known, limit) = ad_hoc(Verb::Classify, &text::all(labels)?, options.0, author(fcinfo))?;
-    Ok(TableIterator::new(answers_of_query(&query.checked()?, known, limit)?))
+    Ok(TableIterator::new(answers_of_query(&query.checked()?, known, limit)?.into_iter().map(labelled)))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -301,7 +315,7 @@ fn llm_classify_array(
     >,
     ErrorReport,
 > {
-    Ok(TableIterator::new(array_by_task(Verb::ClassifyTask, ids, inputs, task, options)?))
+    Ok(TableIterator::new(array_by_task(Verb::ClassifyTask, ids, inputs, task, options)?.into_iter().map(labelled)))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -320,6 +334,7 @@ fn llm_run_array(
             name!(value, Option<String>),
             name!(status, String),
             name!(detail, Option<String>),
+            name!(confidence, Option<f32>),
         ),
     >,
     ErrorReport,

@@ -35,7 +35,7 @@ fn one(input: Text, question: Question) -> Result<Option<String>> {
         statement::count_single();
         let mut source = vec![(input, None)];
         let mut got = None;
-        ask(asked, limit, &mut |_| Ok(std::mem::take(&mut source)), &mut |_, verdict| got = Some(verdict))?;
+        ask(asked, limit, &mut |_| Ok(std::mem::take(&mut source)), &mut |o| got = Some(o.verdict))?;
         got.map_or(Ok(None), |verdict| conclude.answer(&verdict))
     })
 }

@@ -476,6 +476,7 @@ fn provenance_is_refused(bed: &Bed, c: &mut Client) {
             assert!(e.0 == state && e.3.contains(hint), "{call}: {e:?}");
         }
     }
+    confidence_is_refused(bed, c);
     for role in ["app", "reader"] {
         let e = error(&mut bed.cluster.connect_as("postgres", role), &call("\"by\""));
         assert!(e.0 == "42501" && e.1.contains("\"by\"") && e.3.contains("provenance column"), "{role}: {e:?}");
@@ -485,7 +486,29 @@ fn provenance_is_refused(bed: &Bed, c: &mut Client) {
         c,
         "SELECT llm_batch.create_classifier('p', '[\"a\", \"b\"]', 'm', options => '{\"provenance_column\": \"by\"}')",
     );
-    assert!(e.0 == "22023" && e.3.contains("of a job isolation, provenance_column"), "{e:?}");
+    assert!(e.0 == "22023" && e.3.contains("of a job isolation, provenance_column, confidence_column"), "{e:?}");
+}
+
+/// Columns that cannot be the one for probabilities.
+fn confidence_is_refused(bed: &Bed, c: &mut Client) {
+    run(c, "ALTER TABLE k ADD sure real, ADD twice real GENERATED ALWAYS AS (1.0) STORED");
+    let call = |column: &str| {
+        let options = format!("options => '{{\"confidence_column\": {column}}}'");
+        format!("SELECT llm_batch.backfill('k', 'body', 'topic', 'topic', {options})")
+    };
+    for (column, state, hint) in [
+        ("5", "22023", "of type real or double precision or numeric"),
+        ("\"topic\"", "22023", "of its own"),
+        ("\"nothing\"", "42703", "ADD COLUMN nothing real"),
+        ("\"by\"", "42804", "of type real or"),
+        ("\"id\"", "42804", "of type real or"),
+        ("\"twice\"", "42809", "of its own"),
+    ] {
+        let e = error(c, &call(column));
+        assert!(e.0 == state && e.3.contains(hint), "{column}: {e:?}");
+    }
+    let e = error(&mut bed.cluster.connect_as("postgres", "app"), &call("\"sure\""));
+    assert!(e.0 == "42501" && e.1.contains("\"sure\"") && e.3.contains("confidence column"), "{e:?}");
 }
 
 #[test]

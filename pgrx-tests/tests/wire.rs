@@ -171,13 +171,16 @@ fn decisions(c: &mut Client, provider: &FakeProvider) {
     for (model, table) in [("decide", "openai"), ("decide2", "gemini")] {
         let options = r#"{"ask_by": "decisions", "max_rows_per_request": 10, "max_attempts": 10}"#;
         classifier(c, &format!("by_{table}"), &labels_json(&LABELS), model, options);
-        run(c, &format!("ALTER TABLE {table} ADD decided text"));
+        run(c, &format!("ALTER TABLE {table} ADD decided text, ADD sure numeric"));
         provider.configure(|config| config.faults.clone_from(&faults));
-        let job = one(c, &format!("SELECT llm_batch.backfill('{table}', 'body', 'decided', 'by_{table}')"));
+        let column = r#"options => '{"confidence_column": "sure"}'"#;
+        let job = one(c, &format!("SELECT llm_batch.backfill('{table}', 'body', 'decided', 'by_{table}', {column})"));
         let p = wait_status(c, job, "done");
         provider.configure(|config| config.faults = Vec::new());
         assert_eq!((p.total, p.done, p.left, p.output_tokens), (60, 60, 0, 0), "{table}: {p:?}");
-        assert_eq!(one(c, &format!("SELECT count(*) FROM {table} WHERE decided = want")), 60, "{table}");
+        // The fake gives each of its labels nine tenths and a share of the rest.
+        let sure = format!("SELECT count(*) FROM {table} WHERE decided = want AND sure = 0.9 + 0.1 / {}", LABELS.len());
+        assert_eq!(one(c, &sure), 60, "{table}");
         assert!(provider.bodies().last().unwrap().get("questions").is_some());
     }
     let options = r#"'{"model": "decide", "ask_by": "decisions"}'"#;
@@ -193,6 +196,12 @@ fn decisions(c: &mut Client, provider: &FakeProvider) {
         assert_eq!(one(c, &query), rows, "{query}");
         assert!(provider.bodies().last().unwrap().get("questions").is_some(), "{query}");
     }
+    let sure = "SELECT count(*) FROM llm_run_batch('SELECT id, body FROM openai', 'by_openai') WHERE confidence = (0.9 + 0.1 / 8)::real";
+    assert_eq!(one(c, sure), 60);
+    let array = "llm_run_array(ARRAY[1], (SELECT array_agg(body) FROM openai WHERE id = 1), 'by_openai')";
+    assert_eq!(one(c, &format!("SELECT count(*) FROM {array} WHERE confidence > 0.9")), 1);
+    let in_chat = "llm_run_batch('SELECT id, body FROM anthropic', 'topic_haiku')";
+    assert_eq!(one(c, &format!("SELECT count(confidence) FROM {in_chat}")), 0);
     // One question is refused: its row has no label, at once.
     provider.script([Some(Fault::Refusal)]);
     let refused = "SELECT string_agg(detail, ';') FROM llm_run_batch(\

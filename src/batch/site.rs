@@ -130,9 +130,9 @@ impl Site {
     pub fn recall(&mut self, answer: &mut dyn FnMut(u64, Answer)) -> Result<()> {
         let (Some(asker), Some(asked)) = (self.asker.take(), self.asked.take()) else { return Ok(()) };
         let waiting = &mut self.waiting;
-        let done = asker.recall(&mut |n, verdict| {
-            if let Some((row, input)) = waiting.remove(&n) {
-                answer(row, Answer { asked: Rc::clone(&asked), input, verdict });
+        let done = asker.recall(&mut |o| {
+            if let Some((row, input)) = waiting.remove(&o.n) {
+                answer(row, Answer { asked: Rc::clone(&asked), input, verdict: o.verdict });
             }
         })?;
         self.done.add(&done);

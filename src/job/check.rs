@@ -14,7 +14,7 @@ use crate::json::Json;
 use crate::options::{OfJob, of_job};
 use crate::process::current_user;
 use crate::task::{self, Asked};
-use crate::{asking, deadline, isolation, provenance, sql, txn};
+use crate::{asking, beside, deadline, isolation, sql, txn};
 
 /// The arguments of a job: what to fill, from what, with what.
 pub struct Given<'a> {
@@ -29,6 +29,7 @@ pub struct Given<'a> {
     task_options: Value,
     pub isolation: Option<String>,
     pub provenance: Option<String>,
+    pub confidence: Option<String>,
     pub has_deadline: bool,
 }
 
@@ -42,7 +43,7 @@ impl<'a> Given<'a> {
         options: Option<Json>,
     ) -> Result<Self> {
         let mut options = options.map(|o| o.0).filter(|o| !o.is_null()).unwrap_or_else(|| json!({}));
-        let OfJob { task: task_options, isolation, provenance, deadline } = of_job(options.clone())?;
+        let OfJob { task: task_options, isolation, provenance, confidence, deadline } = of_job(options.clone())?;
         let has_deadline = deadline.is_some();
         if let Some(text) = deadline {
             options[deadline::OPTION] = deadline::resolve(&text)?.into();
@@ -57,6 +58,7 @@ impl<'a> Given<'a> {
             task_options,
             isolation,
             provenance,
+            confidence,
             has_deadline,
         })
     }
@@ -67,8 +69,8 @@ impl<'a> Given<'a> {
         check_usable()?;
         let names: Vec<String> = self.columns.iter().map(|(name, _)| name.clone()).collect();
         let target = catalog::target(self.relation, &names)?;
-        if let Some(column) = &self.provenance {
-            provenance::check(column, &target)?;
+        for (kind, column) in [(beside::PROVENANCE, &self.provenance), (beside::CONFIDENCE, &self.confidence)] {
+            column.iter().try_for_each(|column| kind.check(column, &target))?;
         }
         let owner = owner_of(&target)?;
         let asked = task::load(self.task, &self.task_options)?.stream(owner, false)?;
@@ -125,9 +127,14 @@ impl<'a> Given<'a> {
         }
     }
 
+    /// Columns that are filled beside the targets.
+    pub fn beside(&self) -> Vec<&str> {
+        self.provenance.iter().chain(&self.confidence).map(String::as_str).collect()
+    }
+
     fn check_rights(&self, target: &Target, owner: pg_sys::Oid, is_to_write: bool) -> Result<()> {
         let reads = target.key_names.iter().chain(&self.provenance).map(|name| (name, "SELECT"));
-        let columns = target.columns.iter().map(|column| &column.name).chain(&self.provenance);
+        let columns = target.columns.iter().map(|column| &column.name).chain(&self.provenance).chain(&self.confidence);
         let writes = columns.filter(|_| is_to_write).map(|column| (column, "UPDATE"));
         for (column, right) in writes.chain(reads) {
             let may = sql::one::<bool>(
@@ -136,8 +143,8 @@ impl<'a> Given<'a> {
             )?;
             if may != Some(true) {
                 return Err(Error::denied(format!("permission denied for column \"{column}\" of {}", target.name)).hint(
-                    "The owner of the job needs SELECT on the key, the target and the input, and UPDATE on the target; on a \
-                     provenance column both.",
+                    "The owner of the job needs SELECT on the key, the target and the input, and UPDATE on the target and on a \
+                     confidence column; on a provenance column both.",
                 ));
             }
         }

@@ -151,7 +151,7 @@ fn retry_failed(job_id: i64) -> std::result::Result<bool, ErrorReport> {
         let (owner, relation) = s.check_complete()?;
         if s.status == "done" {
             let target = catalog::target(relation, &s.targets)?;
-            check_alone(&target, s.provenance.as_deref(), job_id)?;
+            check_alone(&target, &s.beside.iter().map(String::as_str).collect::<Vec<_>>(), job_id)?;
         }
         Ok(Some(format!("wanted = 'running', epoch = epoch + 1, retry_epoch = epoch + 1, {}", here(owner, relation))))
     })?;

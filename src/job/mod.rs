@@ -100,7 +100,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
     if budget.max_cost.is_some() {
         models.iter().try_for_each(|(model, price)| price.check(model))?;
     }
-    check_alone(&target, given.provenance.as_deref(), 0)?;
+    check_alone(&target, &given.beside(), 0)?;
     client::check_came_up(shared::Process::Launcher)?;
     // Before a row is paid for: the model, or one of a route, must answer at all.
     client::ask(&stream, &ToGateway::Probe, |message| match message {
@@ -113,14 +113,14 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
     Ok(id)
 }
 
-/// One job a column, be it a target or the one for provenance: refuses a second one on one of the columns of the same
+/// One job a column, be it a target or one beside them: refuses a second one on one of the columns of the same
 /// partition tree. Holds locks until the transaction ends, so that two can't start at the same time.
-fn check_alone(target: &Target, provenance: Option<&str>, except: i64) -> Result<()> {
+fn check_alone(target: &Target, beside: &[&str], except: i64) -> Result<()> {
     // Not an advisory lock: anyone could take that, and hold up others' jobs for ever. Two names with the same hash wait
     // for each other in vain, and no longer than that.
     let hash = |name: &str| name.bytes().fold(0u16, |hash, byte| hash.wrapping_mul(31).wrapping_add(u16::from(byte)));
     let names: Vec<String> =
-        target.columns.iter().map(|c| c.name.as_str()).chain(provenance).map(str::to_owned).collect();
+        target.columns.iter().map(|c| c.name.as_str()).chain(beside.iter().copied()).map(str::to_owned).collect();
     // In one order, so that no two wait for each other.
     let hashes: BTreeSet<u16> = names.iter().map(|name| hash(name)).collect();
     for name in hashes {
@@ -135,7 +135,8 @@ fn check_alone(target: &Target, provenance: Option<&str>, except: i64) -> Result
         sql::rows_mut(
             "SELECT j.id, (SELECT min(c) FROM unnest(f.columns) c WHERE c = ANY ($2)) FROM llm_batch.job j JOIN llm_batch.progress p ON p.job_id = j.id
               CROSS JOIN LATERAL (SELECT llm_batch.relation_now(j.relation, j.relation_name, j.home)) n (relation)
-              CROSS JOIN LATERAL (SELECT j.targets::text[] || (j.options->>'provenance_column')) f (columns)
+              CROSS JOIN LATERAL (SELECT j.targets::text[] || (j.options->>'provenance_column')
+                                                                 || (j.options->>'confidence_column')) f (columns)
               WHERE coalesce(pg_partition_root(n.relation)::oid, n.relation) = $1 AND f.columns && $2
                 AND p.status IN ('running', 'paused') AND j.id <> $3 LIMIT 1",
             &[target.root.into(), names.into(), except.into()],

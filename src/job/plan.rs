@@ -30,6 +30,8 @@ pub struct Plan {
     pub max_attempts: u32,
     /// Rows say which task answered them.
     pub has_provenance: bool,
+    /// Rows get the probability of their answer.
+    pub has_confidence: bool,
     /// The values are labels, each of which may be at fault.
     pub has_labels: bool,
     /// The search_path under which input and filter are read.
@@ -42,7 +44,8 @@ pub struct Plan {
     pub claim_next: String,
     /// Locks rows `$k+1` (positions), looks at them, and writes values `$k+3 …`, one array a target, to those that are as
     /// they were, by the inputs' hashes `$k+2`: each where its target is NULL. If rows say who answered them, an array of that
-    /// comes last: a row with one is written even if all of its values are NULL. Of each row that could be locked: position,
+    /// comes behind: a row with one is written even if all of its values are NULL. An array of probabilities comes last. Of
+    /// each row that could be locked: position,
     /// whether a target was NULL, the input's hash, whether there was something to write, NULL; of each that was written:
     /// position, NULL, NULL, NULL, whether something of it is NULL.
     pub write: String,
@@ -135,9 +138,10 @@ pub fn lockers(job: &Job) -> Result<String> {
 pub fn table(job: &Job) -> Result<Table> {
     let targets = job.targets.iter().map(|t| (&t.name, t.attnum, Some(t.type_oid)));
     let keys = job.key_names.iter().zip(&job.key_attnums).map(|(name, attnum)| (name, *attnum, None));
-    // A column for provenance may be another one of this name: nothing else is known of it.
+    // A column beside the targets may be another one of this name: nothing else is known of it.
     let provenance = job.provenance.iter().map(|name| (name, 0, Some(pg_sys::JSONBOID)));
-    let columns: Vec<_> = keys.chain(targets).chain(provenance).collect();
+    let confidence = job.confidence.iter().map(|name| (name, 0, None));
+    let columns: Vec<_> = keys.chain(targets).chain(provenance).chain(confidence).collect();
     // One statement: it runs with each transaction that writes.
     let found = sql::row(
         "SELECT pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)) AS full_name,
@@ -297,6 +301,7 @@ impl Plan {
             columns: job.targets.iter().zip(casts).map(column).collect(),
             max_attempts: task.options.max_attempts,
             has_provenance: job.provenance.is_some(),
+            has_confidence: job.confidence.is_some(),
             // With several columns each value may be at fault.
             has_labels: job.targets.len() == 1 && spec.columns().iter().all(|field| field.values.is_some()),
             search_path: format!("{}, pg_temp", job.search_path),
@@ -407,6 +412,13 @@ impl Parts<'_> {
             ));
             is_to_write.push_str(" OR \"llm_batch p\" IS NOT NULL");
         }
+        if let Some(column) = &self.job.confidence {
+            let parameter = self.parameter(3 + targets.len() + usize::from(self.job.provenance.is_some()));
+            values.push_str(", \"llm_batch c\"");
+            arrays.push_str(&format!(", pg_catalog.unnest({parameter}::pg_catalog.float8[])"));
+            // That of another answer is not left there.
+            assignments.push_str(&format!(", {} = \"llm_batch c\"", name(column)));
+        }
         format!(
             "WITH \"llm_batch l\" (\"llm_batch i\", {values}, \"llm_batch e\", \"llm_batch n\", \"llm_batch h\", \"llm_batch w\") AS MATERIALIZED (
                  SELECT {POSITION}, {values}, \"llm_batch u\".\"llm_batch e\", {any_null}, {hash}, {is_missing}
@@ -438,8 +450,8 @@ impl Parts<'_> {
             )
         };
         let targets = self.job.targets.iter().map(|t| may(format!("{}::pg_catalog.int2", t.attnum)));
-        let provenance = self.job.provenance.iter().map(|c| may(pgrx::spi::quote_literal(c)));
-        targets.chain(provenance).collect::<Vec<_>>().join(" AND ")
+        let beside = self.job.provenance.iter().chain(&self.job.confidence).map(|c| may(pgrx::spi::quote_literal(c)));
+        targets.chain(beside).collect::<Vec<_>>().join(" AND ")
     }
 
     fn look(&self) -> String {

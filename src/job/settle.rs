@@ -28,6 +28,8 @@ pub struct Answer {
     pub values: Option<Vec<Option<String>>>,
     /// The row's provenance, if the job has a column for that.
     pub by: Option<String>,
+    /// The probability of the answer, if the provider gave one.
+    pub confidence: Option<f64>,
     /// Answers to the row so far.
     pub attempts: u32,
     /// The text that was sent, for a row that may have to be asked again.
@@ -210,6 +212,7 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
             position: a.position,
             values: a.values.clone().unwrap_or_else(|| vec![None; plan.targets]),
             by: a.values.as_ref().and(a.by.clone()),
+            confidence: a.confidence,
             hash: hash(a.position).unwrap_or_default(),
         })
         .collect();
@@ -396,6 +399,7 @@ struct Todo {
     /// Without any it is only looked at.
     values: Vec<Option<String>>,
     by: Option<String>,
+    confidence: Option<f64>,
     hash: i64,
 }
 
@@ -486,6 +490,9 @@ fn write_part(plan: &Plan, page: &Page, part: &[Todo]) -> Result<Vec<Found>> {
     }
     if plan.has_provenance {
         args.push(part.iter().map(|t| t.by.clone()).collect::<Vec<Option<String>>>().into());
+    }
+    if plan.has_confidence {
+        args.push(part.iter().map(|t| t.confidence).collect::<Vec<Option<f64>>>().into());
     }
     sql::rows_mut(&plan.write, &args, |r| {
         let look = |is_null| Ok::<_, Error>(((is_null, r.maybe::<i64>(3)?), r.get::<bool>(4)?));

@@ -26,7 +26,8 @@ pub struct Status {
     table_owner: Option<pg_sys::Oid>,
     pub table: String,
     pub targets: Vec<String>,
-    pub provenance: Option<String>,
+    /// Columns that are filled beside the targets.
+    pub beside: Vec<String>,
     pub task: String,
     pub status: String,
     /// It is paused, and yet goes on by itself, or has a worker that keeps answers.
@@ -71,7 +72,8 @@ pub fn status(id: i64) -> Result<Status> {
     let found = txn::as_extension_owner(|| {
         sql::row(
             "SELECT n.owner, t.oid, t.relowner, p.relation, j.targets::text[], p.task, p.status,
-                    llm_batch.goes_on(p.reason) OR coalesce(p.reason = 'owner', false), j.options->>'provenance_column'
+                    llm_batch.goes_on(p.reason) OR coalesce(p.reason = 'owner', false),
+                    ARRAY[j.options->>'provenance_column', j.options->>'confidence_column']
                FROM llm_batch.progress p JOIN llm_batch.job j ON j.id = p.job_id
               CROSS JOIN LATERAL (SELECT llm_batch.owner_now(j.owner, j.owner_name, j.home),
                                          llm_batch.relation_now(j.relation, j.relation_name, j.home)) n (owner, relation)
@@ -88,7 +90,7 @@ pub fn status(id: i64) -> Result<Status> {
                     task: r.get(6)?,
                     status: r.get(7)?,
                     has_hope: r.get(8)?,
-                    provenance: r.maybe(9)?,
+                    beside: r.get::<Vec<Option<String>>>(9)?.into_iter().flatten().collect(),
                 })
             },
         )
@@ -145,6 +147,7 @@ pub struct Job {
     pub options: Value,
     pub isolation: Option<String>,
     pub provenance: Option<String>,
+    pub confidence: Option<String>,
     pub has_deadline: bool,
     pub search_path: String,
     pub wanted: String,
@@ -186,7 +189,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
               WHERE j.id = $1 AND j.home = llm_batch.home()",
             &[id.into()],
             |r| {
-                let OfJob { task: options, isolation, provenance, deadline } = of_job(r.get::<JsonB>(10)?.0)?;
+                let OfJob { task: options, isolation, provenance, confidence, deadline } = of_job(r.get::<JsonB>(10)?.0)?;
                 Ok(Job {
                     id,
                     owner: r.maybe(22)?,
@@ -201,6 +204,7 @@ pub fn load(id: i64) -> Result<Option<Job>> {
                     task: r.get(9)?,
                     isolation,
                     provenance,
+                    confidence,
                     has_deadline: deadline.is_some(),
                     options,
                     search_path: r.get(11)?,

@@ -130,7 +130,7 @@ pub const KEYS: &str = "max_rows_per_request, max_attempts, priority, ask_by, st
                         too_long, reuse, on_error";
 /// Those of a task with a name alone, and of a job.
 const OF_TASK: &str = "repair, check, check_hint";
-const OF_JOB: &str = "isolation, provenance_column, deadline";
+const OF_JOB: &str = "isolation, provenance_column, confidence_column, deadline";
 
 impl Options {
     /// Reads a JSON object. Later objects override earlier ones key by key.

@@ -7,7 +7,7 @@ use std::hash::BuildHasher;
 use llm_batch_core::task::Answer;
 
 /// Bytes of an entry, with what the table around it takes.
-const ENTRY: usize = 60;
+const ENTRY: usize = 76;
 
 /// Identifies a text under the settings it is asked with. 128 bits of hashes whose keys nobody knows: a collision is as
 /// likely as a broken disk, and cannot be brought about.
@@ -25,6 +25,9 @@ impl Keys {
     }
 }
 
+/// An answer, and its probability if the provider gave one.
+pub type Known = (Answer, Option<f64>);
+
 /// Answers by text, the most recent ones: when the young half is full, the old half is forgotten.
 #[derive(Debug, Default)]
 pub struct Cache {
@@ -35,27 +38,27 @@ pub struct Cache {
 /// Answers and the bytes that they take.
 #[derive(Debug, Default)]
 struct Half {
-    answers: HashMap<TextKey, Answer>,
+    answers: HashMap<TextKey, Known>,
     bytes: usize,
 }
 
 /// An answer of more than this part of a half is not kept: it would drive out too many others.
 const LARGEST_PART: usize = 64;
 
-fn bytes_of(answer: &Answer) -> usize {
+fn bytes_of((answer, _): &Known) -> usize {
     let text = |value: &Option<String>| value.as_ref().map_or(0, String::len) + size_of::<Option<String>>();
     ENTRY + answer.0.iter().map(text).sum::<usize>()
 }
 
 impl Half {
-    fn put(&mut self, key: TextKey, answer: Answer) {
+    fn put(&mut self, key: TextKey, answer: Known) {
         self.bytes += bytes_of(&answer);
         self.bytes -= self.answers.insert(key, answer).map_or(0, |old| bytes_of(&old));
     }
 }
 
 impl Cache {
-    pub fn get(&mut self, key: TextKey, bytes: usize) -> Option<Answer> {
+    pub fn get(&mut self, key: TextKey, bytes: usize) -> Option<Known> {
         if let Some(answer) = self.young.answers.get(&key) {
             return Some(answer.clone());
         }
@@ -66,7 +69,7 @@ impl Cache {
     }
 
     /// Keeps an answer; `bytes` is what the whole cache may take.
-    pub fn put(&mut self, key: TextKey, answer: Answer, bytes: usize) {
+    pub fn put(&mut self, key: TextKey, answer: Known, bytes: usize) {
         let half = bytes / 2;
         let size = bytes_of(&answer);
         // The cache may have become smaller.
@@ -90,8 +93,8 @@ impl Cache {
 mod tests {
     use super::*;
 
-    fn answer(text: &str) -> Answer {
-        Answer(vec![Some(text.to_owned())])
+    fn answer(text: &str) -> Known {
+        (Answer(vec![Some(text.to_owned())]), Some(0.5))
     }
 
     #[test]

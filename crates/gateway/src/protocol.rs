@@ -290,7 +290,7 @@ pub enum Verdict {
 }
 
 /// A row's outcome.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Outcome {
     /// The client's own number of the row.
     pub n: u64,
@@ -300,6 +300,9 @@ pub struct Outcome {
     pub attempts: u32,
     /// Its answer was paid for with another row of the same text.
     pub reused: bool,
+    /// The probability of its answer, 0 to 1, if the provider gives one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub confidence: Option<f64>,
 }
 
 /// The spending of a stream since the last frame that reported it.

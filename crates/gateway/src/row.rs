@@ -39,6 +39,8 @@ pub struct Row {
     pub cut: u32,
     /// The value that was wanted, if its last answer was another.
     pub wanted: Option<String>,
+    /// The probability of its answer, if the provider gave one.
+    pub confidence: Option<f64>,
     /// The largest cap of its answer that is not known to be refused where it was alone, tokens.
     pub most_answer: u64,
     /// The last request of several rows that was refused, this one among them.
@@ -72,6 +74,7 @@ impl Row {
             most_rows,
             cut: 0,
             wanted: None,
+            confidence: None,
             most_answer: u64::MAX,
             refused_in: None,
             failed: 0,

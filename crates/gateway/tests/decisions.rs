@@ -91,6 +91,36 @@ fn each_row_gets_its_label_and_nothing_but_prompts_is_paid_for() {
     }
 }
 
+/// The fake is sure of each label by nine tenths and its share of the rest.
+#[test]
+fn answers_have_their_probabilities_and_those_of_chats_none() {
+    for api in deciders() {
+        let (setup, provider) = (Setup::with_cache(1 << 20), keyed(Config::default()));
+        let confidences = |client: &mut Client| -> Vec<Option<f64>> {
+            client.rows(0..20);
+            client.answers(20).0.values().map(|outcome| outcome.confidence).collect()
+        };
+        let mut client = decides(&setup, &provider, api, |_| {});
+        let sure = Some(0.9 + 0.1 / LABELS.len() as f64);
+        assert_eq!(confidences(&mut client), [sure; 20], "{api:?}");
+        // Those of answers that were kept.
+        let requests = provider.stats().requests;
+        assert_eq!(confidences(&mut client), [sure; 20], "{api:?}");
+        assert_eq!(provider.stats().requests, requests, "{api:?}");
+        let mut chat = decides(&setup, &provider, api, |s| s.task.options.ask_by = AskBy::Chat);
+        assert_eq!(confidences(&mut chat), [None; 20], "{api:?}");
+        // A row that is asked again has the probability of its last answer, one without a label none.
+        provider.script([Some(Fault::UnknownCode)]);
+        client.rows(20..40);
+        assert!(client.answers(20).0.values().all(|outcome| outcome.confidence == sure), "{api:?}");
+        provider.script([Some(Fault::EmptyAnswer), Some(Fault::EmptyAnswer)]);
+        let mut client = decides(&setup, &provider, api, |s| s.task.options.max_attempts = 1);
+        client.rows(40..41);
+        let outcome = client.answers(1).0.remove(&40).unwrap();
+        assert!(matches!(outcome, Outcome { verdict: Verdict::Skip { .. }, confidence: None, .. }), "{api:?}: {outcome:?}");
+    }
+}
+
 /// Each fault once, in the first request: all rows are right in the end, and none is another's.
 #[test]
 fn each_fault_costs_its_rows_and_no_others() {

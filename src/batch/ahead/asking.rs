@@ -131,9 +131,9 @@ impl Ahead {
         if failed.is_some() || asker.pending() == 0 {
             return false;
         }
-        let received = asker.receive(timeout, &mut |n, verdict| {
-            let Some((number, input)) = waiting.remove(&n) else { return };
-            let answer = Answer { asked: Rc::clone(asked), input, verdict };
+        let received = asker.receive(timeout, &mut |o| {
+            let Some((number, input)) = waiting.remove(&o.n) else { return };
+            let answer = Answer { asked: Rc::clone(asked), input, verdict: o.verdict };
             if let Some(fate) = rows.get_mut((number - *first) as usize).and_then(|row| row.fates.get_mut(site)) {
                 *fate = Fate::Answered(Rc::new(answer));
             }

@@ -413,6 +413,7 @@ impl Worker {
                 position,
                 values,
                 by,
+                confidence: o.confidence,
                 verdict: o.verdict,
                 // An answer that was paid for with another row is one too.
                 attempts: again.map_or(o.attempts, |again| o.attempts.max(again.attempts + 1)),

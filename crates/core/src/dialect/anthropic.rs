@@ -110,9 +110,9 @@ impl Dialect for Anthropic {
             },
             thought: tokens(&usage["output_tokens_details"]["thinking_tokens"]),
             cached_input,
-            refused: Vec::new(),
             written_input,
             text,
+            ..Reply::default()
         }
         .consistent())
     }

@@ -63,11 +63,9 @@ impl Dialect for Cohere {
             finish,
             has_reasoning: parts.iter().any(|part| part["type"] == "thinking"),
             usage: Usage { input: count("input_tokens"), output: count("output_tokens") },
-            thought: None,
             cached_input: tokens(&usage["cached_tokens"]).unwrap_or(0),
-            refused: Vec::new(),
-            written_input: 0,
             text,
+            ..Reply::default()
         }
         .consistent())
     }

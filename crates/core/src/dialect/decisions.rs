@@ -7,7 +7,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::{Finish, Reply, Unread, Usage};
+use super::{Reply, Unread, Usage};
 use crate::CountTokens;
 
 /// Bytes of the answer to a question beside its labels, and of a label in it beside its text: a probability, and the signs.
@@ -97,28 +97,39 @@ pub fn most_answer(choices: &[String], rows: usize) -> u64 {
     (answer_bytes(choices) / BYTES_PER_TOKEN + 1).saturating_mul(rows) as u64
 }
 
+/// The probability of the choice in an answer; what is called its confidence may be reckoned in other ways.
+fn confidence(answer: &Value) -> Option<f64> {
+    let (chosen, all) = (&answer["choice"], &answer["probabilities"]);
+    let listed =
+        all.as_array().and_then(|all| all.iter().find(|one| one["value"] == *chosen)).map(|one| &one["probability"]);
+    let named = chosen.as_str().and_then(|chosen| all.get(chosen));
+    let given = listed.or(named).filter(|given| given.is_number()).unwrap_or(&answer["confidence"]);
+    given.as_f64().filter(|given| (0.0..=1.0).contains(given))
+}
+
 /// A reply with these answers, each under the name of its question. What has no number for a name belongs to no row.
 pub(super) fn reply<'a>(answers: impl IntoIterator<Item = (String, &'a Value)>, ids: &[u16], usage: Usage) -> Reply {
-    let (mut members, mut refused) = (Vec::new(), Vec::new());
+    let (mut members, mut refused, mut confidences) = (Vec::new(), Vec::new(), Vec::new());
     let is_number = |name: &String| name.len() == 3 && name.bytes().all(|b| b.is_ascii_digit());
     for (name, answer) in answers.into_iter().filter(|(name, _)| is_number(name)) {
         match answer["type"].as_str() {
             Some("refusal") => refused.extend(ids.iter().filter(|id| id.to_string() == name)),
-            None | Some("choice") => members.push(format!("{}:{}", Value::from(name), answer["choice"])),
+            None | Some("choice") => {
+                confidences.extend(name.parse().ok().zip(confidence(answer)));
+                members.push(format!("{}:{}", Value::from(name), answer["choice"]));
+            }
             // It answers a question that was not asked.
             Some(_) => {}
         }
     }
     Reply {
         text: format!("{{{}}}", members.join(",")),
-        finish: Finish::Complete,
-        has_reasoning: false,
         usage,
         // None of it is the answer's.
         thought: usage.output,
-        cached_input: 0,
-        written_input: 0,
         refused,
+        confidences,
+        ..Reply::default()
     }
 }
 
@@ -198,6 +209,30 @@ mod tests {
         for n in [0, 1, 2, 4, 6] {
             assert_eq!(read(&json!(all(n))).0, [const { Verdict::Missing }; 3], "{n}");
         }
+    }
+
+    #[test]
+    fn a_row_has_the_probability_of_its_choice() {
+        let of = |confidence: Value, probabilities: Value| {
+            let answer = json!({"choice": "ü", "confidence": confidence, "probabilities": probabilities});
+            reply([("417".to_owned(), &answer)], &[417], Usage::default()).confidence(417)
+        };
+        let list = json!([{"value": "x", "probability": 0.3}, {"value": "ü", "probability": 0.7}]);
+        assert_eq!((of(0.4.into(), list), of(0.4.into(), json!({"x": 0.3, "ü": 0.7}))), (Some(0.7), Some(0.7)));
+        for none in
+            [json!([]), json!({}), json!(["ü"]), json!({"ü": "0.7"}), json!({"x": 0.3}), json!(0.7), Value::Null]
+        {
+            assert_eq!(of(0.4.into(), none), Some(0.4));
+        }
+        for odd in [json!("0.4"), json!([0.4]), json!(1.5), json!(-0.1), json!(1e308), Value::Null] {
+            assert_eq!(of(odd, json!({})), None);
+        }
+        assert_eq!(of(0.4.into(), json!({"ü": 1.5})), None);
+        // Of two answers the lesser; another row's is not this one's.
+        let answer = |confidence: f64| json!({"choice": "ü", "confidence": confidence});
+        let all = [("417", &answer(0.9)), ("118", &answer(0.1)), ("417", &answer(0.8))];
+        let reply = reply(all.map(|(name, answer)| (name.to_owned(), answer)), &[417, 118], Usage::default());
+        assert_eq!((reply.confidence(417), reply.confidence(118), reply.confidence(902)), (Some(0.8), Some(0.1), None));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Finish, Reply, Unread, Usage};
+use super::{Reply, Unread, Usage};
 use crate::vector;
 
 /// The number of the first text of a request; those of the others follow.
@@ -89,13 +89,9 @@ impl Texts<'_> {
 pub(super) fn reply(text: String, input: Option<u64>) -> Reply {
     Reply {
         text,
-        finish: Finish::Complete,
-        has_reasoning: false,
         usage: Usage { input: input.filter(|n| *n > 0), output: Some(0) },
         thought: Some(0),
-        cached_input: 0,
-        refused: Vec::new(),
-        written_input: 0,
+        ..Reply::default()
     }
 }
 

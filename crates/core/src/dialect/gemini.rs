@@ -100,9 +100,8 @@ impl Dialect for Gemini {
             usage: Usage { input, output: written.filter(|n| *n < 1 << 32 && (*n > 0 || text.is_empty())) },
             thought,
             cached_input: tokens(&usage["cachedContentTokenCount"]).unwrap_or(0),
-            refused: Vec::new(),
-            written_input: 0,
             text,
+            ..Reply::default()
         }
         .consistent())
     }

@@ -308,9 +308,10 @@ impl Counts {
 }
 
 /// The end of an answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Finish {
     /// By itself.
+    #[default]
     Complete,
     /// At the cap of tokens.
     Length,
@@ -346,7 +347,7 @@ impl Usage {
 }
 
 /// The answer of a request with a status of 2xx.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Default)]
 pub struct Reply {
     /// The text; empty if there is none.
     pub text: String,
@@ -362,11 +363,18 @@ pub struct Reply {
     pub cached_input: u64,
     /// The numbers of rows that an answer is refused for, each by itself.
     pub refused: Vec<u16>,
+    /// The probability of the answer to each row of this number, 0 to 1, where one is given.
+    pub confidences: Vec<(u16, f64)>,
     /// Tokens of the prompt that it has written into its cache, if they cost more for that.
     pub written_input: u64,
 }
 
 impl Reply {
+    /// The probability of the answer to a row: of several the least.
+    pub fn confidence(&self, id: u16) -> Option<f64> {
+        self.confidences.iter().filter(|(of, _)| *of == id).map(|(_, given)| *given).reduce(f64::min)
+    }
+
     /// The tokens that count against the provider's limits, with these in place of missing ones.
     pub fn counted(&self, api: Api, missing: Tokens) -> Tokens {
         let all = self.usage.or(missing);

@@ -68,11 +68,8 @@ impl Dialect for Ollama {
                 input: tokens(&said["prompt_eval_count"]).filter(|n| *n > 0),
                 output: tokens(&said["eval_count"]).filter(|n| *n > 0 || text.is_empty()),
             },
-            thought: None,
-            cached_input: 0,
-            refused: Vec::new(),
-            written_input: 0,
             text,
+            ..Reply::default()
         })
     }
 

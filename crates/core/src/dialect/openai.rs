@@ -123,7 +123,7 @@ fn reply(body: &[u8]) -> Result<Reply, Unread> {
     let cached_input = usage.input.map_or(0, |input| cached.min(input));
     let thought = json["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64();
     let written_input = json["usage"]["prompt_tokens_details"]["cache_write_tokens"].as_u64().unwrap_or(0);
-    let reply = Reply { text, finish, has_reasoning, usage, thought, cached_input, written_input, refused: Vec::new() };
+    let reply = Reply { text, finish, has_reasoning, usage, thought, cached_input, written_input, ..Reply::default() };
     Ok(reply.consistent())
 }
 
@@ -234,13 +234,9 @@ mod tests {
             reply(ok).unwrap(),
             Reply {
                 text: "{}".into(),
-                finish: Finish::Complete,
-                has_reasoning: false,
                 usage: Usage { input: Some(7), output: Some(2) },
-                thought: None,
                 cached_input: 4,
-                written_input: 0,
-                refused: Vec::new(),
+                ..Reply::default()
             }
         );
         let of = |body: Value| reply(body.to_string().as_bytes()).unwrap();

@@ -484,7 +484,7 @@ impl State {
             self.shares = None;
             let waiter = Waiter { conn, n: item.n, bytes };
             if c.stopped {
-                self.outcome(waiter, 0, 0, Verdict::Withdrawn, false);
+                self.outcome(waiter, 0, 0, Verdict::Withdrawn, (false, None));
                 continue;
             }
             let unique: TextKey = self.id().into();
@@ -500,16 +500,17 @@ impl State {
             let key = if reuse { self.keys.of(scope, &item.text) } else { unique };
             let models = 0..if reuse { g.stream.others.len() + 1 } else { 0 };
             let mut kept = models.filter_map(|at| Some((at, self.cache.get(of_model(key, at), self.settings.cache)?)));
-            if let Some((model, answer)) = kept.next() {
+            if let Some((model, (answer, confidence))) = kept.next() {
                 if let Some(lane) = g.first_lane().and_then(|lane| self.lanes.get_mut(lane)) {
                     lane.rows_reused += 1;
                 }
-                self.outcome(waiter, model, before, Verdict::Answer(answer), true);
+                self.outcome(waiter, model, before, Verdict::Answer(answer), (true, confidence));
                 continue;
             }
             if g.push(now, conn, (item, line), compartment, key) == Pushed::TooLong {
                 let most = g.most_of_a_row();
-                self.outcome(waiter, 0, 0, too_long(&format!("max_request_tokens of the model is {most}")), false);
+                let verdict = too_long(&format!("max_request_tokens of the model is {most}"));
+                self.outcome(waiter, 0, 0, verdict, (false, None));
             }
         }
         if was_idle {
@@ -550,7 +551,7 @@ impl State {
 
     fn give_back(&mut self, waiters: Vec<Waiter>) {
         for waiter in waiters {
-            self.outcome(waiter, 0, 0, Verdict::Withdrawn, false);
+            self.outcome(waiter, 0, 0, Verdict::Withdrawn, (false, None));
         }
     }
 
@@ -561,25 +562,33 @@ impl State {
         if let Verdict::Answer(answer) = &verdict
             && group.stream.task.options.reuse
         {
-            self.cache.put(of_model(row.key, model), answer.clone(), self.settings.cache);
+            self.cache.put(of_model(row.key, model), (answer.clone(), row.confidence), self.settings.cache);
         }
         let is_answer = matches!(verdict, Verdict::Answer(_));
+        let confidence = row.confidence.filter(|_| is_answer);
         if is_answer && let Some(lane) = group.first_lane().and_then(|lane| self.lanes.get_mut(lane)) {
             lane.rows_reused += waiters.len().saturating_sub(1) as u64;
         }
         for (i, waiter) in waiters.into_iter().enumerate() {
             let reused = i > 0 && is_answer;
-            self.outcome(waiter, model, row.attempts, verdict.clone(), reused);
+            self.outcome(waiter, model, row.attempts, verdict.clone(), (reused, confidence));
         }
     }
 
-    fn outcome(&mut self, waiter: Waiter, model: usize, attempts: u32, verdict: Verdict, reused: bool) {
+    fn outcome(
+        &mut self,
+        waiter: Waiter,
+        model: usize,
+        attempts: u32,
+        verdict: Verdict,
+        (reused, confidence): (bool, Option<f64>),
+    ) {
         self.bytes = self.bytes.saturating_sub(waiter.bytes);
         self.shares = None;
         if let Some(c) = self.conns.get_mut(&waiter.conn) {
             c.outstanding = c.outstanding.saturating_sub(1);
             c.outstanding_bytes = c.outstanding_bytes.saturating_sub(waiter.bytes);
-            c.report(model).outcomes.push(Outcome { n: waiter.n, verdict, attempts, reused });
+            c.report(model).outcomes.push(Outcome { n: waiter.n, verdict, attempts, reused, confidence });
         }
     }
 
