@@ -106,13 +106,13 @@ SELECT a.account, a.model, a.queued, a.in_flight_requests, a.in_flight_rows, a.r
        a.thinking_tokens,
        pg_catalog.round(a.token_ratio, 3) AS token_ratio, pg_catalog.round(a.answer_ratio, 3) AS answer_ratio,
        pg_catalog.round(a.rows_total::pg_catalog.numeric OPERATOR(pg_catalog./) NULLIF(a.requests_total, 0), 1) AS rows_per_request,
-       a.requests_total, a.rows_total, a.rows_reused, a.throttled AS throttled_429, a.errors, a.last_error
+       a.requests_total, a.rows_total, a.rows_reused, a.throttled AS throttled_429, a.errors, a.last_error, a.asked_by
   FROM pg_catalog.jsonb_to_recordset(llm_batch.gateway_activity()) AS a (
        account text, model text, queued bigint, in_flight_requests bigint, in_flight_rows bigint,
        requests_allowed bigint, rows_allowed bigint, tokens_in_window bigint, tokens_limit bigint,
        requests_in_window bigint, requests_limit bigint, used double precision, share double precision,
        reported_left bigint, token_ratio numeric, answer_ratio numeric, thinking_tokens bigint, latency_ms bigint, rows_reused bigint,
-       waiting_ms bigint, requests_total bigint, rows_total bigint, throttled bigint, errors bigint, last_error text, breaker text);
+       waiting_ms bigint, requests_total bigint, rows_total bigint, throttled bigint, errors bigint, last_error text, breaker text, asked_by text);
 COMMENT ON VIEW llm_batch.activity IS 'current limiter and queue of each account and model that the current user is asking; all for pg_monitor';
 COMMENT ON COLUMN llm_batch.activity.requests_allowed IS 'maximum number of concurrent requests, as found out by trying';
 COMMENT ON COLUMN llm_batch.activity.rows_allowed IS 'current maximum number of rows in a request; less than the task allows after incomplete or slow answers';
@@ -126,6 +126,7 @@ COMMENT ON COLUMN llm_batch.activity.thinking_tokens IS 'recent tokens per reque
 COMMENT ON COLUMN llm_batch.activity.token_ratio IS 'prompt tokens as the provider counts them, divided by those counted here';
 COMMENT ON COLUMN llm_batch.activity.answer_ratio IS 'answer tokens divided by those expected';
 COMMENT ON COLUMN llm_batch.activity.rows_reused IS 'rows that got the answer of another row with the same text, since the gateway started';
+COMMENT ON COLUMN llm_batch.activity.asked_by IS 'what the last request asked: chats, decisions or embeddings';
 
 -- Each look is a transaction of its own, so it sees what the worker has committed and holds no old snapshot.
 CREATE PROCEDURE llm_batch.wait(job_id bigint, timeout interval DEFAULT NULL)

@@ -75,6 +75,7 @@ pub fn find(name: &str) -> Result<Option<Known>> {
                     request_timeout_ms: row.get::<i64>("request_timeout_ms")?.max(1) as u64,
                     max_request_tokens: row.get::<i32>("max_request_tokens")?.max(1) as u64,
                     parameters,
+                    prices: rates,
                 },
                 price: Price {
                     input: prices.0,

@@ -157,6 +157,7 @@ fn the_examples_of_providers_fill_a_table_each() {
     let stats = provider.stats();
     assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{:?}", stats.by_status);
     decisions(&mut c, &provider);
+    in_either_way(&mut c, &provider);
     what_cannot_be_decided(&mut c, &provider);
     assert!(!cluster.log().contains(KEY));
 }
@@ -209,6 +210,25 @@ fn decisions(c: &mut Client, provider: &FakeProvider) {
     assert!(text(c, refused).starts_with("refused"), "{}", text(c, refused));
 }
 
+/// A task that may be asked in either way goes on where decisions are no longer served.
+fn in_either_way(c: &mut Client, provider: &FakeProvider) {
+    let options = r#"{"ask_by": "auto", "reuse": false}"#;
+    classifier(c, "either", &labels_json(&LABELS), "decide", options);
+    for (column, is_served) in [("e1", true), ("e2", false)] {
+        provider.configure(|config| config.decisions = is_served);
+        run(c, &format!("ALTER TABLE openai ADD {column} text"));
+        let job = one(c, &format!("SELECT llm_batch.backfill('openai', 'body', '{column}', 'either')"));
+        let p = wait_status(c, job, "done");
+        assert_eq!((p.total, p.done, p.left), (60, 60, 0), "{column}: {p:?}");
+        assert_eq!(one(c, &format!("SELECT count(*) FROM openai WHERE {column} = want")), 60, "{column}");
+    }
+    // The labels are eight: a chat is cheaper.
+    let asked_by =
+        "SELECT string_agg(asked_by, ',') FROM llm_batch.activity WHERE model = 'gpt-6-luna' AND asked_by = 'chats'";
+    assert_eq!(text(c, asked_by), "chats");
+    provider.configure(|config| config.decisions = true);
+}
+
 fn what_cannot_be_decided(c: &mut Client, provider: &FakeProvider) {
     run(c, "SELECT llm_batch.create_model('gone', server => 'openai', model => 'gpt-7')");
     let labels = r#"'["a", "b"]', "#;
@@ -240,7 +260,7 @@ fn what_cannot_be_decided(c: &mut Client, provider: &FakeProvider) {
             "serves no decisions",
         ),
         (r#"SELECT llm_filter('x', 'y', '{"model": "gone", "ask_by": "decisions"}')"#.into(), "", "asks in a chat"),
-        (r#"SELECT llm_filter('x', 'y', '{"model": "decide", "ask_by": "auto"}')"#.into(), "22023", "chat, decisions"),
+        (r#"SELECT llm_filter('x', 'y', '{"model": "decide", "ask_by": "any"}')"#.into(), "22023", "auto, chat, decisions"),
     ] {
         let (found, message, detail, hint) = error(c, &sql);
         let all = format!("{message}\n{detail}\n{hint}");

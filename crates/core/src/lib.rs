@@ -7,6 +7,7 @@
 
 pub mod answer;
 pub mod breaker;
+pub mod cheaper;
 pub mod class;
 pub mod codes;
 pub mod concurrency;

@@ -29,6 +29,8 @@ pub enum AskBy {
     Chat,
     /// At the endpoint for decisions: each row is a question with choices.
     Decisions,
+    /// In the way that takes less money, where there are both.
+    Auto,
 }
 
 /// The codes that stand for labels in a request and its answer.
@@ -180,7 +182,7 @@ impl Options {
                 "max_rows_per_request" => self.max_rows_per_request = number(key, value, 1, MOST_TEXTS)?,
                 "max_attempts" => self.max_attempts = number(key, value, 1, 10)?,
                 "priority" => self.priority = number(key, value, 1, 100)?,
-                "ask_by" => self.ask_by = word(key, value, "chat, decisions")?,
+                "ask_by" => self.ask_by = word(key, value, "auto, chat, decisions")?,
                 "structured_output" => {
                     self.structured_output = word(key, value, "auto, json_schema, json_object, none")?
                 }
@@ -234,7 +236,7 @@ mod tests {
             json!({"max_attempts": 0}),
             json!({"priority": 1.5}),
             json!({"codes": "emoji"}),
-            json!({"ask_by": "auto"}),
+            json!({"ask_by": "cheapest"}),
             json!([1]),
             json!({"max_attempts": "3"}),
         ] {

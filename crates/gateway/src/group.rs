@@ -4,24 +4,27 @@ use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use llm_batch_core::dialect::{FRAME_TOKENS, Format, Service, decisions};
+use llm_batch_core::dialect::{Format, Service, decisions};
 use llm_batch_core::limiter::{Class, Tokens};
 use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::patience::Way;
+use llm_batch_core::prompt;
 use llm_batch_core::route::{Taken, Turn, Used};
 use llm_batch_core::task::{Kind, Span};
-use llm_batch_core::{prompt, request};
 
+use crate::asking::Asking;
 use crate::cache::{Keys, TextKey};
 use crate::key::LaneKey;
-use crate::protocol::{Again, Item, Policy, Stream, Verdict, most_text};
+use crate::protocol::{Again, Item, Policy, Prices, Stream, Verdict, most_text};
 use crate::purse::Purse;
 use crate::queue::{Queue, Ready};
 use crate::route::Member;
 use crate::row::{Row, Waiter};
 use crate::tokens;
 
+/// Tokens of a row's line, as long as none is known.
+const USUAL_LINE: f64 = 40.0;
 /// Tokens that stand around a schema.
 const SCHEMA_FRAME_TOKENS: usize = 12;
 
@@ -31,17 +34,15 @@ pub struct Group {
     /// The models that take its rows; never none.
     pub members: Vec<Member>,
     pub stream: Rc<Stream>,
-    pub kind: Arc<dyn Kind>,
-    /// Stands for what an answer depends on, beside the text: rows with the same scope and text have the same answer.
+    /// The way of asking, and that by decisions where there are two.
+    asking: Asking,
+    decided: Option<Asking>,
+    /// The scope of its answers, however they are asked for.
     pub scope: TextKey,
-    system: String,
     /// Memory that it takes beside its rows, about: the stream, and what was made of it.
     pub bytes: usize,
-    /// Tokens of the fixed prefix.
-    prefix_tokens: usize,
-    /// Tokens of an answer beside its rows, and of a row's question, if there is one.
-    answer_frame: usize,
-    question_tokens: usize,
+    /// Tokens of a row's line in the mean, of late; where there is one way of asking it is not known.
+    line: f64,
     /// Rows that have not been asked yet.
     fresh: Queue,
     retry: VecDeque<Row>,
@@ -131,40 +132,15 @@ pub enum Pushed {
 
 impl Group {
     pub fn new(stream: Rc<Stream>, keys: &Keys) -> Self {
-        let task = &stream.task;
-        let kind = task.spec.prepare(&task.options, &tokens::count);
-        let service = task.service();
-        let system = match service {
-            Service::Chat => request::system(&*kind),
-            Service::Embeddings => String::new(),
-            Service::Decisions => request::decided(&*kind),
-        };
-        let (has_prefix, is_written) = (service != Service::Embeddings, service == Service::Chat);
-        let model = &stream.model;
-        let scope = serde_json::json!([
-            stream.database,
-            stream.role,
-            stream.endpoint,
-            model.model,
-            model.parameters,
-            model.max_request_tokens,
-            stream.others,
-            system,
-            task.spec,
-            task.options.answer_shape,
-            task.options.too_long,
-        ])
-        .to_string();
+        let asking = Asking::new(&stream, keys);
+        let decided = stream.task.decided().map(|task| Asking::new(&Stream { task, ..Stream::clone(&stream) }, keys));
         Self {
             members: Member::all(&stream),
-            scope: keys.of(0, &scope),
-            // Each member has a copy of the task.
-            bytes: 2 * scope.len() * (1 + stream.others.len()),
-            prefix_tokens: if has_prefix { tokens::count(&system) + FRAME_TOKENS } else { 0 },
-            system,
-            answer_frame: if is_written { prompt::tokens_of_the_frame(&tokens::count) } else { 0 },
-            question_tokens: kind.choices().map_or(0, |choices| decisions::tokens(choices, &tokens::count)),
-            kind: kind.into(),
+            scope: asking.scope,
+            bytes: asking.bytes + decided.as_ref().map_or(0, |decided| decided.bytes),
+            line: USUAL_LINE,
+            asking,
+            decided,
             stream,
             fresh: Queue::default(),
             retry: VecDeque::new(),
@@ -177,6 +153,46 @@ impl Group {
             purse: None,
             served: 0.0,
         }
+    }
+
+    /// The way in which a service is asked.
+    pub fn asking(&self, service: Service) -> &Asking {
+        self.decided.as_ref().filter(|_| service == Service::Decisions).unwrap_or(&self.asking)
+    }
+
+    /// The way of asking by decisions, if there is another one.
+    pub fn decided(&self) -> Option<&Asking> {
+        self.decided.as_ref()
+    }
+
+    /// Returns true if it asks what has this scope.
+    pub fn asks(&self, scope: TextKey) -> bool {
+        self.asking.scope == scope || self.decided.as_ref().is_some_and(|decided| decided.scope == scope)
+    }
+
+    /// Tokens of a row's question that its line is not counted with: it may be asked without one.
+    fn extra(&self, service: Service) -> usize {
+        self.decided.as_ref().filter(|_| service == Service::Decisions).map_or(0, |decided| decided.question_tokens)
+    }
+
+    /// The answer of a row.
+    fn answer(&self, row: &Row, service: Service) -> Span {
+        let is_decided = self.decided.is_some() && service == Service::Decisions;
+        if is_decided { Span { mean: 0.0, planned: 0 } } else { row.answer }
+    }
+
+    /// Costs of so many rows in one request, by our count, with so many tokens in their lines.
+    pub fn costs(&self, service: Service, (rows, lines): (usize, f64), prices: Prices) -> f64 {
+        let asking = self.asking(service);
+        let input = asking.prefix_tokens as f64 + lines + (rows * self.extra(service)) as f64;
+        let answer = asking.kind.tokens(lines as usize / rows.max(1)).mean;
+        let output = asking.answer_frame as f64 + rows as f64 * answer;
+        input * prices.input as f64 + output * prices.output as f64
+    }
+
+    /// Tokens of a row's line in the mean, of late.
+    pub fn line(&self) -> f64 {
+        self.line
     }
 
     pub fn class(&self) -> Class {
@@ -227,12 +243,15 @@ impl Group {
     /// The ruler of its texts.
     pub fn ruler(&self) -> Ruler {
         let most_tokens = self.most_of_a_row();
+        // In either way it fits.
+        let decided = self.decided.as_ref().map_or(0, |decided| decided.frame() + decided.question_tokens);
+        let frame = self.asking.frame().max(decided);
         Ruler {
-            kind: Arc::clone(&self.kind),
+            kind: Arc::clone(&self.asking.kind),
             service: self.stream.task.service(),
-            question_tokens: self.question_tokens,
+            question_tokens: self.asking.question_tokens,
             most_bytes: most_text(most_tokens),
-            most: (most_tokens as usize).saturating_sub(self.prefix_tokens + self.answer_frame),
+            most: (most_tokens as usize).saturating_sub(frame),
             too_long: self.stream.task.options.too_long,
         }
     }
@@ -259,7 +278,8 @@ impl Group {
         self.waiters.insert(key, vec![waiter]);
         let most_rows = self.stream.task.options.max_rows_per_request as usize;
         if let Policy::Cheapest { .. } = self.stream.policy {
-            let (input, output) = ((tokens + self.prefix_tokens / most_rows.max(1)) as u64, answer.planned as u64);
+            let (input, output) =
+                ((tokens + self.asking(Service::Chat).prefix_tokens / most_rows.max(1)) as u64, answer.planned as u64);
             let used = Used { all: Tokens { input, output }, ..Used::default() };
             self.counted.observe(now, (input + output) as f64, used);
         }
@@ -278,7 +298,8 @@ impl Group {
 
     pub fn push_again(&mut self, mut row: Row) {
         if row.wanted.is_some() {
-            row.tokens = tokens::count(&prompt::row(417, &row.quoted, row.wanted.as_deref())) + self.question_tokens;
+            row.tokens =
+                tokens::count(&prompt::row(417, &row.quoted, row.wanted.as_deref())) + self.asking.question_tokens;
         }
         self.retry.push_back(row);
     }
@@ -355,21 +376,22 @@ impl Group {
         item.isolation.as_ref().map_or(self.scope, |isolation| keys.of(self.scope, isolation))
     }
 
-    /// The next rows to send in one request of at most `tokens` (prompt and answer), by our count of tokens, asked in this
-    /// way. `number`: bytes of each number of a vector in an answer. Never none: a row that does not fit even alone is the
-    /// caller's to notice.
+    /// The next rows to send in one request of at most `tokens` (prompt and answer), by our count of tokens, and of at most so
+    /// many rows, asked of this service and in this way. `number`: bytes of each number of a vector in an answer. Never none: a
+    /// row that does not fit even alone is the caller's to notice.
     pub fn next(
         &mut self,
         now: u64,
         (tokens, number): (usize, Option<f64>),
-        way: Way,
+        (service, way, trial): (Service, Way, Option<usize>),
         lane: &LaneKey,
         turn_of: Turn,
     ) -> Next {
         let Some((_, member)) = self.member(lane) else { return Next::Empty };
-        let most = way.rows(member.size.rows());
+        let most = way.rows(member.size.rows()).min(trial.unwrap_or(usize::MAX));
+        let (frame, extra) = (self.asking(service).frame(), self.extra(service));
         let most_texts = member.stream.embeddings().map(|(embed, e)| embed.most_rows(number).min(e.most_texts()));
-        let choices = self.kind.choices().zip(member.stream.decisions());
+        let choices = self.asking(service).kind.choices().zip(member.stream(service).decisions());
         let most_questions = choices.map(|(choices, d)| decisions::most_rows(choices).min(d.most_questions()));
         let most_inputs = member.stream.limits().most_inputs().map(|n| n as usize);
         let most = [most_texts, most_questions, most_inputs].into_iter().flatten().fold(most, usize::min);
@@ -385,7 +407,8 @@ impl Group {
                 is_idle: self.in_flight == 0 && self.coming == 0,
                 is_coming: self.coming > 0,
                 rows: most,
-                tokens: tokens.saturating_sub(self.prefix_tokens + self.answer_frame),
+                // Lines alone are counted there.
+                tokens: (tokens.saturating_sub(frame) as f64 * self.line / (self.line + extra as f64)) as usize,
             };
             match if takes_fresh { self.fresh.ready(ready) } else { Err(None) } {
                 Ok(compartment) => turn = Some(compartment),
@@ -416,15 +439,16 @@ impl Group {
         if let Some(compartment) = turn.filter(|_| takes_fresh) {
             rows.append(&mut self.fresh.take(compartment, cap.saturating_sub(rows.len())));
         }
-        let n = self.fit(&rows, tokens).max(1);
+        let n = self.fit(&rows, tokens, service).max(1);
         self.put_back(rows.split_off(n));
         Next::Rows(rows)
     }
 
     /// The number of these rows that fit into a request of so many tokens, by our count.
-    pub fn fit(&self, rows: &[Row], tokens: usize) -> usize {
-        let bounds = Bounds { rows: rows.len(), tokens, fixed: self.prefix_tokens + self.answer_frame };
-        pack::fit(bounds, rows.iter().map(Row::size))
+    pub fn fit(&self, rows: &[Row], tokens: usize, service: Service) -> usize {
+        let bounds = Bounds { rows: rows.len(), tokens, fixed: self.asking(service).frame() };
+        let extra = self.extra(service);
+        pack::fit(bounds, rows.iter().map(|row| row.tokens + extra + self.answer(row, service).planned))
     }
 
     /// Puts rows back to where they came from, in order.
@@ -440,19 +464,20 @@ impl Group {
     }
 
     /// Tokens of a request with these rows, by our count.
-    pub fn tokens(&self, rows: &[Row], format: Option<&Format>) -> Tokens {
+    pub fn tokens(&self, rows: &[Row], format: Option<&Format>, service: Service) -> Tokens {
         let schema = match format {
             Some(Format::Schema { schema, .. }) => tokens::count(&schema.to_string()) + SCHEMA_FRAME_TOKENS,
             _ => 0,
         };
-        let prompt = self.prefix_tokens + schema + rows.iter().map(|r| r.tokens).sum::<usize>();
-        let answer = rows.iter().map(|r| r.answer.planned).sum::<usize>();
-        Tokens { input: prompt as u64, output: (answer + self.answer_frame) as u64 }
+        let (asking, extra) = (self.asking(service), self.extra(service));
+        let prompt = asking.prefix_tokens + schema + rows.iter().map(|r| r.tokens + extra).sum::<usize>();
+        let answer = rows.iter().map(|r| self.answer(r, service).planned).sum::<usize>();
+        Tokens { input: prompt as u64, output: (answer + asking.answer_frame) as u64 }
     }
 
     /// Tokens of the answer to these rows in the mean.
-    pub fn mean_answer(&self, rows: &[Row]) -> f64 {
-        rows.iter().map(|r| r.answer.mean).sum::<f64>() + self.answer_frame as f64
+    pub fn mean_answer(&self, rows: &[Row], service: Service) -> f64 {
+        rows.iter().map(|r| self.answer(r, service).mean).sum::<f64>() + self.asking(service).answer_frame as f64
     }
 
     /// The texts of rows as they are.
@@ -461,15 +486,19 @@ impl Group {
     }
 
     /// The two messages of a request: fixed prefix and rows under these ids.
-    pub fn messages(&self, rows: &[Row], ids: &[u16]) -> (&str, String) {
+    pub fn messages(&self, rows: &[Row], ids: &[u16], service: Service) -> (&str, String) {
         let lines: Vec<String> =
             ids.iter().zip(rows).map(|(id, row)| prompt::row(*id, &row.quoted, row.wanted.as_deref())).collect();
-        (&self.system, lines.concat())
+        (&self.asking(service).system, lines.concat())
     }
 
     /// Rows go out.
     pub fn count_served(&mut self, now: u64, rows: &[Row]) {
         self.in_flight += 1;
+        if self.decided.is_some() {
+            let mean = rows.iter().map(|row| row.tokens).sum::<usize>() as f64 / rows.len().max(1) as f64;
+            self.line = (self.line + mean) / 2.0;
+        }
         self.served += rows.len() as f64 / f64::from(self.stream.task.options.priority.max(1));
         if let Some(row) = rows.first() {
             self.fresh.sent(now, row.compartment);
@@ -492,7 +521,7 @@ mod tests {
 
     fn next(g: &mut Group, now: u64, tokens: usize) -> Next {
         let lane = g.members[0].lane.clone();
-        g.next(now, (tokens, None), Way::AsEver, &lane, Turn::ALONE)
+        g.next(now, (tokens, None), (Service::Chat, Way::AsEver, None), &lane, Turn::ALONE)
     }
 
     fn rows(next: Next) -> Vec<Row> {

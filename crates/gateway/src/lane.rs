@@ -53,6 +53,8 @@ pub struct Learned {
     pub most_answer_tokens: u64,
     /// Most tokens of a request, prompt and cap, as the server said.
     pub most_request_tokens: u64,
+    /// Most choices of a decision that are not known to be refused; none where there are no decisions.
+    pub most_choices: usize,
 }
 
 impl Learned {
@@ -223,6 +225,8 @@ pub struct Lane {
     pub in_flight_rows: usize,
     /// The number of the request that was sent last.
     pub last_request: u64,
+    /// The service that it asked.
+    pub last_service: Option<Service>,
     /// Refusals in a row.
     pub refusals: u32,
     /// Those of requests that were sent after the one before had been refused, and when (ms) that was last.
@@ -262,6 +266,7 @@ impl Lane {
                 spare_answer_tokens: SPARE_ANSWER_TOKENS,
                 most_answer_tokens: u64::MAX,
                 most_request_tokens: u64::MAX,
+                most_choices: usize::MAX,
             },
             chats: Record::default(),
             decisions: Record::default(),
@@ -272,6 +277,7 @@ impl Lane {
             in_flight: 0,
             in_flight_rows: 0,
             last_request: 0,
+            last_service: None,
             refusals: 0,
             refused_in_vain: 0,
             refused_at: 0,

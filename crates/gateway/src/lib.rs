@@ -3,6 +3,7 @@
 #![deny(missing_docs)]
 #![forbid(unsafe_code)]
 
+mod asking;
 mod cache;
 mod connections;
 mod dispatch;

@@ -94,6 +94,9 @@ pub struct Model {
     pub max_request_tokens: u64,
     /// Further parameters of each request, such as `temperature`.
     pub parameters: Map<String, Value>,
+    /// Its prices, if they are known.
+    #[serde(default)]
+    pub prices: Option<Prices>,
 }
 
 /// A further model of a stream, and where it is.
@@ -166,6 +169,13 @@ impl Stream {
             Rc::new(Self { endpoint, model, others, policy, rates, task: self.task.clone(), ..**self })
         };
         std::iter::once(first).chain(self.others.iter().cloned()).map(alone).collect()
+    }
+
+    /// The same stream by decisions, if it may ask its model so or in a chat.
+    pub(crate) fn decided(&self) -> Option<Rc<Self>> {
+        self.endpoint.api.dialect().decisions()?;
+        let task = self.task.decided()?;
+        Some(Rc::new(Self { task, ..self.clone() }))
     }
 
     /// The limits of its model.
@@ -422,6 +432,9 @@ pub struct Activity {
     pub errors: u64,
     /// The last error.
     pub last_error: Option<Words>,
+    /// The service that the last request asked.
+    #[serde(default)]
+    pub asked_by: Option<String>,
 }
 
 /// An error, and the role whose request it was.
@@ -558,6 +571,7 @@ pub(crate) mod tests {
                 request_timeout_ms: 20_000,
                 max_request_tokens: 16_000,
                 parameters: Map::new(),
+                prices: None,
             },
             others: Vec::new(),
             policy: Policy::default(),

@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use crate::key::LaneKey;
 use crate::protocol::{MOST_MODELS, Policy, Stop, Stream};
+use llm_batch_core::dialect::Service;
 use llm_batch_core::pack::Size;
 
 /// A group as one model serves it.
@@ -12,6 +13,8 @@ pub struct Member {
     pub lane: LaneKey,
     /// The group's stream, of this model alone.
     pub stream: Rc<Stream>,
+    /// The same by decisions, if it may be asked so or in a chat.
+    pub decided: Option<Rc<Stream>>,
     /// Its place among the stream's models.
     pub place: usize,
     /// The number of rows that go into a request.
@@ -41,10 +44,15 @@ impl Member {
             if all.iter().all(|member| member.lane != lane) {
                 let size = Size::new(stream.task.options.max_rows_per_request as usize);
                 let before = if policy == Policy::Spread { 0 } else { (1 << all.len()) - 1 };
-                all.push(Self { lane, stream, place, size, before, stopped: None });
+                all.push(Self { lane, decided: stream.decided(), stream, place, size, before, stopped: None });
             }
         }
         all
+    }
+
+    /// Its stream to a service.
+    pub fn stream(&self, service: Service) -> &Rc<Stream> {
+        self.decided.as_ref().filter(|_| service == Service::Decisions).unwrap_or(&self.stream)
     }
 
     pub fn is_stopped(&self, now: u64) -> bool {

@@ -1,5 +1,6 @@
 //! A row that waits for its answer, and the clients that wait for the row.
 
+use llm_batch_core::dialect::Service;
 use llm_batch_core::task::Span;
 
 use crate::cache::TextKey;
@@ -39,6 +40,8 @@ pub struct Row {
     pub cut: u32,
     /// The value that was wanted, if its last answer was another.
     pub wanted: Option<String>,
+    /// The service that its last request asked.
+    pub service: Service,
     /// The probability of its answer, if the provider gave one.
     pub confidence: Option<f64>,
     /// The largest cap of its answer that is not known to be refused where it was alone, tokens.
@@ -75,6 +78,7 @@ impl Row {
             cut: 0,
             wanted: None,
             confidence: None,
+            service: Service::default(),
             most_answer: u64::MAX,
             refused_in: None,
             failed: 0,

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 
+use llm_batch_core::cheaper::Cheaper;
 use llm_batch_core::forms::{Form, Forms};
 use llm_batch_core::options::Options;
 use llm_batch_core::patience::Patience;
@@ -30,6 +31,8 @@ const LONGEST_PAUSE: u64 = 900_000;
 #[derive(Debug, Default)]
 pub struct Standing {
     pub patience: Patience,
+    /// The cheaper way of asking it, where there are two.
+    pub cheaper: Cheaper,
     /// The record of answers in each form of `response_format`.
     pub forms: Forms,
     /// The sizes of its answers.

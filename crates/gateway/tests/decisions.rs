@@ -117,7 +117,10 @@ fn answers_have_their_probabilities_and_those_of_chats_none() {
         let mut client = decides(&setup, &provider, api, |s| s.task.options.max_attempts = 1);
         client.rows(40..41);
         let outcome = client.answers(1).0.remove(&40).unwrap();
-        assert!(matches!(outcome, Outcome { verdict: Verdict::Skip { .. }, confidence: None, .. }), "{api:?}: {outcome:?}");
+        assert!(
+            matches!(outcome, Outcome { verdict: Verdict::Skip { .. }, confidence: None, .. }),
+            "{api:?}: {outcome:?}"
+        );
     }
 }
 
@@ -248,6 +251,89 @@ fn a_model_that_is_asked_both_ways_keeps_its_counts_apart() {
     decided.say(&ToGateway::Estimate(vec![Item { n: 1, text: text(1), isolation: None, again: None }]));
     let Some(FromGateway::Estimated(estimate)) = decided.hear("an estimate") else { panic!() };
     assert_eq!(estimate.output_tokens, 0);
+}
+
+/// A client whose rows are asked in the cheaper way, of a model whose answers cost five times as much as its prompts.
+fn either(setup: &Setup, provider: &FakeProvider, api: Api, change: impl FnOnce(&mut Stream)) -> Client {
+    decides(setup, provider, api, |s| {
+        s.task.options.ask_by = AskBy::Auto;
+        s.model.prices = Some(Prices { input: 100_000, output: 500_000 });
+        change(s);
+    })
+}
+
+/// The rows that were decided, and those that were asked in a chat, in requests behind the first so many.
+fn by_way(provider: &FakeProvider, after: usize, rows: u64) -> (u64, u64) {
+    let bodies = provider.bodies();
+    let questions = |body: &serde_json::Value| {
+        let all = &body["questions"];
+        all.as_array().map(Vec::len).or(all.as_object().map(serde_json::Map::len)).unwrap_or(0) as u64
+    };
+    let decided = bodies[after..].iter().map(questions).sum();
+    (decided, rows - decided)
+}
+
+/// A chat is cheaper, unless the model thinks long before it answers, which nobody knows beforehand. 200 rows are enough to
+/// find out; a trial of the other way has ten.
+#[test]
+fn what_measures_cheaper_is_asked() {
+    for (api, thinking_tokens) in deciders().flat_map(|api| [(api, 0), (api, 2_000)]) {
+        let what = format!("{api:?}, {thinking_tokens}");
+        let (setup, provider) = (Setup::with_cache(0), keyed(Config { thinking_tokens, ..Config::default() }));
+        let mut client = either(&setup, &provider, api, |_| {});
+        all_right(&mut client, 200, &what);
+        let before = provider.bodies().len();
+        if thinking_tokens == 0 {
+            assert!((1..=20).contains(&by_way(&provider, 0, 200).0), "{what}: {:?}", by_way(&provider, 0, 200));
+        }
+        client.rows(200..600);
+        let (got, _) = client.answers(400);
+        assert!(got.iter().all(|(n, outcome)| is_right(*n, &outcome.verdict)), "{what}: {got:?}");
+        let (decided, in_chat) = by_way(&provider, before, 400);
+        let (usual, other) = if thinking_tokens > 0 { (decided, in_chat) } else { (in_chat, decided) };
+        assert!(usual >= 390 && other <= 10, "{what}: {decided} decided, {in_chat} in a chat");
+        let activity = setup.connect().only_activity();
+        let want = if thinking_tokens > 0 { "decisions" } else { "chats" };
+        assert_eq!(activity.asked_by.as_deref().filter(|_| other == 0), Some(want).filter(|_| other == 0), "{what}");
+    }
+}
+
+/// What cannot be decided is asked in a chat: that is found once for a model, and costs no row an attempt.
+#[test]
+fn what_is_not_decided_falls_to_a_chat() {
+    for api in deciders() {
+        for config in [
+            Config { decisions: false, ..Config::default() },
+            Config { max_choices: 3, ..Config::default() },
+            Config { max_questions: 0, ..Config::default() },
+        ] {
+            let what = format!("{api:?}, {} {} {}", config.decisions, config.max_choices, config.max_questions);
+            let (is_of_task, is_of_choices) = (config.max_questions == 0, config.max_choices == 3);
+            let (setup, provider) = (Setup::with_cache(0), keyed(config));
+            let mut client = either(&setup, &provider, api, |s| s.task.options.max_attempts = 1);
+            all_right(&mut client, 200, &what);
+            let refused = |provider: &FakeProvider| {
+                let stats = provider.stats();
+                stats.by_status.iter().filter(|(status, _)| **status != 200).map(|(_, n)| *n).sum::<u64>()
+            };
+            let before = refused(&provider);
+            assert!(before > 0, "{what}");
+            // Another task of that model.
+            let mut other = either(&setup, &provider, api, |s| s.task.spec = tickets("Others."));
+            all_right(&mut other, 60, &what);
+            assert!(refused(&provider) == before || is_of_task, "{what}: {} {before}", refused(&provider));
+            // One with fewer labels is tried.
+            let fewer = || Spec::from_json("classify", &json!({"labels": [LABELS[0], LABELS[1]]})).unwrap();
+            let mut fewer = either(&setup, &provider, api, |s| s.task.spec = fewer());
+            let (before, bodies) = (refused(&provider), provider.bodies().len());
+            fewer.texts((0..80).filter(|n| n % 4 < 2).map(|n| (n, n)));
+            let (got, _) = fewer.answers(40);
+            assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict)), "{what}: {got:?}");
+            if is_of_choices {
+                assert!(by_way(&provider, bodies, 40).0 > 0 && refused(&provider) == before, "{what}");
+            }
+        }
+    }
 }
 
 /// A budget is reserved for the prompt at the worst, and for no tokens of an answer.

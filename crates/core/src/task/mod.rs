@@ -42,7 +42,7 @@ pub struct Task {
 }
 
 impl Task {
-    /// The provider's service that it asks.
+    /// The provider's service that it asks; where it may ask either, the one that it falls back to.
     pub fn service(&self) -> Service {
         Self::service_of(self.spec.kind(), self.options.ask_by)
     }
@@ -56,6 +56,13 @@ impl Task {
         }
     }
 
+    /// The same task by decisions, if it may be asked so or in a chat.
+    pub fn decided(&self) -> Option<Self> {
+        let (Spec::Classify(_), AskBy::Auto) = (&self.spec, self.options.ask_by) else { return None };
+        let options = Options { ask_by: AskBy::Decisions, ..self.options.clone() }.in_effect();
+        Some(Self { spec: self.spec.clone(), options })
+    }
+
     /// Refuses options that its kind cannot be asked with.
     ///
     /// # Errors
@@ -64,7 +71,7 @@ impl Task {
         if self.service() != Service::Embeddings {
             self.options.check_rows()?;
         }
-        if self.options.ask_by == AskBy::Chat || self.service() == Service::Decisions {
+        if self.options.ask_by != AskBy::Decisions || self.service() == Service::Decisions {
             return Ok(());
         }
         let message = format!("a task of kind \"{}\" cannot be asked by decisions", self.spec.kind());

@@ -49,6 +49,7 @@ impl State {
                     throttled: lane.throttled,
                     errors: lane.errors,
                     last_error: lane.last_error.clone(),
+                    asked_by: lane.last_service.map(|service| service.name().to_owned()),
                 }
             })
             .collect()

@@ -17,7 +17,7 @@ use llm_batch_core::trouble::{Report, Trouble};
 use llm_batch_core::{thinking, thought};
 
 use super::doubts::{ONLY_THOUGHT, Said, shown};
-use super::{Asked, InFlight, State};
+use super::{Asked, InFlight, State, cheaper};
 use crate::group::Group;
 use crate::key::{GroupId, LaneKey};
 use crate::lane::Lane;
@@ -123,6 +123,9 @@ impl State {
         }
         if let Some(group) = self.groups.get_mut(request.group) {
             group.in_flight = group.in_flight.saturating_sub(1);
+            if group.decided().is_some() {
+                lane.standings.of(now, group.scope).cheaper.ended(request.asked.service);
+            }
         }
         let (lane_key, group_id) = (request.lane.clone(), request.group);
         match answered {
@@ -143,7 +146,7 @@ impl State {
                     lane.serves(now, &answered.said, took);
                 } else {
                     // Its vectors may have been more than an answer may have.
-                    lane.measured.number = None;
+                    lane.record_mut(request.asked.service).measured.number = None;
                 }
                 let trouble = answered.result.as_ref().err().map(|report| &report.trouble);
                 if !matches!(trouble, Some(Trouble::Overload(_))) {
@@ -152,7 +155,7 @@ impl State {
                     if !(matches!(trouble, Some(Trouble::Rate(_))) && answered.has_begun) {
                         lane.standings.of(now, request.asked.scope).is_answered();
                     }
-                    self.answers(now, &lane_key, request.group);
+                    self.answers(now, &lane_key, (request.group, request.asked.service));
                 }
                 match &answered.result {
                     Ok(reply) => self.answered(now, request, reply, &answered, in_flight),
@@ -188,7 +191,7 @@ impl State {
         let group = self.groups.get(request.group)?;
         // A complete answer cannot go on: its last line has an end.
         let whole = if reply.finish == Finish::Complete { format!("{}\n", reply.text) } else { reply.text.clone() };
-        let mut read = answer::read(&whole, &request.ids, &*group.kind)?;
+        let mut read = answer::read(&whole, &request.ids, &*group.asking(request.asked.service).kind)?;
         for (_, verdict) in request.ids.iter().zip(&mut read).filter(|(id, _)| reply.refused.contains(id)) {
             *verdict = if *verdict == Read::Missing { Read::Refused } else { Read::Contradicted };
         }
@@ -213,16 +216,25 @@ impl State {
         let InFlight { lane: lane_key, group: group_id, mut rows, ids, asked, grant, .. } = request;
         rows.iter_mut().zip(ids).for_each(|(row, id)| row.confidence = reply.confidence(id));
         let Some((lane, group)) = self.lanes.get_mut(&lane_key).zip(self.groups.get_mut(group_id)) else { return };
-        let seen = Seen::new(reply, &read, asked, &*group.kind);
+        let seen = Seen::new(reply, &read, asked, &*group.asking(asked.service).kind);
         lane.answers(now, asked.service);
         let standing = lane.standings.of(now, asked.scope);
         standing.accepts();
         standing.is_paid(&rows, seen.answers == 0);
         let (is_well, is_proven) = (standing.is_well(), standing.patience.has_answered());
         let Some(stream) = group.member(&lane_key).map(|(_, member)| Rc::clone(&member.stream)) else { return };
+        // Decisions that have yet to give a valid answer may be of no use, and there is a chat.
+        let is_in_vain = seen.answers + seen.refused == 0 && reply.finish != Finish::Refused;
+        let is_decided = asked.service == Service::Decisions && group.decided().is_some();
+        let is_to_fall = is_decided && is_in_vain && !is_proven;
+        if is_to_fall {
+            lane.standings.of(now, group.scope).cheaper.failed(now, false);
+        } else if let Some((_, member)) = group.member(&lane_key) {
+            cheaper::observe(now, lane, (group, member), &rows, asked, reply);
+        }
         let is_prose = learn(now, &lane_key, (lane, group), &rows, asked, &seen, in_flight);
         if let Some(embed) = stream.task.spec.embeds().filter(|_| seen.answers > 0) {
-            lane.measured.number = Some(embed.number(came.bytes, seen.answers));
+            lane.record_mut(asked.service).measured.number = Some(embed.number(came.bytes, seen.answers));
         }
         let Endpoint { api, counts, .. } = &stream.endpoint;
         let reserved = counts.settle(asked.reserved, reply.counted(*api, asked.estimate));
@@ -234,13 +246,14 @@ impl State {
             0 => Said::Barren,
             _ => Said::Valid(seen.size),
         };
-        let is_given_up = self.weigh(now, &lane_key, group_id, asked, weight);
+        let is_given_up = !is_to_fall && self.weigh(now, &lane_key, group_id, asked, weight);
         let ended = Ended {
             finish: reply.finish,
             is_no_fault: seen.grows
                 || is_prose
                 || is_of_another
                 || !is_well
+                || is_to_fall
                 || (seen.answers == 0 && asked.way != Way::AsEver),
             is_thought: seen.is_thought,
             max_attempts: stream.task.options.max_attempts,
@@ -416,7 +429,11 @@ fn learn(
         lane.record_mut(asked.service).measured.observe(asked.estimate.input, usage.input);
         if !is_cut {
             let sizes = &mut lane.standings.of(now, asked.scope).sizes;
-            sizes.observe(asked.estimate.output, group.mean_answer(rows), usage.output.saturating_sub(thought));
+            sizes.observe(
+                asked.estimate.output,
+                group.mean_answer(rows, asked.service),
+                usage.output.saturating_sub(thought),
+            );
             let sizes = *sizes;
             lane.record_mut(asked.service).measured.sizes = sizes;
         }

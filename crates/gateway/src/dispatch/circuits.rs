@@ -103,10 +103,11 @@ impl State {
     }
 
     /// A request of a group was answered, be it with a refusal.
-    pub(super) fn answers(&mut self, now: u64, lane: &LaneKey, group: GroupId) {
+    pub(super) fn answers(&mut self, now: u64, lane: &LaneKey, (group, service): (GroupId, Service)) {
         if !self.circuits.is_empty()
-            && let Some((_, Member { stream, .. })) = self.groups.get(group).and_then(|g| g.member(lane))
+            && let Some((_, member)) = self.groups.get(group).and_then(|g| g.member(lane))
         {
+            let stream = member.stream(service);
             let (key, name) = (endpoint(lane, stream), circuit(lane, stream));
             self.endpoint_answers(now, &key, (lane, &name));
         }
@@ -124,10 +125,16 @@ impl State {
     }
 
     /// A request of a group was not answered. Returns true if nothing more may be sent until a probe is answered.
-    pub(super) fn fails(&mut self, now: u64, lane: &LaneKey, group: GroupId, points: u32, message: &str) -> bool {
-        let Some((_, Member { stream, .. })) = self.groups.get(group).and_then(|g| g.member(lane)) else {
-            return false;
-        };
+    pub(super) fn fails(
+        &mut self,
+        now: u64,
+        lane: &LaneKey,
+        (group, service): (GroupId, Service),
+        points: u32,
+        message: &str,
+    ) -> bool {
+        let Some((_, member)) = self.groups.get(group).and_then(|g| g.member(lane)) else { return false };
+        let stream = member.stream(service);
         let circuits = self.circuits.entry(endpoint(lane, stream)).or_default();
         let name = circuit(lane, stream);
         circuits.breakers.failed(now, &name, points);

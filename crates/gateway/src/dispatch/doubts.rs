@@ -120,6 +120,10 @@ impl State {
 
     pub(super) fn stop_task(&mut self, now: u64, lane_key: &LaneKey, scope: TextKey, stop: &Stop, role: Option<u32>) {
         for group in self.same(lane_key, scope) {
+            // One that has another way of asking goes on.
+            if self.groups.get(group).is_some_and(|group| group.scope != scope) {
+                continue;
+            }
             self.strike(now, lane_key, group, stop, role);
         }
     }
@@ -127,7 +131,7 @@ impl State {
     /// The groups of a lane that ask the same task.
     fn same(&self, lane: &LaneKey, scope: TextKey) -> Vec<GroupId> {
         let groups = self.lanes.get(lane).into_iter().flat_map(|lane| self.groups.of(lane));
-        groups.filter(|(_, group)| group.scope == scope).map(|(id, _)| id).collect()
+        groups.filter(|(_, group)| group.asks(scope)).map(|(id, _)| id).collect()
     }
 
     /// A row is done with. Without a label it is held as long as it may not be its fault.
@@ -135,7 +139,7 @@ impl State {
         let Some(row) = self.fails_over(now, lane_key, group_id, row, &verdict) else { return };
         let Some((lane, group)) = self.lanes.get_mut(lane_key).zip(self.groups.get(group_id)) else { return };
         let place = group.place(lane_key);
-        let standing = lane.standings.of(now, group.scope);
+        let standing = lane.standings.of(now, group.asking(row.service).scope);
         let is_rejected = matches!(&verdict, Verdict::Fail { class, .. } if class == "rejected");
         let in_doubt = if is_rejected { !standing.is_accepted } else { standing.patience.is_in_doubt(now) };
         if !in_doubt || matches!(verdict, Verdict::Answer(_)) {

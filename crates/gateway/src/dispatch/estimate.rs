@@ -1,10 +1,12 @@
 //! Estimates of rows before they are sent.
 
+use std::rc::Rc;
+
 use llm_batch_core::patience::Way;
 use llm_batch_core::route::Turn;
 
-use super::State;
 use super::send::{Draft, rows_of};
+use super::{State, cheaper};
 use crate::group::{Group, Line, Next};
 use crate::lane::Measured;
 use crate::protocol::{Estimate, Item};
@@ -19,10 +21,13 @@ impl State {
         let Some(known) = self.groups.get(group_id) else { return sum };
         let Some(member) = known.members.first() else { return sum };
         let Some(lane) = self.lanes.get_mut(&member.lane) else { return sum };
-        let (learned, measured) = (lane.learned, lane.record(stream.task.service()).measured);
+        let service = cheaper::usual(0, (known, member), lane);
+        let asked = Rc::clone(member.stream(service));
+        let (learned, measured) = (lane.learned, lane.record(service).measured);
         let mut group = Group::new(stream, &self.keys);
         let largest = lane.limiter.largest_request().unwrap_or(u64::MAX).min(member.stream.most_tokens());
-        let measured = Measured { sizes: lane.standings.sizes(group.scope).unwrap_or(measured.sizes), ..measured };
+        let measured =
+            Measured { sizes: lane.standings.sizes(group.asking(service).scope).unwrap_or(measured.sizes), ..measured };
         group.size(&member.lane).into_iter().for_each(|size| *size = member.size);
         let reuse = group.stream.task.options.reuse;
         for (i, (item, line)) in items.into_iter().enumerate() {
@@ -30,14 +35,16 @@ impl State {
             let key = if reuse { self.keys.of(compartment, &item.text) } else { i as u128 };
             group.push(0, conn, (item, line), compartment, key);
         }
-        let most = (rows_of(learned, measured, largest) as usize, measured.number(learned, &member.stream));
-        while let Next::Rows(rows) = group.next(u64::MAX / 2, most, Way::AsEver, &member.lane, Turn::ALONE) {
-            let draft = Draft::new(&self.numbers, (learned, measured), (&group, &member.stream), &rows, largest);
+        let most = (rows_of(learned, measured, largest) as usize, measured.number(learned, &asked));
+        while let Next::Rows(rows) =
+            group.next(u64::MAX / 2, most, (service, Way::AsEver, None), &member.lane, Turn::ALONE)
+        {
+            let draft = Draft::new(&self.numbers, (learned, measured), (&group, &asked), &rows, largest);
             sum.rows += rows.len() as u64;
             sum.requests += 1;
             sum.input_tokens += measured.prompt.apply(draft.estimate.input);
-            sum.output_tokens += measured.usual_answer(group.mean_answer(&rows));
-            sum.example.get_or_insert_with(|| draft.body(learned, (&group, &member.stream), &rows).to_string());
+            sum.output_tokens += measured.usual_answer(group.mean_answer(&rows, service));
+            sum.example.get_or_insert_with(|| draft.body(learned, (&group, &asked), &rows).to_string());
         }
         sum
     }

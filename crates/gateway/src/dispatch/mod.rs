@@ -3,11 +3,12 @@
 //! queue → pack → reserve → send → check → settle → outcomes. Everything here is synchronous and happens on one
 //! thread; only sending is not. This file has the state and the clients, `send` what goes out, `answers` and `troubles`
 //! what comes back, `doubts` what may not be the rows' fault, `circuits` what is left alone because nothing comes back,
-//! `probe` whether a model answers at all, `routes` which of several models is asked, `estimate` what rows would take, `memory`
-//! whose texts it is full of, `activity` what goes on.
+//! `probe` whether a model answers at all, `routes` which of several models is asked, `cheaper` which of two services,
+//! `estimate` what rows would take, `memory` whose texts it is full of, `activity` what goes on.
 
 mod activity;
 mod answers;
+mod cheaper;
 mod circuits;
 mod doubts;
 mod estimate;

@@ -119,7 +119,8 @@ impl State {
         let found = self.lanes.get_mut(&request.lane);
         let found = found.filter(|lane| report.is_some_and(|report| report.is_in_doubt || is_over(lane, report)));
         let Some((lane, group)) = found.zip(self.groups.get(request.group)) else { return Some((request, answered)) };
-        let stream = group.member(&request.lane).map_or(&group.stream, |(_, member)| &member.stream);
+        let service = request.asked.service;
+        let stream = group.member(&request.lane).map_or(&group.stream, |(_, member)| member.stream(service));
         let stream = Rc::clone(stream);
         let (body, timeout) = bare(lane, &stream);
         let (id, abandoned) = (request.id, Rc::clone(&request.abandoned));
@@ -166,7 +167,7 @@ impl State {
         let lane_key = LaneKey::of(stream);
         let is_answered = !matches!(&result, Err(report) if matches!(report.trouble, Trouble::Overload(_)));
         if is_answered {
-            self.answers(now, &lane_key, group);
+            self.answers(now, &lane_key, (group, stream.task.service()));
         }
         let Err(report) = result else {
             if let Some(lane) = self.lanes.get_mut(&lane_key) {
@@ -175,7 +176,7 @@ impl State {
             return Some(None);
         };
         let message = report.message;
-        let is_open = !is_answered && self.fails(now, &lane_key, group, 1, &message);
+        let is_open = !is_answered && self.fails(now, &lane_key, (group, stream.task.service()), 1, &message);
         let lane = self.lanes.get_mut(&lane_key)?;
         // Nothing but the words of it is asked for.
         let plain = Options { structured_output: StructuredOutput::None, ..Options::default() };

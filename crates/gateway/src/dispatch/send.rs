@@ -16,7 +16,8 @@ use serde_json::Value;
 use tokio::sync::Notify;
 
 use super::routes::FOREVER;
-use super::{Asked, Conn, InFlight, Launch, State, routes, say};
+use super::{Asked, Conn, InFlight, Launch, State, cheaper, routes, say};
+use crate::asking::Asking;
 use crate::group::{Group, Next};
 use crate::key::{GroupId, LaneKey};
 use crate::lane::{Lane, Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
@@ -64,10 +65,11 @@ impl Draft {
             Format::Schema { strict: false, .. } => stream.endpoint.api.dialect().has_open_schemas(),
             _ => true,
         };
-        let format = request::format(options.answer_shape, form, &*group.kind, &ids)
+        let kind = &group.asking(service).kind;
+        let format = request::format(options.answer_shape, form, &**kind, &ids)
             .filter(is_sent)
             .filter(|_| service == Service::Chat);
-        let estimate = group.tokens(rows, format.as_ref());
+        let estimate = group.tokens(rows, format.as_ref(), service);
         let prompt = measured.prompt.apply(estimate.input);
         // Nothing is written. What a server reports all the same is what the next request may take.
         if service != Service::Chat {
@@ -89,7 +91,7 @@ impl Draft {
         let said = rows.iter().map(|row| row.most_answer).fold(said, u64::min);
         let most = largest.saturating_sub(prompt).max(expected).min(said);
         let spare = learned.spare_answer_tokens;
-        let set = group.kind.most_tokens().map(|most| (rows.len() * most) as u64 + measured.spared(spare));
+        let set = kind.most_tokens().map(|most| (rows.len() * most) as u64 + measured.spared(spare));
         let most_answer = measured.most_answer(estimate.output, spare).min(set.unwrap_or(u64::MAX)).min(most);
         let reserved = expected + measured.thinking.reserved();
         Self {
@@ -125,10 +127,10 @@ impl Draft {
     }
 
     /// The terms under which it is sent.
-    fn asked(&self, now: u64, group: &Group, (way, turn): (Way, u32), learned: Learned) -> Asked {
+    fn asked(&self, now: u64, asking: &Asking, (way, turn): (Way, u32), learned: Learned) -> Asked {
         Asked {
-            scope: group.scope,
-            service: group.stream.task.service(),
+            scope: asking.scope,
+            service: asking.service,
             way,
             turn,
             learned,
@@ -151,8 +153,9 @@ impl Draft {
                 parameters: &stream.model.parameters,
             });
         }
-        let (system, user) = group.messages(rows, &self.ids);
-        if let Some((choices, decisions)) = group.kind.choices().zip(stream.decisions()) {
+        let service = stream.task.service();
+        let (system, user) = group.messages(rows, &self.ids, service);
+        if let Some((choices, decisions)) = group.asking(service).kind.choices().zip(stream.decisions()) {
             return decisions.body(&Questions {
                 model: &stream.model.model,
                 input: &[system, &user].concat(),
@@ -258,7 +261,7 @@ impl Terms<'_> {
         if let Err(Refusal::Until { part, .. }) = tried
             && part > 0.0
         {
-            let n = group.fit(rows, (draft.size() as f64 * part) as usize);
+            let n = group.fit(rows, (draft.size() as f64 * part) as usize, self.stream.task.service());
             if n * LEAST_PART >= rows.len().max(LEAST_PART) {
                 let part = n as f64 / rows.len() as f64;
                 rows = rows.get(..n).unwrap_or(rows);
@@ -406,7 +409,9 @@ impl State {
                 until.filter(|at| *at > now && *at != FOREVER && group.queued() > 0).into_iter().for_each(&mut later);
                 continue;
             };
-            let Some(stream) = group.member(key).map(|(_, member)| Rc::clone(&member.stream)) else { continue };
+            let Some((_, member)) = group.member(key) else { continue };
+            let (service, trial) = cheaper::next(now, (&*group, member), standings, *learned);
+            let stream = Rc::clone(member.stream(service));
             // No pack is made of rows that can't go yet.
             if group.queued() > 0
                 && let Some(at) = limiter.closed_until(now, group.class())
@@ -414,8 +419,8 @@ impl State {
                 later(at);
                 return Look::Full;
             }
-            let record = if stream.task.service() == Service::Decisions { &*decisions } else { &*chats };
-            let standing = standings.of(now, group.scope);
+            let record = if stream.decisions().is_some() { &*decisions } else { &*chats };
+            let standing = standings.of(now, group.asking(service).scope);
             if !standing.may_send(now) {
                 continue;
             }
@@ -436,7 +441,7 @@ impl State {
             };
             let tokens = terms.counted(rows_of(learned, record.measured, largest));
             let number = record.measured.number(learned, &stream);
-            let mut rows = match group.next(now, (tokens, number), way, key, turn_of) {
+            let mut rows = match group.next(now, (tokens, number), (service, way, trial), key, turn_of) {
                 Next::Rows(rows) => rows,
                 Next::Until(at) => {
                     later(at);
@@ -449,7 +454,7 @@ impl State {
             group.put_back(rows.split_off(decided.as_ref().map_or_else(Unsent::rows, |(n, ..)| *n)));
             match decided {
                 Ok((_, draft, grant)) => {
-                    let asked = draft.asked(now, group, (way, turn), learned);
+                    let asked = draft.asked(now, group.asking(service), (way, turn), learned);
                     let timeout = timeout(&stream, (group.stream.policy, turn_of), record.patience());
                     launches.extend(self.launch(now, key, id, Pack { rows, draft, asked, grant, stream, timeout }));
                     return Look::Sent;
@@ -472,14 +477,18 @@ impl State {
     fn launch(&mut self, now: u64, key: &LaneKey, id: GroupId, pack: Pack) -> Option<Launch> {
         let lane = self.lanes.get_mut(key)?;
         let group = self.groups.get_mut(id)?;
-        let Pack { rows, draft, asked, grant, stream, timeout } = pack;
+        let Pack { mut rows, draft, asked, grant, stream, timeout } = pack;
+        rows.iter_mut().for_each(|row| row.service = asked.service);
         if let Some(purse) = &mut group.purse {
             purse.take(draft.worst);
         }
         let level = &mut lane.level[usize::from(group.stream.interactive)];
         *level = level.max(group.served);
         group.count_served(now, &rows);
-        lane.standings.of(now, group.scope).patience.sent(now);
+        lane.standings.of(now, asked.scope).patience.sent(now);
+        if group.decided().is_some() {
+            lane.standings.of(now, group.scope).cheaper.sent(asked.service);
+        }
         self.next_id += 1;
         let abandoned = Rc::new(Notify::new());
         let launch = Launch {
@@ -487,7 +496,7 @@ impl State {
             ids: draft.ids.clone(),
             body: draft.body(asked.learned, (group, &stream), &rows),
             timeout: Duration::from_millis(timeout),
-            most_tokens: match group.kind.choices() {
+            most_tokens: match group.asking(asked.service).kind.choices() {
                 Some(choices) => decisions::most_answer(choices, rows.len()),
                 None => stream.embeddings().map_or(draft.worst.output, |_| Embed::most_answer(rows.len())),
             },
@@ -497,6 +506,7 @@ impl State {
         lane.in_flight += 1;
         lane.in_flight_rows += rows.len();
         lane.last_request = self.next_id;
+        lane.last_service = Some(asked.service);
         lane.requests_total += 1;
         lane.rows_total += rows.len() as u64;
         if asked.service != Service::Embeddings {

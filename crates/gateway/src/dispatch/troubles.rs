@@ -73,6 +73,11 @@ impl State {
             standing.is_paid(&rows, true);
             rows.iter_mut().for_each(|row| row.paid += 1);
         }
+        if self.falls_to_chat(now, (&lane_key, group), asked, report) {
+            return self.put_back(group, rows);
+        }
+        let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
+        let standing = lane.standings.of(now, asked.scope);
         let is_wrong = matches!(report.trouble, Trouble::Rejected | Trouble::CutOff)
             && matches!(rows.as_slice(), [row] if standing.row_is_refused(row.refused_in.unwrap_or(id)));
         let is_accepted = standing.is_accepted;
@@ -333,7 +338,7 @@ impl State {
             self.hold(now, &lane_key, asked.scope, StopReason::ProviderDown, message, role);
             return;
         }
-        let is_open = !is_own && self.fails(now, &lane_key, group, points, &message);
+        let is_open = !is_own && self.fails(now, &lane_key, (group, asked.service), points, &message);
         if rows.iter().any(|row| row.is_spent(most)) {
             self.spent(now, (&lane_key, group), rows, asked, &message);
             return;

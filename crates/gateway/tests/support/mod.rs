@@ -226,6 +226,7 @@ pub fn stream(provider: &FakeProvider) -> Stream {
             request_timeout_ms: 20_000,
             max_request_tokens: 16_000,
             parameters: serde_json::Map::new(),
+            prices: None,
         },
         others: Vec::new(),
         policy: Policy::default(),
