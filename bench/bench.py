@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import columns
+import decisions
 import dialects
 import embeddings
 import routes
@@ -60,7 +61,7 @@ def cases_of(size: str) -> list[Case]:
 STANDARD = ["one-pass", "objects", "texts", "faults", "texts-throughput", "nulls"]
 # What is in the file of numbers alone.
 HIDDEN = ("samples", "lines")
-WITH_ROWS = [*STANDARD, "throughput", "million", "embeddings"]
+WITH_ROWS = [*STANDARD, "throughput", "million", "embeddings", "decisions"]
 WITH_MINUTES = ["dialects", "routes"]
 # Name, seconds it takes, function.
 SPECIALS: dict[str, tuple[float, Callable[..., special.Result]]] = {
@@ -74,6 +75,7 @@ SPECIALS: dict[str, tuple[float, Callable[..., special.Result]]] = {
     "nulls-million": (400, lambda: columns.nulls(1_000_000)),
     "million": (60, special.million),
     "dialects": (160, dialects.dialects),
+    "decisions": (40, decisions.decisions),
     "routes": (280, routes.routes),
     "embeddings": (80, embeddings.embeddings),
     "barrier": (30, special.barrier),
