@@ -91,6 +91,15 @@ impl Limits {
         tokens.into_iter().chain(input).min()
     }
 
+    /// Tokens of requests that use the limit evenly, if there is one: a small part of a window, so that little of it is left
+    /// over at its edge, and still so large that half of the limit of requests suffices.
+    pub fn even_request(self) -> Option<u64> {
+        let most = self.largest_request()?;
+        let a_minute = self.tokens_per_minute.into_iter().chain(self.input_tokens_per_minute).min()?;
+        let least = self.requests_per_minute.map_or(0, |requests| 2 * a_minute / requests.max(1));
+        Some((most / EVEN).max(least).max(1))
+    }
+
     /// Most inputs that one request may have, if there is a limit.
     pub fn most_inputs(self) -> Option<u64> {
         let [.., inputs] = self.caps_of(self.short_window());
@@ -213,6 +222,8 @@ const INTERACTIVE_BURST: u64 = 4;
 /// Room is kept for the next interactive request for so long (ms) after one, up to this part of the window.
 const SPARE_FOR: u64 = 60_000;
 const MOST_SPARE: u64 = 50;
+/// Requests whose size is free are this part of the window.
+const EVEN: u64 = 20;
 /// Cutting a request to fit the window's edge gains nothing where requests are a smaller part of the window than this.
 const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.

@@ -398,6 +398,7 @@ impl State {
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
         let largest_answer = lane.limiter.largest_answer();
+        let even = configured.min(lane.stated.limits()).even_request();
         let Lane { groups, limiter, learned, chats, decisions, standings, in_flight, .. } = lane;
         for id in groups.iter().copied() {
             let Some(group) = self.groups.get_mut(id) else { continue };
@@ -440,7 +441,9 @@ impl State {
                 largest_answer,
             };
             let tokens = terms.counted(rows_of(learned, record.measured, largest));
-            let number = record.measured.number(learned, &stream);
+            // Nothing is paid for twice where texts for vectors go in more requests.
+            let even = even.filter(|_| stream.embeddings().is_some()).map_or(tokens, |even| terms.counted(even));
+            let (tokens, number) = (tokens.min(even), record.measured.number(learned, &stream));
             let mut rows = match group.next(now, (tokens, number), (service, way, trial), key, turn_of) {
                 Next::Rows(rows) => rows,
                 Next::Until(at) => {

@@ -25,6 +25,8 @@ struct Sim {
     dimensions: usize,
     /// When (ms) each request was sent, and its texts.
     sent: Vec<(u64, usize)>,
+    /// Words of a text.
+    words: usize,
     verdicts: BTreeMap<u64, Verdict>,
 }
 
@@ -37,7 +39,16 @@ impl Sim {
         stream.task.options.reuse = false;
         change(&mut stream);
         state.open(now, conn, stream).unwrap();
-        Self { state, now, conn, heard, dimensions, sent: Vec::new(), verdicts: BTreeMap::new() }
+        Self { state, now, conn, heard, dimensions, sent: Vec::new(), words: 0, verdicts: BTreeMap::new() }
+    }
+
+    fn text(&self, n: u64) -> String {
+        format!("text {n}{}", " word".repeat(self.words))
+    }
+
+    /// Tokens of a text.
+    fn tokens(&self) -> usize {
+        crate::tokens::count(&self.text(100))
     }
 
     fn vector(&self, n: u64) -> Vec<f32> {
@@ -52,7 +63,7 @@ impl Sim {
             json!({"index": index, "embedding": vector})
         };
         let data: Vec<Value> = texts.iter().enumerate().map(one).collect();
-        let body = json!({"data": data, "usage": {"prompt_tokens": 2 * texts.len()}}).to_string();
+        let body = json!({"data": data, "usage": {"prompt_tokens": self.tokens() * texts.len()}}).to_string();
         let ids: Vec<u16> = (0..texts.len() as u16).collect();
         let sent = Sent { service: Service::Embeddings, ids: &ids, texts: &[] };
         let mut answered = Answered::broke_off(String::new(), false);
@@ -68,13 +79,14 @@ impl Sim {
         let mut under_way: VecDeque<(u64, u64, Vec<u64>)> = VecDeque::new();
         while (self.verdicts.len() as u64) < begin + count {
             let room = (begin + count).min(self.verdicts.len() as u64 + WINDOW);
-            let item = |n| (Item { n, text: format!("text {n}"), isolation: None, again: None }, None);
-            self.state.items(self.now, self.conn, (next..room).map(item).collect()).unwrap();
+            let item = |n| (Item { n, text: self.text(n), isolation: None, again: None }, None);
+            let items = (next..room).map(item).collect();
+            self.state.items(self.now, self.conn, items).unwrap();
             next = next.max(room);
             let (launches, wake) = self.state.pump(self.now);
             for launch in launches {
                 self.state.sent(self.now, launch.id);
-                let number = |text: &Value| text.as_str().unwrap().trim_start_matches("text ").parse().unwrap();
+                let number = |text: &Value| text.as_str().unwrap().split(' ').nth(1).unwrap().parse().unwrap();
                 let texts: Vec<u64> = launch.body["input"].as_array().unwrap().iter().map(number).collect();
                 self.sent.push((self.now, texts.len()));
                 under_way.push_back((self.now + TAKES, launch.id, texts));
@@ -146,4 +158,25 @@ fn a_request_has_as_many_texts_as_the_encoding_allows() {
     let sizes = sim.sizes(before);
     let after = sizes.iter().skip_while(|size| **size > small).collect::<Vec<_>>();
     assert!(!after.is_empty() && after.iter().any(|size| **size > 1_000), "{sizes:?}");
+}
+
+/// A limit of tokens is used, with requests of a small part of it.
+#[test]
+fn a_limit_of_tokens_is_used() {
+    let limit = 1_000_000;
+    let mut sim = Sim::new(8, |s| {
+        s.model.tokens_per_minute = Some(limit);
+        s.model.max_concurrent_requests = Some(16);
+        s.task.options.max_rows_per_request = 500;
+    });
+    sim.words = 37;
+    let of_text = sim.tokens() as u64;
+    sim.ask(3 * limit / of_text, |sim, _, texts| sim.answer(texts, true));
+    let begin = sim.sent[0].0 + 10_000;
+    let end = sim.sent.last().unwrap().0;
+    let within = sim.sent.iter().filter(|(at, _)| (begin..end).contains(at));
+    let used = within.map(|(_, texts)| *texts as u64 * of_text).sum::<u64>() as f64;
+    let used = used / (limit * (end - begin)) as f64 * 60_000.0;
+    println!("{used:.3} of the limit, {} requests", sim.sent.len());
+    assert!((0.97..=1.01).contains(&used), "{used}: {:?}", sim.sizes(0));
 }
