@@ -107,24 +107,28 @@ impl Standing {
     /// A request that was sent at `sent` (ms) was not answered although one without rows was, or was refused within an
     /// answer. Returns true if they are enough.
     pub fn is_unanswered(&mut self, sent: u64) -> bool {
-        let is_new = self.is_after_pause(sent);
+        let is_new = !self.is_before_pause(sent);
         self.unanswered += u32::from(is_new);
         is_new && self.unanswered >= MOST_UNANSWERED
     }
 
-    /// Returns true if a request was sent (ms) after the last pause began, so that it does not make that longer.
-    pub fn is_after_pause(&self, sent: u64) -> bool {
-        self.held == 0 || sent > self.held_at
+    /// Returns true if a request that was sent at `sent` (ms) was under way when the last pause began.
+    fn is_before_pause(&self, sent: u64) -> bool {
+        self.held > 0 && sent <= self.held_at
     }
 
-    /// Sends nothing from now (ms) on. Returns for how long (ms).
-    pub fn hold(&mut self, now: u64) -> u64 {
+    /// Sends nothing from now (ms) on, for a request that was sent at `sent`, and a single request after that. Returns for how
+    /// long (ms). `None`: it was under way when the last pause began, and does not make that longer.
+    pub fn hold(&mut self, now: u64, sent: u64) -> Option<u64> {
+        self.patience.holds();
+        if self.is_before_pause(sent) {
+            return None;
+        }
         self.held_at = now;
         self.unanswered = MOST_UNANSWERED - 1;
-        self.patience.holds();
         let wait = (FIRST_PAUSE << self.held.min(10)).min(LONGEST_PAUSE);
         self.held += 1;
-        wait
+        Some(wait)
     }
 
     /// A request was answered, be it with a refusal.

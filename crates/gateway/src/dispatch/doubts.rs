@@ -101,21 +101,22 @@ impl State {
         self.stop_task(now, lane_key, scope, &stop, None);
     }
 
-    /// Stops all who ask this task of this model for a while: of its requests none is answered.
+    /// Stops all who ask this task of this model for a while, unless a request that was sent before did so: of its requests
+    /// none is answered.
     pub(super) fn hold(
         &mut self,
         now: u64,
         lane_key: &LaneKey,
-        scope: TextKey,
+        asked: Asked,
         reason: StopReason,
         message: String,
         role: Option<u32>,
     ) {
         let Some(lane) = self.lanes.get_mut(lane_key) else { return };
-        let wait = lane.standings.of(now, scope).hold(now);
+        let Some(wait) = lane.standings.of(now, asked.scope).hold(now, asked.sent) else { return };
         self.notice(now, lane_key, "stopped", &message);
         let stop = Stop { reason, message, retry_after_ms: Some(wait) };
-        self.stop_task(now, lane_key, scope, &stop, role);
+        self.stop_task(now, lane_key, asked.scope, &stop, role);
     }
 
     pub(super) fn stop_task(&mut self, now: u64, lane_key: &LaneKey, scope: TextKey, stop: &Stop, role: Option<u32>) {

@@ -19,6 +19,14 @@ impl State {
     /// it asks a half. Who has no stream only looks, or says what it will ask. An answer about a budget is read: rows wait for
     /// it.
     pub fn must_wait(&mut self, conn: u64) -> bool {
+        let is_held_back = self.lacks_room(conn);
+        if let Some(c) = self.conns.get_mut(&conn) {
+            c.is_held_back = is_held_back;
+        }
+        is_held_back
+    }
+
+    fn lacks_room(&mut self, conn: u64) -> bool {
         let Some((id, stream)) = self.conns.get(&conn).and_then(|c| c.stream.as_ref()) else { return false };
         let Some(group) = self.groups.get(*id) else { return false };
         if group.purse.as_ref().is_some_and(Purse::has_asked) {

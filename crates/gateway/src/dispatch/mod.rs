@@ -13,6 +13,8 @@ mod circuits;
 mod doubts;
 mod estimate;
 mod memory;
+#[cfg(test)]
+mod pause_tests;
 mod probe;
 #[cfg(test)]
 mod route_tests;
@@ -77,6 +79,8 @@ struct Conn {
     outstanding_bytes: usize,
     /// Bytes of a message of which a part has come.
     coming_bytes: usize,
+    /// It has something to say that is not read for want of memory.
+    is_held_back: bool,
     /// Reports to it, by the place of the model in its stream.
     reports: BTreeMap<usize, Report>,
     /// It was told to stop: nothing more is sent for it until it opens a stream again.
@@ -106,7 +110,8 @@ impl Conn {
     /// Nothing is lost with it: it has got all answers, and what it may spend need not be taken for spent.
     fn is_idle(&self) -> bool {
         let has_budget = self.stream.as_ref().is_some_and(|(_, stream)| stream.budget.is_some());
-        self.outstanding == 0 && self.coming == 0 && self.frames.is_empty() && !has_budget
+        let is_silent = self.coming == 0 && self.coming_bytes == 0 && !self.is_held_back;
+        self.outstanding == 0 && is_silent && self.frames.is_empty() && !has_budget
     }
 
     /// It has been idle for long enough.
@@ -236,6 +241,7 @@ impl State {
                 outstanding: 0,
                 outstanding_bytes: 0,
                 coming_bytes: 0,
+                is_held_back: false,
                 reports: BTreeMap::new(),
                 stopped: false,
                 left: Rc::new(Notify::new()),

@@ -14,7 +14,7 @@ use crate::kept::Stock;
 use crate::protocol::{self, decode};
 
 /// A request: the numbers of its rows and those of their texts, and all of it.
-struct Question {
+pub(super) struct Question {
     rows: Vec<(u16, u64)>,
     body: Value,
 }
@@ -24,7 +24,7 @@ impl Question {
         Self { rows: rows(&body), body }
     }
 
-    fn right(&self) -> Answered {
+    pub(super) fn right(&self) -> Answered {
         let answers: Value =
             self.rows.iter().map(|(id, _)| (id.to_string(), json!("a"))).collect::<serde_json::Map<_, _>>().into();
         let text = if self.rows.is_empty() { "ok".to_owned() } else { answers.to_string() };
@@ -40,16 +40,21 @@ impl Question {
 
 /// An answer with this status and body.
 pub(super) fn said(status: u16, body: &Value) -> Answered {
-    self::body(status, body.to_string().as_bytes())
+    self::body(status, body.to_string().as_bytes(), None)
 }
 
-fn body(status: u16, body: &[u8]) -> Answered {
-    answer(Sent::default(), status, body)
+/// The same with a body of any kind, and a wait (ms) that is asked for.
+pub(super) fn body(status: u16, body: &[u8], retry_after: Option<u64>) -> Answered {
+    answer_in(Sent::default(), (status, body), retry_after)
 }
 
-/// The same to a request that asked for this.
+/// The answer to a request that asked for this.
 pub(super) fn answer(sent: Sent<'_>, status: u16, body: &[u8]) -> Answered {
-    let result = trouble::outcome(Api::Openai, sent, status, body, None);
+    answer_in(sent, (status, body), None)
+}
+
+fn answer_in(sent: Sent<'_>, (status, body): (u16, &[u8]), retry_after: Option<u64>) -> Answered {
+    let result = trouble::outcome(Api::Openai, sent, status, body, retry_after);
     let mut answered = Answered::broke_off(String::new(), false);
     (answered.result, answered.has_begun) = (result, status == 200);
     answered
@@ -119,20 +124,20 @@ pub(super) fn right(launch: &Launch, input: usize, output: usize) -> Answered {
 }
 
 /// A client of a gateway.
-struct Sim {
+pub(super) struct Sim {
     state: State,
-    now: u64,
+    pub(super) now: u64,
     conn: u64,
     heard: Heard,
-    outcomes: BTreeMap<u64, Outcome>,
-    stop: Option<Stop>,
+    pub(super) outcomes: BTreeMap<u64, Outcome>,
+    pub(super) stop: Option<Stop>,
     /// Requests that each text was in.
-    asked: BTreeMap<u64, u32>,
-    requests: u32,
+    pub(super) asked: BTreeMap<u64, u32>,
+    pub(super) requests: u32,
 }
 
 impl Sim {
-    fn new(change: impl FnOnce(&mut Stream)) -> Self {
+    pub(super) fn new(change: impl FnOnce(&mut Stream)) -> Self {
         let (state, now, conn, heard) = connect();
         let (outcomes, asked) = Default::default();
         let mut sim = Self { state, now, conn, heard, outcomes, stop: None, asked, requests: 0 };
@@ -140,14 +145,14 @@ impl Sim {
         sim
     }
 
-    fn open(&mut self, change: impl FnOnce(&mut Stream)) {
+    pub(super) fn open(&mut self, change: impl FnOnce(&mut Stream)) {
         let mut stream = protocol::tests::stream();
         change(&mut stream);
         self.state.open(self.now, self.conn, stream).unwrap();
     }
 
     /// Asks for rows, and what came of them.
-    fn ask(&mut self, rows: Range<u64>, long: &str, mut answer: impl FnMut(&Question) -> Answered) {
+    pub(super) fn ask(&mut self, rows: Range<u64>, long: &str, mut answer: impl FnMut(&Question) -> Answered) {
         self.outcomes.clear();
         (self.stop, self.requests) = (None, 0);
         let count = rows.end - rows.start;
@@ -180,12 +185,12 @@ impl Sim {
         panic!("{} of {count} rows have an outcome: {:?}", self.outcomes.len(), self.state.lanes);
     }
 
-    fn is_answered(&self) -> bool {
+    pub(super) fn is_answered(&self) -> bool {
         self.stop.is_none()
             && self.outcomes.values().all(|o| matches!(o.verdict, Verdict::Answer(_)) && o.attempts == 1)
     }
 
-    fn is_withdrawn(&self, reason: StopReason) -> bool {
+    pub(super) fn is_withdrawn(&self, reason: StopReason) -> bool {
         self.stop.as_ref().is_some_and(|stop| stop.reason == reason)
             && self.outcomes.values().all(|o| o.verdict == Verdict::Withdrawn && o.attempts == 0)
     }
@@ -229,7 +234,7 @@ fn what_has_been_answered_is_not_failed_for_an_address_that_is_gone_for_a_while(
 fn what_a_row_may_cost_is_bounded() {
     type Broken = fn(&Question) -> Answered;
     let broken: [(&str, Broken); 3] = [
-        ("no JSON", |_| body(200, b"<html>")),
+        ("no JSON", |_| body(200, b"<html>", None)),
         ("no text", |_| said(200, &json!({"choices": []}))),
         ("broken off", |_| Answered::broke_off("the connection failed".into(), true)),
     ];
@@ -253,52 +258,6 @@ fn what_a_row_may_cost_is_bounded() {
     }
 }
 
-/// "Too many requests" within a 200 may be paid for like an answer.
-#[test]
-fn what_refusals_within_an_answer_cost_is_bounded() {
-    let limited = json!({"message": "Rate limit exceeded", "code": 429});
-    let forms = [
-        json!({"error": limited}),
-        json!({"choices": [{"index": 0, "finish_reason": "error", "error": limited, "message": {"content": ""}}]}),
-    ];
-    for (form, is_proven) in forms.iter().flat_map(|form| [(form, true), (form, false)]) {
-        let mut sim = Sim::new(|s| s.task.options.max_rows_per_request = 20);
-        if is_proven {
-            sim.ask(0..500, "", Question::right);
-            assert!(sim.is_answered());
-        }
-        sim.asked.clear();
-        let mut most_requests = 60;
-        for pause in [30_000, 60_000, 120_000] {
-            sim.ask(1_000..2_000, "", |_| said(200, form));
-            assert!(sim.is_withdrawn(StopReason::Quota), "{is_proven} {form}: {:?}", sim.stop);
-            assert!(sim.requests <= most_requests, "{is_proven} {form}: {} requests", sim.requests);
-            assert_eq!(sim.stop.as_ref().unwrap().retry_after_ms, Some(pause), "{is_proven} {form}");
-            sim.now += pause;
-            sim.open(|s| s.task.options.max_rows_per_request = 20);
-            // From now on one shows whether it goes on.
-            most_requests = 1;
-        }
-        sim.ask(1_000..2_000, "", Question::right);
-        assert!(sim.is_answered(), "{is_proven} {form}: {:?} {:?}", sim.stop, sim.outcomes);
-    }
-    // Some are refused, and others answered: most jobs never pause, and no row is paid for without end.
-    for (refused, least) in [(0.1, 20), (0.8, 0)] {
-        let (mut most, mut went_on) = (0, 0);
-        for seed in 0..20 {
-            let mut random = fastrand::Rng::with_seed(seed);
-            let mut sim = Sim::new(|s| s.task.options.max_rows_per_request = 20);
-            sim.ask(0..100, "", Question::right);
-            sim.ask(1_000..1_400, "", |q| if random.f64() < refused { said(200, &forms[0]) } else { q.right() });
-            most = sim.asked.values().copied().fold(most, u32::max);
-            assert!(sim.is_answered() || sim.stop.as_ref().is_some_and(|stop| stop.reason == StopReason::Quota));
-            went_on += usize::from(sim.stop.is_none());
-        }
-        println!("{refused}: a row is in up to {most} requests, {went_on} of 20 jobs never pause");
-        assert!(most <= 9 && went_on >= least, "{refused}: {most}, {went_on}");
-    }
-}
-
 /// Rows that are never answered are found, be they the last ones.
 #[test]
 fn rows_that_break_a_server_are_found_and_the_others_answered() {
@@ -307,7 +266,11 @@ fn rows_that_break_a_server_are_found_and_the_others_answered() {
         sim.ask(0..500, "", Question::right);
         let broken = |question: &Question| question.rows.iter().any(|(_, n)| bad.contains(n));
         let mut left: Vec<u64> = Vec::new();
-        sim.ask(1_000..1_200, "", |question| if broken(question) { body(200, b"<html>") } else { question.right() });
+        sim.ask(
+            1_000..1_200,
+            "",
+            |question| if broken(question) { body(200, b"<html>", None) } else { question.right() },
+        );
         left.extend(sim.outcomes.values().filter(|o| !matches!(o.verdict, Verdict::Answer(_))).map(|o| o.n));
         assert!(sim.stop.is_none() && left == bad, "{bad:?}: {:?} {left:?}", sim.stop);
         assert!(sim.asked.values().all(|n| *n <= 9), "{:?}", sim.asked.values().max());
@@ -370,6 +333,17 @@ fn a_session_whose_rows_are_coming_is_not_idle() {
     assert!(!gives_way(&sim, sim.now + 60 * IDLE));
     sim.state.rows_came(sim.conn, group);
     assert!(gives_way(&sim, sim.now + IDLE));
+    // A part of a message has come.
+    sim.state.comes(sim.conn, 1_000);
+    assert!(!gives_way(&sim, sim.now + 60 * IDLE));
+    sim.state.comes(sim.conn, 0);
+    assert!(gives_way(&sim, sim.now + IDLE));
+    // It is not read, since others have all memory.
+    let other = sim.state.connect(Frames::new(unbounded_channel().0, Rc::default(), Rc::default()));
+    sim.state.comes(other, sim.state.settings.memory);
+    assert!(sim.state.must_wait(sim.conn) && !gives_way(&sim, sim.now + 60 * IDLE));
+    sim.state.comes(other, 0);
+    assert!(!sim.state.must_wait(sim.conn) && gives_way(&sim, sim.now + IDLE));
 }
 
 #[test]

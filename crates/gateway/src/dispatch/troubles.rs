@@ -141,19 +141,16 @@ impl State {
         self.put_back(group, rows);
         if is_enough {
             let message = format!("requests are refused within answers that may be paid for: {message}");
-            self.hold(now, &lane_key, asked.scope, StopReason::Quota, message, role);
+            self.hold(now, &lane_key, asked, StopReason::Quota, message, role);
         }
     }
 
     /// A quota that is used up was said within a 2xx, which may be paid for: from now on the task has one request at a time.
     fn quota_within(&mut self, now: u64, failed: &Failed) {
         self.weigh(now, &failed.lane, failed.group, failed.asked, Said::Cut);
-        let Some(lane) = self.lanes.get_mut(&failed.lane) else { return };
-        let standing = lane.standings.of(now, failed.asked.scope);
-        if standing.is_after_pause(failed.asked.sent) {
-            standing.hold(now);
-        } else {
-            standing.patience.holds();
+        if let Some(lane) = self.lanes.get_mut(&failed.lane) {
+            // For how long, the provider says.
+            lane.standings.of(now, failed.asked.scope).hold(now, failed.asked.sent);
         }
     }
 
@@ -164,14 +161,8 @@ impl State {
         let most = self.max_attempts(now, lane, group);
         let is_paid = self.weigh(now, lane, group, asked, Said::Cut);
         let Some(lane) = self.lanes.get_mut(lane) else { return false };
-        let standing = lane.standings.of(now, asked.scope);
-        let is_enough = standing.is_unanswered(asked.sent) || is_paid || rows.iter().any(|row| row.is_spent(most));
-        if !standing.is_after_pause(asked.sent) {
-            // It was under way as the pause began, after which one request is to go out in any case.
-            standing.patience.holds();
-            return false;
-        }
-        is_enough
+        let is_unanswered = lane.standings.of(now, asked.scope).is_unanswered(asked.sent);
+        is_unanswered || is_paid || rows.iter().any(|row| row.is_spent(most))
     }
 
     /// The cap of the answer did not suffice for what is thought before it, and it can be larger.
@@ -335,7 +326,7 @@ impl State {
         if is_enough || self.is_left_alone(now, &lane_key, asked) {
             self.put_back(group, rows);
             let message = format!("no request with rows is answered: {message}");
-            self.hold(now, &lane_key, asked.scope, StopReason::ProviderDown, message, role);
+            self.hold(now, &lane_key, asked, StopReason::ProviderDown, message, role);
             return;
         }
         let is_open = !is_own && self.fails(now, &lane_key, (group, asked.service), points, &message);
