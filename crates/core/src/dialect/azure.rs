@@ -46,8 +46,9 @@ impl Dialect for Azure {
         openai::Openai.reply(body)
     }
 
+    /// A deployment whose name does not tell its model may be any.
     fn cache_write_surcharge(&self, model: &str) -> u64 {
-        openai::write_surcharge(model)
+        openai::write_surcharge(model).unwrap_or(25)
     }
 
     fn embeddings(&self) -> Option<&'static dyn Embeddings> {

@@ -54,7 +54,7 @@ impl Dialect for Openai {
     }
 
     fn cache_write_surcharge(&self, model: &str) -> u64 {
-        write_surcharge(model)
+        write_surcharge(model).unwrap_or(0)
     }
 
     fn decisions(&self) -> Option<&'static dyn Decisions> {
@@ -63,11 +63,21 @@ impl Dialect for Openai {
 }
 
 /// From GPT-5.6 on, writing a token into the cache costs a quarter more than reading it anew (OpenAI's guide to prompt
-/// caching). Azure calls GPT-3.5 "gpt-35".
-pub(super) fn write_surcharge(model: &str) -> u64 {
-    let version = model.strip_prefix("gpt-").unwrap_or_default();
-    let version: String = version.chars().take_while(|c| c.is_ascii_digit() || *c == '.').collect();
-    if version.parse::<f64>().is_ok_and(|version| (5.6..30.0).contains(&version)) { 25 } else { 0 }
+/// caching), and so it is with Claude behind a proxy. Names may have others around them: `openai/gpt-5.6`, `ft:gpt-6:acme`.
+/// `None`: the name does not tell.
+pub(super) fn write_surcharge(model: &str) -> Option<u64> {
+    let name = model.to_ascii_lowercase();
+    if name.contains("claude") {
+        return Some(25);
+    }
+    let version = name.split("gpt").skip(1).find_map(|rest| {
+        let rest = rest.strip_prefix(['-', '_', ' ']).unwrap_or(rest);
+        let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+        rest.get(..end)?.trim_end_matches('.').parse::<f64>().ok()
+    })?;
+    // Azure writes 3.5 as "35".
+    let version = if version >= 30.0 { version / 10.0 } else { version };
+    Some(if version >= 5.6 { 25 } else { 0 })
 }
 
 fn response_format(format: &Format) -> Value {
@@ -151,25 +161,38 @@ fn usage(said: &Value, has_text: bool) -> Usage {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dialect::Api;
     use crate::limiter::Tokens;
     use proptest::prelude::*;
 
     #[test]
     fn writes_into_the_cache_cost_more_from_gpt_5_6_on() {
         for (model, percent) in [
-            ("gpt-6-luna", 25),
-            ("gpt-5.6", 25),
-            ("gpt-5.6-luna", 25),
-            ("gpt-10", 25),
-            ("gpt-5.5", 0),
-            ("gpt-5-mini", 0),
-            ("gpt-4o", 0),
-            ("gpt-35-turbo", 0),
-            ("gpt-", 0),
-            ("6", 0),
-            ("gpt-oss-120b", 0),
+            ("gpt-6-luna", Some(25)),
+            ("gpt-5.6", Some(25)),
+            ("gpt-5.6-luna", Some(25)),
+            ("gpt-10", Some(25)),
+            ("openai/gpt-5.6", Some(25)),
+            ("azure/eu/GPT-6-luna", Some(25)),
+            ("ft:gpt-6:acme::1", Some(25)),
+            ("chatgpt-6.1-latest", Some(25)),
+            ("our-gpt56-deployment", Some(25)),
+            ("mygpt/gpt-5.6.", Some(25)),
+            ("anthropic/claude-haiku", Some(25)),
+            ("gpt-5.5", Some(0)),
+            ("gpt-5-mini", Some(0)),
+            ("gpt-4o", Some(0)),
+            ("openai/gpt-4.1-mini", Some(0)),
+            ("gpt-35-turbo", Some(0)),
+            ("gpt-", None),
+            ("6", None),
+            ("gpt-oss-120b", None),
+            ("prod-chat", None),
         ] {
             assert_eq!(write_surcharge(model), percent, "{model}");
+            // The name of a deployment at Azure may tell nothing: the dearer one is reserved there.
+            let of = |api: Api| api.dialect().cache_write_surcharge(model);
+            assert_eq!((of(Api::Openai), of(Api::Azure)), (percent.unwrap_or(0), percent.unwrap_or(25)), "{model}");
         }
         let body = json!({
             "choices": [{"message": {"content": "{}"}, "finish_reason": "stop"}],
