@@ -18,6 +18,7 @@ pub mod headers;
 pub mod limiter;
 pub mod options;
 pub mod pack;
+mod parts;
 pub mod patience;
 pub mod prompt;
 pub mod quoted;

@@ -8,6 +8,7 @@ use serde_json::Value;
 pub use crate::class::{Parameter, Trouble};
 use crate::dialect::{self, Api, Dialect, Reply, Sent, Service};
 use crate::headers;
+use crate::parts;
 use crate::quoted::own_words;
 
 /// A trouble with the provider's own words about it.
@@ -123,6 +124,10 @@ fn of_vectors(report: Report) -> Report {
 
 fn outcome_by(api: Api, sent: Sent, status: u16, body: &[u8], retry_after: Option<u64>) -> Result<Reply, Report> {
     let (dialect, texts) = (api.dialect(), sent.texts);
+    if body.len() > parts::MOST && parts::count(body) > parts::MOST {
+        let message = format!("HTTP status {status}: the provider's answer has more parts than an answer can have");
+        return Err(Report::new(Trouble::Overload(retry_after), message));
+    }
     match status {
         200..=299 => api.reply(sent, body).map_err(|error| match error {
             dialect::Unread::Said(error) => classify(dialect, None, &error, "", (retry_after, texts)),

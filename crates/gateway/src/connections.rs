@@ -49,6 +49,40 @@ pub struct Places {
     pub reading: Arc<Reading>,
 }
 
+/// Bytes of the bodies that one server with one key sends.
+#[derive(Debug)]
+pub struct Share {
+    bytes: AtomicUsize,
+    all: Arc<Reading>,
+}
+
+impl Share {
+    pub fn new(all: Arc<Reading>) -> Self {
+        Self { bytes: AtomicUsize::new(0), all }
+    }
+
+    /// Takes bytes of an answer that has so many with them.
+    ///
+    /// # Errors
+    /// If it is not small, and either memory is full or this server has three quarters of it.
+    pub fn add(&self, bytes: usize, length: usize) -> Result<(), String> {
+        let own = self.bytes.load(Ordering::Relaxed).saturating_add(bytes);
+        if length > SMALL_ANSWER && own > self.all.memory.load(Ordering::Relaxed) / 4 * 3 {
+            return Err(
+                "answers of this server that are being read use its share of llm_batch.gateway_memory".to_owned()
+            );
+        }
+        self.all.add(bytes, length)?;
+        self.bytes.store(own, Ordering::Relaxed);
+        Ok(())
+    }
+
+    pub fn give_back(&self, bytes: usize) {
+        self.bytes.store(self.bytes.load(Ordering::Relaxed).saturating_sub(bytes), Ordering::Relaxed);
+        self.all.give_back(bytes);
+    }
+}
+
 /// Bytes of all answers that are being read: of their heads, as far as they may be heads, and of their bodies.
 #[derive(Debug)]
 pub struct Reading {

@@ -14,7 +14,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use llm_batch_core::url;
 use rustls_platform_verifier::BuilderVerifierExt;
 
-use crate::connections::{Connector, MAX_HEAD, Places, Reading};
+use crate::connections::{Connector, MAX_HEAD, Places, Share};
 use crate::files;
 use crate::protocol::{Endpoint, Secret};
 use crate::resolver::{Lookup, Reach, Resolver, System};
@@ -61,6 +61,7 @@ struct Pool {
     /// An answer came that belongs to another request: each connection has one request from then on.
     is_distrusted: Arc<AtomicBool>,
     keeps: bool,
+    share: Arc<Share>,
 }
 
 /// The properties that requests on one connection have in common.
@@ -84,11 +85,12 @@ impl Clients {
         Self { tls, lookup, pools: BTreeMap::new(), uses: 0, places }
     }
 
-    /// The client for an endpoint. Its permissions and its `ca_file` are looked at anew each time.
+    /// The client for an endpoint, and room for an answer of at most so many bytes. Its permissions and its `ca_file` are
+    /// looked at anew each time.
     ///
     /// # Errors
     /// If it can't be asked in this way.
-    pub fn of(&mut self, endpoint: &Endpoint) -> Result<HttpClient, String> {
+    pub fn of(&mut self, endpoint: &Endpoint, most: usize) -> Result<(HttpClient, Answer), String> {
         self.uses += 1;
         let target = url::parse(&endpoint.base_url, endpoint.allow_http).map_err(|e| e.message)?;
         let unusable = |path: &str, e: String| format!("could not use ca_file \"{path}\": {e}");
@@ -104,7 +106,7 @@ impl Clients {
         let keeps = !is_distrusted.load(Ordering::Relaxed);
         if let Some(pool) = known.filter(|pool| pool.keeps == keeps) {
             pool.used = self.uses;
-            return Ok(pool.client.clone());
+            return Ok((pool.client.clone(), Answer::new(Arc::clone(&pool.share), most)));
         }
         let tls = match &key.ca {
             Some(pem) => self.tls_of(pem).map_err(|e| unusable(file.unwrap_or_default(), e))?,
@@ -114,8 +116,10 @@ impl Clients {
             self.close_oldest();
         }
         let client = self.client(tls, key.reach, &is_distrusted, keeps);
-        self.pools.insert(key, Pool { client: client.clone(), used: self.uses, is_distrusted, keeps });
-        Ok(client)
+        let share = Arc::new(Share::new(Arc::clone(&self.places.reading)));
+        let answer = Answer::new(Arc::clone(&share), most);
+        self.pools.insert(key, Pool { client: client.clone(), used: self.uses, is_distrusted, keeps, share });
+        Ok((client, answer))
     }
 
     /// Verifies certificates by those in a file, and by no others.
@@ -131,11 +135,6 @@ impl Clients {
         if let Some(oldest) = self.pools.iter().min_by_key(|(_, pool)| pool.used).map(|(key, _)| key.clone()) {
             self.pools.remove(&oldest);
         }
-    }
-
-    /// An answer of at most so many bytes.
-    pub fn answer(&self, most: usize) -> Answer {
-        Answer { bytes: Vec::new(), all: Arc::clone(&self.places.reading), most }
     }
 
     /// Most bytes of all answers that are being read.
@@ -167,16 +166,20 @@ impl Clients {
     }
 }
 
-/// The bytes of an answer that is being read. They count against the memory of all until it is dropped.
+/// The bytes of an answer that is being read. They count against its server's memory until it is dropped.
 #[derive(Debug)]
 pub struct Answer {
     pub bytes: Vec<u8>,
-    all: Arc<Reading>,
+    share: Arc<Share>,
     /// Most bytes of it.
     pub most: usize,
 }
 
 impl Answer {
+    fn new(share: Arc<Share>, most: usize) -> Self {
+        Self { bytes: Vec::new(), share, most }
+    }
+
     /// Takes a further part.
     ///
     /// # Errors
@@ -186,7 +189,7 @@ impl Answer {
         if length > self.most {
             return Err(format!("the provider's answer is larger than {} bytes", self.most));
         }
-        self.all.add(part.len(), length)?;
+        self.share.add(part.len(), length)?;
         self.bytes.extend_from_slice(part);
         Ok(())
     }
@@ -194,7 +197,7 @@ impl Answer {
 
 impl Drop for Answer {
     fn drop(&mut self) {
-        self.all.give_back(self.bytes.len());
+        self.share.give_back(self.bytes.len());
     }
 }
 
@@ -282,7 +285,7 @@ mod tests {
             service: Service::Chat,
             ids: &[],
         };
-        runtime.block_on(request::send(clients.of(endpoint), clients.answer(9_000), &question))
+        runtime.block_on(request::send(clients.of(endpoint, 9_000), &question))
     }
 
     pub(super) fn message(answered: &Answered) -> String {
@@ -375,18 +378,28 @@ mod tests {
 
     #[test]
     fn answers_are_read_within_their_memory_and_small_ones_always() {
-        let clients = Clients::with(tls().unwrap(), Arc::new(System), 3 * SMALL_ANSWER, 1);
-        let (mut first, mut second) = (clients.answer(usize::MAX), clients.answer(usize::MAX));
+        let mut clients = Clients::with(tls().unwrap(), Arc::new(System), 4 * SMALL_ANSWER, 1);
+        let answer = |clients: &mut Clients, key: &str, most| {
+            let mut endpoint = stream().endpoint;
+            endpoint.api_key = Some(Secret(key.to_owned()));
+            clients.of(&endpoint, most).unwrap().1
+        };
+        let mut first = answer(&mut clients, "a", usize::MAX);
+        let mut second = answer(&mut clients, "a", usize::MAX);
         let part = vec![b'x'; SMALL_ANSWER];
         assert!(first.push(&part).is_ok() && first.push(&part).is_ok());
         assert!(second.push(&part).is_ok());
+        // A server and key have three quarters; the rest is for others.
         assert!(first.push(&part).is_err() && second.push(b"x").is_err());
-        let mut small = clients.answer(10);
+        let mut small = answer(&mut clients, "a", 10);
         assert!(small.push(&[b'x'; 10]).is_ok() && small.push(b"x").is_err());
+        let mut other = answer(&mut clients, "b", usize::MAX);
+        assert!(other.push(&part).is_ok() && other.push(b"x").is_err());
         drop(first);
-        assert!(second.push(&part).is_ok());
-        assert_eq!(clients.places.reading.all(), 2 * SMALL_ANSWER + 10);
-        drop((second, small));
+        assert!(other.push(&part).is_ok() && second.push(b"x").is_ok());
+        drop((second, small, other));
         assert_eq!(clients.places.reading.all(), 0);
+        let mut all = answer(&mut clients, "a", usize::MAX);
+        assert!((0..3).all(|_| all.push(&part).is_ok()) && all.push(b"x").is_err());
     }
 }

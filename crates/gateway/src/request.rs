@@ -16,7 +16,7 @@ use llm_batch_core::dialect::{Reply, Sent, Service};
 use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::trouble::{self, Report, Trouble};
 use serde_json::Value;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 
 use crate::connections::{Use, WAITS};
 use crate::egress::{Answer, HttpClient};
@@ -32,6 +32,8 @@ const BYTES_PER_TOKEN: usize = 512;
 const TEXT_PER_TOKEN: usize = 8;
 /// Bytes of a body, with those of the texts that it may quote, that take some time to read.
 const LARGE: usize = 64 << 10;
+/// So many of them are read at once: read, they take several times their bytes.
+static LARGE_AT_ONCE: Semaphore = Semaphore::const_new(2);
 /// Most interim answers (1xx) to a request.
 const MOST_INTERIM: u32 = 16;
 
@@ -112,10 +114,10 @@ impl Answered {
     }
 }
 
-/// Sends a request and reads its answer into `answer`. Without a client it fails for the reason that there is none.
-pub async fn send(client: Result<HttpClient, String>, answer: Answer, question: &Question<'_>) -> Answered {
-    let client = match client {
-        Ok(client) => client,
+/// Sends a request by a client and reads its answer. Without a client it fails for the reason that there is none.
+pub async fn send(way: Result<(HttpClient, Answer), String>, question: &Question<'_>) -> Answered {
+    let (client, answer) = match way {
+        Ok(way) => way,
         Err(e) => return Answered::broke_off(e, false),
     };
     let (progress, waits) = (Progress::default(), Arc::<AtomicBool>::default());
@@ -158,8 +160,9 @@ async fn outcome(status: u16, answer: Answer, wait: Option<u64>, question: &Ques
     let reply = if !is_large {
         read()?
     } else {
-        let internal = |e| Err(Report::new(Trouble::Overload(None), format!("internal error: {e}")));
-        tokio::task::spawn_blocking(read).await.unwrap_or_else(internal)?
+        let internal = |e: &dyn Error| Report::new(Trouble::Overload(None), format!("internal error: {e}"));
+        let _turn = LARGE_AT_ONCE.acquire().await.map_err(|e| internal(&e))?;
+        tokio::task::spawn_blocking(read).await.unwrap_or_else(|e| Err(internal(&e)))?
     };
     if reply.text.len() > most_text(question.most_tokens) {
         let message = "the provider's answer is longer than its tokens can be".to_owned();

@@ -144,7 +144,7 @@ fn spawn(shared: &Rc<Shared>, task: impl Future<Output = ()> + 'static) {
 
 async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     let Launch { id, stream, ids, body, timeout, most_tokens, abandoned } = launch;
-    let (client, answer) = way(&shared, &stream.endpoint, most_tokens);
+    let way = way(&shared, &stream.endpoint, most_tokens);
     shared.state.borrow_mut().sent(shared.now(), id);
     // In a task of its own, so that a panic in what reads foreign bytes ends the request, not the gateway.
     let mut sending = spawn_local(async move {
@@ -152,7 +152,7 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
         let Stream { endpoint, model, task, .. } = &*stream;
         let (model, service) = (&model.model, task.service());
         let question = Question { endpoint, model, body: &body, timeout, most_tokens, service, ids: &ids };
-        request::send(client, answer, &question).await
+        request::send(way, &question).await
     });
     let result = tokio::select! {
         joined = &mut sending => {
@@ -169,10 +169,9 @@ async fn carry_out(shared: Rc<Shared>, launch: Launch) {
     shared.room.notify_waiters();
 }
 
-/// The client for an endpoint or why there is none, and room for an answer of so many tokens.
-fn way(shared: &Shared, endpoint: &Endpoint, most_tokens: u64) -> (Result<HttpClient, String>, Answer) {
-    let mut clients = shared.clients.borrow_mut();
-    (clients.of(endpoint), clients.answer(request::most_bytes(most_tokens)))
+/// The client for an endpoint, with room for an answer of so many tokens, or why there is none.
+fn way(shared: &Shared, endpoint: &Endpoint, most_tokens: u64) -> Result<(HttpClient, Answer), String> {
+    shared.clients.borrow_mut().of(endpoint, request::most_bytes(most_tokens))
 }
 
 /// Serves one client until it leaves or says what can't be understood.
@@ -343,12 +342,12 @@ async fn probe(shared: Rc<Shared>, conn: u64) {
             Some(Probe::Send(stream, body, timeout, left)) => {
                 tries += 1;
                 let Stream { endpoint, model, task, .. } = &*stream;
-                let (client, answer) = way(&shared, endpoint, PROBE_READ_TOKENS);
+                let way = way(&shared, endpoint, PROBE_READ_TOKENS);
                 let (most_tokens, service) = (PROBE_READ_TOKENS, task.service());
                 let (model, ids) = (&model.model, &PROBE_IDS);
                 let question = Question { endpoint, model, body: &body, timeout, most_tokens, service, ids };
                 let result = tokio::select! {
-                    answered = request::send(client, answer, &question) => answered.result,
+                    answered = request::send(way, &question) => answered.result,
                     () = left.notified() => return,
                 };
                 let end = shared.state.borrow_mut().probed(shared.now(), (conn, &stream), tries, result);

@@ -3,11 +3,16 @@
 
 mod support;
 
-use std::io::{ErrorKind, Write};
+use std::io::{BufReader, ErrorKind, Write};
+use std::net::TcpListener;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use llm_batch_core::task::Spec;
 use llm_batch_gateway::protocol::*;
 use llm_fake_provider::Config;
+use serde_json::json;
 use support::*;
 
 const MEMORY: usize = 2 << 20;
@@ -136,4 +141,63 @@ fn long_texts_of_many_take_a_part_of_the_machine() {
     let cores = std::thread::available_parallelism().unwrap().get();
     println!("{} threads", threads());
     assert!(threads() <= cores.div_ceil(2) + 2, "{} threads for {cores} cores", threads());
+}
+
+/// A server that gives each request an answer of 4 MB, of zeros in a list. Its URL.
+fn zeros() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/v1", listener.local_addr().unwrap());
+    let body = format!("{{\"choices\": [0{}]}}", ",0".repeat(2_000_000));
+    let answer = Arc::new(format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len()));
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let answer = Arc::clone(&answer);
+            std::thread::spawn(move || {
+                let mut requests = BufReader::new(stream.try_clone().unwrap());
+                while support::relay::message(&mut requests).is_some() && stream.write_all(answer.as_bytes()).is_ok() {}
+            });
+        }
+    });
+    url
+}
+
+/// A value of JSON takes two bytes as it comes, and a hundred once it is read.
+#[test]
+fn what_is_small_to_send_and_large_to_read_is_not_read() {
+    let provider = provider(Config::default());
+    let setup = Setup::new(64 << 20);
+    let url = zeros();
+    let mut client = setup.client(&provider, |s| {
+        s.endpoint.base_url = url;
+        s.model.max_concurrent_requests = Some(8);
+        s.task.options.max_rows_per_request = 1;
+        // The answer to a row may have so many bytes.
+        let task = json!({"instruction": "Explain it.", "max_output_tokens": 8_000});
+        s.task.spec = Spec::from_json("generate", &task).unwrap();
+    });
+    let (before, is_over) = (memory(), AtomicBool::new(false));
+    let (most, last) = std::thread::scope(|scope| {
+        let watching = scope.spawn(|| {
+            let mut most = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                most = memory().max(most);
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            most
+        });
+        client.rows(0..100);
+        let last = loop {
+            match client.hear("the end") {
+                Some(FromGateway::Stopped(stop)) => break stop,
+                Some(FromGateway::Outcomes { .. }) => {}
+                other => panic!("{other:?}"),
+            }
+        };
+        is_over.store(true, Ordering::Relaxed);
+        (watching.join().unwrap(), last)
+    });
+    println!("{before} MiB before, {most} at most; {last:?}");
+    assert!(last.message.contains("has more parts than an answer can have"), "{last:?}");
+    // Eight bodies here, and eight there.
+    assert!(most <= before + 160, "{before} MiB before, {most} at most");
 }

@@ -275,6 +275,13 @@ pub fn is_right(text: u64, verdict: &Verdict) -> bool {
     *verdict == label(LABELS[(text % 4) as usize])
 }
 
+/// Memory of this process, MiB.
+pub fn memory() -> u64 {
+    let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let pss = rollup.lines().find_map(|line| line.strip_prefix("Pss:")?.trim().strip_suffix(" kB")).unwrap();
+    pss.trim().parse::<u64>().unwrap() >> 10
+}
+
 pub fn provider(config: Config) -> FakeProvider {
     FakeProvider::start(config).unwrap()
 }
