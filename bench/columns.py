@@ -212,7 +212,6 @@ def faults(rows: int = 10_000, share: float = 0.02) -> Result:
     with Provider(options) as provider, Cluster(provider, PACK, None) as cluster:
         table = Table(cluster, rows, columns, value)
         extractor(cluster, "all", TWO_DATES)
-        cluster.sql("SELECT llm_batch.alter_extractor('all', options => '{\"max_attempts\": 10}')")
         began = time.monotonic()
         job, error = table.fill("all", TWO_DATES)
         stats, found, progress = provider.stats(), table.faults(), cluster.progress(job)

@@ -19,6 +19,8 @@ const MOST_REFUSED: usize = 3;
 
 /// Requests in a row that are not answered, while those without rows are, until nothing is sent for a while.
 const MOST_UNANSWERED: u32 = 20;
+/// Attempts that rows which were answered when they were asked again leave to others: a retry budget.
+const MOST_SPARE: u32 = 20;
 /// The number of new requests over which the part is taken that was paid for in vain.
 const RECENT: f64 = 4.0;
 /// Rows that may all be such that there is no answer.
@@ -45,6 +47,8 @@ pub struct Standing {
     pub is_accepted: bool,
     /// Numbers of the requests of which a single row was refused, until one is accepted.
     refused: Vec<u64>,
+    /// Attempts beyond those of a row: one for each row that was answered when it was asked again, less those taken.
+    spare: u32,
     /// Requests in a row that were not answered although one without rows was; and how often nothing was sent for a while
     /// for that, or since as many as are risked may have been paid for.
     unanswered: u32,
@@ -86,6 +90,18 @@ impl Standing {
         if rows.len() > FEW_ROWS && rows.iter().all(Row::is_new) {
             self.in_vain += (f64::from(u8::from(is_in_vain)) - self.in_vain) / RECENT;
         }
+    }
+
+    /// A row that had no valid answer has one now that it was asked again: so the fault was not the row's.
+    pub fn recovers(&mut self) {
+        self.spare = (self.spare + 1).min(MOST_SPARE);
+    }
+
+    /// Returns true if a row may be asked once more than it may be by itself.
+    pub fn takes_spare(&mut self) -> bool {
+        let has_spare = self.spare > 0;
+        self.spare = self.spare.saturating_sub(1);
+        has_spare
     }
 
     /// Most of its new requests are not in vain: if a row is, it is its fault. A task that was never answered has its

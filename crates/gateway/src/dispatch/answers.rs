@@ -18,6 +18,7 @@ use llm_batch_core::{thinking, thought};
 
 use super::doubts::{ONLY_THOUGHT, Said, shown};
 use super::{Asked, InFlight, State, cheaper};
+use crate::cache::TextKey;
 use crate::group::Group;
 use crate::key::{GroupId, LaneKey};
 use crate::lane::Lane;
@@ -44,6 +45,8 @@ struct Ended {
     is_thought: bool,
     /// Most attempts of a row.
     max_attempts: u32,
+    /// The task.
+    scope: TextKey,
     /// The cap at which it was cut off.
     cap: String,
 }
@@ -257,6 +260,7 @@ impl State {
                 || (seen.answers == 0 && asked.way != Way::AsEver),
             is_thought: seen.is_thought,
             max_attempts: stream.task.options.max_attempts,
+            scope: asked.scope,
             cap: format!("{} tokens, {} of which went into thinking", asked.worst.output, seen.thought),
         };
         let is_spent = self.verdicts(now, (&lane_key, group_id), rows.into_iter().zip(read).collect(), &ended);
@@ -305,7 +309,7 @@ impl State {
         rows: Vec<(Row, Read)>,
         ended: &Ended,
     ) -> bool {
-        let Ended { finish, is_no_fault, is_thought, max_attempts, ref cap } = *ended;
+        let Ended { finish, is_no_fault, max_attempts, .. } = *ended;
         let size = rows.len();
         let (mut missing, mut uncharged) = (0, Vec::new());
         for (mut row, verdict) in rows {
@@ -316,36 +320,13 @@ impl State {
                 continue;
             }
             row.attempts += 1;
-            let last = row.attempts >= max_attempts;
-            let given_up = |class: &str, detail: &str| Verdict::Skip { class: class.into(), detail: detail.into() };
-            let failed = |class: &str, detail: &str| Verdict::Fail { class: class.into(), detail: detail.into() };
-            let done = match (verdict, finish) {
-                (Read::Answer(answer), _) => Some(Verdict::Answer(answer)),
-                (Read::Refused, _) => Some(given_up("refused", REFUSED)),
-                (_, Finish::Refused) if size == 1 => Some(given_up("refused", REFUSED)),
-                (Read::Missing, Finish::Length) if last => {
-                    let detail = format!(
-                        "the answer was cut off at {cap}, before it came to this row, and the model or max_request_tokens \
-                         allows no more"
-                    );
-                    Some(given_up("no_answer", &detail))
-                }
-                (Read::Missing, _) if last && is_thought => Some(given_up("no_answer", ONLY_THOUGHT)),
-                (Read::Missing, _) if last => Some(given_up("no_answer", "the model gave no answer for this row")),
-                (Read::Unfit(unfit), _) if last => Some(failed(unfit.class, &unfit.detail)),
-                (Read::Unfit(unfit), _) => {
-                    row.wanted = Some(unfit.wanted);
-                    None
-                }
-                (Read::Contradicted, _) if last => {
-                    Some(failed("contradicted", "the model gave two different answers for this row"))
-                }
-                _ => None,
-            };
-            match done {
-                Some(verdict) => self.conclude(now, lane_key, group_id, row, verdict),
-                None => {
+            let has_spare = self.has_spare(now, (lane_key, &row), (&verdict, size), ended);
+            let last = row.attempts >= max_attempts && !has_spare;
+            match conclusion(verdict, size, last, ended) {
+                Ok(verdict) => self.conclude(now, lane_key, group_id, row, verdict),
+                Err(wanted) => {
                     missing += 1;
+                    row.wanted = wanted.or(row.wanted.take());
                     row.most_rows = pack::rows_after(row.attempts, max_attempts, size);
                     self.again(group_id, row);
                 }
@@ -364,6 +345,29 @@ impl State {
             self.notice(now, lane_key, "incomplete", &message);
         }
         is_spent
+    }
+
+    /// Returns true if a row that was asked alone, and as often as it may be by itself, is asked once more: as often as others
+    /// had an answer when they were asked again. One that has, now says so.
+    fn has_spare(
+        &mut self,
+        now: u64,
+        (lane_key, row): (&LaneKey, &Row),
+        (verdict, size): (&Read, usize),
+        ended: &Ended,
+    ) -> bool {
+        let Some(lane) = self.lanes.get_mut(lane_key) else { return false };
+        let standing = lane.standings.of(now, ended.scope);
+        let is_refused = *verdict == Read::Refused || ended.finish == Finish::Refused;
+        if matches!(verdict, Read::Answer(_)) {
+            // What a job refused of its answers says nothing here: such a row comes anew.
+            if row.attempts > 1 && row.paid > 1 {
+                standing.recovers();
+            }
+            return false;
+        }
+        let is_last = row.attempts >= ended.max_attempts && ended.max_attempts > 1;
+        is_last && size == 1 && !is_refused && !row.is_spent(ended.max_attempts) && standing.takes_spare()
     }
 
     /// A request may have been charged or not.
@@ -404,6 +408,30 @@ impl State {
             before += n;
             first = false;
         }
+    }
+}
+
+/// The outcome of a row by an answer to `size` rows; else the value that the model is told when the row is asked again.
+fn conclusion(verdict: Read, size: usize, last: bool, ended: &Ended) -> Result<Verdict, Option<String>> {
+    let given_up = |class: &str, detail: &str| Ok(Verdict::Skip { class: class.into(), detail: detail.into() });
+    let failed = |class: &str, detail: &str| Ok(Verdict::Fail { class: class.into(), detail: detail.into() });
+    match (verdict, ended.finish) {
+        (Read::Answer(answer), _) => Ok(Verdict::Answer(answer)),
+        (Read::Refused, _) => given_up("refused", REFUSED),
+        (_, Finish::Refused) if size == 1 => given_up("refused", REFUSED),
+        (Read::Missing, Finish::Length) if last => {
+            let detail = format!(
+                "the answer was cut off at {}, before it came to this row, and the model or max_request_tokens allows no more",
+                ended.cap
+            );
+            given_up("no_answer", &detail)
+        }
+        (Read::Missing, _) if last && ended.is_thought => given_up("no_answer", ONLY_THOUGHT),
+        (Read::Missing, _) if last => given_up("no_answer", "the model gave no answer for this row"),
+        (Read::Unfit(unfit), _) if last => failed(unfit.class, &unfit.detail),
+        (Read::Unfit(unfit), _) => Err(Some(unfit.wanted)),
+        (Read::Contradicted, _) if last => failed("contradicted", "the model gave two different answers for this row"),
+        _ => Err(None),
     }
 }
 

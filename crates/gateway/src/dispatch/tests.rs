@@ -258,6 +258,45 @@ fn what_a_row_may_cost_is_bounded() {
     }
 }
 
+/// The right answer but for the rows that `is_wrong` names: theirs is no label.
+fn but_for(question: &Question, mut is_wrong: impl FnMut(u64) -> bool) -> Answered {
+    let answer = |(id, n): &(u16, u64)| (id.to_string(), json!(if is_wrong(*n) { "none of them" } else { "a" }));
+    let answers: serde_json::Map<String, Value> = question.rows.iter().map(answer).collect();
+    said(
+        200,
+        &json!({
+            "choices": [{"message": {"content": Value::from(answers).to_string()}, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 20, "completion_tokens": 5},
+        }),
+    )
+}
+
+/// Rows that have no valid answer for some times lose nothing where others are answered when they are asked again. A row that
+/// never has one is asked as often as its task says where no others fail, and is in no more than nine requests in any case.
+#[test]
+fn what_fails_in_passing_loses_no_row() {
+    let ask = |often: u32, others: u32| {
+        let mut asked = BTreeMap::<u64, u32>::new();
+        let mut sim = Sim::new(|_| {});
+        sim.ask(0..2_000, "", |q| {
+            but_for(q, |n| {
+                let times = asked.entry(n).or_default();
+                *times += 1;
+                *times <= if n % 500 == 7 { often } else { others * u32::from(n % 4 == 0) }
+            })
+        });
+        assert!(sim.stop.is_none(), "{:?}", sim.stop);
+        let (odd, plain): (Vec<_>, Vec<_>) = sim.outcomes.into_values().partition(|o| o.n % 500 == 7);
+        assert!(plain.iter().all(|o| matches!(o.verdict, Verdict::Answer(_))), "{often}, {others}");
+        odd.into_iter().map(|o| (matches!(o.verdict, Verdict::Answer(_)), o.attempts)).collect::<Vec<_>>()
+    };
+    assert_eq!(ask(6, 1), [(true, 7); 4]);
+    assert_eq!(ask(6, 0), [(false, 3); 4]);
+    assert_eq!(ask(u32::MAX, 0), [(false, 3); 4]);
+    let hopeless = ask(u32::MAX, 1);
+    assert!(hopeless.iter().all(|(has_answer, attempts)| !has_answer && (4..=9).contains(attempts)), "{hopeless:?}");
+}
+
 /// Rows that are never answered are found, be they the last ones.
 #[test]
 fn rows_that_break_a_server_are_found_and_the_others_answered() {
