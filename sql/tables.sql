@@ -86,7 +86,7 @@ CREATE TABLE llm_batch.task (
     version     integer NOT NULL DEFAULT 1
 );
 COMMENT ON TABLE llm_batch.task IS 'tasks; managed by llm_batch.create_classifier() and the like, alter_classifier() and the like, and drop_task()';
-COMMENT ON COLUMN llm_batch.task.kind IS 'classify, extract, generate, score or embed';
+COMMENT ON COLUMN llm_batch.task.kind IS 'the kind of its answers, such as classify';
 COMMENT ON COLUMN llm_batch.task.model IS 'the model or route that is asked';
 COMMENT ON COLUMN llm_batch.task.spec IS 'specification by kind: instruction, labels, fields, range, dimensions, examples';
 COMMENT ON COLUMN llm_batch.task.options IS 'options of requests; jobs and functions can override them';

@@ -2,6 +2,7 @@
 
 use std::ffi::CStr;
 
+use llm_batch_core::task::{noun, nouns};
 use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
@@ -38,27 +39,16 @@ pub fn exists(what: &str, name: &str, kind: &str) -> Error {
 pub fn unknown(what: &str, name: &str) -> Error {
     let hint = match what {
         "task" => {
-            "Create it with llm_batch.create_classifier(), create_extractor(), create_generator(), create_scorer() or \
-             create_embedder()."
+            let all: Vec<String> = nouns().map(|noun| format!("create_{noun}()")).collect();
+            let (last, others) = all.split_last().map_or(("", &[][..]), |(last, others)| (last.as_str(), others));
+            format!("Create it with llm_batch.{} or {last}.", others.join(", "))
         }
-        "route" => "Create it with llm_batch.create_route().",
-        _ => "Create it with llm_batch.create_model(), or with llm_batch.create_route() from several models.",
+        "route" => "Create it with llm_batch.create_route().".to_owned(),
+        _ => {
+            "Create it with llm_batch.create_model(), or with llm_batch.create_route() from several models.".to_owned()
+        }
     };
     Error::unknown(format!("{what} \"{name}\" does not exist")).hint(hint)
-}
-
-/// The noun for a task of each kind, as in the names of its functions.
-const NOUNS: [(&str, &str); 5] = [
-    ("classify", "classifier"),
-    ("extract", "extractor"),
-    ("generate", "generator"),
-    ("score", "scorer"),
-    ("embed", "embedder"),
-];
-
-/// The users' noun for a task of a kind.
-pub fn noun(kind: &str) -> &str {
-    NOUNS.iter().find(|(known, _)| *known == kind).map_or("task", |(_, noun)| noun)
 }
 
 /// With its article.

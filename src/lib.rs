@@ -27,6 +27,7 @@ mod isolation;
 mod job;
 mod json;
 mod kept;
+mod kind;
 mod model;
 mod names;
 mod options;

@@ -51,12 +51,14 @@ impl Question {
         }
         let name = self.subject.first().cloned().flatten().unwrap_or_default();
         let OfCall { task: options, limit } = of_call(self.options.clone())?;
-        let known = task::load(&name, &options).map_err(|e| match self.verb {
-            Verb::ClassifyTask | Verb::ExtractTask if name.trim_start().starts_with(['{', '[']) => e.hint(
+        let known = task::load(&name, &options).map_err(|e| {
+            if !name.trim_start().starts_with(['{', '[']) {
+                return e;
+            }
+            e.hint(
                 "A text names a task. To ask without one, write an array, such as ARRAY['billing', 'other'] or \
                  '{billing,other}'::text[].",
-            ),
-            _ => e,
+            )
         })?;
         self.verb.check_kind(&name, &known.task.spec)?;
         Ok((known, limit))

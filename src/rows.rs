@@ -248,7 +248,7 @@ fn llm_classify_batch(
     >,
     ErrorReport,
 > {
-    Ok(TableIterator::new(query_by_task(Verb::ClassifyTask, query, task, options)?.into_iter().map(labelled)))
+    Ok(TableIterator::new(query_by_task(Verb::named("classify")?, query, task, options)?.into_iter().map(labelled)))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -271,7 +271,7 @@ fn llm_run_batch(
     >,
     ErrorReport,
 > {
-    Ok(TableIterator::new(query_by_task(Verb::Run, query, task, options)?))
+    Ok(TableIterator::new(query_by_task(Verb::named("run")?, query, task, options)?))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -291,7 +291,7 @@ fn llm_classify_batch_labels(
 > {
     asking::check()?;
     check_usable()?;
-    let (known, limit) = ad_hoc(Verb::Classify, &text::all(labels)?, options.0, author(fcinfo))?;
+    let (known, limit) = ad_hoc(Verb::named("classify_labels")?, &text::all(labels)?, options.0, author(fcinfo))?;
     Ok(TableIterator::new(answers_of_query(&query.checked()?, known, limit)?.into_iter().map(labelled)))
 }
 
@@ -315,7 +315,9 @@ fn llm_classify_array(
     >,
     ErrorReport,
 > {
-    Ok(TableIterator::new(array_by_task(Verb::ClassifyTask, ids, inputs, task, options)?.into_iter().map(labelled)))
+    Ok(TableIterator::new(
+        array_by_task(Verb::named("classify")?, ids, inputs, task, options)?.into_iter().map(labelled),
+    ))
 }
 
 // pgrx reads the columns off the signature, so that it can't be an alias.
@@ -339,5 +341,5 @@ fn llm_run_array(
     >,
     ErrorReport,
 > {
-    Ok(TableIterator::new(array_by_task(Verb::Run, ids, inputs, task, options)?))
+    Ok(TableIterator::new(array_by_task(Verb::named("run")?, ids, inputs, task, options)?))
 }

@@ -1,23 +1,23 @@
-//! Functions for one text: `llm_run()`, `llm_classify()`, `llm_filter()`, `llm_extract()`, `llm_generate()`,
-//! `llm_summarize()`, `llm_translate()`, `llm_score()`.
+//! The common part of the functions that ask about one text, and `llm_run()`. The others are in the files of `kind`.
 
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::ask::{ask, has_text};
 use crate::asking;
 use crate::batch;
 use crate::client::check_usable;
 use crate::error::Result;
-use crate::json::{Json, JsonText};
+use crate::json::Json;
 use crate::question::{Prepared, Question};
 use crate::statement;
-use crate::text::{self, Text};
+use crate::text::Text;
 use crate::txn;
-use crate::verb::{Verb, YES};
+use crate::verb::Verb;
 
-type Answer<T> = std::result::Result<Option<T>, ErrorReport>;
+/// The result of such a function.
+pub type Answer<T> = std::result::Result<Option<T>, ErrorReport>;
 
 /// An answer, or NULL with a warning. Where a plan node has read ahead, the answer is there.
 fn one(input: Text, question: Question) -> Result<Option<String>> {
@@ -46,84 +46,35 @@ pub fn author(fcinfo: pg_sys::FunctionCallInfo) -> Option<pg_sys::Oid> {
     unsafe { batch::author(fcinfo.as_ref()?.flinfo.as_ref()?.fn_expr) }
 }
 
-fn task(verb: Verb, name: Text) -> Result<Question> {
-    Ok(Question { verb, subject: vec![Some(name.checked()?)], options: json!({}), author: None })
+/// Asks the task of this name.
+pub fn by_task(verb: &str, input: Text, name: Text) -> Result<Option<String>> {
+    let subject = vec![Some(name.checked()?)];
+    one(input, Question { verb: Verb::named(verb)?, subject, options: json!({}), author: None })
 }
 
-fn ad_hoc(verb: Verb, subject: Vec<Option<String>>, options: Value, fcinfo: pg_sys::FunctionCallInfo) -> Question {
-    Question { verb, subject, options, author: author(fcinfo) }
+/// Asks about words.
+pub fn about(
+    verb: &str,
+    input: Text,
+    words: Text,
+    options: Json,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Option<String>> {
+    ad_hoc(verb, input, vec![Some(words.checked()?)], options, fcinfo)
 }
 
-fn about(verb: Verb, subject: Text, options: Json, fcinfo: pg_sys::FunctionCallInfo) -> Result<Question> {
-    Ok(ad_hoc(verb, vec![Some(subject.checked()?)], options.0, fcinfo))
+/// Asks about labels, fields or nothing.
+pub fn ad_hoc(
+    verb: &str,
+    input: Text,
+    subject: Vec<Option<String>>,
+    options: Json,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<Option<String>> {
+    one(input, Question { verb: Verb::named(verb)?, subject, options: options.0, author: author(fcinfo) })
 }
 
 #[pg_extern(sql = false)]
 fn llm_run(input: Text, name: Text) -> Answer<String> {
-    Ok(one(input, task(Verb::Run, name)?)?)
-}
-
-#[pg_extern(sql = false)]
-fn llm_classify(input: Text, name: Text) -> Answer<String> {
-    Ok(one(input, task(Verb::ClassifyTask, name)?)?)
-}
-
-#[pg_extern(sql = false)]
-fn llm_classify_labels(
-    input: Text,
-    labels: Vec<Option<Text>>,
-    options: Json,
-    fcinfo: pg_sys::FunctionCallInfo,
-) -> Answer<String> {
-    Ok(one(input, ad_hoc(Verb::Classify, text::all(labels)?, options.0, fcinfo))?)
-}
-
-/// NULL where the model gives no answer.
-#[pg_extern(sql = false)]
-fn llm_filter(input: Text, question: Text, options: Json, fcinfo: pg_sys::FunctionCallInfo) -> Answer<bool> {
-    Ok(one(input, about(Verb::Filter, question, options, fcinfo)?)?.map(|label| label == YES))
-}
-
-#[pg_extern(sql = false)]
-fn llm_extract(input: Text, name: Text) -> Answer<JsonText> {
-    Ok(one(input, task(Verb::ExtractTask, name)?)?.map(JsonText))
-}
-
-#[pg_extern(sql = false)]
-fn llm_extract_fields(
-    input: Text,
-    fields: Vec<Option<Text>>,
-    options: Json,
-    fcinfo: pg_sys::FunctionCallInfo,
-) -> Answer<JsonText> {
-    Ok(one(input, ad_hoc(Verb::Extract, text::all(fields)?, options.0, fcinfo))?.map(JsonText))
-}
-
-#[pg_extern(sql = false)]
-fn llm_generate(input: Text, instruction: Text, options: Json, fcinfo: pg_sys::FunctionCallInfo) -> Answer<String> {
-    Ok(one(input, about(Verb::Generate, instruction, options, fcinfo)?)?)
-}
-
-#[pg_extern(sql = false)]
-fn llm_summarize(input: Text, options: Json, fcinfo: pg_sys::FunctionCallInfo) -> Answer<String> {
-    Ok(one(input, ad_hoc(Verb::Summarize, Vec::new(), options.0, fcinfo))?)
-}
-
-#[pg_extern(sql = false)]
-fn llm_translate(input: Text, language: Text, options: Json, fcinfo: pg_sys::FunctionCallInfo) -> Answer<String> {
-    Ok(one(input, about(Verb::Translate, language, options, fcinfo)?)?)
-}
-
-#[pg_extern(sql = false)]
-fn llm_score(input: Text, question: Text, options: Json, fcinfo: pg_sys::FunctionCallInfo) -> Answer<f32> {
-    Ok(one(input, about(Verb::Score, question, options, fcinfo)?)?.and_then(|score| score.parse().ok()))
-}
-
-#[pg_extern(sql = false)]
-fn llm_embed(input: Text, name: Text) -> Answer<Vec<f32>> {
-    let numbers = |text: String| {
-        let inner = text.trim_matches(['{', '}']);
-        inner.split(',').map(|n| n.parse().ok()).collect::<Option<Vec<f32>>>()
-    };
-    Ok(one(input, task(Verb::Embed, name)?)?.and_then(numbers))
+    Ok(by_task("run", input, name)?)
 }

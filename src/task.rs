@@ -2,14 +2,14 @@
 
 use llm_batch_core::dialect::{Api, Service};
 use llm_batch_core::options::Options;
-use llm_batch_core::task::{Spec, Task, Type};
+use llm_batch_core::task::{Spec, Task, Type, noun};
 use llm_batch_gateway::protocol::{Alternative, Policy, Prices, Stream};
 use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::{Value, json};
 
-use crate::args::{a, exists, new_name, noun, required, unknown, wrong_kind};
+use crate::args::{a, exists, new_name, required, unknown, wrong_kind};
 use crate::budget::Price;
 use crate::checks::Checks;
 use crate::client::check_here;
@@ -17,7 +17,6 @@ use crate::error::{Error, Result};
 use crate::json::Json;
 use crate::options::check_of_task;
 use crate::process::{current_user, my_database};
-use crate::text::Text;
 use crate::{changes, model, names, owner, route, sql, txn};
 
 /// A task and the name of the model it is asked of.
@@ -247,7 +246,13 @@ fn check_api(api: Api, model: &str, service: Service) -> Result<()> {
 }
 
 /// Creates a task. `members`: those of its specification, NULL for what is not given.
-fn create(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, options: Option<Json>) -> Result<()> {
+pub fn create(
+    kind: &str,
+    name: Option<&str>,
+    members: Value,
+    model: Option<&str>,
+    options: Option<Json>,
+) -> Result<()> {
     let search_path = txn::search_path()?;
     txn::with_settings(txn::OWN_PATH, || create_under(kind, name, members, model, options, &search_path))
 }
@@ -323,7 +328,7 @@ fn asked_before(name: &str) -> Result<(String, Value)> {
 }
 
 /// Makes the next version of a task. `members` as of [`create`].
-fn alter(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, options: Option<Json>) -> Result<()> {
+pub fn alter(kind: &str, name: Option<&str>, members: Value, model: Option<&str>, options: Option<Json>) -> Result<()> {
     let search_path = txn::search_path()?;
     txn::with_settings(txn::OWN_PATH, || alter_under(kind, name, members, model, options, search_path))
 }
@@ -402,176 +407,11 @@ fn refuse_in_use(name: &str, what: &str) -> Result<()> {
     })
 }
 
-/// JSON as text, whose objects keep their order: the model is shown labels and fields in it.
-fn read(text: Option<Text>, what: &str, sample: &str) -> Result<Value> {
-    let Some(text) = text else { return Ok(Value::Null) };
-    serde_json::from_str(&text.checked()?).map_err(|e| {
-        Error::new(PgSqlErrorCode::ERRCODE_INVALID_TEXT_REPRESENTATION, format!("{what} given as text must be JSON"))
-            .detail(format!("The text is not JSON: {e}."))
-            .hint(format!("Write {sample}."))
-    })
-}
-
-fn labels(text: Option<Text>) -> Result<Value> {
-    read(text, "labels", "'[\"billing\", \"other\"]' or ARRAY['billing', 'other']")
-}
-
-fn fields(text: Option<Text>) -> Result<Value> {
-    read(text, "fields", "'{\"amount\": \"numeric\", \"due\": \"date\"}'")
-}
-
-fn value(given: Option<Json>) -> Value {
-    given.map_or(Value::Null, |given| given.0)
-}
-
-/// A bound of scores.
-fn bound(given: Option<AnyNumeric>, name: &str) -> Result<Value> {
-    let Some(given) = given else { return Ok(Value::Null) };
-    let text = given.to_string();
-    serde_json::from_str(&text).map_err(|_| Error::invalid(format!("\"{name}\" cannot be {text}")))
-}
+/// The result of a function that makes or changes a task.
+pub type Made = std::result::Result<(), ErrorReport>;
 
 #[pg_extern(sql = false)]
-fn create_classifier(
-    name: Option<&str>,
-    labels: Option<Text>,
-    model: Option<&str>,
-    instruction: Option<&str>,
-    examples: Option<Json>,
-    options: Option<Json>,
-) -> std::result::Result<(), ErrorReport> {
-    let labels = self::labels(Some(required(labels, "labels")?))?;
-    let members = json!({"instruction": instruction, "labels": labels, "examples": value(examples)});
-    Ok(create("classify", name, members, model, options)?)
-}
-
-#[pg_extern(sql = false)]
-fn alter_classifier(
-    name: Option<&str>,
-    labels: Option<Text>,
-    model: Option<&str>,
-    instruction: Option<&str>,
-    examples: Option<Json>,
-    options: Option<Json>,
-) -> std::result::Result<(), ErrorReport> {
-    let members = json!({"instruction": instruction, "labels": self::labels(labels)?, "examples": value(examples)});
-    Ok(alter("classify", name, members, model, options)?)
-}
-
-#[pg_extern(sql = false)]
-fn create_extractor(
-    name: Option<&str>,
-    fields: Option<Text>,
-    model: Option<&str>,
-    instruction: Option<&str>,
-    examples: Option<Json>,
-    options: Option<Json>,
-) -> std::result::Result<(), ErrorReport> {
-    let fields = self::fields(Some(required(fields, "fields")?))?;
-    let members = json!({"instruction": instruction, "fields": fields, "examples": value(examples)});
-    Ok(create("extract", name, members, model, options)?)
-}
-
-#[pg_extern(sql = false)]
-fn alter_extractor(
-    name: Option<&str>,
-    fields: Option<Text>,
-    model: Option<&str>,
-    instruction: Option<&str>,
-    examples: Option<Json>,
-    options: Option<Json>,
-) -> std::result::Result<(), ErrorReport> {
-    let members = json!({"instruction": instruction, "fields": self::fields(fields)?, "examples": value(examples)});
-    Ok(alter("extract", name, members, model, options)?)
-}
-
-#[pg_extern(sql = false)]
-fn create_generator(
-    name: Option<&str>,
-    instruction: Option<&str>,
-    model: Option<&str>,
-    examples: Option<Json>,
-    options: Option<Json>,
-) -> std::result::Result<(), ErrorReport> {
-    let members = json!({"instruction": required(instruction, "instruction")?, "examples": value(examples)});
-    Ok(create("generate", name, members, model, options)?)
-}
-
-#[pg_extern(sql = false)]
-fn alter_generator(
-    name: Option<&str>,
-    instruction: Option<&str>,
-    model: Option<&str>,
-    examples: Option<Json>,
-    options: Option<Json>,
-) -> std::result::Result<(), ErrorReport> {
-    let members = json!({"instruction": instruction, "examples": value(examples)});
-    Ok(alter("generate", name, members, model, options)?)
-}
-
-#[pg_extern(sql = false)]
-fn create_scorer(
-    name: Option<&str>,
-    instruction: Option<&str>,
-    low: Option<AnyNumeric>,
-    high: Option<AnyNumeric>,
-    model: Option<&str>,
-    examples: Option<Json>,
-    options: Option<Json>,
-) -> std::result::Result<(), ErrorReport> {
-    let members = json!({
-        "instruction": required(instruction, "instruction")?,
-        "low": bound(Some(required(low, "low")?), "low")?,
-        "high": bound(Some(required(high, "high")?), "high")?,
-        "examples": value(examples),
-    });
-    Ok(create("score", name, members, model, options)?)
-}
-
-#[pg_extern(sql = false)]
-fn alter_scorer(
-    name: Option<&str>,
-    instruction: Option<&str>,
-    low: Option<AnyNumeric>,
-    high: Option<AnyNumeric>,
-    model: Option<&str>,
-    examples: Option<Json>,
-    options: Option<Json>,
-) -> std::result::Result<(), ErrorReport> {
-    let members = json!({
-        "instruction": instruction,
-        "low": bound(low, "low")?,
-        "high": bound(high, "high")?,
-        "examples": value(examples),
-    });
-    Ok(alter("score", name, members, model, options)?)
-}
-
-#[pg_extern(sql = false)]
-fn create_embedder(
-    name: Option<&str>,
-    model: Option<&str>,
-    dimensions: Option<i32>,
-    input_type: Option<&str>,
-    options: Option<Json>,
-) -> std::result::Result<(), ErrorReport> {
-    let members = json!({"dimensions": required(dimensions, "dimensions")?, "input_type": input_type});
-    Ok(create("embed", name, members, model, options)?)
-}
-
-#[pg_extern(sql = false)]
-fn alter_embedder(
-    name: Option<&str>,
-    model: Option<&str>,
-    dimensions: Option<i32>,
-    input_type: Option<&str>,
-    options: Option<Json>,
-) -> std::result::Result<(), ErrorReport> {
-    Ok(alter("embed", name, json!({"dimensions": dimensions, "input_type": input_type}), model, options)?)
-}
-
-#[pg_extern(sql = false)]
-fn drop_task(name: Option<&str>) -> std::result::Result<(), ErrorReport> {
+fn drop_task(name: Option<&str>) -> Made {
     let name = required(name, "name")?;
     owner::check("task", name)?;
     txn::as_extension_owner(|| {

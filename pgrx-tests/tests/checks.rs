@@ -1,185 +1,9 @@
-//! Checks and repairs of a task, and values that do not fit: a refused row is asked again, with a reason. For
-//! every caller, expressions have the rights of the task's owner and can change nothing.
+//! Checks and repairs of fields, and values that do not fit. Those of texts are in `generate.rs`.
 
 mod common;
 
-use common::{Bed, PATIENCE, error, failures, one, run, text, wait_status};
-use pg_llm_batch_e2e::wait_until;
+use common::{Bed, asked_again, error, failures, numbered, one, run, text, wait_status};
 use postgres::Client;
-
-/// A table whose rows the provider answers by their ids.
-#[track_caller]
-fn table(client: &mut Client, name: &str, ids: std::ops::RangeInclusive<i64>) {
-    let (first, last) = (ids.start(), ids.end());
-    run(
-        client,
-        &format!(
-            "CREATE TABLE {name} (id bigint PRIMARY KEY, body text, answer text, amount numeric(5, 2), due date);
-             INSERT INTO {name} (id, body) SELECT i, concat('#r', lpad(i::text, 6, '0'), ':x#') FROM generate_series({first}, {last}) i"
-        ),
-    );
-}
-
-/// A generator with these options, in the JSON of an object's members.
-#[track_caller]
-fn generator(client: &mut Client, name: &str, options: &str) {
-    run(client, &generator_sql(name, options));
-}
-
-fn generator_sql(name: &str, options: &str) -> String {
-    format!("SELECT llm_batch.create_generator('{name}', 'Explain it.', 'm', options => $${{{options}}}$$)")
-}
-
-#[track_caller]
-fn backfill(client: &mut Client, table: &str, task: &str) -> i64 {
-    one(client, &format!("SELECT llm_batch.backfill('{table}', 'body', 'answer', '{task}')"))
-}
-
-/// The lines of all requests that say of the row that it is asked again.
-fn again(bed: &Bed, id: i64) -> Vec<String> {
-    let row = format!("#r{id:06}:");
-    let bodies = bed.provider.bodies();
-    let users = bodies.iter().filter_map(|b| b["messages"][1]["content"].as_str());
-    let lines = users.flat_map(|user| user.lines().map(str::to_owned));
-    lines.filter(|line| line.contains(&row) && line.contains("(asked again: ")).collect()
-}
-
-#[track_caller]
-fn asked(bed: &Bed, id: i64) -> u32 {
-    bed.provider.stats().rows.get(&format!("{id:06}")).map_or(0, |row| row.asked)
-}
-
-#[test]
-fn answers_are_repaired_and_checked() {
-    let bed = Bed::new("checks");
-    let c = &mut bed.connect();
-    table(c, "t", 1..=60);
-    generator(
-        c,
-        "tidy",
-        r#""repair": "upper(answer) -- the rest", "check": "answer = upper(answer) AND input NOT LIKE '%#r000007:%'", "check_hint": "write about seven""#,
-    );
-    let job = backfill(c, "t", "tidy");
-    let p = bed.done(job);
-    assert_eq!((p.done, p.failed), (59, 1), "{p:?}");
-    assert_eq!(one(c, "SELECT count(*) FROM t WHERE answer = upper(answer) AND answer LIKE id || ' TEXT%'"), 59);
-    let listed = failures(c, job);
-    let (_, state, class, attempts, detail) = &listed[0];
-    assert_eq!((state.as_str(), class.as_str(), *attempts), ("failed", "check_failed", 3), "{listed:?}");
-    assert!(detail.contains("\"7 TEXT"), "{detail}");
-    // Told why, and nothing of what was written.
-    let lines = again(&bed, 7);
-    assert_eq!((asked(&bed, 7), asked(&bed, 8), lines.len()), (3, 1, 2));
-    assert!(lines.iter().all(|l| l.ends_with("\"#r000007:x#\" (asked again: write about seven)")), "{lines:?}");
-
-    // In sessions, where the answers are kept: those that were refused are not taken again, and more are asked for.
-    assert!(text(c, "SELECT llm_run(body, 'tidy') FROM t WHERE id = 9").starts_with("9 TEXT"));
-    assert_eq!(one(c, "SELECT count(llm_run(body, 'tidy')) FROM t WHERE id <= 10"), 9);
-    let rows = "SELECT * FROM llm_run_batch('SELECT id, body FROM t WHERE id BETWEEN 6 AND 8', 'tidy')";
-    assert_eq!(one(c, &format!("SELECT count(*) FROM ({rows}) b WHERE status = 'ok' AND value = upper(value)")), 2);
-    let detail = text(c, &format!("SELECT detail FROM ({rows}) b WHERE status = 'failed' AND id = '7'"));
-    assert!(detail.starts_with("check_failed: \"7 TEXT"), "{detail}");
-    run(
-        c,
-        "SELECT llm_batch.alter_generator('tidy', options => '{\"check\": \"input !~ ''000007''\", \"on_error\": \"error\"}')",
-    );
-    let (code, ..) = error(c, "SELECT llm_run(body, 'tidy') FROM t WHERE id = 7");
-    assert_eq!(code, "22000");
-
-    // One that raises: for its row, which is not asked again.
-    table(c, "raises", 101..=120);
-    generator(c, "raises", r#""check": "length(answer) / (CASE WHEN input ~ '000107' THEN 0 ELSE 1 END) > 0""#);
-    let job = backfill(c, "raises", "raises");
-    assert_eq!(bed.done(job).done, 19);
-    let (_, _, class, attempts, detail) = failures(c, job).remove(0);
-    assert_eq!((class.as_str(), attempts, detail.as_str()), ("check_error", 1, "22012: division by zero"));
-    assert_eq!(asked(&bed, 107), 1);
-    let detail = text(
-        c,
-        "SELECT detail FROM llm_run_batch('SELECT id, body FROM raises WHERE id IN (106, 107)', 'raises') WHERE status <> 'ok'",
-    );
-    assert_eq!(detail, "check_error: 22012: division by zero");
-    // So it is where the error is one that should pass.
-    for code in ["53100", "57014"] {
-        run(
-            c,
-            &format!(
-                "CREATE OR REPLACE FUNCTION is_full(text) RETURNS boolean LANGUAGE plpgsql AS
-                   $$BEGIN IF $1 ~ '000107' THEN RAISE 'no room' USING ERRCODE = '{code}'; END IF; RETURN true; END$$;
-                 UPDATE raises SET answer = NULL"
-            ),
-        );
-        let name = format!("full_{code}");
-        generator(c, &name, r#""check": "public.is_full(input)""#);
-        let job = backfill(c, "raises", &name);
-        assert_eq!(bed.done(job).done, 19);
-        let (_, _, class, attempts, detail) = failures(c, job).remove(0);
-        assert_eq!((class, attempts, detail), ("check_error".to_owned(), 1, format!("{code}: no room")));
-    }
-
-    // None is ever taken: before twenty requests, and nothing is lost by it.
-    for (name, check) in [("never", "answer = ''"), ("nulls", "NULL::boolean"), ("bad", "answer::int > 0")] {
-        table(c, name, 1001..=2000);
-        generator(c, name, &format!(r#""check": "{check}", "max_rows_per_request": 5, "reuse": false"#));
-        let before = bed.provider.stats().admitted;
-        let job = backfill(c, name, name);
-        let p = wait_status(c, job, "paused");
-        let paid = bed.provider.stats().admitted - before;
-        assert!(p.reason.as_deref() == Some("no_answers") && paid < 20, "{name}: {paid} requests, {p:?}");
-        assert_eq!((p.failed, p.done), (0, 0), "{p:?}");
-        let last = text(c, &format!("SELECT last_error FROM llm_batch.progress WHERE job_id = {job}"));
-        assert!(last.starts_with(&format!("no answer passes the checks of task \"{name}\": check_")), "{last}");
-        run(c, &format!("SELECT llm_batch.alter_generator('{name}', options => '{{}}'), llm_batch.resume({job})"));
-        assert_eq!(bed.done(job).done, 1000);
-    }
-    // So few that it may be their own fault.
-    table(c, "few", 1..=2);
-    run(c, "SELECT llm_batch.alter_generator('never', options => '{\"check\": \"false\"}')");
-    let job = backfill(c, "few", "never");
-    let p = bed.done(job);
-    assert_eq!((p.failed, failures(c, job)[0].2.as_str()), (2, "check_failed"));
-    let (code, message, ..) = error(c, "SELECT * FROM llm_run_batch('SELECT id, body FROM never', 'never')");
-    assert_eq!((code.as_str(), message.as_str()), ("22000", "no answer of model \"m\" to this task is taken"));
-    expressions_that_do_not_return(&bed, c);
-}
-
-/// Neither a session nor a worker is held: the row has failed, and a job or statement in which it is so for one row after the
-/// other ends.
-#[track_caller]
-fn expressions_that_do_not_return(bed: &Bed, c: &mut Client) {
-    assert_eq!(text(c, "SHOW llm_batch.check_timeout"), "5s");
-    run(
-        c,
-        "CREATE FUNCTION turns() RETURNS boolean LANGUAGE plpgsql AS 'BEGIN LOOP END LOOP; END';
-         ALTER DATABASE postgres SET llm_batch.check_timeout = '100ms'; SET llm_batch.check_timeout = '100ms'",
-    );
-    let says =
-        "57014: the repairs and checks took more than 100 ms; make them faster, or raise llm_batch.check_timeout";
-    for (name, expression) in [
-        ("sleeps", r#""check": "pg_sleep(3600) IS NOT NULL""#),
-        ("turns", r#""repair": "CASE WHEN public.turns() THEN answer END""#),
-    ] {
-        table(c, name, 5001..=5200);
-        generator(c, name, expression);
-        let batch = |rows: &str| format!("SELECT * FROM llm_run_batch('SELECT id, body FROM {name} {rows}', '{name}')");
-        let one_row = batch("LIMIT 1");
-        assert_eq!(text(c, &format!("SELECT detail FROM ({one_row}) b")), format!("check_error: {says}"));
-        let (code, message, _, hint) = error(c, &batch("LIMIT 20"));
-        assert_eq!((code.as_str(), message.as_str()), ("57014", "the repairs and checks of the task take too long"));
-        assert!(hint.contains("llm_batch.check_timeout"), "{hint}");
-        // Later work is not cancelled.
-        run(c, "SELECT pg_sleep(0.3)");
-        let job = backfill(c, name, name);
-        let p = wait_status(c, job, "paused");
-        assert_eq!((p.reason.as_deref(), p.done, p.failed), (Some("no_answers"), 0, 0), "{p:?}");
-        let last = p.last_error.unwrap_or_default();
-        assert!(last.contains(&format!("task \"{name}\": check_error: {says}")), "{last}");
-    }
-    run(c, "ALTER DATABASE postgres RESET llm_batch.check_timeout; RESET llm_batch.check_timeout");
-    let job = one(c, "SELECT job_id FROM llm_batch.progress WHERE relation = 'turns'");
-    run(c, &format!("SELECT llm_batch.alter_generator('turns', options => '{{}}'), llm_batch.resume({job})"));
-    assert_eq!(bed.done(job).done, 200);
-}
 
 #[test]
 fn fields_and_values_that_do_not_fit() {
@@ -199,7 +23,7 @@ fn fields_and_values_that_do_not_fit() {
                "check_hint": {"amount": "not nine"}"#,
         ),
     );
-    table(c, "t", 1..=30);
+    numbered(c, "t", 1..=30);
     run(c, "SET datestyle = 'German'; SET timezone = 'Asia/Tokyo'");
     let fields = "SELECT id, llm_extract(body, 'parts') AS e FROM t";
     // The provider makes a value of the id and the field's name: "input" is the id.
@@ -216,13 +40,13 @@ fn fields_and_values_that_do_not_fit() {
         ),
         29
     );
-    let lines = again(&bed, 9);
+    let lines = asked_again(&bed, 9);
     assert!(lines.len() == 2 && lines.iter().all(|l| l.ends_with("(asked again: the field \"amount\": not nine)")));
     run(c, "RESET datestyle; RESET timezone");
 
     // A value too large for its column: the row is asked again, told the type, and is not written in part.
     run(c, "SELECT llm_batch.create_extractor('sums', '{\"amount\": \"numeric\", \"due\": \"date\"}', 'm')");
-    table(c, "sums", 981..=1020);
+    numbered(c, "sums", 981..=1020);
     let targets = r#"{"amount": "amount", "due": "due"}"#;
     let job = one(c, &format!("SELECT llm_batch.backfill('sums', 'body', targets => '{targets}', task => 'sums')"));
     let p = bed.done(job);
@@ -234,12 +58,12 @@ fn fields_and_values_that_do_not_fit() {
         assert_eq!((class.as_str(), *attempts), ("bad_value", 3), "{listed:?}");
         let says = ["field \"amount\": \"10", "is no value of type numeric(5,2): 22003: numeric field overflow"];
         assert!(says.iter().all(|s| detail.contains(s)), "{detail}");
-        let lines = again(&bed, key["id"].as_i64().unwrap());
+        let lines = asked_again(&bed, key["id"].as_i64().unwrap());
         let told = "\" (asked again: the field \"amount\" must be a value of PostgreSQL's type numeric(5,2))";
         assert!(lines.len() == 2 && lines.iter().all(|l| l.ends_with(&format!(":x#{told}"))), "{lines:?}");
     }
     // A refusal of the table is another matter, and is not asked again.
-    table(c, "refuses", 2001..=2040);
+    numbered(c, "refuses", 2001..=2040);
     run(c, "ALTER TABLE refuses ALTER amount TYPE numeric, ADD CHECK (amount < 2020)");
     let job = one(c, &format!("SELECT llm_batch.backfill('refuses', 'body', targets => '{targets}', task => 'sums')"));
     let p = bed.done(job);
@@ -264,7 +88,10 @@ fn fields_and_values_that_do_not_fit() {
         (r#""check": "true", "check_hint": "a\nb""#, "22023", "check_hint"),
     ];
     for (options, code, says) in bad {
-        let (is, message, _, hint) = error(c, &generator_sql("wrong", options));
+        let classifier = format!(
+            "SELECT llm_batch.create_classifier('wrong', ARRAY['a', 'b'], model => 'm', options => $${{{options}}}$$)"
+        );
+        let (is, message, _, hint) = error(c, &classifier);
         assert!(is == code && message.contains(says) && !hint.is_empty(), "{options}: {is} {message} / {hint}");
     }
     for (options, code) in [
@@ -285,15 +112,27 @@ fn fields_and_values_that_do_not_fit() {
 #[track_caller]
 fn nothing_fits(bed: &Bed, c: &mut Client) {
     run(c, "CREATE DOMAIN word AS text CHECK (value !~ ' ')");
-    generator(c, "words", r#""reuse": false"#);
     run(
         c,
-        "SELECT llm_batch.create_classifier('many', ARRAY(SELECT 'label ' || i FROM generate_series(1, 26) i), model => 'm')",
+        "SELECT llm_batch.create_extractor('words', '{\"answer\": \"text\"}', 'm', options => '{\"reuse\": false}');
+         SELECT llm_batch.create_classifier('many', ARRAY(SELECT 'label ' || i FROM generate_series(1, 26) i), model => 'm')",
     );
     let amount = "targets => '{\"amount\": \"amount\"}', task => 'sums'";
     let cases = [
-        ("short", "ALTER answer TYPE varchar(5)", "'answer', 'words'", "no answer fits the columns: \"3", "22001"),
-        ("dom", "ALTER answer TYPE word", "'answer', 'words'", "no answer fits the columns: \"3", "23514"),
+        (
+            "short",
+            "ALTER answer TYPE varchar(5)",
+            "'answer', 'words'",
+            "no answer fits the columns: field \"answer\": \"3",
+            "22001",
+        ),
+        (
+            "dom",
+            "ALTER answer TYPE word",
+            "'answer', 'words'",
+            "no answer fits the columns: field \"answer\": \"3",
+            "23514",
+        ),
         ("checked", "ADD CHECK (answer !~ ' ')", "'answer', 'words'", "rows with error 23514", "23514"),
         ("labels", "ADD CHECK (answer !~ ' ')", "'answer', 'many'", "", "23514"),
         ("sum", "ALTER due SET NOT NULL", amount, "no answer fits the columns: field \"amount\": \"3", "22003"),
@@ -302,7 +141,7 @@ fn nothing_fits(bed: &Bed, c: &mut Client) {
         for options in ["{}", r#"{"isolation": "id", "max_attempts": 10, "max_rows_per_request": 100, "reuse": false}"#]
         {
             run(c, &format!("DROP TABLE IF EXISTS {name}"));
-            table(c, name, 3001..=4000);
+            numbered(c, name, 3001..=4000);
             run(c, &format!("UPDATE {name} SET due = 'today'; ALTER TABLE {name} {change}"));
             let before = bed.provider.stats().admitted;
             let job = one(c, &format!("SELECT llm_batch.backfill('{name}', 'body', {task}, options => '{options}')"));
@@ -320,204 +159,4 @@ fn nothing_fits(bed: &Bed, c: &mut Client) {
     let job = one(c, "SELECT max(job_id) FROM llm_batch.progress WHERE relation = 'checked'");
     run(c, &format!("SELECT llm_batch.resume({job})"));
     assert_eq!(bed.done(job).done, 1000);
-}
-
-/// Says what it could do; nothing but what its owner may, and nothing that lasts.
-const TRAP: &str = r#"CREATE FUNCTION trap(answer text) RETURNS boolean LANGUAGE plpgsql AS $f$
-DECLARE
-    got text := current_user;
-    tried text;
-BEGIN
-    FOREACH tried IN ARRAY '{SET ROLE postgres,RESET ROLE,SET SESSION AUTHORIZATION postgres,RESET SESSION AUTHORIZATION,
-        INSERT INTO mallory.loot VALUES (1),CREATE TABLE mallory.x (),CREATE TEMP TABLE x (),SELECT nextval(''mallory.s''),
-        SET transaction_read_only = off,SELECT * FROM secret,SELECT pg_read_file(''postgresql.conf''),
-        COPY secret TO PROGRAM ''true'',ALTER ROLE mallory SUPERUSER,LISTEN x,DECLARE x CURSOR WITH HOLD FOR SELECT 1,
-        GRANT postgres TO mallory,LOCK TABLE secret,"SELECT llm_run(''x'', ''plain'')"}'::text[]
-    LOOP
-        BEGIN
-            EXECUTE tried;
-            got := got || ', ' || tried;
-        EXCEPTION WHEN OTHERS THEN
-            NULL;
-        END;
-    END LOOP;
-    PERFORM set_config('search_path', 'mallory', false), set_config('work_mem', '77MB', false);
-    IF got <> 'mallory' THEN
-        RAISE EXCEPTION 'gained: %', got;
-    END IF;
-    RETURN true;
-END $f$"#;
-
-#[test]
-fn whose_rights_expressions_have() {
-    let bed = Bed::new("checks_rights");
-    let c = &mut bed.connect();
-    table(c, "t", 1..=40);
-    run(
-        c,
-        "CREATE TABLE secret (a int); CREATE ROLE mallory LOGIN; CREATE ROLE bob LOGIN;
-         CREATE SCHEMA mallory AUTHORIZATION mallory; CREATE SCHEMA bob AUTHORIZATION bob;
-         GRANT USAGE ON FOREIGN SERVER fake TO mallory, bob",
-    );
-    generator(c, "plain", "");
-    let mallory = &mut bed.cluster.connect_as("postgres", "mallory");
-    run(mallory, "SET search_path = mallory; CREATE TABLE loot (a int); CREATE SEQUENCE s");
-    run(mallory, TRAP);
-    for (name, options) in
-        [("trap", r#""check": "trap(answer)""#), ("repair", r#""repair": "CASE WHEN trap(answer) THEN answer END""#)]
-    {
-        let sql = generator_sql(name, options);
-        run(mallory, &sql);
-    }
-    // A superuser asks her task, in each way.
-    for task in ["trap", "repair"] {
-        for sql in [
-            format!("SELECT count(*) FROM llm_run_batch('SELECT id, body FROM t', '{task}') WHERE status = 'ok'"),
-            format!("SELECT count(llm_run(body, '{task}')) FROM t"),
-            format!("SELECT 39 + count(*) FROM (SELECT llm_run('#r000001:x#', '{task}') AS v) x WHERE v IS NOT NULL"),
-            format!(
-                "SELECT count(*) FROM llm_run_array(ARRAY(SELECT id FROM t ORDER BY id), ARRAY(SELECT body FROM t ORDER BY id), '{task}') WHERE status = 'ok'"
-            ),
-        ] {
-            let got = text(c, &format!("SELECT ({sql})::text"));
-            let why = format!(
-                "SELECT string_agg(DISTINCT detail, '; ') FROM llm_run_batch('SELECT id, body FROM t', '{task}')"
-            );
-            assert_eq!(
-                got,
-                "40",
-                "{sql}: {}",
-                if got == "40" { String::new() } else { text(c, &format!("SELECT coalesce(({why}), '')")) }
-            );
-        }
-        let job = backfill(c, "t", task);
-        let p = bed.done(job);
-        assert_eq!((p.done, p.failed), (40, 0), "{:?}", failures(c, job));
-        run(c, "UPDATE t SET answer = NULL");
-    }
-    assert_eq!(
-        text(c, "SELECT concat(current_setting('search_path'), current_setting('work_mem'), current_user)"),
-        "\"$user\", public4MBpostgres"
-    );
-    run(c, "INSERT INTO secret VALUES (1); CREATE TEMP TABLE x (a int); DROP TABLE x");
-    assert_eq!(
-        one(
-            c,
-            "SELECT (SELECT count(*) FROM mallory.loot) + (SELECT count(*) FROM pg_class WHERE relname = 'x') + (SELECT count(*) FROM pg_roles WHERE rolname = 'mallory' AND rolsuper)"
-        ),
-        0
-    );
-    // A role with functions in its own path asks a superuser's task: the owner's functions are called.
-    run(
-        c,
-        "CREATE FUNCTION is_ok(text) RETURNS boolean LANGUAGE plpgsql AS 'BEGIN RETURN current_user = ''postgres''; END'",
-    );
-    generator(c, "ours", r#""check": "is_ok(answer) AND EXISTS (SELECT FROM secret)""#);
-    let bob = &mut bed.cluster.connect_as("postgres", "bob");
-    run(
-        bob,
-        "CREATE FUNCTION bob.is_ok(text) RETURNS boolean LANGUAGE sql AS 'SELECT false'; CREATE TEMP TABLE secret (a int);
-         SET search_path = bob, pg_temp, public",
-    );
-    assert!(text(bob, "SELECT llm_run('#r000001:x#', 'ours')").starts_with("1 text"));
-    // A name that is gone is not looked for in the temporary schema of the role that asks.
-    run(c, "CREATE TABLE gone (a int)");
-    generator(c, "lost", r#""check": "EXISTS (SELECT FROM gone)""#);
-    run(c, "DROP TABLE gone");
-    run(
-        bob,
-        "CREATE FUNCTION bob.me() RETURNS int LANGUAGE plpgsql AS $$BEGIN RAISE 'I am %', current_user; END$$;
-         CREATE TEMP VIEW gone AS SELECT bob.me() AS a; GRANT SELECT ON gone TO PUBLIC;
-         GRANT USAGE ON SCHEMA bob TO PUBLIC",
-    );
-    let detail = text(bob, "SELECT detail FROM llm_run_batch('SELECT 1, ''#r000001:x#''', 'lost')");
-    assert_eq!(detail, "check_error: 42P01: relation \"gone\" does not exist");
-    assert_eq!(one(bob, "SELECT count(*) FROM secret"), 0, "the temporary table is there again");
-    // No lock is held, while the statement waits for the network.
-    run(c, "BEGIN; SELECT llm_run('#r000002:x#', 'ours')");
-    assert_eq!(one(c, "SELECT count(*) FROM pg_locks WHERE relation = 'secret'::regclass"), 0);
-    run(c, "COMMIT");
-    // A check reads only tables that its owner may read.
-    let hers = generator_sql("hers", r#""check": "EXISTS (SELECT FROM public.secret)""#);
-    run(mallory, &hers);
-    let detail = text(c, "SELECT detail FROM llm_run_batch('SELECT 1, ''#r000001:x#''', 'hers')");
-    assert_eq!(detail, "check_error: 42501: permission denied for table secret");
-
-    // Altered in the middle of another's job: from the next rows on, and still with her rights.
-    run(
-        mallory,
-        "SELECT llm_batch.create_generator('late', 'Say it.', 'm', options => '{\"check\": \"true\", \"max_rows_per_request\": 4, \"reuse\": false}')",
-    );
-    run(c, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 1)");
-    bed.provider.hold();
-    let job = backfill(c, "t", "late");
-    let queued = |c: &mut Client| one(c, "SELECT coalesce(sum(queued), 0)::bigint FROM llm_batch.activity");
-    let mut state = || (bed.provider.stats().rows_in_flight, queued(c));
-    wait_until("a request is under way and rows wait", PATIENCE, &mut state, |n| *n == (4, 28));
-    run(
-        mallory,
-        "SELECT llm_batch.alter_generator('late', options => '{\"check\": \"trap(answer)\", \"repair\": \"upper(answer)\", \"max_rows_per_request\": 4, \"reuse\": false}')",
-    );
-    wait_until("the worker has taken back what was not sent", PATIENCE, &mut state, |n| *n == (4, 0));
-    bed.provider.release();
-    let p = bed.done(job);
-    assert_eq!((p.done, p.failed), (40, 0), "{:?}", failures(c, job));
-    assert_eq!(one(c, "SELECT count(*) FROM t WHERE answer = upper(answer)"), 36);
-    assert_eq!(one(c, "SELECT count(*) FROM t WHERE answer NOT IN (lower(answer), upper(answer))"), 0);
-    // Her role goes: nobody runs what it has left.
-    run(c, "SELECT llm_batch.set_owner('task', 'late', 'bob')");
-    // Her expression never runs as a superuser.
-    let (code, ..) = error(c, "SELECT llm_batch.set_owner('task', 'trap', 'postgres')");
-    assert_eq!(code, "42501");
-    run(
-        c,
-        "SELECT llm_batch.set_owner('task', name, 'bob') FROM llm_batch.task WHERE owner_name = 'mallory' AND name <> 'trap'",
-    );
-    run(c, "DROP OWNED BY mallory; DROP ROLE mallory");
-    let (code, message, ..) = error(c, "SELECT llm_run('#r000001:x#', 'trap')");
-    assert_eq!((code.as_str(), message.as_str()), ("28000", "the owner of task \"trap\" does not exist"));
-}
-
-/// The SQL of docs/checks.md runs as it is written, and does what it says.
-#[test]
-fn the_documented_example() {
-    let bed = Bed::new("checks_docs");
-    let c = &mut bed.connect();
-    let page = include_str!("../../docs/checks.md");
-    let sql = page.split("```sql\n").nth(1).and_then(|rest| rest.split("```").next()).unwrap();
-    // Some of the provider's texts of at most 20 words have three foreign words, and all longer ones.
-    let sql = sql.replace("\"max_words\": 60", "\"max_words\": 20");
-    run(c, &format!("SET llm_batch.default_model = 'm'; {sql}"));
-    let apply = |c: &mut Client, answer: &str| {
-        text(
-            c,
-            &format!(
-                "SELECT concat(mended(a), '|', is_readable(mended(a))) FROM (SELECT '{}'::text) x (a)",
-                answer.replace('\'', "''")
-            ),
-        )
-    };
-    for (answer, wanted) in [
-        ("Der  Antrag\n will mehr Geld. ", "Der Antrag will mehr Geld.|t"),
-        (
-            "Das Gesezt des Bundesrates sagt, daß er zahlt. (17 Wörter)",
-            "Das Gesetz des Bundesrats sagt, dass er zahlt.|t",
-        ),
-        ("Er zahlt (ab 2027). (Note: translated)", "Er zahlt (ab 2027).|t"),
-        ("Der Antrag will больше Geld.", "Der Antrag will больше Geld.|f"),
-        ("Der Antrag 要求 Geld.", "Der Antrag 要求 Geld.|f"),
-        ("The motion asks the government for money.", "The motion asks the government for money.|f"),
-        ("Der Film \"The Motion\" wird gefördert.", "Der Film \"The Motion\" wird gefördert.|t"),
-    ] {
-        assert_eq!(apply(c, answer), wanted, "{answer}");
-    }
-    table(c, "motion", 1..=40);
-    run(c, "ALTER TABLE motion RENAME answer TO explanation");
-    let job = one(c, "SELECT llm_batch.backfill('motion', 'body', 'explanation', 'explain_motion')");
-    let p = bed.done(job);
-    // The provider writes English: a text of more than two foreign words does not pass.
-    assert_eq!(one(c, "SELECT count(*) FROM motion WHERE is_readable(explanation)"), p.done);
-    assert!(p.done >= 10 && p.failed >= 10 && p.done + p.failed == 40, "{p:?}");
-    let failed = "SELECT count(*) FROM llm_batch.failure WHERE class = 'check_failed' AND detail ~ '^\"\\d+ text '";
-    assert_eq!(one(c, failed), p.failed);
 }

@@ -144,7 +144,7 @@ impl Jobs {
         // Tasks go on counting their versions.
         run(
             there,
-            "SELECT llm_batch.alter_extractor('bill', instruction => 'x'), llm_batch.create_generator('s', 'x', 'm')",
+            "SELECT llm_batch.alter_extractor('bill', instruction => 'x'), llm_batch.create_scorer('s', 'x', model => 'm')",
         );
         let versions = "SELECT string_agg(concat(name, version), ' ' ORDER BY name) FROM llm_batch.task";
         assert_eq!(text(there, versions), "bill2 s2 topic3");

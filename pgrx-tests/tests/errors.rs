@@ -530,7 +530,7 @@ fn names_and_options() {
     // A stream stays in the gateway's memory, whoever wrote its parts and wherever.
     for sql in [
         "SELECT llm_classify('x', ARRAY['a', 'b'], jsonb_build_object('model', 'm', 'instruction', repeat('x ', 200000)))",
-        "SELECT llm_generate('x', repeat('words ', 100000), '{\"model\": \"m\"}')",
+        "SELECT llm_score('x', repeat('words ', 100000), '{\"model\": \"m\"}')",
         "SELECT llm_batch.create_classifier('x', jsonb_build_object('a', repeat('x', 300000), 'b', ''), 'm')",
         "SELECT llm_batch.alter_classifier('topic', examples => jsonb_build_array(
             jsonb_build_object('input', repeat('x', 300000), 'label', 'bug')))",
@@ -885,12 +885,12 @@ const TASKS: &[Wrong] = &[
     ("SELECT llm_embed('x', 'topic')", "42809", &["not an embedder", "llm_run()"]),
     ("SELECT llm_classify('x', 'vector')", "42809", &["not a classifier", "llm_run()"]),
     (
-        "SELECT llm_batch.create_generator('x', 'y', 'm', options => '{\"check\": \"anwser > 5\"}')",
+        "SELECT llm_batch.create_scorer('x', 'y', model => 'm', options => '{\"check\": \"anwser > 5\"}')",
         "42703",
         &["check: column \"anwser\" does not exist", "the column \"answer\""],
     ),
     (
-        "SELECT llm_batch.create_generator('x', 'y', 'm', options => '{\"chekc\": \"true\"}')",
+        "SELECT llm_batch.create_scorer('x', 'y', model => 'm', options => '{\"chekc\": \"true\"}')",
         "22023",
         &["\"chekc\"", "check_hint"],
     ),

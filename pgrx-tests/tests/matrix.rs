@@ -5,6 +5,7 @@ mod common;
 use std::collections::BTreeSet;
 
 use common::{Bed, PATIENCE, one, progress, run, text, tickets, wait_status};
+use llm_fake_provider::kinds;
 use pg_llm_batch_e2e::wait_until;
 use postgres::{Client, SimpleQueryMessage};
 
@@ -25,6 +26,7 @@ const ALL: [&str; 7] = ["ok"; 7];
 const SEEN: [&str; 7] = ["=0", "=0", "=0", "=1", "=1", "=1", "=1"];
 
 /// The function, the statement, what it comes to. Job 1 is done, with a failure; job 2 is paused. Both are alice's.
+/// The functions of each kind of task are in `tests/kinds`.
 #[rustfmt::skip]
 const ROWS: &[Row] = &[
     // Models
@@ -42,49 +44,6 @@ const ROWS: &[Row] = &[
     ("llm_batch.create_route(text,text[],text)", "SELECT llm_batch.create_route('new', ARRAY['m'])", USAGE),
     ("llm_batch.alter_route(text,text[],text)", "SELECT llm_batch.alter_route('path', policy => 'spread')", HERS),
     ("llm_batch.drop_route(text)", "SELECT llm_batch.drop_route('path')", HERS),
-    // Classifiers
-    ("llm_batch.create_classifier(text,text,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.create_classifier('new', labels => '[\"a\", \"b\"]', model => 'm')", USAGE),
-    ("llm_batch.create_classifier(text,json,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.create_classifier('new', labels => '[\"a\", \"b\"]'::json, model => 'm')", USAGE),
-    ("llm_batch.create_classifier(text,jsonb,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.create_classifier('new', labels => '[\"a\", \"b\"]'::jsonb, model => 'm')", USAGE),
-    ("llm_batch.create_classifier(text,text[],text,text,jsonb,jsonb)",
-     "SELECT llm_batch.create_classifier('new', labels => ARRAY['a', 'b'], model => 'm')", USAGE),
-    ("llm_batch.alter_classifier(text,text,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.alter_classifier('hers', instruction => 'x')", HERS),
-    ("llm_batch.alter_classifier(text,json,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.alter_classifier('hers', '[\"a\", \"b\"]'::json)", HERS),
-    ("llm_batch.alter_classifier(text,jsonb,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.alter_classifier('hers', '[\"a\", \"b\"]'::jsonb)", HERS),
-    ("llm_batch.alter_classifier(text,text[],text,text,jsonb,jsonb)",
-     "SELECT llm_batch.alter_classifier('hers', ARRAY['a', 'b'])", HERS),
-    ("", "SELECT llm_batch.alter_classifier('topic', instruction => 'x')", SUPERUSERS),
-    // Tasks of other kinds
-    ("llm_batch.create_extractor(text,text,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.create_extractor('new', fields => '{\"a\": \"date\"}', model => 'm')", USAGE),
-    ("llm_batch.create_extractor(text,json,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.create_extractor('new', fields => '{\"a\": \"date\"}'::json, model => 'm')", USAGE),
-    ("llm_batch.create_extractor(text,jsonb,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.create_extractor('new', fields => '{\"a\": \"date\"}'::jsonb, model => 'm')", USAGE),
-    ("llm_batch.alter_extractor(text,text,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.alter_extractor('parts', instruction => 'x')", HERS),
-    ("llm_batch.alter_extractor(text,json,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.alter_extractor('parts', '{\"a\": \"text\"}'::json)", HERS),
-    ("llm_batch.alter_extractor(text,jsonb,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.alter_extractor('parts', '{\"a\": \"text\"}'::jsonb)", HERS),
-    ("llm_batch.create_generator(text,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.create_generator('new', 'Explain it.', 'm')", USAGE),
-    ("llm_batch.alter_generator(text,text,text,jsonb,jsonb)",
-     "SELECT llm_batch.alter_generator('words', 'x')", HERS),
-    ("llm_batch.create_scorer(text,text,numeric,numeric,text,jsonb,jsonb)",
-     "SELECT llm_batch.create_scorer('new', 'How angry?', model => 'm')", USAGE),
-    ("llm_batch.alter_scorer(text,text,numeric,numeric,text,jsonb,jsonb)",
-     "SELECT llm_batch.alter_scorer('stars', high => 10)", HERS),
-    ("llm_batch.create_embedder(text,text,integer,text,jsonb)",
-     "SELECT llm_batch.create_embedder('new', 'm', 16)", USAGE),
-    ("llm_batch.alter_embedder(text,text,integer,text,jsonb)",
-     "SELECT llm_batch.alter_embedder('vectors', dimensions => 8)", HERS),
     ("llm_batch.drop_task(text)", "SELECT llm_batch.drop_task('hers')", HERS),
     ("", "SELECT llm_batch.drop_task('spare')", SUPERUSERS),
     // Owners, by the rules of ALTER … OWNER TO
@@ -95,10 +54,7 @@ const ROWS: &[Row] = &[
     ("", "SELECT llm_batch.set_owner(2, 'member')", [NO, NO, NO, NO, NO, "ok", "ok"]),
     ("", "SELECT llm_batch.set_owner(2, 'postgres')", [NO; 7]),
     // Asking
-    ("llm_classify(text,text)", "SELECT llm_classify('#r900001:bug#', 'topic')", USAGE),
     ("", "SELECT llm_classify('x', 'locked')", [NO, NO, NO, NO, NO, NO, "08006"]),
-    ("llm_classify(text,text[],jsonb)",
-     "SET LOCAL llm_batch.default_model = 'm'; SELECT llm_classify('#r900001:a#', ARRAY['a', 'b'])", USAGE),
     ("llm_classify_batch(text,text,jsonb)",
      "SELECT * FROM llm_classify_batch('SELECT 1, ''#r900001:bug#''', 'topic')", USAGE),
     ("llm_classify_batch(text,text[],jsonb)",
@@ -107,21 +63,11 @@ const ROWS: &[Row] = &[
     ("", "SELECT * FROM llm_classify_batch('SELECT id, body FROM tickets', 'topic')", HERS),
     ("llm_classify_array(anyarray,text[],text,jsonb)",
      "SELECT * FROM llm_classify_array(ARRAY[1], ARRAY['#r900001:bug#'], 'topic')", USAGE),
-    ("llm_filter(text,text,jsonb)", "SELECT llm_filter('#r900001:yes#', 'Is it?', '{\"model\": \"m\"}')", USAGE),
     ("llm_run(text,text)", "SELECT llm_run('#r900001:bug#', 'topic')", USAGE),
     ("llm_run_batch(text,text,jsonb)", "SELECT * FROM llm_run_batch('SELECT 1, ''#r900001:bug#''', 'topic')", USAGE),
     ("", "SELECT * FROM llm_run_batch('SELECT id, body FROM tickets', 'topic')", HERS),
     ("llm_run_array(anyarray,text[],text,jsonb)",
      "SELECT * FROM llm_run_array(ARRAY[1], ARRAY['#r900001:bug#'], 'topic')", USAGE),
-    ("llm_extract(text,text[],jsonb)", "SELECT llm_extract('#r900001:a#', ARRAY['due date'], '{\"model\": \"m\"}')", USAGE),
-    ("llm_extract(text,text)",
-     "SELECT llm_batch.create_extractor('fields', '{\"due\": \"date\"}', model => 'm'); SELECT llm_extract('#r900001:a#', 'fields')", USAGE),
-    ("llm_generate(text,text,jsonb)", "SELECT llm_generate('#r900001:a#', 'Explain.', '{\"model\": \"m\"}')", USAGE),
-    ("llm_summarize(text,jsonb)", "SELECT llm_summarize('#r900001:a#', '{\"model\": \"m\"}')", USAGE),
-    ("llm_translate(text,text,jsonb)", "SELECT llm_translate('#r900001:a#', 'German', '{\"model\": \"m\"}')", USAGE),
-    ("llm_score(text,text,jsonb)", "SELECT llm_score('#r900001:a#', 'How urgent?', '{\"model\": \"m\"}')", USAGE),
-    ("llm_embed(text,text)",
-     "SELECT llm_batch.create_embedder('fields', 'm', 16); SELECT llm_embed('#r900001:a#', 'fields')", USAGE),
     ("llm_split(text,integer,integer)", "SELECT * FROM llm_split('a b c', 2, 1)", ALL),
     ("llm_batch.vector_numbers(text)", "SELECT llm_batch.vector_numbers('AACAPw==')", ALL),
     // Jobs
@@ -188,6 +134,16 @@ const ROWS: &[Row] = &[
     ("llm_batch.refuse_transaction_block(text)", "SELECT llm_batch.refuse_transaction_block('this')", ["25001"; 7]),
 ];
 
+/// The meaning of a name in `tests/kinds`.
+fn named(who: &str) -> [&'static str; 7] {
+    match who {
+        "USAGE" => USAGE,
+        "HERS" => HERS,
+        "SUPERUSERS" => SUPERUSERS,
+        _ => panic!("{who}"),
+    }
+}
+
 /// The result of a statement in a transaction that is rolled back; a CALL has its own.
 fn comes_to(client: &mut Client, sql: &str) -> String {
     let has_own = sql.starts_with("CALL");
@@ -238,10 +194,11 @@ fn prepare(bed: &Bed) -> Client {
         "SELECT llm_batch.create_model('hers', server => 'fake', model => 'fake-hers');
          SELECT llm_batch.create_model('spare', server => 'fake', model => 'x');
          SELECT llm_batch.create_route('path', ARRAY['hers']);
-         SELECT llm_batch.create_classifier('hers', labels => '[\"bug\", \"b\"]', model => 'hers');
-         SELECT llm_batch.create_extractor('parts', '{\"a\": \"date\"}', 'hers'), llm_batch.create_generator('words', 'Explain it.', 'hers'),
-                llm_batch.create_scorer('stars', 'How angry?', model => 'hers'), llm_batch.create_embedder('vectors', 'hers', 16);",
+         SELECT llm_batch.create_classifier('hers', labels => '[\"bug\", \"b\"]', model => 'hers')",
     );
+    for (_, sql) in kinds::<String>("hers").unwrap() {
+        run(&mut alice, &sql);
+    }
     assert_eq!(one(&mut alice, "SELECT llm_batch.backfill('tickets', 'body', 'topic', 'topic')"), 1);
     let p = bed.done(1);
     assert_eq!((p.done, p.skipped), (20, 1), "{p:?}");
@@ -272,7 +229,10 @@ fn roles_and_actions() {
     let [gateway, launcher] = ["gateway", "launcher"]
         .map(|what| text(client, &format!("SELECT pid FROM pg_stat_activity WHERE backend_type = 'llm_batch {what}'")));
     let mut wrong = Vec::new();
-    for (_, sql, expected) in ROWS {
+    let of_kinds = kinds::<(String, String, String)>("rights").unwrap();
+    let of_kinds = of_kinds.iter().map(|(_, (function, sql, who))| (function.as_str(), sql.as_str(), named(who)));
+    let all: Vec<(&str, &str, [&str; 7])> = ROWS.iter().copied().chain(of_kinds).collect();
+    for (_, sql, expected) in &all {
         let sql = &sql.replace("{gateway}", &gateway).replace("{launcher}", &launcher);
         for (role, expected) in ROLES.iter().zip(expected) {
             if *expected == "-" {
@@ -296,7 +256,7 @@ fn roles_and_actions() {
         .iter()
         .map(|r| r.get(0))
         .collect();
-    let tried: BTreeSet<String> = ROWS.iter().map(|r| r.0.to_owned()).filter(|f| !f.is_empty()).collect();
+    let tried: BTreeSet<String> = all.iter().map(|r| r.0.to_owned()).filter(|f| !f.is_empty()).collect();
     assert_eq!(functions, tried, "each function of the extension has a row, and each row a function");
     // Nothing of all this has left a trace.
     assert_eq!(one(client, "SELECT count(*) FROM llm_batch.model"), 4);

@@ -10,7 +10,7 @@ use common::{
     Bed, LABELS, PATIENCE, backfill, backfill_with, classifier, error, labels_json, left, model, one, progress, run,
     slow, text, tickets, wait_status, warm, wrong,
 };
-use llm_fake_provider::{Config, Fault};
+use llm_fake_provider::{Config, Fault, kinds};
 use pg_llm_batch_e2e::wait_until;
 use postgres::Client;
 
@@ -572,21 +572,8 @@ fn an_estimate_is_what_the_job_then_takes() {
 #[test]
 fn estimates_of_every_kind() {
     let (bed, mut c) = bed("money_kinds", Config::default(), 2_000);
-    run(
-        &mut c,
-        r#"SELECT llm_batch.create_extractor('facts', '{"amount": "numeric", "due": "date"}', model => 'm');
-           SELECT llm_batch.create_generator('gist', 'Explain it.', 'm',
-                      options => '{"max_words": 20, "repair": "btrim(answer)", "check": "length(answer) > 0"}');
-           SELECT llm_batch.create_scorer('rank', 'How urgent is it?', 0, 10, 'm');
-           SELECT llm_batch.create_embedder('vector', 'm', 16);
-           ALTER TABLE tickets ADD amount numeric, ADD due date, ADD gist text, ADD rank int, ADD vector real[]"#,
-    );
-    for (task, targets) in [
-        ("facts", r#"targets => '{"amount": "amount", "due": "due"}'"#),
-        ("gist", "target => 'gist'"),
-        ("rank", "target => 'rank'"),
-        ("vector", "target => 'vector'"),
-    ] {
+    for (_, (task, setup, targets)) in kinds::<(String, String, String)>("estimates").unwrap() {
+        run(&mut c, &setup);
         let call =
             |filter: &str| format!("'tickets', input => 'body', {targets}, task => '{task}', filter => '{filter}'");
         // The lengths of answers are known when some have come.

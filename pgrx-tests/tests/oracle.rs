@@ -6,15 +6,19 @@ mod common;
 use std::fmt::Write as _;
 
 use common::{Bed, one, run};
-use llm_fake_provider::Config;
+use llm_fake_provider::{Config, kinds};
 use postgres::{Client, SimpleQueryMessage};
 
 /// Random choices from a seed.
-struct Dice(fastrand::Rng);
+struct Dice {
+    rng: fastrand::Rng,
+    /// Texts that are made of an input, by kinds of tasks.
+    texts: Vec<String>,
+}
 
 impl Dice {
     fn roll(&mut self, sides: usize) -> usize {
-        self.0.usize(..sides)
+        self.rng.usize(..sides)
     }
 
     fn pick<'a>(&mut self, of: &[&'a str]) -> &'a str {
@@ -67,13 +71,11 @@ impl Dice {
             11 => format!("ARRAY[{}, {}]::text", self.value(from, depth - 1), self.value(from, depth - 1)),
             12 => format!("greatest({}, {a}.note)", self.value(from, depth - 1)),
             13 if self.chance(3) => format!("llm_run({input}, 'topic')"),
-            14 if self.chance(3) => format!("llm_summarize({input})"),
-            15 if self.chance(3) => format!("llm_translate({input}, 'German')"),
-            16 if self.chance(3) => format!("llm_embed({input}, 'vector')::text"),
             13 => format!("({})::text || {a}.id", self.condition(from, depth - 1)),
-            14 => format!("llm_extract({input}, ARRAY['amount numeric', 'due date'])->>'due'"),
-            15 => format!("llm_generate({input}, 'Explain it.')"),
-            16 => format!("llm_score({input}, 'How urgent is it?')::text"),
+            14..=16 => {
+                let text = self.roll(self.texts.len());
+                self.texts[text].replace("{input}", &input)
+            }
             _ => format!("llm_classify({input}, 'topic')"),
         }
     }
@@ -245,7 +247,7 @@ fn generated_queries() {
     let c = &mut bed.connect();
     run(
         c,
-        "SET llm_batch.default_model = 'm'; SET client_min_messages = error; SELECT llm_batch.create_embedder('vector', 'm', 8);
+        "SET llm_batch.default_model = 'm'; SET client_min_messages = error;
          CREATE TABLE t (id int PRIMARY KEY, grp int, body text, ask text, note text, n int);
          INSERT INTO t SELECT i, i % 4,
                 CASE WHEN i % 7 = 0 THEN NULL WHEN i % 11 = 0 THEN '' ELSE format('#r%s:%s# in t', i,
@@ -285,7 +287,11 @@ fn generated_queries() {
     );
     let number = |name: &str, default: u64| std::env::var(name).map_or(default, |v| v.parse().unwrap());
     let (seed, queries) = (number("ORACLE_SEED", 20), number("ORACLE_QUERIES", 300));
-    let mut dice = Dice(fastrand::Rng::with_seed(seed));
+    for (_, sql) in kinds::<String>("setup").unwrap() {
+        run(c, &sql);
+    }
+    let texts = kinds("queries").unwrap().into_iter().map(|(_, text)| text).collect();
+    let mut dice = Dice { rng: fastrand::Rng::with_seed(seed), texts };
     let (mut placed, mut failed, mut empty) = (0, 0, 0);
     for i in 0..queries {
         let sql = dice.statement();

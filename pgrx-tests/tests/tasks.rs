@@ -29,7 +29,7 @@ fn every_function_in_every_form() {
     let c = &mut bed.connect();
     run(c, "SET llm_batch.default_model = 'm'");
     extractors(c);
-    generators_and_scorers(c);
+    scorers(c);
     versions(c);
     changed_by_two(&bed, c);
     kinds_are_kept_apart(c);
@@ -105,31 +105,10 @@ fn extractors(c: &mut Client) {
     assert_eq!(one(c, "SELECT count(*) FROM llm_batch.task"), 1);
 }
 
-fn generators_and_scorers(c: &mut Client) {
+fn scorers(c: &mut Client) {
     let spec = |c: &mut Client, name: &str| -> Value {
         serde_json::from_str(&text(c, &format!("SELECT spec FROM llm_batch.task WHERE name = '{name}'"))).unwrap()
     };
-    run(
-        c,
-        "SELECT llm_batch.create_generator('g', 'Explain it.', options => '{\"max_words\": 30, \"language\": \"German\", \"reuse\": false}');
-         SELECT llm_batch.create_generator(name => 'g2', instruction => 'Explain it.', model => NULL, examples => NULL, options => NULL);
-         SELECT llm_batch.create_generator('g3', 'Explain it.', 'm', '[{\"input\": \"x\", \"answer\": \"y\"}]', '{\"max_output_tokens\": 90}')",
-    );
-    let g = spec(c, "g");
-    assert_eq!((&g["max_words"], &g["language"], &g["kind"]), (&json!(30), &json!("German"), &Value::Null));
-    assert_eq!(text(c, "SELECT options FROM llm_batch.task WHERE name = 'g'"), "{\"reuse\": false}");
-    assert_eq!(spec(c, "g3")["max_output_tokens"], 90);
-    // Options that are given take the place of all that there were; else these stay.
-    run(c, "SELECT llm_batch.alter_generator('g', 'Sum it up.')");
-    assert_eq!((&spec(c, "g")["instruction"], &spec(c, "g")["max_words"]), (&json!("Sum it up."), &json!(30)));
-    run(c, "SELECT llm_batch.alter_generator('g', NULL, NULL, NULL, '{\"language\": \"French\"}')");
-    let g = spec(c, "g");
-    assert_eq!(
-        (&g["max_words"], &g["language"], &g["instruction"]),
-        (&Value::Null, &json!("French"), &json!("Sum it up."))
-    );
-    assert_eq!(text(c, "SELECT options FROM llm_batch.task WHERE name = 'g'"), "{}");
-
     run(
         c,
         "SELECT llm_batch.create_scorer('s', 'How angry?');
@@ -144,14 +123,6 @@ fn generators_and_scorers(c: &mut Client) {
     assert_eq!((range(c, "s"), range(c, "s2")), ((0.0, 10.0), (0.0, 5.0)));
 
     for (call, code, says) in [
-        ("create_generator('x', '')", "22023", ["instruction must not be empty", "Say what"]),
-        ("create_generator('x', NULL)", "22004", ["\"instruction\"", ""]),
-        ("create_generator('x', 'y', options => '{\"max_words\": 0}')", "22023", ["\"max_words\"", "from 1 to"]),
-        ("create_generator('x', 'y', options => '{\"language\": 7}')", "22023", ["\"language\"", ""]),
-        ("create_generator('x', 'y', options => '{\"words\": 7}')", "22023", ["\"words\"", ""]),
-        ("create_generator('x', 'y', examples => '[{\"input\": \"x\", \"answer\": 7}]')", "22023", ["not a text", ""]),
-        ("create_generator('x', 'y', examples => '[{\"input\": \"x\"}]')", "22023", ["\"answer\"", "Write"]),
-        ("create_generator(NULL, 'y')", "22004", ["\"name\"", ""]),
         ("create_scorer('x', 'y', 5, 1)", "22023", ["not below", ""]),
         ("create_scorer('x', 'y', 'NaN', 1)", "22023", ["\"low\"", "NaN"]),
         ("create_scorer('x', 'y', 0, 'infinity')", "22023", ["\"high\"", ""]),
@@ -164,9 +135,10 @@ fn generators_and_scorers(c: &mut Client) {
             ["within the range", ""],
         ),
         ("create_scorer('x', 'y', options => '{\"max_words\": 7}')", "22023", ["\"max_words\"", ""]),
+        ("create_scorer('x', NULL)", "22004", ["\"instruction\"", ""]),
+        ("create_scorer('x', 'y', examples => '[{\"input\": \"x\"}]')", "22023", ["\"answer\"", "Write"]),
+        ("alter_scorer('s', '')", "22023", ["instruction must not be empty", ""]),
         ("alter_scorer('s3', high => 0.5)", "22023", ["within the range", ""]),
-        ("alter_generator('g', '')", "22023", ["instruction must not be empty", ""]),
-        ("alter_generator('gone', 'x')", "42704", ["task \"gone\"", "create_generator"]),
     ] {
         refused(c, &format!("SELECT llm_batch.{call}"), code, &says);
     }
@@ -179,23 +151,23 @@ fn versions(c: &mut Client) {
     let history = |c: &mut Client| {
         text(
             c,
-            "SELECT string_agg(concat_ws(' ', version, kind, spec->>'instruction'), ', ' ORDER BY version)
+            "SELECT string_agg(concat_ws(' ', version, kind, spec->>'instruction', spec->>'dimensions'), ', ' ORDER BY version)
                FROM llm_batch.task_history WHERE name = 'v' AND owner_name = 'postgres' AND replaced_at <= now()",
         )
     };
-    run(c, "SELECT llm_batch.create_generator('v', 'one')");
+    run(c, "SELECT llm_batch.create_embedder('v', 'm', 1)");
     assert_eq!(version(c), 1);
-    run(c, "SELECT llm_batch.alter_generator('v', 'two')");
-    assert_eq!((version(c), history(c).as_str()), (2, "1 generate one"));
+    run(c, "SELECT llm_batch.alter_embedder('v', dimensions => 2)");
+    assert_eq!((version(c), history(c).as_str()), (2, "1 embed 1"));
     // A change that is refused or rolled back makes no version.
-    refused(c, "SELECT llm_batch.alter_generator('v', '')", "22023", &[]);
-    run(c, "BEGIN; SELECT llm_batch.alter_generator('v', 'lost'); ROLLBACK");
-    assert_eq!((version(c), history(c).as_str()), (2, "1 generate one"));
+    refused(c, "SELECT llm_batch.alter_embedder('v', dimensions => 0)", "22023", &[]);
+    run(c, "BEGIN; SELECT llm_batch.alter_embedder('v', dimensions => 9); ROLLBACK");
+    assert_eq!((version(c), history(c).as_str()), (2, "1 embed 1"));
     run(c, "SELECT llm_batch.drop_task('v'); SELECT llm_batch.create_scorer('v', 'three')");
-    assert_eq!((version(c), history(c).as_str()), (3, "1 generate one, 2 generate two"));
+    assert_eq!((version(c), history(c).as_str()), (3, "1 embed 1, 2 embed 2"));
     run(c, "SELECT llm_batch.alter_scorer('v', low => -1), llm_batch.alter_scorer('v', 'five')");
-    assert_eq!(history(c), "1 generate one, 2 generate two, 3 score three, 4 score three");
-    run(c, "BEGIN; SELECT llm_batch.drop_task('v'); SELECT llm_batch.create_generator('v', 'six'); COMMIT");
+    assert_eq!(history(c), "1 embed 1, 2 embed 2, 3 score three, 4 score three");
+    run(c, "BEGIN; SELECT llm_batch.drop_task('v'); SELECT llm_batch.create_embedder('v', 'm', 6); COMMIT");
     assert_eq!((version(c), history(c).split(", ").last()), (6, Some("5 score five")));
 }
 
@@ -225,17 +197,16 @@ fn kinds_are_kept_apart(c: &mut Client) {
             "llm_batch.alter_extractor('topic', instruction => 'x')",
             ["\"topic\" is not an extractor", "alter_classifier()"],
         ),
-        ("llm_batch.alter_generator('s', 'x')", ["\"s\" is not a generator", "alter_scorer()"]),
-        ("llm_batch.alter_scorer('g', 'x')", ["\"g\" is not a scorer", "alter_generator()"]),
+        ("llm_batch.alter_scorer('e', 'x')", ["\"e\" is not a scorer", "alter_extractor()"]),
         ("llm_classify('text', 'e')", ["\"e\" is not a classifier", "llm_run()"]),
         ("llm_classify_batch('SELECT 1, 2', 's')", ["\"s\" is not a classifier", "llm_run()"]),
-        ("llm_classify_array(ARRAY[1], ARRAY['x'], 'g')", ["\"g\" is not a classifier", "llm_run()"]),
+        ("llm_classify_array(ARRAY[1], ARRAY['x'], 'e')", ["\"e\" is not a classifier", "llm_run()"]),
     ] {
         refused(c, &format!("SELECT {call}"), "42809", &says);
     }
     refused(
         c,
-        "SELECT llm_batch.create_generator('e', 'x')",
+        "SELECT llm_batch.create_scorer('e', 'x')",
         "42710",
         &["task \"e\" already exists", "alter_extractor()"],
     );
@@ -313,7 +284,7 @@ fn jobs_of_every_kind() {
             "CREATE SERVER echo FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'openai', base_url '{}');
              CREATE USER MAPPING FOR PUBLIC SERVER echo OPTIONS (api_key 'sk-test');
              SELECT llm_batch.create_model('e', server => 'echo', model => 'e');
-             SELECT llm_batch.create_generator('say', 'Explain it.', 'e');
+             SELECT llm_batch.create_extractor('say', '{{\"words\": \"text\"}}', 'e');
              SELECT llm_batch.create_scorer('rate', 'How angry?', 0, 10, 'e');
              SELECT llm_batch.create_extractor('due', '{{\"due\": \"date\"}}', 'e');
              SELECT llm_batch.create_extractor('tags', '{{\"tags\": {{\"type\": \"text[]\"}}}}', 'e');
@@ -331,8 +302,8 @@ fn jobs_of_every_kind() {
     for (column, task, says) in [
         ("i", "due", ["field \"due\" is of type date but column \"i\" is of type integer", "date, text or jsonb"]),
         ("b", "rate", ["the answer is of type numeric but column \"b\" is of type boolean", "numeric, text or jsonb"]),
-        ("u", "say", ["the answer is of type text but column \"u\" is of type uuid", "text or jsonb"]),
-        ("dt", "say", ["the answer is of type text but column \"dt\" is of type date", ""]),
+        ("u", "say", ["field \"words\" is of type text but column \"u\" is of type uuid", "text or jsonb"]),
+        ("dt", "say", ["field \"words\" is of type text but column \"dt\" is of type date", ""]),
         ("ta", "due", ["field \"due\" is of type date but column \"ta\" is of type text[]", ""]),
         ("i", "tags", ["field \"tags\" is of type text[] but column \"i\" is of type integer", ""]),
         ("s", "bill", ["an answer has 4 fields but column \"s\" is of type text", "targets =>"]),
@@ -345,8 +316,14 @@ fn jobs_of_every_kind() {
     let bill = r#"{"due": "2026-02-28", "paid": true, "tags": ["a \"b\"", "c"], "amount": 12345678901234567890.10}"#;
     let bill_row = r#"[12345678901234567890.10,"2026-02-28",true,["a \"b\"","c"]]"#;
     for (column, task, answer, written) in [
-        ("s", "say", r#""Two\nlines, \"quoted\" and {braces}.""#, "Two\nlines, \"quoted\" and {braces}."),
-        ("j", "say", r#""x \"y\"""#, r#""x \"y\"""#),
+        ("s", "say", r#"["Two\nlines, \"quoted\" and {braces}."]"#, "Two\nlines, \"quoted\" and {braces}."),
+        (
+            "s",
+            "say",
+            r#"["\",\"902\":\"x\"}\r\n</think> a ```b``` c \u0000\u0001\u0008\u000b\u001b\u001f\u007f\u009f\td"]"#,
+            "\",\"902\":\"x\"}\n</think> a ```b``` c \td",
+        ),
+        ("j", "say", r#"["x \"y\""]"#, r#"{"words": "x \"y\""}"#),
         ("i", "rate", "7.6", "8"),
         ("n", "rate", "7.625", "7.63"),
         ("r", "rate", "7.5", "7.5"),
@@ -385,7 +362,10 @@ fn jobs_of_every_kind() {
 /// A value that the column cannot take is one row's trouble, and nothing is cut.
 fn raised_by_rows(bed: &Bed, c: &mut Client) {
     for column in ["v", "d"] {
-        run(c, "TRUNCATE t; INSERT INTO t (id, body) VALUES (1, '\"short\"'), (2, '\"longer\"'), (3, '\"tiny\"')");
+        run(
+            c,
+            "TRUNCATE t; INSERT INTO t (id, body) VALUES (1, '[\"short\"]'), (2, '[\"longer\"]'), (3, '[\"tiny\"]')",
+        );
         let job = one(c, &format!("SELECT llm_batch.backfill('t', 'body', '{column}', 'say')"));
         let p = bed.done(job);
         assert_eq!((p.done, p.failed), (2, 1), "{p:?}");
@@ -409,8 +389,8 @@ fn used_by_jobs(bed: &Bed, c: &mut Client) {
     let p = bed.done(job);
     assert_eq!((p.done, p.failed), (1, 1), "{p:?}");
     // The job is over, and the task another one: it does not write what its column is not for.
-    run(c, "SELECT llm_batch.drop_task('due'); SELECT llm_batch.create_generator('due', 'Explain it.', 'e')");
-    run(c, &format!("UPDATE t SET body = '\"2026-02-28\"' WHERE id = 2; SELECT llm_batch.retry_failed({job})"));
+    run(c, "SELECT llm_batch.drop_task('due'); SELECT llm_batch.create_scorer('due', 'Is it?', model => 'e')");
+    run(c, &format!("UPDATE t SET body = '0.5' WHERE id = 2; SELECT llm_batch.retry_failed({job})"));
     let e = error(c, &format!("CALL llm_batch.wait({job})"));
     assert!(e.1.contains(&format!("job {job} is")) && e.2.contains("field \"due\" does not exist"), "{e:?}");
     assert_eq!(one(c, "SELECT count(*) FROM t WHERE dt IS NULL"), 1);

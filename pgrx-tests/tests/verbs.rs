@@ -3,106 +3,104 @@
 mod common;
 
 use common::{Bed, error, model, one, run, text, tickets};
+use llm_fake_provider::kinds;
+use postgres::{Client, SimpleQueryMessage};
 
-/// Each function with its arguments behind the text, and the type that it returns.
-const VERBS: [(&str, &str, &str); 12] = [
-    ("llm_run", "'topic'", "text"),
-    ("llm_classify", "'topic'", "text"),
-    (
-        "llm_classify",
-        "ARRAY['bug', 'spam', 'billing'], '{\"instruction\": \"Tickets.\", \"descriptions\": {\"bug\": \"it breaks\"}}'",
-        "text",
-    ),
-    ("llm_filter", "'Is it a bug?'", "boolean"),
-    ("llm_extract", "ARRAY['amount numeric', 'due date', 'tags text[]', '\"at sea\" boolean']", "jsonb"),
-    ("llm_extract", "ARRAY['start date', 'finish date'], '{\"descriptions\": {\"start\": \"first day\"}}'", "jsonb"),
-    ("llm_generate", "'Explain it.', '{\"max_words\": 30, \"language\": \"German\"}'", "text"),
-    ("llm_summarize", "'{\"model\": \"m\"}'", "text"),
-    ("llm_translate", "'German'", "text"),
-    ("llm_embed", "'vector'", "real[]"),
-    ("llm_score", "'How urgent is it?'", "real"),
-    (
-        "llm_score",
-        "question => 'How glad is it?', options => '{\"examples\": [{\"input\": \"x\", \"answer\": 0.5}]}'",
-        "real",
-    ),
-];
+/// Each function, its arguments behind the text, and the type that it returns.
+fn verbs() -> Vec<(String, String, String)> {
+    let run = ("llm_run".to_owned(), "'topic'".to_owned(), "text".to_owned());
+    kinds("verbs").unwrap().into_iter().map(|(_, verb)| verb).chain([run]).collect()
+}
 
 const ROWS: i64 = 120;
 
+/// As literal, column, NULL and empty text, in WHERE, UPDATE, a view and prepared statements.
 #[test]
 fn every_verb_in_every_place() {
     let bed = Bed::new("verbs");
     let c = &mut bed.connect();
     run(c, "SET llm_batch.default_model = 'm'");
-    run(c, "SELECT llm_batch.create_embedder('vector', 'm', 16)");
+    for (_, sql) in kinds::<String>("setup").unwrap() {
+        run(c, &sql);
+    }
     tickets(c, "t", 1..=ROWS);
     run(c, "INSERT INTO t VALUES (1001, NULL, ''), (1002, '', ''), (1003, E' \\n\\t', '')");
-    for (i, (verb, rest, of)) in VERBS.into_iter().enumerate() {
+    for (verb, rest, of) in verbs() {
         let call = |input: &str| format!("{verb}({input}, {rest})");
         let what = call("body");
         // One row a request, one after the other, as the plain function does it.
-        run(c, "SET llm_batch.enable_batch_scan = off; DROP TABLE IF EXISTS want");
+        run(
+            c,
+            "SET llm_batch.enable_batch_scan = off; DROP TABLE IF EXISTS want, u; DROP VIEW IF EXISTS v; DEALLOCATE ALL",
+        );
         run(c, &format!("CREATE TABLE want AS SELECT id, {what} AS v FROM t WHERE id <= 12 OR id > 1000"));
         assert_eq!(text(c, "SELECT pg_typeof(v)::text FROM want LIMIT 1"), of, "{what}");
         assert_eq!(one(c, "SELECT count(v) FROM want"), 12, "{what}: rows without text have no answer");
         run(c, "RESET llm_batch.enable_batch_scan");
-        let differ = |c: &mut postgres::Client, got: &str| {
+        // Rows that a query gives otherwise, or not at all.
+        let differ = |c: &mut Client, of: &str, got: &str| {
+            let found = "w.v IS NOT DISTINCT FROM g.v";
             one(
                 c,
                 &format!(
-                    "SELECT count(*) FROM want w JOIN ({got}) g (id, v) USING (id) WHERE w.v IS DISTINCT FROM g.v"
+                    "SELECT count(*) FROM want w WHERE {of} AND NOT EXISTS (SELECT FROM ({got}) g (id, v) WHERE g.id = w.id AND {found})"
                 ),
             )
         };
         // Read ahead: a few requests for all rows, the same values.
         bed.provider.reset_stats();
-        run(c, &format!("CREATE TABLE got AS SELECT id, {what} AS v FROM t"));
+        run(c, &format!("CREATE TABLE u AS SELECT id, body, {what} AS v FROM t"));
         let requests = bed.provider.stats().admitted;
         assert!(requests <= 8, "{what}: {requests} requests");
-        assert_eq!(differ(c, "SELECT id, v FROM got"), 0, "{what}");
-        assert_eq!(one(c, "SELECT count(v) FROM got"), ROWS, "{what}");
-        let odd = "SELECT id, body FROM t";
-        assert_eq!(
-            differ(c, &format!("SELECT id, {} FROM ({odd}) q (id, body) WHERE {what} IS NOT NULL", call("body"))),
-            0
-        );
+        assert_eq!(differ(c, "true", "SELECT id, v FROM u"), 0, "{what}");
+        assert_eq!(one(c, "SELECT count(v) FROM u"), ROWS, "{what}");
+        let filtered = format!("SELECT id, {what} FROM t WHERE {what} IS NOT NULL");
+        assert_eq!(differ(c, "v IS NOT NULL", &filtered), 0, "{what} in WHERE");
+        assert_eq!(one(c, &format!("SELECT count(*) FROM ({filtered}) q")), ROWS, "{what} in WHERE");
+        run(c, &format!("UPDATE u SET v = NULL; UPDATE u SET v = {what}"));
+        assert_eq!(differ(c, "true", "SELECT id, v FROM u"), 0, "{what} in an UPDATE");
+        run(c, &format!("CREATE VIEW v AS SELECT id, {what} AS v FROM t"));
+        assert_eq!(differ(c, "true", "SELECT id, v FROM v"), 0, "{what} in a view");
+        // Prepared: planned for each value at first, then for all. A text is the statement's own, a parameter, or a row's.
         run(
             c,
             &format!(
-                "CREATE VIEW v{i} AS SELECT id, {what} AS v FROM t; PREPARE p{i}(bigint) AS SELECT v FROM v{i} WHERE id = $1"
+                "PREPARE of_row(bigint) AS SELECT v FROM v WHERE id = $1;
+                 PREPARE of_text(text) AS SELECT {} AS v; PREPARE of_none AS SELECT {} AS v",
+                call("$1"),
+                call("'#r000007:bug#'")
             ),
         );
-        assert_eq!(differ(c, &format!("SELECT id, v FROM v{i}")), 0, "{what} in a view");
+        let body = text(c, "SELECT body FROM t WHERE id = 7").replace('\'', "''");
+        let seventh = value(c, "SELECT v FROM want WHERE id = 7");
         for _ in 0..7 {
-            run(c, &format!("EXECUTE p{i}(7)"));
+            for execute in ["EXECUTE of_row(7)".to_owned(), format!("EXECUTE of_text('{body}')")] {
+                assert_eq!(value(c, &execute), seventh, "{what}: {execute}");
+            }
+            for none in ["EXECUTE of_row(1001)", "EXECUTE of_text(NULL)", "EXECUTE of_text('')"] {
+                assert_eq!(value(c, none), None, "{what}: {none}");
+            }
+            assert!(value(c, "EXECUTE of_none").is_some(), "{what}");
         }
-        run(
-            c,
-            &format!(
-                "DROP TABLE IF EXISTS u; CREATE TABLE u AS SELECT id, body, NULL::{of} AS v FROM t; UPDATE u SET v = {what}"
-            ),
-        );
-        assert_eq!(differ(c, "SELECT id, v FROM u"), 0, "{what} in an UPDATE");
-        assert_eq!(
-            one(c, &format!("SELECT count(*) FROM (SELECT {}) q (v) WHERE v IS NULL", call("''"))),
-            1,
-            "an empty literal"
-        );
-        assert_eq!(
-            one(c, &format!("SELECT count(*) FROM (SELECT {}) q (v) WHERE v IS NULL", call("NULL"))),
-            1,
-            "a NULL"
-        );
-        assert_eq!(
-            one(c, &format!("SELECT count(*) FROM (SELECT {}) q (v) WHERE v IS NOT NULL", call("'#r000001:bug#'"))),
-            1,
-            "a literal"
-        );
+        // Literals.
+        let literal = call(&format!("'{body}'"));
+        assert_eq!(value(c, &format!("SELECT {literal}")), seventh, "{literal}");
+        for none in ["NULL", "''", "E' \\n'"] {
+            assert_eq!(value(c, &format!("SELECT {}", call(none))), None, "{what}: {none}");
+        }
         let lines = c.query(&format!("EXPLAIN SELECT {what} FROM t"), &[]).unwrap();
         assert!(lines.iter().any(|l| l.get::<_, String>(0).contains("LLM Batch")), "{what}: {lines:?}");
-        run(c, "DROP TABLE got");
     }
+}
+
+/// The only value that a statement returns, as text.
+fn value(client: &mut Client, sql: &str) -> Option<String> {
+    let rows = client.simple_query(sql).unwrap();
+    let mut values =
+        rows.iter().filter_map(|m| if let SimpleQueryMessage::Row(row) = m { Some(row.get(0)) } else { None });
+    let value = values.next().expect(sql).map(str::to_owned);
+    assert!(values.next().is_none(), "{sql}");
+    value
 }
 
 #[test]
@@ -120,12 +118,9 @@ fn odd_arguments_are_refused_at_once() {
         ("llm_extract('x', ARRAY[]::text[])", "22023", "fields"),
         ("llm_extract('x', ARRAY['a'], '{\"descriptions\": {\"b\": \"c\"}}')", "22023", "\"b\""),
         ("llm_classify('x', ARRAY['a', 'b'], '{\"descriptions\": {\"c\": \"d\"}}')", "22023", "\"c\""),
-        ("llm_generate('x', ' ')", "22023", "instruction"),
-        ("llm_generate('x', 'y', '{\"max_words\": 0}')", "22023", "max_words"),
-        ("llm_generate('x', 'y', '{\"labels\": []}')", "22023", "labels"),
-        ("llm_generate('x', 'y', '{\"descriptions\": {\"a\": \"b\"}}')", "22023", "descriptions"),
-        ("llm_summarize('x', '{\"model\": \"nowhere\"}')", "42704", "nowhere"),
-        ("llm_translate('x', '')", "22023", "language"),
+        ("llm_score('x', 'y', '{\"labels\": []}')", "22023", "labels"),
+        ("llm_score('x', 'y', '{\"descriptions\": {\"a\": \"b\"}}')", "22023", "descriptions"),
+        ("llm_score('x', 'y', '{\"model\": \"nowhere\"}')", "42704", "nowhere"),
         ("llm_score('x', '')", "22023", "question"),
         ("llm_filter('x', '')", "22023", "question"),
         ("llm_run('x', 'nothing')", "42704", "nothing"),
@@ -137,7 +132,7 @@ fn odd_arguments_are_refused_at_once() {
     }
     // NULL in a strict argument is NULL, as with any function.
     for call in
-        ["llm_run('x', NULL)", "llm_extract('x', NULL::text[])", "llm_generate('x', NULL)", "llm_score('x', 'y', NULL)"]
+        ["llm_run('x', NULL)", "llm_extract('x', NULL::text[])", "llm_score('x', NULL)", "llm_score('x', 'y', NULL)"]
     {
         assert_eq!(one(c, &format!("SELECT count(*) FROM (SELECT {call}) q (v) WHERE v IS NULL")), 1, "{call}");
     }
@@ -164,20 +159,15 @@ fn odd_arguments_are_refused_at_once() {
 }
 
 /// Verbs that ask in their own words take the model, the instruction and the checks of a task that the options name.
-fn tasks_in_options(bed: &Bed, c: &mut postgres::Client) {
+fn tasks_in_options(bed: &Bed, c: &mut Client) {
     model(c, "other", "");
     run(
         c,
-        "SELECT llm_batch.create_generator('gist', 'As a clerk.', 'other', options => '{\"repair\": \"upper(answer)\"}');
-         SELECT llm_batch.create_scorer('rank', 'As a clerk.', 0, 10, 'other');
+        "SELECT llm_batch.create_scorer('rank', 'As a clerk.', 0, 10, 'other');
          SELECT llm_batch.create_classifier('verdict', ARRAY['yes', 'no'], instruction => 'As a clerk.', model => 'other')",
     );
     let options = |task: &str| format!("'{{\"task\": \"{task}\", \"reuse\": false}}'");
     for (call, task, words, of_value) in [
-        ("llm_generate('#r000001:x#', 'Explain it.'", "gist", "Explain it.", "v = upper(v) AND v <> lower(v)"),
-        // It has no words of its own: a task says how.
-        ("llm_summarize('#r000001:x#'", "gist", "As a clerk.", "v = upper(v) AND v <> lower(v)"),
-        ("llm_translate('#r000001:x#', 'Welsh'", "gist", "Welsh", "v = upper(v) AND v <> lower(v)"),
         ("llm_score('#r000001:x#', 'Is it urgent?'", "rank", "Is it urgent?", "v BETWEEN 0 AND 10"),
         ("llm_filter('#r000001:x#', 'Is it sad?'", "verdict", "Is it sad?", "v IS NOT NULL"),
     ] {
@@ -191,9 +181,8 @@ fn tasks_in_options(bed: &Bed, c: &mut postgres::Client) {
         assert!(told.contains("As a clerk.") && told.contains(words), "{call}: {told}");
     }
     for (call, task, code, hint) in [
-        ("llm_generate('x', 'y'", "nothing", "42704", ""),
-        ("llm_generate('x', 'y'", "topic", "42809", ""),
-        ("llm_score('x', 'y'", "gist", "42809", ""),
+        ("llm_score('x', 'y'", "nothing", "42704", ""),
+        ("llm_score('x', 'y'", "verdict", "42809", ""),
         ("llm_filter('x', 'y'", "topic", "42809", "\"yes\" and \"no\""),
         ("llm_classify('x', ARRAY['a', 'b']", "topic", "22023", "names a task"),
         ("llm_extract('x', ARRAY['a']", "topic", "22023", "names a task"),
@@ -217,7 +206,7 @@ fn tasks_in_options(bed: &Bed, c: &mut postgres::Client) {
 }
 
 /// A sort reads all rows before a limit takes some: EXPLAIN says so, where it is so.
-fn sorted_before_a_limit(c: &mut postgres::Client) {
+fn sorted_before_a_limit(c: &mut Client) {
     tickets(c, "t", 1..=30);
     let score = "llm_score(body, 'How urgent is it?')";
     for (sql, says) in [

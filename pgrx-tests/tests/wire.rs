@@ -236,11 +236,6 @@ fn what_cannot_be_decided(c: &mut Client, provider: &FakeProvider) {
     provider.configure(|config| config.decisions = false);
     for (sql, code, says) in [
         (
-            format!("SELECT llm_batch.create_generator('g', 'x', 'decide', {by})"),
-            "22023",
-            "\"generate\" cannot be asked",
-        ),
-        (
             format!("SELECT llm_batch.create_scorer('g', 'x', 0, 1, 'decide', {by})"),
             "22023",
             "\"score\" cannot be asked",
@@ -249,9 +244,9 @@ fn what_cannot_be_decided(c: &mut Client, provider: &FakeProvider) {
         (format!("SELECT llm_batch.alter_classifier('topic_haiku', {by})"), "0A000", "serves no decisions"),
         ("SELECT llm_batch.alter_classifier('by_openai', model => 'haiku')".into(), "0A000", "serves no decisions"),
         (
-            r#"SELECT llm_generate('x', 'y', '{"model": "decide", "ask_by": "decisions"}')"#.into(),
+            r#"SELECT llm_score('x', 'y', '{"model": "decide", "ask_by": "decisions"}')"#.into(),
             "22023",
-            "\"generate\" cannot be asked",
+            "\"score\" cannot be asked",
         ),
         (
             r#"SELECT llm_batch.backfill('anthropic', 'body', 'topic', 'topic_haiku', options => '{"ask_by": "decisions"}')"#

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
 
+use llm_batch_core::task::Subject;
 use pgrx::prelude::*;
 use serde_json::json;
 
@@ -19,7 +20,6 @@ use crate::json::Json;
 use crate::process::current_user;
 use crate::question::{Prepared, Question};
 use crate::text::{self, Text};
-use crate::verb::Subject;
 
 /// A call, and the stream of its rows.
 pub struct Site {
@@ -107,13 +107,12 @@ impl Site {
             let author = others::author(self.call.call.cast());
             let verb = self.call.verb;
             let mut args = self.others.iter().copied();
-            let (subject, has_options) = verb.arguments();
-            let subject = match subject {
+            let subject = match verb.subject() {
                 Subject::None => Vec::new(),
-                Subject::Text => vec![Some(string(args.next()?, econtext)?)],
+                Subject::Task | Subject::Text => vec![Some(string(args.next()?, econtext)?)],
                 Subject::Texts => text::all(evaluate::<Vec<Option<Text>>>(args.next()?, econtext)?).ok()?,
             };
-            let options = if has_options { evaluate::<Json>(args.next()?, econtext)?.0 } else { json!({}) };
+            let options = if verb.names_task() { json!({}) } else { evaluate::<Json>(args.next()?, econtext)?.0 };
             // A task has its own model, whoever wrote the call.
             let author = author.filter(|_| !verb.names_task());
             Some(Question { verb, subject, options, author })

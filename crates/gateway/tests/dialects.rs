@@ -10,8 +10,8 @@ use llm_batch_core::options::{AnswerShape, StructuredOutput};
 use llm_batch_core::task::Spec;
 use llm_batch_core::vector;
 use llm_batch_gateway::protocol::*;
-use llm_fake_provider::{Config, Fault, Latency, Reserve, embedding};
-use serde_json::json;
+use llm_fake_provider::{Config, Fault, Latency, Reserve, embedding, kinds};
+use serde_json::{Value, json};
 use support::*;
 
 /// The dialects that answer chats.
@@ -55,17 +55,18 @@ fn stopped(client: &mut Client, what: &str) -> Stop {
 
 #[test]
 fn every_kind_is_answered_in_every_form_and_the_accounts_are_the_providers() {
-    let kinds = [
-        ("classify", json!({"instruction": "Tickets.".repeat(600), "labels": LABELS})),
-        ("generate", json!({"instruction": "Explain.", "max_words": 30})),
-        ("score", json!({"instruction": "How urgent?", "low": 0, "high": 10})),
-        ("extract", json!({"fields": {"from": "date", "name": {"type": "text", "max_words": 30}}})),
-    ];
+    let labels = json!({"instruction": "Tickets.".repeat(600), "labels": LABELS});
+    let mut tasks = vec![("classify".to_owned(), labels)];
+    for (kind, (_, spec)) in kinds::<(String, Value)>("tasks").unwrap() {
+        if tasks.iter().all(|(known, _)| *known != kind) {
+            tasks.push((kind, spec));
+        }
+    }
     for api in chats() {
         let config = Config { cache_prefix: true, thinking_tokens: 7, tells_thinking: true, ..Config::default() };
         let (setup, provider) = (Setup::new(64 << 20), keyed(config));
         let mut sum = Spent::default();
-        for (kind, spec) in &kinds {
+        for (kind, spec) in &tasks {
             for (shape, form) in [
                 (AnswerShape::Map, StructuredOutput::Auto),
                 (AnswerShape::Properties, StructuredOutput::Auto),
@@ -79,7 +80,7 @@ fn every_kind_is_answered_in_every_form_and_the_accounts_are_the_providers() {
                 let (got, spent) = client.answers(30);
                 for (n, o) in &got {
                     let is_fine =
-                        matches!(o.verdict, Verdict::Answer(_)) && (*kind != "classify" || is_right(*n, &o.verdict));
+                        matches!(o.verdict, Verdict::Answer(_)) && (kind != "classify" || is_right(*n, &o.verdict));
                     assert!(is_fine && o.attempts == 1, "{api:?}, {kind}, {shape:?}, {form:?}: {o:?}");
                 }
                 add(&mut sum, &spent);

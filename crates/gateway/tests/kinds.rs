@@ -7,27 +7,16 @@ use std::collections::BTreeMap;
 
 use llm_batch_core::task::Spec;
 use llm_batch_gateway::protocol::*;
-use llm_fake_provider::{Config, FakeProvider, Fault};
+use llm_fake_provider::{Config, FakeProvider, Fault, kinds};
 use serde_json::{Value, json};
 use support::*;
 
 const ROWS: u64 = 600;
 
-/// Tasks, and what they are called.
-fn tasks() -> [(&'static str, &'static str, Value); 5] {
-    let fields = json!({
-        "kind": {"labels": LABELS}, "amount": "numeric", "due": "date", "tags": {"type": "text[]", "max_items": 3},
-    });
-    let alike = json!({
-        "from": "date", "to": "date", "name": {"type": "text", "max_words": 30}, "note": {"type": "text", "max_words": 30},
-    });
-    [
-        ("a text", "generate", json!({"instruction": "Explain.", "max_words": 30})),
-        ("a text of any length", "generate", json!({"instruction": "Explain."})),
-        ("a score", "score", json!({"instruction": "How urgent?", "low": 0, "high": 10})),
-        ("fields in an array", "extract", json!({"fields": fields})),
-        ("fields with keys", "extract", json!({"fields": alike})),
-    ]
+/// The tasks that are tried: their names, kinds and specifications.
+fn tasks() -> Vec<(String, String, Value)> {
+    let all = kinds::<(String, Value)>("tasks").unwrap();
+    all.into_iter().map(|(kind, (name, spec))| (name, kind, spec)).collect()
 }
 
 fn ask(provider: &FakeProvider, kind: &str, spec: &Value) -> (BTreeMap<u64, Verdict>, Spent) {
@@ -43,11 +32,11 @@ fn ask(provider: &FakeProvider, kind: &str, spec: &Value) -> (BTreeMap<u64, Verd
 #[test]
 fn values_are_right_whatever_goes_wrong() {
     for (name, kind, spec) in tasks() {
-        let (right, _) = ask(&provider(Config::default()), kind, &spec);
+        let (right, _) = ask(&provider(Config::default()), &kind, &spec);
         assert!(right.values().all(|v| matches!(v, Verdict::Answer(_))), "{name}: {right:?}");
         let faults = Fault::PASSING.into_iter().chain(Fault::OF_VALUES).map(|fault| (fault, 0.01)).collect();
         let troubled = provider(Config { faults, ..Config::default() });
-        let (got, _) = ask(&troubled, kind, &spec);
+        let (got, _) = ask(&troubled, &kind, &spec);
         for (n, verdict) in &got {
             assert_eq!(Some(verdict), right.get(n), "{name}: row {n}");
         }
@@ -57,10 +46,10 @@ fn values_are_right_whatever_goes_wrong() {
 #[test]
 fn each_fault_of_values_is_found() {
     for (name, kind, spec) in tasks() {
-        let (right, _) = ask(&provider(Config::default()), kind, &spec);
+        let (right, _) = ask(&provider(Config::default()), &kind, &spec);
         for fault in Fault::OF_VALUES {
             let troubled = provider(Config { faults: vec![(fault.clone(), 0.3)], ..Config::default() });
-            let (got, _) = ask(&troubled, kind, &spec);
+            let (got, _) = ask(&troubled, &kind, &spec);
             assert!(got.iter().all(|(n, verdict)| right.get(n) == Some(verdict)), "{name}: {fault}");
         }
     }
@@ -104,7 +93,7 @@ fn a_row_whose_answer_was_refused_is_asked_again_and_told_why() {
     let setup = Setup::with_cache(1 << 20);
     let provider = provider(Config::default());
     let mut client = setup.client(&provider, |s| {
-        s.task.spec = Spec::from_json("generate", &json!({"instruction": "Explain."})).unwrap();
+        s.task.spec = Spec::from_json("extract", &json!({"fields": {"note": "text"}})).unwrap();
     });
     let item = |n, again: Option<(u32, &str)>| {
         let again = again.map(|(attempts, hint)| Again { attempts, hint: hint.into() });

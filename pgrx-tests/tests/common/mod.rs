@@ -429,3 +429,31 @@ pub fn all_right_once(bed: &Bed, client: &mut Client, p: &Progress, rows: i64) {
     let twice: Vec<_> = stats.rows.iter().filter(|(_, r)| r.asked != 1).collect();
     assert!(twice.is_empty(), "asked more than once: {twice:?}");
 }
+
+/// A table whose rows the provider answers by their ids.
+#[track_caller]
+pub fn numbered(client: &mut Client, name: &str, ids: std::ops::RangeInclusive<i64>) {
+    let (first, last) = (ids.start(), ids.end());
+    run(
+        client,
+        &format!(
+            "CREATE TABLE {name} (id bigint PRIMARY KEY, body text, answer text, amount numeric(5, 2), due date);
+             INSERT INTO {name} (id, body) SELECT i, concat('#r', lpad(i::text, 6, '0'), ':x#') FROM generate_series({first}, {last}) i"
+        ),
+    );
+}
+
+/// The lines of all requests that say of the row that it is asked again.
+pub fn asked_again(bed: &Bed, id: i64) -> Vec<String> {
+    let row = format!("#r{id:06}:");
+    let bodies = bed.provider.bodies();
+    let users = bodies.iter().filter_map(|b| b["messages"][1]["content"].as_str());
+    let lines = users.flat_map(|user| user.lines().map(str::to_owned));
+    lines.filter(|line| line.contains(&row) && line.contains("(asked again: ")).collect()
+}
+
+/// How often the row with this id was asked.
+#[track_caller]
+pub fn asked_of(bed: &Bed, id: i64) -> u32 {
+    bed.provider.stats().rows.get(&format!("{id:06}")).map_or(0, |row| row.asked)
+}

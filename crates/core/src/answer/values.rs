@@ -268,7 +268,7 @@ mod tests {
     use super::*;
     use crate::options::Options;
     use crate::prompt;
-    use crate::task::{Answer, Spec};
+    use crate::task::{Answer, Span, Spec, Unfit};
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -276,8 +276,34 @@ mod tests {
         Spec::from_json(name, &spec).unwrap().prepare(&Options::default(), &str::len)
     }
 
+    /// A kind whose answers are texts, as they are written.
+    #[derive(Debug)]
+    struct Texts;
+
+    impl Kind for Texts {
+        fn head(&self) -> String {
+            String::new()
+        }
+        fn asks_for(&self) -> String {
+            String::new()
+        }
+        fn samples(&self) -> [String; 2] {
+            Default::default()
+        }
+        fn schema(&self) -> Value {
+            Value::Null
+        }
+        fn tokens(&self, _: usize) -> Span {
+            Span { mean: 1.0, planned: 1 }
+        }
+        fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
+            let text = serde_json::from_str::<String>(value.get()).map_err(|_| Unfit::unknown_code())?;
+            if text.trim().is_empty() { Err(Unfit::unknown_code()) } else { Ok(Answer(vec![Some(text)])) }
+        }
+    }
+
     fn texts() -> Box<dyn Kind> {
-        kind("generate", json!({"instruction": "x"}))
+        Box::new(Texts)
     }
 
     fn said(text: &str, kind: &dyn Kind) -> Vec<Option<String>> {

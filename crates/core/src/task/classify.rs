@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::kind::{Answer, Column, Kind, LONGEST, Span, Unfit, one_line, only, shown, text};
 use super::value::Type;
+use super::verb::{Said, Subject, Verb, instruct};
 use crate::codes::{Label, Legend};
 use crate::options::{AskBy, Codes, Options};
 use crate::{CountTokens, Error, prompt};
@@ -50,6 +51,34 @@ impl Classify {
         let values = Some(self.labels.iter().map(|l| l.label.clone()).collect());
         vec![Column { name: "label".into(), of: Type::Labels, is_array: false, values }]
     }
+}
+
+/// The functions that ask for labels.
+pub(super) static VERBS: [Verb; 3] = [
+    Verb::of_tasks("classify"),
+    Verb { name: "classify_labels", subject: Subject::Texts, put: classify },
+    Verb { name: "filter", subject: Subject::Text, put: filter },
+];
+/// The labels of a question's answers.
+pub const YES: &str = "yes";
+/// As [`YES`].
+pub const NO: &str = "no";
+
+fn classify(spec: &mut Map<String, Value>, said: &Said) -> Result<(), Error> {
+    let Said { names, descriptions, .. } = said;
+    if let Some(name) = descriptions.keys().find(|name| !names.contains(name)) {
+        return Err(Error::new(format!("the label \"{name}\" of a description is not among the labels")));
+    }
+    let label = |name: &String| json!({"label": name, "description": descriptions.get(name).unwrap_or(&json!(""))});
+    spec.insert("labels".to_owned(), names.iter().map(label).collect());
+    Ok(())
+}
+
+fn filter(spec: &mut Map<String, Value>, said: &Said) -> Result<(), Error> {
+    let question = said.some("question", "Ask a question that can be answered with yes or no.")?;
+    instruct(spec, &format!("Answer this question about each text: {question}"));
+    spec.entry("labels").or_insert_with(|| json!({YES: "the answer is yes", NO: "the answer is no"}));
+    Ok(())
 }
 
 /// A classifier with its codes.

@@ -7,6 +7,7 @@ use serde_json::{Map, Value, json};
 
 use super::kind::{Answer, Column, Kind, Span, Unfit, only, text, whole};
 use super::value::Type;
+use super::verb::Verb;
 use crate::{Error, vector};
 
 /// Most numbers of a vector: those of the largest models that are known, twice.
@@ -61,6 +62,9 @@ impl Embed {
         vec![Column { name: "embedding".into(), of: Type::Real, is_array: true, values: None }]
     }
 }
+
+/// The function that asks for vectors.
+pub(super) static VERBS: [Verb; 1] = [Verb::of_tasks("embed")];
 
 /// An embedder that is ready to be asked.
 #[derive(Debug)]

@@ -4,12 +4,21 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::kind::{Answer, Example, Kind, LONGEST, Span, Unfit, examples, only, shown, text, whole};
+use super::kind::{Answer, Column, Example, Kind, LONGEST, Span, Unfit, examples, only, shown, text, whole};
 use super::value::{Type, cleaned, is_form};
+use super::verb::{Said, Subject, Verb, instruct};
 use crate::{CountTokens, Error, prompt};
 
 /// Members of a generator's specification that are written among its options.
 pub(super) const OPTIONS: &[&str] = &["max_words", "max_output_tokens", "language"];
+/// The functions that ask for texts.
+pub(super) static VERBS: [Verb; 3] = [
+    Verb { name: "generate", subject: Subject::Text, put: generate },
+    Verb { name: "summarize", subject: Subject::None, put: summarize },
+    Verb { name: "translate", subject: Subject::Text, put: translate },
+];
+/// Most words of a summary, if nothing is said.
+const SUMMARY_WORDS: u64 = 40;
 /// Most that may be asked for.
 const MOST_WORDS: u64 = 2_000;
 const MOST_TOKENS: u64 = 16_384;
@@ -52,6 +61,29 @@ impl Generate {
         }
         Ok(task)
     }
+
+    pub(super) fn columns(&self) -> Vec<Column> {
+        vec![Column { name: "text".into(), of: Type::Text, is_array: false, values: None }]
+    }
+}
+
+fn generate(spec: &mut Map<String, Value>, said: &Said) -> Result<(), Error> {
+    instruct(spec, said.some("instruction", "Say what to write about each text.")?);
+    Ok(())
+}
+
+fn summarize(spec: &mut Map<String, Value>, _: &Said) -> Result<(), Error> {
+    instruct(spec, "Summarize each text.");
+    if !["max_words", "max_output_tokens"].iter().any(|key| spec.contains_key(*key)) {
+        spec.insert("max_words".to_owned(), SUMMARY_WORDS.into());
+    }
+    Ok(())
+}
+
+fn translate(spec: &mut Map<String, Value>, said: &Said) -> Result<(), Error> {
+    let language = said.some("language", "Name a language, such as German.")?;
+    instruct(spec, &format!("Translate each text into {language}. Write nothing but the translation."));
+    Ok(())
 }
 
 /// A generator that is ready to be asked.
@@ -130,6 +162,7 @@ impl Kind for Prepared {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::answer::Verdict;
     use crate::options::Options;
     use crate::task::Spec;
 
@@ -159,6 +192,29 @@ mod tests {
         let read = |json: &str| kind.read(&RawValue::from_string(json.to_owned()).unwrap()).ok();
         assert_eq!((read(&kind.samples()[0]), read("\" TEXT \"")), (None, None));
         assert!(read("\"A TEXT\"").is_some());
+    }
+
+    /// They come back byte for byte, but for control characters, and are no texts of other rows.
+    #[test]
+    fn hostile_texts_end_no_frame() {
+        let kind = spec(json!({"instruction": "x"})).unwrap().prepare(&Options::default(), &str::len);
+        let controls: String = ('\0'..='\u{9f}').filter(|c| c.is_control()).collect();
+        let hostile = format!("a{controls}\r\nb");
+        for (text, written) in [
+            ("\",\"902\":\"", "\",\"902\":\""),
+            ("{\"902\":\"x\"}\n{\"902\":\"x\"}", "{\"902\":\"x\"}\n{\"902\":\"x\"}"),
+            ("</think>", "</think>"),
+            ("<think>{\"902\":\"x\"}</think>", "<think>{\"902\":\"x\"}</think>"),
+            ("see ```x``` here", "see ```x``` here"),
+            ("so:\n```sql\nSELECT 1\n```\ndone", "so:\n```sql\nSELECT 1\n```\ndone"),
+            ("```\nwhole\n```", "whole"),
+            (hostile.as_str(), "a\t\n\nb"),
+        ] {
+            let answer = json!({"417": text, "902": "b"}).to_string();
+            let read = crate::answer::read(&answer, &[417, 902], &*kind).unwrap();
+            let texts = [written, "b"].map(|text| Verdict::Answer(Answer(vec![Some(text.to_owned())])));
+            assert_eq!(read, texts, "{text:?}");
+        }
     }
 
     #[test]

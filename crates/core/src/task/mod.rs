@@ -10,6 +10,7 @@ mod generate;
 mod kind;
 mod score;
 mod value;
+mod verb;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -19,14 +20,15 @@ use crate::options::{AskBy, Options};
 use crate::{CountTokens, Error};
 
 pub use crate::codes::Label;
-pub use classify::{Classify, Example as LabelExample, check_labels, labels_from_json};
+pub use classify::{Classify, Example as LabelExample, NO, YES, check_labels, labels_from_json};
 pub use embed::Embed;
-pub use extract::{Extract, fields_from_names};
+pub use extract::Extract;
 pub use generate::Generate;
 pub(crate) use kind::Members;
 pub use kind::{Answer, Column, Example, Kind, Span, Unfit};
 pub use score::Score;
 pub use value::{Type, array_literal};
+pub use verb::{Said, Subject, Verb};
 
 /// Most bytes of a specification, as JSON: instruction, labels or fields, examples. That is some 60,000 tokens of prose,
 /// sent with every request; and each stream that asks it is kept in memory.
@@ -98,19 +100,73 @@ pub enum Spec {
 /// The entry points of a kind's file, beside [`Kind`].
 struct Known {
     name: &'static str,
+    /// The users' noun for a task of the kind, as in `create_classifier()`.
+    noun: &'static str,
     /// Members of the specification that a user writes among the options.
     options: &'static [&'static str],
+    verbs: &'static [Verb],
     read: fn(&Map<String, Value>) -> Result<Spec, Error>,
 }
 
-/// All kinds: the one place that lists them, with [`Spec`] and [`Spec::prepare`].
-const KINDS: [Known; 5] = [
-    Known { name: "classify", options: &[], read: |m| Classify::from_json(m).map(Spec::Classify) },
-    Known { name: "extract", options: &[], read: |m| Extract::from_json(m).map(Spec::Extract) },
-    Known { name: "generate", options: generate::OPTIONS, read: |m| Generate::from_json(m).map(Spec::Generate) },
-    Known { name: "score", options: &[], read: |m| Score::from_json(m).map(Spec::Score) },
-    Known { name: "embed", options: &[], read: |m| Embed::from_json(m).map(Spec::Embed) },
+/// All kinds: the one place that lists them, with [`Spec`] and its `match`es.
+static KINDS: [Known; 5] = [
+    Known {
+        name: "classify",
+        noun: "classifier",
+        options: &[],
+        verbs: &classify::VERBS,
+        read: |m| Classify::from_json(m).map(Spec::Classify),
+    },
+    Known {
+        name: "extract",
+        noun: "extractor",
+        options: &[],
+        verbs: &extract::VERBS,
+        read: |m| Extract::from_json(m).map(Spec::Extract),
+    },
+    Known {
+        name: "generate",
+        noun: "generator",
+        options: generate::OPTIONS,
+        verbs: &generate::VERBS,
+        read: |m| Generate::from_json(m).map(Spec::Generate),
+    },
+    Known {
+        name: "score",
+        noun: "scorer",
+        options: &[],
+        verbs: &score::VERBS,
+        read: |m| Score::from_json(m).map(Spec::Score),
+    },
+    Known {
+        name: "embed",
+        noun: "embedder",
+        options: &[],
+        verbs: &embed::VERBS,
+        read: |m| Embed::from_json(m).map(Spec::Embed),
+    },
 ];
+
+/// The verb that asks tasks of every kind.
+static RUN: Verb = Verb::of_tasks("run");
+
+/// The verb of this name, and the kind of task that it asks; any, if there is none.
+pub fn verb(name: &str) -> Option<(&'static Verb, Option<&'static str>)> {
+    if name == RUN.name {
+        return Some((&RUN, None));
+    }
+    KINDS.iter().find_map(|kind| Some((kind.verbs.iter().find(|verb| verb.name == name)?, Some(kind.name))))
+}
+
+/// The users' noun for a task of a kind.
+pub fn noun(kind: &str) -> &'static str {
+    known(kind).map_or("task", |known| known.noun)
+}
+
+/// The nouns for tasks of all kinds.
+pub fn nouns() -> impl Iterator<Item = &'static str> {
+    KINDS.iter().map(|known| known.noun)
+}
 
 impl Spec {
     /// Reads what a user has written of a task of this kind: an object, of which `null` members count as not there.
@@ -155,9 +211,9 @@ impl Spec {
         match self {
             Self::Classify(task) => task.columns(),
             Self::Extract(task) => task.columns(),
+            Self::Generate(task) => task.columns(),
+            Self::Score(task) => task.columns(),
             Self::Embed(task) => task.columns(),
-            Self::Generate(_) => vec![Column { name: "text".into(), of: Type::Text, is_array: false, values: None }],
-            Self::Score(_) => vec![Column { name: "score".into(), of: Type::Numeric, is_array: false, values: None }],
         }
     }
 

@@ -4,8 +4,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Number, Value, json};
 
-use super::kind::{Answer, Example, Kind, LONGEST, Span, Unfit, examples, only, shown, text};
+use super::kind::{Answer, Column, Example, Kind, LONGEST, Span, Unfit, examples, only, shown, text};
 use super::value::Type;
+use super::verb::{Said, Subject, Verb, instruct};
 use crate::{CountTokens, Error, prompt};
 
 /// A scorer's specification.
@@ -50,9 +51,23 @@ impl Score {
         Ok(task)
     }
 
+    pub(super) fn columns(&self) -> Vec<Column> {
+        vec![Column { name: "score".into(), of: Type::Numeric, is_array: false, values: None }]
+    }
+
     fn has(&self, score: f64) -> bool {
         self.low.as_f64().is_some_and(|low| low <= score) && self.high.as_f64().is_some_and(|high| score <= high)
     }
+}
+
+/// The function that asks for scores.
+pub(super) static VERBS: [Verb; 1] = [Verb { name: "score", subject: Subject::Text, put: score }];
+
+fn score(spec: &mut Map<String, Value>, said: &Said) -> Result<(), Error> {
+    instruct(spec, said.some("question", "Ask what the score tells of each text, such as how urgent it is.")?);
+    spec.entry("low").or_insert_with(|| 0.into());
+    spec.entry("high").or_insert_with(|| 1.into());
+    Ok(())
 }
 
 /// A scorer that is ready to be asked.

@@ -13,9 +13,11 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-pub use self::fields::{Field, Missing, fields_from_json, fields_from_names};
+use self::fields::fields_from_names;
+pub use self::fields::{Field, Missing, fields_from_json};
 use super::kind::{Answer, Column, Example, Kind, Members, Span, Unfit, examples, only, shown, text};
 use super::value::Type;
+use super::verb::{Said, Subject, Verb};
 use crate::codes::{Label, Legend};
 use crate::options::{Codes, Options};
 use crate::{CountTokens, Error, prompt};
@@ -51,6 +53,15 @@ impl Extract {
         };
         self.fields.iter().map(column).collect()
     }
+}
+
+/// The functions that ask for values.
+pub(super) static VERBS: [Verb; 2] =
+    [Verb::of_tasks("extract"), Verb { name: "extract_fields", subject: Subject::Texts, put: extract }];
+
+fn extract(spec: &mut Map<String, Value>, said: &Said) -> Result<(), Error> {
+    spec.insert("fields".to_owned(), json!(fields_from_names(said.names, said.descriptions)?));
+    Ok(())
 }
 
 /// The values of an example belong to fields and are of their types.
