@@ -4,7 +4,6 @@
 mod classify;
 mod embed;
 mod extract;
-mod generate;
 mod score;
 
 use pgrx::prelude::*;
