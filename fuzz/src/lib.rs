@@ -35,6 +35,7 @@ pub fn answer(data: &[u8]) {
         .map(|codes| ("classify", json!({"labels": LABELS}), options(codes)));
     let decisions = Options { ask_by: AskBy::Decisions, ..Options::default() };
     let others = [
+        ("generate", json!({"instruction": "x"})),
         ("score", json!({"instruction": "x", "low": 0, "high": 10})),
         ("embed", json!({"dimensions": 2})),
         ("extract", json!({"fields": {"c": {"labels": LABELS}, "n": "numeric", "tags": "text[]"}})),

@@ -4,6 +4,7 @@
 mod classify;
 mod embed;
 mod extract;
+mod generate;
 mod score;
 
 use pgrx::prelude::*;

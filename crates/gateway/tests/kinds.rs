@@ -73,6 +73,22 @@ fn a_row_is_told_what_was_wrong_and_nothing_of_what_was_written() {
 }
 
 #[test]
+fn packs_of_texts_are_full_and_not_cut() {
+    let setup = Setup::with_cache(0);
+    let provider = provider(Config::default());
+    let mut client = setup.client(&provider, |s| {
+        s.task.spec = Spec::from_json("generate", &json!({"instruction": "Explain.", "max_words": 100})).unwrap();
+        s.model.max_concurrent_requests = Some(1);
+    });
+    client.rows(0..2_000);
+    let (got, _) = client.answers(2_000);
+    assert!(got.values().all(|o| matches!(o.verdict, Verdict::Answer(_)) && o.attempts == 1), "a row was asked twice");
+    // Once their length is known, packs are full.
+    let requests = provider.stats().admitted;
+    assert!(requests <= 2_000 / 50 + 4, "{requests} requests");
+}
+
+#[test]
 fn a_row_whose_answer_was_refused_is_asked_again_and_told_why() {
     let setup = Setup::with_cache(1 << 20);
     let provider = provider(Config::default());

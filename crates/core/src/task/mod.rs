@@ -6,6 +6,7 @@
 mod classify;
 mod embed;
 mod extract;
+mod generate;
 mod kind;
 mod score;
 mod value;
@@ -22,6 +23,7 @@ pub use crate::codes::Label;
 pub use classify::{Classify, Example as LabelExample, NO, YES, check_labels, labels_from_json};
 pub use embed::Embed;
 pub use extract::Extract;
+pub use generate::Generate;
 pub(crate) use kind::Members;
 pub use kind::{Answer, Column, Example, Kind, Span, Unfit};
 pub use score::Score;
@@ -87,6 +89,8 @@ pub enum Spec {
     Classify(Classify),
     /// Several typed values by name.
     Extract(Extract),
+    /// A text.
+    Generate(Generate),
     /// A number within a range.
     Score(Score),
     /// A vector.
@@ -105,7 +109,7 @@ struct Known {
 }
 
 /// All kinds: the one place that lists them, with [`Spec`] and its `match`es.
-static KINDS: [Known; 4] = [
+static KINDS: [Known; 5] = [
     Known {
         name: "classify",
         noun: "classifier",
@@ -119,6 +123,13 @@ static KINDS: [Known; 4] = [
         options: &[],
         verbs: &extract::VERBS,
         read: |m| Extract::from_json(m).map(Spec::Extract),
+    },
+    Known {
+        name: "generate",
+        noun: "generator",
+        options: generate::OPTIONS,
+        verbs: &generate::VERBS,
+        read: |m| Generate::from_json(m).map(Spec::Generate),
     },
     Known {
         name: "score",
@@ -189,6 +200,7 @@ impl Spec {
         match self {
             Self::Classify(_) => "classify",
             Self::Extract(_) => "extract",
+            Self::Generate(_) => "generate",
             Self::Score(_) => "score",
             Self::Embed(_) => "embed",
         }
@@ -199,6 +211,7 @@ impl Spec {
         match self {
             Self::Classify(task) => task.columns(),
             Self::Extract(task) => task.columns(),
+            Self::Generate(task) => task.columns(),
             Self::Score(task) => task.columns(),
             Self::Embed(task) => task.columns(),
         }
@@ -209,6 +222,7 @@ impl Spec {
         match self {
             Self::Classify(task) => Box::new(classify::Prepared::new(task, options, count)),
             Self::Extract(task) => Box::new(extract::Prepared::new(task, options, count)),
+            Self::Generate(task) => Box::new(generate::Prepared::new(task, count)),
             Self::Score(task) => Box::new(score::Prepared::new(task, count)),
             Self::Embed(task) => Box::new(embed::Prepared(task.clone())),
         }

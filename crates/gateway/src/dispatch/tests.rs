@@ -385,6 +385,22 @@ fn a_session_whose_rows_are_coming_is_not_idle() {
     assert!(!sim.state.must_wait(sim.conn) && gives_way(&sim, sim.now + IDLE));
 }
 
+#[test]
+fn a_text_gets_no_more_tokens_than_its_user_has_set() {
+    let task = json!({"instruction": "Explain it.", "max_output_tokens": 60});
+    let spec = |s: &mut Stream| s.task.spec = llm_batch_core::task::Spec::from_json("generate", &task).unwrap();
+    let mut caps = Vec::new();
+    let mut sim = Sim::new(spec);
+    sim.ask(0..1, "", |question| {
+        caps.push(question.body["max_tokens"].as_u64().unwrap());
+        question.right()
+    });
+    assert!(sim.is_answered() && caps.iter().all(|cap| (66..110).contains(cap)), "{caps:?}");
+    // An answer that runs into it gets no larger cap; one that only thinks does.
+    let long = format!("{{\"417\":\"{}", "It is long. ".repeat(100));
+    gets_more(spec, &[(&long, false), ("", true)]);
+}
+
 /// Checks whether a row whose answers run into their cap with these texts gets a larger cap.
 #[track_caller]
 fn gets_more(spec: impl Fn(&mut Stream), texts: &[(&str, bool)]) {
