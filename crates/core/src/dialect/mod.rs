@@ -328,7 +328,22 @@ pub struct Usage {
     pub output: Option<u64>,
 }
 
+/// A server may count so many times the tokens of a request that it can take by our count, and so many more: it has a
+/// tokenizer, a template and instructions of its own.
+const MOST_TIMES: u64 = 20;
+const MOST_MORE: u64 = 100_000;
+
 impl Usage {
+    /// The parts that can be true of a request which may take so many tokens at the worst, by our count. A limit would be
+    /// used up for minutes, and a budget for good, by a number such as 4,294,967,295.
+    pub fn believable(self, worst: Tokens) -> Self {
+        let most = |worst: u64| worst.saturating_mul(MOST_TIMES).saturating_add(MOST_MORE);
+        Self {
+            input: self.input.filter(|said| *said <= most(worst.input)),
+            output: self.output.filter(|said| *said <= most(worst.output)),
+        }
+    }
+
     /// All of it, if nothing is missing.
     pub fn whole(self) -> Option<Tokens> {
         Some(Tokens { input: self.input?, output: self.output? })

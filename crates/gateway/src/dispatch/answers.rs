@@ -141,8 +141,9 @@ impl State {
                 self.put_back(request.group, request.rows);
             }
             Some(answered) if answered.has_no_place => self.had_no_place(now, request, &answered),
-            Some(answered) => {
-                if let Ok(reply) = &answered.result {
+            Some(mut answered) => {
+                if let Ok(reply) = &mut answered.result {
+                    reply.usage = reply.usage.believable(request.asked.worst);
                     // Half of what we count is sure. Cached tokens do not count everywhere.
                     let took = reply.usage.or(Tokens { input: request.asked.estimate.input / 2, output: 0 });
                     let took = Tokens { input: took.input.saturating_sub(reply.cached_input), ..took };

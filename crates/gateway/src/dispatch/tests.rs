@@ -271,6 +271,28 @@ fn but_for(question: &Question, mut is_wrong: impl FnMut(u64) -> bool) -> Answer
     )
 }
 
+/// A limit is not used up by what no request can have taken.
+#[test]
+fn an_absurd_account_of_a_request_is_none() {
+    let absurd = 4_294_967_295_u64;
+    for usage in [
+        json!({"prompt_tokens": absurd, "completion_tokens": 5}),
+        json!({"prompt_tokens": 20, "completion_tokens": absurd}),
+        json!({"prompt_tokens": 20, "total_tokens": u64::MAX}),
+    ] {
+        let mut sim = Sim::new(|s| s.model.tokens_per_minute = Some(100_000));
+        let begin = sim.now;
+        sim.ask(0..200, "", |q| {
+            let answers: serde_json::Map<String, Value> =
+                q.rows.iter().map(|(id, _)| (id.to_string(), json!("a"))).collect();
+            let content = Value::from(answers).to_string();
+            said(200, &json!({"choices": [{"message": {"content": content}, "finish_reason": "stop"}], "usage": usage}))
+        });
+        assert!(sim.is_answered(), "{usage}: {:?} {:?}", sim.stop, sim.outcomes);
+        assert!(sim.now - begin < 60_000, "{usage}: {} ms", sim.now - begin);
+    }
+}
+
 /// Rows that have no valid answer for some times lose nothing where others are answered when they are asked again. A row that
 /// never has one is asked as often as its task says where no others fail, and is in no more than nine requests in any case.
 #[test]
