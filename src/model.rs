@@ -446,12 +446,12 @@ fn alter_model(
     let place = check_place(server.as_ref().map(|s| s.0), model)?;
     let reset: Vec<String> = reset.unwrap_or_default().into_iter().flatten().collect();
     settings.check_reset(&reset)?;
-    let (server, server_name) = server.unzip();
     let is_reset = |column: &str| reset.iter().any(|name| name == column);
     let is_by_hand = settings.has_prices();
     let anew = listed_anew(name, place.as_deref(), model, is_reset("input_price") && is_reset("output_price"))?;
     let taken = anew.as_ref().and_then(|(_, listed)| listed.as_ref());
     let settings = settings.with_prices(taken);
+    let (server, server_name) = server.unzip();
     let mut args: Vec<DatumWithOid> = vec![name.into(), server.into(), server_name.into(), model.into()];
     let mut assignments = String::new();
     if anew.is_some() || is_by_hand || price::COLUMNS.into_iter().any(is_reset) {
@@ -480,9 +480,7 @@ fn alter_model(
         changes::tell();
         Ok(())
     })?;
-    if let Some((model, listed)) = anew {
-        price::tell(&model, listed.as_ref());
-    }
+    anew.into_iter().for_each(|(model, listed)| price::tell(&model, listed.as_ref()));
     Ok(())
 }
 

@@ -225,9 +225,19 @@ struct Terms<'a> {
     largest: u64,
     /// Most tokens of an answer.
     largest_answer: Option<u64>,
+    /// Tokens of a request by which a limit is used evenly.
+    even: Option<u64>,
 }
 
 impl Terms<'_> {
+    /// Most tokens of rows and their answers in a request, by our count; and the bytes of a number of a vector.
+    fn most(&self) -> (usize, Option<f64>) {
+        let tokens = self.counted(rows_of(self.learned, self.measured, self.largest));
+        // Nothing is paid for twice where texts for vectors go in more requests.
+        let even = self.even.filter(|_| self.stream.embeddings().is_some());
+        (even.map_or(tokens, |even| tokens.min(self.counted(even))), self.measured.number(self.learned, self.stream))
+    }
+
     /// The number of tokens by our count that make so many of the server's.
     fn counted(&self, tokens: u64) -> usize {
         (tokens as f64 / self.measured.prompt.apply(1000) as f64 * 1000.0) as usize
@@ -396,9 +406,7 @@ impl State {
         self.groups.order(lane);
         lane.forget(now);
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
-        let (configured, by_word) = (lane.configured, lane.largest_by_word(now));
-        let largest_answer = lane.limiter.largest_answer();
-        let even = configured.min(lane.stated.limits()).even_request();
+        let (configured, by_word, stated) = (lane.configured, lane.largest_by_word(now), lane.stated.limits());
         let Lane { groups, limiter, learned, chats, decisions, standings, in_flight, .. } = lane;
         for id in groups.iter().copied() {
             let Some(group) = self.groups.get_mut(id) else { continue };
@@ -429,7 +437,6 @@ impl State {
             let learned = Learned { forms: standing.forms.without(learned.forms), ..*learned };
             // A row is too long by the user's settings only. A provider's limit is tried with the row alone.
             let set = configured.largest_request().unwrap_or(u64::MAX).min(stream.most_tokens());
-            let largest = set.min(by_word);
             let terms = Terms {
                 numbers: &self.numbers,
                 stream: &stream,
@@ -437,14 +444,11 @@ impl State {
                 measured: Measured { sizes: standing.sizes, ..record.measured },
                 configured,
                 set,
-                largest,
-                largest_answer,
+                largest: set.min(by_word),
+                largest_answer: limiter.largest_answer(),
+                even: configured.min(stated).even_request(),
             };
-            let tokens = terms.counted(rows_of(learned, record.measured, largest));
-            // Nothing is paid for twice where texts for vectors go in more requests.
-            let even = even.filter(|_| stream.embeddings().is_some()).map_or(tokens, |even| terms.counted(even));
-            let (tokens, number) = (tokens.min(even), record.measured.number(learned, &stream));
-            let mut rows = match group.next(now, (tokens, number), (service, way, trial), key, turn_of) {
+            let mut rows = match group.next(now, terms.most(), (service, way, trial), key, turn_of) {
                 Next::Rows(rows) => rows,
                 Next::Until(at) => {
                     later(at);
