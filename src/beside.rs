@@ -3,7 +3,7 @@
 use pgrx::prelude::*;
 use serde_json::Value;
 
-use crate::catalog::Target;
+use crate::catalog::{self, Target};
 use crate::error::{Error, Result};
 use crate::sql::{self, name};
 
@@ -58,14 +58,17 @@ impl Beside {
         }
         let found = sql::row(
             "SELECT a.atttypid, pg_catalog.format_type(a.atttypid, a.atttypmod),
-                    a.attgenerated OPERATOR(pg_catalog.<>) ''
+                    a.attgenerated OPERATOR(pg_catalog.<>) '', a.attnotnull, a.atttypmod
                FROM pg_catalog.pg_attribute a
               WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attname OPERATOR(pg_catalog.=) $2::pg_catalog.name
                 AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped",
             &[target.relation.into(), column.into()],
-            |r| Ok((r.get::<pg_sys::Oid>(1)?, r.get::<String>(2)?, r.get::<bool>(3)?)),
+            |r| {
+                let type_oid = r.get::<pg_sys::Oid>(1)?;
+                Ok((type_oid, r.get::<String>(2)?, r.get::<bool>(3)?, r.get::<bool>(4)?, r.get::<i32>(5)?))
+            },
         )?;
-        let Some((type_oid, type_name, is_generated)) = found else {
+        let Some((type_oid, type_name, is_generated, is_not_null, typmod)) = found else {
             let first = types.first().map_or("", |(_, name)| *name);
             return Err(Error::new(
                 PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
@@ -80,8 +83,15 @@ impl Beside {
             )
             .hint(format!("Name a column of type {}.", self.of_types())));
         }
-        if is_generated || target.key_names.iter().any(|key| key == column) {
-            let what = if is_generated { "is generated" } else { "belongs to the key" };
+        let is_probability = self.option == CONFIDENCE.option;
+        let what = match () {
+            () if is_generated => Some("is generated"),
+            () if target.key_names.iter().any(|key| key == column) => Some("belongs to the key"),
+            () if is_probability && is_not_null => Some("is NOT NULL, and not every answer has a probability"),
+            () if is_probability && catalog::read_value(c"1", type_oid, typmod).is_err() => Some("cannot hold 1"),
+            () => None,
+        };
+        if let Some(what) = what {
             return Err(Error::new(
                 PgSqlErrorCode::ERRCODE_WRONG_OBJECT_TYPE,
                 format!("column \"{column}\" of {} cannot be the {called}", target.name),

@@ -52,7 +52,7 @@ impl Question {
         let name = self.subject.first().cloned().flatten().unwrap_or_default();
         let OfCall { task: options, limit } = of_call(self.options.clone())?;
         let known = task::load(&name, &options).map_err(|e| {
-            if !name.trim_start().starts_with(['{', '[']) {
+            if !self.verb.has_array_form() || !name.trim_start().starts_with(['{', '[']) {
                 return e;
             }
             e.hint(

@@ -75,9 +75,9 @@ fn answers_of(asked: Asked, limit: Allowance, page: &mut dyn FnMut(usize) -> Res
     let mut sink = |o: Outcome| {
         let at = places.borrow().get(o.n as usize).copied().unwrap_or(usize::MAX);
         if let Some(answer) = answers.borrow_mut().get_mut(at) {
-            answer.confidence = o.confidence.map(|c| c as f32);
             match o.verdict {
                 Verdict::Answer(values) => {
+                    answer.confidence = o.confidence.map(|c| c as f32);
                     answer.value = spec.to_text(&values);
                     answer.status = "ok";
                 }

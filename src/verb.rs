@@ -48,6 +48,11 @@ impl Verb {
         self.of.subject == Subject::Task
     }
 
+    /// Returns true if the same function takes labels or fields in place of a task's name.
+    pub fn has_array_form(self) -> bool {
+        self.kind.is_some_and(task::takes_texts)
+    }
+
     /// Refuses a task of another kind.
     pub fn check_kind(self, name: &str, spec: &Spec) -> Result<()> {
         match self.kind.filter(|kind| *kind != spec.kind()) {

@@ -62,6 +62,7 @@ fn vectors_of_jobs_and_queries() {
         assert_eq!(bed.done(job).counts().1, 2000, "{:?}", failures(c, job));
         assert_eq!(wrong(c, &as_real), (0, 0), "{column}");
     }
+    assert_eq!(one(c, "SELECT count(llm_embed(body, 'checked')) FROM t WHERE id <= 3"), 3);
     // What is no vector fits no column. The refusal shows its numbers.
     run(c, "CREATE DOMAIN short AS real[] CHECK (cardinality(VALUE) < 9); ALTER TABLE t ADD w short");
     let job = one(

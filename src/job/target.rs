@@ -85,7 +85,8 @@ impl Target {
         let (field, text) = (fields.get(at)?, answer.0.get(at)?.as_deref()?);
         match self.form {
             Form::Json => Some(field.json(Some(text))),
-            _ if self.takes_vectors(spec) => vector::from_json(text),
+            // What a repair has made of it may be no vector: the column's type says so.
+            _ if self.takes_vectors(spec) => Some(vector::from_json(text).unwrap_or_else(|| text.to_owned())),
             _ if spec.embeds().is_some() && self.form == Form::Text => Some(field.json(Some(text))),
             form if form.is_array() && field.is_array => array_literal(text),
             _ => Some(text.to_owned()),

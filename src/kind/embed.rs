@@ -38,7 +38,7 @@ fn alter_embedder(
 fn llm_embed(input: Text, name: Text) -> Answer<Vec<f32>> {
     let numbers = |text: String| {
         let inner = text.trim_matches(['{', '}']);
-        inner.split(',').map(|n| n.parse().ok()).collect::<Option<Vec<f32>>>()
+        inner.split(',').map(|n| n.trim().parse().ok()).collect::<Option<Vec<f32>>>()
     };
     Ok(by_task("embed", input, name)?.and_then(numbers))
 }

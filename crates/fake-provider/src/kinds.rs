@@ -23,5 +23,8 @@ pub fn kinds<T: DeserializeOwned>(key: &str) -> io::Result<Vec<(String, T)>> {
             all.extend(entries.into_iter().map(|entry| (kind.clone(), entry)));
         }
     }
+    if all.is_empty() {
+        return Err(io::Error::other(format!("no kind has \"{key}\"")));
+    }
     Ok(all)
 }

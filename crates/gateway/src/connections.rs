@@ -66,19 +66,21 @@ impl Share {
     /// # Errors
     /// If it is not small, and either memory is full or this server has three quarters of it.
     pub fn add(&self, bytes: usize, length: usize) -> Result<(), String> {
-        let own = self.bytes.load(Ordering::Relaxed).saturating_add(bytes);
+        // Large answers give their bytes back on another thread.
+        let own = self.bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
         if length > SMALL_ANSWER && own > self.all.memory.load(Ordering::Relaxed) / 4 * 3 {
+            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
             return Err(
                 "answers of this server that are being read use its share of llm_batch.gateway_memory".to_owned()
             );
         }
-        self.all.add(bytes, length)?;
-        self.bytes.store(own, Ordering::Relaxed);
-        Ok(())
+        self.all.add(bytes, length).inspect_err(|_| {
+            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+        })
     }
 
     pub fn give_back(&self, bytes: usize) {
-        self.bytes.store(self.bytes.load(Ordering::Relaxed).saturating_sub(bytes), Ordering::Relaxed);
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
         self.all.give_back(bytes);
     }
 }
@@ -96,12 +98,12 @@ impl Reading {
     /// # Errors
     /// If it is not small, and memory is full.
     pub fn add(&self, bytes: usize, length: usize) -> Result<(), String> {
-        let all = self.bytes.load(Ordering::Relaxed).saturating_add(bytes);
+        let all = self.bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
         // A small answer never has to go without.
         if length > SMALL_ANSWER && all > self.memory.load(Ordering::Relaxed) {
+            self.bytes.fetch_sub(bytes, Ordering::Relaxed);
             return Err("answers that are being read use all of llm_batch.gateway_memory".to_owned());
         }
-        self.bytes.store(all, Ordering::Relaxed);
         Ok(())
     }
 
@@ -111,7 +113,7 @@ impl Reading {
     }
 
     pub fn give_back(&self, bytes: usize) {
-        self.bytes.store(self.bytes.load(Ordering::Relaxed).saturating_sub(bytes), Ordering::Relaxed);
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
     }
 }
 

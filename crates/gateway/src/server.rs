@@ -313,7 +313,7 @@ async fn take(shared: &Rc<Shared>, conn: u64, buffer: &mut Vec<u8>) -> Result<bo
             for item in items {
                 lines.push(line(shared, conn, item).await?);
             }
-            let estimate = state().estimate(conn, lines);
+            let estimate = state().estimate(shared.now(), conn, lines);
             state().say(conn, &FromGateway::Estimated(estimate));
         }
         ToGateway::Activity => {

@@ -413,7 +413,8 @@ impl Worker {
                 position,
                 values,
                 by,
-                confidence: o.confidence,
+                // What a column of type real calls too small is none.
+                confidence: o.confidence.map(|c| if c < 1e-30 { 0.0 } else { c }),
                 verdict: o.verdict,
                 // An answer that was paid for with another row is one too.
                 attempts: again.map_or(o.attempts, |again| o.attempts.max(again.attempts + 1)),

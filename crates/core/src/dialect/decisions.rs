@@ -8,7 +8,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{Reply, Unread, Usage};
-use crate::CountTokens;
+use crate::{CountTokens, parts};
 
 /// Bytes of the answer to a question beside its labels, and of a label in it beside its text: a probability, and the signs.
 const ANSWER_BYTES: usize = 128;
@@ -17,6 +17,9 @@ const CHOICE_BYTES: usize = 64;
 const ESCAPED: usize = 3;
 /// Bytes of the answers of a request, about.
 const MOST_ANSWERS: usize = 3 << 20;
+/// Parts of the answer to a question, and for each of its choices.
+const PARTS: usize = 20;
+const CHOICE_PARTS: usize = 8;
 /// Bytes of an answer for each token that it would have in a chat.
 const BYTES_PER_TOKEN: usize = 64;
 
@@ -87,9 +90,10 @@ fn answer_bytes(choices: &[String]) -> usize {
     ANSWER_BYTES + choices.iter().map(|label| CHOICE_BYTES + ESCAPED * label.len()).sum::<usize>()
 }
 
-/// Most rows of a request: their answers are no larger than an answer may be.
+/// Most rows of a request: their answers are no larger than an answer may be, and have no more parts.
 pub fn most_rows(choices: &[String]) -> usize {
-    (MOST_ANSWERS / answer_bytes(choices)).max(1)
+    let parts = parts::MOST / (PARTS + CHOICE_PARTS * choices.len());
+    (MOST_ANSWERS / answer_bytes(choices)).min(parts).max(1)
 }
 
 /// Most tokens of an answer about so many rows, were it one of a chat.

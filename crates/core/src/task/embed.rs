@@ -8,12 +8,14 @@ use serde_json::{Map, Value, json};
 use super::kind::{Answer, Column, Kind, Span, Unfit, only, text, whole};
 use super::value::Type;
 use super::verb::Verb;
-use crate::{Error, vector};
+use crate::{Error, parts, vector};
 
 /// Most numbers of a vector: those of the largest models that are known, twice.
 const MOST_DIMENSIONS: u64 = 8_192;
 /// Bytes of the answers of a request, about.
 const MOST_ANSWERS: f64 = (3 << 20) as f64;
+/// A number of a vector in base64 has fewer bytes, and what stands around them.
+const IN_BASE64: f64 = 6.5;
 /// Bytes of a number in JSON, as the longest are written.
 const BYTES_PER_NUMBER: u64 = 24;
 /// So many numbers take the room of what stands around a vector.
@@ -49,7 +51,9 @@ impl Embed {
 
     /// Bytes of an answer with the vectors of so many texts, for each of their numbers.
     pub fn number(&self, bytes: usize, rows: usize) -> f64 {
-        bytes as f64 / rows.max(1) as f64 / f64::from(self.dimensions + AROUND)
+        let number = bytes as f64 / rows.max(1) as f64 / f64::from(self.dimensions + AROUND);
+        // In a list each number is a part of the body, however short it is written.
+        if number < IN_BASE64 { number } else { number.max(MOST_ANSWERS / (parts::MOST as f64 * 0.9)) }
     }
 
     /// Most tokens of an answer to so many texts, were it one of a chat.

@@ -158,6 +158,11 @@ pub fn verb(name: &str) -> Option<(&'static Verb, Option<&'static str>)> {
     KINDS.iter().find_map(|kind| Some((kind.verbs.iter().find(|verb| verb.name == name)?, Some(kind.name))))
 }
 
+/// Returns true if a verb of this kind takes labels or fields in place of a task's name.
+pub fn takes_texts(kind: &str) -> bool {
+    known(kind).is_ok_and(|known| known.verbs.iter().any(|verb| verb.subject == Subject::Texts))
+}
+
 /// The users' noun for a task of a kind.
 pub fn noun(kind: &str) -> &'static str {
     known(kind).map_or("task", |known| known.noun)

@@ -290,7 +290,7 @@ pub fn array_literal(value: &str) -> Option<String> {
     let json: &str = &vector::to_json(value)?;
     // Numbers alone are written the same way, and vectors have many.
     let bare = json.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
-    if let Some(numbers) = bare.filter(|n| n.bytes().all(|b| b.is_ascii_digit() || b"+-.eE,".contains(&b))) {
+    if let Some(numbers) = bare.filter(|n| n.bytes().all(|b| b.is_ascii_digit() || b"+-.eE, ".contains(&b))) {
         return Some(format!("{{{numbers}}}"));
     }
     let items: Vec<&RawValue> = serde_json::from_str(json).ok()?;

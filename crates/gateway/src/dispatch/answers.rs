@@ -467,10 +467,12 @@ fn learn(
             lane.record_mut(asked.service).measured.sizes = sizes;
         }
     }
-    let counted = (asked.estimate.input + asked.estimate.output) as f64 * answers as f64 / size.max(1) as f64;
+    // In whichever way it was asked, the costs of a model are those of what all models count alike.
+    let ours = if group.decided().is_some() { group.tokens(rows, None, Service::Chat) } else { asked.estimate };
+    let counted = (ours.input + ours.output) as f64 * answers as f64 / size.max(1) as f64;
     let Reply { cached_input, written_input, .. } = *reply;
     let used = Used { all: reply.usage.or(asked.estimate), cached_input, written_input };
-    lane.standings.of(now, asked.scope).taken.observe(now, counted, used);
+    lane.standings.of(now, group.scope).taken.observe(now, counted, used);
     lane.concurrency.answered(asked.sent, now, reply.usage.or(asked.estimate), in_flight);
     let options = &group.stream.task.options;
     let form = asked.learned.form(options);

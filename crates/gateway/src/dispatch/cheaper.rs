@@ -96,13 +96,16 @@ impl State {
         let is_refused = match report.trouble {
             Trouble::Overload(_) => false,
             Trouble::NotFound | Trouble::Misplaced => true,
-            Trouble::Rejected if !lane.standings.of(now, asked.scope).is_accepted => true,
+            // A key may be allowed the one and not the other.
+            Trouble::Rejected | Trouble::Auth if !lane.standings.of(now, asked.scope).is_accepted => true,
             _ => return false,
         };
         let words = report.words.to_lowercase();
-        if is_missing || is_refused && OF_CHOICES.iter().any(|word| words.contains(word)) {
-            let choices =
-                if is_missing { 0 } else { decided.kind.choices().map_or(0, |all| all.len().saturating_sub(1)) };
+        let is_of_choices = !is_missing && is_refused && OF_CHOICES.iter().any(|word| words.contains(word));
+        if is_missing && lane.record(Service::Decisions).last_success.is_none() {
+            lane.learned.most_choices = 0;
+        } else if is_of_choices {
+            let choices = decided.kind.choices().map_or(0, |all| all.len().saturating_sub(1));
             lane.learned.most_choices = lane.learned.most_choices.min(choices);
         }
         let is_out = lane.standings.of(now, group.scope).cheaper.failed(now, is_refused);

@@ -121,11 +121,14 @@ impl State {
 
     pub(super) fn stop_task(&mut self, now: u64, lane_key: &LaneKey, scope: TextKey, stop: &Stop, role: Option<u32>) {
         for group in self.same(lane_key, scope) {
-            // One that has another way of asking goes on.
-            if self.groups.get(group).is_some_and(|group| group.scope != scope) {
-                continue;
+            let own = self.groups.get(group).map(|group| group.scope).filter(|own| *own != scope);
+            match (own, self.lanes.get_mut(lane_key)) {
+                // One that has another way of asking goes on in that.
+                (Some(own), Some(lane)) => {
+                    lane.standings.of(now, own).cheaper.failed(now, true);
+                }
+                _ => self.strike(now, lane_key, group, stop, role),
             }
-            self.strike(now, lane_key, group, stop, role);
         }
     }
 

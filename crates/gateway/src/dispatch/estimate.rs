@@ -13,7 +13,7 @@ use crate::protocol::{Estimate, Item};
 
 impl State {
     /// Estimates the requests and tokens of rows, by the measurements of the client's model.
-    pub fn estimate(&mut self, conn: u64, items: Vec<(Item, Option<Line>)>) -> Estimate {
+    pub fn estimate(&mut self, now: u64, conn: u64, items: Vec<(Item, Option<Line>)>) -> Estimate {
         let mut sum = Estimate::default();
         let Some((group_id, stream)) = self.conns.get(&conn).and_then(|c| c.stream.clone()) else {
             return sum;
@@ -21,7 +21,7 @@ impl State {
         let Some(known) = self.groups.get(group_id) else { return sum };
         let Some(member) = known.members.first() else { return sum };
         let Some(lane) = self.lanes.get_mut(&member.lane) else { return sum };
-        let service = cheaper::usual(0, (known, member), lane);
+        let service = cheaper::usual(now, (known, member), lane);
         let asked = Rc::clone(member.stream(service));
         let (learned, measured) = (lane.learned, lane.record(service).measured);
         let mut group = Group::new(stream, &self.keys);

@@ -1,9 +1,12 @@
 //! Pauses of a task whose requests are refused, broken off, or paid for in vain, with a simulated clock.
 
+use llm_batch_core::dialect::Sent;
+use llm_batch_core::options::AskBy;
 use serde_json::{Value, json};
 
-use super::tests::{Question, Sim, body, said};
+use super::tests::{Question, Sim, answer, body, said};
 use super::*;
+use crate::protocol::Prices;
 
 const HOUR: u64 = 3_600_000;
 
@@ -55,6 +58,43 @@ fn what_refusals_within_an_answer_cost_is_bounded() {
         }
         println!("{refused}: a row is in up to {most} requests, {went_on} of 20 jobs never pause");
         assert!(most <= 9 && went_on >= least, "{refused}: {most}, {went_on}");
+    }
+}
+
+/// The right answer to questions.
+fn decided(q: &Question) -> Answered {
+    let ids: Vec<u16> = q.rows.iter().map(|(id, _)| *id).collect();
+    let one = |id: &u16| json!({"type": "choice", "name": id.to_string(), "choice": "a"});
+    let answers: Vec<Value> = ids.iter().map(one).collect();
+    let body = json!({"answers": answers, "usage": {"input_tokens": 20, "output_tokens": 0}}).to_string();
+    answer(Sent { service: Service::Decisions, ids: &ids, ..Sent::default() }, 200, body.as_bytes())
+}
+
+/// Where a task may be asked in a chat too, what pauses decisions is answered there.
+#[test]
+fn a_pause_of_decisions_leads_to_the_chat() {
+    for is_proven in [false, true] {
+        let (mut is_paused, mut decisions, mut in_vain) = (!is_proven, 0, 0);
+        let mut sim = Sim::new(|s| {
+            s.task.options.ask_by = AskBy::Auto;
+            // What is written is dear.
+            s.model.prices = Some(Prices { input: 1, output: 1_000 });
+        });
+        for rows in [0..500, 1_000..2_000] {
+            sim.ask(rows, "", |q| {
+                let is_chat = !q.body["messages"].is_null();
+                decisions += u32::from(!is_chat);
+                in_vain += u32::from(!is_chat && is_paused);
+                match (is_chat, is_paused) {
+                    (true, _) => q.right(),
+                    (false, true) => said(200, &refused()),
+                    (false, false) => decided(q),
+                }
+            });
+            assert!(sim.is_answered(), "{is_proven}: {:?} {:?}", sim.stop, sim.outcomes.len());
+            is_paused = true;
+        }
+        assert!(decisions > 0 && in_vain <= 60, "{is_proven}: {in_vain} of {decisions}");
     }
 }
 

@@ -15,8 +15,8 @@ use crate::protocol::{self, decode};
 
 /// A request: the numbers of its rows and those of their texts, and all of it.
 pub(super) struct Question {
-    rows: Vec<(u16, u64)>,
-    body: Value,
+    pub(super) rows: Vec<(u16, u64)>,
+    pub(super) body: Value,
 }
 
 impl Question {
@@ -484,7 +484,7 @@ fn a_schema_that_is_not_sent_takes_no_tokens() {
             s.task.options.structured_output = StructuredOutput::JsonSchema;
         });
         let item = |n| (Item { n, text: format!("row {n}"), isolation: None, again: None }, None);
-        let estimate = sim.state.estimate(sim.conn, (0..20).map(item).collect());
+        let estimate = sim.state.estimate(sim.now, sim.conn, (0..20).map(item).collect());
         (estimate.example.unwrap().contains("schema"), estimate.input_tokens)
     };
     let ((is_sent, with), (is_sent_too, without)) = (of(Api::Openai), of(Api::Anthropic));

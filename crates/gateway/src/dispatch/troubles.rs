@@ -14,6 +14,7 @@ use llm_batch_core::trouble::{Parameter, Report, Trouble};
 use super::answers::left;
 use super::doubts::Said;
 use super::{Asked, InFlight, State, too_long};
+use crate::cache::TextKey;
 use crate::key::{GroupId, LaneKey};
 use crate::lane::Measured;
 use crate::protocol::{Stop, StopReason, Verdict};
@@ -158,7 +159,7 @@ impl State {
     /// were paid for as often as they may be, the task was without a valid row, or none of its requests was answered in
     /// between.
     fn is_refused_enough(&mut self, now: u64, (lane, group): (&LaneKey, GroupId), rows: &[Row], asked: Asked) -> bool {
-        let most = self.max_attempts(now, lane, group);
+        let most = self.max_attempts(now, lane, (group, asked.scope));
         let is_paid = self.weigh(now, lane, group, asked, Said::Cut);
         let Some(lane) = self.lanes.get_mut(lane) else { return false };
         let is_unanswered = lane.standings.of(now, asked.scope).is_unanswered(asked.sent);
@@ -300,7 +301,7 @@ impl State {
     ) {
         let Failed { lane: lane_key, group, mut rows, role, asked, message, .. } = failed;
         let size = rows.len();
-        let most = self.max_attempts(now, &lane_key, group);
+        let most = self.max_attempts(now, &lane_key, (group, asked.scope));
         if is_unsure || has_begun {
             rows.iter_mut().for_each(|row| row.is_unanswered(size, most));
         }
@@ -354,10 +355,10 @@ impl State {
 
     /// Most attempts of a row of this group, as far as they bound what is paid for it: a task that was never answered
     /// has a bound of its own.
-    fn max_attempts(&mut self, now: u64, lane: &LaneKey, group: GroupId) -> u32 {
+    fn max_attempts(&mut self, now: u64, lane: &LaneKey, (group, scope): (GroupId, TextKey)) -> u32 {
         let Some(lane) = self.lanes.get_mut(lane) else { return u32::MAX };
         let Some(group) = self.groups.get(group) else { return u32::MAX };
-        let (most, scope) = (group.stream.task.options.max_attempts, group.scope);
+        let most = group.stream.task.options.max_attempts;
         if lane.standings.of(now, scope).patience.has_answered() { most } else { u32::MAX }
     }
 
