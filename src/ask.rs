@@ -1,6 +1,6 @@
 //! A session's rows to the gateway, and what becomes of them. The same path as a job's.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
@@ -85,6 +85,8 @@ pub struct Asker {
     checks: Option<Checks>,
     /// Rows whose last answer was refused; `None` once one was taken.
     refused: Option<u32>,
+    /// Rows for which the checks took too long, since answers came together of which none did.
+    late: Cell<u32>,
     purse: Purse,
     most_text: usize,
     pending: BTreeMap<u64, Pending>,
@@ -163,6 +165,7 @@ impl Asker {
             model,
             checks,
             refused: Some(0),
+            late: Cell::new(0),
             purse,
             pending: BTreeMap::new(),
             unsent: Vec::new(),
@@ -317,13 +320,18 @@ impl Asker {
             });
         }
         if let Some(checks) = &self.checks {
+            let before = self.late.get();
             let mut all = Vec::with_capacity(rows.len());
             while let Some(rest) = rows.get(all.len()..).filter(|rest| !rest.is_empty()) {
-                let (more, take_too_long) = checks.judge(rest)?;
-                if take_too_long && more.len() < rest.len() {
+                if self.late.get() >= checks::MOST_LATE {
                     return Err(checks::take_too_long());
                 }
+                let (more, late) = checks.judge(rest, self.late.get())?;
+                self.late.set(late);
                 all.extend(more);
+            }
+            if !rows.is_empty() && self.late.get() == before {
+                self.late.set(0);
             }
             let taken = judged.iter_mut().filter(|judged| matches!(judged, Some(Ok(_))));
             for (place, new) in taken.zip(all) {

@@ -203,7 +203,34 @@ fn answers_are_repaired_and_checked() {
     assert_eq!((p.failed, failures(c, job)[0].2.as_str()), (2, "check_failed"));
     let (code, message, ..) = error(c, "SELECT * FROM llm_run_batch('SELECT id, body FROM never', 'never')");
     assert_eq!((code.as_str(), message.as_str()), ("22000", "no answer of model \"m\" to this task is taken"));
+    generator(c, "huge", r#""repair": "repeat('ab', 2500000)""#);
+    assert_eq!(
+        text(c, "SELECT string_agg(DISTINCT detail, '') FROM llm_run_batch('SELECT id, body FROM few', 'huge') b"),
+        "check_error: the repair gives 5000000 bytes, and no value may have more than 4194304"
+    );
     expressions_that_do_not_return(&bed, c);
+    what_is_judged_at_the_end_is_written(&bed, c);
+}
+
+/// A worker that is told to end while its checks take long writes those answers to which they come in time: all are paid for.
+#[track_caller]
+fn what_is_judged_at_the_end_is_written(bed: &Bed, c: &mut Client) {
+    run(c, "CREATE TABLE takes (s float8); INSERT INTO takes VALUES (0.4)");
+    numbered(c, "slow", 6001..=6100);
+    generator(c, "slow", r#""check": "(SELECT pg_sleep(s) FROM public.takes) IS NOT NULL""#);
+    let job = backfill(c, "slow", "slow");
+    let checking = "FROM pg_stat_activity WHERE backend_type = 'llm_batch job' AND query = 'checking answers'";
+    let count = format!("SELECT count(*) {checking}");
+    wait_until("answers are checked", PATIENCE, || one(c, &count), |n| *n == 1);
+    assert_eq!(one(c, "SELECT count(answer) FROM slow"), 0);
+    run(c, &format!("SELECT pg_terminate_backend(pid) {checking}"));
+    let lost = format!("llm_batch job {job}: ");
+    let lost = |line: &str| line.contains(&lost) && line.contains("answers could not be written");
+    wait_until("the worker ends", PATIENCE, || bed.cluster.log().lines().any(lost), |is| *is);
+    let written = one(c, "SELECT count(answer) FROM slow");
+    assert!((1..100).contains(&written), "{written}");
+    run(c, "UPDATE takes SET s = 0");
+    assert_eq!(bed.done(job).done, 100);
 }
 
 /// Neither a session nor a worker is held: the row has failed, and a job or statement in which it is so for one row after the
@@ -220,7 +247,8 @@ fn expressions_that_do_not_return(bed: &Bed, c: &mut Client) {
         "57014: the repairs and checks took more than 100 ms; make them faster, or raise llm_batch.check_timeout";
     for (name, expression) in [
         ("sleeps", r#""check": "pg_sleep(3600) IS NOT NULL""#),
-        ("turns", r#""repair": "CASE WHEN public.turns() THEN answer END""#),
+        // Answers that come one by one count together.
+        ("turns", r#""max_rows_per_request": 1, "repair": "CASE WHEN public.turns() THEN answer END""#),
     ] {
         numbered(c, name, 5001..=5200);
         generator(c, name, expression);

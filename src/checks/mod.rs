@@ -25,6 +25,8 @@ use crate::{asking, catalog, process, settings, sql, txn};
 const OPTIONS: [&str; 3] = ["repair", "check", "check_hint"];
 /// The row that expressions read, as SQL calls it.
 const ROW: &str = "llm_batch row";
+/// Most bytes that a repair makes of a value: as many as an answer may have.
+const MOST_VALUE: usize = 4 << 20;
 /// Most bytes of what a model is told.
 const MOST_HINT: usize = 500;
 /// Most characters of an answer that are shown.
@@ -32,9 +34,11 @@ const MOST_SHOWN: usize = 500;
 /// Most rows of those that are judged together for which an error that should pass is their own.
 const MOST_SCARCE: u32 = 3;
 /// So many rows judged together may take too long, until the rest is left for later.
-const MOST_LATE: u32 = 3;
+pub const MOST_LATE: u32 = 3;
 /// Rows are judged together for so long, or for three times the limit of a row if that is more.
 const LONG: Duration = Duration::from_secs(10);
+/// The same in a worker that is told to end.
+const LAST: Duration = Duration::from_millis(500);
 /// The hint to a model if the task has none.
 const HINT: &str = "another answer is needed, the one before did not pass a check";
 
@@ -122,20 +126,22 @@ impl Checks {
     }
 
     /// Repairs answers, and checks them: each is taken, perhaps as another one, or refused. Only the first answers are judged
-    /// if the expressions take long, one at least: so this takes a bounded time. Returns true beside them if the expressions
-    /// took too long for several rows.
-    pub fn judge(&self, rows: &[(&str, &Answer)]) -> Result<(Vec<Judged>, bool)> {
+    /// if the expressions take long: so this takes a bounded time. Returns beside them for how many rows the expressions took
+    /// too long, `late` of them before; from [`MOST_LATE`] on no further answer is judged.
+    pub fn judge(&self, rows: &[(&str, &Answer)], mut late: u32) -> Result<(Vec<Judged>, u32)> {
         let judged = RefCell::new(Vec::with_capacity(rows.len()));
         // The row whose expressions raised what should pass.
-        let (mut tried_before, mut scarce, mut late) = (None, 0, 0);
+        let (mut tried_before, mut scarce) = (None, 0);
         let (most, began, was_told) = (settings::check_timeout(), Instant::now(), process::is_told_to_end());
-        let longest = LONG.max(Duration::from_millis(most.unsigned_abs().into()) * MOST_LATE);
+        // A worker that ends writes what is judged, before its time is up.
+        let longest =
+            if was_told { LAST } else { LONG.max(Duration::from_millis(most.unsigned_abs().into()) * MOST_LATE) };
         let is_long = |done| done > 0 && began.elapsed() > longest;
         loop {
             let done = judged.borrow().len();
             let rest = rows.get(done..).and_then(<[_]>::split_first);
             let Some((row, _)) = rest.filter(|_| late < MOST_LATE && !is_long(done)) else {
-                return Ok((judged.into_inner(), late >= MOST_LATE));
+                return Ok((judged.into_inner(), late));
             };
             // As far as the first that raises.
             let tried = self.restricted(|| {
@@ -205,6 +211,10 @@ impl Checks {
         for ((column, rule), (value, new)) in all {
             if rule.repair.is_none() {
                 continue;
+            }
+            if let Some(bytes) = new.as_ref().map(String::len).filter(|bytes| *bytes > MOST_VALUE) {
+                let detail = format!("the repair gives {bytes} bytes, and no value may have more than {MOST_VALUE}");
+                return Ok(Err(Refused { class: RAISED, detail, hint: None }));
             }
             if let Some(new) = new.as_deref().filter(|new| !is_value(column, new)) {
                 let detail = format!("the repair gives {}, which cannot be a value", shown(new));

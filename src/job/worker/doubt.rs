@@ -128,7 +128,7 @@ impl Worker {
         }
         let (judged, _) = txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "checking answers");
-            checks.judge(&rows)
+            checks.judge(&rows, 0)
         })?;
         let mut judged = judged.into_iter();
         for answer in std::mem::take(&mut self.answers) {

@@ -233,7 +233,14 @@ impl Worker {
         if self.has_in_hand() {
             self.most_at_once = usize::MAX;
             process::cancel_after(LAST_WRITE);
-            let why = self.settle(true).err().map_or_else(|| "their rows were locked".to_owned(), |e| e.one_line());
+            let why = loop {
+                match self.settle(true) {
+                    Err(e) => break e.one_line(),
+                    Ok(()) if self.answers.is_empty() => break "their rows were locked".to_owned(),
+                    // Checks have not come to these: each time some are judged, and written.
+                    Ok(()) => {}
+                }
+            };
             // A commit may wait for a synchronous standby that is gone.
             process::cancel_after(LAST_ENTRY);
             self.give_up(&why);
