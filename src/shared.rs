@@ -65,8 +65,9 @@ pub struct Entry {
     poked: bool,
     /// It was cancelled then (microseconds), or 0.
     cancelled: i64,
-    /// Since when (microseconds) its worker is to make room for another role's job, or 0.
+    /// Since when (microseconds) its worker is to make room for another role's job, or 0; and whether it has noticed that.
     gives_way: i64,
+    has_noticed: bool,
     /// The worker before was told to end: it did not die of its work.
     pub told: bool,
 }
@@ -83,6 +84,7 @@ const FREE: Entry = Entry {
     poked: false,
     cancelled: 0,
     gives_way: 0,
+    has_noticed: false,
     told: false,
 };
 
@@ -90,6 +92,14 @@ impl Entry {
     /// It was cancelled, and its worker has not looked at its row since.
     fn waits_for_its_worker(&self) -> bool {
         self.phase == Phase::Running && self.poked && self.cancelled != 0
+    }
+
+    /// From when on its worker is deaf: code of a user's does not return, while the job is cancelled, or another role waits
+    /// for the worker's place.
+    fn is_deaf_at(&self) -> Option<i64> {
+        let cancelled = self.waits_for_its_worker().then_some(self.cancelled + DEAF);
+        let is_asked = self.phase == Phase::Running && self.gives_way != 0 && !self.has_noticed;
+        cancelled.into_iter().chain(is_asked.then_some(self.gives_way + GIVES_WAY)).min()
     }
 }
 
@@ -254,11 +264,11 @@ pub fn poke(database: u32, job: i64, is_cancelled: bool) {
     }
 }
 
-/// Processes of jobs that were cancelled a while ago and have not noticed it. Each is named once.
+/// Processes of jobs that were cancelled, or asked to give way, a while ago and have not noticed it. Each is named once.
 pub fn deaf(now: i64) -> Vec<i32> {
-    let is_deaf = |e: &&mut Entry| e.waits_for_its_worker() && e.cancelled + DEAF <= now;
+    let is_deaf = |e: &&mut Entry| e.is_deaf_at().is_some_and(|at| at <= now);
     let deaf = |e: &mut Entry| {
-        e.cancelled = 0;
+        (e.cancelled, e.has_noticed) = (0, true);
         e.pid
     };
     TABLE.exclusive().entries.iter_mut().filter(is_deaf).map(deaf).collect()
@@ -412,11 +422,11 @@ pub fn take_missed() -> bool {
     std::mem::take(&mut TABLE.exclusive().missed)
 }
 
-/// When the next entry is due, or a worker that does not notice that its job was cancelled is to be ended.
+/// When the next entry is due, or a worker that notices nothing is to be ended.
 pub fn next_due() -> Option<i64> {
     let due = |e: &Entry| match e.phase {
         Phase::Wanted => Some(e.at),
-        _ => e.waits_for_its_worker().then_some(e.cancelled + DEAF),
+        _ => e.is_deaf_at(),
     };
     TABLE.share().entries.iter().filter_map(due).min()
 }
@@ -453,7 +463,10 @@ pub fn ask_to_give_way(owner: u32, now: i64) {
 
 /// Returns true if the caller's job is to make room for another role's.
 pub fn gives_way(database: u32, job: i64) -> bool {
-    TABLE.exclusive().find(database, job).is_some_and(|e| e.gives_way != 0)
+    TABLE.exclusive().find(database, job).filter(|e| e.gives_way != 0).is_some_and(|e| {
+        e.has_noticed = true;
+        true
+    })
 }
 
 /// Notes that no background worker was free for the last start, or that one was.
@@ -506,6 +519,7 @@ pub fn comes_up(database: u32, job: i64, pid: i32) -> Option<Entry> {
         poked: false,
         cancelled: 0,
         gives_way: 0,
+        has_noticed: false,
         told: false,
         ..before
     };

@@ -297,3 +297,35 @@ fn one_role_leaves_room_for_others() {
     assert_eq!(one(client, odd), 0);
     assert!(bed.provider.stats().rows.values().all(|r| r.asked <= 2));
 }
+
+/// Code of a role's that does not return, in an input and in a trigger, keeps workers only until another role needs one.
+#[test]
+fn code_that_does_not_return_leaves_room_for_others() {
+    let cluster = Cluster::builder("slots_stuck").conf("llm_batch.max_job_workers", "2");
+    let bed = Bed::build(cluster, Config::default());
+    let client = &mut bed.connect();
+    for (table, first) in [("tickets", 1), ("t1", 101), ("t2", 201)] {
+        tickets(client, table, first..=first + 9);
+    }
+    run(
+        client,
+        "CREATE ROLE mallory LOGIN; CREATE ROLE ben LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO mallory, ben;
+         ALTER TABLE tickets OWNER TO ben; ALTER TABLE t1 OWNER TO mallory; ALTER TABLE t2 OWNER TO mallory;
+         GRANT CREATE ON SCHEMA public TO mallory",
+    );
+    let mallory = &mut bed.cluster.connect_as("postgres", "mallory");
+    run(
+        mallory,
+        "CREATE FUNCTION stays(t text) RETURNS text STABLE LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(100000); RETURN t; END';
+         CREATE FUNCTION stays() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN PERFORM pg_sleep(100000); RETURN new; END';
+         CREATE TRIGGER stays BEFORE UPDATE ON t2 FOR EACH ROW EXECUTE FUNCTION stays();
+         SELECT llm_batch.backfill('t1', input => 'stays(body)', target => 'topic', task => 'topic')",
+    );
+    backfill(mallory, "t2");
+    let stuck = "SELECT count(*) FROM pg_stat_activity WHERE backend_type = 'llm_batch job' AND wait_event = 'PgSleep'";
+    wait_until("both workers are stuck", PATIENCE, || one(client, stuck), |n| *n == 2);
+    let ben = &mut bed.cluster.connect_as("postgres", "ben");
+    let job = backfill(ben, "tickets");
+    assert_eq!(wait_status(ben, job, "done").counts(), (10, 10, 0, 0, 0, 0));
+    assert_eq!(one(client, "SELECT count(*) FROM llm_batch.progress WHERE owner = 'mallory' AND status = 'failed'"), 0);
+}

@@ -201,7 +201,9 @@ fn terminate(pid: i32) {
     // SAFETY: finds a process of Postgres or none, on the main thread; a signal to one that has just gone reaches nobody.
     unsafe {
         if !pg_sys::BackendPidGetProc(pid).is_null() {
-            pgrx::log!("llm_batch ends the worker of a job that was cancelled and does not notice it: process {pid}");
+            pgrx::log!(
+                "llm_batch ends the worker of a job that was cancelled, or is to give way, and does not notice it: process {pid}"
+            );
             libc::kill(pid, libc::SIGTERM);
         }
     }
