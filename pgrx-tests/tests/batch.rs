@@ -462,6 +462,12 @@ fn what_changes_between_two_fetches() {
     let is_new = |body: &serde_json::Value| body.to_string().contains("As of now.");
     let bodies = bed.provider.bodies();
     assert!(bodies.last().is_some_and(is_new), "{bodies:?}");
+    // A model that is.
+    run(c, "SELECT llm_batch.alter_model('m', model => 'renamed')");
+    count_anew(&bed);
+    run(analyst, "FETCH 40 FROM x");
+    let bodies = bed.provider.bodies();
+    assert!(bodies.last().is_some_and(|body| body["model"] == "renamed"), "{bodies:?}");
     // A right that is revoked.
     run(c, "REVOKE USAGE ON FOREIGN SERVER fake FROM analyst");
     count_anew(&bed);
