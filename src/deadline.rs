@@ -7,7 +7,6 @@ use pgrx::prelude::*;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
-use crate::task::Asked;
 use crate::{sql, txn};
 
 /// The option of a job.
@@ -44,11 +43,11 @@ pub fn resolve(text: &str) -> Result<String> {
 }
 
 /// Says that a deadline makes no difference, if that is so.
-pub fn tell_if_useless(asked: &Asked) {
-    if let Policy::Cheapest { .. } = asked.stream.policy {
+pub fn tell_if_useless(policy: Policy, model: &str) {
+    if let Policy::Cheapest { .. } = policy {
         return;
     }
-    let message = format!("the deadline of the job makes no difference with model \"{}\"", asked.model);
+    let message = format!("the deadline of the job makes no difference with model \"{model}\"");
     let detail =
         "Only a route with the policy \"cheapest\" heeds it. With others a job is always as fast as it can be.";
     let hint = "Create such a route with llm_batch.create_route(…, policy => 'cheapest').";

@@ -94,7 +94,7 @@ fn start(given: Given, budget: Budget) -> Result<i64> {
     }
     let Checked { target, fields, owner, asked } = given.check(true)?;
     if given.has_deadline {
-        deadline::tell_if_useless(&asked);
+        deadline::tell_if_useless(asked.stream.policy, &asked.model);
     }
     let Asked { stream, model, models, .. } = asked;
     if budget.max_cost.is_some() {
