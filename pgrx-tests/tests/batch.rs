@@ -468,6 +468,16 @@ fn what_changes_between_two_fetches() {
     run(analyst, "FETCH 40 FROM x");
     let bodies = bed.provider.bodies();
     assert!(bodies.last().is_some_and(|body| body["model"] == "renamed"), "{bodies:?}");
+    // A key that is, with rows that nobody has asked about: the provider takes no other.
+    let many = "SELECT llm_classify(concat(body, g), 'topic') FROM t, generate_series(2, 11) g";
+    run(analyst, &format!("DECLARE y CURSOR FOR {many}; FETCH 5 FROM y"));
+    settle(&bed);
+    run(c, "ALTER USER MAPPING FOR PUBLIC SERVER fake OPTIONS (SET api_key 'sk-anew')");
+    bed.provider.configure(|config| config.api_key = Some("sk-anew".to_owned()));
+    count_anew(&bed);
+    run(analyst, "FETCH 1000 FROM y");
+    let stats = bed.provider.stats();
+    assert!(stats.requests > 0 && !stats.by_status.contains_key(&401), "{stats:?}");
     // A right that is revoked.
     run(c, "REVOKE USAGE ON FOREIGN SERVER fake FROM analyst");
     count_anew(&bed);
