@@ -84,12 +84,16 @@ impl Beside {
             .hint(format!("Name a column of type {}.", self.of_types())));
         }
         let is_probability = self.option == CONFIDENCE.option;
-        let what = match () {
-            () if is_generated => Some("is generated"),
-            () if target.key_names.iter().any(|key| key == column) => Some("belongs to the key"),
-            () if is_probability && is_not_null => Some("is NOT NULL, and not every answer has a probability"),
-            () if is_probability && catalog::read_value(c"1", type_oid, typmod).is_err() => Some("cannot hold 1"),
-            () => None,
+        let what = if is_generated {
+            Some("is generated")
+        } else if target.key_names.iter().any(|key| key == column) {
+            Some("belongs to the key")
+        } else if is_probability && is_not_null {
+            Some("is NOT NULL, and not every answer has a probability")
+        } else if is_probability && catalog::read_value(c"1", type_oid, typmod).is_err() {
+            Some("cannot hold 1")
+        } else {
+            None
         };
         if let Some(what) = what {
             return Err(Error::new(

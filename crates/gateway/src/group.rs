@@ -187,7 +187,7 @@ impl Group {
         let input = asking.prefix_tokens as f64 + lines + (rows * self.extra(service)) as f64;
         let answer = asking.kind.tokens(lines as usize / rows.max(1)).mean;
         let output = asking.answer_frame as f64 + rows as f64 * answer;
-        input * prices.input as f64 + output * prices.output as f64
+        prices.cost(input, output)
     }
 
     /// Tokens of a row's line in the mean, of late.
@@ -279,7 +279,7 @@ impl Group {
         let most_rows = self.stream.task.options.max_rows_per_request as usize;
         if let Policy::Cheapest { .. } = self.stream.policy {
             let (input, output) =
-                ((tokens + self.asking(Service::Chat).prefix_tokens / most_rows.max(1)) as u64, answer.planned as u64);
+                ((tokens + self.asking.prefix_tokens / most_rows.max(1)) as u64, answer.planned as u64);
             let used = Used { all: Tokens { input, output }, ..Used::default() };
             self.counted.observe(now, (input + output) as f64, used);
         }

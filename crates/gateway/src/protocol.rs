@@ -218,6 +218,13 @@ pub struct Prices {
     pub output: u64,
 }
 
+impl Prices {
+    /// The price of so many tokens, or of what is expected in the mean, in picodollars.
+    pub(crate) fn cost(self, input: f64, output: f64) -> f64 {
+        input * self.input as f64 + output * self.output as f64
+    }
+}
+
 /// An amount that a stream with a budget may spend, or that a request may take at most.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Allowance {

@@ -366,9 +366,11 @@ impl Worker {
     fn until_enough(&self, enough: usize) -> Option<Duration> {
         let missing = enough.checked_sub(self.answers.len()).filter(|missing| *missing > 0)?;
         let is_near_end = self.outstanding.len() < 2 * ENOUGH || self.stopping.is_some();
+        if is_near_end || self.asked.stream.budget.is_some() {
+            return None;
+        }
         let (rows_per_second, _) = rates(&self.samples);
-        let is_steady = !is_near_end && self.asked.stream.budget.is_none() && rows_per_second > 1.0;
-        is_steady.then(|| Duration::from_secs_f64(missing as f64 / rows_per_second))
+        (rows_per_second > 1.0).then(|| Duration::from_secs_f64(missing as f64 / rows_per_second))
     }
 
     fn take(&mut self, model: usize, outcomes: Vec<protocol::Outcome>, spent: &Spent) {

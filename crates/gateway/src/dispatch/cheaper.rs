@@ -73,10 +73,7 @@ pub fn observe(
     let prices = member.stream.model.prices.unwrap_or(USUAL);
     let lines = rows.iter().map(|row| row.tokens).sum::<usize>() as f64;
     let expected = group.costs(asked.service, (rows.len(), lines), prices);
-    let actual = reply
-        .usage
-        .whole()
-        .map_or(0.0, |took| took.input as f64 * prices.input as f64 + took.output as f64 * prices.output as f64);
+    let actual = reply.usage.whole().map_or(0.0, |took| prices.cost(took.input as f64, took.output as f64));
     lane.standings.of(now, group.scope).cheaper.answered(asked.service, expected, actual);
 }
 
