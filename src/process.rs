@@ -225,14 +225,6 @@ pub struct Socket {
 /// session, an interrupt raises an error.
 pub fn wait(socket: Option<Socket>, timeout: Option<Duration>) {
     let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_EXIT_ON_PM_DEATH;
-    let mut descriptor = pg_sys::PGINVALID_SOCKET;
-    if let Some(s) = socket {
-        descriptor = s.descriptor;
-        events |= pg_sys::WL_SOCKET_READABLE;
-        if s.for_writing {
-            events |= pg_sys::WL_SOCKET_WRITEABLE;
-        }
-    }
     let mut ms = -1;
     if let Some(t) = timeout {
         events |= pg_sys::WL_TIMEOUT;
@@ -241,7 +233,17 @@ pub fn wait(socket: Option<Socket>, timeout: Option<Duration>) {
     }
     // SAFETY: on the main thread; the latch is the process' own, the descriptor is open.
     unsafe {
-        pg_sys::WaitLatchOrSocket(pg_sys::MyLatch, events as i32, descriptor, ms, pg_sys::PG_WAIT_EXTENSION);
+        match socket {
+            // Postgres keeps what the kernel needs for such a wait, and makes it anew for a socket.
+            None => pg_sys::WaitLatch(pg_sys::MyLatch, events as i32, ms, pg_sys::PG_WAIT_EXTENSION),
+            Some(Socket { descriptor, for_writing }) => {
+                events |= pg_sys::WL_SOCKET_READABLE;
+                if for_writing {
+                    events |= pg_sys::WL_SOCKET_WRITEABLE;
+                }
+                pg_sys::WaitLatchOrSocket(pg_sys::MyLatch, events as i32, descriptor, ms, pg_sys::PG_WAIT_EXTENSION)
+            }
+        };
         pg_sys::ResetLatch(pg_sys::MyLatch);
     }
     pgrx::check_for_interrupts!();

@@ -336,6 +336,31 @@ fn the_same_database_restored_over_itself() {
     assert!(!log.contains("PANIC") && !log.contains("panicked"), "{log}");
 }
 
+/// A dump fills one table after the other: meanwhile the worker of a job that runs finds its models' accounts and not yet
+/// its own.
+#[test]
+fn half_of_a_dump_is_restored_over_a_job() {
+    let jobs = Jobs::new("dump_half");
+    let (bed, running) = (&jobs.bed, jobs.running);
+    let client = &mut bed.connect();
+    run(client, "CREATE TABLE kept AS SELECT * FROM llm_batch.job_state; DELETE FROM llm_batch.job_state");
+    let written = "SELECT count(*) FROM a WHERE topic IS NOT NULL";
+    let before = one(client, written);
+    bed.provider.release();
+    bed.provider.hold();
+    wait_until("answers are written", PATIENCE, || one(client, written), |now| *now > before);
+    in_flight(bed, 2);
+    run(client, "INSERT INTO llm_batch.job_state SELECT * FROM kept");
+    let accounts = |client: &mut Client| {
+        let sum = |of: &str| format!("SELECT sum(requests)::bigint FROM llm_batch.{of} WHERE job_id = {running}");
+        (one(client, &sum("progress_by_model")), one(client, &sum("progress")))
+    };
+    let (of_models, own) = accounts(client);
+    assert_eq!(of_models, own);
+    bed.provider.release();
+    wait_until("both go on alike", PATIENCE, || accounts(client), |(models, job)| models == job && *job > own);
+}
+
 /// A role without rights on our tables can dump what is its own, and one that may read everything all of it.
 #[test]
 fn dumps_of_plain_roles() {

@@ -401,6 +401,54 @@ pub struct Delta {
     pub is_progress: bool,
 }
 
+/// Enters counters, of the job and of its models. What was paid is multiplied and never divided: exact to the last digit.
+const WRITE: &str = "
+    WITH spent AS (
+        SELECT u.*, ((u.input - u.cached) * coalesce(u.price, 0) + u.cached * coalesce(u.cached_price, u.price, 0)
+                     + u.written * coalesce(u.price, 0) * u.surcharge * 0.01
+                     + u.output * coalesce(u.output_price, 0)) * 0.000001 AS cost,
+               (u.maybe_input * coalesce(u.price, 0) * (1 + u.surcharge * 0.01)
+                + u.maybe_output * coalesce(u.output_price, 0)) * 0.000001 AS maybe
+          FROM ROWS FROM (unnest($18::text[]), unnest($19::text[]::numeric[]), unnest($20::text[]::numeric[]),
+                          unnest($21::text[]::numeric[]), unnest($22::bigint[]), unnest($23::bigint[]), unnest($24::bigint[]),
+                          unnest($25::bigint[]), unnest($26::bigint[]), unnest($27::bigint[]), unnest($28::bigint[]),
+                          unnest($29::bigint[]), unnest($30::bigint[]))
+               u (model, price, output_price, cached_price, rows, requests, input, cached, output, maybe_input, maybe_output,
+                  written, surcharge)),
+    entered AS (
+        INSERT INTO llm_batch.job_model AS m
+        SELECT s.job_id, u.model, u.rows, u.requests, u.input, u.cached, u.output, u.cost, u.maybe
+          FROM spent u, llm_batch.job_state s, llm_batch.job j
+         WHERE s.job_id = $1 AND j.id = s.job_id AND j.home = llm_batch.home()
+            ON CONFLICT (job_id, model) DO UPDATE
+           SET rows_answered = m.rows_answered + excluded.rows_answered, requests = m.requests + excluded.requests,
+               input_tokens = m.input_tokens + excluded.input_tokens,
+               cached_input_tokens = m.cached_input_tokens + excluded.cached_input_tokens,
+               output_tokens = m.output_tokens + excluded.output_tokens, cost = m.cost + excluded.cost,
+               cost_unconfirmed = m.cost_unconfirmed + excluded.cost_unconfirmed)
+    UPDATE llm_batch.job_state s
+       SET rows_done = rows_done + $2, rows_skipped = rows_skipped + $3, rows_failed = rows_failed + $4,
+           rows_superseded = rows_superseded + $5, rows_reused = rows_reused + $6,
+           requests = requests + $7, input_tokens = input_tokens + $8,
+           cached_input_tokens = cached_input_tokens + $9, output_tokens = output_tokens + $10,
+           cost = cost + (SELECT coalesce(sum(u.cost), 0) FROM spent u),
+           tokens_unconfirmed = tokens_unconfirmed + $11 + $12,
+           cost_unconfirmed = cost_unconfirmed + (SELECT coalesce(sum(u.maybe), 0) FROM spent u),
+           cost_reserved = greatest(cost_reserved - $13 * 0.000000000001, 0),
+           tokens_reserved = greatest(tokens_reserved - $14, 0),
+           rows_per_second = $15, tokens_per_minute = $16, updated_at = now(),
+           starts = greatest(starts - $17::int, 0)
+      FROM llm_batch.job j
+     WHERE s.job_id = $1 AND j.id = s.job_id AND j.home = llm_batch.home()
+ RETURNING j.max_cost IS NOT NULL OR j.max_tokens IS NOT NULL,
+           CASE WHEN j.max_cost IS NOT NULL THEN
+               greatest(least(floor((j.max_cost - s.cost - s.cost_unconfirmed - s.cost_reserved) * 1000000000000), 9000000000000000000), 0)::bigint END,
+           CASE WHEN j.max_tokens IS NOT NULL THEN
+               greatest(j.max_tokens - s.input_tokens - s.output_tokens - s.tokens_unconfirmed - s.tokens_reserved, 0) END,
+           floor(s.cost_reserved * 1000000000000)::bigint, s.tokens_reserved,
+           concat_ws(' and ', '$' || trim_scale(s.cost + s.cost_unconfirmed) || ' of $' || trim_scale(j.max_cost),
+                     s.input_tokens + s.output_tokens + s.tokens_unconfirmed || ' of ' || j.max_tokens || ' tokens')";
+
 /// Writes failures and counters; what the job's budget then has, if there is one and the job still exists.
 pub fn write<'a>(
     id: i64,
@@ -413,62 +461,38 @@ pub fn write<'a>(
         let count = |n: u64| DatumWithOid::from(i64::try_from(n).unwrap_or(i64::MAX));
         let spent = &delta.spent.total();
         let taken = budget::taken(spent, asked.stream.budget.unwrap_or_default());
-        let paid = bill(id, asked, &delta.spent)?;
-        let accounts = sql::rows_mut(
-            "UPDATE llm_batch.job_state s
-                SET rows_done = rows_done + $2, rows_skipped = rows_skipped + $3, rows_failed = rows_failed + $4,
-                    rows_superseded = rows_superseded + $5, rows_reused = rows_reused + $6,
-                    requests = requests + $7, input_tokens = input_tokens + $8,
-                    cached_input_tokens = cached_input_tokens + $9, output_tokens = output_tokens + $10,
-                    cost = cost + $17::numeric,
-                    tokens_unconfirmed = tokens_unconfirmed + $11 + $12,
-                    cost_unconfirmed = cost_unconfirmed + $18::numeric,
-                    cost_reserved = greatest(cost_reserved - $13 * 0.000000000001, 0),
-                    tokens_reserved = greatest(tokens_reserved - $14, 0),
-                    rows_per_second = $15, tokens_per_minute = $16, updated_at = now(),
-                    starts = greatest(starts - $19::int, 0)
-               FROM llm_batch.job j
-              WHERE s.job_id = $1 AND j.id = s.job_id AND j.home = llm_batch.home()
-          RETURNING j.max_cost IS NOT NULL OR j.max_tokens IS NOT NULL,
-                    CASE WHEN j.max_cost IS NOT NULL THEN
-                        greatest(least(floor((j.max_cost - s.cost - s.cost_unconfirmed - s.cost_reserved) * 1000000000000), 9000000000000000000), 0)::bigint END,
-                    CASE WHEN j.max_tokens IS NOT NULL THEN
-                        greatest(j.max_tokens - s.input_tokens - s.output_tokens - s.tokens_unconfirmed - s.tokens_reserved, 0) END,
-                    floor(s.cost_reserved * 1000000000000)::bigint, s.tokens_reserved,
-                    concat_ws(' and ', '$' || trim_scale(s.cost + s.cost_unconfirmed) || ' of $' || trim_scale(j.max_cost),
-                              s.input_tokens + s.output_tokens + s.tokens_unconfirmed || ' of ' || j.max_tokens || ' tokens')",
-            &[
-                id.into(),
-                delta.done.into(),
-                skipped.into(),
-                failed.into(),
-                delta.superseded.into(),
-                delta.reused.into(),
-                count(spent.requests),
-                count(spent.input_tokens),
-                count(spent.cached_input_tokens),
-                count(spent.output_tokens),
-                count(spent.unconfirmed_input_tokens),
-                count(spent.unconfirmed_output_tokens),
-                count(taken.cost),
-                count(taken.tokens),
-                delta.rows_per_second.into(),
-                delta.tokens_per_minute.into(),
-                paid.0.as_str().into(),
-                paid.1.as_str().into(),
-                i32::from(delta.is_progress).into(),
-            ],
-            |r| {
-                let limited = |column| Ok::<_, Error>(r.maybe::<i64>(column)?.map_or(UNLIMITED, |n| n.max(0) as u64));
-                Ok(r.get::<bool>(1)?.then_some(Account {
-                    funds: Funds {
-                        free: Allowance { cost: limited(2)?, tokens: limited(3)? },
-                        reserved: Allowance { cost: limited(4)?, tokens: limited(5)? },
-                    },
-                    spent: r.get(6)?,
-                }))
-            },
-        )?;
+        let mut args: Vec<DatumWithOid> = vec![
+            id.into(),
+            delta.done.into(),
+            skipped.into(),
+            failed.into(),
+            delta.superseded.into(),
+            delta.reused.into(),
+            count(spent.requests),
+            count(spent.input_tokens),
+            count(spent.cached_input_tokens),
+            count(spent.output_tokens),
+            count(spent.unconfirmed_input_tokens),
+            count(spent.unconfirmed_output_tokens),
+            count(taken.cost),
+            count(taken.tokens),
+            delta.rows_per_second.into(),
+            delta.tokens_per_minute.into(),
+            i32::from(delta.is_progress).into(),
+        ];
+        args.extend(bill(asked, &delta.spent));
+        // One statement, which sees the row of the job's state or does not: the accounts of its models agree with it even
+        // while a dump is restored over a job that runs, and one of the two tables is not filled yet.
+        let accounts = sql::rows_mut(WRITE, &args, |r| {
+            let limited = |column| Ok::<_, Error>(r.maybe::<i64>(column)?.map_or(UNLIMITED, |n| n.max(0) as u64));
+            Ok(r.get::<bool>(1)?.then_some(Account {
+                funds: Funds {
+                    free: Allowance { cost: limited(2)?, tokens: limited(3)? },
+                    reserved: Allowance { cost: limited(4)?, tokens: limited(5)? },
+                },
+                spent: r.get(6)?,
+            }))
+        })?;
         // The job is there, and stays until we have committed: its state's row is ours.
         if !accounts.is_empty() {
             note_nulls(id, &delta.nulls)?;
@@ -477,11 +501,8 @@ pub fn write<'a>(
     })
 }
 
-/// Enters what was spent on each model: the cost of all together, sure and unconfirmed.
-fn bill(id: i64, asked: &Asked, bill: &Bill) -> Result<(String, String)> {
-    if bill.is_empty() {
-        return Ok(("0".to_owned(), "0".to_owned()));
-    }
+/// What was spent on each model, as arrays: the last arguments of WRITE.
+fn bill(asked: &Asked, bill: &Bill) -> Vec<DatumWithOid<'static>> {
     let (mut names, mut prices, mut counts) = (Vec::new(), [vec![], vec![], vec![]], [(); 9].map(|()| Vec::new()));
     for (place, spent, rows) in bill.iter() {
         let (name, price) = asked.model(place);
@@ -501,38 +522,10 @@ fn bill(id: i64, asked: &Asked, bill: &Bill) -> Result<(String, String)> {
         ];
         counts.iter_mut().zip(more).for_each(|(all, n)| all.push(i64::try_from(n).unwrap_or(i64::MAX)));
     }
-    let mut args: Vec<DatumWithOid> = vec![id.into(), names.into()];
+    let mut args: Vec<DatumWithOid> = vec![names.into()];
     args.extend(prices.map(DatumWithOid::from));
     args.extend(counts.map(DatumWithOid::from));
-    // Multiplied and never divided: exact to the last digit.
-    let paid = sql::rows_mut(
-        "WITH spent AS (
-             SELECT u.*, ((u.input - u.cached) * coalesce(u.price, 0) + u.cached * coalesce(u.cached_price, u.price, 0)
-                          + u.written * coalesce(u.price, 0) * u.surcharge * 0.01
-                          + u.output * coalesce(u.output_price, 0)) * 0.000001 AS cost,
-                    (u.maybe_input * coalesce(u.price, 0) * (1 + u.surcharge * 0.01)
-                     + u.maybe_output * coalesce(u.output_price, 0)) * 0.000001 AS maybe
-               FROM ROWS FROM (unnest($2::text[]), unnest($3::text[]::numeric[]), unnest($4::text[]::numeric[]),
-                               unnest($5::text[]::numeric[]), unnest($6::bigint[]), unnest($7::bigint[]), unnest($8::bigint[]),
-                               unnest($9::bigint[]), unnest($10::bigint[]), unnest($11::bigint[]), unnest($12::bigint[]),
-                               unnest($13::bigint[]), unnest($14::bigint[]))
-                    u (model, price, output_price, cached_price, rows, requests, input, cached, output, maybe_input, maybe_output,
-                       written, surcharge)),
-         entered AS (
-             INSERT INTO llm_batch.job_model AS m
-             SELECT $1, s.model, s.rows, s.requests, s.input, s.cached, s.output, s.cost, s.maybe
-               FROM spent s WHERE EXISTS (SELECT FROM llm_batch.job j WHERE j.id = $1 AND j.home = llm_batch.home())
-                 ON CONFLICT (job_id, model) DO UPDATE
-                SET rows_answered = m.rows_answered + excluded.rows_answered, requests = m.requests + excluded.requests,
-                    input_tokens = m.input_tokens + excluded.input_tokens,
-                    cached_input_tokens = m.cached_input_tokens + excluded.cached_input_tokens,
-                    output_tokens = m.output_tokens + excluded.output_tokens, cost = m.cost + excluded.cost,
-                    cost_unconfirmed = m.cost_unconfirmed + excluded.cost_unconfirmed)
-         SELECT coalesce(sum(s.cost), 0)::text, coalesce(sum(s.maybe), 0)::text FROM spent s",
-        &args,
-        |r| Ok((r.get::<String>(1)?, r.get::<String>(2)?)),
-    )?;
-    Ok(paid.into_iter().next().unwrap_or_else(|| ("0".to_owned(), "0".to_owned())))
+    args
 }
 
 /// Lists failures: how many rows were skipped, and how many failed, that were not listed before.
@@ -542,7 +535,8 @@ fn list<'a>(id: i64, failures: impl IntoIterator<Item = &'a Failure>) -> Result<
         let state = if f.is_skip { "skipped" } else { "failed" };
         let new = sql::run(
             "INSERT INTO llm_batch.row_failure (job_id, key, state, class, attempts, detail)
-             VALUES ($1, $2::jsonb, $3, $4, $5, $6) ON CONFLICT (job_id, key) DO NOTHING RETURNING 1",
+             SELECT s.job_id, $2::jsonb, $3, $4, $5, $6 FROM llm_batch.job_state s WHERE s.job_id = $1
+                 ON CONFLICT (job_id, key) DO NOTHING RETURNING 1",
             &[
                 id.into(),
                 f.key.as_str().into(),
