@@ -13,6 +13,7 @@ mod ask;
 mod asking;
 mod batch;
 mod beside;
+mod blank;
 mod budget;
 mod catalog;
 mod changes;

@@ -9,8 +9,9 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use pgrx::{AnyArray, FromDatum, name};
 
-use crate::ask::{Asking, ask, has_text};
+use crate::ask::{Asking, ask};
 use crate::asking;
+use crate::blank::has_text;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
 use crate::isolation;

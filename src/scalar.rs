@@ -4,9 +4,10 @@ use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 use serde_json::json;
 
-use crate::ask::{ask, has_text};
+use crate::ask::ask;
 use crate::asking;
 use crate::batch;
+use crate::blank::has_text;
 use crate::client::check_usable;
 use crate::error::Result;
 use crate::json::Json;

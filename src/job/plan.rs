@@ -6,7 +6,7 @@
 use llm_batch_gateway::protocol::most_text;
 use pgrx::pg_sys;
 
-use crate::ask::has_text_sql;
+use crate::blank::has_text_sql;
 use crate::error::{Error, Result};
 use crate::isolation::digest_sql;
 use crate::job::fit;

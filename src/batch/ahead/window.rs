@@ -5,10 +5,11 @@ use std::rc::Rc;
 use pgrx::prelude::*;
 
 use super::{Ahead, Fate, Row, is_empty};
-use crate::ask::{Asker, has_text};
+use crate::ask::Asker;
 use crate::batch::answers::Shown;
 use crate::batch::site::{Site, evaluate, string};
 use crate::batch::wanted::Wanted;
+use crate::blank::has_text;
 
 /// Most rows that are kept. Those that wait for the slowest answer should not fill the disk.
 const MOST_ROWS: usize = 32_000;
