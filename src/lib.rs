@@ -21,6 +21,7 @@ mod checks;
 mod client;
 mod deadline;
 mod error;
+mod expression;
 mod failure;
 mod field;
 mod function;

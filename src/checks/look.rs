@@ -6,19 +6,19 @@ use pgrx::PgList;
 use pgrx::pg_sys::NodeTag as T;
 use pgrx::prelude::*;
 
-use crate::catalog;
 use crate::error::{Error, Result};
+use crate::expression;
 use crate::function::verb;
 
 /// Checks that `text` is one expression over a row of `source`, whose value is of the type or goes into it.
 pub fn expression(key: &str, text: &str, source: &str, wanted: pg_sys::Oid) -> Result<()> {
-    catalog::check_alone(text, key, "Write it as in a select list, such as 'length(answer) < 400'.")?;
+    expression::check_alone(text, key, "Write it as in a select list, such as 'length(answer) < 400'.")?;
     let query = CString::new(format!("SELECT ({text}\n) FROM {source}"))
         .map_err(|_| Error::invalid(format!("option \"{key}\" contains a zero byte")))?;
     // SAFETY: parser and analysis run on the main thread inside a transaction; they raise on errors, and what they return
     // lives in the current memory context. A SELECT of one expression has one target.
     unsafe {
-        let query = catalog::analyze(&query)?;
+        let query = expression::analyze(&query)?;
         let wrong = |detail: &str| {
             Err(Error::new(
                 PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED,

@@ -6,9 +6,10 @@ use pgrx::prelude::*;
 use serde_json::{Value, json};
 
 use crate::args::{from_name, required};
-use crate::catalog::{self, Target, Use};
+use crate::catalog::{self, Target};
 use crate::client::check_usable;
 use crate::error::{Error, Result};
+use crate::expression::{self, Use};
 use crate::job::target;
 use crate::json::Json;
 use crate::options::{OfJob, of_job};
@@ -90,7 +91,7 @@ impl<'a> Given<'a> {
             for (what, text, usage) in expressions {
                 let Some(text) = text else { continue };
                 // An error of Postgres does not say where the expression came from.
-                txn::sub(|| catalog::check_expression(&target, text, usage))
+                txn::sub(|| expression::check_expression(&target, text, usage))
                     .map_err(|e| e.hint_if_none(format!("The {what} is an SQL expression over a row of the table.")))?;
             }
             for (column, field) in target.columns.iter().zip(&fields) {

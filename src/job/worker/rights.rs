@@ -10,7 +10,7 @@ use crate::error::{Error, Result};
 use crate::job::page::Page;
 use crate::job::plan::Plan;
 use crate::job::{plan as statements, settle};
-use crate::{catalog, changes, sql, txn};
+use crate::{changes, expression, sql, txn};
 
 /// The rights by which a job sees rows, as a number that changes with them. It is cheap, so that the many changes which
 /// say nothing about rights (VACUUM, ANALYZE) cost nothing else.
@@ -23,7 +23,7 @@ impl Rights {
     /// The relations that a job's claims read, and the rights to them now. Changes of these are heard from then on.
     pub(super) fn of(plan: &Plan) -> Result<Self> {
         sql::set_local("search_path", &plan.search_path)?;
-        let relations = catalog::read_by(&plan.claim_first, &[pg_sys::INT8OID])?;
+        let relations = expression::read_by(&plan.claim_first, &[pg_sys::INT8OID])?;
         changes::watch(&relations);
         Ok(Self { fingerprint: fingerprint(&relations)?, relations })
     }
