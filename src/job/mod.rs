@@ -10,6 +10,7 @@ mod page;
 mod plan;
 pub mod settle;
 mod store;
+mod table;
 pub mod target;
 mod tidy;
 mod worker;

@@ -17,9 +17,10 @@ use crate::client::{MESSAGE_BYTES, Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
 use crate::job::page;
-use crate::job::plan::{self as statements, Plan, Table};
+use crate::job::plan::Plan;
 use crate::job::settle::{self, Answer, FEW};
 use crate::job::store::{self, Failure, Job, Outcome};
+use crate::job::table::{self, Table};
 use crate::process::{self, report};
 use crate::provenance::By;
 use crate::task::Asked;
@@ -182,7 +183,7 @@ impl Worker {
         txn::run(|| {
             report(pg_sys::BackendState::STATE_RUNNING, "claiming rows");
             failure_point!("claim");
-            statements::lock(job, pg_sys::AccessShareLock)?;
+            table::lock(job, pg_sys::AccessShareLock)?;
             // Rights, key, model and task may have changed: what holds now holds for the next request.
             let ready = Self::ready(job)?;
             let rights = if self.rights.is_none() { Some(Rights::of(&ready.2)?) } else { None };

@@ -29,9 +29,10 @@ use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
 use crate::job::page::Page;
-use crate::job::plan::{self, Plan};
+use crate::job::plan::Plan;
 use crate::job::settle::{Answer, says_nothing};
 use crate::job::store::{self, Failure, Job, Outcome};
+use crate::job::table::{self, Table};
 use crate::job::target;
 use crate::process::{self, handle_signals, my_database, my_pid, reload_if_asked, report};
 use crate::shared::{self, End};
@@ -154,7 +155,7 @@ struct Asking {
 struct Worker {
     job: Job,
     asked: Asked,
-    table: plan::Table,
+    table: Table,
     /// The `changes::of_tables()` at which a settlement looked at it.
     table_at: Option<u32>,
     plan: Plan,
@@ -273,7 +274,7 @@ impl Worker {
     }
 
     /// Prepares for the first row.
-    fn ready(job: &Job) -> Result<(Asked, plan::Table, Plan)> {
+    fn ready(job: &Job) -> Result<(Asked, Table, Plan)> {
         txn::check_writable()?;
         owner::check_login()?;
         let mut asked = task::load(&job.task, &job.options)?.stream(me(), false)?;
@@ -283,7 +284,7 @@ impl Worker {
         if job.budget != (None, None) {
             asked = asked.with_budget(job.budget.0.is_some())?;
         }
-        let table = plan::table(job)?;
+        let table = table::table(job)?;
         let plan = make_plan(job, &table, &asked)?;
         Ok((asked, table, plan))
     }
@@ -550,7 +551,7 @@ fn me() -> pg_sys::Oid {
     process::current_user()
 }
 
-fn make_plan(job: &Job, table: &plan::Table, asked: &Asked) -> Result<Plan> {
+fn make_plan(job: &Job, table: &Table, asked: &Asked) -> Result<Plan> {
     let casts = target::casts(&job.targets, &asked.stream.task.spec)?;
     Ok(Plan::new(job, table, &casts, asked))
 }

@@ -9,7 +9,7 @@ use super::Worker;
 use crate::error::{Error, Result};
 use crate::job::page::Page;
 use crate::job::plan::Plan;
-use crate::job::{plan as statements, settle};
+use crate::job::{settle, table};
 use crate::{changes, expression, sql, txn};
 
 /// The rights by which a job sees rows, as a number that changes with them. It is cheap, so that the many changes which
@@ -74,7 +74,7 @@ impl Worker {
             if known.are_as_they_were()? {
                 return Ok(None);
             }
-            statements::lock(job, pg_sys::AccessShareLock)?;
+            table::lock(job, pg_sys::AccessShareLock)?;
             let (_, table, plan) = Self::ready(job)?;
             let rights = Rights::of(&plan)?;
             settle::by_key()?;

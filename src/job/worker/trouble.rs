@@ -10,9 +10,9 @@ use super::write::rates;
 use super::{AGAIN, LATER, Worker};
 use crate::budget::Bill;
 use crate::error::{Error, Result};
-use crate::job::plan;
 use crate::job::settle::{FEW, says_nothing};
 use crate::job::store::{self, Delta, Outcome};
+use crate::job::table;
 use crate::{process, shared, sql, txn};
 
 /// Failures in a row after which the job is shown as paused, and tried again with a single row.
@@ -164,7 +164,7 @@ impl Worker {
                 store::write(job.id, asked, &delta, [])?;
             }
             let text = if trouble.kind == Kind::Locked {
-                format!("waiting for a lock on the table since {}: {}", trouble.since, plan::lockers(job)?)
+                format!("waiting for a lock on the table since {}: {}", trouble.since, table::lockers(job)?)
             } else {
                 format!("{}, since {}", e.one_line(), trouble.since)
             };

@@ -13,9 +13,9 @@ use crate::client::WINDOW_ROWS;
 use crate::error::Result;
 use crate::failure::failure_point;
 use crate::job::cause::Cause;
-use crate::job::plan;
 use crate::job::settle::{self, Answer, FEW, Others, Settled};
 use crate::job::store::{self, Delta, Failure, Outcome};
+use crate::job::table;
 use crate::process::{my_database, report};
 use crate::{changes, checks, shared, sql, txn};
 
@@ -82,11 +82,11 @@ impl Worker {
             report(pg_sys::BackendState::STATE_RUNNING, "writing answers");
             failure_point!("settle");
             txn::check_writable()?;
-            plan::lock(job, pg_sys::RowExclusiveLock)?;
+            table::lock(job, pg_sys::RowExclusiveLock)?;
             // If nothing was changed since the last look, it would find the same.
             let at = changes::of_tables();
             if *known_at != Some(at) {
-                let table = plan::table(job)?;
+                let table = table::table(job)?;
                 if table != *known {
                     *plan = make_plan(job, &table, asked)?;
                     *known = table;
