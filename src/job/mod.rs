@@ -13,6 +13,7 @@ mod store;
 mod table;
 pub mod target;
 mod tidy;
+mod update;
 mod worker;
 
 use std::collections::BTreeSet;

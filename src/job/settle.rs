@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use llm_batch_gateway::protocol::Verdict;
 use pgrx::PgSqlErrorCode as Code;
-use pgrx::datum::DatumWithOid;
 
 use crate::checks::{self, Refused};
 use crate::error::{Error, Result, is_passing};
@@ -15,7 +14,8 @@ use crate::job::fit;
 use crate::job::page::{self, Page};
 use crate::job::plan::Plan;
 use crate::job::store::Failure;
-use crate::{process, sql, txn};
+use crate::job::update::{MOST_TRIES, Passing, Todo, Tried, is_out_of_reach, look, write};
+use crate::sql;
 
 /// An answer to write: which row, what became of it.
 #[derive(Debug, Clone)]
@@ -47,9 +47,6 @@ pub struct Answer {
 
 /// Time for which a row is tried again that others hold locked, or whose write raises what should pass.
 const PATIENCE: Duration = Duration::from_secs(600);
-/// Errors that should pass in one settlement (waits for locks but the first are of 100 ms), until the rest is left for the
-/// next one.
-const MOST_TRIES: u32 = 20;
 /// Most rows that are at fault themselves if they meet a lack of disk or memory: if more do, the server lacks it.
 pub const FEW: usize = 3;
 
@@ -82,8 +79,7 @@ pub fn says_nothing(code: Code) -> bool {
 /// Rows that errors which should pass have kept from being written.
 #[derive(Default)]
 struct Hindered {
-    tries: u32,
-    error: Option<Error>,
+    passing: Passing,
     /// Rows that were tried alone, and what their write raised.
     refused: Vec<(Answer, Error)>,
 }
@@ -96,7 +92,7 @@ impl Hindered {
             true => answer.refused_since.is_none() || !self.are_few(others),
             false => answer.refused_since.is_none() && others != Others::None,
         };
-        done == 0 && (self.tries > MOST_TRIES || self.refused.iter().any(may_be))
+        done == 0 && (self.passing.tries > MOST_TRIES || self.refused.iter().any(may_be))
     }
 
     fn are_few(&self, others: Others) -> bool {
@@ -120,11 +116,6 @@ fn is_scarce(code: Code) -> bool {
     matches!(code, Code::ERRCODE_DISK_FULL | Code::ERRCODE_OUT_OF_MEMORY)
 }
 
-/// Somebody holds a lock.
-fn is_lock(code: Code) -> bool {
-    matches!(code, Code::ERRCODE_LOCK_NOT_AVAILABLE | Code::ERRCODE_T_R_DEADLOCK_DETECTED)
-}
-
 /// Writes answers, inside a transaction of the caller's that will commit.
 pub fn settle(plan: &Plan, answers: &[Answer], others: Others) -> Result<Settled> {
     let mut settled = Settled::default();
@@ -137,11 +128,11 @@ pub fn settle(plan: &Plan, answers: &[Answer], others: Others) -> Result<Settled
         settle_page(plan, &answers, &mut hindered, &mut settled)?;
     }
     if hindered.is_for_all(settled.done, others)
-        && let Some(e) = hindered.error.take()
+        && let Some(e) = hindered.passing.error.take()
     {
         return Err(e);
     }
-    if hindered.tries > 0 {
+    if hindered.passing.tries > 0 {
         sql::set_local("lock_timeout", "2s")?;
     }
     let are_few = hindered.are_few(others);
@@ -163,25 +154,6 @@ pub fn by_key() -> Result<()> {
         sql::set_local(path, "off")?;
     }
     Ok(())
-}
-
-/// A row that was looked at: whether its target was NULL, its input's hash.
-type Look = (bool, Option<i64>);
-
-fn look(plan: &Plan, page: &Page, positions: Vec<i32>) -> Result<BTreeMap<i32, Look>> {
-    // Each time, since a trigger of the statement before may have changed it.
-    sql::set_local("search_path", &plan.search_path)?;
-    let mut args = page.args();
-    args.push(positions.into());
-    let rows = sql::rows_mut(&plan.look, &args, |r| Ok((r.get::<i32>(1)?, (r.get::<bool>(2)?, r.maybe::<i64>(3)?))))?;
-    Ok(rows.into_iter().collect())
-}
-
-/// Returns true if all of these rows can still be seen, with the text that was claimed.
-pub fn is_as_sent(plan: &Plan, page: &Page, positions: &[i32]) -> Result<bool> {
-    let seen = look(plan, page, positions.to_vec())?;
-    let hash = |position: i32| page.hashes.get(position as usize - 1).copied();
-    Ok(positions.iter().all(|p| seen.get(p).is_some_and(|(_, found)| *found == hash(*p))))
 }
 
 /// A row that is to be listed.
@@ -216,7 +188,7 @@ fn settle_page(plan: &Plan, answers: &[&Answer], hindered: &mut Hindered, settle
             hash: hash(a.position).unwrap_or_default(),
         })
         .collect();
-    let mut tried = write(plan, &page, &todo, hindered)?;
+    let mut tried = write(plan, &page, &todo, &mut hindered.passing)?;
     find_nulls(plan, &page, &by_position, &mut tried)?;
 
     let mut missing: Vec<i32> = Vec::new();
@@ -379,127 +351,6 @@ fn name_rows(
     Ok(())
 }
 
-/// A row that can be seen and is not locked, and yet can't be locked by us, is out of reach of UPDATE.
-fn is_out_of_reach(plan: &Plan, page: &Page, position: i32) -> Result<bool> {
-    let tried = txn::sub(|| {
-        let mut args = page.args();
-        args.push(position.into());
-        sql::run(&plan.try_lock, &args)
-    });
-    match tried {
-        Ok(rows) => Ok(rows == 0),
-        Err(e) if e.code == Code::ERRCODE_LOCK_NOT_AVAILABLE => Ok(false),
-        Err(e) => Err(e),
-    }
-}
-
-/// A row to write.
-struct Todo {
-    position: i32,
-    /// Without any it is only looked at.
-    values: Vec<Option<String>>,
-    by: Option<String>,
-    confidence: Option<f64>,
-    hash: i64,
-}
-
-/// The result of trying to write rows; a row that is nowhere in it could not be locked.
-#[derive(Default)]
-struct Tried {
-    seen: BTreeMap<i32, Look>,
-    /// Rows that there was something to write to.
-    missing: BTreeSet<i32>,
-    /// True if something that was written is NULL after the UPDATE.
-    written: BTreeMap<i32, bool>,
-    /// The errors that the UPDATE raised.
-    raised: BTreeMap<i32, Error>,
-    /// The write alone raised what should pass.
-    refused: BTreeMap<i32, Error>,
-    /// The write waited for a lock of someone else's in vain, or was not tried any more.
-    blocked: BTreeSet<i32>,
-}
-
-/// Locks rows, looks at them and writes those that are as they were. If the statement raises, the rows it raises for are
-/// found by halving, so that the others are written.
-fn write(plan: &Plan, page: &Page, rows: &[Todo], hindered: &mut Hindered) -> Result<Tried> {
-    // Halves still to write; a list instead of recursion.
-    let mut todo: Vec<&[Todo]> = vec![rows];
-    let mut tried = Tried::default();
-    while let Some(part) = todo.pop() {
-        if part.is_empty() {
-            continue;
-        }
-        let e = match txn::sub(|| write_part(plan, page, part)) {
-            Ok(found) => {
-                for (position, look, is_still_null) in found {
-                    if let Some((look, is_missing)) = look {
-                        tried.seen.insert(position, look);
-                        tried.missing.extend(is_missing.then_some(position));
-                    }
-                    is_still_null.map(|is| tried.written.insert(position, is));
-                }
-                continue;
-            }
-            Err(e) => e,
-        };
-        let is_told_to_end = e.code == Code::ERRCODE_QUERY_CANCELED && process::is_told_to_end();
-        if is_told_to_end || is_of_the_table(plan, e.code)? {
-            return Err(e);
-        }
-        if part.len() == rows.len() {
-            // An error of looking is one that every write would raise.
-            look(plan, page, part.iter().map(|t| t.position).collect())?;
-        }
-        // It may be what one row alone needs: a lock on what its label refers to, something of its trigger.
-        let (is_lock, passes) = (is_lock(e.code), is_passing(e.code));
-        if is_lock {
-            sql::set_local("lock_timeout", "100ms")?;
-        }
-        if passes {
-            hindered.tries += 1;
-            hindered.error = Some(e.clone());
-            if hindered.tries > MOST_TRIES {
-                tried.blocked.extend(part.iter().map(|t| t.position));
-                continue;
-            }
-        }
-        match part {
-            [one] if is_lock => drop(tried.blocked.insert(one.position)),
-            [one] if passes => drop(tried.refused.insert(one.position, e)),
-            [one] => drop(tried.raised.insert(one.position, e)),
-            _ => {
-                let (first, second) = part.split_at(part.len() / 2);
-                todo.push(second);
-                todo.push(first);
-            }
-        }
-    }
-    Ok(tried)
-}
-
-type Found = (i32, Option<(Look, bool)>, Option<bool>);
-
-fn write_part(plan: &Plan, page: &Page, part: &[Todo]) -> Result<Vec<Found>> {
-    sql::set_local("search_path", &plan.search_path)?;
-    let mut args: Vec<DatumWithOid> = page.args();
-    args.push(part.iter().map(|t| t.position).collect::<Vec<i32>>().into());
-    args.push(part.iter().map(|t| t.hash).collect::<Vec<i64>>().into());
-    for target in 0..plan.targets {
-        let value = |t: &Todo| t.values.get(target).cloned().flatten();
-        args.push(part.iter().map(value).collect::<Vec<Option<String>>>().into());
-    }
-    if plan.has_provenance {
-        args.push(part.iter().map(|t| t.by.clone()).collect::<Vec<Option<String>>>().into());
-    }
-    if plan.has_confidence {
-        args.push(part.iter().map(|t| t.confidence).collect::<Vec<Option<f64>>>().into());
-    }
-    sql::rows_mut(&plan.write, &args, |r| {
-        let look = |is_null| Ok::<_, Error>(((is_null, r.maybe::<i64>(3)?), r.get::<bool>(4)?));
-        Ok((r.get::<i32>(1)?, r.maybe::<bool>(2)?.map(look).transpose()?, r.maybe::<bool>(5)?))
-    })
-}
-
 /// Finds values that a trigger made NULL again after the UPDATE: their rows would be asked again for ever.
 fn find_nulls(plan: &Plan, page: &Page, answers: &BTreeMap<i32, &Answer>, tried: &mut Tried) -> Result<()> {
     let Some(query) = plan.nulls.as_ref().filter(|_| !tried.written.is_empty()) else { return Ok(()) };
@@ -512,10 +363,4 @@ fn find_nulls(plan: &Plan, page: &Page, answers: &BTreeMap<i32, &Answer>, tried:
         }
     }
     Ok(())
-}
-
-/// Errors that every row would meet. A trigger may be denied something for one row; the right to write the column is
-/// another matter. Table and columns were looked at in this transaction: what is missing else is missing in user code.
-fn is_of_the_table(plan: &Plan, code: Code) -> Result<bool> {
-    Ok(code == Code::ERRCODE_INSUFFICIENT_PRIVILEGE && sql::one::<bool>(&plan.may_update, &[])? != Some(true))
 }

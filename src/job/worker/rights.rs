@@ -9,7 +9,7 @@ use super::Worker;
 use crate::error::{Error, Result};
 use crate::job::page::Page;
 use crate::job::plan::Plan;
-use crate::job::{settle, table};
+use crate::job::{settle, table, update};
 use crate::{changes, expression, sql, txn};
 
 /// The rights by which a job sees rows, as a number that changes with them. It is cheap, so that the many changes which
@@ -79,7 +79,7 @@ impl Worker {
             let rights = Rights::of(&plan)?;
             settle::by_key()?;
             for (page, positions) in open.values() {
-                if !settle::is_as_sent(&plan, page, positions)? {
+                if !update::is_as_sent(&plan, page, positions)? {
                     return Ok(Some((table, plan, rights, false)));
                 }
             }
