@@ -5,8 +5,8 @@ use pgrx::prelude::*;
 use serde_json::json;
 
 use super::check::check_login;
-use super::store::Status;
-use super::{Budget, Wake, check_alone, store, wake_at_commit};
+use super::status::{self, Status};
+use super::{Budget, Wake, check_alone, wake_at_commit};
 use crate::args::required;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
@@ -20,11 +20,11 @@ const CANCELLED: &str = "wanted = 'cancelled'";
 fn control(
     job_id: i64,
     starts: bool,
-    who: impl FnOnce(store::Status) -> Result<store::Status>,
-    change: impl FnOnce(&store::Status) -> Result<Option<String>>,
+    who: impl FnOnce(status::Status) -> Result<status::Status>,
+    change: impl FnOnce(&status::Status) -> Result<Option<String>>,
 ) -> Result<bool> {
     check_usable()?;
-    let mut status = who(store::status(job_id)?)?;
+    let mut status = who(status::status(job_id)?)?;
     let Some(assignment) = change(&status)? else { return Ok(false) };
     let sql = format!("UPDATE llm_batch.job SET {assignment} WHERE id = $1 AND wanted <> 'cancelled' RETURNING 1");
     let changed = txn::as_extension_owner(|| sql::run(&sql, &[job_id.into()]))?;
@@ -66,7 +66,7 @@ fn here(owner: pg_sys::Oid, relation: pg_sys::Oid) -> String {
     )
 }
 
-fn ended(status: &store::Status) -> Error {
+fn ended(status: &status::Status) -> Error {
     Error::state(format!("job {} is {}", status.id, status.status))
         .hint("Call llm_batch.backfill() again for the rows that are still NULL.")
 }
@@ -98,7 +98,7 @@ fn resume(job_id: i64) -> std::result::Result<bool, ErrorReport> {
 fn cancel(job_id: i64) -> std::result::Result<bool, ErrorReport> {
     let changed = control(job_id, false, Status::by_owner_or_tables, |s| match s.status.as_str() {
         "running" | "paused" => {
-            pgrx::log!("llm_batch job {job_id} is cancelled: {}", store::account(job_id)?);
+            pgrx::log!("llm_batch job {job_id} is cancelled: {}", status::account(job_id)?);
             Ok(Some(CANCELLED.to_owned()))
         }
         _ => Ok(None),
@@ -115,7 +115,7 @@ fn alter_job(
     let job_id = required(job_id, "job_id")?;
     let Budget { max_cost, max_tokens } = Budget::new(max_cost, max_tokens)?;
     check_usable()?;
-    let status = store::status(job_id)?.by_owner()?;
+    let status = status::status(job_id)?.by_owner()?;
     if !matches!(status.status.as_str(), "running" | "paused") {
         return Err(ended(&status).into());
     }
@@ -162,7 +162,7 @@ fn retry_failed(job_id: i64) -> std::result::Result<bool, ErrorReport> {
 #[pg_extern(sql = false)]
 fn set_job_owner(job_id: i64, new_owner: pg_sys::Oid) -> std::result::Result<(), ErrorReport> {
     check_usable()?;
-    let status = store::status(job_id)?;
+    let status = status::status(job_id)?;
     let status = if status.owner.is_some() { status.by_owner()? } else { status.by_owner_or_tables()? };
     let (role, _) = owner::new(new_owner)?;
     check_login(new_owner)?;
@@ -198,13 +198,13 @@ fn set_job_owner(job_id: i64, new_owner: pg_sys::Oid) -> std::result::Result<(),
 #[pg_extern(sql = false)]
 fn forget(job_id: i64) -> std::result::Result<(), ErrorReport> {
     check_usable()?;
-    let status = store::status(job_id)?.by_owner_or_tables()?;
+    let status = status::status(job_id)?.by_owner_or_tables()?;
     if matches!(status.status.as_str(), "running" | "paused") {
         return Err(Error::state(format!("job {job_id} is {}", status.status))
             .hint(format!("Wait until the job ends, or cancel it with llm_batch.cancel({job_id})."))
             .into());
     }
-    store::forget(job_id, "")?;
+    status::forget(job_id, "")?;
     Ok(())
 }
 

@@ -11,9 +11,9 @@ use crate::checks::{self, Refused};
 use crate::error::{Error, Result, is_passing};
 use crate::job::cause::Cause;
 use crate::job::fit;
+use crate::job::ledger::Failure;
 use crate::job::page::{self, Page};
 use crate::job::plan::Plan;
-use crate::job::store::Failure;
 use crate::job::update::{MOST_TRIES, Passing, Todo, Tried, is_out_of_reach, look, write};
 use crate::sql;
 

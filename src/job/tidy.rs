@@ -1,6 +1,6 @@
 //! A finder's further work in our tables: current names are noted, old jobs forgotten.
 
-use super::store;
+use super::status;
 use crate::error::Result;
 use crate::{settings, sql, txn, version};
 
@@ -23,7 +23,7 @@ fn forget_old() -> Result<()> {
         &[minutes.into()],
         |r| r.get::<i64>(1),
     )?;
-    old.into_iter().try_for_each(|id| store::forget(id, ", as llm_batch.keep_finished_jobs says"))
+    old.into_iter().try_for_each(|id| status::forget(id, ", as llm_batch.keep_finished_jobs says"))
 }
 
 /// Enters what roles, servers and tables are called today, and makes models and tasks that a dump has brought at home

@@ -6,8 +6,9 @@ use super::trouble::Kind;
 use super::{AGAIN, LAST_TRIES, LATER, MOST_FAILURES, MOST_INTERNAL, Worker, me};
 use crate::budget::Bill;
 use crate::error::{Error, is_passing};
+use crate::job::ledger::{self, Delta};
 use crate::job::settle::{Answer, says_nothing};
-use crate::job::store::{self, Delta, Outcome};
+use crate::job::store::{self, Outcome};
 use crate::process::{self, my_database};
 use crate::shared::{self, End};
 use crate::{owner, txn};
@@ -77,11 +78,11 @@ impl Worker {
                 return Ok(None);
             }
             if !self.spent.is_empty() || !self.too_late.is_empty() {
-                store::write(id, asked, &rest, &self.too_late)?;
+                ledger::write(id, asked, &rest, &self.too_late)?;
             }
             match &outcome {
                 Some(outcome) => store::end(id, epoch, outcome, in_doubt).map(Some),
-                None => store::release(id, in_doubt).and_then(|()| store::interrupted(id, None)).map(|()| Some(true)),
+                None => ledger::release(id, in_doubt).and_then(|()| store::interrupted(id, None)).map(|()| Some(true)),
             }
         });
         if self.put_off {

@@ -16,10 +16,11 @@ use super::{AGAIN, Asking, CONTROL, CRASH, HEAR, LATER, MOST_STARTS, Worker};
 use crate::client::{MESSAGE_BYTES, Received, WINDOW_ROWS};
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
+use crate::job::ledger::{self, Failure};
 use crate::job::page;
 use crate::job::plan::Plan;
 use crate::job::settle::{self, Answer, FEW};
-use crate::job::store::{self, Failure, Job, Outcome};
+use crate::job::store::{self, Job, Outcome};
 use crate::job::table::{self, Table};
 use crate::process::{self, report};
 use crate::provenance::By;
@@ -62,7 +63,7 @@ impl Found {
         settle::by_key()?;
         if job.has_nulls {
             let rows = page::digest(&plan.digest, page, all())?;
-            let gone = store::null_among(job.id, rows.iter().map(|(_, hash)| *hash).collect())?;
+            let gone = ledger::null_among(job.id, rows.iter().map(|(_, hash)| *hash).collect())?;
             found.gone = rows.into_iter().filter(|(_, hash)| gone.contains(hash)).map(|(at, _)| at.into()).collect();
         }
         if !is_last_start && !job.has_failures && found.damaged.is_empty() {
@@ -75,7 +76,7 @@ impl Found {
         }
         if job.has_failures {
             let keys: Vec<Option<String>> = (1..=page.len as i32).map(|i| keys.remove(&i)).collect();
-            found.gone.extend(store::failed_among(job.id, keys)?);
+            found.gone.extend(ledger::failed_among(job.id, keys)?);
         }
         Ok(found)
     }

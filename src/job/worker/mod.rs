@@ -28,10 +28,11 @@ use crate::budget::Bill;
 use crate::client::Client;
 use crate::error::{Error, Result};
 use crate::failure::failure_point;
+use crate::job::ledger::{self, Failure};
 use crate::job::page::Page;
 use crate::job::plan::Plan;
 use crate::job::settle::{Answer, says_nothing};
-use crate::job::store::{self, Failure, Job, Outcome};
+use crate::job::store::{self, Job, Outcome};
 use crate::job::table::{self, Table};
 use crate::job::target;
 use crate::process::{self, handle_signals, my_database, my_pid, reload_if_asked, report};
@@ -122,7 +123,7 @@ fn begin(id: i64, told: bool) -> Result<Option<Job>> {
     }
     let end = |outcome| store::end(id, job.epoch, &outcome, true);
     let (starts, error) = store::count_start(id, told)?;
-    if starts > MOST_STARTS && i64::from(starts - MOST_STARTS) > store::crashes(id)?.min(MORE_STARTS) {
+    if starts > MOST_STARTS && i64::from(starts - MOST_STARTS) > ledger::crashes(id)?.min(MORE_STARTS) {
         let error = error.map_or(String::new(), |e| format!("; the last error was: {e}"));
         end(Outcome::Failed(format!(
             "the worker of the job died {} times without finishing a row{error}",
@@ -135,7 +136,7 @@ fn begin(id: i64, told: bool) -> Result<Option<Job>> {
     changes::listen();
     store::begin(&job)?;
     // A reservation that is left is of a worker that died; nobody knows how much of it was spent.
-    store::release(id, true)?;
+    ledger::release(id, true)?;
     job.has_failures &= job.retry_epoch <= job.retried_epoch;
     Ok(Some(job))
 }
@@ -390,7 +391,7 @@ impl Worker {
         }
         if self.reopen.is_some() && self.asked.stream.budget.is_some() {
             let id = self.job.id;
-            txn::run(|| store::release(id, false))?;
+            txn::run(|| ledger::release(id, false))?;
         }
         if let Some(asked) = self.reopen.take() {
             self.job.max_attempts = asked.stream.task.options.max_attempts;

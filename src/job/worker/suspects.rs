@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 
 use super::doubt::Doubt;
 use crate::job::cause::Cause;
-use crate::job::store::Failure;
+use crate::job::ledger::Failure;
 
 /// Rows of a cause that could not be written, one after the other, until it is at fault.
 const ENOUGH: usize = 3;

@@ -10,8 +10,9 @@ use super::write::rates;
 use super::{AGAIN, LATER, Worker};
 use crate::budget::Bill;
 use crate::error::{Error, Result};
+use crate::job::ledger::{self, Delta};
 use crate::job::settle::{FEW, says_nothing};
-use crate::job::store::{self, Delta, Outcome};
+use crate::job::store::{self, Outcome};
 use crate::job::table;
 use crate::{process, shared, sql, txn};
 
@@ -161,7 +162,7 @@ impl Worker {
         let shown = txn::run(|| {
             if !spent.is_empty() {
                 let delta = Delta { spent: spent.clone(), rows_per_second, tokens_per_minute, ..Delta::default() };
-                store::write(job.id, asked, &delta, [])?;
+                ledger::write(job.id, asked, &delta, [])?;
             }
             let text = if trouble.kind == Kind::Locked {
                 format!("waiting for a lock on the table since {}: {}", trouble.since, table::lockers(job)?)
@@ -219,7 +220,7 @@ impl Worker {
         let (id, asked, rest) = (self.job.id, &self.asked, Delta { spent: self.spent.clone(), ..Delta::default() });
         // If that can't be written, it is in the log.
         let entered = txn::run(|| {
-            store::write(id, asked, &rest, [])?;
+            ledger::write(id, asked, &rest, [])?;
             store::interrupted(id, Some(&text))
         });
         if entered.is_ok() {

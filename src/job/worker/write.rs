@@ -13,8 +13,9 @@ use crate::client::WINDOW_ROWS;
 use crate::error::Result;
 use crate::failure::failure_point;
 use crate::job::cause::Cause;
+use crate::job::ledger::{self, Delta, Failure};
 use crate::job::settle::{self, Answer, FEW, Others, Settled};
-use crate::job::store::{self, Delta, Failure, Outcome};
+use crate::job::store::Outcome;
 use crate::job::table;
 use crate::process::{my_database, report};
 use crate::{changes, checks, shared, sql, txn};
@@ -107,14 +108,14 @@ impl Worker {
                 tokens_per_minute,
                 is_progress: settled.done + settled.superseded + settled.failures.len() as i64 > 0,
             };
-            let account = store::write(job.id, asked, &delta, settled.failures.iter().chain(too_late))?;
+            let account = ledger::write(job.id, asked, &delta, settled.failures.iter().chain(too_late))?;
             let account = account.filter(|_| may_grant && asked.stream.budget.is_some());
             let decision = account.as_ref().map_or(Decision::Nothing, |a| money.decide(&a.funds));
             if let Decision::Grant(allowance) = decision {
-                store::reserve(job.id, allowance)?;
+                ledger::reserve(job.id, allowance)?;
             }
             if money.in_doubt {
-                store::release(job.id, true)?;
+                ledger::release(job.id, true)?;
             }
             failure_point!("written");
             let account = account.map(|a| a.spent);
