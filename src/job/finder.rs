@@ -7,7 +7,7 @@ use super::tidy;
 use crate::error::Result;
 use crate::failure::failure_point;
 use crate::process::{handle_signals, my_database, my_pid};
-use crate::shared::{self, End};
+use crate::shared::{self, End, launch};
 use crate::worker::{on_exit, orders};
 use crate::{sql, txn, version};
 
@@ -98,7 +98,7 @@ fn search() -> Result<Option<i64>> {
                 store::end(id, epoch, &Outcome::Paused("owner", Some(why), None), true)?;
             }
             // Also what waits for a worker to see that it is not to run: none can come up.
-            shared::unwant(my_database(), id);
+            launch::unwant(my_database(), id);
             continue;
         }
         if wait == 0 {

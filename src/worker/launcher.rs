@@ -12,7 +12,8 @@ use super::databases::{self, Database};
 use crate::failure::failure_point;
 use crate::process::{handle_signals, my_pid, reload_if_asked, report, wait};
 use crate::settings;
-use crate::shared::{self, Due, Entry};
+use crate::shared::launch::{self, Due};
+use crate::shared::{self, Entry};
 
 /// A worker that has not come up after so long (microseconds) could not connect.
 const PATIENCE: i64 = 10_000_000;
@@ -37,20 +38,20 @@ pub extern "C-unwind" fn llm_batch_launcher_main(_arg: pg_sys::Datum) {
     handle_signals();
     // SAFETY: at the start of a background worker; no database, but shared catalogs can be read.
     unsafe { pg_sys::BackgroundWorkerInitializeConnection(std::ptr::null(), std::ptr::null(), 0) };
-    shared::launcher_starts(my_pid());
+    launch::launcher_starts(my_pid());
     report(pg_sys::BackendState::STATE_IDLE, "");
     let mut launcher = Launcher::default();
     loop {
         reload_if_asked();
         let now = shared::now();
-        shared::bury(now, PATIENCE);
-        for pid in shared::deaf(now) {
+        launch::bury(now, PATIENCE);
+        for pid in launch::deaf(now) {
             terminate(pid);
         }
         if settings::enabled() {
             launcher.turn(now);
         }
-        let due = shared::next_due().filter(|_| settings::enabled());
+        let due = launch::next_due().filter(|_| settings::enabled());
         let pause = due.map_or(10_000_000, |at| at - shared::now()).clamp(100_000, 10_000_000);
         wait(None, Some(Duration::from_micros(pause as u64)));
     }
@@ -81,7 +82,7 @@ impl Launcher {
     /// Queues what was made or opened since, and all databases now and then.
     fn queue_searches(&mut self, open: &[Database], now: i64) {
         let is_over = |time| self.all_queued.is_none_or(|at| at + time < now);
-        let missed = self.queue.is_empty() && is_over(SEARCH_MISSED) && shared::take_missed();
+        let missed = self.queue.is_empty() && is_over(SEARCH_MISSED) && launch::take_missed();
         let all = missed || is_over(SEARCH);
         let searched: Vec<u32> = open.iter().filter(|d| d.is_searched).map(|d| d.oid).collect();
         for database in &searched {
@@ -101,7 +102,7 @@ impl Launcher {
 
     /// Hands over as many searches as may run, while there is room for what they find.
     fn want_searches(&mut self, open: &[Database], now: i64) {
-        let (busy, has_room) = shared::searches(now);
+        let (busy, has_room) = launch::searches(now);
         for _ in busy..FINDERS {
             if !has_room {
                 return;
@@ -114,12 +115,12 @@ impl Launcher {
     }
 
     fn launch(&mut self, open: &[Database], now: i64) {
-        let Due { mut entries, mut owners, mut finders, mut starting } = shared::due(now);
+        let Due { mut entries, mut owners, mut finders, mut starting } = launch::due(now);
         entries.retain(|entry| {
             let is_open = is_open(open, entry.database);
             if !is_open {
                 // Dropped, or closed to connections: a job there is found again should it be opened.
-                shared::unwant(entry.database, entry.job);
+                launch::unwant(entry.database, entry.job);
             }
             is_open
         });
@@ -143,7 +144,7 @@ impl Launcher {
             }
         }
         for entry in jobs {
-            shared::no_slot(entry.database, entry.job, now + shared::WAITS);
+            launch::no_slot(entry.database, entry.job, now + shared::WAITS);
             waiting.push(entry.owner);
         }
         // A role that has none is not to wait for one that has several, which may be at it for days.
@@ -151,13 +152,13 @@ impl Launcher {
             && let Some(owner) = owners.iter().copied().max_by_key(|owner| held(&owners, *owner))
             && held(&owners, owner) > 1
         {
-            shared::ask_to_give_way(owner, now);
+            launch::ask_to_give_way(owner, now);
         }
     }
 
     /// Starts a worker; false if there is no room for it.
     fn start(&mut self, entry: &Entry, now: i64) -> bool {
-        shared::starting(entry.database, entry.job, now);
+        launch::starting(entry.database, entry.job, now);
         failure_point!("launch");
         let is_job = entry.job != 0;
         let (kind, function) = if is_job {
@@ -177,12 +178,12 @@ impl Launcher {
             .set_notify_pid(my_pid())
             .load_dynamic()
             .is_ok();
-        shared::set_no_slot(!is_started);
+        launch::set_no_slot(!is_started);
         if is_started {
             failure_point!("launched");
             return true;
         }
-        shared::no_slot(entry.database, entry.job, now + NO_SLOT);
+        launch::no_slot(entry.database, entry.job, now + NO_SLOT);
         // At the first time it may be that the place of a process that has just ended is not free yet.
         if entry.no_slot && is_time(&mut self.said_no_slot, now) {
             ereport!(
