@@ -9,7 +9,7 @@ use crate::args::required;
 use crate::error::Result;
 use crate::json::Json;
 use crate::scalar::{Answer, about, ad_hoc, by_task};
-use crate::task::{Made, alter, create};
+use crate::task::define::{Made, alter, create};
 use crate::text::{self, Text};
 
 pgrx::extension_sql_file!("../../sql/kind/classify.sql", name = "classify", requires = ["functions"]);

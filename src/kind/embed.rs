@@ -6,7 +6,7 @@ use serde_json::json;
 use crate::args::required;
 use crate::json::Json;
 use crate::scalar::{Answer, by_task};
-use crate::task::{Made, alter, create};
+use crate::task::define::{Made, alter, create};
 use crate::text::Text;
 
 pgrx::extension_sql_file!("../../sql/kind/embed.sql", name = "embed", requires = ["functions"]);

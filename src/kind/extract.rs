@@ -8,7 +8,7 @@ use crate::args::required;
 use crate::error::Result;
 use crate::json::{Json, JsonText};
 use crate::scalar::{Answer, ad_hoc, by_task};
-use crate::task::{Made, alter, create};
+use crate::task::define::{Made, alter, create};
 use crate::text::{self, Text};
 
 pgrx::extension_sql_file!("../../sql/kind/extract.sql", name = "extract", requires = ["functions"]);

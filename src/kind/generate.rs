@@ -7,7 +7,7 @@ use super::value;
 use crate::args::required;
 use crate::json::Json;
 use crate::scalar::{Answer, about, ad_hoc};
-use crate::task::{Made, alter, create};
+use crate::task::define::{Made, alter, create};
 use crate::text::Text;
 
 pgrx::extension_sql_file!("../../sql/kind/generate.sql", name = "generate", requires = ["functions"]);

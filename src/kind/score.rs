@@ -8,7 +8,7 @@ use crate::args::required;
 use crate::error::{Error, Result};
 use crate::json::Json;
 use crate::scalar::{Answer, about};
-use crate::task::{Made, alter, create};
+use crate::task::define::{Made, alter, create};
 use crate::text::Text;
 
 pgrx::extension_sql_file!("../../sql/kind/score.sql", name = "score", requires = ["functions"]);
