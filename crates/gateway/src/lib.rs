@@ -23,6 +23,7 @@ mod places;
 pub mod protocol;
 mod purse;
 mod queue;
+mod redact;
 mod request;
 mod resolver;
 mod route;

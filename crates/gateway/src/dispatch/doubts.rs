@@ -8,7 +8,7 @@ use super::{Asked, State};
 use crate::cache::TextKey;
 use crate::key::{GroupId, LaneKey};
 use crate::protocol::{Stop, StopReason, Verdict};
-use crate::request::presentable;
+use crate::redact::presentable;
 use crate::row::Row;
 
 /// Characters of an answer without a valid row that are shown.
