@@ -6,12 +6,11 @@ use std::sync::Arc;
 
 use llm_batch_core::dialect::{Format, Service, decisions};
 use llm_batch_core::limiter::{Class, Tokens};
-use llm_batch_core::options::TooLong;
 use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::patience::Way;
 use llm_batch_core::prompt;
 use llm_batch_core::route::{Taken, Turn, Used};
-use llm_batch_core::task::{Kind, Span};
+use llm_batch_core::task::Span;
 
 use crate::asking::Asking;
 use crate::cache::{Keys, TextKey};
@@ -21,6 +20,7 @@ use crate::purse::Purse;
 use crate::queue::{Queue, Ready};
 use crate::route::Member;
 use crate::row::{Row, Waiter};
+use crate::ruler::{Line, Ruler};
 use crate::tokens;
 
 /// Tokens of a row's line, as long as none is known.
@@ -62,54 +62,6 @@ pub struct Group {
     pub purse: Option<Purse>,
     /// Rows sent, divided by priority: the group with the least goes next.
     pub served: f64,
-}
-
-/// Turns texts into lines of a request. A long text is measured on another thread.
-#[derive(Debug)]
-pub struct Ruler {
-    kind: Arc<dyn Kind>,
-    service: Service,
-    /// Tokens of a row's question.
-    question_tokens: usize,
-    most_bytes: usize,
-    /// Tokens of a line and its answer.
-    most: usize,
-    too_long: TooLong,
-}
-
-/// A text as it stands in a request.
-#[derive(Debug)]
-pub struct Line {
-    /// As a JSON string; empty: it is larger than a request may be.
-    quoted: String,
-    tokens: usize,
-    answer: Span,
-}
-
-impl Ruler {
-    pub fn line(&self, text: &str) -> Line {
-        let tokens_of = |quoted: &str| match self.service {
-            Service::Embeddings => tokens::count(quoted.get(1..quoted.len().saturating_sub(1)).unwrap_or_default()),
-            Service::Chat | Service::Decisions => tokens::count(&prompt::row(417, quoted, None)) + self.question_tokens,
-        };
-        let answer = |tokens: usize| self.kind.tokens(tokens);
-        // Counting a text that can't fit anyway would be wasted work.
-        let hopeless = text.len() >= self.most_bytes;
-        let mut quoted = if hopeless { String::new() } else { prompt::quote(text) };
-        let mut tokens = tokens_of(&quoted);
-        if hopeless || tokens + answer(tokens).planned > self.most {
-            let cut = match self.too_long {
-                TooLong::Skip => "",
-                TooLong::Truncate => {
-                    let most = self.most.saturating_sub(answer(self.most).planned);
-                    tokens::beginning(text, most.saturating_sub(tokens_of("")))
-                }
-            };
-            quoted = if cut.is_empty() { String::new() } else { prompt::quote(cut) };
-            tokens = tokens_of(&quoted);
-        }
-        Line { quoted, tokens, answer: answer(tokens) }
-    }
 }
 
 /// The next rows that a group has to send.

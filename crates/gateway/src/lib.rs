@@ -28,6 +28,7 @@ mod request;
 mod resolver;
 mod route;
 mod row;
+mod ruler;
 mod server;
 mod sizes;
 mod standing;

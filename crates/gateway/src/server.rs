@@ -17,11 +17,11 @@ use crate::dispatch::{Launch, PROBE_IDS, PROBE_READ_TOKENS, Probe, State, disabl
 use crate::egress::{Answer, Clients, HttpClient};
 use crate::failure_point;
 use crate::frames::Frames;
-use crate::group::Line;
 use crate::kept::Kept;
 use crate::places::Places;
 use crate::protocol::{Endpoint, FromGateway, Item, MAX_FRAME, Stream, ToGateway, announced, decode, encode};
 use crate::request::{self, Answered, Question};
+use crate::ruler::Line;
 
 /// Time for which a client may be silent in the midst of a message, and before the first.
 const SILENCE: Duration = Duration::from_secs(30);

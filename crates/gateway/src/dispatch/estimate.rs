@@ -7,9 +7,10 @@ use llm_batch_core::route::Turn;
 
 use super::send::{Draft, rows_of};
 use super::{State, cheaper};
-use crate::group::{Group, Line, Next};
+use crate::group::{Group, Next};
 use crate::lane::Measured;
 use crate::protocol::{Estimate, Item};
+use crate::ruler::Line;
 
 impl State {
     /// Estimates the requests and tokens of rows, by the measurements of the client's model.

@@ -46,7 +46,7 @@ pub use self::probe::{PROBE_IDS, PROBE_READ_TOKENS, Probe};
 use crate::Settings;
 use crate::cache::{Cache, Keys, TextKey};
 use crate::frames::Frames;
-use crate::group::{Line, Pushed, Ruler};
+use crate::group::Pushed;
 use crate::groups::Groups;
 use crate::kept::Kept;
 use crate::key::{GroupId, LaneKey};
@@ -61,6 +61,7 @@ use crate::protocol::{
 use crate::request::Answered;
 use crate::route::Member;
 use crate::row::{Row, Waiter};
+use crate::ruler::{Line, Ruler};
 
 /// Lanes without streams beyond this number are forgotten.
 const MOST_IDLE_LANES: usize = 256;
