@@ -16,6 +16,7 @@ mod groups;
 mod kept;
 mod key;
 mod lane;
+mod learned;
 mod notice;
 mod numbers;
 pub mod outgoing;

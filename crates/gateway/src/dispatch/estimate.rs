@@ -8,7 +8,7 @@ use llm_batch_core::route::Turn;
 use super::send::{Draft, rows_of};
 use super::{State, cheaper};
 use crate::group::{Group, Next};
-use crate::lane::Measured;
+use crate::learned::Measured;
 use crate::protocol::{Estimate, Item};
 use crate::ruler::Line;
 

@@ -16,7 +16,7 @@ use super::doubts::Said;
 use super::{Asked, InFlight, State, too_long};
 use crate::cache::TextKey;
 use crate::key::{GroupId, LaneKey};
-use crate::lane::Measured;
+use crate::learned::Measured;
 use crate::protocol::{Stop, StopReason, Verdict};
 use crate::request::TIMED_OUT;
 use crate::route::Member;
