@@ -5,9 +5,6 @@
 
 use crate::dialect::Service;
 
-/// The two ways, in the order in which costs are given.
-const WAYS: [Service; 2] = [Service::Chat, Service::Decisions];
-
 /// Most rows of a trial, and of other requests until both ways have been answered.
 const TRIAL_ROWS: usize = 10;
 const OTHER_ROWS: usize = 20;
@@ -45,36 +42,27 @@ impl Way {
 /// The record of a task with a model.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cheaper {
-    ways: [Way; 2],
+    chat: Way,
+    decisions: Way,
     /// Requests for decisions in a row that were not answered.
     failed: u32,
     /// Until when (ms) there are none.
     out_until: u64,
 }
 
-/// The place of a way.
-fn place(service: Service) -> usize {
-    usize::from(service == Service::Decisions)
-}
-
 impl Cheaper {
     fn way(&self, service: Service) -> &Way {
-        let [chat, decisions] = &self.ways;
-        if service == Service::Decisions { decisions } else { chat }
+        if service == Service::Decisions { &self.decisions } else { &self.chat }
     }
 
     fn way_mut(&mut self, service: Service) -> &mut Way {
-        let [chat, decisions] = &mut self.ways;
-        if service == Service::Decisions { decisions } else { chat }
+        if service == Service::Decisions { &mut self.decisions } else { &mut self.chat }
     }
 
     /// The costs of a row in the cheaper way and in the other; by our count they are `expected`, of a chat and of decisions.
-    fn order(&self, expected: [f64; 2]) -> [(Service, f64); 2] {
-        let costs = |service: Service| {
-            let expected = expected.get(place(service)).copied().unwrap_or(f64::MAX);
-            (service, self.way(service).costs(expected))
-        };
-        let [chat, decisions] = WAYS.map(costs);
+    fn order(&self, [chat, decisions]: [f64; 2]) -> [(Service, f64); 2] {
+        let chat = (Service::Chat, self.chat.costs(chat));
+        let decisions = (Service::Decisions, self.decisions.costs(decisions));
         if decisions.1 < chat.1 { [decisions, chat] } else { [chat, decisions] }
     }
 
@@ -97,7 +85,7 @@ impl Cheaper {
         if self.way(other).trials() < trials {
             return (other, Some(TRIAL_ROWS));
         }
-        let is_known = self.ways.iter().all(|way| way.answered > 0);
+        let is_known = self.chat.answered > 0 && self.decisions.answered > 0;
         (cheaper, (!is_known).then_some(OTHER_ROWS))
     }
 
@@ -138,6 +126,11 @@ impl Cheaper {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    /// The place of a way, where costs are given.
+    fn place(service: Service) -> usize {
+        usize::from(service == Service::Decisions)
+    }
 
     /// A provider that takes `factors` of what we count for rows that are `expected` to cost so much. Returns the rows that went
     /// in each way, and those of the dearer one that went last.
