@@ -476,23 +476,32 @@ fn only_probes_are_answered(what: &str, own: &[u8]) {
 fn who_has_no_patience_harms_no_other() {
     let setup = Setup::new(64 << 20);
     let provider = provider(Config::default());
-    provider.configure(|c| c.latency = llm_fake_provider::Latency { base: Duration::from_millis(50), ..c.latency });
-    let mut other = setup.client(&provider, |s| s.role = 1);
+    let probes = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let count = std::sync::Arc::clone(&probes);
+    let url = before(&provider, move |texts| {
+        if texts.contains("Say ok.") {
+            count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        }
+        // One that is too slow for whoever asks with little patience.
+        if texts.contains("#r50") {
+            std::thread::sleep(Duration::from_secs(600));
+        }
+        None
+    });
+    let mut other = setup.client(&provider, |s| (s.role, s.endpoint.base_url) = (1, url.clone()));
     other.rows(0..10);
     other.answers(10);
-    let mut hasty = setup.client(&provider, |s| (s.role, s.model.request_timeout_ms) = (2, 1));
-    hasty.rows(5_000..5_003);
-    // Alone at first: no answer of the other one makes up for what takes too long.
-    let (got, _) = hasty.answers(3);
-    for outcome in got.values() {
-        assert!(matches!(&outcome.verdict, Verdict::Fail { class, .. } if class == "provider_error"), "{outcome:?}");
-    }
-    hasty.rows(5_003..5_006);
-    for first in (100..500).step_by(100) {
-        other.rows(first..first + 100);
-        let (got, _) = other.answers(100);
-        assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict)), "{got:?}");
-        let seen = other.only_activity();
-        assert_eq!(seen.breaker, llm_batch_core::breaker::State::Closed);
-    }
+    let mut hasty = setup.client(&provider, |s| {
+        (s.role, s.endpoint.base_url, s.model.request_timeout_ms) = (2, url.clone(), 100);
+        s.task.options.max_rows_per_request = 1;
+    });
+    // No answer of the other one makes up meanwhile for what takes too long.
+    hasty.rows(5_000..5_040);
+    assert_eq!(stop(&mut hasty).reason, StopReason::ProviderDown);
+    assert_eq!(other.only_activity().breaker, llm_batch_core::breaker::State::Closed);
+    other.rows(100..400);
+    let (got, _) = other.answers(300);
+    assert!(got.iter().all(|(n, o)| is_right(*n, &o.verdict) && o.attempts == 1), "{got:?}");
+    // The endpoint was not suspected: an open circuit is probed before anything else is sent.
+    assert_eq!(probes.load(std::sync::atomic::Ordering::Relaxed), 0);
 }
