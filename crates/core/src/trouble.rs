@@ -133,6 +133,10 @@ fn outcome_by(api: Api, sent: Sent, status: u16, body: &[u8], retry_after: Optio
             dialect::Unread::Said(error) => classify(dialect, None, &error, "", (retry_after, texts)),
             dialect::Unread::Other(message) => Report::new(Trouble::Overload(retry_after), message.to_owned()),
         }),
+        // No address gives these to such a request: the server is in trouble.
+        100..=199 | 304 => {
+            Err(Report::new(Trouble::Overload(retry_after), format!("HTTP status {status}: no answer to a request")))
+        }
         300..=399 => Err(Report::new(
             Trouble::Misplaced,
             format!("HTTP status {status}: redirects are not followed; base_url must name the final address"),
@@ -269,7 +273,8 @@ impl Said {
             400 | 422 | 500 if self.refuses_system_role() => Trouble::Unsupported(Parameter::SystemRole),
             // "Not implemented" does not pass: such as embeddings of a server that was started for chats.
             501 => Trouble::Misplaced,
-            408 | 409 | 421 | 424 | 425 | 499..=599 => Trouble::Overload(retry_after),
+            // HTTP has what is above 599 treated as a 5xx.
+            408 | 409 | 421 | 424 | 425 | 499.. => Trouble::Overload(retry_after),
             400 | 422 if self.is_of_spend() => Trouble::Spend,
             400 if self.any(&["could not finish the message"]) => Trouble::CutOff,
             400 | 422 if self.refuses_answer_cap() => Trouble::AnswerCap,
