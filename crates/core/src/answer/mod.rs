@@ -4,6 +4,9 @@
 //! thought is cut off before; what is cut off in the middle loses rows and changes none.
 
 mod labels;
+#[cfg(test)]
+mod shapes;
+mod tidy;
 mod values;
 mod vectors;
 

@@ -1,7 +1,7 @@
 //! Reading values that cannot be recognized by themselves: only JSON says where one begins and ends.
 //!
-//! Members whose key is an asked number, in any object at any depth; lists of objects that have a number and a value; one
-//! object a line. One pass over the text, which goes on behind what is no JSON.
+//! Members whose key is an asked number, in any object at any depth; objects that have a number and a value, in a list or one
+//! a line. One pass over the text, which goes on behind what is no JSON.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use serde_json::value::RawValue;
 use serde_json::{Deserializer, Value};
 
-use super::{Verdict, is_of_another, number};
+use super::{Verdict, is_of_another, number, tidy};
 use crate::task::{Kind, Members};
 
 /// Deepest nesting of objects around a number.
@@ -23,6 +23,10 @@ const ID_NAMES: [&str; 10] = ["id", "i", "n", "no", "nr", "row", "number", "inde
 pub(super) fn read(text: &str, ids: &[u16], kind: &dyn Kind) -> Option<Vec<Verdict>> {
     let index = ids.iter().enumerate().map(|(i, id)| (*id, i)).collect();
     let said = vec![Verdict::Missing; ids.len()];
+    // All of it may be JSON within a JSON string.
+    let whole: Option<String> =
+        serde_json::from_str(text.trim().trim_matches('`').trim_start_matches("json").trim()).ok();
+    let text = whole.as_deref().unwrap_or(text);
     let mut reader = Reader { kind, index, said, others: HashSet::new(), left: text.len().saturating_mul(MOST_LOOKS) };
     reader.values(text, 0);
     let named = reader.said.iter().filter(|v| **v != Verdict::Missing).count();
@@ -52,9 +56,8 @@ impl Reader<'_> {
     /// All objects and lists of a text.
     fn values(&mut self, mut text: &str, depth: usize) {
         while let Some(start) = text.find(['{', '[']) {
-            let inside = text.get(start + 1..).unwrap_or_default();
-            let is_object = text.as_bytes().get(start) == Some(&b'{');
-            let rest = if is_object { self.object(inside, depth) } else { self.list(inside, depth) };
+            let whole = text.get(start..).unwrap_or_default();
+            let rest = if whole.starts_with('{') { self.object(whole, depth) } else { self.list(whole, depth) };
             match rest {
                 Some(rest) if self.left > 0 => text = rest,
                 _ => return,
@@ -62,48 +65,98 @@ impl Reader<'_> {
         }
     }
 
-    /// The members of an object that has been opened; what is behind it, or where to go on if it is no JSON. `None` at the
-    /// end of the text.
+    /// The members of an object with which a text begins; what is behind it, or where to go on if it is no JSON. `None` at
+    /// the end of the text.
     ///
     /// Behind a value that is no JSON may be a text that it quotes: nothing is read there before the next line that begins
-    /// with an object.
-    fn object<'a>(&mut self, inside: &'a str, depth: usize) -> Option<&'a str> {
-        let mut text = inside;
+    /// with an object. A text or a number counts once the next member, or the end of the object, shows that it has ended:
+    /// a quote within a text ends it for JSON, and so does a comma within a number.
+    fn object<'a>(&mut self, whole: &'a str, depth: usize) -> Option<&'a str> {
+        let mut text = whole.get(1..)?;
         let (mut has_rows, mut is_row) = (false, false);
+        let mut last: Option<(u16, Cow<str>)> = None;
         loop {
-            text = text.trim_start().trim_start_matches(',').trim_start();
+            let is_end = text.trim_start().is_empty();
+            text = self.next_part(text);
+            let next = named(text);
+            if (next.is_some() || text.starts_with('}') || is_end)
+                && let Some((id, json)) = last.take()
+            {
+                self.claim(id, &json);
+            }
             if let Some(rest) = text.strip_prefix('}') {
                 return Some(rest);
             }
-            let Some(behind) = text.strip_prefix('"') else { return Some(text).filter(|t| !t.is_empty()) };
-            let Some(end) = end_of_string(behind) else { return Some(behind) };
-            let name: Option<String> = serde_json::from_str(text.get(..end + 2)?).ok();
-            let after = behind.get(end + 1..)?;
-            let (Some(name), Some(value)) = (name, after.trim_start().strip_prefix(':')) else { return Some(after) };
-            let value = value.trim_start();
-            let (is_number, is_of_row) = (number(name.trim()).is_some(), self.belongs_to_a_row(&name));
+            let Some((name, value)) = next else {
+                return if last.is_some() { next_line(text) } else { behind_no_name(text) };
+            };
+            let (number, is_of_row) = (number(name.trim()), self.belongs_to_a_row(&name));
+            if is_of_row
+                && number.is_none()
+                && !has_rows
+                && !is_row
+                && let Some(rest) = self.row(whole)
+            {
+                return Some(rest);
+            }
             let quotes = has_rows || is_row || is_of_row || value.starts_with('"');
             match self.part(value) {
                 Part::Cut if quotes => return None,
                 Part::Broken if quotes => return next_line(value),
                 Part::Cut | Part::Broken => return Some(value),
                 Part::Value(json, rest) => {
-                    has_rows |= is_number;
-                    is_row |= is_of_row && !is_number;
-                    if !is_row {
-                        self.member(&name, &json, depth);
-                    }
+                    has_rows |= number.is_some();
+                    is_row |= is_of_row && number.is_none();
                     text = rest;
+                    match number {
+                        _ if is_row => {}
+                        Some(id) if json.starts_with(['{', '[']) => self.claim(id, &json),
+                        Some(id) => last = Some((id, json)),
+                        None => self.inner(&json, depth),
+                    }
                 }
             }
         }
     }
 
-    /// The elements of a list that has been opened. As [`Self::object`].
-    fn list<'a>(&mut self, inside: &'a str, depth: usize) -> Option<&'a str> {
-        let mut text = inside;
+    /// The part of a text behind commas, spaces and comments.
+    fn next_part<'a>(&mut self, mut text: &'a str) -> &'a str {
         loop {
-            text = text.trim_start().trim_start_matches(',').trim_start();
+            text = self.beyond_comments(text);
+            match text.strip_prefix(',') {
+                Some(rest) => text = rest,
+                None => return text,
+            }
+        }
+    }
+
+    fn beyond_comments<'a>(&mut self, text: &'a str) -> &'a str {
+        let text = text.trim_start();
+        if !text.starts_with('/') {
+            return text;
+        }
+        let rest = tidy::beyond_comments(text);
+        // A comment without an end is looked for to the end.
+        let looked = if rest.starts_with('/') { text.len() } else { text.len() - rest.len() };
+        self.left = self.left.saturating_sub(looked);
+        rest
+    }
+
+    /// Reads an object with which a text begins if it is a row by itself, with its number among its members. What is behind it.
+    fn row<'a>(&mut self, whole: &'a str) -> Option<&'a str> {
+        let mut values = Deserializer::from_str(whole).into_iter::<&RawValue>();
+        let next = values.next()?;
+        let is_eof = matches!(&next, Err(e) if e.is_eof());
+        let end = values.byte_offset();
+        self.left = self.left.saturating_sub(if is_eof { whole.len() } else { end.max(1) });
+        self.numbered(next.ok()?.get()).then_some(whole.get(end..)?)
+    }
+
+    /// The elements of a list. As [`Self::object`].
+    fn list<'a>(&mut self, whole: &'a str, depth: usize) -> Option<&'a str> {
+        let mut text = whole.get(1..)?;
+        loop {
+            text = self.next_part(text);
             if let Some(rest) = text.strip_prefix(']') {
                 return Some(rest);
             }
@@ -134,8 +187,8 @@ impl Reader<'_> {
             other if text.starts_with('"') => {
                 let is_cut = matches!(other, Some(Err(ref e)) if e.is_eof());
                 let inside = behind(1);
-                let Some(end) = end_of_string(inside).filter(|_| !is_cut) else { return Part::Cut };
-                let json = escaped(inside.get(..end).unwrap_or_default());
+                let Some(end) = tidy::end_of_string(inside).filter(|_| !is_cut) else { return Part::Cut };
+                let json = tidy::string(inside.get(..end).unwrap_or_default());
                 if serde_json::from_str::<&RawValue>(&json).is_err() {
                     return Part::Broken;
                 }
@@ -146,16 +199,22 @@ impl Reader<'_> {
                 return Part::Cut;
             }
             _ => {
-                self.left = self.left.saturating_sub(values.byte_offset().max(1));
-                return Part::Broken;
+                let tidied = tidy::value(text);
+                let end = tidied.as_ref().map_or(values.byte_offset().max(1), |(_, end)| *end);
+                self.left = self.left.saturating_sub(end);
+                match tidied.filter(|(json, _)| serde_json::from_str::<&RawValue>(json).is_ok()) {
+                    Some((json, end)) => (Cow::Owned(json), behind(end)),
+                    None => return Part::Broken,
+                }
             }
         };
         self.left = self.left.saturating_sub(json.len());
-        // A number or a word at the end of the text may go on.
+        // A number or a word at the end of the text may go on. Behind a quote within a text may be what looks like a comment.
         let is_closed = json.starts_with(['"', '{', '[']);
-        match rest.trim_start().chars().next() {
+        let is_end = rest.trim_start().is_empty();
+        match self.beyond_comments(rest).chars().next() {
             Some(',' | '}' | ']') => Part::Value(json, rest),
-            None if is_closed => Part::Value(json, rest),
+            None if is_closed && is_end => Part::Value(json, rest),
             None => Part::Cut,
             Some(_) => Part::Broken,
         }
@@ -169,13 +228,6 @@ impl Reader<'_> {
             || ID_NAMES.iter().chain(&self.kind.names()).any(|known| known.eq_ignore_ascii_case(name))
     }
 
-    fn member(&mut self, name: &str, json: &str, depth: usize) {
-        match number(name.trim()) {
-            Some(id) => self.claim(id, json),
-            None => self.inner(json, depth),
-        }
-    }
-
     /// Reads the values inside one that belongs to no number.
     fn inner(&mut self, json: &str, depth: usize) {
         if depth < MOST_DEPTH && json.starts_with(['{', '[']) {
@@ -183,30 +235,36 @@ impl Reader<'_> {
         }
     }
 
-    /// An element of a list: an object with the number of a row, and its value or values.
     fn element(&mut self, json: &str, depth: usize) {
+        if !self.numbered(json) {
+            self.inner(json, depth);
+        }
+    }
+
+    /// Reads an object with the number of a row, and its value or values. Returns false if it has no number.
+    fn numbered(&mut self, json: &str) -> bool {
         let names = self.kind.names();
         let is_id = |(name, _): &&(String, &RawValue)| {
             ID_NAMES.iter().any(|id| name.eq_ignore_ascii_case(id))
                 && !names.iter().any(|n| n.eq_ignore_ascii_case(name))
         };
-        let Ok(Members(members)) = serde_json::from_str(json) else { return };
+        let Ok(Members(members)) = serde_json::from_str(json) else { return false };
         let (ids, others): (Vec<_>, Vec<_>) = members.iter().partition(is_id);
         let id = match ids.as_slice() {
-            [] => return self.inner(json, depth),
+            [] => return false,
             [(_, value)] => number(value.get().trim_matches('"')),
             _ => None,
         };
-        let Some(id) = id else { return };
-        match others.as_slice() {
-            [] => {}
-            [(_, value)] if names.is_empty() => self.claim(id, value.get()),
-            others => {
+        match (id, others.as_slice()) {
+            (None, _) | (_, []) => {}
+            (Some(id), [(_, value)]) if names.is_empty() => self.claim(id, value.get()),
+            (Some(id), others) => {
                 let member =
                     |(name, value): &&(String, &RawValue)| format!("{}:{}", Value::from(name.as_str()), value.get());
                 self.claim(id, &format!("{{{}}}", others.iter().map(member).collect::<Vec<_>>().join(",")));
             }
         }
+        true
     }
 
     fn claim(&mut self, id: u16, json: &str) {
@@ -240,27 +298,22 @@ fn next_line(text: &str) -> Option<&str> {
     None
 }
 
-/// Finds the end of a string that is already open.
-fn end_of_string(inside: &str) -> Option<usize> {
-    let mut is_escaped = false;
-    inside.bytes().position(|b| {
-        let is_end = b == b'"' && !is_escaped;
-        is_escaped = b == b'\\' && !is_escaped;
-        is_end
-    })
+/// The name of the member with which a text begins, and the text from its value on. A row's number may have no quotes.
+fn named(text: &str) -> Option<(String, &str)> {
+    let (name, after) = match text.strip_prefix('"') {
+        Some(inside) => {
+            let end = tidy::end_of_string(inside)?;
+            (serde_json::from_str(text.get(..end + 2)?).ok()?, inside.get(end + 1..)?)
+        }
+        None => (text.get(..3).filter(|digits| number(digits).is_some())?.to_owned(), text.get(3..)?),
+    };
+    Some((name, after.trim_start().strip_prefix(':')?.trim_start()))
 }
 
-/// The inside of a string as JSON has it, where it has control characters as they are.
-fn escaped(inside: &str) -> String {
-    let mut json = String::from("\"");
-    for c in inside.chars() {
-        match c {
-            c if c < ' ' => json.push_str(&format!("\\u{:04x}", c as u32)),
-            c => json.push(c),
-        }
-    }
-    json.push('"');
-    json
+/// The place to go on where a text begins with no member.
+fn behind_no_name(text: &str) -> Option<&str> {
+    let Some(inside) = text.strip_prefix('"') else { return Some(text).filter(|t| !t.is_empty()) };
+    tidy::end_of_string(inside).map_or(Some(inside), |end| inside.get(end + 1..))
 }
 
 #[cfg(test)]
@@ -420,7 +473,21 @@ mod tests {
 
     #[test]
     fn hostile_texts_are_bounded() {
-        for text in ["{\"a\":", "{", "[", "[1,", "{\"417\":", "{\"a\":[", "\"", "{\"a\":\"", "[{\"id\":417,\"x\":"] {
+        for text in [
+            "{\"a\":",
+            "{",
+            "[",
+            "[1,",
+            "{\"417\":",
+            "{\"a\":[",
+            "\"",
+            "{\"a\":\"",
+            "[{\"id\":417,\"x\":",
+            "[1/*",
+            "[/*",
+            "{/*",
+            "{\"id\":1/*",
+        ] {
             check(&text.repeat(100_000), [None; 3]);
         }
         check(

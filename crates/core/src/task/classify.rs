@@ -217,7 +217,8 @@ pub fn check_labels(labels: Vec<Label>) -> Result<Vec<Label>, Error> {
     let mut seen = HashSet::new();
     for l in &labels {
         if l.label.trim().is_empty() {
-            return Err(Error::new("a label must not be empty"));
+            return Err(Error::new("a label must not be empty")
+                .hint("Name it, such as \"other\": a text gets the label that fits best, and never none."));
         }
         if l.label.chars().any(char::is_control) {
             return Err(Error::new(format!("label {:?} contains a control character", l.label)));

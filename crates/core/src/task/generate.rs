@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::kind::{Answer, Column, Example, Kind, LONGEST, Span, Unfit, examples, only, shown, text, whole};
+use super::kind::{Answer, Column, Example, Kind, LONGEST, Span, Unfit, bare, examples, only, shown, text, whole};
 use super::value::{Type, cleaned, is_form};
 use super::verb::{Said, Subject, Verb, instruct};
 use crate::{CountTokens, Error, prompt};
@@ -149,7 +149,7 @@ impl Kind for Prepared {
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
-        let text = serde_json::from_str::<String>(value.get())
+        let text = serde_json::from_str::<String>(bare(value, ""))
             .map_err(|_| Unfit::bad_value(format!("the answer must be {}", Type::Text.told())))?;
         let text = cleaned(&text);
         if text.trim().is_empty() || is_form(&text) {

@@ -151,6 +151,22 @@ impl<'de> Deserialize<'de> for Members<'de> {
     }
 }
 
+/// Names under which models write an answer that has none.
+const NAMES: [&str; 8] = ["answer", "value", "result", "output", "response", "content", "text", "score"];
+
+/// The value of an answer that has no name: of an object the only member, if its name says no more than that it is the
+/// answer, or the one that has the kind's `own` name, with whatever is said beside it.
+pub(super) fn bare<'a>(value: &'a RawValue, own: &str) -> &'a str {
+    let Ok(Members(members)) = serde_json::from_str(value.get()) else { return value.get() };
+    let is_own = |(name, _): &&(String, &RawValue)| name.eq_ignore_ascii_case(own);
+    let mut named = members.iter().filter(is_own);
+    match (named.next(), named.next(), members.as_slice()) {
+        (Some((_, inner)), None, _) => inner.get(),
+        (None, _, [(name, inner)]) if NAMES.iter().any(|known| known.eq_ignore_ascii_case(name)) => inner.get(),
+        _ => value.get(),
+    }
+}
+
 /// A text and its answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Example {

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Number, Value, json};
 
-use super::kind::{Answer, Column, Example, Kind, LONGEST, Span, Unfit, examples, only, shown, text};
+use super::kind::{Answer, Column, Example, Kind, LONGEST, Span, Unfit, bare, examples, only, shown, text};
 use super::value::Type;
 use super::verb::{Said, Subject, Verb, instruct};
 use crate::{CountTokens, Error, prompt};
@@ -114,7 +114,7 @@ impl Kind for Prepared {
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
         let Score { low, high, .. } = &self.task;
-        let number = Type::Numeric.read(value.get(), None, false);
+        let number = Type::Numeric.read(bare(value, "score"), None, false);
         let score = number.ok().filter(|n| n.parse().is_ok_and(|n| self.task.has(n)));
         let score =
             score.ok_or_else(|| Unfit::bad_value(format!("the score must be a number from {low} to {high}")))?;

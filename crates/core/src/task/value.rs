@@ -152,7 +152,7 @@ impl Type {
         let string = || serde_json::from_str::<String>(json).ok();
         let bare = || match string() {
             None => Some(json.trim().to_owned()),
-            Some(inner) => (!is_strict).then(|| without_zeros(inner.trim())),
+            Some(inner) => (!is_strict).then(|| digits(inner.trim())),
         };
         let read = match self {
             Self::Text => string().map(|text| cleaned(&text)).filter(|text| !is_form(text)),
@@ -203,6 +203,33 @@ fn whole(number: &str) -> Option<String> {
     (is_whole && !bare.is_empty() && bare.bytes().all(|b| b.is_ascii_digit())).then(|| digits.to_owned())
 }
 
+/// The number that a text for people is: `$1,234.50`, `1.234,50 €`, `1,234,567`. Where it may be two, as `1,234`, the text.
+fn digits(text: &str) -> String {
+    const CURRENCIES: [char; 4] = ['$', '€', '£', '¥'];
+    let (minus, bare) = text.strip_prefix('-').map_or(("", text), |rest| ("-", rest));
+    let bare = bare.strip_prefix(CURRENCIES).or(bare.strip_suffix(CURRENCIES)).map_or(bare, str::trim);
+    without_zeros(&format!("{minus}{}", ungrouped(bare).as_deref().unwrap_or(bare)))
+}
+
+/// Digits in groups of three with a fraction, or at least three groups.
+fn ungrouped(number: &str) -> Option<String> {
+    let is_digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    [(',', '.'), ('.', ',')].into_iter().find_map(|(separator, point)| {
+        let (whole, fraction) = number.split_once(point).map_or((number, None), |(whole, rest)| (whole, Some(rest)));
+        let groups: Vec<&str> = whole.split(separator).collect();
+        let (first, others) = groups.split_first()?;
+        let is_grouped = is_digits(first)
+            && first.len() <= 3
+            && !others.is_empty()
+            && others.iter().all(|group| is_digits(group) && group.len() == 3);
+        match fraction {
+            Some(fraction) if is_grouped && is_digits(fraction) => Some(format!("{}.{fraction}", groups.concat())),
+            None if is_grouped && others.len() > 1 => Some(groups.concat()),
+            _ => None,
+        }
+    })
+}
+
 /// Digits without the zeros before them, which JSON does not write.
 fn without_zeros(number: &str) -> String {
     let (sign, digits) = number.strip_prefix('-').map_or(("", number), |digits| ("-", digits));
@@ -251,7 +278,8 @@ fn timestamp(text: &str, zone: Option<&str>) -> Option<String> {
     if !is_date(date) {
         return None;
     }
-    let time = time.trim();
+    let utc = time.trim().strip_suffix("UTC").map(|clock| format!("{}Z", clock.trim_end()));
+    let time = utc.as_deref().unwrap_or(time.trim());
     let end = time.find(['Z', 'z', '+', '-', '\u{2212}']).unwrap_or(time.len());
     let (clock, offset) = time.split_at_checked(end)?;
     let clock = clock.trim_end();
@@ -329,6 +357,16 @@ mod tests {
             assert_eq!(read(Type::Numeric, json).as_deref(), Some(number));
         }
         assert_eq!((read(Type::Numeric, "\"1.e5\""), read(Type::Integer, "\"01234\"")), (None, Some("1234".into())));
+        for (text, number) in [
+            ("$12", "12"),
+            ("-$1,234.50", "-1234.50"),
+            ("1.234,50 €", "1234.50"),
+            ("1,234,567", "1234567"),
+            ("1.234.567", "1234567"),
+        ] {
+            assert_eq!(read(Type::Numeric, &format!("\"{text}\"")).as_deref(), Some(number), "{text}");
+        }
+        assert_eq!(read(Type::Timestamptz, "\"2026-01-31 12:00 UTC\"").as_deref(), Some("2026-01-31 12:00Z"));
         assert_eq!(read(Type::Timestamptz, "\"2026-01-31T12:00Z\"").as_deref(), Some("2026-01-31 12:00Z"));
         let local = Type::Timestamptz.read("\"2026-01-31 12:00:00.5\"", Some("Europe/Berlin"), true);
         assert_eq!(local.as_deref(), Ok("2026-01-31 12:00:00.5 Europe/Berlin"));
@@ -363,7 +401,23 @@ mod tests {
                 ],
             ),
             (Type::Integer, &["2147483648", "12.5", "1e3", "\"twelve\"", "\"1,000\"", "NaN", "true", "\"\"", "-"]),
-            (Type::Numeric, &["\"NaN\"", "\"Infinity\"", "1e99999", "\"$12\"", "\"1,5\"", "[]", "\"\"", "\".\""]),
+            (
+                Type::Numeric,
+                &[
+                    "\"NaN\"",
+                    "\"Infinity\"",
+                    "1e99999",
+                    "\"12 %\"",
+                    "\"1,5\"",
+                    "\"1,234\"",
+                    "\"1.23,4\"",
+                    "\"1,23.4\"",
+                    "\"$\"",
+                    "[]",
+                    "\"\"",
+                    "\".\"",
+                ],
+            ),
             (Type::Real, &["1e39", "\"inf\"", "\"nan\""]),
             (Type::Boolean, &["1", "\"yes\"", "\"t\"", "null"]),
             (Type::Text, &["1", "true", "null", "[]"]),

@@ -96,7 +96,18 @@ pub fn fields_from_names(names: &[String], descriptions: &Map<String, Value>) ->
         let text = text.trim();
         let (name, of) = match text.strip_prefix('"').and_then(|rest| rest.split_once('"')) {
             Some((name, of)) => (name, of.trim()),
-            None => text.split_once(char::is_whitespace).map_or((text, ""), |(name, of)| (name, of.trim())),
+            None => {
+                let (name, of) =
+                    text.split_once(char::is_whitespace).map_or((text, ""), |(name, of)| (name, of.trim()));
+                // A sign is rather one between a name and its type than a part of the name.
+                if !name.chars().all(|c| c.is_alphanumeric() || "_-.".contains(c)) {
+                    return Err(Error::new(format!("\"{text}\" is not a name and a type")).hint(
+                        "Write the name and the type with a space between them, such as 'amount numeric'; a name with other \
+                         signs than letters and digits stands in double quotes.",
+                    ));
+                }
+                (name, of)
+            }
         };
         let of = if of.is_empty() { "text" } else { of };
         let description = descriptions.get(name).cloned().unwrap_or(json!(""));
@@ -141,6 +152,12 @@ fn field(name: &str, definition: &Value, bad: &dyn Fn() -> Error) -> Result<Fiel
                 .hint(format!("{modifier}Types are: {}, and lists of these such as text[].", Type::names())));
         }
     };
+    let unused = [("max_items", is_array), ("max_words", of == Type::Text), ("time_zone", of == Type::Timestamptz)];
+    let is_given = |key: &str| map.get(key).is_some_and(|value| !value.is_null());
+    if let Some((key, _)) = unused.iter().find(|(key, has_use)| !has_use && is_given(key)) {
+        return Err(Error::new(format!("the field \"{name}\" is of type {named} and has \"{key}\""))
+            .hint("\"max_items\" is for lists, \"max_words\" for texts, \"time_zone\" for timestamptz."));
+    }
     let field = Field {
         name: name.to_owned(),
         of,

@@ -125,10 +125,46 @@ impl Prepared {
         written(&self.keys, &forms)
     }
 
+    /// Returns true if the name is that of a field: its key, its name in any case, or as no other field's may be written.
     fn is_named(&self, i: usize, name: &str) -> bool {
+        let fields = &self.task.fields;
         let is_key = |field: usize| self.keys.get(field).and_then(Option::as_deref) == Some(name);
-        let is_name = self.task.fields.get(i).is_some_and(|f| f.name.eq_ignore_ascii_case(name));
-        is_key(i) || is_name && !(0..self.keys.len()).any(is_key)
+        if (0..fields.len()).any(is_key) {
+            return is_key(i);
+        }
+        if let Some(at) = fields.iter().position(|f| f.name.eq_ignore_ascii_case(name)) {
+            return at == i;
+        }
+        let letters = letters(name);
+        let mut alike =
+            (0..fields.len()).filter(|at| fields.get(*at).is_some_and(|f| self::letters(&f.name) == letters));
+        !letters.is_empty() && (alike.next(), alike.next()) == (Some(i), None)
+    }
+
+    /// The value of an object that has nothing but this field, where its key and its value are awaited.
+    fn pair<'a>(&self, i: usize, item: &'a RawValue) -> Option<&'a RawValue> {
+        let Members(members) = serde_json::from_str(item.get()).ok()?;
+        match members.as_slice() {
+            [(name, value)] if self.is_named(i, name) => Some(value),
+            _ => None,
+        }
+    }
+
+    /// Returns true if a string says that the text does not say, where it can be no value.
+    fn says_nothing(&self, field: &Field, json: &str) -> bool {
+        let Ok(text) = serde_json::from_str::<String>(json) else { return false };
+        let word = text.trim().to_lowercase();
+        // Beside a text without a key, a string where a number is awaited may be that text.
+        let may_be_another = self.is_strict && !field.is_array && field.of.is_json();
+        match field.of {
+            Type::Jsonb if !field.is_array => false,
+            Type::Text if !field.is_array => word.is_empty(),
+            _ => {
+                NOTHING.contains(&word.as_str())
+                    && !may_be_another
+                    && self.legends.iter().all(|legend| legend.resolve(&word).is_none())
+            }
+        }
     }
 
     /// The values of a row's array, each behind its key if it has one. `None`: they are not.
@@ -136,11 +172,17 @@ impl Prepared {
         let mut items = items.iter().copied();
         let mut values = Vec::new();
         for (i, key) in self.keys.iter().enumerate() {
+            let mut item = items.next()?;
             if key.is_some() {
-                let name: String = serde_json::from_str(items.next()?.get()).ok()?;
+                if let Some(value) = self.pair(i, item) {
+                    values.push(Some(value));
+                    continue;
+                }
+                let name: String = serde_json::from_str(item.get()).ok()?;
                 self.is_named(i, &name).then_some(())?;
+                item = items.next()?;
             }
-            values.push(Some(items.next()?));
+            values.push(Some(item));
         }
         items.next().is_none().then_some(values)
     }
@@ -172,6 +214,28 @@ impl Prepared {
         }
         Ok(values)
     }
+}
+
+/// Words in place of a value that a text does not say.
+const NOTHING: [&str; 9] = ["", "null", "none", "nil", "n/a", "na", "unknown", "not specified", "not mentioned"];
+
+/// A name without what differs between `due_date`, `dueDate` and `Due Date`.
+fn letters(name: &str) -> String {
+    name.chars().filter(|c| c.is_alphanumeric()).flat_map(char::to_lowercase).collect()
+}
+
+/// The array or object that a row's answer has around it: a list, an object or a string with nothing else in it.
+fn within(json: &str) -> Option<String> {
+    let inner = if let Ok(items) = serde_json::from_str::<Vec<&RawValue>>(json) {
+        let [only] = items.as_slice() else { return None };
+        only.get().to_owned()
+    } else if let Ok(Members(members)) = serde_json::from_str(json) {
+        let [(_, only)] = members.as_slice() else { return None };
+        only.get().to_owned()
+    } else {
+        serde_json::from_str::<String>(json).ok()?
+    };
+    inner.trim_start().starts_with(['{', '[']).then_some(inner)
 }
 
 /// Keys for the fields that need one: their names, or the beginnings of these, as labels have codes. Those that have none
@@ -276,12 +340,21 @@ impl Kind for Prepared {
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
-        let members = self.members(value.get())?;
+        let answer = self.answer(value.get());
+        // What is around a single field's value may belong to it.
+        let inner = if answer.is_err() && self.task.fields.len() > 1 { within(value.get()) } else { None };
+        inner.and_then(|json| self.answer(&json).ok()).map_or(answer, Ok)
+    }
+}
+
+impl Prepared {
+    fn answer(&self, json: &str) -> Result<Answer, Unfit> {
+        let members = self.members(json)?;
         let fields = self.task.fields.iter().zip(&self.legends).zip(members);
         let read = |((field, legend), value): ((&Field, &Legend), Option<&RawValue>)| {
             let name = Value::from(field.name.as_str());
             let Some(value) = value else { return Err(Unfit::bad_value(format!("the field {name} is not given"))) };
-            if value.get() != "null" {
+            if value.get() != "null" && !self.says_nothing(field, value.get()) {
                 return field
                     .value(value.get(), legend, self.is_strict)
                     .map(Some)

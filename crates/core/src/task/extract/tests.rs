@@ -179,6 +179,9 @@ fn fields_are_checked() {
         json!({"a": {"type": "date", "missing": {"value": "today"}}}),
         json!({"a": {"type": "timestamptz", "time_zone": "x'; DROP"}}),
         json!({"a": {"labels": ["x"]}}),
+        json!({"a": {"type": "date", "time_zone": "Europe/Berlin"}}),
+        json!({"a": {"type": "text", "max_items": 3}}),
+        json!({"a": {"labels": ["x", "y"], "max_words": 3}}),
         json!({"a": 1}),
         json!({"118": "date"}),
     ] {
@@ -201,7 +204,11 @@ fn fields_are_checked() {
             ("at", Type::Timestamptz, false),
         ]
     );
-    assert!(names(&["due dates"]).is_err() && names(&["a", "a"]).is_err() && names(&[""]).is_err());
+    for bad in [&["due dates"][..], &["a", "a"], &[""], &["amount: numeric"], &["amount,numeric"], &["amount:numeric"]]
+    {
+        assert!(names(bad).is_err(), "{bad:?}");
+    }
+    assert_eq!(names(&["\"a, b\"", "Größe_2 real"]).unwrap()[0].name, "a, b");
     // A stored task is read back the same.
     let spec =
         Spec::from_json("extract", &json!({"fields": {"a": {"labels": {"x": "d", "y": ""}}, "b": "date"}})).unwrap();
