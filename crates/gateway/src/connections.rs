@@ -49,7 +49,7 @@ pub struct Places {
     pub reading: Arc<Reading>,
 }
 
-/// Bytes of the bodies that one server with one key sends.
+/// Bytes of the bodies that one server sends, whoever asks it.
 #[derive(Debug)]
 pub struct Share {
     bytes: AtomicUsize,
@@ -64,11 +64,14 @@ impl Share {
     /// Takes bytes of an answer that has so many with them.
     ///
     /// # Errors
-    /// If it is not small, and either memory is full or this server has three quarters of it.
+    /// If it is not small, and this server has three quarters of the memory that others leave: however many are bad, there is
+    /// some for the next one.
     pub fn add(&self, bytes: usize, length: usize) -> Result<(), String> {
         // Large answers give their bytes back on another thread.
-        let own = self.bytes.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-        if length > SMALL_ANSWER && own > self.all.memory.load(Ordering::Relaxed) / 4 * 3 {
+        let before = self.bytes.fetch_add(bytes, Ordering::Relaxed);
+        let others = self.all.bytes.load(Ordering::Relaxed).saturating_sub(before);
+        let most = self.all.memory.load(Ordering::Relaxed).saturating_sub(others) / 4 * 3;
+        if length > SMALL_ANSWER && before.saturating_add(bytes) > most {
             self.bytes.fetch_sub(bytes, Ordering::Relaxed);
             return Err(
                 "answers of this server that are being read use its share of llm_batch.gateway_memory".to_owned()

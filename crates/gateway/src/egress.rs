@@ -2,8 +2,8 @@
 //! checked is the one that is connected to.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use http_body_util::Full;
@@ -11,7 +11,7 @@ use hyper::body::Bytes;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use llm_batch_core::url;
+use llm_batch_core::url::{self, Target};
 use rustls_platform_verifier::BuilderVerifierExt;
 
 use crate::connections::{Connector, MAX_HEAD, Places, Share};
@@ -48,6 +48,8 @@ pub struct Clients {
     tls: rustls::ClientConfig,
     lookup: Arc<dyn Lookup>,
     pools: BTreeMap<PoolKey, Pool>,
+    /// What the answers of each host and port take.
+    shares: BTreeMap<(String, u16), Weak<Share>>,
     /// Counts the uses of all pools.
     uses: u64,
     /// For connections of all of them.
@@ -82,7 +84,7 @@ impl Clients {
 
     fn with(tls: rustls::ClientConfig, lookup: Arc<dyn Lookup>, memory: usize, connections: usize) -> Self {
         let places = Places::new(connections, memory);
-        Self { tls, lookup, pools: BTreeMap::new(), uses: 0, places }
+        Self { tls, lookup, pools: BTreeMap::new(), shares: BTreeMap::new(), uses: 0, places }
     }
 
     /// The client for an endpoint, and room for an answer of at most so many bytes. Its permissions and its `ca_file` are
@@ -116,10 +118,21 @@ impl Clients {
             self.close_oldest();
         }
         let client = self.client(tls, key.reach, &is_distrusted, keeps);
-        let share = Arc::new(Share::new(Arc::clone(&self.places.reading)));
+        let share = self.share(target);
         let answer = Answer::new(Arc::clone(&share), most);
         self.pools.insert(key, Pool { client: client.clone(), used: self.uses, is_distrusted, keeps, share });
         Ok((client, answer))
+    }
+
+    /// The share of a server, which all of its pools have.
+    fn share(&mut self, target: Target) -> Arc<Share> {
+        self.shares.retain(|_, share| share.strong_count() > 0);
+        let share = self.shares.entry((target.host, target.port)).or_default();
+        share.upgrade().unwrap_or_else(|| {
+            let new = Arc::new(Share::new(Arc::clone(&self.places.reading)));
+            *share = Arc::downgrade(&new);
+            new
+        })
     }
 
     /// Verifies certificates by those in a file, and by no others.
@@ -378,28 +391,31 @@ mod tests {
 
     #[test]
     fn answers_are_read_within_their_memory_and_small_ones_always() {
-        let mut clients = Clients::with(tls().unwrap(), Arc::new(System), 4 * SMALL_ANSWER, 1);
-        let answer = |clients: &mut Clients, key: &str, most| {
+        let mut clients = Clients::with(tls().unwrap(), Arc::new(System), 16 * SMALL_ANSWER, 1);
+        let answer = |clients: &mut Clients, port: u16, key: &str, most| {
             let mut endpoint = stream().endpoint;
+            endpoint.base_url = format!("https://localhost:{port}/{key}");
             endpoint.api_key = Some(Secret(key.to_owned()));
             clients.of(&endpoint, most).unwrap().1
         };
-        let mut first = answer(&mut clients, "a", usize::MAX);
-        let mut second = answer(&mut clients, "a", usize::MAX);
         let part = vec![b'x'; SMALL_ANSWER];
-        assert!(first.push(&part).is_ok() && first.push(&part).is_ok());
-        assert!(second.push(&part).is_ok());
-        // A server and key have three quarters; the rest is for others.
-        assert!(first.push(&part).is_err() && second.push(b"x").is_err());
-        let mut small = answer(&mut clients, "a", 10);
+        let takes = |answer: &mut Answer, parts| (0..parts).all(|_| answer.push(&part).is_ok());
+        let mut first = answer(&mut clients, 1, "a", usize::MAX);
+        let mut second = answer(&mut clients, 1, "b", usize::MAX);
+        // A server has three quarters, by all keys and paths together; another one as much of the rest, and so on.
+        assert!(takes(&mut first, 6) && takes(&mut second, 6));
+        assert!(first.push(b"x").is_err() && second.push(b"x").is_err());
+        let mut other = answer(&mut clients, 2, "b", usize::MAX);
+        assert!(takes(&mut other, 3) && other.push(b"x").is_err());
+        let mut third = answer(&mut clients, 3, "b", usize::MAX);
+        assert!(takes(&mut third, 1) && third.push(b"x").is_err());
+        let mut small = answer(&mut clients, 1, "a", 10);
         assert!(small.push(&[b'x'; 10]).is_ok() && small.push(b"x").is_err());
-        let mut other = answer(&mut clients, "b", usize::MAX);
-        assert!(other.push(&part).is_ok() && other.push(b"x").is_err());
-        drop(first);
-        assert!(other.push(&part).is_ok() && second.push(b"x").is_ok());
-        drop((second, small, other));
+        drop((first, small));
+        assert!(other.push(&part).is_ok() && third.push(b"x").is_ok() && second.push(b"x").is_ok());
+        drop((second, other, third));
         assert_eq!(clients.places.reading.all(), 0);
-        let mut all = answer(&mut clients, "a", usize::MAX);
-        assert!((0..3).all(|_| all.push(&part).is_ok()) && all.push(b"x").is_err());
+        let mut all = answer(&mut clients, 1, "a", usize::MAX);
+        assert!(takes(&mut all, 12) && all.push(b"x").is_err());
     }
 }
