@@ -76,7 +76,7 @@ SPECIALS: dict[str, tuple[float, Callable[..., special.Result]]] = {
     "million": (60, special.million),
     "dialects": (160, dialects.dialects),
     "decisions": (40, decisions.decisions),
-    "routes": (280, routes.routes),
+    "routes": (420, routes.routes),
     "embeddings": (80, embeddings.embeddings),
     "barrier": (30, special.barrier),
     "sql": (60, special.sql),

@@ -228,7 +228,7 @@ class Cluster:
         self.sql("VACUUM ANALYZE ticket")
         self.sql("CHECKPOINT")
 
-    def model(self, name: str, base_url: str, api: str = "openai", **settings: int) -> None:
+    def model(self, name: str, base_url: str, api: str = "openai", **settings: float) -> None:
         """A further model, with a server of its own."""
         self.sql(f"CREATE SERVER {name} FOREIGN DATA WRAPPER llm_provider OPTIONS (api '{api}', base_url '{base_url}')")
         more = "".join(f", {setting} => {value}" for setting, value in settings.items())
@@ -240,9 +240,10 @@ class Cluster:
         self.sql(f"SELECT llm_batch.create_classifier('{name}', {quoted(json.dumps(LABELS))}::json, '{model}', {quoted(INSTRUCTION)}, "
                  f"options => '{options}')")
 
-    def backfill(self, table: str = "ticket", target: str = "topic", task: str = "topic") -> int:
+    def backfill(self, table: str = "ticket", target: str = "topic", task: str = "topic", **options: object) -> int:
         """Starts the job; its id."""
-        return int(self.sql(f"SELECT llm_batch.backfill('{table}', input => 'body', target => '{target}', task => '{task}')"))
+        return int(self.sql(f"SELECT llm_batch.backfill('{table}', input => 'body', target => '{target}', task => '{task}', "
+                            f"options => {quoted(json.dumps(options))})"))
 
     def wait(self, job: int, most_seconds: float) -> None:
         self.sql(f"CALL llm_batch.wait({job}, interval '{most_seconds:.0f} s')")

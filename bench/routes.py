@@ -1,4 +1,5 @@
-"""Routes: do the limits of several keys add up, and how long is nobody answered when the first model goes down?"""
+"""Routes: do the limits of several keys add up, what do rows cost where models have different prices, and how long is nobody
+answered when the first model goes down?"""
 
 import contextlib
 import os
@@ -12,6 +13,8 @@ from special import Result, rate
 # Tokens a minute, and the provider's window in seconds. Together they take 1,300 rows in flight: of one job there are at most 2,000.
 KEYS, KEYS_WINDOW = [240_000, 480_000, 960_000], 12
 ROW_TOKENS = 53  # about, 50 rows a request
+# Models by price: dollars a million tokens of prompts and of answers, tokens a minute.
+MEMBERS = {"cheap": (0.1, 0.4, 240_000), "middle": (0.3, 1.2, 240_000), "dear": (1.0, 4.0, 480_000)}
 # The first model goes down so many seconds after the job's start, and comes back so many later.
 DOWN_AFTER, BACK_AFTER = 10, 10
 FAILOVER_PACK, FAILOVER_TOKENS, FAILOVER_WINDOW, FAILOVER_ROWS = 20, 500_000, 6, 7_000
@@ -24,7 +27,8 @@ def _limit(tokens_per_minute: int, window: int) -> list[str]:
 def routes(minutes: float = 1.0) -> Result:
     """All of it; minutes: how long the keys are used."""
     result, goals = {}, []
-    for name, (found, wanted) in {"spread": spread(minutes), **{f"failover, {way}": failover(way) for way in WAYS}}.items():
+    for name, (found, wanted) in {"spread": spread(minutes), "cheapest": cheapest(minutes, has_deadline=False),
+                                  "cheapest, deadline": cheapest(minutes, has_deadline=True), **{f"failover, {way}": failover(way) for way in WAYS}}.items():
         result[name] = found
         goals += [Goal(f"{name}: {goal.what}", goal.value, goal.least, goal.most) for goal in wanted]
     return result | {"load": os.getloadavg()[0]}, goals
@@ -56,6 +60,41 @@ def spread(minutes: float) -> Result:
               "rows_per_minute": per_minute, "rows_asked": [s["rows_asked"] for s in stats]}
     return result, [Goal("rows lost or wrong", lost + wrong, most=0), Goal("used, least of the keys", min(used), least=0.96),
                     Goal("rows/min / of all limits", of_sum, least=0.96), Goal("429s", refused, most=0)]
+
+
+def cheapest(minutes: float, has_deadline: bool) -> Result:
+    """Three models of different prices. Without a deadline the cheap one is asked alone; with one all are, each to its limit."""
+    tokens_per_minute = [tokens for *_, tokens in MEMBERS.values()]
+    rows = int((sum(tokens_per_minute) if has_deadline else tokens_per_minute[0]) / ROW_TOKENS * minutes)
+    with contextlib.ExitStack() as stack:
+        providers = [stack.enter_context(Provider(_limit(tokens, KEYS_WINDOW))) for tokens in tokens_per_minute]
+        cluster = stack.enter_context(Cluster(providers[0], 50, None))
+        for provider, (name, (input_price, output_price, tokens)) in zip(providers, MEMBERS.items()):
+            cluster.model(name, provider.base_url, tokens_per_minute=tokens, input_price=input_price, output_price=output_price)
+        _route(cluster, list(MEMBERS), "cheapest")
+        cluster.fill(rows)
+        began = time.monotonic()
+        job = cluster.backfill(**({"deadline": "1 hour"} if has_deadline else {}))
+        cluster.wait(job, 300 * minutes + 60)
+        seconds = time.monotonic() - began
+        lost, wrong = cluster.lost_and_wrong()
+        dollars = float(cluster.progress(job)["cost"])
+        stats = [provider.stats() for provider in providers]
+    asked = [s["rows_asked"] for s in stats]
+    used = [s["window_used"] for s in stats]
+    prompt, answer = (sum(s[kind] for s in stats) / rows for kind in ("prompt_tokens", "completion_tokens"))
+    # Without a deadline the cheap one does all; with one each has as much of the rows as of the limits, which is the fastest.
+    shares = [tokens / sum(tokens_per_minute) for tokens in tokens_per_minute] if has_deadline else [1.0, 0.0, 0.0]
+    optimum = sum(rows * share * (prompt * input_price + answer * output_price) / 1_000_000
+                  for share, (input_price, output_price, _) in zip(shares, MEMBERS.values()))
+    result = {"rows": rows, "lost": lost, "wrong": wrong, "seconds": seconds, "rows_asked": asked, "used": used,
+              "dollars": dollars, "optimum": optimum, "tokens_per_row": prompt + answer}
+    dearer = sum(asked[1:]) / sum(asked)
+    goals = [Goal("rows lost or wrong", lost + wrong, most=0), Goal("dollars / optimum", dollars / optimum, most=1.05)]
+    if has_deadline:
+        return result, [*goals, Goal("rows by dearer models", dearer, most=round(sum(shares[1:]) * 1.05, 3)),
+                        Goal("used, least of the models", min(used), least=0.96)]
+    return result, [*goals, Goal("rows by dearer models", dearer, most=0.01), Goal("used, the cheap one", used[0], least=0.96)]
 
 
 # How the first model goes down, and how it comes back.
