@@ -4,7 +4,7 @@
 //! input's hash, so that a later job knows that this NULL is the answer to this text.
 
 use pgrx::spi::quote_literal;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::sql::name;
 
@@ -22,14 +22,26 @@ impl By<'_> {
     /// this hash.
     pub fn of_row(&self, is_reused: bool, nulls: &[&str], hash: i64) -> String {
         let how = if is_reused { "reused" } else { "asked" };
-        let mut row =
-            json!({"job": self.job, "task": self.task, "version": self.version, "model": self.model, "how": how});
-        if let (Some(row), false) = (row.as_object_mut(), nulls.is_empty()) {
+        let row = json!({"job": self.job, "task": self.task, "version": self.version, "model": self.model, "how": how});
+        with_nulls(row, nulls, hash)
+    }
+}
+
+/// The provenance of a row whose values repairs have changed.
+pub fn repaired(by: &str, nulls: &[&str], hash: i64) -> String {
+    serde_json::from_str(by).map_or_else(|_| by.to_owned(), |row| with_nulls(row, nulls, hash))
+}
+
+fn with_nulls(mut row: Value, nulls: &[&str], hash: i64) -> String {
+    if let Some(row) = row.as_object_mut() {
+        row.remove("nulls");
+        row.remove("input");
+        if !nulls.is_empty() {
             row.insert("nulls".to_owned(), json!(nulls));
             row.insert("input".to_owned(), json!(hash));
         }
-        row.to_string()
     }
+    row.to_string()
 }
 
 /// The test whether the NULL of a target is the answer.

@@ -107,6 +107,42 @@ fn fields_and_values_that_do_not_fit() {
     assert_eq!((code.as_str(), message.as_str()), ("22023", "unrecognized option \"check\""));
 }
 
+/// NULL may be what a repair makes of a value, or a value what it makes of NULL: a later job knows it as it knows the model's.
+#[test]
+fn a_repair_may_give_null() {
+    let bed = Bed::new("checks_nulls");
+    let c = &mut bed.connect();
+    numbered(c, "t", 1..=40);
+    run(
+        c,
+        "ALTER TABLE t ADD by jsonb; UPDATE t SET body = body || ' no amount' WHERE id <= 20;
+         SELECT llm_batch.create_extractor('facts', '{\"amount\": \"numeric\", \"due\": \"date\"}', 'm',
+           options => '{\"reuse\": false, \"repair\": {\"due\": \"CASE WHEN amount IS NOT NULL THEN due END\", \"amount\": \"coalesce(amount, 0)\"}}');
+         SELECT llm_batch.create_generator('odd', 'Explain.', 'm',
+           options => '{\"reuse\": false, \"repair\": \"CASE WHEN input ~ ''[13579]:'' THEN answer END\"}')",
+    );
+    for (targets, task, column, written) in
+        [(r#"{"amount": "amount", "due": "due"}"#, "facts", "due", 20), (r#"{"answer": "text"}"#, "odd", "answer", 20)]
+    {
+        let fill = format!(
+            "SELECT llm_batch.backfill('t', 'body', targets => '{targets}', task => '{task}', options => '{{\"provenance_column\": \"by\"}}')"
+        );
+        let job = one(c, &fill);
+        assert_eq!(bed.done(job).counts(), (40, 40, 0, 0, 0, 0));
+        assert_eq!(one(c, &format!("SELECT count({column}) FROM t")), written);
+        assert_eq!(
+            one(
+                c,
+                "SELECT count(*) FROM t WHERE amount IS NULL OR (by ? 'nulls') = (due IS NOT NULL) AND answer IS NULL AND by->>'task' = 'facts'"
+            ),
+            0
+        );
+        let before = bed.provider.stats().admitted;
+        let again = one(c, &fill);
+        assert_eq!((bed.done(again).total, bed.provider.stats().admitted - before), (0, 0), "{task}");
+    }
+}
+
 /// A column takes nothing of what the model gives: by a modifier, a domain, a constraint, also where each row is a request of
 /// its own or is asked many times. The job pauses before twenty requests, and says what is wrong.
 #[track_caller]

@@ -64,6 +64,11 @@ impl Page {
             .map(|k| unsafe { DatumWithOid::new(k.value, k.type_oid) })
             .collect()
     }
+
+    /// The hash of a row's input, by its position.
+    pub fn hash(&self, position: i32) -> i64 {
+        self.hashes.get(position as usize - 1).copied().unwrap_or_default()
+    }
 }
 
 /// A page with what is needed of it only once.
@@ -97,8 +102,7 @@ pub fn describe(query: &str, page: &Page, positions: Vec<i32>) -> Result<BTreeMa
 
 /// A hash of the key and the input of each of these rows of a page, by position: the same as long as both are.
 pub fn digest(query: &str, page: &Page, positions: Vec<i32>) -> Result<Vec<(i32, i64)>> {
-    let hash = |position: &i32| page.hashes.get(*position as usize - 1).copied().unwrap_or_default();
-    let hashes: Vec<i64> = positions.iter().map(hash).collect();
+    let hashes: Vec<i64> = positions.iter().map(|position| page.hash(*position)).collect();
     let mut args = page.args();
     args.push(positions.into());
     args.push(hashes.into());

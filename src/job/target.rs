@@ -105,6 +105,12 @@ impl Target {
     }
 }
 
+/// The fields of which there is no value.
+pub fn nulls<'a>(targets: &'a [Target], values: &[Option<String>]) -> Vec<&'a str> {
+    let is_null = targets.iter().zip(values).filter(|(_, value)| value.is_none());
+    is_null.filter_map(|(target, _)| target.field.as_deref()).collect()
+}
+
 fn unknown(name: &str, fields: &[Field]) -> Error {
     let names: Vec<&str> = fields.iter().map(|f| f.name.as_str()).collect();
     Error::new(PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT, format!("field \"{name}\" does not exist"))

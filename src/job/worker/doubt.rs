@@ -10,9 +10,10 @@ use crate::checks::{self, BAD_VALUE, Judged};
 use crate::error::Result;
 use crate::job::settle::{Answer, FEW};
 use crate::job::store::Outcome;
+use crate::job::target;
 use crate::process::{self, report};
 use crate::task::Asked;
-use crate::txn;
+use crate::{provenance, txn};
 
 /// Requests whose rows may be with the gateway at first.
 const AHEAD: usize = 8;
@@ -148,7 +149,10 @@ impl Worker {
                 self.doubt.take();
                 let spec = &self.asked.stream.task.spec;
                 let fields = spec.columns();
-                answer.values = Some(self.job.targets.iter().map(|t| t.value(spec, &fields, &new)).collect());
+                let values: Vec<_> = self.job.targets.iter().map(|t| t.value(spec, &fields, &new)).collect();
+                let (nulls, hash) = (target::nulls(&self.job.targets, &values), answer.page.hash(answer.position));
+                answer.by = answer.by.take().map(|by| provenance::repaired(&by, &nulls, hash));
+                answer.values = Some(values);
                 answer.verdict = Verdict::Answer(new);
             }
             Err(refused) => {

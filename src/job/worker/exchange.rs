@@ -22,6 +22,7 @@ use crate::job::plan::Plan;
 use crate::job::settle::{self, Answer, FEW};
 use crate::job::store::{self, Job, Outcome};
 use crate::job::table::{self, Table};
+use crate::job::target;
 use crate::process::{self, report};
 use crate::provenance::By;
 use crate::task::Asked;
@@ -401,9 +402,8 @@ impl Worker {
             };
             // The stream is that of this version until all that it was asked is answered.
             let by = values.as_ref().filter(|_| self.job.provenance.is_some()).map(|values| {
-                let is_null = self.job.targets.iter().zip(values).filter(|(_, value)| value.is_none());
-                let nulls: Vec<&str> = is_null.filter_map(|(target, _)| target.field.as_deref()).collect();
-                let hash = page.hashes.get(position as usize - 1).copied().unwrap_or_default();
+                let nulls = target::nulls(&self.job.targets, values);
+                let hash = page.hash(position);
                 By {
                     job: self.job.id,
                     task: &self.job.task,
