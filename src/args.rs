@@ -7,6 +7,9 @@ use pgrx::prelude::*;
 
 use crate::error::{Error, Result};
 
+/// Most characters of a name.
+const MOST_NAME: usize = 200;
+
 /// Refuses a NULL where a value is needed.
 pub fn required<T>(value: Option<T>, name: &str) -> Result<T> {
     value.ok_or_else(|| {
@@ -22,8 +25,8 @@ pub fn from_name(name: &CStr) -> String {
 /// A new object's name.
 pub fn new_name(name: Option<&str>) -> Result<&str> {
     let name = required(name, "name")?;
-    if name.trim().is_empty() || name.chars().count() > 200 {
-        return Err(Error::invalid("a name must have 1 to 200 characters")
+    if name.trim().is_empty() || name.chars().count() > MOST_NAME {
+        return Err(Error::invalid(format!("a name must have 1 to {MOST_NAME} characters"))
             .hint("Choose a name under which it is used from now on, such as 'topic'."));
     }
     Ok(name)
@@ -37,7 +40,7 @@ pub fn exists(what: &str, name: &str, kind: &str) -> Error {
 
 /// 42704.
 pub fn unknown(what: &str, name: &str) -> Error {
-    let hint = match what {
+    let create = match what {
         "task" => {
             let all: Vec<String> = nouns().map(|noun| format!("create_{noun}()")).collect();
             let (last, others) = all.split_last().map_or(("", &[][..]), |(last, others)| (last.as_str(), others));
@@ -48,7 +51,11 @@ pub fn unknown(what: &str, name: &str) -> Error {
             "Create it with llm_batch.create_model(), or with llm_batch.create_route() from several models.".to_owned()
         }
     };
-    Error::unknown(format!("{what} \"{name}\" does not exist")).hint(hint)
+    // What is given for a name may be a text of any length.
+    let cut: String = name.chars().take(MOST_NAME).collect();
+    let dots = if cut.len() < name.len() { "…" } else { "" };
+    Error::unknown(format!("{what} \"{cut}{dots}\" does not exist"))
+        .hint(format!("The view llm_batch.{what} lists those that exist. {create}"))
 }
 
 /// With its article.

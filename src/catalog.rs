@@ -150,11 +150,26 @@ fn column(relation: pg_sys::Oid, column: &str, table: &str, short: &str) -> Resu
             PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
             format!("column \"{column}\" of relation \"{short}\" does not exist"),
         )
-        .hint(match column.trim_start().starts_with('{') {
-            true => "A text names one column. To fill several, write targets => '{\"column\": \"field\"}'.".to_owned(),
-            false => format!("Add it with ALTER TABLE {table} ADD COLUMN {} text.", sql::name(column)),
+        .hint(match (column.trim_start().starts_with('{'), alike(relation, column)?) {
+            (true, _) => {
+                "A text names one column. To fill several, write targets => '{\"column\": \"field\"}'.".to_owned()
+            }
+            (_, Some(other)) => {
+                format!("Perhaps you meant column \"{other}\": its name is written as it is, without quotes.")
+            }
+            (_, None) => format!("Add it with ALTER TABLE {table} ADD COLUMN {} text.", sql::name(column)),
         })),
     }
+}
+
+/// A column whose name differs in its case, in quotes or in spaces around it alone.
+fn alike(relation: pg_sys::Oid, column: &str) -> Result<Option<String>> {
+    sql::one(
+        "SELECT pg_catalog.min(a.attname::pg_catalog.text) FROM pg_catalog.pg_attribute a
+          WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.>) 0 AND NOT a.attisdropped
+            AND pg_catalog.lower(a.attname::pg_catalog.text) OPERATOR(pg_catalog.=) pg_catalog.lower($2)",
+        &[relation.into(), column.trim_matches(['"', ' ']).into()],
+    )
 }
 
 /// The columns by which rows are told apart and read in order: the primary key, or else a unique index that is as good.

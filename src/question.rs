@@ -52,13 +52,17 @@ impl Question {
         let name = self.subject.first().cloned().flatten().unwrap_or_default();
         let OfCall { task: options, limit } = of_call(self.options.clone())?;
         let known = task::load(&name, &options).map_err(|e| {
-            if !self.verb.has_array_form() || !name.trim_start().starts_with(['{', '[']) {
+            if self.verb.has_array_form() && name.trim_start().starts_with(['{', '[']) {
+                return e.hint(
+                    "A text names a task. To ask without one, write an array: of labels, such as ARRAY['billing', 'other'] or \
+                     '{billing,other}'::text[], or of fields, such as ARRAY['amount numeric', 'due date'].",
+                );
+            }
+            // A name may have spaces, but is rather a text that has the place of one.
+            if !name.trim().contains(char::is_whitespace) || e.code != PgSqlErrorCode::ERRCODE_UNDEFINED_OBJECT {
                 return e;
             }
-            e.hint(
-                "A text names a task. To ask without one, write an array, such as ARRAY['billing', 'other'] or \
-                 '{billing,other}'::text[].",
-            )
+            e.hint("The text to ask about comes first, and the name of a task behind it.")
         })?;
         self.verb.check_kind(&name, &known.task.spec)?;
         Ok((known, limit))

@@ -28,7 +28,7 @@ pub fn by_column(key: &str, value: &Value, has_names: bool, columns: &[Column]) 
     let wrong = || {
         let hint = match has_names {
             true => "It must be an object of fields and texts, such as {\"amount\": \"…\"}.",
-            false => "It must be a text.",
+            false => "It must be a text with an SQL expression, such as \"length(answer) < 400\".",
         };
         Error::invalid(format!("invalid value for option \"{key}\": {value}")).hint(hint)
     };

@@ -69,7 +69,7 @@ impl<'a> Given<'a> {
         asking::check()?;
         check_usable()?;
         let names: Vec<String> = self.columns.iter().map(|(name, _)| name.clone()).collect();
-        let target = catalog::target(self.relation, &names)?;
+        let target = catalog::target(self.relation, &names).map_err(|e| self.in_place(e))?;
         for (kind, column) in [(beside::PROVENANCE, &self.provenance), (beside::CONFIDENCE, &self.confidence)] {
             column.iter().try_for_each(|column| kind.check(column, &target))?;
         }
@@ -112,6 +112,28 @@ impl<'a> Given<'a> {
         };
         asking::refused(|| txn::as_role(owner, look))?;
         Ok(Checked { target, fields, owner, asked })
+    }
+
+    /// An error about a column, with a hint if the argument is a field or a task that has a column's place.
+    fn in_place(&self, e: Error) -> Error {
+        if e.code != PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN {
+            return e;
+        }
+        let fields = task::load(self.task, &Value::Null).map_or_else(|_| Vec::new(), |known| known.task.spec.columns());
+        let is_field = |name: &str| fields.iter().any(|field| field.name == name);
+        let swapped = |(column, field): &(String, Option<String>)| {
+            let field = field.as_deref().filter(|field| is_field(column) && !is_field(field))?;
+            Some(format!("The column comes first, then the field: targets => '{}'.", json!({field: column})))
+        };
+        let is_task =
+            |(column, field): &(String, Option<String>)| field.is_none() && task::load(column, &Value::Null).is_ok();
+        if let Some(hint) = self.columns.iter().find_map(swapped) {
+            return e.hint(hint);
+        }
+        match self.columns.iter().find(|given| is_task(given)) {
+            Some((task, _)) => e.hint(format!("\"{task}\" is a task: it comes behind the column to fill.")),
+            None => e,
+        }
     }
 
     /// Refuses a target that is the input: a row whose target is NULL would have no text.

@@ -58,7 +58,16 @@ impl Stored {
         check_time_zones(&spec)?;
         let mut options = self.options.clone();
         let checks = Checks::take(&spec, &mut options)?;
-        let task = Task { spec, options: check_of_task(&options)? };
+        let own = Spec::options(kind)?.join(", ");
+        let options = check_of_task(&options).map_err(|e| match &e.hint {
+            // Options of the kind are valid too.
+            Some(hint) if !own.is_empty() => {
+                let hint = hint.replacen("options are: ", &format!("options are: {own}, "), 1);
+                e.hint(hint)
+            }
+            _ => e,
+        })?;
+        let task = Task { spec, options };
         task.check()?;
         if let Some(checks) = checks {
             let owner = owner.ok_or_else(|| Error::unknown("the owner of the task does not exist"))?;

@@ -165,10 +165,33 @@ const TASKS: &[Wrong] = &[
     ("SELECT llm_batch.alter_embedder('topic', dimensions => 3)", "42809", &["not an embedder", "alter_classifier"]),
     ("SELECT llm_embed('x', 'topic')", "42809", &["not an embedder", "llm_run()"]),
     ("SELECT llm_classify('x', 'vector')", "42809", &["not a classifier", "llm_run()"]),
+    ("SELECT llm_classify('topic', 'A text to ask about.')", "42704", &["\"A text to ask", "comes first"]),
+    ("SELECT llm_run('topic', repeat('text ', 1000))", "42704", &["text …\" does not exist", "comes first"]),
     (
         "SELECT llm_batch.create_scorer('x', 'y', model => 'm', options => '{\"check\": \"anwser > 5\"}')",
         "42703",
         &["check: column \"anwser\" does not exist", "the column \"answer\""],
+    ),
+    (
+        "SELECT llm_extract('x', ARRAY['amount: numeric'])",
+        "22023",
+        &["\"amount: numeric\"", "such as 'amount numeric'"],
+    ),
+    ("SELECT llm_classify('x', ARRAY['a', NULL])", "22023", &["label must not be empty", "Name it"]),
+    (
+        "SELECT llm_batch.create_extractor('x', '{\"a\": {\"type\": \"date\", \"max_words\": 3}}', 'm')",
+        "22023",
+        &["\"a\" is of type date and has \"max_words\"", "for texts"],
+    ),
+    (
+        "SELECT llm_batch.create_generator('x', 'y', 'm', options => '{\"max_word\": 4}')",
+        "22023",
+        &["\"max_word\"", "options are: max_words, max_output_tokens, language, max_rows_per_request"],
+    ),
+    (
+        "SELECT llm_batch.create_generator('x', 'y', 'm', options => '{\"check\": true}')",
+        "22023",
+        &["\"check\": true", "such as \"length(answer)"],
     ),
     (
         "SELECT llm_batch.create_scorer('x', 'y', model => 'm', options => '{\"chekc\": \"true\"}')",
@@ -208,4 +231,26 @@ const JOBS: &[Wrong] = &[
         &["text_of_it", "argument \"input\" is an SQL"],
     ),
     ("SELECT llm_batch.backfill('t', 'body', 'n', 'topic')", "22P02", &["does not fit column \"n\"", "Every label"]),
+    // What is meant is there under another name, or in another place.
+    (
+        "SELECT llm_batch.backfill('t', 'body', 'Topic', 'topic')",
+        "42703",
+        &["\"Topic\"", "Perhaps you meant column \"topic\""],
+    ),
+    ("SELECT llm_batch.backfill('t', 'body', '\"topic\"', 'topic')", "42703", &["column \"topic\"", "without quotes"]),
+    (
+        "SELECT llm_batch.backfill('t', 'body', targets => '{\"Due\": \"due\"}', task => 'bill')",
+        "42703",
+        &["\"Due\"", "Perhaps you meant column \"due\""],
+    ),
+    (
+        "SELECT llm_batch.backfill('t', 'body', targets => '{\"due\": \"due\", \"amount\": \"n\"}', task => 'bill')",
+        "42703",
+        &["\"amount\"", "column comes first", "{\"n\":\"amount\"}"],
+    ),
+    (
+        "SELECT llm_batch.backfill('t', 'body', 'bill', 'topic')",
+        "42703",
+        &["\"bill\"", "is a task", "behind the column"],
+    ),
 ];
