@@ -9,7 +9,9 @@ use llm_batch_core::options::StructuredOutput;
 use serde_json::json;
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
+use super::clients::IDLE;
 use super::*;
+use crate::frames::Frames;
 use crate::kept::Stock;
 use crate::protocol::{self, decode};
 
