@@ -18,6 +18,8 @@ pub struct Price {
     pub cached_input: Option<String>,
     /// The surcharge (percent) for a token of a prompt that is written into the provider's cache.
     pub write_surcharge: u64,
+    /// The discount (percent) at the tier "flex".
+    pub flex_discount: u64,
     /// If both prices are known: picodollars a token, rounded up, with the dearest one for tokens of prompts.
     pub rates: Option<Prices>,
     /// The same of a token of a prompt that is neither cached nor written into the cache, and of a cached one.
@@ -64,6 +66,15 @@ impl Price {
 
     /// The amount paid, with each token of a prompt at its own price. No cost where the prices are not known.
     pub fn paid(&self, spent: &Spent) -> Allowance {
+        let [normal, flex] = spent.by_tier().map(|spent| self.paid_in_full(&spent));
+        // Of a picodollar that is left nothing is given away.
+        let part = u128::from(flex.cost) * u128::from(100_u64.saturating_sub(self.flex_discount));
+        let cost = normal.cost.saturating_add(u64::try_from(part.div_ceil(100)).unwrap_or(u64::MAX));
+        Allowance { cost, tokens: normal.tokens + flex.tokens }
+    }
+
+    /// The same without a discount.
+    fn paid_in_full(&self, spent: &Spent) -> Allowance {
         let rates = self.rates.unwrap_or_default();
         let cached = spent.cached_input_tokens.min(spent.input_tokens);
         let plain = (spent.input_tokens - cached).saturating_sub(spent.written_input_tokens);

@@ -17,13 +17,17 @@ pub struct Listed {
     pub prices: [Option<AnyNumeric>; 3],
     /// Their date.
     pub as_of: Date,
+    /// The prices through the provider's batch interface, as a part of these; the larger part of the two.
+    pub batch_share: Option<f64>,
 }
 
 /// Looks for the prices of a provider's model. A name with a date behind it is the model of the name before.
 pub fn listed(base_url: &str, model: &str) -> Result<Option<Listed>> {
     let Ok(target) = url::parse(base_url, true) else { return Ok(None) };
     sql::row(
-        "SELECT l.input_price, l.output_price, l.cached_input_price, l.as_of
+        "SELECT l.input_price, l.output_price, l.cached_input_price, l.as_of,
+                GREATEST(l.batch_input_price OPERATOR(pg_catalog./) NULLIF(l.input_price, 0),
+                         l.batch_output_price OPERATOR(pg_catalog./) NULLIF(l.output_price, 0))::pg_catalog.float8 AS batch_share
            FROM llm_batch.list_price l
           WHERE l.provider OPERATOR(pg_catalog.=) $1
             AND l.model OPERATOR(pg_catalog.=)
@@ -34,15 +38,26 @@ pub fn listed(base_url: &str, model: &str) -> Result<Option<Listed>> {
             Ok(Listed {
                 prices: [row.maybe("input_price")?, row.maybe("output_price")?, row.maybe("cached_input_price")?],
                 as_of: row.get("as_of")?,
+                batch_share: row.maybe("batch_share")?,
             })
         },
     )
 }
 
+/// The discount (percent) at the tier "flex" where the list says nothing of it.
+pub const FLEX_DISCOUNT: u64 = 50;
+
+/// The discount (percent) of a provider's model at the tier "flex". There a token costs what it does through the batch
+/// interface.
+pub fn flex_discount(base_url: &str, model: &str) -> Result<u64> {
+    let Some(Listed { batch_share: Some(share), .. }) = listed(base_url, model)? else { return Ok(FLEX_DISCOUNT) };
+    Ok((1.0 - share).mul_add(100.0, 1e-9).clamp(0.0, 100.0) as u64)
+}
+
 /// Says which prices a model has taken from the list, or that it has none.
 pub fn tell(model: &str, listed: Option<&Listed>) {
     let (message, detail, hint) = match listed {
-        Some(Listed { prices: [input, output, cached], as_of }) => {
+        Some(Listed { prices: [input, output, cached], as_of, .. }) => {
             let text = |price: &Option<AnyNumeric>| price.as_ref().map(ToString::to_string).unwrap_or_default();
             let cached = cached.as_ref().map(|price| format!(", {price} where cached")).unwrap_or_default();
             (

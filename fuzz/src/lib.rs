@@ -94,7 +94,7 @@ pub fn outcome(data: &[u8]) {
 
 fn outcome_in(api: Api, status: u16, body: &[u8]) {
     for service in [Service::Chat, Service::Embeddings, Service::Decisions] {
-        outcome_by(trouble::outcome(api, Sent { service, ids: &IDS, texts: &[] }, status, body, None));
+        outcome_by(trouble::outcome(api, Sent { service, ids: &IDS, texts: &[], is_flex: true }, status, body, None));
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use llm_batch_gateway::protocol::Allowance;
+use llm_batch_gateway::protocol::{Allowance, Spent};
 use pgrx::datum::DatumWithOid;
 
 use crate::budget::{self, Bill, Funds, Price, UNLIMITED};
@@ -88,20 +88,22 @@ const WRITE: &str = "
     WITH spent AS (
         SELECT u.*, ((u.input - u.cached) * coalesce(u.price, 0) + u.cached * coalesce(u.cached_price, u.price, 0)
                      + u.written * coalesce(u.price, 0) * u.surcharge * 0.01
-                     + u.output * coalesce(u.output_price, 0)) * 0.000001 AS cost,
+                     + u.output * coalesce(u.output_price, 0)) * 0.000001
+                   * CASE u.discount WHEN 0 THEN 1 ELSE 1 - u.discount * 0.01 END AS cost,
                (u.maybe_input * coalesce(u.price, 0) * (1 + u.surcharge * 0.01)
                 + u.maybe_output * coalesce(u.output_price, 0)) * 0.000001 AS maybe
           FROM ROWS FROM (unnest($18::text[]), unnest($19::text[]::numeric[]), unnest($20::text[]::numeric[]),
                           unnest($21::text[]::numeric[]), unnest($22::bigint[]), unnest($23::bigint[]), unnest($24::bigint[]),
                           unnest($25::bigint[]), unnest($26::bigint[]), unnest($27::bigint[]), unnest($28::bigint[]),
-                          unnest($29::bigint[]), unnest($30::bigint[]))
+                          unnest($29::bigint[]), unnest($30::bigint[]), unnest($31::bigint[]))
                u (model, price, output_price, cached_price, rows, requests, input, cached, output, maybe_input, maybe_output,
-                  written, surcharge)),
+                  written, surcharge, discount)),
     entered AS (
         INSERT INTO llm_batch.job_model AS m
-        SELECT s.job_id, u.model, u.rows, u.requests, u.input, u.cached, u.output, u.cost, u.maybe
+        SELECT s.job_id, u.model, sum(u.rows), sum(u.requests), sum(u.input), sum(u.cached), sum(u.output), sum(u.cost), sum(u.maybe)
           FROM spent u, llm_batch.job_state s, llm_batch.job j
          WHERE s.job_id = $1 AND j.id = s.job_id AND j.home = llm_batch.home()
+         GROUP BY s.job_id, u.model
             ON CONFLICT (job_id, model) DO UPDATE
            SET rows_answered = m.rows_answered + excluded.rows_answered, requests = m.requests + excluded.requests,
                input_tokens = m.input_tokens + excluded.input_tokens,
@@ -183,12 +185,18 @@ pub fn write<'a>(
     })
 }
 
-/// What was spent on each model, as arrays: the last arguments of WRITE.
+/// What was spent on each model, at the normal tier and at the tier "flex", as arrays: the last arguments of WRITE.
 fn bill(asked: &Asked, bill: &Bill) -> Vec<DatumWithOid<'static>> {
-    let (mut names, mut prices, mut counts) = (Vec::new(), [vec![], vec![], vec![]], [(); 9].map(|()| Vec::new()));
-    for (place, spent, rows) in bill.iter() {
+    let (mut names, mut prices, mut counts) = (Vec::new(), [vec![], vec![], vec![]], [(); 10].map(|()| Vec::new()));
+    let by_tier = bill.iter().flat_map(|(place, spent, rows)| {
+        let [normal, flex] = spent.by_tier();
+        [(place, normal, rows, false), (place, flex, 0, true)]
+    });
+    for (place, spent, rows, is_flex) in by_tier.filter(|(_, spent, _, is_flex)| !is_flex || *spent != Spent::default())
+    {
         let (name, price) = asked.model(place);
-        let Price { input, output, cached_input, write_surcharge, .. } = price.cloned().unwrap_or_default();
+        let Price { input, output, cached_input, write_surcharge, flex_discount, .. } =
+            price.cloned().unwrap_or_default();
         names.push(name.to_owned());
         prices.iter_mut().zip([input, output, cached_input]).for_each(|(all, price)| all.push(price));
         let more = [
@@ -201,6 +209,7 @@ fn bill(asked: &Asked, bill: &Bill) -> Vec<DatumWithOid<'static>> {
             spent.unconfirmed_output_tokens,
             spent.written_input_tokens,
             write_surcharge,
+            if is_flex { flex_discount.min(100) } else { 0 },
         ];
         counts.iter_mut().zip(more).for_each(|(all, n)| all.push(i64::try_from(n).unwrap_or(i64::MAX)));
     }

@@ -75,6 +75,7 @@ pub fn find(name: &str) -> Result<Option<Known>> {
                     output: prices.1,
                     cached_input: row.maybe("cached_input_price")?,
                     write_surcharge: 0,
+                    flex_discount: price::FLEX_DISCOUNT,
                     rates,
                     input_rate: rates.unwrap_or_default().input,
                     cached_rate: rate("cached_rate")?.unwrap_or_default(),

@@ -1,6 +1,7 @@
 //! Tasks made, altered and dropped.
 
 use llm_batch_core::dialect::Service;
+use llm_batch_core::options::ServiceTier;
 use llm_batch_core::task::{Spec, Task, Type, noun};
 use pgrx::datum::{DatumWithOid, JsonB};
 use pgrx::pg_sys::panic::ErrorReport;
@@ -99,15 +100,17 @@ fn check_time_zones(spec: &Spec) -> Result<()> {
     })
 }
 
-/// The provider's service that tasks of a kind with these options ask. Options that are none are refused elsewhere.
-pub fn service(kind: &str, options: &Value) -> Service {
-    Task::service_of(kind, serde_json::from_value(options["ask_by"].clone()).unwrap_or_default())
+/// The provider's service that tasks of a kind with these options ask, and at which tier. Options that are none are refused
+/// elsewhere.
+pub fn service(kind: &str, options: &Value) -> (Service, ServiceTier) {
+    let tier = serde_json::from_value(options["service_tier"].clone()).unwrap_or_default();
+    (Task::service_of(kind, serde_json::from_value(options["ask_by"].clone()).unwrap_or_default()), tier)
 }
 
-fn check_model(name: &str, service: Service) -> Result<()> {
+fn check_model(name: &str, (service, tier): (Service, ServiceTier)) -> Result<()> {
     let mut models = Vec::new();
     for (model, known) in route::known(name)?.0 {
-        check_api(crate::provider::endpoint(known.server, current_user())?.api, &model, service)?;
+        check_api(crate::provider::endpoint(known.server, current_user())?.api, &model, service, tier)?;
         models.push(known.model.model);
     }
     if service == Service::Embeddings { route::check_vectors(name, models.iter().map(String::as_str)) } else { Ok(()) }
@@ -218,7 +221,7 @@ fn alter_under(
     }
     let (model_before, options_before) = asked_before(name)?;
     let service = service(kind, options.as_ref().map(|o| &o.0).filter(|o| !o.is_null()).unwrap_or(&options_before));
-    if model.is_some() || (options.is_some() && service == Service::Decisions) {
+    if model.is_some() || (options.is_some() && service != (Service::Chat, ServiceTier::Default)) {
         check_model(model.unwrap_or(&model_before), service)?;
     }
     txn::as_extension_owner(|| {

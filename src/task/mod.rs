@@ -3,7 +3,7 @@
 pub mod define;
 
 use llm_batch_core::dialect::{Api, Service};
-use llm_batch_core::options::Options;
+use llm_batch_core::options::{Options, ServiceTier};
 use llm_batch_core::task::{Spec, Task};
 use llm_batch_gateway::protocol::{Alternative, Policy, Prices, Stream};
 use pgrx::datum::JsonB;
@@ -15,7 +15,7 @@ use crate::budget::Price;
 use crate::checks::Checks;
 use crate::error::{Error, Result};
 use crate::process::my_database;
-use crate::{route, sql};
+use crate::{price, route, sql};
 
 /// A task and the name of the model it is asked of.
 pub struct Known {
@@ -118,10 +118,15 @@ impl Known {
         let (mut all, mut prices) = (Vec::new(), Vec::new());
         for (name, known) in models {
             let endpoint = crate::provider::endpoint(known.server, role)?;
-            check_api(endpoint.api, &name, self.task.service())?;
-            let price = known.price.through(endpoint.api, &known.model.model);
+            check_api(endpoint.api, &name, self.task.service(), self.task.options.service_tier)?;
+            let mut price = known.price.through(endpoint.api, &known.model.model);
             if let Policy::Cheapest { .. } = policy {
                 rates.push(price.by_kind());
+            }
+            if self.task.options.service_tier != ServiceTier::Default
+                || known.model.parameters.values().any(|v| v == "flex")
+            {
+                price.flex_discount = price::flex_discount(&endpoint.base_url, &known.model.model)?;
             }
             prices.push((name, price));
             all.push(Alternative { endpoint, model: known.model });
@@ -148,10 +153,21 @@ impl Known {
 }
 
 /// Refuses what a model's provider does not serve.
-fn check_api(api: Api, model: &str, service: Service) -> Result<()> {
-    if api.serves(service) {
-        return Ok(());
+fn check_api(api: Api, model: &str, service: Service, tier: ServiceTier) -> Result<()> {
+    let refuse = |what: &str| {
+        let message = format!("the API \"{}\" of model \"{model}\" serves no {what}", api.name());
+        Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, message)
+    };
+    if !api.serves(service) {
+        return Err(refuse(service.name()).hint("Name a model of another server."));
     }
-    let message = format!("the API \"{}\" of model \"{model}\" serves no {}", api.name(), service.name());
-    Err(Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, message).hint("Name a model of another server."))
+    if tier != ServiceTier::Default && api.dialect().tier_parameter().is_none() {
+        let with: Vec<&str> =
+            Api::ALL.iter().filter(|api| api.dialect().tier_parameter().is_some()).map(|a| a.name()).collect();
+        return Err(refuse("tier \"flex\"").hint(format!(
+            "Leave out the option \"service_tier\", or name a model of a server with one of these APIs: {}.",
+            with.join(", ")
+        )));
+    }
+    Ok(())
 }

@@ -44,6 +44,7 @@ fn reply(line: &str) -> Result<Value, Box<dyn std::error::Error>> {
         format: format.as_ref(),
         parameters: &Map::new(),
         no_sampling: false,
+        tier: Default::default(),
     });
     Ok(json!({"system": system, "user": user, "response_format": body["response_format"]}))
 }

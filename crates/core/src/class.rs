@@ -5,6 +5,9 @@
 pub enum Trouble {
     /// Too much at once: wait. The wait in milliseconds, if the provider said.
     Rate(Option<u64>),
+    /// There is no capacity for a request at the tier "flex", which says nothing of others. The wait in milliseconds, if the
+    /// provider said.
+    NoCapacity(Option<u64>),
     /// The request is larger than the model's context: send less in one.
     TooLarge,
     /// The request is larger than a limit of the account, by what is said: send less in one.
@@ -55,4 +58,6 @@ pub enum Parameter {
     MaxTokens,
     /// A parameter of the user's for how the model draws its words, such as `temperature`.
     Sampling,
+    /// The tier "flex".
+    Tier,
 }

@@ -13,6 +13,7 @@ pub mod codes;
 pub mod concurrency;
 pub mod dialect;
 mod error;
+pub mod flex;
 pub mod forms;
 pub mod headers;
 pub mod limiter;

@@ -33,6 +33,19 @@ pub enum AskBy {
     Auto,
 }
 
+/// The tier at which a provider serves a task's chats.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ServiceTier {
+    /// The normal one, or what the parameters of the model say.
+    #[default]
+    Default,
+    /// Half the price, slower, and not always there. Without capacity the rows wait.
+    Flex,
+    /// The same. Without capacity the rows are asked at the normal tier after a while.
+    FlexOrDefault,
+}
+
 /// The codes that stand for labels in a request and its answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -91,6 +104,9 @@ pub struct Options {
     /// The service that it is asked of.
     #[serde(default)]
     pub ask_by: AskBy,
+    /// The tier at which it is served.
+    #[serde(default)]
+    pub service_tier: ServiceTier,
     /// The way in which machine-readable answers are asked for.
     pub structured_output: StructuredOutput,
     /// The codes that stand for labels.
@@ -113,6 +129,7 @@ impl Default for Options {
             max_attempts: 3,
             priority: 50,
             ask_by: AskBy::default(),
+            service_tier: ServiceTier::default(),
             structured_output: StructuredOutput::default(),
             codes: Codes::default(),
             answer_shape: AnswerShape::default(),
@@ -128,8 +145,8 @@ const MOST_ROWS: u32 = 500;
 const MOST_TEXTS: u32 = 2_048;
 
 /// The keys of a task's options.
-pub const KEYS: &str = "max_rows_per_request, max_attempts, priority, ask_by, structured_output, codes, answer_shape, \
-                        too_long, reuse, on_error";
+pub const KEYS: &str = "max_rows_per_request, max_attempts, priority, ask_by, service_tier, structured_output, codes, \
+                        answer_shape, too_long, reuse, on_error";
 /// Those of a task with a name alone, and of a job.
 const OF_TASK: &str = "repair, check, check_hint";
 const OF_JOB: &str = "isolation, provenance_column, confidence_column, deadline";
@@ -183,6 +200,7 @@ impl Options {
                 "max_attempts" => self.max_attempts = number(key, value, 1, 10)?,
                 "priority" => self.priority = number(key, value, 1, 100)?,
                 "ask_by" => self.ask_by = word(key, value, "auto, chat, decisions")?,
+                "service_tier" => self.service_tier = word(key, value, "default, flex, flex_or_default")?,
                 "structured_output" => {
                     self.structured_output = word(key, value, "auto, json_schema, json_object, none")?
                 }
@@ -237,6 +255,7 @@ mod tests {
             json!({"priority": 1.5}),
             json!({"codes": "emoji"}),
             json!({"ask_by": "cheapest"}),
+            json!({"service_tier": "priority"}),
             json!([1]),
             json!({"max_attempts": "3"}),
         ] {

@@ -70,6 +70,8 @@ pub enum Remedy {
     Stop(End),
     /// Nothing is sent for a while. The wait in milliseconds, if the provider said.
     Wait(Option<u64>),
+    /// Nothing is sent at the tier "flex" for a while. The wait in milliseconds, if the provider said.
+    NoCapacity(Option<u64>),
     /// The cap of the answer grows.
     LargerCap,
     /// The cap of the answer shrinks.
@@ -99,6 +101,7 @@ impl Remedy {
             Trouble::Misplaced => Self::Stop(End::of_group(StopReason::Rejected)),
             Trouble::Rejected | Trouble::CutOff if known.is_wrong => Self::Stop(End::of_group(StopReason::Rejected)),
             Trouble::Rate(wait) => Self::Wait(wait),
+            Trouble::NoCapacity(wait) => Self::NoCapacity(wait),
             Trouble::CutOff if known.can_grow => Self::LargerCap,
             Trouble::AnswerCap if known.cap > 1 => Self::SmallerCap,
             Trouble::TooLarge => Self::SmallerRequest { is_limit: false },
@@ -122,12 +125,14 @@ mod tests {
         prop_oneof![
             waits.clone().prop_map(Trouble::Rate),
             waits.clone().prop_map(Trouble::Quota),
+            waits.clone().prop_map(Trouble::NoCapacity),
             waits.prop_map(Trouble::Overload),
             proptest::sample::select(&[
                 Parameter::ResponseFormat,
                 Parameter::SystemRole,
                 Parameter::MaxTokens,
-                Parameter::Sampling
+                Parameter::Sampling,
+                Parameter::Tier
             ])
             .prop_map(Trouble::Unsupported),
             proptest::sample::select(&[
@@ -186,7 +191,7 @@ mod tests {
             // Nothing that passes by itself ends a stream.
             prop_assert!(!matches!(
                 trouble,
-                Trouble::Overload(_) | Trouble::TooLarge | Trouble::OverLimit | Trouble::Unsupported(_)
+                Trouble::Overload(_) | Trouble::NoCapacity(_) | Trouble::TooLarge | Trouble::OverLimit | Trouble::Unsupported(_)
                     | Trouble::Filtered | Trouble::AnswerCap
             ));
         }

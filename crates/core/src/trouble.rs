@@ -123,14 +123,14 @@ fn of_vectors(report: Report) -> Report {
 }
 
 fn outcome_by(api: Api, sent: Sent, status: u16, body: &[u8], retry_after: Option<u64>) -> Result<Reply, Report> {
-    let (dialect, texts) = (api.dialect(), sent.texts);
+    let dialect = api.dialect();
     if body.len() > parts::MOST && parts::count(body) > parts::MOST {
         let message = format!("HTTP status {status}: the provider's answer has more parts than an answer can have");
         return Err(Report::new(Trouble::Overload(retry_after), message));
     }
     match status {
         200..=299 => api.reply(sent, body).map_err(|error| match error {
-            dialect::Unread::Said(error) => classify(dialect, None, &error, "", (retry_after, texts)),
+            dialect::Unread::Said(error) => classify(dialect, None, &error, "", (retry_after, sent)),
             dialect::Unread::Other(message) => Report::new(Trouble::Overload(retry_after), message.to_owned()),
         }),
         // No address gives these to such a request: the server is in trouble.
@@ -149,7 +149,7 @@ fn outcome_by(api: Api, sent: Sent, status: u16, body: &[u8], retry_after: Optio
                 _ if json["error"].is_object() || json["error"].is_string() => &json["error"],
                 _ => &json,
             };
-            Err(classify(dialect, Some(status), error, &String::from_utf8_lossy(body), (retry_after, texts)))
+            Err(classify(dialect, Some(status), error, &String::from_utf8_lossy(body), (retry_after, sent)))
         }
     }
 }
@@ -257,6 +257,20 @@ impl Said {
         }
     }
 
+    /// The class of what is said of the tier "flex" alone. Gemini says in a 503 that there is no capacity.
+    fn of_flex(&self, status: u16, error: &Value, retry_after: Option<u64>) -> Option<Trouble> {
+        match status {
+            429 if self.any(&["resource unavailable", "resource_unavailable"]) => {
+                Some(Trouble::NoCapacity(retry_after))
+            }
+            503 if error["status"] == "UNAVAILABLE" => Some(Trouble::NoCapacity(retry_after)),
+            400 | 422 if self.any(&["service_tier", "servicetier", "service tier"]) => {
+                Some(Trouble::Unsupported(Parameter::Tier))
+            }
+            _ => None,
+        }
+    }
+
     /// The class, with this status of the answer.
     fn trouble(&self, status: u16, retry_after: Option<u64>) -> Trouble {
         match status {
@@ -301,7 +315,7 @@ fn classify(
     status: Option<u16>,
     error: &Value,
     body: &str,
-    (retry_after, texts): (Option<u64>, &[String]),
+    (retry_after, sent): (Option<u64>, Sent),
 ) -> Report {
     let text = |v: &Value| match v {
         Value::String(s) => s.clone(),
@@ -319,16 +333,19 @@ fn classify(
     let code = format!("{} {} {}", field("code"), field("type"), field("param"));
     let asked = || error["details"].as_array()?.iter().find_map(|d| headers::duration(d["retryDelay"].as_str()?));
     let retry_after = retry_after.or_else(asked).map(|ms| ms.min(headers::DAY));
-    let mut words = own_words(&message, texts);
+    let mut words = own_words(&message, sent.texts);
     let names_limit = headers::limit_in(&words).is_some();
     // The other places say no less, and are trusted no more.
     let others = ["code", "type", "param"].map(|name| text(&error[name])).into_iter().filter(|other| !is_name(other));
     let others = others.chain((!error["details"].is_null()).then(|| error["details"].to_string()));
-    others.for_each(|other| words = format!("{words} {}", own_words(&other, texts)));
+    others.for_each(|other| words = format!("{words} {}", own_words(&other, sent.texts)));
     let of = |message: String| Said { message: message.to_lowercase(), code: code.to_lowercase(), names_limit };
     let class = |said: &Said| {
         let status = status.unwrap_or_else(|| said.status(&error["code"]));
-        dialect.trouble(status, error, &said.message).unwrap_or_else(|| said.trouble(status, retry_after))
+        let of_flex = sent.is_flex.then(|| said.of_flex(status, error, retry_after)).flatten();
+        of_flex
+            .or_else(|| dialect.trouble(status, error, &said.message))
+            .unwrap_or_else(|| said.trouble(status, retry_after))
     };
     let said = of(words.clone());
     let trouble = class(&said);
@@ -428,6 +445,32 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn no_capacity_is_no_limit_and_is_said_of_flex_alone() {
+        let of = |api, is_flex, status, error: Value| {
+            let body = serde_json::json!({ "error": error }).to_string();
+            let texts = ["417: \"Resource Unavailable in the text\"\n".to_owned()];
+            let sent = Sent { is_flex, texts: &texts, ..Sent::default() };
+            outcome(api, sent, status, body.as_bytes(), Some(7)).unwrap_err().trouble
+        };
+        let openai = |message: &str| serde_json::json!({"message": message, "type": "requests"});
+        let none = "Resource Unavailable: try again later";
+        let coded = serde_json::json!({"message": "Try later.", "code": "resource_unavailable"});
+        assert_eq!(of(Api::Openai, true, 429, openai(none)), Trouble::NoCapacity(Some(7)));
+        assert_eq!(of(Api::Openai, true, 429, coded.clone()), Trouble::NoCapacity(Some(7)));
+        assert_eq!(of(Api::Openai, false, 429, coded), Trouble::Rate(Some(7)));
+        assert_eq!(of(Api::Openai, true, 429, openai("Rate limit reached")), Trouble::Rate(Some(7)));
+        assert_eq!(of(Api::Openai, true, 503, openai("overloaded")), Trouble::Overload(Some(7)));
+        let quoted = "Rate limit reached: Resource Unavailable in the text";
+        assert_eq!(of(Api::Openai, true, 429, openai(quoted)), Trouble::Rate(Some(7)));
+        let gemini = serde_json::json!({"code": 503, "message": "high demand", "status": "UNAVAILABLE"});
+        assert_eq!(of(Api::Gemini, true, 503, gemini.clone()), Trouble::NoCapacity(Some(7)));
+        assert_eq!(of(Api::Gemini, false, 503, gemini), Trouble::Overload(Some(7)));
+        let unknown = "Unsupported service_tier: flex";
+        assert_eq!(of(Api::Openai, true, 400, openai(unknown)), Trouble::Unsupported(Parameter::Tier));
+        assert_eq!(of(Api::Openai, false, 400, openai(unknown)), Trouble::Rejected);
     }
 
     #[test]

@@ -68,8 +68,9 @@ impl State {
         if self.config.poison.as_ref().is_some_and(|poison| contains(body, poison.as_bytes())) {
             return Verdict::Refused(Reply::error(500, "server_error", "", "", "The server had an error."));
         }
-        let scripted = self.script.front().cloned();
-        let mut fault = scripted.clone().unwrap_or_else(|| self.draw_fault(&chat.model));
+        let applies = |fault: &Fault| *fault != Fault::NoCapacity429 || chat.is_flex;
+        let scripted = self.script.front().filter(|fault| fault.as_ref().is_none_or(applies)).cloned();
+        let mut fault = scripted.clone().unwrap_or_else(|| self.draw_fault(&chat.model)).filter(applies);
         if let Some(fault) = fault.as_ref().filter(|fault| fault.refuses()) {
             self.script.pop_front();
             self.tally.fault(fault.name());
@@ -115,6 +116,9 @@ impl State {
         };
         if fault != Some(Fault::Hang) {
             self.tally.billed(chat.prompt_tokens, cached_tokens, &answer);
+            if chat.is_flex {
+                self.tally.billed_as_flex(chat.prompt_tokens, &answer);
+            }
         }
         let tells_writes = wire.tells_writes();
         let mut reply = match &wanted {
@@ -245,6 +249,9 @@ impl State {
         });
         if tells_writes {
             body["usage"]["prompt_tokens_details"]["written_tokens"] = written.into();
+        }
+        if chat.is_flex {
+            body["service_tier"] = "flex".into();
         }
         if self.config.tells_thinking {
             body["usage"]["completion_tokens_details"] = json!({ "reasoning_tokens": answer.thinking_tokens });
@@ -379,6 +386,13 @@ fn refusal(fault: &Fault, model: &str) -> Option<Reply> {
             "",
             "insufficient_quota",
             "You exceeded your current quota, please check your plan and billing details.",
+        )),
+        Fault::NoCapacity429 => Some(Reply::error(
+            429,
+            "requests",
+            "",
+            "resource_unavailable",
+            "Resource Unavailable. You are not charged.",
         )),
         Fault::TooLarge429 => Some(Reply::error(
             429,

@@ -88,6 +88,7 @@ impl Questions {
             old_max_tokens: false,
             format: Format::Text,
             system_tokens: 0,
+            is_flex: false,
             prompt_tokens: self.tokens,
         }
     }

@@ -79,6 +79,7 @@ impl Texts {
             old_max_tokens: false,
             format: Format::Text,
             system_tokens: 0,
+            is_flex: false,
             prompt_tokens: self.tokens,
         }
     }

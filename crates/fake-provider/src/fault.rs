@@ -18,6 +18,8 @@ pub enum Fault {
     RateLimit429,
     /// Status 429, `insufficient_quota`: the account's money is spent.
     SpendLimit429,
+    /// Status 429, "Resource Unavailable" (Gemini's 503), for requests at the tier "flex"; others pass.
+    NoCapacity429,
     /// Status 429, "Request too large": it would not fit an empty window.
     TooLarge429,
     /// This status with this body. `Status(200, "<html>".into())` is a success
@@ -170,11 +172,12 @@ impl Fault {
     ];
 
     /// The faults without parameters.
-    const PLAIN: [Self; 42] = [
+    const PLAIN: [Self; 43] = [
         Self::Http500,
         Self::Http503,
         Self::RateLimit429,
         Self::SpendLimit429,
+        Self::NoCapacity429,
         Self::TooLarge429,
         Self::ResetBefore,
         Self::Drip,
@@ -222,6 +225,7 @@ impl Fault {
             Self::Http503 => "Http503",
             Self::RateLimit429 => "RateLimit429",
             Self::SpendLimit429 => "SpendLimit429",
+            Self::NoCapacity429 => "NoCapacity429",
             Self::TooLarge429 => "TooLarge429",
             Self::Status(..) => "Status",
             Self::Redirect(_) => "Redirect",
@@ -279,6 +283,7 @@ impl Fault {
                 | Self::Http503
                 | Self::RateLimit429
                 | Self::SpendLimit429
+                | Self::NoCapacity429
                 | Self::TooLarge429
                 | Self::Status(..)
                 | Self::Redirect(_)

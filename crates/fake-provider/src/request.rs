@@ -21,6 +21,8 @@ pub(crate) struct Chat {
     /// The older name, `max_tokens`, is used.
     pub(crate) old_max_tokens: bool,
     pub(crate) format: Format,
+    /// It is to be served at the tier "flex".
+    pub(crate) is_flex: bool,
     /// Tokens of the system messages.
     pub(crate) system_tokens: u64,
     /// Tokens of the messages and of the schema.
@@ -61,6 +63,7 @@ impl Chat {
                 .map(|max| max.min(MAX_MAX_TOKENS)),
             old_max_tokens: !body["max_tokens"].is_null(),
             format: Format::Text,
+            is_flex: body["service_tier"] == "flex",
             // As OpenAI counts: 3 tokens open the answer, 3 frame each message.
             system_tokens: 0,
             prompt_tokens: 3,

@@ -33,6 +33,10 @@ pub struct Stats {
     pub written_tokens: u64,
     /// Completion tokens billed.
     pub completion_tokens: u64,
+    /// Prompt tokens of those that were billed at the tier "flex".
+    pub flex_prompt_tokens: u64,
+    /// Completion tokens that were billed at that tier.
+    pub flex_completion_tokens: u64,
     /// Tokens charged against the window, see [`Reserve`](crate::Reserve).
     pub charged_tokens: u64,
     /// Tokens of those given back, see [`Config::release`](crate::Config::release).
@@ -168,6 +172,11 @@ impl Tally {
         for id in &answer.answered {
             self.rows.entry(*id).or_default().answered += 1;
         }
+    }
+
+    pub(crate) fn billed_as_flex(&mut self, prompt_tokens: u64, answer: &Answer) {
+        self.stats.flex_prompt_tokens += prompt_tokens;
+        self.stats.flex_completion_tokens += answer.completion_tokens;
     }
 
     pub(crate) fn fault(&mut self, name: &str) {

@@ -2,6 +2,7 @@
 
 use llm_batch_core::concurrency::Concurrency;
 use llm_batch_core::dialect::Service;
+use llm_batch_core::flex::Flex;
 use llm_batch_core::forms::Forms;
 use llm_batch_core::headers::{self, Reported};
 use llm_batch_core::limiter::{Grant, Left, Limiter, Limits, Stated, Tokens};
@@ -42,6 +43,8 @@ pub struct Lane {
     /// The served rows of the group that went last, among jobs and among sessions.
     pub level: [f64; 2],
     pub learned: Learned,
+    /// Its capacity at the tier "flex".
+    pub flex: Flex,
     /// Of chats or embeddings, and of decisions: a question has another frame than a line of a chat, and its answer comes
     /// sooner.
     pub chats: Record,
@@ -94,11 +97,13 @@ impl Lane {
                 no_system_role: false,
                 max_completion_tokens: false,
                 no_sampling: false,
+                no_flex: false,
                 spare_answer_tokens: SPARE_ANSWER_TOKENS,
                 most_answer_tokens: u64::MAX,
                 most_request_tokens: u64::MAX,
                 most_choices: usize::MAX,
             },
+            flex: Flex::default(),
             chats: Record::default(),
             decisions: Record::default(),
             smaller_cap: 0,
@@ -275,7 +280,7 @@ impl Lane {
             Trouble::Unsupported(_) | Trouble::TooLarge | Trouble::OverLimit | Trouble::AnswerCap | Trouble::CutOff => {
             }
             _ => {
-                self.errors += 1;
+                self.errors += u64::from(!matches!(report.trouble, Trouble::NoCapacity(_)));
                 self.last_error = role.map(|role| Words { role, message: report.message.clone() });
             }
         }

@@ -1,7 +1,7 @@
 //! What was learnt about a model's server: what it refuses, how its tokens and its answers relate to ours.
 
 use llm_batch_core::forms::{Form, Forms};
-use llm_batch_core::options::Options;
+use llm_batch_core::options::{Options, ServiceTier};
 use llm_batch_core::pack::Ratio;
 use llm_batch_core::thought::Thinking;
 use llm_batch_core::trouble::Parameter;
@@ -31,6 +31,8 @@ pub struct Learned {
     pub max_completion_tokens: bool,
     /// Parameters of how the model draws its words, such as `temperature`: they are left out.
     pub no_sampling: bool,
+    /// The tier "flex": tasks that may are asked without it.
+    pub no_flex: bool,
     /// Tokens of answer beyond what is expected; grows when answers are cut off.
     pub spare_answer_tokens: u64,
     /// The largest cap of an answer that is not known to be refused.
@@ -63,6 +65,12 @@ impl Learned {
             Parameter::Sampling => {
                 self.no_sampling = true;
                 !before.no_sampling
+            }
+            // Others may not pay more.
+            Parameter::Tier if options.service_tier != ServiceTier::FlexOrDefault => false,
+            Parameter::Tier => {
+                self.no_flex = true;
+                !before.no_flex
             }
             Parameter::ResponseFormat => {
                 let form = before.form(options);

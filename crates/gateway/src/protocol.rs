@@ -140,6 +140,10 @@ pub struct Spent {
     pub unconfirmed_output_tokens: u64,
     /// Time that rows were with the provider in requests that were answered, ms, summed over all rows.
     pub row_ms: u64,
+    /// Of these tokens those of requests that were served at the tier "flex": of prompts, those of them that the provider had
+    /// cached, or has written into its cache, and of answers.
+    #[serde(default)]
+    pub flex: [u64; 4],
 }
 
 impl Spent {
@@ -155,6 +159,28 @@ impl Spent {
         self.unconfirmed_input_tokens += more.unconfirmed_input_tokens;
         self.unconfirmed_output_tokens += more.unconfirmed_output_tokens;
         self.row_ms += more.row_ms;
+        self.flex.iter_mut().zip(more.flex).for_each(|(all, more)| *all += more);
+    }
+
+    /// What was spent at the normal tier, and at the tier "flex".
+    pub fn by_tier(&self) -> [Self; 2] {
+        let [input, cached, written, output] = self.flex;
+        let normal = Self {
+            input_tokens: self.input_tokens.saturating_sub(input),
+            cached_input_tokens: self.cached_input_tokens.saturating_sub(cached),
+            written_input_tokens: self.written_input_tokens.saturating_sub(written),
+            output_tokens: self.output_tokens.saturating_sub(output),
+            flex: [0; 4],
+            ..*self
+        };
+        let flex = Self {
+            input_tokens: self.input_tokens - normal.input_tokens,
+            cached_input_tokens: self.cached_input_tokens - normal.cached_input_tokens,
+            written_input_tokens: self.written_input_tokens - normal.written_input_tokens,
+            output_tokens: self.output_tokens - normal.output_tokens,
+            ..Self::default()
+        };
+        [normal, flex]
     }
 }
 

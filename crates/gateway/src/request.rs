@@ -35,6 +35,8 @@ const TEXT_PER_TOKEN: usize = 8;
 const LARGE: usize = 64 << 10;
 /// So many of them are read at once: read, they take several times their bytes.
 static LARGE_AT_ONCE: Semaphore = Semaphore::const_new(2);
+/// The header in which Gemini says at which tier a request was served.
+const TIER: &str = "x-gemini-service-tier";
 /// Most interim answers (1xx) to a request.
 const MOST_INTERIM: u32 = 16;
 
@@ -154,8 +156,9 @@ async fn outcome(status: u16, answer: Answer, wait: Option<u64>, question: &Ques
     let texts = texts(question.body);
     let is_large = answer.bytes.len() + texts.iter().map(String::len).sum::<usize>() > LARGE;
     let (api, service, ids) = (question.endpoint.api, question.service, question.ids.to_vec());
+    let is_flex = api.dialect().tier_parameter().is_some_and(|parameter| question.body[parameter] == "flex");
     let read = move || {
-        let sent = Sent { service, ids: &ids, texts: &texts };
+        let sent = Sent { service, ids: &ids, texts: &texts, is_flex };
         trouble::outcome(api, sent, status, &answer.bytes, wait)
     };
     let reply = if !is_large {
@@ -259,6 +262,7 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
     let status = response.status();
     progress.has_begun.set(status.is_success());
     let said = headers::read(|name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()));
+    let is_flex = response.headers().get(TIER).is_some_and(|tier| tier == "flex");
     let encoding = response.headers().get(CONTENT_ENCODING).filter(|v| *v != "identity");
     let encoding = encoding.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
     let mut body = response.into_body();
@@ -290,6 +294,7 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
         }
         None => outcome(status.as_u16(), answer, said.wait, question).await,
     };
+    let result = result.map(|reply| Reply { is_flex: reply.is_flex || is_flex, ..reply });
     let result = result.map_err(|report| {
         let mut message = presentable(&report.message, key);
         // Elsewhere most servers say no more than that there is nothing.

@@ -78,6 +78,7 @@ impl Asked {
                 format: format.as_ref(),
                 parameters: &Map::new(),
                 no_sampling: false,
+                tier: Default::default(),
             }));
         }
         if let Some(decisions) = api.dialect().decisions() {

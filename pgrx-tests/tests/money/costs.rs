@@ -27,6 +27,87 @@ fn the_cost_is_the_bill() {
 }
 
 #[test]
+fn the_tier_of_an_answer_decides_its_price() {
+    let (bed, mut c) = bed("money_flex", slow(5), 900);
+    run(
+        &mut c,
+        "SELECT llm_batch.alter_classifier('topic', options => '{\"service_tier\": \"flex\", \"reuse\": false, \"max_rows_per_request\": 20}')",
+    );
+    // What was charged, with this discount (percent) on what was served at the tier "flex".
+    let paid = |c: &mut Client, discount: u64| {
+        let s = bed.provider.stats();
+        let of = |all: u64, flex: u64| format!("({all} - {flex} * {discount} * 0.01)");
+        let (input, output) =
+            (of(s.prompt_tokens, s.flex_prompt_tokens), of(s.completion_tokens, s.flex_completion_tokens));
+        let paid =
+            text(c, &format!("SELECT trim_scale(({input} * {INPUT_PRICE} + {output} * {OUTPUT_PRICE}) * 0.000001)"));
+        bed.provider.reset_stats();
+        (paid, s.flex_prompt_tokens, s.prompt_tokens)
+    };
+    let throttled = "SELECT throttled_429 + errors FROM llm_batch.activity WHERE model = 'fake-m'";
+    let before = one(&mut c, throttled);
+    // Twice there is no capacity: that is waited for, and is no limit.
+    bed.provider.script([Some(Fault::NoCapacity429), Some(Fault::NoCapacity429)]);
+    let job = backfill_with(&mut c, "tickets", "filter => 'id <= 300', max_cost => 1");
+    let p = wait_status(&mut c, job, "done");
+    let (cost, flex, all) = paid(&mut c, 50);
+    assert!(flex == all && all > 0, "{flex} of {all}");
+    assert_eq!((p.done, p.input_tokens, p.cost), (300, all as i64, cost));
+    assert_eq!(one(&mut c, throttled), before);
+    // A job that may go on at the normal tier pays the whole price.
+    bed.provider.configure(|config| config.faults = vec![(Fault::NoCapacity429, 1.0)]);
+    let may = "filter => 'id <= 600', options => '{\"service_tier\": \"flex_or_default\"}'";
+    let job = backfill_with(&mut c, "tickets", may);
+    let p = wait_status(&mut c, job, "done");
+    let (cost, flex, _) = paid(&mut c, 50);
+    assert_eq!((p.done, p.cost, flex), (300, cost, 0));
+    bed.provider.configure(|config| config.faults = Vec::new());
+    // The list knows the discount: the smaller of the two.
+    run(
+        &mut c,
+        "INSERT INTO llm_batch.list_price (provider, model, input_price, output_price, batch_input_price, batch_output_price)
+         VALUES ('127.0.0.1', 'fake-m', 1, 1, 0.2, 0.25)",
+    );
+    let job = backfill(&mut c, "tickets");
+    let p = wait_status(&mut c, job, "done");
+    let (cost, flex, all) = paid(&mut c, 75);
+    assert_eq!((p.done, &p.cost, flex), (300, &cost, all));
+    let by_model = format!("SELECT trim_scale(cost) FROM llm_batch.progress_by_model WHERE job_id = {job}");
+    assert_eq!(text(&mut c, &by_model), p.cost);
+    let asked = "SELECT count(*) FROM tickets WHERE id <= 40 AND llm_classify(body, 'topic') = want";
+    assert_eq!(one(&mut c, asked), 40);
+    assert_eq!(bed.provider.bodies().last().unwrap()["service_tier"], "flex");
+    assert_eq!(wrong(&mut c, "tickets"), 0);
+
+    run(
+        &mut c,
+        "CREATE SERVER claude FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'anthropic');
+         SELECT llm_batch.create_model('haiku', 'claude', 'claude-haiku'), llm_batch.create_model('vectors', 'fake', 'v')",
+    );
+    let flex = r#"options => '{"service_tier": "flex"}'"#;
+    for (sql, code, says) in [
+        (
+            format!("SELECT llm_batch.create_classifier('x', '[\"a\", \"b\"]', 'haiku', {flex})"),
+            "0A000",
+            "openai, gemini",
+        ),
+        ("SELECT llm_batch.alter_classifier('topic', model => 'haiku')".to_owned(), "0A000", "tier \"flex\""),
+        (format!("SELECT llm_batch.create_embedder('x', 'vectors', 3, {flex})"), "22023", "service_tier"),
+        (
+            r#"SELECT llm_batch.alter_classifier('topic', options => '{"service_tier": "cheap"}')"#.to_owned(),
+            "22023",
+            "default, flex, flex_or_default",
+        ),
+    ] {
+        let (found, message, detail, hint) = error(&mut c, &sql);
+        assert!(
+            found == code && format!("{message} {detail} {hint}").contains(says),
+            "{sql}: {found} {message} {hint}"
+        );
+    }
+}
+
+#[test]
 fn cached_tokens_have_a_price_of_their_own() {
     let (bed, mut c) = bed("money_cached", Config { cache_prefix: true, ..slow(10) }, 2_000);
     run(

@@ -36,8 +36,8 @@ const RESERVED: [&str; 17] = [
 ];
 
 /// Parameters of a request. All others are of its `generationConfig`.
-const OF_REQUEST: [&str; 7] =
-    ["safetySettings", "cachedContent", "serviceTier", "labels", "tools", "toolConfig", "store"];
+const OF_REQUEST: [&str; 7] = ["safetySettings", "cachedContent", TIER, "labels", "tools", "toolConfig", "store"];
+const TIER: &str = "serviceTier";
 
 impl Dialect for Gemini {
     fn base_url(&self) -> Option<&'static str> {
@@ -46,6 +46,10 @@ impl Dialect for Gemini {
 
     fn reserved(&self) -> &'static [&'static str] {
         &RESERVED
+    }
+
+    fn tier_parameter(&self) -> Option<&'static str> {
+        Some(TIER)
     }
 
     fn url(&self, base: &str, model: &str, _version: Option<&str>) -> String {
@@ -73,6 +77,7 @@ impl Dialect for Gemini {
         for (key, value) in ask.others(&RESERVED) {
             if OF_REQUEST.contains(&key.as_str()) { &mut body } else { &mut config }.insert(key, value);
         }
+        ask.set_tier(&mut body, TIER);
         body.insert("generationConfig".to_owned(), config.into());
         body.into()
     }
@@ -100,6 +105,7 @@ impl Dialect for Gemini {
             usage: Usage { input, output: written.filter(|n| *n < 1 << 32 && (*n > 0 || text.is_empty())) },
             thought,
             cached_input: tokens(&usage["cachedContentTokenCount"]).unwrap_or(0),
+            is_flex: usage[TIER] == "flex",
             text,
             ..Reply::default()
         }
@@ -238,6 +244,7 @@ mod tests {
     use super::*;
     use crate::dialect::tests::{ask, schema};
     use crate::limiter::Tokens;
+    use crate::options::ServiceTier;
 
     #[test]
     fn a_request_is_written_as_documented() {
@@ -257,7 +264,11 @@ mod tests {
             },
         });
         assert_eq!(body, want);
+        let of = |tier| Dialect::body(&Gemini, &Ask { tier, ..ask(&parameters) })["serviceTier"].clone();
+        assert_eq!((of(ServiceTier::Flex), of(ServiceTier::FlexOrDefault)), (json!("flex"), json!(null)));
         let parameters = json!({});
+        let of = |tier| Dialect::body(&Gemini, &Ask { tier, ..ask(&parameters) })["serviceTier"].clone();
+        assert_eq!((of(ServiceTier::Flex), of(ServiceTier::Default)), (json!("flex"), json!(null)));
         let body =
             Dialect::body(&Gemini, &Ask { no_system_role: true, format: Some(&Format::Json), ..ask(&parameters) });
         assert_eq!(body.get("systemInstruction"), None);

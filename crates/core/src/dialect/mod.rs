@@ -23,6 +23,7 @@ use serde_json::{Map, Value};
 use crate::class::Trouble;
 use crate::forms::Forms;
 use crate::limiter::Tokens;
+use crate::options::ServiceTier;
 use decisions::Decisions;
 use embeddings::Embeddings;
 
@@ -97,6 +98,8 @@ pub struct Sent<'a> {
     pub ids: &'a [u16],
     /// Its texts, of which nothing is taken for the provider's own words.
     pub texts: &'a [String],
+    /// It is to be served at the tier "flex".
+    pub is_flex: bool,
 }
 
 impl Api {
@@ -163,6 +166,11 @@ pub trait Dialect: Sync {
 
     /// Parameters of a request that a user may not set for a model, because the gateway does.
     fn reserved(&self) -> &'static [&'static str];
+
+    /// The parameter that names the tier of a chat, if the provider has the tier "flex".
+    fn tier_parameter(&self) -> Option<&'static str> {
+        None
+    }
 
     /// The forms of answers; those that the wire has no words for are out.
     fn forms(&self) -> Forms {
@@ -241,6 +249,8 @@ pub struct Ask<'a> {
     pub parameters: &'a Map<String, Value>,
     /// Without those of how the model draws its words: it draws them in one way alone.
     pub no_sampling: bool,
+    /// At this tier: the one that the user's parameters say, "flex", or the normal one although a task asks for "flex".
+    pub tier: ServiceTier,
 }
 
 /// Parameters of how a model draws its words.
@@ -256,6 +266,15 @@ impl Ask<'_> {
     fn others(&self, reserved: &[&str]) -> impl Iterator<Item = (String, Value)> {
         let is_out = |key: &str| reserved.contains(&key) || self.no_sampling && SAMPLING.contains(&key);
         self.parameters.iter().filter(move |(key, _)| !is_out(key)).map(|(k, v)| (k.clone(), v.clone()))
+    }
+
+    /// Writes the tier into a body.
+    fn set_tier(&self, body: &mut Map<String, Value>, parameter: &str) {
+        match self.tier {
+            ServiceTier::Default => {}
+            ServiceTier::Flex => drop(body.insert(parameter.to_owned(), "flex".into())),
+            ServiceTier::FlexOrDefault => drop(body.remove(parameter)),
+        }
     }
 }
 
@@ -382,6 +401,8 @@ pub struct Reply {
     pub confidences: Vec<(u16, f64)>,
     /// Tokens of the prompt that it has written into its cache, if they cost more for that.
     pub written_input: u64,
+    /// It says that it was served at the tier "flex".
+    pub is_flex: bool,
 }
 
 impl Reply {
@@ -462,6 +483,7 @@ mod tests {
             format: None,
             parameters: parameters.as_object().unwrap(),
             no_sampling: false,
+            tier: ServiceTier::default(),
         }
     }
 

@@ -18,6 +18,8 @@ pub(super) struct Openai;
 pub(super) const RESERVED: [&str; 7] =
     ["model", "messages", "response_format", "max_tokens", "max_completion_tokens", "stream", "n"];
 
+const TIER: &str = "service_tier";
+
 impl Dialect for Openai {
     fn base_url(&self) -> Option<&'static str> {
         Some("https://api.openai.com/v1")
@@ -25,6 +27,10 @@ impl Dialect for Openai {
 
     fn reserved(&self) -> &'static [&'static str] {
         &RESERVED
+    }
+
+    fn tier_parameter(&self) -> Option<&'static str> {
+        Some(TIER)
     }
 
     fn url(&self, base: &str, _model: &str, _version: Option<&str>) -> String {
@@ -41,6 +47,7 @@ impl Dialect for Openai {
         if let Value::Object(map) = &mut body {
             map.extend(ask.format.map(|format| ("response_format".to_owned(), response_format(format))));
             map.extend(ask.others(&RESERVED));
+            ask.set_tier(map, TIER);
         }
         body
     }
@@ -133,8 +140,9 @@ fn reply(body: &[u8]) -> Result<Reply, Unread> {
     let cached_input = usage.input.map_or(0, |input| cached.min(input));
     let thought = json["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64();
     let written_input = json["usage"]["prompt_tokens_details"]["cache_write_tokens"].as_u64().unwrap_or(0);
+    let is_flex = json[TIER] == "flex";
     let reply = Reply { text, finish, has_reasoning, usage, thought, cached_input, written_input, ..Reply::default() };
-    Ok(reply.consistent())
+    Ok(Reply { is_flex, ..reply }.consistent())
 }
 
 /// One answer is asked for. Of several, that without a number or with the first one is it.
@@ -242,6 +250,7 @@ mod tests {
             format: None,
             parameters: &parameters,
             no_sampling: false,
+            tier: Default::default(),
         });
         assert_eq!(b["model"], "m");
         assert_eq!(b["messages"], json!([{"role": "user", "content": "s\n\nu"}]));

@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::dialect::Service;
-use crate::options::{AskBy, Options};
+use crate::options::{AskBy, Options, ServiceTier};
 use crate::{CountTokens, Error};
 
 pub use crate::codes::Label;
@@ -68,8 +68,13 @@ impl Task {
     /// Refuses options that its kind cannot be asked with.
     ///
     /// # Errors
-    /// If it is no choice among labels and is to be decided, or is to be asked about more rows in a request than it can be.
+    /// If it is no choice among labels and is to be decided, is no chat and has a tier, or is to be asked about more rows in
+    /// a request than it can be.
     pub fn check(&self) -> Result<(), Error> {
+        if self.options.service_tier != ServiceTier::Default && self.service() != Service::Chat {
+            let message = format!("{} have no option \"service_tier\"", self.service().name());
+            return Err(Error::new(message).hint("Providers serve chats alone at the tier \"flex\"."));
+        }
         if self.service() != Service::Embeddings {
             self.options.check_rows()?;
         }

@@ -112,7 +112,9 @@ impl Wire for Gemini {
         for content in body["contents"].as_array().ok_or("contents is not specified")? {
             messages.push(message(if content["role"] == "model" { "assistant" } else { "user" }, &content["parts"]));
         }
-        let mut asked = json!({"messages": messages, "max_tokens": config["maxOutputTokens"]});
+        let mut asked = json!({
+            "messages": messages, "max_tokens": config["maxOutputTokens"], "service_tier": body["serviceTier"],
+        });
         let schema = &config["responseJsonSchema"];
         match config["responseMimeType"].as_str() {
             Some("application/json") if schema.is_null() => asked["response_format"] = json!({"type": "json_object"}),
@@ -157,6 +159,7 @@ impl Wire for Gemini {
             more
         };
         let (status, name, details) = match status {
+            429 if error["code"] == "resource_unavailable" => (503, "UNAVAILABLE", vec![]),
             401 => (400, "INVALID_ARGUMENT", vec![of("ErrorInfo", json!({"reason": "API_KEY_INVALID"}))]),
             404 => (404, "NOT_FOUND", vec![]),
             429 => {

@@ -120,6 +120,9 @@ pub(crate) fn translate(wire: &dyn Wire, mut reply: Reply) -> Reply {
     let wait = reply.headers.iter().find(|(name, _)| *name == "retry-after-ms").and_then(|(_, ms)| ms.parse().ok());
     let Ok(said) = serde_json::from_str::<Value>(&reply.body) else { return reply };
     let is_ours = said["error"].as_object().is_some_and(|error| error.contains_key("param"));
+    if wire.name() == "gemini" && said["service_tier"] == "flex" {
+        reply.headers.push(("x-gemini-service-tier", "flex".to_owned()));
+    }
     let body = if said["choices"].is_array() {
         wire.completion(&said)
     } else if said["data"].is_array() {

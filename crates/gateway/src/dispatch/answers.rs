@@ -222,6 +222,9 @@ impl State {
         let Some((lane, group)) = self.lanes.get_mut(&lane_key).zip(self.groups.get_mut(group_id)) else { return };
         let seen = Seen::new(reply, &read, asked, &*group.asking(asked.service).kind);
         lane.answers(now, asked.service);
+        if asked.is_flex {
+            lane.flex.answered();
+        }
         let standing = lane.standings.of(now, asked.scope);
         standing.accepts();
         standing.is_paid(&rows, seen.answers == 0);
@@ -298,7 +301,8 @@ impl State {
             self.unconfirmed(model, &payers, reply.usage.missing(worst));
         }
         let sure = reply.usage.or(if is_unconfirmed { Tokens::default() } else { estimate });
-        self.spend(model, &payers, sure, [reply.cached_input, reply.written_input], now.saturating_sub(sent));
+        let took = [sure.input, reply.cached_input, reply.written_input, sure.output];
+        self.spend(model, &payers, took, reply.is_flex, now.saturating_sub(sent));
     }
 
     /// Decides about the rows of an answer. Returns true if nothing more is paid for some of them, though it is not
@@ -387,8 +391,8 @@ impl State {
     }
 
     /// Shares the tokens of a request, and the time (ms) that it took, among the clients whose rows were in it; nothing is
-    /// lost by rounding.
-    fn spend(&mut self, model: usize, payers: &[u64], usage: Tokens, [cached, written]: [u64; 2], took: u64) {
+    /// lost by rounding. `tokens`: of its prompt, those cached, those written into the cache, of its answer.
+    fn spend(&mut self, model: usize, payers: &[u64], tokens: [u64; 4], is_flex: bool, took: u64) {
         let mut by_conn: BTreeMap<u64, u64> = BTreeMap::new();
         for conn in payers {
             *by_conn.entry(*conn).or_default() += 1;
@@ -400,10 +404,15 @@ impl State {
             if let Some(c) = self.conns.get_mut(&conn) {
                 let spent = &mut c.report(model).spent;
                 spent.requests += u64::from(first);
-                spent.input_tokens += share(usage.input);
-                spent.cached_input_tokens += share(cached);
-                spent.written_input_tokens += share(written);
-                spent.output_tokens += share(usage.output);
+                let [input, cached, written, output] = tokens.map(share);
+                spent.input_tokens += input;
+                spent.cached_input_tokens += cached;
+                spent.written_input_tokens += written;
+                spent.output_tokens += output;
+                if is_flex {
+                    let of_flex = spent.flex.iter_mut().zip([input, cached, written, output]);
+                    of_flex.for_each(|(all, share)| *all += share);
+                }
                 spent.row_ms += n * took;
             }
             before += n;
@@ -487,7 +496,8 @@ fn learn(
     }
     let took = now.saturating_sub(asked.sent);
     lane.record_mut(asked.service).took(took);
-    let is_slow = group.member(lane_key).is_some_and(|(_, m)| took > m.stream.model.request_timeout_ms / SLOW);
+    let is_slow =
+        !asked.is_flex && group.member(lane_key).is_some_and(|(_, m)| took > m.stream.model.request_timeout_ms / SLOW);
     if answers > 0 || (!grows && !is_prose && asked.way == Way::AsEver) {
         let missing = if grows { 0 } else { size - answers - refused };
         group.size(lane_key).into_iter().for_each(|rows| rows.observe(size, missing, is_slow));

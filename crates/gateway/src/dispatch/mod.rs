@@ -13,6 +13,8 @@ mod circuits;
 mod clients;
 mod doubts;
 mod estimate;
+#[cfg(test)]
+mod flex_tests;
 mod memory;
 #[cfg(test)]
 mod pause_tests;
@@ -102,6 +104,8 @@ struct Asked {
     worst: Tokens,
     /// The cap of its answer might be larger.
     can_grow: bool,
+    /// It is asked at the tier "flex".
+    is_flex: bool,
     /// When (ms) it was sent.
     sent: u64,
 }

@@ -7,7 +7,7 @@ use llm_batch_core::dialect::decisions::Questions;
 use llm_batch_core::dialect::embeddings::{FIRST_NUMBER, Texts};
 use llm_batch_core::dialect::{Ask, Reply};
 use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
-use llm_batch_core::options::{Options, StructuredOutput};
+use llm_batch_core::options::{Options, ServiceTier, StructuredOutput};
 use llm_batch_core::trouble::{Report, Trouble};
 use serde_json::Value;
 use tokio::sync::Notify;
@@ -90,6 +90,7 @@ fn bare(lane: &Lane, stream: &Stream) -> (Value, Duration) {
         format: None,
         parameters: &stream.model.parameters,
         no_sampling: lane.learned.no_sampling,
+        tier: if stream.tier() == ServiceTier::Default { ServiceTier::Default } else { ServiceTier::FlexOrDefault },
     });
     (body, timeout)
 }
@@ -184,6 +185,7 @@ impl State {
         match report.trouble {
             // The cap of a probe does not suffice for what some think before they answer: it is a sign of life.
             Trouble::Rate(_)
+            | Trouble::NoCapacity(_)
             | Trouble::TooLarge
             | Trouble::OverLimit
             | Trouble::Filtered

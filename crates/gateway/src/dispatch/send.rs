@@ -7,7 +7,9 @@ use std::time::Duration;
 use llm_batch_core::dialect::decisions::{self, Questions};
 use llm_batch_core::dialect::embeddings::{FIRST_NUMBER, Texts};
 use llm_batch_core::dialect::{Ask, Counts, Format, Service};
+use llm_batch_core::flex;
 use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Size, Tokens};
+use llm_batch_core::options::ServiceTier;
 use llm_batch_core::patience::Way;
 use llm_batch_core::request;
 use llm_batch_core::route::Turn;
@@ -44,6 +46,8 @@ pub(super) struct Draft {
     can_grow: bool,
     /// Tokens that are expected of its answer, without what is thought before it.
     expected: u64,
+    /// It is asked at the tier "flex".
+    is_flex: bool,
 }
 
 impl Draft {
@@ -83,6 +87,7 @@ impl Draft {
                 reserve: stream.endpoint.counts.reserve(prompt, thinking.reserved(), thinking.room()),
                 can_grow: false,
                 expected: 0,
+                is_flex: false,
             };
         }
         let expected = measured.expected_answer(estimate.output);
@@ -103,6 +108,7 @@ impl Draft {
             reserve: stream.endpoint.counts.reserve(prompt, reserved.min(most_answer), most_answer),
             can_grow: most_answer < most && most_answer < MOST_SPARE_ANSWER_TOKENS,
             expected,
+            is_flex: stream.tier() != ServiceTier::Default && !learned.no_flex,
         }
     }
 
@@ -139,6 +145,7 @@ impl Draft {
             reserved: self.reserve,
             worst: self.worst,
             can_grow: self.can_grow,
+            is_flex: self.is_flex,
             sent: now,
         }
     }
@@ -176,6 +183,11 @@ impl Draft {
             format: self.format.as_ref(),
             parameters: &stream.model.parameters,
             no_sampling: learned.no_sampling,
+            tier: match stream.tier() {
+                ServiceTier::Default => ServiceTier::Default,
+                _ if self.is_flex => ServiceTier::Flex,
+                _ => ServiceTier::FlexOrDefault,
+            },
         })
     }
 }
@@ -329,9 +341,10 @@ fn ask(c: &mut Conn, message: &FromGateway) {
 
 /// After which time (ms) without an answer a request is given up: another model is asked if this one is silent for longer
 /// than usual.
-fn timeout(stream: &Stream, (policy, turn): (Policy, Turn), patience: Option<u64>) -> u64 {
+fn timeout(stream: &Stream, is_flex: bool, (policy, turn): (Policy, Turn), patience: Option<u64>) -> u64 {
     let has_next = policy != Policy::Spread && turn.open != turn.own;
-    stream.model.request_timeout_ms.min(patience.filter(|_| has_next).unwrap_or(u64::MAX))
+    let most = stream.model.request_timeout_ms.max(if is_flex { flex::TIMEOUT } else { 0 });
+    most.min(patience.filter(|_| has_next).unwrap_or(u64::MAX))
 }
 
 impl State {
@@ -408,7 +421,7 @@ impl State {
         lane.forget(now);
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word, stated) = (lane.configured, lane.largest_by_word(now), lane.stated.limits());
-        let Lane { groups, limiter, learned, chats, decisions, standings, in_flight, .. } = lane;
+        let Lane { groups, limiter, learned, flex, chats, decisions, standings, in_flight, .. } = lane;
         for id in groups.iter().copied() {
             let Some(group) = self.groups.get_mut(id) else { continue };
             if *in_flight >= if group.stream.interactive { allowed_interactive } else { allowed } {
@@ -434,8 +447,16 @@ impl State {
             if !standing.may_send(now) {
                 continue;
             }
+            let no_flex = match flex.turn(now, stream.tier(), learned.no_flex) {
+                flex::Turn::Flex => false,
+                flex::Turn::Default => true,
+                flex::Turn::Until(at) => {
+                    Some(at).filter(|_| group.queued() > 0).into_iter().for_each(&mut later);
+                    continue;
+                }
+            };
             let (way, turn) = standing.patience.way();
-            let learned = Learned { forms: standing.forms.without(learned.forms), ..*learned };
+            let learned = Learned { forms: standing.forms.without(learned.forms), no_flex, ..*learned };
             // A row is too long by the user's settings only. A provider's limit is tried with the row alone.
             let set = configured.largest_request().unwrap_or(u64::MAX).min(stream.most_tokens());
             let terms = Terms {
@@ -463,7 +484,7 @@ impl State {
             match decided {
                 Ok((_, draft, grant)) => {
                     let asked = draft.asked(now, group.asking(service), (way, turn), learned);
-                    let timeout = timeout(&stream, (group.stream.policy, turn_of), record.patience());
+                    let timeout = timeout(&stream, draft.is_flex, (group.stream.policy, turn_of), record.patience());
                     launches.extend(self.launch(now, key, id, Pack { rows, draft, asked, grant, stream, timeout }));
                     return Look::Sent;
                 }
@@ -496,6 +517,9 @@ impl State {
         lane.standings.of(now, asked.scope).patience.sent(now);
         if group.decided().is_some() {
             lane.standings.of(now, group.scope).cheaper.sent(asked.service);
+        }
+        if asked.is_flex {
+            lane.flex.sent(now);
         }
         self.next_id += 1;
         let abandoned = Rc::new(Notify::new());

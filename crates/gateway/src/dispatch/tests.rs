@@ -153,6 +153,10 @@ impl Sim {
         self.state.open(self.now, self.conn, stream).unwrap();
     }
 
+    pub(super) fn state(&self) -> &State {
+        &self.state
+    }
+
     /// Asks for rows, and what came of them.
     pub(super) fn ask(&mut self, rows: Range<u64>, long: &str, mut answer: impl FnMut(&Question) -> Answered) {
         self.outcomes.clear();

@@ -93,6 +93,7 @@ impl State {
                 self.end(now, failed, end);
             }
             Remedy::Wait(wait) => self.throttled(now, failed, wait, is_unsure || has_begun),
+            Remedy::NoCapacity(wait) => self.no_capacity(now, failed, wait),
             Remedy::LargerCap => self.cut_off(now, failed),
             Remedy::SmallerCap => self.cap_refused(now, failed),
             Remedy::SmallerRequest { is_limit } => self.larger(now, failed, is_limit),
@@ -144,6 +145,15 @@ impl State {
             let message = format!("requests are refused within answers that may be paid for: {message}");
             self.hold(now, &lane_key, asked, StopReason::Quota, message, role);
         }
+    }
+
+    /// There is no capacity at the tier "flex": requests at that tier wait, and no others.
+    fn no_capacity(&mut self, now: u64, failed: Failed, said: Option<u64>) {
+        let Failed { lane: lane_key, group, rows, asked, message, .. } = failed;
+        let Some(lane) = self.lanes.get_mut(&lane_key) else { return };
+        let wait = lane.flex.refused(now, asked.sent, said);
+        self.notice(now, &lane_key, "no capacity", &format!("{message}; the tier \"flex\" waits for {wait} ms"));
+        self.put_back(group, rows);
     }
 
     /// A quota that is used up was said within a 2xx, which may be paid for: from now on the task has one request at a time.

@@ -65,7 +65,7 @@ impl Sim {
         let data: Vec<Value> = texts.iter().enumerate().map(one).collect();
         let body = json!({"data": data, "usage": {"prompt_tokens": self.tokens() * texts.len()}}).to_string();
         let ids: Vec<u16> = (0..texts.len() as u16).collect();
-        let sent = Sent { service: Service::Embeddings, ids: &ids, texts: &[] };
+        let sent = Sent { service: Service::Embeddings, ids: &ids, ..Sent::default() };
         let mut answered = Answered::broke_off(String::new(), false);
         answered.result = trouble::outcome(Api::Openai, sent, 200, body.as_bytes(), None);
         (answered.has_begun, answered.bytes) = (true, body.len());

@@ -7,6 +7,7 @@ use llm_batch_core::dialect::decisions::Decisions;
 use llm_batch_core::dialect::embeddings::Embeddings;
 use llm_batch_core::dialect::{Api, Counts, Service};
 use llm_batch_core::limiter::Limits;
+use llm_batch_core::options::ServiceTier;
 use llm_batch_core::route::Rates;
 use llm_batch_core::task::{Embed, Task};
 use serde::{Deserialize, Serialize};
@@ -163,6 +164,18 @@ impl Stream {
         self.endpoint.api.dialect().decisions()?;
         let task = self.task.decided()?;
         Some(Rc::new(Self { task, ..self.clone() }))
+    }
+
+    /// The tier at which its chats are asked. A model whose parameters say "flex" has it for all tasks.
+    pub fn tier(&self) -> ServiceTier {
+        let Some(parameter) = self.endpoint.api.dialect().tier_parameter() else { return ServiceTier::Default };
+        match self.task.options.service_tier {
+            _ if self.task.service() != Service::Chat => ServiceTier::Default,
+            ServiceTier::Default if self.model.parameters.get(parameter).is_some_and(|tier| tier == "flex") => {
+                ServiceTier::Flex
+            }
+            tier => tier,
+        }
     }
 
     /// The limits of its model.
