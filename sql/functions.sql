@@ -166,10 +166,12 @@ CREATE FUNCTION llm_batch.estimate(
     AS 'MODULE_PATHNAME', 'estimate_targets_wrapper';
 COMMENT ON FUNCTION llm_batch.estimate(regclass, text, jsonb, text, text, jsonb, integer) IS 'the same for several columns at once';
 
-CREATE FUNCTION llm_batch.alter_job(job_id bigint, max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL) RETURNS void
+CREATE FUNCTION llm_batch.alter_job(
+    job_id bigint, max_cost numeric DEFAULT NULL, max_tokens bigint DEFAULT NULL, deadline text DEFAULT NULL
+) RETURNS void
     LANGUAGE c VOLATILE PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp
     AS 'MODULE_PATHNAME', 'alter_job_wrapper';
-COMMENT ON FUNCTION llm_batch.alter_job IS 'changes the budget of a job, in dollars and in tokens; NULL keeps a value';
+COMMENT ON FUNCTION llm_batch.alter_job IS 'changes the budget of a job, in dollars and in tokens, and its deadline; NULL keeps a value, the deadline infinity removes it';
 
 CREATE FUNCTION llm_batch.pause(job_id bigint) RETURNS boolean
     LANGUAGE c VOLATILE STRICT PARALLEL UNSAFE SET search_path = pg_catalog, pg_temp

@@ -24,6 +24,11 @@ pub fn take(options: &mut Value) -> Result<Option<String>> {
     }
 }
 
+/// Returns true if it is none: there is no point in time until which all is to be done.
+pub fn is_none(text: &str) -> bool {
+    text.trim().eq_ignore_ascii_case("infinity")
+}
+
 /// The point in time that is meant, as text that any session reads alike.
 pub fn resolve(text: &str) -> Result<String> {
     let read = |at: &str| {

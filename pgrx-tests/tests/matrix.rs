@@ -81,7 +81,7 @@ const ROWS: &[Row] = &[
      "SELECT llm_batch.backfill('tickets', 'body', targets => '{\"third\": \"label\"}', task => 'topic')", HERS),
     ("llm_batch.estimate(regclass,text,jsonb,text,text,jsonb,integer)",
      "SELECT rows FROM llm_batch.estimate('tickets', 'body', targets => '{\"third\": \"label\"}', task => 'topic')", HERS),
-    ("llm_batch.alter_job(bigint,numeric,bigint)", "SELECT llm_batch.alter_job(2, max_tokens => 1000)", HERS),
+    ("llm_batch.alter_job(bigint,numeric,bigint,text)", "SELECT llm_batch.alter_job(2, max_tokens => 1000)", HERS),
     ("llm_batch.pause(bigint)", "SELECT llm_batch.pause(2)", HERS),
     ("llm_batch.resume(bigint)", "SELECT llm_batch.resume(2)", HERS),
     ("llm_batch.cancel(bigint)", "SELECT llm_batch.cancel(2)", HERS),

@@ -232,6 +232,11 @@ fn the_dear_one_helps_where_there_is_a_deadline(bed: &Bed, second: &FakeProvider
     assert_eq!(text(c, &left), "t");
     run(c, "RESET timezone; RESET datestyle");
     assert_eq!(text(c, &left), "t");
+    let alter = |more: &str| format!("SELECT llm_batch.alter_job({hurried}, {more})");
+    for (deadline, says) in [("soon", "interval"), ("2 hours ago", "not in the future")] {
+        let (code, message, _, hint) = error(c, &alter(&format!("deadline => '{deadline}'")));
+        assert!(code == "22023" && format!("{message} {hint}").contains(says), "{code} {message} {hint}");
+    }
     assert_eq!(bed.done(hurried).counts(), (2000, 2000, 0, 0, 0, 0), "{:?}", failures(c, hurried));
     assert!(by(c, hurried, "cheap") > 100 && by(c, hurried, "dear") > 100, "{}", by(c, hurried, "dear"));
     assert_eq!(wrong(c, "t"), 0);
@@ -241,6 +246,24 @@ fn the_dear_one_helps_where_there_is_a_deadline(bed: &Bed, second: &FakeProvider
     let asked = "SELECT count(*) FROM t WHERE id <= 200 AND llm_classify(body, 'topic2') = want";
     assert_eq!(one(c, asked), 200);
     assert!(second.stats().admitted > before);
+    // A deadline that comes while a job waits for the cheap one, which would take hours.
+    run(c, "UPDATE t SET topic = NULL");
+    let late = job(c, ", filter => 'id <= 1000'");
+    let queued = "SELECT coalesce(sum(queued), 0)::bigint FROM llm_batch.activity WHERE model = 'fake-cheap'";
+    wait_until("rows wait for the cheap one", PATIENCE, || one(c, queued), |n| *n > 0);
+    run(c, &format!("SELECT llm_batch.alter_job({late}, deadline => '2 hours')"));
+    assert_eq!(bed.done(late).counts(), (1000, 1000, 0, 0, 0, 0), "{:?}", failures(c, late));
+    assert!(by(c, late, "dear") > 500, "{}", by(c, late, "dear"));
+    run(c, "UPDATE t SET topic = NULL; BEGIN");
+    let paused = job(c, "");
+    let alter = |deadline: &str| format!("SELECT llm_batch.alter_job({paused}, deadline => {deadline})");
+    run(c, &format!("SELECT llm_batch.pause({paused}); {}; COMMIT", alter("'2 hours'")));
+    let is_set = format!("SELECT count(deadline) FROM llm_batch.progress WHERE job_id = {paused}");
+    for (deadline, then) in [("NULL", 1), ("'infinity'", 0), ("'1 day'", 1)] {
+        run(c, &alter(deadline));
+        assert_eq!(one(c, &is_set), then, "{deadline}");
+    }
+    run(c, &format!("SELECT llm_batch.cancel({paused})"));
     run(c, "SELECT llm_batch.alter_model('cheap', reset => '{requests_per_minute}')");
     run(c, "SELECT llm_batch.alter_route('both', ARRAY['cheap', 'dear'])");
 }

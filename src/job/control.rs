@@ -10,7 +10,7 @@ use super::{Budget, Wake, check_alone, wake_at_commit};
 use crate::args::required;
 use crate::client::check_usable;
 use crate::error::{Error, Result};
-use crate::{catalog, model, owner, route, sql, task, txn};
+use crate::{catalog, deadline, model, owner, route, sql, task, txn};
 
 /// The assignment of `cancel()`.
 const CANCELLED: &str = "wanted = 'cancelled'";
@@ -111,6 +111,7 @@ fn alter_job(
     job_id: Option<i64>,
     max_cost: Option<AnyNumeric>,
     max_tokens: Option<i64>,
+    deadline: Option<&str>,
 ) -> std::result::Result<(), ErrorReport> {
     let job_id = required(job_id, "job_id")?;
     let Budget { max_cost, max_tokens } = Budget::new(max_cost, max_tokens)?;
@@ -119,16 +120,26 @@ fn alter_job(
     if !matches!(status.status.as_str(), "running" | "paused") {
         return Err(ended(&status).into());
     }
+    let asked = || Ok::<_, Error>(task::load(&status.task, &json!({}))?.model);
     if max_cost.is_some() {
-        let model = task::load(&status.task, &json!({}))?.model;
-        for model in route::models(&model)?.0 {
+        for model in route::models(&asked()?)?.0 {
             model::load(&model)?.price.check(&model)?;
         }
     }
+    let is_none = deadline.is_some_and(deadline::is_none);
+    let deadline = deadline.filter(|_| !is_none).map(deadline::resolve).transpose()?;
+    if deadline.is_some() {
+        let model = asked()?;
+        deadline::tell_if_useless(route::models(&model)?.1, &model);
+    }
     txn::as_extension_owner(|| {
         sql::run(
-            "UPDATE llm_batch.job SET max_cost = coalesce($2, max_cost), max_tokens = coalesce($3, max_tokens) WHERE id = $1",
-            &[job_id.into(), max_cost.into(), max_tokens.into()],
+            "UPDATE llm_batch.job SET max_cost = coalesce($2, max_cost), max_tokens = coalesce($3, max_tokens),
+                    options = CASE WHEN $5 THEN options - 'deadline'
+                                   WHEN $4 IS NULL THEN options
+                                   ELSE options || jsonb_build_object('deadline', $4) END
+              WHERE id = $1",
+            &[job_id.into(), max_cost.into(), max_tokens.into(), deadline.into(), is_none.into()],
         )
     })?;
     // A worker that runs looks at it at once.

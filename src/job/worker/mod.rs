@@ -441,6 +441,10 @@ impl Worker {
             self.job.budget = job.budget.clone();
             self.change(self.reopen.clone().unwrap_or_else(|| self.asked.clone()));
         }
+        if job.has_deadline != self.job.has_deadline {
+            // It is asked for in another way.
+            (self.job.has_deadline, self.look_now) = (job.has_deadline, true);
+        }
         if job.epoch != self.job.epoch {
             // Resumed or to be retried while this process was still at it.
             self.job.epoch = job.epoch;
