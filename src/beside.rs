@@ -27,6 +27,22 @@ pub const CONFIDENCE: Beside = Beside {
     types: &[(pg_sys::FLOAT4OID, "real"), (pg_sys::FLOAT8OID, "double precision"), (pg_sys::NUMERICOID, "numeric")],
 };
 
+/// A table, and what else a job uses of it.
+pub struct Of<'a> {
+    pub relation: pg_sys::Oid,
+    /// Schema and name, quoted.
+    pub name: &'a str,
+    pub keys: &'a [String],
+    pub targets: Vec<&'a str>,
+}
+
+impl<'a> Of<'a> {
+    pub fn new(target: &'a Target) -> Self {
+        let targets = target.columns.iter().map(|column| column.name.as_str()).collect();
+        Self { relation: target.relation, name: &target.name, keys: &target.key_names, targets }
+    }
+}
+
 impl Beside {
     fn of_types(&self) -> String {
         let names: Vec<&str> = self.types.iter().map(|(_, name)| *name).collect();
@@ -49,10 +65,10 @@ impl Beside {
     }
 
     /// Checks that a column of a table can be one.
-    pub fn check(&self, column: &str, target: &Target) -> Result<()> {
+    pub fn check(&self, column: &str, target: &Of) -> Result<()> {
         let Self { called, types, .. } = self;
         let of_its_own = || format!("Name a column of its own, of type {}.", self.of_types());
-        if target.columns.iter().any(|c| c.name == column) {
+        if target.targets.contains(&column) {
             return Err(Error::invalid(format!("column \"{column}\" cannot be both a target and the {called}"))
                 .hint(of_its_own()));
         }
@@ -86,7 +102,7 @@ impl Beside {
         let is_probability = self.option == CONFIDENCE.option;
         let what = if is_generated {
             Some("is generated")
-        } else if target.key_names.iter().any(|key| key == column) {
+        } else if target.keys.iter().any(|key| key == column) {
             Some("belongs to the key")
         } else if is_probability && is_not_null {
             Some("is NOT NULL, and not every answer has a probability")

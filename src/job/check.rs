@@ -71,7 +71,7 @@ impl<'a> Given<'a> {
         let names: Vec<String> = self.columns.iter().map(|(name, _)| name.clone()).collect();
         let target = catalog::target(self.relation, &names).map_err(|e| self.in_place(e))?;
         for (kind, column) in [(beside::PROVENANCE, &self.provenance), (beside::CONFIDENCE, &self.confidence)] {
-            column.iter().try_for_each(|column| kind.check(column, &target))?;
+            column.iter().try_for_each(|column| kind.check(column, &beside::Of::new(&target)))?;
         }
         let owner = owner_of(&target)?;
         let asked = task::load(self.task, &self.task_options)?.stream(owner, false)?;

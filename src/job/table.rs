@@ -5,7 +5,7 @@ use pgrx::pg_sys;
 use crate::error::{Error, Result};
 use crate::job::store::Job;
 use crate::process::{current_user, my_database};
-use crate::{catalog, sql};
+use crate::{beside, catalog, sql};
 
 /// A table as it is named now.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +82,7 @@ pub fn table(job: &Job) -> Result<Table> {
     let targets = job.targets.iter().map(|t| (&t.name, t.attnum, Some(t.type_oid)));
     let keys = job.key_names.iter().zip(&job.key_attnums).map(|(name, attnum)| (name, *attnum, None));
     // A column beside the targets may be another one of this name: nothing else is known of it.
-    let provenance = job.provenance.iter().map(|name| (name, 0, Some(pg_sys::JSONBOID)));
+    let provenance = job.provenance.iter().map(|name| (name, 0, None));
     let confidence = job.confidence.iter().map(|name| (name, 0, None));
     let columns: Vec<_> = keys.chain(targets).chain(provenance).chain(confidence).collect();
     // One statement: it runs with each transaction that writes.
@@ -130,6 +130,12 @@ pub fn table(job: &Job) -> Result<Table> {
             pgrx::PgSqlErrorCode::ERRCODE_UNDEFINED_COLUMN,
             format!("column \"{column}\" of {} was dropped, renamed or replaced while the job ran", table.full),
         ));
+    }
+    // Of a column beside the targets only the name is known: it must be one that a job could be made with.
+    let targets = job.targets.iter().map(|t| t.name.as_str()).collect();
+    let of = beside::Of { relation: job.relation, name: &table.full, keys: &job.key_names, targets };
+    for (kind, column) in [(beside::PROVENANCE, &job.provenance), (beside::CONFIDENCE, &job.confidence)] {
+        column.iter().try_for_each(|column| kind.check(column, &of))?;
     }
     if !has_key {
         return Err(Error::new(

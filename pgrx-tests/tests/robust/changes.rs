@@ -4,6 +4,69 @@ use pg_llm_batch_e2e::wait_until;
 
 use crate::common::{Bed, PATIENCE, SMALL, backfill_with, in_flight, left, one, progress, run, tickets, warm, wrong};
 
+/// A column beside the target changes in the middle: the job says so and pays for nothing more. Each look at what is
+/// held takes the worker seconds, so not every kind of change is here.
+#[test]
+fn columns_beside_the_target_that_change_in_the_middle() {
+    let bed = Bed::new("robust_beside");
+    let client = &mut bed.connect();
+    run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");
+    for (i, (change, says)) in [
+        ("ALTER sure TYPE text", "confidence column \"sure\" of public.t is of type text"),
+        ("DROP sure, ADD sure int", "confidence column \"sure\" of public.t is of type integer"),
+        ("ALTER by TYPE text", "provenance column \"by\" of public.t is of type text"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        run(client, "DROP TABLE IF EXISTS t");
+        let first = 1000 * (i as i64 + 1);
+        tickets(client, "t", first..=first + 99);
+        run(client, "ALTER TABLE t ADD sure numeric, ADD by jsonb");
+        warm(client, "t");
+        bed.provider.hold();
+        let options = r#"options => '{"reuse": false, "max_rows_per_request": 5, "confidence_column": "sure", "provenance_column": "by"}'"#;
+        let job = backfill_with(client, "t", options);
+        in_flight(&bed, 2);
+        let before = bed.provider.stats().admitted;
+        run(client, &format!("ALTER TABLE t {change}"));
+        // While two requests are held, the worker looks, and takes back what has not been sent.
+        let queued = "SELECT coalesce(sum(queued), 0)::bigint FROM llm_batch.activity";
+        wait_until("nothing more is to be sent", PATIENCE, || one(client, queued), |n| *n == 0);
+        bed.provider.release();
+        let p = wait_until("the job ends", PATIENCE, || progress(client, job), |p| p.status != "running");
+        assert_eq!(p.status, "failed", "{change}: {p:?}");
+        assert!(p.last_error.clone().unwrap_or_default().contains(says), "{change}: {p:?}");
+        assert_eq!((bed.provider.stats().admitted, left(client, "t")), (before, 100), "{change}");
+    }
+}
+
+/// The same with a constraint that no row can meet: the job pauses early, lists no row, and goes on without it.
+#[test]
+fn columns_beside_the_target_that_take_no_value() {
+    let bed = Bed::new("robust_beside_check");
+    let client = &mut bed.connect();
+    run(client, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 2)");
+    tickets(client, "t", 1..=1_000);
+    run(client, "ALTER TABLE t ADD by jsonb");
+    warm(client, "t");
+    bed.provider.reset_stats();
+    bed.provider.hold();
+    let options = r#"options => '{"reuse": false, "max_rows_per_request": 5, "provenance_column": "by"}'"#;
+    let job = backfill_with(client, "t", options);
+    in_flight(&bed, 2);
+    run(client, "ALTER TABLE t ADD CONSTRAINT no_by CHECK (by IS NULL)");
+    bed.provider.release();
+    let p = wait_until("the job pauses", PATIENCE, || progress(client, job), |p| p.status == "paused");
+    assert!(p.last_error.clone().unwrap_or_default().contains("no_by"), "{p:?}");
+    assert_eq!((p.done, p.failed, p.skipped), (0, 0, 0), "{p:?}");
+    let asked = bed.provider.stats().rows.len();
+    assert!(asked < 500, "{asked} rows were asked");
+    run(client, &format!("ALTER TABLE t DROP CONSTRAINT no_by; SELECT llm_batch.resume({job})"));
+    assert_eq!(bed.done(job).counts(), (1_000, 1_000, 0, 0, 0, 0));
+    assert_eq!(wrong(client, "t"), 0);
+}
+
 /// The table or its columns go away in the middle: the job fails and says why, and nothing is written elsewhere.
 #[test]
 fn tables_and_columns_that_change_in_the_middle() {
