@@ -293,7 +293,9 @@ impl Said {
             400 if self.any(&["could not finish the message"]) => Trouble::CutOff,
             400 | 422 if self.refuses_answer_cap() => Trouble::AnswerCap,
             400 | 422 if self.is_too_long() || self.any(&["too many tokens"]) => Trouble::TooLarge,
-            400 if self.any(&["model_not_found"]) => Trouble::NotFound,
+            // LiteLLM: a model that it does not serve; a key that is not its own, which it would look up in a database.
+            400 if self.any(&["model_not_found", "invalid model name passed"]) => Trouble::NotFound,
+            400 if self.code.contains("no_db_connection") => Trouble::Auth,
             400 if self.any(&["content_filter", "content management policy"]) => Trouble::Filtered,
             400 | 422 if self.any(&["max_completion_tokens"]) => Trouble::Unsupported(Parameter::MaxTokens),
             400 | 422 if self.refuses_sampling() => Trouble::Unsupported(Parameter::Sampling),

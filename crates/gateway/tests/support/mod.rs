@@ -200,6 +200,11 @@ impl Client {
 
 /// A job's stream of a task with [`LABELS`].
 pub fn stream(provider: &FakeProvider) -> Stream {
+    stream_to(&provider.base_url())
+}
+
+/// The same to an address.
+pub fn stream_to(base_url: &str) -> Stream {
     Stream {
         database: 1,
         role: 10,
@@ -207,7 +212,7 @@ pub fn stream(provider: &FakeProvider) -> Stream {
         endpoint: Endpoint {
             api: Api::default(),
             api_version: None,
-            base_url: provider.base_url(),
+            base_url: base_url.to_owned(),
             is_trusted: true,
             allow_http: false,
             ca_file: None,
