@@ -1,7 +1,8 @@
 """Asks a provider through the official clients, and reads its answers with their types, strictly.
 
-stdin: a JSON list of questions: api, base, key, model, system, user, max_tokens, schema (or null), json (whether JSON is asked for);
-or, of decisions, input, ids, labels and asks (a text with "{}" for the id) in place of those from system on.
+stdin: a JSON list of questions: api, base, key, model, system, user, max_tokens, context, schema (or null), json (whether JSON is
+asked for); or, of decisions, input, ids, labels and asks (a text with "{}" for the id) in place of those from system on; or, of
+embeddings, texts and dimensions.
 stdout: a JSON list: for each question null, or what is wrong with the answer by the client's own type.
 
 The request goes out as the client writes it, and the provider keeps it. A client's answer is read once more from its bytes, with
@@ -87,6 +88,16 @@ def cohere(base, key):
     return cohere.ClientV2(api_key=key, base_url=base.removesuffix("/v2"), httpx_client=http)
 
 
+@cache
+def ollama(base, key):
+    import ollama
+
+    TYPES["ollama"] = ollama.ChatResponse
+    TYPES["ollama", "texts"] = ollama.EmbedResponse
+    headers = {"authorization": f"Bearer {key}"}
+    return ollama.Client(host=base, headers=headers, event_hooks={"response": [keep]}, trust_env=False, timeout=20)
+
+
 def messages(q):
     return [{"role": "system", "content": q["system"]}, {"role": "user", "content": q["user"]}]
 
@@ -154,17 +165,33 @@ def ask_cohere(client, q):
     client.chat(model=q["model"], messages=messages(q), max_tokens=q["max_tokens"], **given(response_format=form))
 
 
+def ask_ollama(client, q):
+    client.chat(
+        model=q["model"], messages=messages(q), options={"num_ctx": q["context"], "num_predict": q["max_tokens"]},
+        **given(format=q["schema"] or ("json" if q["json"] else None)),
+    )  # fmt: skip
+
+
+def embed_ollama(client, q):
+    client.embed(model=q["model"], input=q["texts"], dimensions=q["dimensions"], truncate=False)
+
+
 ASK = {
     "openai": (openai, ask_openai), "azure": (azure, ask_openai), "anthropic": (anthropic, ask_anthropic),
     "gemini": (gemini, ask_gemini), "mistral": (mistral, ask_mistral), "cohere": (cohere, ask_cohere),
+    "ollama": (ollama, ask_ollama),
 }  # fmt: skip
 DECIDE = {"openai": decide_openai, "gemini": decide_gemini}
+EMBED = {"ollama": embed_ollama}
 
 
 def wrong(q):
     client, ask = ASK[q["api"]]
-    decides = "ids" in q
-    ask, answer = (DECIDE[q["api"]], (q["api"], "decisions")) if decides else (ask, q["api"])
+    answer = q["api"]
+    if "ids" in q:
+        ask, answer = DECIDE[q["api"]], (q["api"], "decisions")
+    if "texts" in q:
+        ask, answer = EMBED[q["api"]], (q["api"], "texts")
     found = []
     try:
         ask(client(q["base"], q["key"]), q)

@@ -11,6 +11,7 @@ use std::io::Write;
 use std::process::{Command, Stdio};
 
 use llm_batch_core::dialect::decisions::Questions;
+use llm_batch_core::dialect::embeddings::{Encoding, Texts};
 use llm_batch_core::dialect::{Api, Ask, Format};
 use llm_batch_core::forms::Form;
 use llm_batch_core::options::{AnswerShape, AskBy, Options};
@@ -24,6 +25,9 @@ use support::*;
 const KNOWN: &[(&str, &str)] = &[
     ("gemini: /systemInstruction/role: \"user\" is theirs, null ours", "the API reads no role of this content"),
     ("mistral: /stream: false is theirs, null ours", "the default"),
+    ("ollama: /tools: [] is theirs, null ours", "there are none"),
+    ("ollama: /shift: null is theirs, false ours", "the client has no word for it; the server takes it"),
+    ("ollama: /truncate: null is theirs, false ours", "the client has no word for it in chats; the server takes it"),
     (
         "azure: choices.0.content_filter_results: Extra inputs are not permitted",
         "Azure answers so; the client is OpenAI's, whose API has no such field",
@@ -33,6 +37,9 @@ const KNOWN: &[(&str, &str)] = &[
         "the API tells what was cached so; the client keeps it among the fields that its type does not name",
     ),
 ];
+
+/// Most tokens of a request.
+const CONTEXT: u64 = 4_096;
 
 /// A provider that is asked in a dialect by its client, and what we ask.
 struct Asked {
@@ -65,7 +72,7 @@ impl Asked {
             };
             questions.push(json!({
                 "api": api.name(), "base": provider.base_of(api.name()), "key": KEY, "model": "m", "system": system,
-                "user": user, "max_tokens": 300, "schema": schema, "json": format.is_some(),
+                "user": user, "max_tokens": 300, "context": CONTEXT, "schema": schema, "json": format.is_some(),
             }));
             ours.push(api.dialect().body(&Ask {
                 model: "m",
@@ -74,7 +81,7 @@ impl Asked {
                 user: &user,
                 max_tokens: 300,
                 max_completion_tokens: false,
-                context: 4_096,
+                context: CONTEXT,
                 format: format.as_ref(),
                 parameters: &Map::new(),
                 no_sampling: false,
@@ -91,6 +98,22 @@ impl Asked {
             }));
             let parameters = &Map::new();
             ours.push(decisions.body(&Questions { model: "m", input: &input, ids: &ids, choices, parameters }));
+        }
+        // Of the clients Ollama's alone is asked for vectors.
+        if let Some(embeddings) = api.dialect().embeddings().filter(|_| api.name() == "ollama") {
+            let texts = ["#r1:bug#".to_owned(), "ü".to_owned()];
+            questions.push(json!({
+                "api": api.name(), "base": provider.base_of(api.name()), "key": KEY, "model": "m", "texts": texts,
+                "dimensions": 3,
+            }));
+            ours.push(embeddings.body(&Texts {
+                model: "m",
+                texts: &texts,
+                dimensions: 3,
+                input_type: None,
+                encoding: Some(Encoding::Base64),
+                parameters: &Map::new(),
+            }));
         }
         Self { api, provider, questions, ours }
     }
@@ -131,8 +154,7 @@ fn the_official_clients_ask_as_we_do_and_can_read_the_answers() {
         eprintln!("SKIPPED the_official_clients_ask_as_we_do_and_can_read_the_answers: LLM_BATCH_TEST_SDKS is not set");
         return;
     };
-    // Ollama's client is not asked.
-    let chats = Api::ALL.iter().filter(|api| api.dialect().asks() && api.name() != "ollama");
+    let chats = Api::ALL.iter().filter(|api| api.dialect().asks());
     let asked: Vec<Asked> = chats.map(|api| Asked::new(*api)).collect();
     let questions: Vec<Value> = asked.iter().flat_map(|one| one.questions.clone()).collect();
     let mut unfit = ask(&python, &questions).into_iter();

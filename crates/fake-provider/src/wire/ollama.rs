@@ -42,7 +42,7 @@ impl Wire for Ollama {
         only(
             body,
             "",
-            &["model", "messages", "stream", "format", "options", "think", "keep_alive", "truncate", "shift"],
+            &["model", "messages", "stream", "format", "options", "think", "keep_alive", "truncate", "shift", "tools"],
         )?;
         if body["stream"] != false {
             return Err("streams are not supported".to_owned());
