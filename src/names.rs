@@ -65,9 +65,16 @@ fn first_now(query: &str, name: &str) -> Result<Option<String>> {
     })
 }
 
-/// Nobody else makes a model or a route until the end of this transaction: they share their names. As the extension's owner.
-pub fn hold_all() -> Result<()> {
-    sql::run("LOCK TABLE llm_batch.route IN SHARE UPDATE EXCLUSIVE MODE", &[])?;
+/// Nobody else makes a model or a route of this name until the end of this transaction: they share their names. As the
+/// extension's owner.
+pub fn claim(name: &str) -> Result<()> {
+    let Some(routes) = sql::one::<pg_sys::Oid>("SELECT 'llm_batch.route'::regclass::oid", &[])? else { return Ok(()) };
+    // Neither a lock on a table nor an advisory lock: who keeps a transaction open would hold up all others. Two names with
+    // the same hash wait for each other in vain, and no longer than that.
+    let hash = name.bytes().fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
+    // SAFETY: takes a lock on the main thread inside a transaction; may raise. No object has a table of ours for its
+    // class, so that this one is ours alone.
+    unsafe { pg_sys::LockDatabaseObject(routes, pg_sys::Oid::from(hash), 0, pg_sys::ExclusiveLock as i32) };
     Ok(())
 }
 

@@ -94,7 +94,7 @@ fn create_route(
     check_prices(&models, self::policy(policy)?)?;
     let owner = current_user();
     let made = txn::as_extension_owner(|| {
-        names::hold_all()?;
+        names::claim(name)?;
         names::check_free(name, "route")?;
         models.iter().try_for_each(|model| names::hold(model))?;
         sql::run(

@@ -21,6 +21,7 @@ fn several_models_are_asked_as_one() {
 
     what_is_wrong(c);
     names_under_repeatable_read(&bed, c);
+    names_in_open_transactions(&bed, c);
     the_second_goes_on(&bed, &second, c);
     both_share_the_rows(&bed, c);
     budgets_reckon_with_the_dearest(&bed, c);
@@ -350,6 +351,21 @@ fn names_under_repeatable_read(bed: &Bed, c: &mut Client) {
         "SELECT llm_batch.drop_route('uses'), llm_batch.drop_route('twin');
          SELECT llm_batch.drop_model(n) FROM unnest('{twin2,used}'::text[]) n",
     );
+}
+
+/// Who keeps a transaction open holds up those who want the same name, and nobody else.
+fn names_in_open_transactions(bed: &Bed, c: &mut Client) {
+    let other = &mut bed.connect();
+    run(c, "BEGIN; SELECT llm_batch.create_model('open', server => 'fake', model => 'x')");
+    run(other, "SET lock_timeout = '30s'");
+    run(other, "SELECT llm_batch.create_model('mine', server => 'fake', model => 'x')");
+    run(other, "SELECT llm_batch.create_route('ours', ARRAY['mine', 'dear'])");
+    run(other, "SET lock_timeout = '100ms'");
+    assert_eq!(error(other, "SELECT llm_batch.create_route('open', ARRAY['mine'])").0, "55P03");
+    run(c, "COMMIT");
+    run(other, "RESET lock_timeout");
+    assert_eq!(error(other, "SELECT llm_batch.create_route('open', ARRAY['mine'])").0, "42710");
+    run(c, "SELECT llm_batch.drop_route('ours'); SELECT llm_batch.drop_model(n) FROM unnest('{mine,open}'::text[]) n");
 }
 
 /// A deadline that is none.

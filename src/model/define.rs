@@ -259,7 +259,7 @@ fn create_model(
     columns += ", price_as_of";
     values += &format!(", ${}", args.len());
     let made = txn::as_extension_owner(|| {
-        names::hold_all()?;
+        names::claim(name)?;
         names::check_free(name, "model")?;
         sql::run(
             &format!(
