@@ -11,7 +11,7 @@ use crate::args::unknown;
 use crate::budget::Price;
 use crate::error::{Error, Result};
 use crate::process::current_user;
-use crate::sql;
+use crate::{price, sql};
 
 /// A model with the server it is asked through.
 pub struct Known {

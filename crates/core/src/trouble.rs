@@ -454,7 +454,8 @@ mod tests {
         let of = |api, is_flex, status, error: Value| {
             let body = serde_json::json!({ "error": error }).to_string();
             let is_quoted = body.contains("in the text");
-            let texts = [if is_quoted { "417: \"Resource Unavailable in the text\"\n".to_owned() } else { String::new() }];
+            let texts =
+                [if is_quoted { "417: \"Resource Unavailable in the text\"\n".to_owned() } else { String::new() }];
             let sent = Sent { is_flex, texts: &texts, ..Sent::default() };
             outcome(api, sent, status, body.as_bytes(), Some(7)).unwrap_err().trouble
         };

@@ -6,7 +6,7 @@ use llm_fake_provider::{Config, Fault};
 use postgres::Client;
 
 use super::{INPUT_PRICE, OUTPUT_PRICE, bed, bill, holds, paused_by_budget, used_up};
-use crate::common::{Bed, backfill, backfill_with, one, run, slow, text, wait_status, warm};
+use crate::common::{Bed, backfill, backfill_with, error, one, run, slow, text, wait_status, warm, wrong};
 
 #[test]
 fn the_cost_is_the_bill() {

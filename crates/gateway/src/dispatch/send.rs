@@ -212,7 +212,7 @@ struct Pack {
 /// Why a pack does not go out now.
 enum Unsent {
     /// The budget does not suffice for it. The client that is asked for more, and the message, unless it was asked before.
-    Unpaid(Option<(u64, FromGateway)>),
+    Unpaid(Option<(u64, Box<FromGateway>)>),
     /// Not before this time (ms).
     Until(u64),
     /// The number of its rows that are larger than a request may be; and why.
@@ -242,7 +242,21 @@ struct Terms<'a> {
     even: Option<u64>,
 }
 
-impl Terms<'_> {
+impl<'a> Terms<'a> {
+    /// The limits that are set, and those that answers state. The bounds by the provider's word: most tokens of a request,
+    /// and of an answer.
+    fn new(
+        (numbers, stream): (&'a Numbers, &'a Stream),
+        (learned, measured): (Learned, Measured),
+        (configured, stated): (Limits, Limits),
+        (by_word, largest_answer): (u64, Option<u64>),
+    ) -> Self {
+        // A row is too long by the user's settings only. A provider's limit is tried with the row alone.
+        let set = configured.largest_request().unwrap_or(u64::MAX).min(stream.most_tokens());
+        let (largest, even) = (set.min(by_word), configured.min(stated).even_request());
+        Self { numbers, stream, learned, measured, configured, set, largest, largest_answer, even }
+    }
+
     /// Most tokens of rows and their answers in a request, by our count; and the bytes of a number of a vector.
     fn most(&self) -> (usize, Option<f64>) {
         let tokens = self.counted(rows_of(self.learned, self.measured, self.largest));
@@ -315,7 +329,7 @@ impl Terms<'_> {
         let not = match pays {
             Pays::Yes | Pays::Less => None,
             Pays::Later => Some(Unsent::Unpaid(None)),
-            Pays::Ask => Some(Unsent::Unpaid(Some((purse.conn, ask(&purse))))),
+            Pays::Ask => Some(Unsent::Unpaid(Some((purse.conn, Box::new(ask(&purse)))))),
         };
         group.purse = Some(purse);
         not.map_or(Ok((rows, draft)), Err)
@@ -457,19 +471,9 @@ impl State {
             };
             let (way, turn) = standing.patience.way();
             let learned = Learned { forms: standing.forms.without(learned.forms), no_flex, ..*learned };
-            // A row is too long by the user's settings only. A provider's limit is tried with the row alone.
-            let set = configured.largest_request().unwrap_or(u64::MAX).min(stream.most_tokens());
-            let terms = Terms {
-                numbers: &self.numbers,
-                stream: &stream,
-                learned,
-                measured: Measured { sizes: standing.sizes, ..record.measured },
-                configured,
-                set,
-                largest: set.min(by_word),
-                largest_answer: limiter.largest_answer(),
-                even: configured.min(stated).even_request(),
-            };
+            let measured = Measured { sizes: standing.sizes, ..record.measured };
+            let bounds = (by_word, limiter.largest_answer());
+            let terms = Terms::new((&self.numbers, &stream), (learned, measured), (configured, stated), bounds);
             let mut rows = match group.next(now, terms.most(), (service, way, trial), key, turn_of) {
                 Next::Rows(rows) => rows,
                 Next::Until(at) => {
