@@ -13,8 +13,19 @@ use pgrx::prelude::*;
 use crate::error::{Error, Result};
 use crate::{settings, sql};
 
-/// Paths of requests, which documentation of providers shows behind their addresses.
-const REQUESTS: [&str; 4] = ["/chat/completions", "/embeddings", "/v1/messages", "/v1/responses"];
+/// Paths of requests, which documentation of providers shows behind their addresses, each with the end of such an address.
+const REQUESTS: [(&str, &str); 10] = [
+    ("", "/chat/completions"),
+    ("", "/embeddings"),
+    ("/v1", "/messages"),
+    ("/v1", "/responses"),
+    ("/v1", "/decisions"),
+    ("/v1beta", "/decisions"),
+    ("/v2", "/chat"),
+    ("/v2", "/embed"),
+    ("/api", "/chat"),
+    ("/api", "/embed"),
+];
 const SERVER_OPTIONS: &str = "api, api_version, base_url, account, counts, api_key_file, allow_http, ca_file";
 const MAPPING_OPTIONS: &str = "api_key";
 /// Most bytes of a file that holds a key.
@@ -69,8 +80,7 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
                         .hint("Write it as https://host/path. The prefix \"xn--\" is for internationalized names.")
                         .into());
                 }
-                let path = value.trim_end_matches('/');
-                if let Some(end) = REQUESTS.iter().find(|end| path.ends_with(*end)) {
+                if let Some(end) = path_of_request(value) {
                     return Err(bad_value(format!("invalid base_url: it ends in {end}"))
                         .hint(format!("Leave out {end}: each request has such a path of its own."))
                         .into());
@@ -94,6 +104,14 @@ fn provider_validator(options: Vec<Option<String>>, catalog: pg_sys::Oid) -> std
         check_has_place(named_api)?;
     }
     Ok(())
+}
+
+/// The part of an address that each request has for itself. What stands before it belongs to `base_url`.
+fn path_of_request(url: &str) -> Option<&str> {
+    let path = url.trim_end_matches('/');
+    let of_model = path.find("/models/").and_then(|at| path.get(at..)).filter(|end| end.contains(':'));
+    let is_at_end = |(before, end): &&(&str, &str)| path.strip_suffix(end).is_some_and(|rest| rest.ends_with(before));
+    of_model.or_else(|| REQUESTS.iter().find(is_at_end).map(|(_, end)| *end))
 }
 
 /// The dialect of a name.

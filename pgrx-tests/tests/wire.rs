@@ -156,10 +156,22 @@ fn the_examples_of_providers_fill_a_table_each() {
     assert!(rows >= 5 * 60, "{rows} rows of all examples");
     let stats = provider.stats();
     assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{:?}", stats.by_status);
+    vectors(&mut c);
     decisions(&mut c, &provider);
     in_either_way(&mut c, &provider);
     what_cannot_be_decided(&mut c, &provider);
     assert!(!cluster.log().contains(KEY));
+}
+
+/// The example of embeddings, as it is written.
+fn vectors(c: &mut Client) {
+    let (_, section) = include_str!("../../docs/providers.md").split_once("## Embeddings").unwrap();
+    run(c, "CREATE TABLE tickets (id int PRIMARY KEY, body text); INSERT INTO tickets SELECT id, body FROM openai");
+    run(c, between(section, "```sql\n", "```").unwrap());
+    let job = one(c, "SELECT max(job_id) FROM llm_batch.progress");
+    let p = wait_status(c, job, "done");
+    assert_eq!((p.total, p.done, p.left), (60, 60, 0), "{p:?}");
+    assert_eq!(one(c, "SELECT count(*) FROM tickets WHERE array_length(v, 1) = 512"), 60);
 }
 
 /// The tables of two servers are filled once more, by decisions, while answers are dropped, doubled and invented. Queries ask too.

@@ -42,7 +42,22 @@ const SERVERS: &[Wrong] = &[
     (
         "CREATE SERVER x FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'anthropic', base_url 'https://a.example/v1/messages/')",
         "HV024",
-        &["it ends in /v1/messages"],
+        &["it ends in /messages", "Leave out /messages:"],
+    ),
+    (
+        "CREATE SERVER x FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'ollama', base_url 'http://localhost:11434/api/chat')",
+        "HV024",
+        &["it ends in /chat", "Leave out"],
+    ),
+    (
+        "CREATE SERVER x FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'cohere', base_url 'https://a.example/v2/embed')",
+        "HV024",
+        &["it ends in /embed", "Leave out"],
+    ),
+    (
+        "CREATE SERVER x FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'gemini', base_url 'https://a.example/v1beta/models/x:generateContent')",
+        "HV024",
+        &["it ends in /models/x:generateContent", "Leave out"],
     ),
     (
         "CREATE SERVER x FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'openai', allow_http 'maybe')",
