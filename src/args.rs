@@ -54,8 +54,13 @@ pub fn unknown(what: &str, name: &str) -> Error {
     // What is given for a name may be a text of any length.
     let cut: String = name.chars().take(MOST_NAME).collect();
     let dots = if cut.len() < name.len() { "…" } else { "" };
+    let lists = if what == "model" {
+        "tables llm_batch.model and llm_batch.route list".to_owned()
+    } else {
+        format!("table llm_batch.{what} lists")
+    };
     Error::unknown(format!("{what} \"{cut}{dots}\" does not exist"))
-        .hint(format!("The view llm_batch.{what} lists those that exist. {create}"))
+        .hint(format!("The {lists} those that exist. {create}"))
 }
 
 /// With its article.

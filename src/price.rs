@@ -44,13 +44,10 @@ pub fn listed(base_url: &str, model: &str) -> Result<Option<Listed>> {
     )
 }
 
-/// The discount (percent) at the tier "flex" where the list says nothing of it.
-pub const FLEX_DISCOUNT: u64 = 50;
-
 /// The discount (percent) of a provider's model at the tier "flex". There a token costs what it does through the batch
-/// interface.
+/// interface. None where the list does not know that: others than OpenAI and Gemini ask the whole price.
 pub fn flex_discount(base_url: &str, model: &str) -> Result<u64> {
-    let Some(Listed { batch_share: Some(share), .. }) = listed(base_url, model)? else { return Ok(FLEX_DISCOUNT) };
+    let Some(Listed { batch_share: Some(share), .. }) = listed(base_url, model)? else { return Ok(0) };
     Ok((1.0 - share).mul_add(100.0, 1e-9).clamp(0.0, 100.0) as u64)
 }
 

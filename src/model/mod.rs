@@ -11,7 +11,7 @@ use crate::args::unknown;
 use crate::budget::Price;
 use crate::error::{Error, Result};
 use crate::process::current_user;
-use crate::{price, sql};
+use crate::sql;
 
 /// A model with the server it is asked through.
 pub struct Known {
@@ -75,7 +75,7 @@ pub fn find(name: &str) -> Result<Option<Known>> {
                     output: prices.1,
                     cached_input: row.maybe("cached_input_price")?,
                     write_surcharge: 0,
-                    flex_discount: price::FLEX_DISCOUNT,
+                    flex_discount: 0,
                     rates,
                     input_rate: rates.unwrap_or_default().input,
                     cached_rate: rate("cached_rate")?.unwrap_or_default(),

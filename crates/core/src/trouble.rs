@@ -264,6 +264,8 @@ impl Said {
                 Some(Trouble::NoCapacity(retry_after))
             }
             503 if error["status"] == "UNAVAILABLE" => Some(Trouble::NoCapacity(retry_after)),
+            // Groq's, of this tier alone.
+            498 => Some(Trouble::NoCapacity(retry_after)),
             400 | 422 if self.any(&["service_tier", "servicetier", "service tier"]) => {
                 Some(Trouble::Unsupported(Parameter::Tier))
             }
@@ -343,8 +345,9 @@ fn classify(
     others.for_each(|other| words = format!("{words} {}", own_words(&other, sent.texts)));
     let of = |message: String| Said { message: message.to_lowercase(), code: code.to_lowercase(), names_limit };
     let class = |said: &Said| {
+        // What a 2xx says of it is paid for, and is not waited for without end.
+        let of_flex = status.filter(|_| sent.is_flex).and_then(|status| said.of_flex(status, error, retry_after));
         let status = status.unwrap_or_else(|| said.status(&error["code"]));
-        let of_flex = sent.is_flex.then(|| said.of_flex(status, error, retry_after)).flatten();
         of_flex
             .or_else(|| dialect.trouble(status, error, &said.message))
             .unwrap_or_else(|| said.trouble(status, retry_after))

@@ -33,6 +33,11 @@ fn the_tier_of_an_answer_decides_its_price() {
         &mut c,
         "SELECT llm_batch.alter_classifier('topic', options => '{\"service_tier\": \"flex\", \"reuse\": false, \"max_rows_per_request\": 20}')",
     );
+    run(
+        &mut c,
+        "INSERT INTO llm_batch.list_price (provider, model, input_price, output_price, batch_input_price, batch_output_price)
+         VALUES ('127.0.0.1', 'fake-m', 1, 1, 0.5, 0.5)",
+    );
     // What was charged, with this discount (percent) on what was served at the tier "flex".
     let paid = |c: &mut Client, discount: u64| {
         let s = bed.provider.stats();
@@ -62,11 +67,10 @@ fn the_tier_of_an_answer_decides_its_price() {
     let (cost, flex, _) = paid(&mut c, 50);
     assert_eq!((p.done, p.cost, flex), (300, cost, 0));
     bed.provider.configure(|config| config.faults = Vec::new());
-    // The list knows the discount: the smaller of the two.
+    // The smaller of two discounts.
     run(
         &mut c,
-        "INSERT INTO llm_batch.list_price (provider, model, input_price, output_price, batch_input_price, batch_output_price)
-         VALUES ('127.0.0.1', 'fake-m', 1, 1, 0.2, 0.25)",
+        "UPDATE llm_batch.list_price SET batch_input_price = 0.2, batch_output_price = 0.25 WHERE model = 'fake-m'",
     );
     let job = backfill(&mut c, "tickets");
     let p = wait_status(&mut c, job, "done");

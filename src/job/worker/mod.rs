@@ -415,7 +415,8 @@ impl Worker {
             Ok((job, ready))
         })?;
         let (Some(job), ready) = found else {
-            // Dropped, or another one that a dump has brought in its place: nothing of this run is to be told there.
+            // Dropped, or a dump brings another one in its place: nothing of this run is to be told there.
+            self.put_off = true;
             self.stop(Outcome::Cancelled);
             return Ok(());
         };

@@ -76,10 +76,9 @@ impl Reader<'_> {
         let (mut has_rows, mut is_row) = (false, false);
         let mut last: Option<(u16, Cow<str>)> = None;
         loop {
-            let is_end = text.trim_start().is_empty();
             text = self.next_part(text);
             let next = named(text);
-            if (next.is_some() || text.starts_with('}') || is_end)
+            if (next.is_some() || text.starts_with('}'))
                 && let Some((id, json)) = last.take()
             {
                 self.claim(id, &json);
@@ -200,7 +199,8 @@ impl Reader<'_> {
             }
             _ => {
                 let tidied = tidy::value(text);
-                let end = tidied.as_ref().map_or(values.byte_offset().max(1), |(_, end)| *end);
+                // What was tidied in vain may have been looked at to the end.
+                let end = tidied.as_ref().map_or(text.len(), |(_, end)| *end);
                 self.left = self.left.saturating_sub(end);
                 match tidied.filter(|(json, _)| serde_json::from_str::<&RawValue>(json).is_ok()) {
                     Some((json, end)) => (Cow::Owned(json), behind(end)),
@@ -484,6 +484,7 @@ mod tests {
             "{\"a\":\"",
             "[{\"id\":417,\"x\":",
             "[1/*",
+            "[[x/*",
             "[/*",
             "{/*",
             "{\"id\":1/*",

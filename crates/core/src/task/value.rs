@@ -207,8 +207,14 @@ fn whole(number: &str) -> Option<String> {
 fn digits(text: &str) -> String {
     const CURRENCIES: [char; 4] = ['$', '€', '£', '¥'];
     let (minus, bare) = text.strip_prefix('-').map_or(("", text), |rest| ("-", rest));
-    let bare = bare.strip_prefix(CURRENCIES).or(bare.strip_suffix(CURRENCIES)).map_or(bare, str::trim);
-    without_zeros(&format!("{minus}{}", ungrouped(bare).as_deref().unwrap_or(bare)))
+    let amount = bare.strip_prefix(CURRENCIES).or(bare.strip_suffix(CURRENCIES)).map(str::trim);
+    let number = amount.unwrap_or(bare);
+    // A point before three digits may part thousands, as in `1.234 €`.
+    let is_either = |(whole, rest): (&str, &str)| (1..=3).contains(&whole.len()) && rest.len() == 3;
+    if amount.is_some() && number.split_once('.').is_some_and(is_either) {
+        return text.to_owned();
+    }
+    without_zeros(&format!("{minus}{}", ungrouped(number).as_deref().unwrap_or(number)))
 }
 
 /// Digits in groups of three with a fraction, or at least three groups.
@@ -408,6 +414,8 @@ mod tests {
                     "\"Infinity\"",
                     "1e99999",
                     "\"12 %\"",
+                    "\"1.234 €\"",
+                    "\"$1.234\"",
                     "\"1,5\"",
                     "\"1,234\"",
                     "\"1.23,4\"",

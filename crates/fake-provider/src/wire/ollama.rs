@@ -44,6 +44,9 @@ impl Wire for Ollama {
             "",
             &["model", "messages", "stream", "format", "options", "think", "keep_alive", "truncate", "shift", "tools"],
         )?;
+        if body["tools"].as_array().is_some_and(|tools| !tools.is_empty()) {
+            return Err("tools are not supported".to_owned());
+        }
         if body["stream"] != false {
             return Err("streams are not supported".to_owned());
         }

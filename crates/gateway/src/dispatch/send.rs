@@ -358,7 +358,7 @@ fn ask(c: &mut Conn, message: &FromGateway) {
 fn timeout(stream: &Stream, is_flex: bool, (policy, turn): (Policy, Turn), patience: Option<u64>) -> u64 {
     let has_next = policy != Policy::Spread && turn.open != turn.own;
     let most = stream.model.request_timeout_ms.max(if is_flex { flex::TIMEOUT } else { 0 });
-    most.min(patience.filter(|_| has_next).unwrap_or(u64::MAX))
+    most.min(patience.filter(|_| has_next && !is_flex).unwrap_or(u64::MAX))
 }
 
 impl State {
@@ -436,6 +436,7 @@ impl State {
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word, stated) = (lane.configured, lane.largest_by_word(now), lane.stated.limits());
         let Lane { groups, limiter, learned, flex, chats, decisions, standings, in_flight, .. } = lane;
+        let mut waits = Look::Nothing;
         for id in groups.iter().copied() {
             let Some(group) = self.groups.get_mut(id) else { continue };
             if *in_flight >= if group.stream.interactive { allowed_interactive } else { allowed } {
@@ -465,7 +466,10 @@ impl State {
                 flex::Turn::Flex => false,
                 flex::Turn::Default => true,
                 flex::Turn::Until(at) => {
-                    Some(at).filter(|_| group.queued() > 0).into_iter().for_each(&mut later);
+                    if group.queued() > 0 {
+                        waits = Look::Full;
+                        later(at);
+                    }
                     continue;
                 }
             };
@@ -503,7 +507,7 @@ impl State {
                 }
             }
         }
-        Look::Nothing
+        waits
     }
 
     /// A pack goes out.
