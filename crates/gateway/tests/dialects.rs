@@ -24,35 +24,6 @@ fn tells_limits(api: Api) -> bool {
     !["gemini", "cohere", "ollama"].contains(&api.name())
 }
 
-/// Rows, all of which get their labels; what was spent for them.
-#[track_caller]
-fn all_right(client: &mut Client, rows: std::ops::Range<u64>, what: &str) -> Spent {
-    client.rows(rows.clone());
-    let (got, spent) = client.answers((rows.end - rows.start) as usize);
-    for (n, outcome) in &got {
-        assert!(is_right(*n, &outcome.verdict), "{what}: row {n}: {outcome:?}");
-    }
-    spent
-}
-
-/// Rows, all of which come back; why.
-#[track_caller]
-fn stopped(client: &mut Client, what: &str) -> Stop {
-    client.rows(0..20);
-    let (mut stop, mut back) = (None, 0);
-    while back < 20 {
-        match client.hear(what) {
-            Some(FromGateway::Stopped(why)) => stop = Some(why),
-            Some(FromGateway::Outcomes { outcomes, .. }) => {
-                assert!(outcomes.iter().all(|o| o.verdict == Verdict::Withdrawn), "{what}: {outcomes:?}");
-                back += outcomes.len();
-            }
-            other => panic!("{what}: {other:?}"),
-        }
-    }
-    stop.unwrap()
-}
-
 #[test]
 fn every_kind_is_answered_in_every_form_and_the_accounts_are_the_providers() {
     let labels = json!({"instruction": "Tickets.".repeat(600), "labels": LABELS});

@@ -88,35 +88,6 @@ fn api(name: &str) -> Api {
     *Api::ALL.iter().find(|api| api.name() == name).unwrap()
 }
 
-/// Rows, all of which get their labels; what was spent for them.
-#[track_caller]
-fn all_right(client: &mut Client, rows: std::ops::Range<u64>, what: &str) -> Spent {
-    client.rows(rows.clone());
-    let (got, spent) = client.answers((rows.end - rows.start) as usize);
-    for (n, outcome) in &got {
-        assert!(is_right(*n, &outcome.verdict), "{what}: row {n}: {outcome:?}");
-    }
-    spent
-}
-
-/// Rows, all of which come back; why.
-#[track_caller]
-fn stopped(client: &mut Client, what: &str) -> Stop {
-    client.rows(0..20);
-    let (mut stop, mut back) = (None, 0);
-    while back < 20 || stop.is_none() {
-        match client.hear(what) {
-            Some(FromGateway::Stopped(why)) => stop = Some(why),
-            Some(FromGateway::Outcomes { outcomes, .. }) => {
-                assert!(outcomes.iter().all(|o| o.verdict == Verdict::Withdrawn), "{what}: {outcomes:?}");
-                back += outcomes.len();
-            }
-            other => panic!("{what}: {other:?}"),
-        }
-    }
-    stop.unwrap()
-}
-
 #[test]
 fn a_proxy_is_asked_in_each_dialect_that_it_serves() {
     let Ok(python) = std::env::var("LLM_BATCH_TEST_PROXY") else {
