@@ -286,3 +286,13 @@ pub fn as_role<T>(role: pg_sys::Oid, f: impl FnOnce() -> Result<T>) -> Result<T>
     unsafe { pg_sys::SetUserIdAndSecContext(user, context) };
     result
 }
+
+/// Waits until a transaction is over for every process: a commit is seen a moment before its changes of rights and
+/// tables are heard.
+pub fn wait_for(id: pg_sys::TransactionId) {
+    // SAFETY: on the main thread inside a transaction that is not the one waited for.
+    unsafe {
+        pg_sys::XactLockTableWait(id, std::ptr::null_mut(), std::ptr::null_mut(), pg_sys::XLTW_Oper::XLTW_None);
+        pg_sys::AcceptInvalidationMessages();
+    }
+}

@@ -8,7 +8,7 @@ use crate::install::give_to_server;
 
 impl Cluster {
     /// Has the next processes that come to `point` fail there, so many times. `action` is `error`, `panic`, `term` (it
-    /// sends itself a SIGTERM) or `kill`.
+    /// sends itself a SIGTERM), `kill`, or `stop` (it waits for a SIGCONT).
     #[track_caller]
     pub fn fail_at(&self, point: &str, action: &str, times: u32) {
         self.fail_at_text(point, action, times, "");

@@ -26,4 +26,5 @@ mod wait;
 pub use builder::Builder;
 pub use cluster::Cluster;
 pub use copies::{extension_dir, installed};
+pub use process::{go_on, stop};
 pub use wait::wait_until;

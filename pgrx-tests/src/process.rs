@@ -43,6 +43,22 @@ impl Process {
     }
 }
 
+/// Stops a process, until `go_on()`.
+pub fn stop(pid: i64) {
+    signal(pid, libc::SIGSTOP);
+}
+
+/// Lets a process that is stopped go on.
+pub fn go_on(pid: i64) {
+    signal(pid, libc::SIGCONT);
+}
+
+fn signal(pid: i64, signal: i32) {
+    if let Some(process) = u32::try_from(pid).ok().and_then(Process::find) {
+        process.signal(signal);
+    }
+}
+
 /// Ends a process and all its descendants at once, as a power cut would; returns
 /// them. None of them gets to see another one die, as all are stopped first.
 pub(crate) fn kill_tree(root: u32) -> Vec<Process> {

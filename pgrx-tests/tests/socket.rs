@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::{Bed, PATIENCE, backfill, error, left, one, progress, run, text, tickets, warm, wrong};
-use pg_llm_batch_e2e::wait_until;
+use pg_llm_batch_e2e::{go_on, stop, wait_until};
 
 const ASK: &str = "SELECT llm_classify('#r900001:bug#', 'topic')";
 /// `"activity"`: a whole message that is answered.
@@ -113,15 +113,13 @@ fn nothing_is_said_to_an_impostor() {
     let client = &mut bed.connect();
     assert_eq!(text(client, ASK), "bug");
     // Stopped, so that it does not notice before the session has met the impostor.
-    let pid = gateway_pid(&bed) as libc::pid_t;
-    // SAFETY: plain numbers; the process is one of the test's own cluster.
-    unsafe { libc::kill(pid, libc::SIGSTOP) };
+    let pid = gateway_pid(&bed);
+    stop(pid.into());
     let heard = impostor(&socket(&bed));
     let session = &mut bed.connect();
     run(session, "SET statement_timeout = '5 s'");
     let (code, message, ..) = error(session, ASK);
-    // SAFETY: as above.
-    unsafe { libc::kill(pid, libc::SIGCONT) };
+    go_on(pid.into());
     assert_eq!(code, "57014", "{message}");
     assert_eq!(heard.lock().unwrap().len(), 0, "an impostor was told something");
     // The gateway sees that its socket is gone, and comes back.

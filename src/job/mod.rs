@@ -31,6 +31,7 @@ use self::check::{Checked, Given};
 use crate::args::required;
 use crate::catalog::Target;
 use crate::error::{Error, Result};
+use crate::failure::failure_point;
 use crate::json::Json;
 use crate::task::Asked;
 use crate::{client, deadline, shared, sql, txn};
@@ -215,9 +216,12 @@ enum Wake {
 /// Wakes a job when the transaction commits. After a commit nothing may raise: this writes to shared memory alone.
 fn wake_at_commit(job: i64, wake: Wake) {
     let database = crate::process::my_database();
-    register_xact_callback(PgXactCallbackEvent::Commit, move || match wake {
-        Wake::Start(owner) => shared::want(database, job, owner.to_u32(), shared::now()),
-        Wake::Tell | Wake::Cancel => shared::poke(database, job, wake == Wake::Cancel),
+    register_xact_callback(PgXactCallbackEvent::Commit, move || {
+        match wake {
+            Wake::Start(owner) => shared::want(database, job, owner.to_u32(), shared::now()),
+            Wake::Tell | Wake::Cancel => shared::poke(database, job, wake == Wake::Cancel),
+        }
+        failure_point!("woken");
     });
     // A prepared transaction is committed by another session, which knows nothing of this: a search finds the job.
     register_xact_callback(PgXactCallbackEvent::Prepare, move || {

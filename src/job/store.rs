@@ -109,6 +109,17 @@ pub fn load(id: i64) -> Result<Option<Job>> {
     })
 }
 
+/// Waits until what was changed together with the job, such as its owner's rights, is known here.
+pub fn hear_all(id: i64) -> Result<()> {
+    let changed_by = txn::as_extension_owner(|| {
+        sql::one::<i64>("SELECT j.xmin::text::bigint FROM llm_batch.job j WHERE j.id = $1", &[id.into()])
+    })?;
+    if let Some(xid) = changed_by.and_then(|xid| u32::try_from(xid).ok()) {
+        txn::wait_for(xid.into());
+    }
+    Ok(())
+}
+
 /// The columns of the job that `load()` reads.
 fn targets(r: &Row) -> Result<Vec<Target>> {
     let names = r.get::<Vec<Option<String>>>(2)?.into_iter().flatten();

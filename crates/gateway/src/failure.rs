@@ -1,7 +1,7 @@
 //! Failure points: places where a test has the process fail. Only builds with the feature `failure_points` have them.
 //!
 //! A test puts a file into `failure_points/` in the data directory. It is named after the point and says what is to
-//! happen there (`error`, `panic`, `term`, `kill`), how many times, and, if not always, for which text (a part of a row).
+//! happen there (`error`, `panic`, `term`, `kill`, `stop`), how many times, and, if not always, for which text (a part of a row).
 //! It is gone when that has happened.
 
 /// A place where a test may have the process fail, by the `failure::pass` of the crate that it is in; nothing in other
@@ -48,6 +48,7 @@ pub fn pass(name: &str, text: &str) -> Option<String> {
         "panic" => panic!("failure point {name}"),
         "term" => signal("TERM"),
         "kill" => signal("KILL"),
+        "stop" => signal("STOP"),
         _ => {}
     }
     Some(action.to_owned())

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use pg_llm_batch_e2e::wait_until;
+use pg_llm_batch_e2e::{go_on, wait_until};
 
 use super::{BACKFILL, denied, held_job, roles};
 use crate::common::{self, Bed, PATIENCE, backfill_with, one, progress, run, text, tickets, wait_status, warm};
@@ -97,7 +97,16 @@ fn an_owner_that_loses_a_right_in_the_middle() {
     assert_eq!(progress(client, job).reason.as_deref(), Some("owner"));
     let now = bed.provider.stats().rows.len();
     assert!(now <= asked + 20, "{now} rows were paid for in vain");
-    run(client, &format!("GRANT UPDATE ON tickets TO alice; SELECT llm_batch.resume({job})"));
+    // The worker is woken when the commit can be seen, before it is told that there is another right.
+    let mut other = bed.connect();
+    let pid = one(&mut other, "SELECT pg_backend_pid()::bigint");
+    bed.cluster.fail_at("woken", "stop", 1);
+    let mend = format!("GRANT UPDATE ON tickets TO alice; SELECT llm_batch.resume({job})");
+    let mending = std::thread::spawn(move || run(&mut other, &mend));
+    let waits = "SELECT count(*) FROM pg_locks WHERE locktype = 'transactionid' AND NOT granted";
+    wait_until("the worker waits for the end of the commit", PATIENCE, || one(client, waits), |n| *n == 1);
+    go_on(pid);
+    mending.join().unwrap();
     let p = bed.done(job);
     // Rows that were answered before are not paid for again.
     common::all_right_once(&bed, client, &p, 100);

@@ -408,6 +408,9 @@ impl Worker {
         let (may_go_on, own) = (self.stopping.is_none(), &self.job);
         let found = txn::run(|| {
             let job = store::load(id)?.filter(|job| job.home == own.home);
+            if job.as_ref().is_some_and(|job| job.epoch != own.epoch) {
+                store::hear_all(id)?;
+            }
             // While all that may be with the gateway is there no page is claimed, perhaps for long.
             let goes_on =
                 may_go_on && job.as_ref().is_some_and(|job| job.wanted == "running" && job.owner == Some(me()));
