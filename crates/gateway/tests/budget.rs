@@ -259,7 +259,8 @@ fn under_faults(seed: u64, kind: [bool; 2], probability: f64) -> usize {
     let mut job = Job::new(&setup, &provider, |s| {
         twenty_rows(s);
         s.model.request_timeout_ms = 1_000;
-        s.task.options.max_attempts = 5;
+        // So many that no row is paid for that often in vain: that would stop the stream.
+        s.task.options.max_attempts = 10;
     });
     job.client.rows(0..400);
     let mut times = 0;
