@@ -56,7 +56,6 @@ impl State {
     /// Takes a chat request in: checks it, draws its fault, holds it against
     /// the limits, and bills it (unless it hangs).
     pub(crate) fn judge(&mut self, (wire, model): (&dyn Wire, Option<&str>), request: &Request) -> Verdict {
-        let body = request.body.as_slice();
         let now = Instant::now();
         self.tally.arrived(now);
         self.limits.arrived(now);
@@ -65,7 +64,7 @@ impl State {
             Err(reply) => return Verdict::Refused(reply),
         };
 
-        if self.config.poison.as_ref().is_some_and(|poison| contains(body, poison.as_bytes())) {
+        if self.config.poison.as_ref().is_some_and(|poison| contains(&request.body, poison.as_bytes())) {
             return Verdict::Refused(Reply::error(500, "server_error", "", "", "The server had an error."));
         }
         let applies = |fault: &Fault| *fault != Fault::NoCapacity429 || chat.is_flex;
@@ -105,8 +104,7 @@ impl State {
             self.script.pop_front();
         }
 
-        let charged_tokens = charge[Limit::Tokens as usize];
-        self.tally.admitted(now, charged_tokens, &task);
+        self.tally.admitted(now, charge[Limit::Tokens as usize], &task);
         if let Some(fault) = &fault {
             self.tally.fault(fault.name());
         }
@@ -120,11 +118,10 @@ impl State {
                 self.tally.billed_as_flex(chat.prompt_tokens, &answer);
             }
         }
-        let tells_writes = wire.tells_writes();
         let mut reply = match &wanted {
             Wanted::Vectors(texts) => texts.reply(&chat, fault.as_ref(), &mut self.rng),
             Wanted::Decisions(questions) => questions.reply(&decisions, cached_tokens[0], fault.as_ref()),
-            Wanted::Chat => self.completion(&chat, (cached_tokens, tells_writes), &answer, fault.as_ref()),
+            Wanted::Chat => self.completion(&chat, (cached_tokens, wire.tells_writes()), &answer, fault.as_ref()),
         };
         reply.headers.extend(self.rate_headers(now, charge, style));
         Verdict::Admitted(Box::new(Admitted {
@@ -134,7 +131,7 @@ impl State {
             rows: task.rows.len() as u64,
             prompt_tokens: chat.prompt_tokens,
             cached_tokens,
-            charge: (number, charged_tokens),
+            charge: (number, charge[Limit::Tokens as usize]),
             answer,
         }))
     }

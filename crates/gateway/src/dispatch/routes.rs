@@ -16,7 +16,7 @@ use crate::row::Row;
 /// says.
 const STOPPED_FOR: u64 = 300_000;
 /// Until when (ms) one is left alone that cannot answer the task.
-pub const FOREVER: u64 = u64::MAX;
+const FOREVER: u64 = u64::MAX;
 
 /// The members of a group that can take rows: a bit each.
 fn open(circuits: &BTreeMap<EndpointKey, Circuits>, group: &Group, now: u64) -> u32 {
@@ -31,6 +31,12 @@ pub fn turn(circuits: &BTreeMap<EndpointKey, Circuits>, group: &Group, lane: &La
     let (own, member) = group.member(lane)?;
     let open = open(circuits, group, now);
     (open & own != 0).then_some(Turn { own, open, before: member.before & !group.full })
+}
+
+/// When (ms) a member that has stopped is to be tried again for the rows that wait.
+pub fn tried_again(group: &Group, lane: &LaneKey, now: u64) -> Option<u64> {
+    let (_, member) = group.member(lane).filter(|_| group.queued() > 0)?;
+    member.stopped.as_ref().map(|stopped| stopped.until).filter(|at| *at > now && *at != FOREVER)
 }
 
 /// When (ms) a member that has stopped is tried again.

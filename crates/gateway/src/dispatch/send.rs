@@ -17,7 +17,6 @@ use llm_batch_core::task::Embed;
 use serde_json::Value;
 use tokio::sync::Notify;
 
-use super::routes::FOREVER;
 use super::{Asked, Conn, InFlight, Launch, State, cheaper, routes, say};
 use crate::asking::Asking;
 use crate::group::{Group, Next};
@@ -429,22 +428,20 @@ impl State {
     /// Sends one request of a lane, if that can be done now; else notes when to look again.
     fn look(&mut self, now: u64, key: &LaneKey, launches: &mut Vec<Launch>, wake: &mut Option<u64>) -> Look {
         let mut later = |at: u64| *wake = Some(wake.map_or(at, |w| w.min(at)));
-        let most = self.room(key);
+        let (most, mut waits) = (self.room(key), Look::Nothing);
         let Some(lane) = self.lanes.get_mut(key) else { return Look::Nothing };
         self.groups.order(lane);
         lane.forget(now);
         let (allowed, allowed_interactive) = (lane.allowed(false).min(most), lane.allowed(true).min(most));
         let (configured, by_word, stated) = (lane.configured, lane.largest_by_word(now), lane.stated.limits());
         let Lane { groups, limiter, learned, flex, chats, decisions, standings, in_flight, .. } = lane;
-        let mut waits = Look::Nothing;
         for id in groups.iter().copied() {
             let Some(group) = self.groups.get_mut(id) else { continue };
             if *in_flight >= if group.stream.interactive { allowed_interactive } else { allowed } {
                 return Look::Full;
             }
             let Some(turn_of) = routes::turn(&self.circuits, group, key, now) else {
-                let until = group.member(key).and_then(|(_, m)| m.stopped.as_ref()).map(|stopped| stopped.until);
-                until.filter(|at| *at > now && *at != FOREVER && group.queued() > 0).into_iter().for_each(&mut later);
+                routes::tried_again(group, key, now).into_iter().for_each(&mut later);
                 continue;
             };
             let Some((_, member)) = group.member(key) else { continue };
