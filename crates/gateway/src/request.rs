@@ -35,7 +35,8 @@ const TEXT_PER_TOKEN: usize = 8;
 const LARGE: usize = 64 << 10;
 /// So many of them are read at once: read, they take several times their bytes.
 static LARGE_AT_ONCE: Semaphore = Semaphore::const_new(2);
-/// The header in which Gemini says at which tier a request was served.
+/// The header in which Gemini says at which tier a request was served (<https://ai.google.dev/gemini-api/docs/priority-inference>),
+/// in small letters or in capitals.
 const TIER: &str = "x-gemini-service-tier";
 /// Most interim answers (1xx) to a request.
 const MOST_INTERIM: u32 = 16;
@@ -262,7 +263,7 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
     let status = response.status();
     progress.has_begun.set(status.is_success());
     let said = headers::read(|name: &str| response.headers().get(name).and_then(|v| v.to_str().ok()));
-    let is_flex = response.headers().get(TIER).is_some_and(|tier| tier == "flex");
+    let is_flex = response.headers().get(TIER).is_some_and(|tier| tier.as_bytes().eq_ignore_ascii_case(b"flex"));
     let encoding = response.headers().get(CONTENT_ENCODING).filter(|v| *v != "identity");
     let encoding = encoding.map(|v| String::from_utf8_lossy(v.as_bytes()).into_owned());
     let mut body = response.into_body();

@@ -81,6 +81,28 @@ fn the_tier_of_an_answer_decides_its_price() {
     let asked = "SELECT count(*) FROM tickets WHERE id <= 40 AND llm_classify(body, 'topic') = want";
     assert_eq!(one(&mut c, asked), 40);
     assert_eq!(bed.provider.bodies().last().unwrap()["service_tier"], "flex");
+    // Gemini has another name for it, says in a header at which tier it answered, and in a 503 that there is no capacity.
+    let url = bed.provider.base_of("gemini");
+    let prices = format!("input_price => {INPUT_PRICE}, output_price => {OUTPUT_PRICE}");
+    run(
+        &mut c,
+        &format!(
+            "CREATE SERVER google FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'gemini', base_url '{url}');
+             CREATE USER MAPPING FOR PUBLIC SERVER google OPTIONS (api_key 'sk-test');
+             SELECT llm_batch.create_model('g', server => 'google', model => 'fake-m', {prices});
+             SELECT llm_batch.alter_classifier('topic', model => 'g'); UPDATE tickets SET topic = NULL WHERE id <= 300"
+        ),
+    );
+    assert_eq!(one(&mut c, asked), 40);
+    bed.provider.reset_stats();
+    let errors = "SELECT sum(throttled_429 + errors)::bigint FROM llm_batch.activity";
+    let before = one(&mut c, errors);
+    bed.provider.script([Some(Fault::Http503)]);
+    let job = backfill(&mut c, "tickets");
+    let p = wait_status(&mut c, job, "done");
+    let (cost, flex, all) = paid(&mut c, 75);
+    assert_eq!((p.done, &p.cost, flex, one(&mut c, errors)), (300, &cost, all, before));
+    assert_eq!(bed.provider.bodies().last().unwrap()["serviceTier"], "flex");
     assert_eq!(wrong(&mut c, "tickets"), 0);
 
     run(

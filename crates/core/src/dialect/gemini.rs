@@ -105,7 +105,7 @@ impl Dialect for Gemini {
             usage: Usage { input, output: written.filter(|n| *n < 1 << 32 && (*n > 0 || text.is_empty())) },
             thought,
             cached_input: tokens(&usage["cachedContentTokenCount"]).unwrap_or(0),
-            is_flex: usage[TIER] == "flex",
+            is_flex: usage[TIER].as_str().is_some_and(|tier| tier.eq_ignore_ascii_case("flex")),
             text,
             ..Reply::default()
         }

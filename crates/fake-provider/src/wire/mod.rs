@@ -121,7 +121,7 @@ pub(crate) fn translate(wire: &dyn Wire, mut reply: Reply) -> Reply {
     let Ok(said) = serde_json::from_str::<Value>(&reply.body) else { return reply };
     let is_ours = said["error"].as_object().is_some_and(|error| error.contains_key("param"));
     if wire.name() == "gemini" && said["service_tier"] == "flex" {
-        reply.headers.push(("x-gemini-service-tier", "flex".to_owned()));
+        reply.headers.push(("x-gemini-service-tier", "FLEX".to_owned()));
     }
     let body = if said["choices"].is_array() {
         wire.completion(&said)
