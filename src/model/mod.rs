@@ -106,7 +106,7 @@ pub fn default(author: Option<pg_sys::Oid>) -> Result<String> {
     let me = current_user();
     // SAFETY: catalog lookups on the main thread inside a transaction.
     let (is_session, is_mine) = unsafe {
-        let is_session = !pg_sys::InLocalUserIdChange();
+        let is_session = !pg_sys::InLocalUserIdChange() && !pg_sys::InSecurityRestrictedOperation();
         let is_session = is_session && pg_sys::is_member_of_role_nosuper(pg_sys::GetSessionUserId(), by);
         (is_session, |role| pg_sys::has_privs_of_role(by, role))
     };
@@ -120,7 +120,7 @@ pub fn default(author: Option<pg_sys::Oid>) -> Result<String> {
         )
     } else {
         (
-            "In a SECURITY DEFINER function, or left behind by one,",
+            "In a SECURITY DEFINER function or left behind by one, or in a REFRESH or REINDEX,",
             "Name the model by a task, or by the option \"model\" of llm_filter(); or give the function a clause \
              SET llm_batch.default_model.",
         )
