@@ -184,7 +184,10 @@ fn key(relation: pg_sys::Oid, targets: Vec<i16>, short: &str) -> Result<(Vec<Str
             SELECT pg_catalog.array_agg(a.attname::pg_catalog.text ORDER BY u.n) AS names,
                    pg_catalog.array_agg(a.attnum ORDER BY u.n) AS attnums,
                    pg_catalog.bool_and(
-                     a.attnotnull AND a.attnum OPERATOR(pg_catalog.>) 0 AND a.attnum OPERATOR(pg_catalog.<>) ALL ($2)
+                     a.attnotnull AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint n
+                                                   WHERE n.conrelid OPERATOR(pg_catalog.=) i.indrelid AND NOT n.convalidated
+                                                     AND n.contype OPERATOR(pg_catalog.=) 'n' AND n.conkey[1] OPERATOR(pg_catalog.=) a.attnum)
+                     AND a.attnum OPERATOR(pg_catalog.>) 0 AND a.attnum OPERATOR(pg_catalog.<>) ALL ($2)
                      AND i.indoption[u.n] OPERATOR(pg_catalog.=) 0
                      AND i.indcollation[u.n] OPERATOR(pg_catalog.=) a.attcollation
                      AND t.typarray OPERATOR(pg_catalog.<>) 0::pg_catalog.oid

@@ -101,7 +101,10 @@ pub fn table(job: &Job) -> Result<Table> {
                          WHERE i.indrelid OPERATOR(pg_catalog.=) $1 AND i.indisunique AND i.indisvalid AND i.indimmediate
                            AND i.indpred IS NULL AND i.indexprs IS NULL
                            AND pg_catalog.array_to_string((i.indkey::pg_catalog.int2[])[0:i.indnkeyatts OPERATOR(pg_catalog.-) 1], ' ')
-                               OPERATOR(pg_catalog.=) pg_catalog.array_to_string($5::pg_catalog.int2[], ' ')) AS has_key
+                               OPERATOR(pg_catalog.=) pg_catalog.array_to_string($5::pg_catalog.int2[], ' '))
+                AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
+                                 WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) ANY ($5::pg_catalog.int2[])
+                                   AND NOT a.attnotnull) AS has_key
            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
           WHERE c.oid OPERATOR(pg_catalog.=) $1",
         &[
@@ -140,7 +143,7 @@ pub fn table(job: &Job) -> Result<Table> {
     if !has_key {
         return Err(Error::new(
             pgrx::PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
-            format!("the key of {} was dropped while the job ran", table.full),
+            format!("the key of {} was dropped or made nullable while the job ran", table.full),
         ));
     }
     Ok(table)

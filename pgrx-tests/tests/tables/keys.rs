@@ -63,6 +63,35 @@ fn keys_of_all_kinds() {
     }
 }
 
+/// Rows without a key cannot be told apart, and would be asked for ever.
+#[test]
+fn a_key_that_may_be_null() {
+    let bed = Bed::new("keys_null");
+    let c = &mut bed.connect();
+    run(
+        c,
+        "CREATE TABLE t (id bigint NOT NULL, body text, want text, topic text); CREATE UNIQUE INDEX ON t (id);
+         SELECT llm_batch.alter_model('m', max_concurrent_requests => 1)",
+    );
+    rows(c, "t", 1..=100);
+    warm(c, "t");
+    bed.provider.hold();
+    let job = backfill_with(c, "t", "options => '{\"max_rows_per_request\": 10, \"reuse\": false}'");
+    in_flight(&bed, 1);
+    run(c, "ALTER TABLE t ALTER id DROP NOT NULL; INSERT INTO t SELECT NULL, body, want FROM t WHERE id <= 50");
+    bed.provider.release();
+    let p = wait_status(c, job, "failed");
+    assert!(p.last_error.as_ref().is_some_and(|e| e.contains("nullable")), "{p:?}");
+    assert_eq!(one(c, "SELECT count(*) FROM t WHERE id IS NULL AND topic IS NOT NULL"), 0);
+    run(c, "DELETE FROM t WHERE id IS NULL");
+    let start = "SELECT llm_batch.backfill('t', 'body', 'topic', 'topic')";
+    refused(c, start, "55000", &["key", "NOT NULL"]);
+    if one(c, "SELECT current_setting('server_version_num')::bigint") >= 180_000 {
+        run(c, "INSERT INTO t (body) VALUES ('x'), ('y'); ALTER TABLE t ADD CONSTRAINT n NOT NULL id NOT VALID");
+        refused(c, start, "55000", &["key", "NOT NULL"]);
+    }
+}
+
 #[test]
 fn keys_are_listed_as_they_are() {
     let bed = Bed::new("listed_keys");
