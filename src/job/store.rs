@@ -265,7 +265,11 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<boo
     }
     if entered == 1 && matches!(outcome, Outcome::Done | Outcome::Failed(_) | Outcome::Cancelled) {
         let payload = format!("{{\"job\": {id}, \"status\": \"{status}\"}}");
-        sql::run("SELECT pg_catalog.pg_notify('llm_batch', $1)", &[payload.into()])?;
+        // Who never reads what they listen for can fill the queue; then no commit with a notification succeeds.
+        sql::run(
+            "SELECT pg_catalog.pg_notify('llm_batch', $1) WHERE pg_catalog.pg_notification_queue_usage() OPERATOR(pg_catalog.<) 0.9",
+            &[payload.into()],
+        )?;
         if !matches!(outcome, Outcome::Cancelled) {
             pgrx::log!("llm_batch job {id} is {status}: {}", account(id)?);
         }

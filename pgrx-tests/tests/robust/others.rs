@@ -7,8 +7,8 @@ use postgres::Client;
 
 use super::asked;
 use crate::common::{
-    Bed, LABELS, PATIENCE, SMALL, backfill, backfill_with, failures, held_job, left, one, progress, run, text, tickets,
-    warm, wrong,
+    Bed, LABELS, PATIENCE, SMALL, backfill, backfill_with, error, failures, held_job, left, one, progress, run, text,
+    tickets, warm, wrong,
 };
 
 /// The processes of ours that have a transaction or a snapshot; empty if none has.
@@ -19,6 +19,31 @@ const OPEN: &str = "SELECT coalesce(string_agg(format('%s %s %s', backend_type, 
 /// The marker of a row that is to get this label.
 fn marker(id: i64, label: &str) -> String {
     format!("now it is #r{id:06}:{label}# altogether")
+}
+
+/// Nobody reads the notifications: a commit with one more of them would fail.
+#[test]
+fn a_full_queue_of_notifications() {
+    let mut bed = Bed::new("robust_notify");
+    // Before Postgres 17 the queue has 8 GB.
+    if one(&mut bed.connect(), "SELECT current_setting('server_version_num')::bigint") < 170_000 {
+        return;
+    }
+    run(&mut bed.connect(), "ALTER SYSTEM SET max_notify_queue_pages = 64");
+    bed.cluster.restart();
+    let client = &mut bed.connect();
+    tickets(client, "tickets", 1..=20);
+    let deaf = &mut bed.connect();
+    run(deaf, "LISTEN z");
+    run(deaf, "BEGIN");
+    run(deaf, "SELECT 1");
+    let fill =
+        "DO $$BEGIN FOR i IN 1..200 LOOP PERFORM pg_notify('z', rpad(i::text, 7900, 'x')); COMMIT; END LOOP; END$$";
+    let (_, message, ..) = error(client, fill);
+    assert!(message.contains("too many notifications"), "{message}");
+    let job = backfill(client, "tickets");
+    assert_eq!(bed.done(job).counts(), (20, 20, 0, 0, 0, 0));
+    run(deaf, "COMMIT");
 }
 
 #[test]
