@@ -167,7 +167,7 @@ fn answers_are_repaired_and_checked() {
         run(
             c,
             &format!(
-                "CREATE OR REPLACE FUNCTION is_full(text) RETURNS boolean LANGUAGE plpgsql AS
+                "CREATE OR REPLACE FUNCTION is_full(text) RETURNS boolean LANGUAGE plpgsql SET search_path = pg_temp AS
                    $$BEGIN IF $1 ~ '000107' THEN RAISE 'no room' USING ERRCODE = '{code}'; END IF; RETURN true; END$$;
                  UPDATE raises SET answer = NULL"
             ),
@@ -240,7 +240,7 @@ fn expressions_that_do_not_return(bed: &Bed, c: &mut Client) {
     assert_eq!(text(c, "SHOW llm_batch.check_timeout"), "5s");
     run(
         c,
-        "CREATE FUNCTION turns() RETURNS boolean LANGUAGE plpgsql AS 'BEGIN LOOP END LOOP; END';
+        "CREATE FUNCTION turns() RETURNS boolean LANGUAGE plpgsql SET search_path = pg_temp AS 'BEGIN LOOP END LOOP; END';
          ALTER DATABASE postgres SET llm_batch.check_timeout = '100ms'; SET llm_batch.check_timeout = '100ms'",
     );
     let says =
@@ -273,7 +273,7 @@ fn expressions_that_do_not_return(bed: &Bed, c: &mut Client) {
 }
 
 /// Says what it could do; nothing but what its owner may, and nothing that lasts.
-const TRAP: &str = r#"CREATE FUNCTION trap(answer text) RETURNS boolean LANGUAGE plpgsql AS $f$
+const TRAP: &str = r#"CREATE FUNCTION trap(answer text) RETURNS boolean LANGUAGE plpgsql SET search_path = mallory, pg_temp AS $f$
 DECLARE
     got text := current_user;
     tried text;
@@ -307,9 +307,10 @@ fn whose_rights_expressions_have() {
         c,
         "CREATE TABLE secret (a int); CREATE ROLE mallory LOGIN; CREATE ROLE bob LOGIN;
          CREATE SCHEMA mallory AUTHORIZATION mallory; CREATE SCHEMA bob AUTHORIZATION bob;
-         GRANT USAGE ON FOREIGN SERVER fake TO mallory, bob",
+         GRANT USAGE ON FOREIGN SERVER fake TO mallory, bob; GRANT SELECT, UPDATE ON t TO bob",
     );
     generator(c, "plain", "");
+    let bob = &mut bed.cluster.connect_as("postgres", "bob");
     let mallory = &mut bed.cluster.connect_as("postgres", "mallory");
     run(mallory, "SET search_path = mallory; CREATE TABLE loot (a int); CREATE SEQUENCE s");
     run(mallory, TRAP);
@@ -319,7 +320,11 @@ fn whose_rights_expressions_have() {
         let sql = generator_sql(name, options);
         run(mallory, &sql);
     }
-    // A superuser asks her task, in each way.
+    // A superuser runs nothing of hers.
+    for sql in ["SELECT llm_run('#r000001:x#', 'trap')", "SELECT llm_batch.backfill('t', 'body', 'answer', 'repair')"] {
+        refused(c, sql, "42501", &["superuser", "another role", "SET ROLE"]);
+    }
+    // Another role asks her task, in each way.
     for task in ["trap", "repair"] {
         for sql in [
             format!("SELECT count(*) FROM llm_run_batch('SELECT id, body FROM t', '{task}') WHERE status = 'ok'"),
@@ -329,7 +334,7 @@ fn whose_rights_expressions_have() {
                 "SELECT count(*) FROM llm_run_array(ARRAY(SELECT id FROM t ORDER BY id), ARRAY(SELECT body FROM t ORDER BY id), '{task}') WHERE status = 'ok'"
             ),
         ] {
-            let got = text(c, &format!("SELECT ({sql})::text"));
+            let got = text(bob, &format!("SELECT ({sql})::text"));
             let why = format!(
                 "SELECT string_agg(DISTINCT detail, '; ') FROM llm_run_batch('SELECT id, body FROM t', '{task}')"
             );
@@ -337,17 +342,17 @@ fn whose_rights_expressions_have() {
                 got,
                 "40",
                 "{sql}: {}",
-                if got == "40" { String::new() } else { text(c, &format!("SELECT coalesce(({why}), '')")) }
+                if got == "40" { String::new() } else { text(bob, &format!("SELECT coalesce(({why}), '')")) }
             );
         }
-        let job = backfill(c, "t", task);
+        let job = backfill(bob, "t", task);
         let p = bed.done(job);
         assert_eq!((p.done, p.failed), (40, 0), "{:?}", failures(c, job));
         run(c, "UPDATE t SET answer = NULL");
     }
     assert_eq!(
-        text(c, "SELECT concat(current_setting('search_path'), current_setting('work_mem'), current_user)"),
-        "\"$user\", public4MBpostgres"
+        text(bob, "SELECT concat(current_setting('search_path'), current_setting('work_mem'), current_user)"),
+        "\"$user\", public4MBbob"
     );
     run(c, "INSERT INTO secret VALUES (1); CREATE TEMP TABLE x (a int); DROP TABLE x");
     assert_eq!(
@@ -360,10 +365,18 @@ fn whose_rights_expressions_have() {
     // A role with functions in its own path asks a superuser's task: the owner's functions are called.
     run(
         c,
-        "CREATE FUNCTION is_ok(text) RETURNS boolean LANGUAGE plpgsql AS 'BEGIN RETURN current_user = ''postgres''; END'",
+        "CREATE FUNCTION is_ok(text) RETURNS boolean LANGUAGE plpgsql AS
+             'DECLARE who text := current_user; BEGIN RETURN who = ''postgres''; END'",
     );
-    generator(c, "ours", r#""check": "is_ok(answer) AND EXISTS (SELECT FROM secret)""#);
-    let bob = &mut bed.cluster.connect_as("postgres", "bob");
+    let ours = generator_sql("ours", r#""check": "is_ok(answer) AND EXISTS (SELECT FROM secret)""#);
+    // In a session that calls it first with a type of its own the function means another one.
+    refused(c, &ours, "42P13", &["is_ok(text)", "search_path", "pg_temp"]);
+    run(c, "ALTER FUNCTION is_ok(text) SET search_path = pg_catalog, pg_temp");
+    run(c, &ours);
+    run(
+        bob,
+        "CREATE DOMAIN pg_temp.text AS pg_catalog.text CHECK (value <> 'postgres'); SELECT public.is_ok('x'::pg_catalog.text)",
+    );
     run(
         bob,
         "CREATE FUNCTION bob.is_ok(text) RETURNS boolean LANGUAGE sql AS 'SELECT false'; CREATE TEMP TABLE secret (a int);
@@ -390,7 +403,7 @@ fn whose_rights_expressions_have() {
     // A check reads only tables that its owner may read.
     let hers = generator_sql("hers", r#""check": "EXISTS (SELECT FROM public.secret)""#);
     run(mallory, &hers);
-    let detail = text(c, "SELECT detail FROM llm_run_batch('SELECT 1, ''#r000001:x#''', 'hers')");
+    let detail = text(bob, "SELECT detail FROM llm_run_batch('SELECT 1, ''#r000001:x#''', 'hers')");
     assert_eq!(detail, "check_error: 42501: permission denied for table secret");
 
     // Altered in the middle of another's job: from the next rows on, and still with her rights.
@@ -400,7 +413,7 @@ fn whose_rights_expressions_have() {
     );
     run(c, "SELECT llm_batch.alter_model('m', max_concurrent_requests => 1)");
     bed.provider.hold();
-    let job = backfill(c, "t", "late");
+    let job = backfill(bob, "t", "late");
     let queued = |c: &mut Client| one(c, "SELECT coalesce(sum(queued), 0)::bigint FROM llm_batch.activity");
     let mut state = || (bed.provider.stats().rows_in_flight, queued(c));
     wait_until("a request is under way and rows wait", PATIENCE, &mut state, |n| *n == (4, 28));

@@ -9,6 +9,7 @@ use pgrx::prelude::*;
 use crate::error::{Error, Result};
 use crate::expression;
 use crate::function::verb;
+use crate::sql;
 
 /// Checks that `text` is one expression over a row of `source`, whose value is of the type or goes into it.
 pub fn expression(key: &str, text: &str, source: &str, wanted: pg_sys::Oid) -> Result<()> {
@@ -32,10 +33,12 @@ pub fn expression(key: &str, text: &str, source: &str, wanted: pg_sys::Oid) -> R
         if (*query).hasTargetSRFs {
             return wrong("It has a set-returning function.");
         }
-        let mut found = false;
-        if pg_sys::query_tree_walker(query, Some(asks), (&raw mut found).cast(), 0) || found {
+        let mut calls = Vec::new();
+        pg_sys::query_tree_walker(query, Some(collect), (&raw mut calls).cast(), 0);
+        if calls.iter().any(|function| verb(*function).is_some()) {
             return wrong("It asks a model.");
         }
+        check_paths(calls)?;
         let Some(target) = PgList::<pg_sys::TargetEntry>::from_pg((*query).targetList).get_ptr(0) else {
             return wrong("It has no value.");
         };
@@ -54,21 +57,50 @@ pub fn expression(key: &str, text: &str, source: &str, wanted: pg_sys::Oid) -> R
     }
 }
 
-/// Sets the bool if a function of ours that asks a model stands in a node, or below it.
+/// Refuses a function that means what its first caller in a session makes of it: PL/pgSQL resolves the names of types once,
+/// by the search_path and the temporary types of the moment.
+fn check_paths(calls: Vec<pg_sys::Oid>) -> Result<()> {
+    let open = sql::one::<String>(
+        "SELECT p.oid::pg_catalog.regprocedure::pg_catalog.text
+           FROM pg_catalog.pg_proc p JOIN pg_catalog.pg_language l ON l.oid OPERATOR(pg_catalog.=) p.prolang
+          WHERE p.oid OPERATOR(pg_catalog.=) ANY ($1) AND l.lanname OPERATOR(pg_catalog.<>) ALL ('{internal,c,sql}')
+            AND pg_catalog.has_function_privilege('public', p.oid, 'EXECUTE')
+            AND NOT EXISTS (SELECT FROM pg_catalog.unnest(p.proconfig) s (setting)
+                             WHERE s.setting OPERATOR(pg_catalog.~) '^search_path=(.*, *)?\"?pg_temp\"?$') LIMIT 1",
+        &[calls.into()],
+    )?;
+    open.map_or(Ok(()), |function| {
+        Err(Error::new(
+            PgSqlErrorCode::ERRCODE_INVALID_FUNCTION_DEFINITION,
+            format!("function {function} has no search_path of its own that ends in pg_temp"),
+        )
+        .detail("Who calls it first in a session decides what its names mean; then it runs with the rights of the task's owner.")
+        .hint(format!(
+            "Use ALTER FUNCTION {function} SET search_path = \u{2026}, pg_temp, as for a SECURITY DEFINER function, or REVOKE \
+             EXECUTE ON FUNCTION {function} FROM PUBLIC."
+        )))
+    })
+}
+
+/// Collects the functions that are called in a node, or below it.
 #[pg_guard]
-unsafe extern "C-unwind" fn asks(node: *mut pg_sys::Node, found: *mut c_void) -> bool {
+unsafe extern "C-unwind" fn collect(node: *mut pg_sys::Node, calls: *mut c_void) -> bool {
     if node.is_null() {
         return false;
     }
-    // SAFETY: a node of a query; expression() hands on its bool.
+    // SAFETY: a node of a query; expression() hands on its list.
     unsafe {
         if (*node).type_ == T::T_Query {
-            return pg_sys::query_tree_walker(node.cast(), Some(asks), found, 0);
+            return pg_sys::query_tree_walker(node.cast(), Some(collect), calls, 0);
         }
-        if (*node).type_ == T::T_FuncExpr && verb((*node.cast::<pg_sys::FuncExpr>()).funcid).is_some() {
-            *found.cast::<bool>() = true;
-            return true;
-        }
-        pg_sys::expression_tree_walker(node, Some(asks), found)
+        pg_sys::check_functions_in_node(node, Some(note), calls);
+        pg_sys::expression_tree_walker(node, Some(collect), calls)
     }
+}
+
+#[pg_guard]
+unsafe extern "C-unwind" fn note(function: pg_sys::Oid, calls: *mut c_void) -> bool {
+    // SAFETY: expression()'s list.
+    unsafe { (*calls.cast::<Vec<pg_sys::Oid>>()).push(function) };
+    false
 }

@@ -92,6 +92,19 @@ impl Checks {
         Ok((!is_none).then(|| Unowned { has_names: spec.has_names(), columns, rules }))
     }
 
+    /// Refuses expressions of a role that is no superuser's, in a session or a job of a superuser's. With what they leave in
+    /// the process, such as a cursor moved or a function compiled, they would have a say in what the superuser does next.
+    pub fn may_run_for(&self, role: pg_sys::Oid) -> Result<()> {
+        // SAFETY: catalog lookups on the main thread inside a transaction.
+        let is_safe = unsafe { !pg_sys::superuser_arg(role) || pg_sys::superuser_arg(self.owner) };
+        if is_safe {
+            return Ok(());
+        }
+        Err(Error::denied("a superuser cannot ask a task with checks that another role owns")
+            .detail("The checks would run in a process of the superuser.")
+            .hint("Ask as another role, such as with SET ROLE, or create a task of your own."))
+    }
+
     /// Looks at the expressions as the task's owner.
     pub fn look(&self) -> Result<()> {
         let source = from(&self.columns, self.has_names, &nothing);
