@@ -191,7 +191,7 @@ impl Prepared {
     fn members<'a>(&self, json: &'a str) -> Result<Vec<Option<&'a RawValue>>, Unfit> {
         let fields = &self.task.fields;
         let n = fields.len();
-        let form = || Unfit::bad_value(format!("the answer must be {n} values like {}", self.form()));
+        let form = || Unfit::bad_value(format!("the answer must have the form {}", self.form()));
         if json.trim_start().starts_with('[') {
             let items: Vec<&RawValue> = serde_json::from_str(json).map_err(|_| form())?;
             // A list of one value, if that is the only field's, may be the row's array or the field's.
