@@ -53,7 +53,11 @@ TESTED = {
 
 def _untested() -> list[str]:
     """Those of TESTED whose test is not there."""
-    tests = {path.stem: path.read_text() for path in (ROOT / "pgrx-tests/tests").glob("*.rs")}
+    folder = ROOT / "pgrx-tests/tests"
+    tests: dict[str, str] = {}
+    for path in folder.rglob("*.rs"):
+        name = path.relative_to(folder).parts[0].removesuffix(".rs")
+        tests[name] = tests.get(name, "") + path.read_text()
     return [what for what, test in TESTED.items() if f"\nfn {test.split()[1]}(" not in tests.get(test.split()[0], "")]
 
 

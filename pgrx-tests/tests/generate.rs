@@ -322,8 +322,11 @@ fn whose_rights_expressions_have() {
     }
     // A superuser runs nothing of hers.
     for sql in ["SELECT llm_run('#r000001:x#', 'trap')", "SELECT llm_batch.backfill('t', 'body', 'answer', 'repair')"] {
-        refused(c, sql, "42501", &["superuser", "another role", "SET ROLE"]);
+        refused(c, sql, "42501", &["superuser", "Connect as another role"]);
     }
+    run(c, "SET ROLE bob");
+    refused(c, "SELECT llm_run('#r000001:x#', 'trap')", "42501", &["superuser"]);
+    run(c, "RESET ROLE");
     // Another role asks her task, in each way.
     for task in ["trap", "repair"] {
         for sql in [
@@ -371,7 +374,11 @@ fn whose_rights_expressions_have() {
     let ours = generator_sql("ours", r#""check": "is_ok(answer) AND EXISTS (SELECT FROM secret)""#);
     // In a session that calls it first with a type of its own the function means another one.
     refused(c, &ours, "42P13", &["is_ok(text)", "search_path", "pg_temp"]);
-    run(c, "ALTER FUNCTION is_ok(text) SET search_path = pg_catalog, pg_temp");
+    for path in ["\"$user\", public, pg_temp", "'public, pg_temp'", "pg_temp, public, pg_temp", "public"] {
+        run(c, &format!("ALTER FUNCTION is_ok(text) SET search_path = {path}"));
+        refused(c, &ours, "42P13", &["is_ok(text)"]);
+    }
+    run(c, "ALTER FUNCTION is_ok(text) SET search_path = public, pg_catalog, pg_temp");
     run(c, &ours);
     run(
         bob,

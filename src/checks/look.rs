@@ -66,7 +66,8 @@ fn check_paths(calls: Vec<pg_sys::Oid>) -> Result<()> {
           WHERE p.oid OPERATOR(pg_catalog.=) ANY ($1) AND l.lanname OPERATOR(pg_catalog.<>) ALL ('{internal,c,sql}')
             AND pg_catalog.has_function_privilege('public', p.oid, 'EXECUTE')
             AND NOT EXISTS (SELECT FROM pg_catalog.unnest(p.proconfig) s (setting)
-                             WHERE s.setting OPERATOR(pg_catalog.~) '^search_path=(.*, *)?\"?pg_temp\"?$') LIMIT 1",
+                             WHERE s.setting OPERATOR(pg_catalog.~) '^search_path=(([^\",]+|\"[^\",$]*\"), *)*\"?pg_temp\"?$'
+                               AND s.setting OPERATOR(pg_catalog.!~) 'pg_temp.*pg_temp') LIMIT 1",
         &[calls.into()],
     )?;
     open.map_or(Ok(()), |function| {
@@ -74,10 +75,10 @@ fn check_paths(calls: Vec<pg_sys::Oid>) -> Result<()> {
             PgSqlErrorCode::ERRCODE_INVALID_FUNCTION_DEFINITION,
             format!("function {function} has no search_path of its own that ends in pg_temp"),
         )
-        .detail("Who calls it first in a session decides what its names mean; then it runs with the rights of the task's owner.")
+        .detail("Whoever calls it first in a session decides what the names in it mean; later it runs with the rights of the task's owner.")
         .hint(format!(
-            "Use ALTER FUNCTION {function} SET search_path = \u{2026}, pg_temp, as for a SECURITY DEFINER function, or REVOKE \
-             EXECUTE ON FUNCTION {function} FROM PUBLIC."
+            "Use ALTER FUNCTION {function} SET search_path = \u{2026}, pg_temp, without \"$user\", or REVOKE EXECUTE ON FUNCTION \
+             {function} FROM PUBLIC."
         )))
     })
 }

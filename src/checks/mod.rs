@@ -92,17 +92,21 @@ impl Checks {
         Ok((!is_none).then(|| Unowned { has_names: spec.has_names(), columns, rules }))
     }
 
-    /// Refuses expressions of a role that is no superuser's, in a session or a job of a superuser's. With what they leave in
-    /// the process, such as a cursor moved or a function compiled, they would have a say in what the superuser does next.
-    pub fn may_run_for(&self, role: pg_sys::Oid) -> Result<()> {
+    /// Refuses expressions of a role that is not a superuser where they would run in a superuser's job or, if a session asks, in
+    /// a superuser's session, whatever role that has taken on. By what they leave in the process, such as a cursor that has
+    /// moved or a function that is compiled, they would have a say in what the superuser does next.
+    pub fn may_run_for(&self, role: pg_sys::Oid, is_session: bool) -> Result<()> {
         // SAFETY: catalog lookups on the main thread inside a transaction.
-        let is_safe = unsafe { !pg_sys::superuser_arg(role) || pg_sys::superuser_arg(self.owner) };
+        let is_safe = unsafe {
+            let is_session_safe = !is_session || !pg_sys::superuser_arg(pg_sys::GetSessionUserId());
+            is_session_safe && !pg_sys::superuser_arg(role) || pg_sys::superuser_arg(self.owner)
+        };
         if is_safe {
             return Ok(());
         }
-        Err(Error::denied("a superuser cannot ask a task with checks that another role owns")
+        Err(Error::denied("a superuser cannot ask a task with checks whose owner is not a superuser")
             .detail("The checks would run in a process of the superuser.")
-            .hint("Ask as another role, such as with SET ROLE, or create a task of your own."))
+            .hint("Connect as another role, or create a task of your own."))
     }
 
     /// Looks at the expressions as the task's owner.

@@ -265,7 +265,7 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<boo
     }
     if entered == 1 && matches!(outcome, Outcome::Done | Outcome::Failed(_) | Outcome::Cancelled) {
         let payload = format!("{{\"job\": {id}, \"status\": \"{status}\"}}");
-        // Who never reads what they listen for can fill the queue; then no commit with a notification succeeds.
+        // A session that listens and never reads can fill the queue. Then no commit with a notification succeeds.
         sql::run(
             "SELECT pg_catalog.pg_notify('llm_batch', $1) WHERE pg_catalog.pg_notification_queue_usage() OPERATOR(pg_catalog.<) 0.9",
             &[payload.into()],

@@ -104,7 +104,10 @@ pub fn table(job: &Job) -> Result<Table> {
                                OPERATOR(pg_catalog.=) pg_catalog.array_to_string($5::pg_catalog.int2[], ' '))
                 AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
                                  WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) ANY ($5::pg_catalog.int2[])
-                                   AND NOT a.attnotnull) AS has_key
+                                   AND NOT a.attnotnull)
+                AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint n
+                                 WHERE n.conrelid OPERATOR(pg_catalog.=) $1 AND n.contype OPERATOR(pg_catalog.=) 'n' AND NOT n.convalidated
+                                   AND n.conkey[1] OPERATOR(pg_catalog.=) ANY ($5::pg_catalog.int2[])) AS has_key
            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
           WHERE c.oid OPERATOR(pg_catalog.=) $1",
         &[

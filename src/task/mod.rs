@@ -109,7 +109,7 @@ impl Known {
     /// The task as a stream on behalf of a role, with the settings of this moment.
     pub fn stream(self, role: pg_sys::Oid, interactive: bool) -> Result<Asked> {
         self.task.check()?;
-        self.checks.as_ref().map_or(Ok(()), |checks| checks.may_run_for(role))?;
+        self.checks.as_ref().map_or(Ok(()), |checks| checks.may_run_for(role, interactive))?;
         let (models, mut policy) = route::known(&self.model)?;
         let mut rates = Vec::new();
         if let Policy::Cheapest { overflows } = &mut policy {

@@ -75,19 +75,25 @@ fn a_key_that_may_be_null() {
     );
     rows(c, "t", 1..=100);
     warm(c, "t");
-    bed.provider.hold();
-    let job = backfill_with(c, "t", "options => '{\"max_rows_per_request\": 10, \"reuse\": false}'");
-    in_flight(&bed, 1);
-    run(c, "ALTER TABLE t ALTER id DROP NOT NULL; INSERT INTO t SELECT NULL, body, want FROM t WHERE id <= 50");
-    bed.provider.release();
-    let p = wait_status(c, job, "failed");
-    assert!(p.last_error.as_ref().is_some_and(|e| e.contains("nullable")), "{p:?}");
-    assert_eq!(one(c, "SELECT count(*) FROM t WHERE id IS NULL AND topic IS NOT NULL"), 0);
-    run(c, "DELETE FROM t WHERE id IS NULL");
     let start = "SELECT llm_batch.backfill('t', 'body', 'topic', 'topic')";
-    refused(c, start, "55000", &["key", "NOT NULL"]);
+    let mut changes = vec![""];
     if one(c, "SELECT current_setting('server_version_num')::bigint") >= 180_000 {
-        run(c, "INSERT INTO t (body) VALUES ('x'), ('y'); ALTER TABLE t ADD CONSTRAINT n NOT NULL id NOT VALID");
+        changes.push("ALTER TABLE t ADD CONSTRAINT n NOT NULL id NOT VALID");
+    } else {
+        eprintln!("SKIPPED in part a_key_that_may_be_null: NOT VALID needs Postgres 18");
+    }
+    for change in changes {
+        run(c, "DELETE FROM t WHERE id IS NULL; ALTER TABLE t ALTER id DROP NOT NULL, ALTER id SET NOT NULL");
+        run(c, "UPDATE t SET topic = NULL");
+        bed.provider.hold();
+        let job = backfill_with(c, "t", "options => '{\"max_rows_per_request\": 10, \"reuse\": false}'");
+        in_flight(&bed, 1);
+        let insert = "INSERT INTO t SELECT NULL, body, want FROM t WHERE id <= 50";
+        run(c, &format!("BEGIN; ALTER TABLE t ALTER id DROP NOT NULL; {insert}; {change}; COMMIT"));
+        bed.provider.release();
+        let p = wait_status(c, job, "failed");
+        assert!(p.last_error.as_ref().is_some_and(|e| e.contains("nullable")), "{p:?}");
+        assert_eq!(one(c, "SELECT count(*) FROM t WHERE id IS NULL AND topic IS NOT NULL"), 0);
         refused(c, start, "55000", &["key", "NOT NULL"]);
     }
 }

@@ -165,7 +165,7 @@ impl Worker {
                 ledger::write(job.id, asked, &delta, [])?;
             }
             let text = if trouble.kind == Kind::Locked {
-                format!("waiting for a lock on the table since {}: {}", trouble.since, table::lockers(job)?)
+                format!("waiting for a lock since {}: {}", trouble.since, table::lockers(job)?)
             } else {
                 format!("{}, since {}", e.one_line(), trouble.since)
             };
