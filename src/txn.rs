@@ -125,8 +125,6 @@ pub fn restricted<T>(role: pg_sys::Oid, search_path: &str, f: impl FnOnce() -> R
 struct HiddenTemporary {
     schema: pg_sys::Oid,
     toast: pg_sys::Oid,
-    /// The number of messages of other sessions that were heard when it was hidden.
-    heard: u64,
 }
 
 impl HiddenTemporary {
@@ -144,23 +142,17 @@ impl HiddenTemporary {
             if asserts.is_null() || CStr::from_ptr(asserts) != c"off" {
                 return None;
             }
-            pg_sys::AcceptInvalidationMessages();
             pg_sys::SetTempNamespaceState(pg_sys::InvalidOid, pg_sys::InvalidOid);
-            Some(Self { schema, toast, heard: pg_sys::SharedInvalidMessageCounter })
+            Some(Self { schema, toast })
         }
     }
 
-    /// Shows it again. The session's knowledge of its temporary tables is looked up anew if any of it was since: it
-    /// would be taken for another session's.
+    /// Shows it again. What was looked up of a temporary table meanwhile, by its OID or because it had changed, says that it
+    /// is another session's: the session looks up anew what it knows.
     fn end(self) {
-        let heard = self.heard;
         drop(self);
         // SAFETY: on the main thread inside a transaction.
-        unsafe {
-            if pg_sys::SharedInvalidMessageCounter != heard {
-                pg_sys::InvalidateSystemCaches();
-            }
-        }
+        unsafe { pg_sys::InvalidateSystemCaches() };
     }
 }
 

@@ -403,6 +403,15 @@ fn whose_rights_expressions_have() {
     let detail = text(bob, "SELECT detail FROM llm_run_batch('SELECT 1, ''#r000001:x#''', 'lost')");
     assert_eq!(detail, "check_error: 42P01: relation \"gone\" does not exist");
     assert_eq!(one(bob, "SELECT count(*) FROM secret"), 0, "the temporary table is there again");
+    // Found by its number meanwhile.
+    let looks = generator_sql(
+        "looks",
+        r#""check": "(SELECT sum(pg_relation_size(oid)) FROM pg_class WHERE relpersistence = 't') >= 0""#,
+    );
+    run(mallory, &looks);
+    run(bob, "ALTER TABLE secret ADD b int");
+    assert!(text(bob, "SELECT llm_run('#r000001:x#', 'looks')").starts_with("1 text"));
+    run(bob, "INSERT INTO secret VALUES (1, 2); TRUNCATE secret");
     // No lock is held, while the statement waits for the network.
     run(c, "BEGIN; SELECT llm_run('#r000002:x#', 'ours')");
     assert_eq!(one(c, "SELECT count(*) FROM pg_locks WHERE relation = 'secret'::regclass"), 0);
