@@ -157,7 +157,7 @@ fn create_under(
         JsonB(stored.options).into(),
         search_path.into(),
     ];
-    txn::as_extension_owner(|| {
+    let before = txn::as_extension_owner(|| {
         names::hold(&model)?;
         let made = sql::run(
             "INSERT INTO llm_batch.task (name, owner, owner_name, home, kind, model, spec, options, search_path)
@@ -173,9 +173,20 @@ fn create_under(
                FROM (SELECT max(version) AS version FROM llm_batch.task_history WHERE name = $1) h
               WHERE name = $1 AND h.version IS NOT NULL",
             &[name.into()],
+        )?;
+        sql::row(
+            "SELECT llm_batch.owner_now(h.owner, h.owner_name, h.home) FROM llm_batch.task_history h
+              WHERE h.name = $1 ORDER BY h.version DESC LIMIT 1",
+            &[name.into()],
+            |row| row.maybe::<pg_sys::Oid>(1),
         )
     })?;
-    Ok(())
+    if before.is_none_or(owner::is_mine) {
+        return Ok(());
+    }
+    Err(Error::denied(format!("task \"{name}\" was another role's before it was dropped"))
+        .detail("Jobs of other roles may name it, and would ask the new one.")
+        .hint("Choose another name, or let the owner of the dropped task or a superuser create it."))
 }
 
 /// Keeps a task's version before another one takes its place.

@@ -6,6 +6,33 @@ use postgres::Client;
 use super::{BACKFILL, denied, roles};
 use crate::common::{self, Bed, PATIENCE, backfill_with, error, one, progress, run, text, wait_status, warm};
 
+/// Jobs know a task by its name: who takes the name of one that was dropped would get the rows of others.
+#[test]
+fn the_name_of_a_dropped_task() {
+    let bed = Bed::new("rights_names");
+    let client = &mut roles(&bed, 10);
+    run(client, "CREATE ROLE carol LOGIN; GRANT USAGE ON FOREIGN SERVER fake TO carol");
+    let connect = |role: &str| bed.cluster.connect_as("postgres", role);
+    let (alice, bob, carol) = (&mut connect("alice"), &mut connect("bob"), &mut connect("carol"));
+    let create =
+        &format!("SELECT llm_batch.create_classifier('named', '{}', 'm')", common::labels_json(&common::LABELS));
+    run(bob, create);
+    let start = "SELECT llm_batch.backfill('tickets', 'body', 'topic', 'named')";
+    let job = one(alice, start);
+    wait_status(client, job, "done");
+    run(bob, "SELECT llm_batch.drop_task('named')");
+    denied(carol, create, "was another role's");
+    run(client, &format!("SELECT llm_batch.retry_failed({job})"));
+    assert_eq!(one(client, "SELECT count(*) FROM llm_batch.task WHERE name = 'named'"), 0);
+    // Its owner's again, and then a superuser's.
+    run(bob, create);
+    run(bob, "SELECT llm_batch.drop_task('named')");
+    run(client, "DROP OWNED BY bob; DROP ROLE bob");
+    denied(carol, create, "was another role's");
+    run(client, create);
+    assert_eq!(one(client, "SELECT version::bigint FROM llm_batch.task WHERE name = 'named'"), 3);
+}
+
 /// A job's owner is dropped; the table is another's now. Models and servers change hands and names meanwhile.
 #[test]
 fn owners_and_servers_that_go() {
