@@ -172,11 +172,18 @@ fn alike(relation: pg_sys::Oid, column: &str) -> Result<Option<String>> {
     )
 }
 
+/// Says in SQL that column `a` of `pg_attribute` is NULL in no row. From Postgres 18 on NOT NULL may be NOT VALID.
+pub const NOT_NULL: &str = "(a.attnotnull AND NOT EXISTS
+    (SELECT FROM pg_catalog.pg_constraint n
+      WHERE n.conrelid OPERATOR(pg_catalog.=) a.attrelid AND n.contype OPERATOR(pg_catalog.=) 'n' AND NOT n.convalidated
+        AND n.conkey[1] OPERATOR(pg_catalog.=) a.attnum))";
+
 /// The columns by which rows are told apart and read in order: the primary key, or else a unique index that is as good.
 /// Each column must compare by operators of pg_catalog and have an array type, since pages of keys are arrays.
 fn key(relation: pg_sys::Oid, targets: Vec<i16>, short: &str) -> Result<(Vec<String>, Vec<i16>)> {
     let key = sql::row(
-        "SELECT k.names, k.attnums
+        &format!(
+            "SELECT k.names, k.attnums
            FROM pg_catalog.pg_index i
            JOIN pg_catalog.pg_class x ON x.oid OPERATOR(pg_catalog.=) i.indexrelid
            JOIN pg_catalog.pg_am am ON am.oid OPERATOR(pg_catalog.=) x.relam
@@ -184,10 +191,7 @@ fn key(relation: pg_sys::Oid, targets: Vec<i16>, short: &str) -> Result<(Vec<Str
             SELECT pg_catalog.array_agg(a.attname::pg_catalog.text ORDER BY u.n) AS names,
                    pg_catalog.array_agg(a.attnum ORDER BY u.n) AS attnums,
                    pg_catalog.bool_and(
-                     a.attnotnull AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint n
-                                                   WHERE n.conrelid OPERATOR(pg_catalog.=) i.indrelid AND NOT n.convalidated
-                                                     AND n.contype OPERATOR(pg_catalog.=) 'n' AND n.conkey[1] OPERATOR(pg_catalog.=) a.attnum)
-                     AND a.attnum OPERATOR(pg_catalog.>) 0 AND a.attnum OPERATOR(pg_catalog.<>) ALL ($2)
+                     {NOT_NULL} AND a.attnum OPERATOR(pg_catalog.>) 0 AND a.attnum OPERATOR(pg_catalog.<>) ALL ($2)
                      AND i.indoption[u.n] OPERATOR(pg_catalog.=) 0
                      AND i.indcollation[u.n] OPERATOR(pg_catalog.=) a.attcollation
                      AND t.typarray OPERATOR(pg_catalog.<>) 0::pg_catalog.oid
@@ -207,7 +211,8 @@ fn key(relation: pg_sys::Oid, targets: Vec<i16>, short: &str) -> Result<(Vec<Str
           ) k
           WHERE i.indrelid OPERATOR(pg_catalog.=) $1 AND i.indisunique AND i.indisvalid AND i.indimmediate
             AND i.indpred IS NULL AND i.indexprs IS NULL AND am.amname OPERATOR(pg_catalog.=) 'btree' AND k.fits
-          ORDER BY i.indisprimary DESC, i.indnkeyatts, i.indexrelid LIMIT 1",
+          ORDER BY i.indisprimary DESC, i.indnkeyatts, i.indexrelid LIMIT 1"
+        ),
         &[relation.into(), targets.into()],
         |r| Ok((r.get::<Vec<Option<String>>>(1)?, r.get::<Vec<Option<i16>>>(2)?)),
     )?;

@@ -2,6 +2,7 @@
 
 use pgrx::pg_sys;
 
+use crate::catalog::NOT_NULL;
 use crate::error::{Error, Result};
 use crate::job::store::Job;
 use crate::process::{current_user, my_database};
@@ -87,7 +88,8 @@ pub fn table(job: &Job) -> Result<Table> {
     let columns: Vec<_> = keys.chain(targets).chain(provenance).chain(confidence).collect();
     // One statement: it runs with each transaction that writes.
     let found = sql::row(
-        "SELECT pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)) AS full_name,
+        &format!(
+            "SELECT pg_catalog.concat(pg_catalog.quote_ident(n.nspname), '.', pg_catalog.quote_ident(c.relname)) AS full_name,
                 pg_catalog.quote_ident(c.relname) AS bare_name, c.relkind OPERATOR(pg_catalog.=) 'p' AS is_partitioned,
                 c.relhastriggers OR c.relkind OPERATOR(pg_catalog.=) 'p' AS has_triggers,
                 (SELECT u.name
@@ -104,12 +106,10 @@ pub fn table(job: &Job) -> Result<Table> {
                                OPERATOR(pg_catalog.=) pg_catalog.array_to_string($5::pg_catalog.int2[], ' '))
                 AND NOT EXISTS (SELECT FROM pg_catalog.pg_attribute a
                                  WHERE a.attrelid OPERATOR(pg_catalog.=) $1 AND a.attnum OPERATOR(pg_catalog.=) ANY ($5::pg_catalog.int2[])
-                                   AND NOT a.attnotnull)
-                AND NOT EXISTS (SELECT FROM pg_catalog.pg_constraint n
-                                 WHERE n.conrelid OPERATOR(pg_catalog.=) $1 AND n.contype OPERATOR(pg_catalog.=) 'n' AND NOT n.convalidated
-                                   AND n.conkey[1] OPERATOR(pg_catalog.=) ANY ($5::pg_catalog.int2[])) AS has_key
+                                   AND NOT {NOT_NULL}) AS has_key
            FROM pg_catalog.pg_class c JOIN pg_catalog.pg_namespace n ON n.oid OPERATOR(pg_catalog.=) c.relnamespace
-          WHERE c.oid OPERATOR(pg_catalog.=) $1",
+          WHERE c.oid OPERATOR(pg_catalog.=) $1"
+        ),
         &[
             job.relation.into(),
             columns.iter().map(|c| c.0.clone()).collect::<Vec<String>>().into(),
