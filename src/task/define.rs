@@ -168,20 +168,15 @@ fn create_under(
             return Err(exists("task", name, noun(kind)));
         }
         // A statement of its own: the one above may have waited for who dropped the last one of this name.
-        sql::run(
+        sql::rows_mut(
             "UPDATE llm_batch.task SET version = h.version + 1
-               FROM (SELECT max(version) AS version FROM llm_batch.task_history WHERE name = $1) h
-              WHERE name = $1 AND h.version IS NOT NULL",
-            &[name.into()],
-        )?;
-        sql::row(
-            "SELECT llm_batch.owner_now(h.owner, h.owner_name, h.home) FROM llm_batch.task_history h
-              WHERE h.name = $1 ORDER BY h.version DESC LIMIT 1",
+               FROM (SELECT * FROM llm_batch.task_history WHERE name = $1 ORDER BY version DESC LIMIT 1) h
+              WHERE task.name = $1 RETURNING llm_batch.owner_now(h.owner, h.owner_name, h.home)",
             &[name.into()],
             |row| row.maybe::<pg_sys::Oid>(1),
         )
     })?;
-    if before.is_none_or(owner::is_mine) {
+    if before.into_iter().all(owner::is_mine) {
         return Ok(());
     }
     Err(Error::denied(format!("task \"{name}\" was another role's before it was dropped"))
