@@ -334,6 +334,12 @@ pub fn error(client: &mut Client, sql: &str) -> (String, String, String, String)
     (db.code().code().to_owned(), db.message().to_owned(), or_empty(db.detail()), or_empty(db.hint()))
 }
 
+/// The version of the server, such as 150020.
+#[track_caller]
+pub fn version(client: &mut Client) -> i64 {
+    one(client, "SELECT current_setting('server_version_num')::bigint")
+}
+
 /// A statement fails with this SQLSTATE, and says each of these things in its message, detail or hint. Returns the three.
 #[track_caller]
 pub fn refused(client: &mut Client, sql: &str, code: &str, says: &[&str]) -> [String; 3] {

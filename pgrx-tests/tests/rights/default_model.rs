@@ -2,7 +2,7 @@
 
 use postgres::Client;
 
-use crate::common::{self, Bed, error, one, run};
+use crate::common::{self, Bed, error, run};
 
 /// The model that the last request named; nothing else was asked since.
 #[track_caller]
@@ -182,7 +182,7 @@ fn whose_default_model_it_is() {
     assert_eq!(asked_of(&bed, client, plain), "fake-his");
     run(client, "RESET ROLE; RESET llm_batch.default_model");
     // Who may maintain a view of another's builds it with the owner's rights.
-    if one(client, "SELECT current_setting('server_version_num')::bigint") >= 170_000 {
+    if common::version(client) >= 170_000 {
         run(
             carol,
             "CREATE MATERIALIZED VIEW built AS SELECT id, llm_filter(body, 'Is it so?', '{\"reuse\": false}') FROM texts WITH NO DATA;

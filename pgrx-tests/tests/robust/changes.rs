@@ -2,7 +2,9 @@
 
 use pg_llm_batch_e2e::wait_until;
 
-use crate::common::{Bed, PATIENCE, SMALL, backfill_with, in_flight, left, one, progress, run, tickets, warm, wrong};
+use crate::common::{
+    Bed, PATIENCE, SMALL, backfill_with, in_flight, left, one, progress, run, tickets, version, warm, wrong,
+};
 
 /// A column beside the target changes in the middle: the job says so and pays for nothing more. Each look at what is
 /// held takes the worker seconds, so not every kind of change is here.
@@ -181,7 +183,7 @@ fn settings_of_the_owners_role() {
          CREATE OPERATOR evil.= (LEFTARG = text, RIGHTARG = text, FUNCTION = evil.same);
          CREATE TABLE evil.tickets (id bigint PRIMARY KEY, body text, topic text)",
     );
-    let version = one(client, "SELECT current_setting('server_version_num')::bigint");
+    let version = version(client);
     for (i, (name, value)) in [
         ("default_transaction_isolation", "serializable"),
         ("default_transaction_isolation", "\"repeatable read\""),

@@ -8,7 +8,7 @@ use postgres::Client;
 use super::asked;
 use crate::common::{
     Bed, LABELS, PATIENCE, SMALL, backfill, backfill_with, error, failures, held_job, left, one, progress, run, text,
-    tickets, warm, wrong,
+    tickets, version, warm, wrong,
 };
 
 /// The processes of ours that have a transaction or a snapshot; empty if none has.
@@ -26,7 +26,7 @@ fn marker(id: i64, label: &str) -> String {
 fn a_full_queue_of_notifications() {
     let mut bed = Bed::new("robust_notify");
     // Before Postgres 17 the queue has 8 GB.
-    if one(&mut bed.connect(), "SELECT current_setting('server_version_num')::bigint") < 170_000 {
+    if version(&mut bed.connect()) < 170_000 {
         eprintln!("SKIPPED a_full_queue_of_notifications: needs Postgres 17");
         return;
     }

@@ -77,7 +77,7 @@ fn a_key_that_may_be_null() {
     warm(c, "t");
     let start = "SELECT llm_batch.backfill('t', 'body', 'topic', 'topic')";
     let mut changes = vec![""];
-    if one(c, "SELECT current_setting('server_version_num')::bigint") >= 180_000 {
+    if version(c) >= 180_000 {
         changes.push("ALTER TABLE t ADD CONSTRAINT n NOT NULL id NOT VALID");
     } else {
         eprintln!("SKIPPED in part a_key_that_may_be_null: NOT VALID needs Postgres 18");
