@@ -1,8 +1,8 @@
 //! Extraction: several typed values by name from every text.
 //!
 //! A row's answer is an array in the order of the fields. Where a value of one field can be a value of another, all but
-//! one of these stand behind a key: `["billing","2026-01-02","due","2026-02-03"]`. So a value never slides into a
-//! neighbour's column: it would be ill-typed there, or behind the key of another.
+//! one of these have a key: `["billing","2026-01-02",{"due":"2026-02-03"}]`. So a value never slides into a neighbour's
+//! column: it would be ill-typed there, or under the key of another.
 
 mod fields;
 #[cfg(test)]
@@ -141,15 +141,6 @@ impl Prepared {
         !letters.is_empty() && (alike.next(), alike.next()) == (Some(i), None)
     }
 
-    /// The value of an object that has nothing but this field, where its key and its value are awaited.
-    fn pair<'a>(&self, i: usize, item: &'a RawValue) -> Option<&'a RawValue> {
-        let Members(members) = serde_json::from_str(item.get()).ok()?;
-        match members.as_slice() {
-            [(name, value)] if self.is_named(i, name) => Some(value),
-            _ => None,
-        }
-    }
-
     /// Returns true if a string says that the text does not say, where it can be no value.
     fn says_nothing(&self, field: &Field, json: &str) -> bool {
         let Ok(text) = serde_json::from_str::<String>(json) else { return false };
@@ -167,24 +158,30 @@ impl Prepared {
         }
     }
 
-    /// The values of a row's array, each behind its key if it has one. `None`: they are not.
+    /// The values of a row's array, each under its key if it has one. `None`: they are not.
     fn elements<'a>(&self, items: &[&'a RawValue]) -> Option<Vec<Option<&'a RawValue>>> {
         let mut items = items.iter().copied();
         let mut values = Vec::new();
+        // Of objects that were read, what no field has taken.
+        let mut named: Vec<(String, &RawValue)> = Vec::new();
         for (i, key) in self.keys.iter().enumerate() {
-            let mut item = items.next()?;
-            if key.is_some() {
-                if let Some(value) = self.pair(i, item) {
-                    values.push(Some(value));
-                    continue;
-                }
-                let name: String = serde_json::from_str(item.get()).ok()?;
-                self.is_named(i, &name).then_some(())?;
-                item = items.next()?;
+            let is_this = |(name, _): &(String, &RawValue)| self.is_named(i, name);
+            if key.is_none() {
+                values.push(Some(items.next()?));
+                continue;
             }
-            values.push(Some(item));
+            if !named.iter().any(is_this) {
+                let item = items.next()?;
+                match serde_json::from_str(item.get()) {
+                    Ok(Members(members)) => named.extend(members),
+                    // Some models write the key and the value as two elements.
+                    Err(_) => named.push((serde_json::from_str(item.get()).ok()?, items.next()?)),
+                }
+            }
+            let at = named.iter().position(is_this)?;
+            values.push(Some(named.swap_remove(at).1));
         }
-        items.next().is_none().then_some(values)
+        (named.is_empty() && items.next().is_none()).then_some(values)
     }
 
     /// The members of a row's answer: each value once, under no other name.
@@ -273,7 +270,7 @@ fn keys(fields: &[Field], legends: &[Legend], count: CountTokens) -> Vec<Option<
 fn written(keys: &[Option<String>], values: &[String]) -> String {
     let element = |(key, value): (&Option<String>, &String)| match key {
         None => value.clone(),
-        Some(key) => format!("{},{value}", prompt::quote(key)),
+        Some(key) => format!("{{{}:{value}}}", prompt::quote(key)),
     };
     format!("[{}]", keys.iter().zip(values).map(element).collect::<Vec<_>>().join(","))
 }
@@ -320,19 +317,23 @@ impl Kind for Prepared {
     }
 
     fn schema(&self) -> Value {
-        let value = |(field, legend): (&Field, &Legend)| {
+        let element = |((field, legend), key): ((&Field, &Legend), &Option<String>)| {
             let one = match field.of {
                 Type::Labels => json!({"type": "string", "enum": legend.codes()}),
                 of => of.schema(),
             };
             let of = if field.is_array { json!({"type": "array", "items": one}) } else { one };
-            json!({"anyOf": [of, {"type": "null"}]})
+            let value = json!({"anyOf": [of, {"type": "null"}]});
+            match key {
+                None => value,
+                Some(key) => {
+                    json!({"type": "object", "properties": {key: value}, "required": [key], "additionalProperties": false})
+                }
+            }
         };
-        let keys: Vec<&String> = self.keys.iter().flatten().collect();
-        let mut schemas: Vec<Value> = self.task.fields.iter().zip(&self.legends).map(value).collect();
-        schemas.extend((!keys.is_empty()).then(|| json!({"type": "string", "enum": keys})));
+        let elements: Vec<Value> = self.task.fields.iter().zip(&self.legends).zip(&self.keys).map(element).collect();
         // One schema for all: strict schemas know no tuples.
-        json!({"type": "array", "items": {"anyOf": schemas}})
+        json!({"type": "array", "items": {"anyOf": elements}})
     }
 
     fn tokens(&self, _: usize) -> Span {
