@@ -140,7 +140,7 @@ BEGIN
     PERFORM llm_batch.refuse_transaction_block('llm_batch.wait()');
     LOOP
         COMMIT;
-        SELECT p.status, p.reason, p.last_error, p.rows_left INTO job
+        SELECT p.status, p.reason, p.last_error, p.rows_left, p.relation INTO job
           FROM llm_batch.progress p WHERE p.job_id OPERATOR(pg_catalog.=) wait.job_id;
         IF NOT FOUND THEN
             RAISE EXCEPTION 'job % does not exist', wait.job_id USING ERRCODE = 'undefined_object',
@@ -156,7 +156,9 @@ BEGIN
                             THEN pg_catalog.concat('Raise it with llm_batch.alter_job(', wait.job_id, ', …), then call llm_batch.resume(', wait.job_id, ').')
                             WHEN job.status OPERATOR(pg_catalog.=) 'paused'
                             THEN pg_catalog.concat('Fix the cause, then call llm_batch.resume(', wait.job_id, ').')
-                            ELSE 'Call llm_batch.backfill() again for the rows that are still NULL.' END;
+                            WHEN pg_catalog.to_regclass(job.relation) IS NOT NULL
+                            THEN 'Call llm_batch.backfill() again for the rows that are still NULL.'
+                            ELSE pg_catalog.concat('The table does not exist any more. llm_batch.forget(', wait.job_id, ') removes the job.') END;
         ELSIF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) deadline THEN
             RAISE EXCEPTION 'job % is not done after %', wait.job_id, wait.timeout USING ERRCODE = 'query_canceled',
                 DETAIL = pg_catalog.concat(job.rows_left, ' rows are left.');

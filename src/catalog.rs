@@ -157,7 +157,10 @@ fn column(relation: pg_sys::Oid, column: &str, table: &str, short: &str) -> Resu
             (_, Some(other)) => {
                 format!("Perhaps you meant column \"{other}\": its name is written as it is, without quotes.")
             }
-            (_, None) => format!("Add it with ALTER TABLE {table} ADD COLUMN {} text.", sql::name(column)),
+            (_, None) => format!(
+                "Add it with ALTER TABLE {table} ADD COLUMN {} text, or with the type of its field.",
+                sql::name(column)
+            ),
         })),
     }
 }

@@ -69,7 +69,9 @@ pub fn tell(model: &str, listed: Option<&Listed>) {
         }
         None => (
             format!("no price of \"{model}\" is known"),
-            "Dollars are not counted for this model, and it takes no budget in dollars.".to_owned(),
+            "llm_batch.list_price has none for this model at the host of its server. Dollars are not counted, and it takes \
+             no budget in dollars."
+                .to_owned(),
             "Set input_price and output_price with llm_batch.alter_model() to count them.",
         ),
     };

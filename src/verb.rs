@@ -57,7 +57,10 @@ impl Verb {
     pub fn check_kind(self, name: &str, spec: &Spec) -> Result<()> {
         match self.kind.filter(|kind| *kind != spec.kind()) {
             None => Ok(()),
-            Some(kind) => Err(wrong_kind(name, kind).hint("llm_run() asks tasks of every kind.")),
+            Some(kind) => {
+                Err(wrong_kind(name, kind)
+                    .hint("llm_run(), llm_run_array() and llm_run_batch() ask tasks of every kind."))
+            }
         }
     }
 

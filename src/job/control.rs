@@ -67,8 +67,14 @@ fn here(owner: pg_sys::Oid, relation: pg_sys::Oid) -> String {
 }
 
 fn ended(status: &status::Status) -> Error {
-    Error::state(format!("job {} is {}", status.id, status.status))
-        .hint("Call llm_batch.backfill() again for the rows that are still NULL.")
+    let ended = Error::state(format!("job {} is {}", status.id, status.status));
+    match status.relation {
+        None => ended.hint(format!(
+            "The table {} does not exist any more. llm_batch.forget({}) removes the job.",
+            status.table, status.id
+        )),
+        Some(_) => ended.hint("Call llm_batch.backfill() again for the rows that are still NULL."),
+    }
 }
 
 #[pg_extern(sql = false)]

@@ -190,13 +190,13 @@ impl Options {
     /// # Errors
     /// If they are more.
     pub(crate) fn check_rows(&self) -> Result<(), Error> {
-        number("max_rows_per_request", &self.max_rows_per_request.into(), 1, MOST_ROWS).map(|_| ())
+        rows(&self.max_rows_per_request.into(), MOST_ROWS).map(|_| ())
     }
 
     fn apply(&mut self, map: &Map<String, Value>) -> Result<(), Error> {
         for (key, value) in map {
             match key.as_str() {
-                "max_rows_per_request" => self.max_rows_per_request = number(key, value, 1, MOST_TEXTS)?,
+                "max_rows_per_request" => self.max_rows_per_request = rows(value, MOST_TEXTS)?,
                 "max_attempts" => self.max_attempts = number(key, value, 1, 10)?,
                 "priority" => self.priority = number(key, value, 1, 100)?,
                 "ask_by" => self.ask_by = word(key, value, "auto, chat, decisions")?,
@@ -223,6 +223,13 @@ fn number(key: &str, value: &Value, min: u32, max: u32) -> Result<u32, Error> {
     value.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| (min..=max).contains(n)).ok_or_else(|| {
         Error::new(format!("invalid value for option \"{key}\": {value}"))
             .hint(format!("It must be a whole number from {min} to {max}."))
+    })
+}
+
+/// Rows in a request: the kind that allows the most of them is known later.
+fn rows(value: &Value, max: u32) -> Result<u32, Error> {
+    number("max_rows_per_request", value, 1, max).map_err(|e| {
+        e.hint(format!("It must be a whole number from 1 to {MOST_ROWS}, of an embedder to {MOST_TEXTS}."))
     })
 }
 

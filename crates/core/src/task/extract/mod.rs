@@ -149,7 +149,8 @@ impl Prepared {
         let may_be_another = self.is_strict && !field.is_array && field.of.is_json();
         match field.of {
             Type::Jsonb if !field.is_array => false,
-            Type::Text if !field.is_array => word.is_empty(),
+            // Small models put null in quotes. A name is written otherwise.
+            Type::Text if !field.is_array => word.is_empty() || text.trim() == "null",
             _ => {
                 NOTHING.contains(&word.as_str())
                     && !may_be_another

@@ -162,6 +162,25 @@ fn keys_keep_two_dates_apart() {
 }
 
 #[test]
+fn what_says_nothing_is_null() {
+    let kind = prepared(json!({"due": "date", "gist": "text"}));
+    let read = |json: &str| read(&*kind, json);
+    for nothing in ["null", "\"null\"", "\"\"", "\" \""] {
+        assert_eq!(
+            read(&format!(r#"["2026-01-02",{{"gist":{nothing}}}]"#)),
+            some(&["2026-01-02", "NULL"]),
+            "{nothing}"
+        );
+        assert_eq!(read(&format!(r#"[{nothing},{{"gist":"x"}}]"#)), some(&["NULL", "x"]), "{nothing}");
+    }
+    assert_eq!(read(r#"["N/A",{"gist":"x"}]"#), some(&["NULL", "x"]));
+    // A text may be such a word, and a name may be Null.
+    for text in ["N/A", "none", "unknown", "Null", "null and void"] {
+        assert_eq!(read(&format!(r#"[null,{{"gist":"{text}"}}]"#)), some(&["NULL", text]));
+    }
+}
+
+#[test]
 fn lists_have_their_bounds_and_types() {
     let kind = prepared(json!({"tags": {"type": "text[]", "max_items": 2}, "n": "integer"}));
     assert_eq!(read(&*kind, r#"[["a","b\"c"],1]"#), some(&[r#"["a","b\"c"]"#, "1"]));
