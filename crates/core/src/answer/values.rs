@@ -10,7 +10,7 @@ use serde_json::value::RawValue;
 use serde_json::{Deserializer, Value};
 
 use super::{Verdict, is_of_another, number, tidy};
-use crate::task::{Kind, Members};
+use crate::task::{Kind, Members, Unfit};
 
 /// Deepest nesting of objects around a number.
 const MOST_DEPTH: usize = 4;
@@ -274,6 +274,7 @@ impl Reader<'_> {
         };
         let Ok(value) = RawValue::from_string(json.to_owned()) else { return };
         let now = match self.kind.read(&value) {
+            Ok(answer) if answer.has(&id.to_string()) => Verdict::Unfit(Unfit::number_of_the_row()),
             Ok(answer) => Verdict::Answer(answer),
             Err(unfit) => Verdict::Unfit(unfit),
         };
@@ -450,6 +451,18 @@ mod tests {
         assert_eq!(
             said(r#"[{"id":417,"number":902,"data":{"902":1}}]"#, &*kind),
             [Some("902|{\"902\":1}".into()), None, None]
+        );
+    }
+
+    #[test]
+    fn the_number_of_a_row_is_no_value_of_it() {
+        let fields = kind("extract", json!({"fields": {"no": "bigint", "due": "date"}}));
+        let answer = r#"{"417":[417,null],"902":[417,"2026-01-02"],"118":["118",null]}"#;
+        assert_eq!(said(answer, &*fields), [None, Some("417|2026-01-02".into()), None]);
+        let scores = kind("score", json!({"instruction": "x", "low": 0, "high": 1000}));
+        assert_eq!(
+            said(r#"{"417":417,"902":90.2,"118":902}"#, &*scores),
+            [None, Some("90.2".into()), Some("902".into())]
         );
     }
 

@@ -41,6 +41,13 @@ impl Column {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer(pub Vec<Option<String>>);
 
+impl Answer {
+    /// Returns true if this is one of its values.
+    pub(crate) fn has(&self, value: &str) -> bool {
+        self.0.iter().flatten().any(|text| text == value)
+    }
+}
+
 /// Why the value that an answer gives for a row is none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unfit {
@@ -57,6 +64,12 @@ impl Unfit {
     pub(crate) fn unknown_code() -> Self {
         let detail = "the model answered with something that is not a label".to_owned();
         Self { class: "unknown_code", wanted: "the answer must be one of the labels".into(), detail }
+    }
+
+    /// A value that is the number of its row: small models take it for a number that they look for in the text, which does
+    /// not hold it.
+    pub(crate) fn number_of_the_row() -> Self {
+        Self::bad_value("a value must not be the number of the row")
     }
 
     pub(super) fn bad_value(wanted: impl Into<String>) -> Self {

@@ -60,8 +60,12 @@ impl Draft {
     ) -> Self {
         let options = &stream.task.options;
         let service = stream.task.service();
+        let kind = &group.asking(service).kind;
         let ids = match service {
             Service::Embeddings => (FIRST_NUMBER..).take(rows.len()).collect(),
+            Service::Chat if kind.legend().is_none() => {
+                numbers.draw_apart(&rows.iter().map(|row| row.quoted.as_str()).collect::<Vec<_>>())
+            }
             Service::Chat | Service::Decisions => numbers.draw(rows.len()),
         };
         let form = learned.form(options);
@@ -69,7 +73,6 @@ impl Draft {
             Format::Schema { strict: false, .. } => stream.endpoint.api.dialect().has_open_schemas(),
             _ => true,
         };
-        let kind = &group.asking(service).kind;
         let format = request::format(options.answer_shape, form, &**kind, &ids)
             .filter(is_sent)
             .filter(|_| service == Service::Chat);
