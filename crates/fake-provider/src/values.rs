@@ -19,7 +19,7 @@ pub(crate) enum Wanted {
 pub(crate) struct Fields {
     pub(crate) all: Vec<Field>,
     /// The answer is a list of objects, `{"id":417,…}`, with all fields under their keys; else each field stands in a
-    /// row's array, in an object of its own if it has a key.
+    /// row's array, behind its key or in an object of its own if it has one.
     pub(crate) is_object: bool,
 }
 
@@ -27,6 +27,8 @@ pub(crate) struct Fields {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Field {
     pub(crate) key: Option<String>,
+    /// Its key and its value stand in an object.
+    is_apart: bool,
     pub(crate) name: String,
     /// The beginning of its description says its type.
     told: String,
@@ -88,6 +90,7 @@ impl Fields {
             let (key, name) = head.split_once(" = ").unwrap_or((head, head));
             all.push(Field {
                 key: Some(key.to_owned()),
+                is_apart: false,
                 name: name.to_owned(),
                 told: told.to_owned(),
                 legend: Vec::new(),
@@ -96,9 +99,12 @@ impl Fields {
         let example = example(system);
         let is_object = example[0].get("id").is_some_and(Value::is_u64);
         if !is_object {
-            let mut elements = example.as_array().into_iter().flatten();
+            let mut elements = example.as_array().into_iter().flatten().peekable();
             for field in &mut all {
-                field.key = elements.next().and_then(Value::as_object).and_then(|one| one.keys().next().cloned());
+                field.key = elements.next_if(|one| is_key(one)).and_then(Value::as_str).map(str::to_owned);
+                if let Some(Value::Object(one)) = elements.next() {
+                    (field.key, field.is_apart) = (one.keys().next().cloned(), true);
+                }
             }
         }
         Self { all, is_object }
@@ -109,7 +115,8 @@ impl Fields {
         let member = |(field, value): (&Field, &String)| match (&field.key, self.is_object) {
             (None, _) => value.clone(),
             (Some(key), true) => format!("\"{key}\":{value}"),
-            (Some(key), false) => format!("{{\"{key}\":{value}}}"),
+            (Some(key), false) if field.is_apart => format!("{{\"{key}\":{value}}}"),
+            (Some(key), false) => format!("\"{key}\",{value}"),
         };
         let all = self.all.iter().zip(values).map(member).collect::<Vec<_>>().join(",");
         if self.is_object { format!("{{{all}}}") } else { format!("[{all}]") }
@@ -121,8 +128,8 @@ impl Fields {
         let mut elements = all.as_array().into_iter().flatten();
         let value = |field: &Field| match (&field.key, self.is_object) {
             (Some(key), true) => all[key].to_string(),
-            (Some(key), false) => elements.next().map_or(String::new(), |one| one[key].to_string()),
-            (None, _) => elements.next().map_or(String::new(), Value::to_string),
+            (Some(key), false) if field.is_apart => elements.next().map_or(String::new(), |one| one[key].to_string()),
+            (key, _) => elements.nth(usize::from(key.is_some())).map_or(String::new(), Value::to_string),
         };
         self.all.iter().map(value).collect()
     }
@@ -171,6 +178,11 @@ fn words(id: u64, (least, most): (u64, u64)) -> String {
     format!("{id} {}", words.collect::<Vec<_>>().join(" "))
 }
 
+/// Returns true if an element of the example is a key: no form of a value.
+fn is_key(element: &Value) -> bool {
+    element.as_str().is_some_and(|text| !matches!(text, "LABEL" | "TEXT" | "…") && !text.starts_with("YYYY"))
+}
+
 /// The answer to the first row of the prompt's example. The words for a value there may be no JSON.
 fn example(system: &str) -> Value {
     let row = system.rsplit_once("exactly like {\"").and_then(|(_, example)| example.split_once("\":"));
@@ -205,6 +217,7 @@ mod tests {
         let dates = right(r#"["YYYY-MM-DD",{"b":NUMBER}]"#);
         let to = &dates[1]["b"];
         assert!(dates[0].is_string() && to.is_string() && dates[0] != *to);
+        assert_eq!(right(r#"["YYYY-MM-DD","b",NUMBER]"#), serde_json::json!([dates[0], "b", to]));
         assert_eq!(right(r#"[{"id":1,"from":"Y","b":"Y"},{}]"#), serde_json::json!({"from": dates[0], "b": to}));
     }
 

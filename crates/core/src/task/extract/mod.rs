@@ -1,8 +1,9 @@
 //! Extraction: several typed values by name from every text.
 //!
 //! A row's answer is an array in the order of the fields. Where a value of one field can be a value of another, all but
-//! one of these have a key: `["billing","2026-01-02",{"due":"2026-02-03"}]`. So a value never slides into a neighbour's
-//! column: it would be ill-typed there, or under the key of another.
+//! one of these have a key: `["billing","2026-01-02","due","2026-02-03"]`. So a value never slides into a neighbour's
+//! column: it would be ill-typed there, or behind the key of another. Where the key could be a value of the field, both stand
+//! in an object, `["2026-01-02",{"gist":"…"}]`: small models take a key before a text for a further text.
 
 mod fields;
 #[cfg(test)]
@@ -114,7 +115,7 @@ impl Prepared {
         }
         // Beside the values: the row's number, signs between values, keys.
         let empty = vec!["\"\"".to_owned(); fields.len()];
-        let signs = prompt::tokens_of_a_row(&written(&keys, &empty), count).saturating_sub(fields.len());
+        let signs = prompt::tokens_of_a_row(&written(fields, &keys, &empty), count).saturating_sub(fields.len());
         let span = Span { mean: span.mean + signs as f64, planned: span.planned + signs };
         Self { task: task.clone(), legends, keys, is_strict, span }
     }
@@ -122,7 +123,7 @@ impl Prepared {
     /// The form of a row's answer, without a value.
     fn form(&self) -> String {
         let forms: Vec<String> = self.task.fields.iter().zip(&self.legends).map(|(f, legend)| f.form(legend)).collect();
-        written(&self.keys, &forms)
+        written(&self.task.fields, &self.keys, &forms)
     }
 
     /// Returns true if the name is that of a field: its key, its name in any case, or as no other field's may be written.
@@ -159,7 +160,7 @@ impl Prepared {
         }
     }
 
-    /// The values of a row's array, each under its key if it has one. `None`: they are not.
+    /// The values of a row's array, each with its key if it has one. `None`: they are not.
     fn elements<'a>(&self, items: &[&'a RawValue]) -> Option<Vec<Option<&'a RawValue>>> {
         let mut items = items.iter().copied();
         let mut values = Vec::new();
@@ -175,7 +176,6 @@ impl Prepared {
                 let item = items.next()?;
                 match serde_json::from_str(item.get()) {
                     Ok(Members(members)) => named.extend(members),
-                    // Some models write the key and the value as two elements.
                     Err(_) => named.push((serde_json::from_str(item.get()).ok()?, items.next()?)),
                 }
             }
@@ -268,12 +268,14 @@ fn keys(fields: &[Field], legends: &[Legend], count: CountTokens) -> Vec<Option<
 }
 
 /// A row's answer.
-fn written(keys: &[Option<String>], values: &[String]) -> String {
-    let element = |(key, value): (&Option<String>, &String)| match key {
+fn written(fields: &[Field], keys: &[Option<String>], values: &[String]) -> String {
+    let element = |((field, key), value): ((&Field, &Option<String>), &String)| match key.as_deref().map(prompt::quote)
+    {
         None => value.clone(),
-        Some(key) => format!("{{{}:{value}}}", prompt::quote(key)),
+        Some(key) if field.may_be_a_key() => format!("{{{key}:{value}}}"),
+        Some(key) => format!("{key},{value}"),
     };
-    format!("[{}]", keys.iter().zip(values).map(element).collect::<Vec<_>>().join(","))
+    format!("[{}]", fields.iter().zip(keys).zip(values).map(element).collect::<Vec<_>>().join(","))
 }
 
 impl Kind for Prepared {
@@ -301,7 +303,7 @@ impl Kind for Prepared {
                 Some(other) => other.to_string(),
             };
             let values: Vec<String> = fields.iter().zip(&self.legends).map(value).collect();
-            written(&self.keys, &values)
+            written(fields, &self.keys, &values)
         };
         let examples = shown(examples.iter().map(|e| (e.input.as_str(), answer(e))));
         format!("{instruction}\n\nFields:\n{told}{examples}")
@@ -326,13 +328,18 @@ impl Kind for Prepared {
             let of = if field.is_array { json!({"type": "array", "items": one}) } else { one };
             let value = json!({"anyOf": [of, {"type": "null"}]});
             match key {
-                None => value,
-                Some(key) => {
+                Some(key) if field.may_be_a_key() => {
                     json!({"type": "object", "properties": {key: value}, "required": [key], "additionalProperties": false})
                 }
+                _ => value,
             }
         };
-        let elements: Vec<Value> = self.task.fields.iter().zip(&self.legends).zip(&self.keys).map(element).collect();
+        let fields = self.task.fields.iter().zip(&self.legends).zip(&self.keys);
+        let before_a_value =
+            |((field, _), key): ((&Field, _), &'_ Option<String>)| key.clone().filter(|_| !field.may_be_a_key());
+        let keys: Vec<String> = fields.clone().filter_map(before_a_value).collect();
+        let mut elements: Vec<Value> = fields.map(element).collect();
+        elements.extend((!keys.is_empty()).then(|| json!({"type": "string", "enum": keys})));
         // One schema for all: strict schemas know no tuples.
         json!({"type": "array", "items": {"anyOf": elements}})
     }

@@ -38,7 +38,7 @@ fn the_system_message_reads_as_written_here() {
     let kind = prepared(json!({"sent_at": "date", "due": "date"}));
     let text = crate::request::system(&*kind);
     assert!(text.contains("sent_at: a date\ndue: a date\n"), "{text}");
-    assert!(text.ends_with(r#"exactly like {"417":["YYYY-MM-DD",{"due":"YYYY-MM-DD"}],"902":…}"#), "{text}");
+    assert!(text.ends_with(r#"exactly like {"417":["YYYY-MM-DD","due","YYYY-MM-DD"],"902":…}"#), "{text}");
 }
 
 #[test]
@@ -59,7 +59,11 @@ fn a_form_that_is_copied_is_no_answer() {
 
 #[test]
 fn values_have_keys_where_one_could_be_taken_for_another() {
-    let has_keys = |fields: Value| prepared(fields).samples()[0].contains('{');
+    let has_keys = |fields: Value| {
+        let n = fields.as_object().map_or(0, Map::len);
+        let form = &prepared(fields).samples()[0];
+        form.contains('{') || form.split(',').count() > n
+    };
     let labels = |labels: &[&str]| json!({"labels": labels});
     assert!(!has_keys(
         json!({"c": labels(&["x", "y"]), "n": "numeric", "b": "boolean", "d": "date", "t": "timestamptz"})
@@ -93,9 +97,9 @@ fn the_fewest_have_a_key_and_it_is_nobodys_name() {
     assert_eq!(form(json!({"data": "jsonb", "n": "integer"})), r#"[{"data":JSON},NUMBER]"#);
     assert_eq!(form(json!({"a": "date", "b": "date", "c": "date"})).matches("YYYY").count(), 3);
     // A name of many tokens is not written in full, unless its beginning is another's name.
-    assert_eq!(form(json!({"x": "date", "reported_at": "date"})), r#"["YYYY-MM-DD",{"repo":"YYYY-MM-DD"}]"#);
+    assert_eq!(form(json!({"x": "date", "reported_at": "date"})), r#"["YYYY-MM-DD","repo","YYYY-MM-DD"]"#);
     let form = form(json!({"x": "date", "repo": "integer", "reported_at": "date"}));
-    assert!(form.contains(r#"{"reported_at":"#), "{form}");
+    assert!(form.contains(r#""reported_at","#), "{form}");
 }
 
 #[test]

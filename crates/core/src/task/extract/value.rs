@@ -70,6 +70,11 @@ impl Field {
         }
     }
 
+    /// Returns true if a key could be one of its values.
+    pub(super) fn may_be_a_key(&self) -> bool {
+        !self.is_array && matches!(self.of, Type::Text | Type::Labels | Type::Jsonb)
+    }
+
     pub(super) fn told(&self, legend: &Legend) -> String {
         let words = self.max_words.map_or(String::new(), |n| format!(" of at most {n} words"));
         let zone = if self.time_zone.is_some() { ", or without the offset in local time" } else { "" };
