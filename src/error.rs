@@ -98,6 +98,12 @@ impl Error {
                 "The endpoint does not speak TLS at this port. Check the option base_url of the foreign server: https, or \
                  http for this machine and, with allow_http, for private addresses.",
             ),
+            StopReason::ProviderDown if stop.message.contains("is not JSON") => (
+                C::ERRCODE_CONNECTION_FAILURE,
+                format!("the provider of model \"{model}\" does not answer with JSON"),
+                "There may be a web page, or another service. Check the option base_url of the foreign server, which usually \
+                 ends in /v1.",
+            ),
             StopReason::ProviderDown => (
                 C::ERRCODE_CONNECTION_FAILURE,
                 format!("the provider of model \"{model}\" does not answer"),

@@ -54,6 +54,11 @@ fn a_provider_that_refuses() {
     }
     assert_eq!(elsewhere.stats().requests, 0, "a redirect was followed");
 
+    bed.provider.configure(|c| c.faults = vec![(Fault::Status(200, "<html>Welcome</html>".to_owned()), 1.0)]);
+    for sql in &verbs {
+        refused(client, sql, "08006", &["does not answer with JSON", "web page", "base_url", "usually ends in /v1"]);
+    }
+
     bed.provider.configure(|c| c.faults = vec![(Fault::SpendLimit429, 1.0)]);
     for sql in &verbs {
         refused(client, sql, "53000", &["out of credit", "quota"]);
