@@ -1,7 +1,7 @@
 //! The arguments of a scalar function beside its text: the same for every row of a call.
 
 use llm_batch_core::options::OnError;
-use llm_batch_core::task::{Spec, Task};
+use llm_batch_core::task::{Spec, Subject, Task};
 use llm_batch_gateway::protocol::{Allowance, Verdict};
 use pgrx::prelude::*;
 use serde_json::Value;
@@ -11,7 +11,7 @@ use crate::options::{OfCall, OfQuestion, of_call, of_question};
 use crate::process::current_user;
 use crate::task::{self, Asked, Known};
 use crate::verb::Verb;
-use crate::{model, settings};
+use crate::{model, settings, sql};
 
 /// The arguments of a call but its text.
 #[derive(Debug, Clone, PartialEq)]
@@ -92,6 +92,9 @@ pub fn ad_hoc(
 ) -> Result<(Known, Allowance)> {
     let OfQuestion { call: OfCall { task: mut options, limit }, model, task: name } = of_question(options)?;
     verb.check_options(&options, name.is_some())?;
+    if let ([Some(word)], Subject::Text, None) = (subject, verb.subject(), &name) {
+        refuse_name(word)?;
+    }
     let base = name.as_deref().map(|name| task::load(name, &Value::Null)).transpose()?;
     if let (Some(name), Some(base)) = (&name, &base) {
         verb.check_base(name, &base.task.spec)?;
@@ -102,6 +105,19 @@ pub fn ad_hoc(
     let task = Task { spec, options: before.with(&options)? };
     let model = model.or(of_task).map_or_else(|| model::default(author), Ok)?;
     Ok((Known { model, version: 0, task, checks }, limit))
+}
+
+/// Refuses the name of a task where an instruction stands: the model would be told the name alone, and paid for.
+fn refuse_name(instruction: &str) -> Result<()> {
+    let is_name = |name: &str| {
+        sql::one::<i32>("SELECT 1 FROM llm_batch.task t WHERE t.name OPERATOR(pg_catalog.=) $1", &[name.into()])
+    };
+    // An instruction has more than a word.
+    if instruction.contains(char::is_whitespace) || is_name(instruction)?.is_none() {
+        return Ok(());
+    }
+    Err(Error::invalid(format!("\"{instruction}\" is the name of a task, not an instruction"))
+        .hint("llm_run(input, task) asks a task. Its instruction with other options is asked by the option \"task\"."))
 }
 
 impl Conclude {

@@ -26,6 +26,12 @@ fn names_and_options() {
     );
     run(client, "RESET llm_batch.default_model");
 
+    // The name of a task where an instruction stands.
+    for verb in ["llm_generate", "llm_score", "llm_filter"] {
+        let sql = format!("SELECT {verb}('x', 'topic', '{{\"model\": \"m\"}}')");
+        refused(client, &sql, "22023", &["\"topic\" is the name of a task", "llm_run(input, task)"]);
+    }
+
     run(client, "CREATE FOREIGN DATA WRAPPER nothing; CREATE SERVER nothing FOREIGN DATA WRAPPER nothing");
     let create = |change: &str| format!("SELECT llm_batch.create_model('x', {change})");
     refused(client, &create("server => 'gone', model => 'x'"), "42704", &["server \"gone\"", "CREATE SERVER"]);
