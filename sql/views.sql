@@ -156,7 +156,8 @@ BEGIN
                             THEN pg_catalog.concat('Raise it with llm_batch.alter_job(', wait.job_id, ', …), then call llm_batch.resume(', wait.job_id, ').')
                             WHEN job.status OPERATOR(pg_catalog.=) 'paused'
                             THEN pg_catalog.concat('Fix the cause, then call llm_batch.resume(', wait.job_id, ').')
-                            WHEN pg_catalog.to_regclass(job.relation) IS NOT NULL
+                            WHEN EXISTS (SELECT FROM pg_catalog.pg_class t
+                                          WHERE t.oid::pg_catalog.regclass::pg_catalog.text OPERATOR(pg_catalog.=) job.relation)
                             THEN 'Call llm_batch.backfill() again for the rows that are still NULL.'
                             ELSE pg_catalog.concat('The table does not exist any more. llm_batch.forget(', wait.job_id, ') removes the job.') END;
         ELSIF pg_catalog.clock_timestamp() OPERATOR(pg_catalog.>) deadline THEN

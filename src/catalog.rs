@@ -158,7 +158,7 @@ fn column(relation: pg_sys::Oid, column: &str, table: &str, short: &str) -> Resu
                 format!("Perhaps you meant column \"{other}\": its name is written as it is, without quotes.")
             }
             (_, None) => format!(
-                "Add it with ALTER TABLE {table} ADD COLUMN {} text, or with the type of its field.",
+                "Add it with ALTER TABLE {table} ADD COLUMN {} text; take another type if the answers are no texts.",
                 sql::name(column)
             ),
         })),

@@ -101,8 +101,8 @@ impl Error {
             StopReason::ProviderDown if stop.message.contains("is not JSON") => (
                 C::ERRCODE_CONNECTION_FAILURE,
                 format!("the provider of model \"{model}\" does not answer with JSON"),
-                "There may be a web page, or another service. Check the option base_url of the foreign server, which usually \
-                 ends in /v1.",
+                "A web page or another service may answer there. Check the option base_url of the foreign server, which \
+                 usually ends in /v1.",
             ),
             StopReason::ProviderDown => (
                 C::ERRCODE_CONNECTION_FAILURE,

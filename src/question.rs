@@ -1,7 +1,7 @@
 //! The arguments of a scalar function beside its text: the same for every row of a call.
 
 use llm_batch_core::options::OnError;
-use llm_batch_core::task::{Spec, Subject, Task};
+use llm_batch_core::task::{Spec, Task};
 use llm_batch_gateway::protocol::{Allowance, Verdict};
 use pgrx::prelude::*;
 use serde_json::Value;
@@ -92,8 +92,8 @@ pub fn ad_hoc(
 ) -> Result<(Known, Allowance)> {
     let OfQuestion { call: OfCall { task: mut options, limit }, model, task: name } = of_question(options)?;
     verb.check_options(&options, name.is_some())?;
-    if let ([Some(word)], Subject::Text, None) = (subject, verb.subject(), &name) {
-        refuse_name(word)?;
+    if let ([Some(words)], true, None) = (subject, verb.is_instructed(), &name) {
+        refuse_name(words)?;
     }
     let base = name.as_deref().map(|name| task::load(name, &Value::Null)).transpose()?;
     if let (Some(name), Some(base)) = (&name, &base) {
@@ -107,17 +107,24 @@ pub fn ad_hoc(
     Ok((Known { model, version: 0, task, checks }, limit))
 }
 
-/// Refuses the name of a task where an instruction stands: the model would be told the name alone, and paid for.
+/// Refuses the name of a task of the caller's where an instruction stands: the model would be told the name alone, and paid
+/// for. What others call their tasks is no reason.
 fn refuse_name(instruction: &str) -> Result<()> {
-    let is_name = |name: &str| {
-        sql::one::<i32>("SELECT 1 FROM llm_batch.task t WHERE t.name OPERATOR(pg_catalog.=) $1", &[name.into()])
-    };
     // An instruction has more than a word.
-    if instruction.contains(char::is_whitespace) || is_name(instruction)?.is_none() {
+    if instruction.contains(char::is_whitespace) {
         return Ok(());
     }
-    Err(Error::invalid(format!("\"{instruction}\" is the name of a task, not an instruction"))
-        .hint("llm_run(input, task) asks a task. Its instruction with other options is asked by the option \"task\"."))
+    let found = sql::one::<i32>(
+        "SELECT 1 FROM llm_batch.task t
+          WHERE t.name OPERATOR(pg_catalog.=) $1 AND llm_batch.owner_now(t.owner, t.owner_name, t.home) OPERATOR(pg_catalog.=) $2",
+        &[instruction.into(), current_user().into()],
+    )?;
+    match found {
+        None => Ok(()),
+        Some(_) => Err(Error::invalid(format!("\"{instruction}\" is the name of a task, not an instruction")).hint(
+            "llm_run(input, task) asks a task. To use its instruction with other options, set the option \"task\".",
+        )),
+    }
 }
 
 impl Conclude {

@@ -48,6 +48,11 @@ impl Verb {
         self.of.subject == Subject::Task
     }
 
+    /// Returns true if its subject is an instruction or a question: not the language of `llm_translate()`.
+    pub fn is_instructed(self) -> bool {
+        self.of.subject == Subject::Text && self.of.name != "translate"
+    }
+
     /// Returns true if the same function takes labels or fields in place of a task's name.
     pub fn has_array_form(self) -> bool {
         self.kind.is_some_and(task::takes_texts)

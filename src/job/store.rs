@@ -246,7 +246,8 @@ pub fn end(id: i64, epoch: i32, outcome: &Outcome, in_doubt: bool) -> Result<boo
     let entered = txn::as_extension_owner(|| {
         sql::run(
             "UPDATE llm_batch.job_state s
-                SET status = $3, reason = $4, last_error = CASE WHEN $3 <> 'done' THEN coalesce($5, last_error) END, resume_at = $6, epoch = $2, updated_at = now(),
+                SET status = $3, reason = $4, last_error = CASE WHEN $3 <> 'done' THEN coalesce($5, last_error) END,
+                    resume_at = $6, epoch = $2, updated_at = now(),
                     rows_superseded = CASE WHEN $3 = 'done'
                         THEN greatest(s.rows_total - s.rows_done - s.rows_skipped - s.rows_failed, s.rows_superseded)
                         ELSE s.rows_superseded END,

@@ -229,7 +229,7 @@ fn number(key: &str, value: &Value, min: u32, max: u32) -> Result<u32, Error> {
 /// Rows in a request: the kind that allows the most of them is known later.
 fn rows(value: &Value, max: u32) -> Result<u32, Error> {
     number("max_rows_per_request", value, 1, max).map_err(|e| {
-        e.hint(format!("It must be a whole number from 1 to {MOST_ROWS}, of an embedder to {MOST_TEXTS}."))
+        e.hint(format!("It must be a whole number from 1 to {MOST_ROWS}, or to {MOST_TEXTS} for an embedder."))
     })
 }
 

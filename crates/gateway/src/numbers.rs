@@ -27,15 +27,16 @@ impl Numbers {
         drawn
     }
 
-    /// Draws a number for each text, which it does not hold, as far as there are such: then a value that is the number of its
-    /// row is not from the text.
+    /// Draws a number for each text, which it does not hold, as far as there are such: then a value that is the number of
+    /// its row is not from the text.
     pub fn draw_apart(&self, texts: &[&str]) -> Vec<u16> {
-        let mut drawn = self.draw(texts.len() + texts.len() / 4 + MOST_LOOKS);
-        let mut spare = drawn.split_off(texts.len()).into_iter();
+        let mut drawn = self.draw(texts.len());
+        let first = drawn.clone();
+        let mut others = self.0.iter().copied().filter(|number| !first.contains(number));
         for (text, number) in texts.iter().zip(&mut drawn) {
             let holds = |number: u16| text.contains(&number.to_string());
             if holds(*number)
-                && let Some(other) = spare.by_ref().take(MOST_LOOKS).find(|other| !holds(*other))
+                && let Some(other) = others.by_ref().take(MOST_LOOKS).find(|other| !holds(*other))
             {
                 *number = other;
             }

@@ -274,7 +274,8 @@ impl Reader<'_> {
         };
         let Ok(value) = RawValue::from_string(json.to_owned()) else { return };
         let now = match self.kind.read(&value) {
-            Ok(answer) if answer.has(&id.to_string()) => Verdict::Unfit(Unfit::number_of_the_row()),
+            // What is decided is chosen from what was given.
+            Ok(_) if self.kind.choices().is_none() && repeats(&value, id) => Verdict::Unfit(Unfit::number_of_the_row()),
             Ok(answer) => Verdict::Answer(answer),
             Err(unfit) => Verdict::Unfit(unfit),
         };
@@ -284,6 +285,21 @@ impl Reader<'_> {
             *said = Verdict::Contradicted;
         }
     }
+}
+
+/// Returns true if a value, or one within it, is the number of its row.
+fn repeats(value: &RawValue, id: u16) -> bool {
+    fn is_in(value: &Value, id: u16) -> bool {
+        match value {
+            Value::Number(n) => n.as_f64() == Some(f64::from(id)),
+            Value::String(text) => text.trim().parse() == Ok(f64::from(id)),
+            Value::Array(items) => items.iter().any(|item| is_in(item, id)),
+            Value::Object(members) => members.values().any(|member| is_in(member, id)),
+            Value::Null | Value::Bool(_) => false,
+        }
+    }
+    // Most values do not have its digits.
+    value.get().contains(&id.to_string()) && serde_json::from_str(value.get()).is_ok_and(|value| is_in(&value, id))
 }
 
 /// The next line that begins with an object.
@@ -459,6 +475,10 @@ mod tests {
         let fields = kind("extract", json!({"fields": {"no": "bigint", "due": "date"}}));
         let answer = r#"{"417":[417,null],"902":[417,"2026-01-02"],"118":["118",null]}"#;
         assert_eq!(said(answer, &*fields), [None, Some("417|2026-01-02".into()), None]);
+        let fields = kind("extract", json!({"fields": {"a": "numeric", "b": "text", "c": "text[]"}}));
+        let answer = r#"{"417":[417.00,"x",[]],"902":[1," 902 ",[]],"118":[118.5,"118 mm",["1180"]]}"#;
+        assert_eq!(said(answer, &*fields), [None, None, Some(r#"118.5|118 mm|["1180"]"#.into())]);
+        assert_eq!(said(r#"{"417":[1,"x",["417"]],"902":{"a":902,"b":"x","c":[]}}"#, &*fields), [None, None, None]);
         let scores = kind("score", json!({"instruction": "x", "low": 0, "high": 1000}));
         assert_eq!(
             said(r#"{"417":417,"902":90.2,"118":902}"#, &*scores),

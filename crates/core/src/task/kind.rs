@@ -41,13 +41,6 @@ impl Column {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer(pub Vec<Option<String>>);
 
-impl Answer {
-    /// Returns true if this is one of its values.
-    pub(crate) fn has(&self, value: &str) -> bool {
-        self.0.iter().flatten().any(|text| text == value)
-    }
-}
-
 /// Why the value that an answer gives for a row is none.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unfit {
@@ -69,7 +62,9 @@ impl Unfit {
     /// A value that is the number of its row: small models take it for a number that they look for in the text, which does
     /// not hold it.
     pub(crate) fn number_of_the_row() -> Self {
-        Self::bad_value("a value must not be the number of the row")
+        let wanted = "no value is the number of the row".to_owned();
+        let detail = "the model gave the row's number in the request as a value".to_owned();
+        Self { class: "bad_value", wanted, detail }
     }
 
     pub(super) fn bad_value(wanted: impl Into<String>) -> Self {

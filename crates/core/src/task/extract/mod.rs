@@ -2,8 +2,8 @@
 //!
 //! A row's answer is an array in the order of the fields. Where a value of one field can be a value of another, all but
 //! one of these have a key: `["billing","2026-01-02","due","2026-02-03"]`. So a value never slides into a neighbour's
-//! column: it would be ill-typed there, or behind the key of another. Where the key could be a value of the field, both stand
-//! in an object, `["2026-01-02",{"gist":"…"}]`: small models take a key before a text for a further text.
+//! column: it would be ill-typed there, or behind the key of another. Where the key could be a value of the field, both
+//! stand in an object, `["2026-01-02",{"gist":"…"}]`: small models take a key before a text for a further text.
 
 mod fields;
 #[cfg(test)]
@@ -160,6 +160,14 @@ impl Prepared {
         }
     }
 
+    /// Returns true if an element is the key of a field.
+    fn is_key(&self, element: &RawValue) -> bool {
+        let name: Option<String> = serde_json::from_str(element.get()).ok();
+        name.is_some_and(|name| {
+            (0..self.keys.len()).any(|i| self.keys.get(i).is_some_and(Option::is_some) && self.is_named(i, &name))
+        })
+    }
+
     /// The values of a row's array, each with its key if it has one. `None`: they are not.
     fn elements<'a>(&self, items: &[&'a RawValue]) -> Option<Vec<Option<&'a RawValue>>> {
         let mut items = items.iter().copied();
@@ -176,7 +184,10 @@ impl Prepared {
                 let item = items.next()?;
                 match serde_json::from_str(item.get()) {
                     Ok(Members(members)) => named.extend(members),
-                    Err(_) => named.push((serde_json::from_str(item.get()).ok()?, items.next()?)),
+                    Err(_) => {
+                        let value = items.next().filter(|value| !self.is_key(value))?;
+                        named.push((serde_json::from_str(item.get()).ok()?, value));
+                    }
                 }
             }
             let at = named.iter().position(is_this)?;
@@ -244,7 +255,9 @@ fn keys(fields: &[Field], legends: &[Legend], count: CountTokens) -> Vec<Option<
     let codes = Legend::new(&names, Codes::Auto, count);
     let key = |(field, code): (&Field, &String)| {
         let is_of_another = |f: &Field| f.name != field.name && f.name.eq_ignore_ascii_case(code);
-        if fields.iter().any(is_of_another) { field.name.clone() } else { code.clone() }
+        // A number stands for a row.
+        let is_number = code.bytes().all(|b| b.is_ascii_digit());
+        if is_number || fields.iter().any(is_of_another) { field.name.clone() } else { code.clone() }
     };
     let mut keys: Vec<Option<String>> = fields.iter().zip(codes.codes()).map(|pair| Some(key(pair))).collect();
     let all: Vec<(&Field, &Legend)> = fields.iter().zip(legends).collect();
