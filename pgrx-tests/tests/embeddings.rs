@@ -175,7 +175,7 @@ fn what_is_wrong(c: &mut Client) {
         (
             "SELECT llm_batch.create_embedder('f', 'm', 3, options => '{\"max_rows_per_request\": 2049}')",
             "22023",
-            "1 to 2048",
+            "or to 2048 for an embedder",
         ),
         (
             "SELECT llm_batch.create_scorer('f', 'x', 0, 1, 'm', options => '{\"max_rows_per_request\": 501}')",
