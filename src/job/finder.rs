@@ -6,7 +6,7 @@ use super::store::{self, Outcome};
 use super::tidy;
 use crate::error::Result;
 use crate::failure::failure_point;
-use crate::process::{handle_signals, my_database, my_pid};
+use crate::process::{handle_signals, my_database, my_pid, report};
 use crate::shared::{self, End, launch};
 use crate::worker::{on_exit, orders};
 use crate::{sql, txn, version};
@@ -40,6 +40,7 @@ pub extern "C-unwind" fn llm_batch_finder_main(_arg: pg_sys::Datum) {
             End::Died
         }
     };
+    report(pg_sys::BackendState::STATE_IDLE, "");
     shared::goes(database, 0, my_pid(), end);
 }
 
