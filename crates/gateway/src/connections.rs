@@ -28,7 +28,7 @@ const LOOK: Duration = Duration::from_millis(100);
 /// Most bytes that are read of a connection before others have their turn: of the beginning of an answer, and twice as many
 /// each time, up to the second. hyper takes interim answers (1xx) apart for as long as some arrive, and only when others
 /// have had their turn is one that sends too many of them given up.
-const TURN: (usize, usize) = (512, 16 << 10);
+const TURN: (usize, usize) = (2 << 10, 16 << 10);
 
 /// Answers up to this size (bytes) are read whatever memory is left.
 pub const SMALL_ANSWER: usize = 4 << 10;

@@ -5,7 +5,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use llm_batch_core::dialect::{Format, Service, decisions};
-use llm_batch_core::limiter::{Class, Tokens};
+use llm_batch_core::limiter::{self, Class, Tokens};
 use llm_batch_core::pack::{self, Bounds, Size};
 use llm_batch_core::patience::Way;
 use llm_batch_core::prompt;
@@ -62,6 +62,8 @@ pub struct Group {
     pub purse: Option<Purse>,
     /// Rows sent, divided by priority: the group with the least goes next.
     pub served: f64,
+    /// The size of the request that it would send next, and its rows, if the limiter has refused it.
+    pub refused: Option<(limiter::Size, usize)>,
 }
 
 /// The next rows that a group has to send.
@@ -104,6 +106,7 @@ impl Group {
             full: 0,
             purse: None,
             served: 0.0,
+            refused: None,
         }
     }
 
@@ -444,9 +447,15 @@ impl Group {
         (&self.asking(service).system, lines.concat())
     }
 
+    /// The size of the request that it would send next, as far as that is known.
+    pub fn next_size(&self) -> Option<limiter::Size> {
+        self.refused.filter(|(_, rows)| self.queued() >= *rows).map(|(size, _)| size)
+    }
+
     /// Rows go out.
     pub fn count_served(&mut self, now: u64, rows: &[Row]) {
         self.in_flight += 1;
+        self.refused = None;
         if self.decided.is_some() {
             let mean = rows.iter().map(|row| row.tokens).sum::<usize>() as f64 / rows.len().max(1) as f64;
             self.line = (self.line + mean) / 2.0;

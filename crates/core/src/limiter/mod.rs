@@ -317,10 +317,12 @@ impl Limiter {
         output
     }
 
-    /// Until when (ms) nothing of this class goes, however small it is, if that is later than `now` (ms).
-    pub fn closed_until(&self, now: u64, class: Class) -> Option<u64> {
-        let paced = if class == Class::Bulk { self.paced[class as usize] } else { 0 };
-        Some(self.blocked_until.max(paced)).filter(|at| *at > now)
+    /// Until when (ms) neither a request of this size nor a part of it goes, if that is later than `now` (ms).
+    pub fn closed_until(&mut self, now: u64, size: Size, class: Class) -> Option<u64> {
+        match self.admit(now, amounts(size), class) {
+            Err(Refusal::Until { at, part: 0.0 }) => Some(at),
+            _ => None,
+        }
     }
 
     /// Asks to send one request of this size at `now` (ms). `part`: 1, or less for one that was cut to that part
@@ -331,6 +333,24 @@ impl Limiter {
     pub fn reserve(&mut self, now: u64, size: impl Into<Size>, class: Class, part: f64) -> Result<Grant, Refusal> {
         let size = size.into();
         let want = amounts(size);
+        let is_burst = self.admit(now, want, class)?;
+        if part < TRIMMED {
+            self.cut_at = Some(now);
+        }
+        let share = self.share.at(now);
+        self.pace(now, want, class, share);
+        if class == Class::Interactive {
+            self.interactive = Some((now, want));
+        }
+        if is_burst {
+            self.burst.goes(now);
+        }
+        let grant = self.count(now, size, false);
+        Ok(Grant { beyond: self.burst.is_beyond(now, &self.windows[1]), ..grant })
+    }
+
+    /// Returns true if these amounts may go at `now` (ms) only as a burst, false if they may go in any case.
+    fn admit(&mut self, now: u64, want: Amounts, class: Class) -> Result<bool, Refusal> {
         if self.windows[0].caps.iter().zip(want).any(|(cap, want)| cap.is_some_and(|cap| want > cap)) {
             return Err(Refusal::TooLarge);
         }
@@ -351,25 +371,13 @@ impl Limiter {
         let steady = paced.max(short).max(burst(true));
         let may_burst = class == Class::Interactive && now >= self.crowded_until && !self.burst.is_off();
         let near = if may_burst && steady.is_some() { steady.min(burst(false)) } else { steady };
-        if let Some(at) = near.max(minute) {
+        let Some(at) = near.max(minute) else { return Ok(steady.is_some()) };
+        match paced {
             // When it is paced no more a part of it may fit, long before all of it does.
-            return match paced {
-                Some(paced) => wait(at.min(paced)),
-                None => Err(Refusal::Until { at, part: self.part(now, want, spare, share) }),
-            };
+            Some(paced) if self.may_cut(paced, want, spare, share) => wait(at.min(paced)),
+            Some(_) => wait(at),
+            None => Err(Refusal::Until { at, part: self.part(now, want, spare, share) }),
         }
-        if part < TRIMMED {
-            self.cut_at = Some(now);
-        }
-        self.pace(now, want, class, share);
-        if class == Class::Interactive {
-            self.interactive = Some((now, want));
-        }
-        if steady.is_some() {
-            self.burst.goes(now);
-        }
-        let grant = self.count(now, size, false);
-        Ok(Grant { beyond: self.burst.is_beyond(now, &self.windows[1]), ..grant })
     }
 
     fn forget(&mut self, now: u64) {
@@ -419,16 +427,31 @@ impl Limiter {
         }
     }
 
-    /// The part of a request that fits now, if it is time to cut one: once in the length of the window that is full, and
-    /// only where what is lost at its edge matters.
+    /// Returns true if a part of these amounts may go at `then` (ms), which is to come, and all of them perhaps do not: it is
+    /// time to cut a request, or what can be trimmed off is all that does not fit.
+    fn may_cut(&self, then: u64, want: Amounts, spare: Amounts, share: f64) -> bool {
+        let trimmed = want.map(|want| (want as f64 * TRIMMED) as u64);
+        let fits = |window: &Window| window.fits_at(trimmed, spare, share).is_none_or(|at| at <= then);
+        self.windows.iter().all(fits)
+            || self.windows.iter().any(|window| {
+                let is_worth = |(want, cap): (u64, Option<u64>)| cap.is_some_and(|cap| want * WORTH_CUTTING > cap);
+                self.is_time_to_cut(then, window) && want.into_iter().zip(window.caps).any(is_worth)
+            })
+    }
+
+    /// A request is cut once in the length of the window that is full.
+    fn is_time_to_cut(&self, now: u64, window: &Window) -> bool {
+        self.cut_at.is_none_or(|at| now >= at + window.length)
+    }
+
+    /// The part of a request that fits now, if it is time to cut one, and only where what is lost at its edge matters.
     fn part(&self, now: u64, want: Amounts, spare: Amounts, share: f64) -> f64 {
         let mut tightest = (1.0, 0.0);
         for window in &self.windows {
             for (((want, left), cap), spare) in want.iter().zip(window.left(share)).zip(window.caps).zip(spare) {
                 if let (Some(left), Some(cap)) = (left, cap) {
                     let part = left.saturating_sub(spare) as f64 / (*want).max(1) as f64;
-                    let may_cut = want * WORTH_CUTTING > cap
-                        && (part >= TRIMMED || self.cut_at.is_none_or(|at| now >= at + window.length));
+                    let may_cut = want * WORTH_CUTTING > cap && (part >= TRIMMED || self.is_time_to_cut(now, window));
                     if part < tightest.0 {
                         tightest = (part, if may_cut { part } else { 0.0 });
                     }

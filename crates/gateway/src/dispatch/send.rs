@@ -293,6 +293,7 @@ impl<'a> Terms<'a> {
             return Err(Unsent::TooLarge(1, format!("{what} of the model leaves {} tokens for one", self.set)));
         }
         let (mut rows, mut draft) = self.afford(group, rows, draft)?;
+        let whole = (draft.reserved(), rows.len());
         let mut tried = limiter.reserve(now, draft.reserved(), group.class(), 1.0);
         if tried == Err(Refusal::TooLarge) && rows.len() == 1 && self.configured.admit(draft.reserved()) {
             tried = limiter.reserve(now, limiter.trial(draft.reserve), group.class(), 1.0);
@@ -310,7 +311,10 @@ impl<'a> Terms<'a> {
         }
         match tried {
             Ok(grant) => Ok((rows.len(), draft, grant)),
-            Err(Refusal::Until { at, .. }) => Err(Unsent::Until(at)),
+            Err(Refusal::Until { at, .. }) => {
+                group.refused = Some(whole);
+                Err(Unsent::Until(at))
+            }
             Err(Refusal::TooLarge) => {
                 Err(Unsent::TooLarge(rows.len(), "a limit a minute of the model is smaller".to_owned()))
             }
@@ -450,9 +454,9 @@ impl State {
             let Some((_, member)) = group.member(key) else { continue };
             let (service, trial) = cheaper::next(now, (&*group, member), standings, *learned);
             let stream = Rc::clone(member.stream(service));
-            // No pack is made of rows that can't go yet.
-            if group.queued() > 0
-                && let Some(at) = limiter.closed_until(now, group.class())
+            // No pack is made again of rows that can't go yet.
+            if let Some(size) = group.next_size()
+                && let Some(at) = limiter.closed_until(now, size, group.class())
             {
                 later(at);
                 return Look::Full;
