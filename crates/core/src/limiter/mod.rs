@@ -224,6 +224,10 @@ const SPARE_FOR: u64 = 60_000;
 const MOST_SPARE: u64 = 50;
 /// Requests whose size is free are this part of the window.
 const EVEN: u64 = 20;
+/// Requests of which so many or fewer fit into a window are made so large that a whole number of them fills it.
+const FEW_REQUESTS: f64 = 8.0;
+/// Sizes vary: that number stays until one less would do for requests of 1 / this part of the size.
+const STAYS: f64 = 0.8;
 /// Cutting a request to fit the window's edge gains nothing where requests are a smaller part of the window than this.
 const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.
@@ -251,6 +255,8 @@ pub struct Limiter {
     interactive: Option<(u64, Amounts)>,
     /// When (ms) a request was last cut to fit.
     cut_at: Option<u64>,
+    /// The number of requests that fill the short window, if they are few; else 0.
+    even: f64,
     reported: [Option<Reported>; KINDS],
     /// Until when (ms) the limiter follows what is reported.
     crowded_until: u64,
@@ -269,6 +275,7 @@ impl Limiter {
             paced: [0; 2],
             interactive: None,
             cut_at: None,
+            even: 0.0,
             reported: [None; KINDS],
             crowded_until: 0,
             share: Share::whole(),
@@ -315,6 +322,25 @@ impl Limiter {
     pub fn largest_answer(&self) -> Option<u64> {
         let [_, _, _, output, _] = self.windows[0].caps;
         output
+    }
+
+    /// The part of a request of this size that is to go, so that a whole number of such requests fills the short window: of
+    /// large ones few fit, and what they leave at its edge may be too small for a part of another.
+    pub fn even_part(&mut self, now: u64, size: Size) -> f64 {
+        let share = self.share.at(now);
+        let fit = |(cap, want): (&Option<u64>, u64)| cap.map(|cap| cap as f64 * share / want.max(1) as f64);
+        let [requests, amounts @ ..] = amounts(size);
+        let [most_requests, caps @ ..] = &self.windows[0].caps;
+        let fitting = caps.iter().zip(amounts).filter_map(fit).fold(f64::INFINITY, f64::min);
+        let whole =
+            Some(self.even).filter(|even| (*even * STAYS - 1.0..=*even).contains(&fitting)).unwrap_or(fitting.ceil());
+        // More requests must not be what uses up the limit.
+        let are_allowed = fit((most_requests, requests)).is_none_or(|most| most >= whole);
+        if fitting < 1.0 || whole > FEW_REQUESTS || !are_allowed {
+            return 1.0;
+        }
+        self.even = whole;
+        fitting / whole
     }
 
     /// Until when (ms) neither a request of this size nor a part of it goes, if that is later than `now` (ms).
@@ -432,11 +458,10 @@ impl Limiter {
     fn may_cut(&self, then: u64, want: Amounts, spare: Amounts, share: f64) -> bool {
         let trimmed = want.map(|want| (want as f64 * TRIMMED) as u64);
         let fits = |window: &Window| window.fits_at(trimmed, spare, share).is_none_or(|at| at <= then);
-        self.windows.iter().all(fits)
-            || self.windows.iter().any(|window| {
-                let is_worth = |(want, cap): (u64, Option<u64>)| cap.is_some_and(|cap| want * WORTH_CUTTING > cap);
-                self.is_time_to_cut(then, window) && want.into_iter().zip(window.caps).any(is_worth)
-            })
+        let is_worth = |(want, cap): (u64, Option<u64>)| cap.is_some_and(|cap| want * WORTH_CUTTING > cap);
+        let is_time =
+            |window: &Window| self.is_time_to_cut(then, window) && want.into_iter().zip(window.caps).any(is_worth);
+        self.windows.iter().all(fits) || self.windows.iter().any(is_time)
     }
 
     /// A request is cut once in the length of the window that is full.

@@ -87,6 +87,9 @@ impl Provider {
 
 #[derive(Debug, Clone, Copy)]
 struct Case {
+    /// Tokens of a request; and by how much they vary, in thousandths.
+    pack: u64,
+    spread: u64,
     kind: Kind,
     window: u64,
     other: f64,
@@ -121,15 +124,15 @@ fn run(case: Case) -> Seen {
     let (mut now, end, settled) = (start, start + case.seconds * 1000, start + MINUTE);
     let mut seen = Seen::default();
     let (mut ours, mut failures) = (0, 0);
-    let mut want = PACK;
+    let mut want = case.pack;
     while now < end {
         let estimate = |n: u64| Tokens { input: n * 92 / 100 + n / 100, output: n * 8 / 100 };
-        let mut tried = limiter.reserve(now, estimate(want), Class::Bulk, 1.0);
-        let mut size = want;
+        let mut size = (want as f64 * limiter.even_part(now, estimate(want).into())) as u64;
+        let mut tried = limiter.reserve(now, estimate(size), Class::Bulk, 1.0);
         if let Err(Refusal::Until { part, .. }) = tried
             && part >= 0.35
         {
-            size = (want as f64 * part) as u64 - 10;
+            size = (size as f64 * part) as u64 - 10;
             tried = limiter.reserve(now, estimate(size), Class::Bulk, part).or(tried);
         }
         match tried {
@@ -144,7 +147,7 @@ fn run(case: Case) -> Seen {
                     ours += size;
                 }
                 seen.most_in_flight = seen.most_in_flight.max(answers.len());
-                want = PACK * (980 + random.u64(..40)) / 1000;
+                want = case.pack * (1000 - case.spread + random.u64(..2 * case.spread)) / 1000;
             }
             Err(Refusal::TooLarge) => unreachable!(),
             Err(Refusal::Until { at, .. }) => {
@@ -191,10 +194,19 @@ proptest! {
     /// Alone on the account: nothing is refused, and nearly all of the limit is used.
     #[test]
     fn the_limit_is_used_and_never_passed((kind, window) in kinds(), says_left: bool, seed: u64) {
-        let seen = run(Case { kind, window, other: 0.0, from: 0, says_left, says_wait: true, seconds: 300, seed });
+        let seen = run(Case { pack: PACK, spread: 20, kind, window, other: 0.0, from: 0, says_left, says_wait: true, seconds: 300, seed });
         prop_assert_eq!(seen.refused, 0);
         prop_assert!(seen.used >= 0.97, "{:?}", seen);
         prop_assert!(seen.most_in_flight as u64 <= 2 * TPM * LATENCY / MINUTE / PACK, "{:?}", seen);
+    }
+
+    /// So it is with requests of which few fit into a window.
+    #[test]
+    fn large_requests_use_the_limit(pack in 7_000u64..20_000, spread in 1u64..150, says_left: bool, seed: u64) {
+        let case = Case { pack, spread, kind: Kind::Rolling, window: MINUTE, other: 0.0, from: 0, says_left, says_wait: true, seconds: 300, seed };
+        let seen = run(case);
+        prop_assert_eq!(seen.refused, 0);
+        prop_assert!(seen.used >= 0.96, "{:?}", seen);
     }
 
     /// Another client takes half of the limit, and the provider says what is left: it is given way.
@@ -202,7 +214,7 @@ proptest! {
     fn another_client_is_noticed(
         (kind, window) in kinds(), from in prop_oneof![Just(0u64), 0u64..200_000], says_wait: bool, seed: u64,
     ) {
-        let seen = run(Case { kind, window, other: 0.5, from, says_left: true, says_wait, seconds: 900, seed });
+        let seen = run(Case { pack: PACK, spread: 20, kind, window, other: 0.5, from, says_left: true, says_wait, seconds: 900, seed });
         prop_assert!(seen.refused_later * 100 <= 2 * seen.sent, "{:?}", seen);
         prop_assert!(seen.used_by_all >= 0.86, "{:?}", seen);
     }
@@ -210,7 +222,7 @@ proptest! {
     /// The same where the provider says nothing: it is found out by refusals, of which there are few.
     #[test]
     fn another_client_is_found_out((kind, window) in kinds(), says_wait: bool, seed: u64) {
-        let seen = run(Case { kind, window, other: 0.5, from: 0, says_left: false, says_wait, seconds: 900, seed });
+        let seen = run(Case { pack: PACK, spread: 20, kind, window, other: 0.5, from: 0, says_left: false, says_wait, seconds: 900, seed });
         prop_assert!(seen.refused * 80 <= seen.sent, "{:?}", seen);
         prop_assert!(seen.used_by_all >= 0.85, "{:?}", seen);
     }

@@ -292,6 +292,7 @@ impl<'a> Terms<'a> {
             let what = if is_models { "max_request_tokens" } else { "the limit a minute" };
             return Err(Unsent::TooLarge(1, format!("{what} of the model leaves {} tokens for one", self.set)));
         }
+        let (rows, draft) = self.even(now, group, limiter, rows, draft);
         let (mut rows, mut draft) = self.afford(group, rows, draft)?;
         let whole = (draft.reserved(), rows.len());
         let mut tried = limiter.reserve(now, draft.reserved(), group.class(), 1.0);
@@ -319,6 +320,24 @@ impl<'a> Terms<'a> {
                 Err(Unsent::TooLarge(rows.len(), "a limit a minute of the model is smaller".to_owned()))
             }
         }
+    }
+
+    /// The first of these rows, as many as use the limits evenly, and their draft.
+    fn even<'r>(
+        &self,
+        now: u64,
+        group: &Group,
+        limiter: &mut Limiter,
+        rows: &'r [Row],
+        draft: Draft,
+    ) -> (&'r [Row], Draft) {
+        let part = limiter.even_part(now, draft.reserved());
+        if part == 1.0 {
+            return (rows, draft);
+        }
+        let n = group.fit(rows, (draft.size() as f64 * part) as usize, self.stream.task.service()).max(1);
+        let rows = rows.get(..n).unwrap_or(rows);
+        (rows, self.draft(group, rows))
     }
 
     /// The first of these rows, as many as the group's purse pays for, and their draft.
