@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::{settings, sql};
 
 /// Paths of requests, which documentation of providers shows behind their addresses, each with the end of such an address.
-const REQUESTS: [(&str, &str); 10] = [
+const REQUESTS: &[(&str, &str)] = &[
     ("", "/chat/completions"),
     ("", "/embeddings"),
     ("/v1", "/messages"),
@@ -143,7 +143,7 @@ fn check_has_place(named: Option<Api>) -> Result<()> {
     let hint = match named {
         Some(api) if api.dialect().base_url().is_some() => return Ok(()),
         Some(api) => {
-            format!("Write OPTIONS (api '{}', base_url 'https://…'): each customer has an address.", api.name())
+            format!("Write OPTIONS (api '{}', base_url 'https://…'): the API has no address of its own.", api.name())
         }
         None => "Write OPTIONS (api 'openai', base_url 'https://api.openai.com/v1').".to_owned(),
     };

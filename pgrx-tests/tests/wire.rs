@@ -158,6 +158,7 @@ fn the_examples_of_providers_fill_a_table_each() {
     assert_eq!(stats.by_status.keys().collect::<Vec<_>>(), [&200], "{:?}", stats.by_status);
     vectors(&mut c);
     decisions(&mut c, &provider);
+    scores(&mut c, &provider);
     in_either_way(&mut c, &provider);
     what_cannot_be_decided(&mut c, &provider);
     assert!(!cluster.log().contains(KEY));
@@ -222,6 +223,33 @@ fn decisions(c: &mut Client, provider: &FakeProvider) {
     assert!(text(c, refused).starts_with("refused"), "{}", text(c, refused));
 }
 
+/// Scores by decisions, in queries and in a job of the example's scorer, are those that a chat gives.
+fn scores(c: &mut Client, provider: &FakeProvider) {
+    run(
+        c,
+        r#"ALTER TABLE openai ADD score numeric;
+           SELECT llm_batch.create_scorer('in_chat', 'How urgent?', 0, 1, 'luna');
+           SELECT llm_batch.create_scorer('decided', 'How urgent?', 0, 1, 'decide', options => '{"ask_by": "decisions"}')"#,
+    );
+    for (task, asks) in [("decided", "questions"), ("in_chat", "messages")] {
+        run(c, "UPDATE openai SET score = NULL");
+        let job = one(
+            c,
+            &format!(
+                "SELECT llm_batch.backfill('openai', 'body', 'score', '{task}', options => '{{\"reuse\": false}}')"
+            ),
+        );
+        let p = wait_status(c, job, "done");
+        assert_eq!((p.total, p.done, p.left), (60, 60, 0), "{task}: {p:?}");
+        assert_eq!(one(c, "SELECT count(*) FROM openai WHERE abs(score - (id % 101) / 100.0) < 0.0001"), 60, "{task}");
+        assert!(provider.bodies().last().unwrap().get(asks).is_some(), "{task}");
+    }
+    let options = r#"'{"model": "decide", "ask_by": "decisions"}'"#;
+    let first =
+        format!("SELECT id::bigint FROM openai ORDER BY llm_score(body, 'How urgent?', {options}) DESC LIMIT 1");
+    assert_eq!(one(c, &first), 60);
+}
+
 /// A task that may be asked in either way goes on where decisions are no longer served.
 fn in_either_way(c: &mut Client, provider: &FakeProvider) {
     let options = r#"{"ask_by": "auto", "reuse": false}"#;
@@ -248,17 +276,17 @@ fn what_cannot_be_decided(c: &mut Client, provider: &FakeProvider) {
     provider.configure(|config| config.decisions = false);
     for (sql, code, says) in [
         (
-            format!("SELECT llm_batch.create_scorer('g', 'x', 0, 1, 'decide', {by})"),
+            format!("SELECT llm_batch.create_extractor('g', '{{\"n\": \"int\"}}', model => 'decide', {by})"),
             "22023",
-            "\"score\" cannot be asked",
+            "\"extract\" cannot be asked",
         ),
         (format!("SELECT llm_batch.create_classifier('g', {labels}'haiku', {by})"), "0A000", "serves no decisions"),
         (format!("SELECT llm_batch.alter_classifier('topic_haiku', {by})"), "0A000", "serves no decisions"),
         ("SELECT llm_batch.alter_classifier('by_openai', model => 'haiku')".into(), "0A000", "serves no decisions"),
         (
-            r#"SELECT llm_score('x', 'y', '{"model": "decide", "ask_by": "decisions"}')"#.into(),
+            r#"SELECT llm_generate('x', 'y', '{"model": "decide", "ask_by": "decisions"}')"#.into(),
             "22023",
-            "\"score\" cannot be asked",
+            "\"generate\" cannot be asked",
         ),
         (
             r#"SELECT llm_batch.backfill('anthropic', 'body', 'topic', 'topic_haiku', options => '{"ask_by": "decisions"}')"#

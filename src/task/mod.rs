@@ -160,7 +160,13 @@ fn check_api(api: Api, model: &str, service: Service, tier: ServiceTier) -> Resu
         Error::new(PgSqlErrorCode::ERRCODE_FEATURE_NOT_SUPPORTED, message)
     };
     if !api.serves(service) {
-        return Err(refuse(service.name()).hint("Name a model of another server."));
+        let hint = match service {
+            Service::Chat if api.serves(Service::Decisions) => {
+                "Classifiers and scorers are asked there with the option \"ask_by\": \"decisions\"."
+            }
+            _ => "Name a model of another server.",
+        };
+        return Err(refuse(service.name()).hint(hint));
     }
     if tier != ServiceTier::Default && api.dialect().tier_parameter().is_none() {
         let with: Vec<&str> =

@@ -12,14 +12,22 @@ use crate::request::{Chat, Format};
 use crate::tokens::tokens;
 use crate::{Config, Fault};
 
-/// A question.
+/// Most levels of a score.
+const MOST_LEVELS: usize = 10;
+
+/// A question: its labels, or the levels of its score.
 struct Question {
     name: Option<String>,
     choices: Vec<String>,
+    are_levels: bool,
 }
 
 impl Question {
+    /// The answer with a label. With levels: with the place of a score.
     fn choice(&self, label: &str) -> Value {
+        if self.are_levels {
+            return self.score(label);
+        }
         let part = 0.1 / self.choices.len().max(2) as f64;
         let probability = |value: &String| {
             let is_it = value == label;
@@ -28,6 +36,23 @@ impl Question {
         let probabilities: Vec<Value> = self.choices.iter().map(probability).collect();
         json!({
             "type": "choice", "name": self.name, "choice": label, "confidence": 0.9, "probabilities": probabilities,
+        })
+    }
+
+    /// The answer with a score: its place between two levels, each as likely as it is near.
+    fn score(&self, score: &str) -> Value {
+        let number = |text: Option<&String>| text.and_then(|text| text.parse::<f64>().ok());
+        let (low, high) = (number(self.choices.first()).unwrap_or(0.0), number(self.choices.last()).unwrap_or(1.0));
+        let last = self.choices.len() as f64 - 1.0;
+        // Beyond the scale, if it is none.
+        let place = score.parse::<f64>().map_or(last + 1.0, |score| (score - low) / (high - low) * last);
+        let level = |(at, label): (usize, &String)| {
+            let probability = (1.0 - (place - at as f64).abs()).max(0.0);
+            json!({"value": at, "label": label, "probability": probability})
+        };
+        let probabilities: Vec<Value> = self.choices.iter().enumerate().map(level).collect();
+        json!({
+            "type": "score", "name": self.name, "score": place, "confidence": 0.9, "probabilities": probabilities,
         })
     }
 }
@@ -60,19 +85,21 @@ impl Questions {
         }
         let mut all = Vec::with_capacity(given.len());
         for question in given {
-            let values = question["choices"].as_array().into_iter().flatten().map(|choice| choice["value"].as_str());
+            let are_levels = question["type"] == "score";
+            let (members, member) = if are_levels { ("levels", "label") } else { ("choices", "value") };
+            let values = question[members].as_array().into_iter().flatten().map(|choice| choice[member].as_str());
             let choices: Option<Vec<String>> = values.map(|value| value.map(str::to_owned)).collect();
-            let most = config.max_choices;
+            let most = if are_levels { config.max_choices.min(MOST_LEVELS) } else { config.max_choices };
             let is_one = |all: &Vec<String>| {
                 (2..=most).contains(&all.len()) && all.iter().collect::<HashSet<_>>().len() == all.len()
             };
             let Some(choices) = choices.filter(is_one) else {
-                return invalid("questions", &format!("'choices' must have 2 to {most} different values"));
+                return invalid("questions", &format!("'{members}' must have 2 to {most} different values"));
             };
-            if question["type"] != "choice" || !question["instructions"].is_string() {
+            if !(are_levels || question["type"] == "choice") || !question["instructions"].is_string() {
                 return invalid("questions", "a question must have a type and instructions");
             }
-            all.push(Question { name: question["name"].as_str().map(str::to_owned), choices });
+            all.push(Question { name: question["name"].as_str().map(str::to_owned), choices, are_levels });
         }
         let count = tokens(input) + given.iter().map(|question| tokens(&question.to_string())).sum::<u64>();
         Ok(Self { model: model.to_owned(), input: input.to_owned(), all, tokens: count })
@@ -97,7 +124,7 @@ impl Questions {
     pub(crate) fn answer(&self, task: &Task, fault: &mut Option<Fault>, rng: &mut Rng) -> (Answer, Vec<Value>) {
         let right = |question: &Question| {
             let row = task.rows.iter().find(|row| Some(&row.index) == question.name.as_ref());
-            let label = row.map(|row| &row.code).filter(|label| question.choices.contains(label));
+            let label = row.map(|row| &row.code).filter(|code| question.are_levels || question.choices.contains(code));
             let label = label.or(question.choices.first()).map_or("", String::as_str);
             (question.choice(label), row.and_then(|row| row.id))
         };
@@ -116,8 +143,9 @@ impl Questions {
                 all[one].0["name"] = name.into();
             }
             Some(Fault::DoubleId) => {
-                let (question, given) = (&self.all[one], all[one].0["choice"].clone());
-                let other = question.choices.iter().find(|label| **label != given).map_or("zz", String::as_str);
+                let (question, given) = (&self.all[one], all[one].0.clone());
+                let other =
+                    question.choices.iter().find(|label| question.choice(label) != given).map_or("zz", String::as_str);
                 all.push((question.choice(other), None));
                 all[one].1 = None;
             }

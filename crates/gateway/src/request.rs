@@ -304,7 +304,10 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
         {
             message.push_str(&format!(" (base_url does not end in {end}, as most do)"));
         }
-        if report.trouble == Trouble::NotFound && question.service == Service::Decisions {
+        if report.trouble == Trouble::NotFound
+            && question.service == Service::Decisions
+            && endpoint.api.dialect().asks()
+        {
             message.push_str(" (not every server serves decisions; \"ask_by\": \"chat\" asks in a chat)");
         }
         Report { message, ..report }

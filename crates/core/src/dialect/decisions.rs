@@ -2,12 +2,13 @@
 //! nothing but the request is paid for.
 //!
 //! The input has the task and the numbered rows; a question stands for a row and is called by the row's number. What comes
-//! back is rewritten as the answers of a chat are: an object of numbers and labels. So everything behind this knows one form
+//! back is rewritten as the answers of a chat are: an object of numbers and labels, or places on a scale. So everything behind this knows one form
 //! of answers, and holds each row's label against its task.
 
 use serde_json::{Map, Value, json};
 
-use super::{Reply, Unread, Usage};
+use super::{Reply, Unread, Usage, without_mark};
+use crate::task::{Choices, Members};
 use crate::{CountTokens, parts};
 
 /// Bytes of the answer to a question beside its labels, and of a label in it beside its text: a probability, and the signs.
@@ -53,8 +54,8 @@ pub struct Questions<'a> {
     pub input: &'a str,
     /// The numbers of the rows, each of which is asked about.
     pub ids: &'a [u16],
-    /// The labels to choose from.
-    pub choices: &'a [String],
+    /// The labels, or the levels, to choose from.
+    pub choices: &'a Choices,
     /// Further parameters, as the user set them for the model.
     pub parameters: &'a Map<String, Value>,
 }
@@ -70,40 +71,66 @@ impl Questions<'_> {
 }
 
 /// The words of the question about a row.
-pub(super) fn instructions(id: u16) -> String {
-    format!("Which label is right for text {id}?")
+pub(super) fn instructions(id: u16, choices: &Choices) -> String {
+    let what = if choices.are_levels { "What is the score of" } else { "Which label is right for" };
+    format!("{what} text {id}?")
 }
 
-/// The question about a row, as most write it.
-pub(super) fn question(id: u16, choices: &[String]) -> Value {
-    let choices: Vec<Value> = choices.iter().map(|value| json!({"value": value})).collect();
-    json!({"type": "choice", "name": id.to_string(), "instructions": instructions(id), "choices": choices})
+/// The question about a row in a list of such.
+pub(super) fn question(id: u16, choices: &Choices) -> Value {
+    let (kind, members, name) =
+        if choices.are_levels { ("score", "levels", "label") } else { ("choice", "choices", "value") };
+    let all: Vec<Value> = choices.names.iter().map(|choice| json!({name: choice})).collect();
+    json!({"type": kind, "name": id.to_string(), "instructions": instructions(id, choices), members: all})
+}
+
+/// The questions about rows as members of an object, by the rows' numbers. `description`: what stands behind each label, in
+/// place of its description.
+pub(super) fn by_number(ids: &[u16], choices: &Choices, description: &Value) -> Value {
+    let kind = if choices.are_levels { "score" } else { "choice" };
+    let criteria = if choices.are_levels {
+        json!(choices.names)
+    } else {
+        choices.names.iter().map(|label| (label.clone(), description.clone())).collect::<Map<_, _>>().into()
+    };
+    let question = |id: &u16| {
+        let asked = json!({"type": kind, "instructions": instructions(*id, choices), "criteria": criteria});
+        (id.to_string(), asked)
+    };
+    ids.iter().map(question).collect::<Map<_, _>>().into()
 }
 
 /// Tokens of a question, by our count.
-pub fn tokens(choices: &[String], count: CountTokens) -> usize {
+pub fn tokens(choices: &Choices, count: CountTokens) -> usize {
     count(&question(417, choices).to_string())
 }
 
 /// Bytes of the answer to a question.
-fn answer_bytes(choices: &[String]) -> usize {
-    ANSWER_BYTES + choices.iter().map(|label| CHOICE_BYTES + ESCAPED * label.len()).sum::<usize>()
+fn answer_bytes(choices: &Choices) -> usize {
+    ANSWER_BYTES + choices.names.iter().map(|label| CHOICE_BYTES + ESCAPED * label.len()).sum::<usize>()
 }
 
 /// Most rows of a request: their answers are no larger than an answer may be, and have no more parts.
-pub fn most_rows(choices: &[String]) -> usize {
-    let parts = parts::MOST / (PARTS + CHOICE_PARTS * choices.len());
+pub fn most_rows(choices: &Choices) -> usize {
+    let parts = parts::MOST / (PARTS + CHOICE_PARTS * choices.names.len());
     (MOST_ANSWERS / answer_bytes(choices)).min(parts).max(1)
 }
 
 /// Most tokens of an answer about so many rows, were it one of a chat.
-pub fn most_answer(choices: &[String], rows: usize) -> u64 {
+pub fn most_answer(choices: &Choices, rows: usize) -> u64 {
     (answer_bytes(choices) / BYTES_PER_TOKEN + 1).saturating_mul(rows) as u64
 }
 
-/// The probability of the choice in an answer; what is called its confidence may be reckoned in other ways.
+/// The probability of the choice in an answer, or of the likeliest level; what is called its confidence may be reckoned in
+/// other ways.
 fn confidence(answer: &Value) -> Option<f64> {
     let (chosen, all) = (&answer["choice"], &answer["probabilities"]);
+    if chosen.is_null() && answer["score"].is_number() {
+        let listed = all.as_array().into_iter().flatten().map(|one| &one["probability"]);
+        let named = all.as_object().into_iter().flat_map(Map::values);
+        let likeliest = listed.chain(named).filter_map(Value::as_f64).reduce(f64::max);
+        return likeliest.or(answer["confidence"].as_f64()).filter(|given| (0.0..=1.0).contains(given));
+    }
     let listed =
         all.as_array().and_then(|all| all.iter().find(|one| one["value"] == *chosen)).map(|one| &one["probability"]);
     let named = chosen.as_str().and_then(|chosen| all.get(chosen));
@@ -118,9 +145,10 @@ pub(super) fn reply<'a>(answers: impl IntoIterator<Item = (String, &'a Value)>, 
     for (name, answer) in answers.into_iter().filter(|(name, _)| is_number(name)) {
         match answer["type"].as_str() {
             Some("refusal") => refused.extend(ids.iter().filter(|id| id.to_string() == name)),
-            None | Some("choice") => {
+            None | Some("choice" | "score") => {
                 confidences.extend(name.parse().ok().zip(confidence(answer)));
-                members.push(format!("{}:{}", Value::from(name), answer["choice"]));
+                let given = [&answer["choice"], &answer["score"]].into_iter().find(|given| !given.is_null());
+                members.push(format!("{}:{}", Value::from(name), given.unwrap_or(&Value::Null)));
             }
             // It answers a question that was not asked.
             Some(_) => {}
@@ -135,6 +163,19 @@ pub(super) fn reply<'a>(answers: impl IntoIterator<Item = (String, &'a Value)>, 
         confidences,
         ..Reply::default()
     }
+}
+
+/// The members of an object, as they are written; one that comes twice is not lost.
+fn members(json: &[u8]) -> Vec<(String, String)> {
+    let all: Option<Members> = serde_json::from_slice(json).ok();
+    all.into_iter().flat_map(|all| all.0).map(|(name, value)| (name, value.get().to_owned())).collect()
+}
+
+/// The answers that are members of an object in a body, with the names of their questions.
+pub(super) fn answers(body: &[u8]) -> Vec<(String, Value)> {
+    let all = members(without_mark(body)).into_iter().filter(|(name, _)| name == "answers");
+    let all = all.flat_map(|(_, json)| members(json.as_bytes()));
+    all.map(|(name, json)| (name, serde_json::from_str(&json).unwrap_or_default())).collect()
 }
 
 /// The answers of a list, each with the name of its question. If none has a name they go by their order, as long as there
@@ -249,9 +290,10 @@ mod tests {
     #[test]
     fn answers_are_within_what_is_read() {
         let longest: Vec<String> = (0..250).map(|n| format!("{n}{}", "ü".repeat(98))).collect();
-        for choices in [&longest[..], &longest[..2], &["a".to_owned(), "b".to_owned()]] {
+        for names in [&longest[..], &longest[..2], &["a".to_owned(), "b".to_owned()]] {
+            let choices = &Choices { names: names.to_vec(), are_levels: false };
             let probabilities: Vec<Value> =
-                choices.iter().map(|c| json!({"value": c, "probability": 0.123_456_789_012_345_67})).collect();
+                names.iter().map(|c| json!({"value": c, "probability": 0.123_456_789_012_345_67})).collect();
             let answer = json!({"type": "choice", "name": "417", "choice": "", "confidence": 0.5, "probabilities": probabilities});
             let escaped: usize = answer.to_string().chars().map(|c| if c.is_ascii() { 1 } else { 6 }).sum();
             assert!(escaped <= answer_bytes(choices), "{escaped} {}", answer_bytes(choices));

@@ -7,9 +7,8 @@ use serde_json::{Map, Value, json};
 
 use super::decisions::{self, Decisions, Questions};
 use super::embeddings::{Embeddings, Texts, in_order, reply};
-use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, segment, tokens, without_mark};
+use super::{Ask, Dialect, Finish, Format, Reply, Unread, Usage, parsed, segment, tokens};
 use crate::class::{Parameter, Trouble};
-use crate::task::Members;
 use crate::vector;
 
 pub(super) struct Gemini;
@@ -182,39 +181,20 @@ impl Embeddings for Gemini {
     }
 }
 
-/// The members of an object, as they are written; one that comes twice is not lost.
-fn members(json: &[u8]) -> Vec<(String, String)> {
-    let all: Option<Members> = serde_json::from_slice(json).ok();
-    all.into_iter().flat_map(|all| all.0).map(|(name, value)| (name, value.get().to_owned())).collect()
-}
-
-/// The answers of a body, under the names of their questions.
-fn answers(body: &[u8]) -> Vec<(String, Value)> {
-    let all = members(without_mark(body)).into_iter().filter(|(name, _)| name == "answers");
-    let all = all.flat_map(|(_, json)| members(json.as_bytes()));
-    all.map(|(name, json)| (name, serde_json::from_str(&json).unwrap_or_default())).collect()
-}
-
 impl Decisions for Gemini {
     fn most_questions(&self) -> usize {
         1_000
     }
 
     fn body(&self, questions: &Questions) -> Value {
-        let criteria: Map<String, Value> = questions.choices.iter().map(|label| (label.clone(), "".into())).collect();
-        let question = |id: &u16| {
-            let asked =
-                json!({"type": "choice", "instructions": decisions::instructions(*id), "criteria": criteria.clone()});
-            (id.to_string(), asked)
-        };
-        let all: Map<String, Value> = questions.ids.iter().map(question).collect();
+        let all = decisions::by_number(questions.ids, questions.choices, &"".into());
         let model = format!("models/{}", bare(questions.model));
-        questions.body([("model", model.into()), ("input", questions.input.into()), ("questions", all.into())], &[])
+        questions.body([("model", model.into()), ("input", questions.input.into()), ("questions", all)], &[])
     }
 
     fn reply(&self, body: &[u8], ids: &[u16]) -> Result<Reply, Unread> {
         let said = parsed(body)?;
-        let answers = answers(body);
+        let answers = decisions::answers(body);
         let usage = &said["usage"];
         let input = tokens(&usage["total_input_tokens"]).filter(|n| *n > 0);
         let output = tokens(&usage["total_output_tokens"]).or(Some(0));
@@ -245,6 +225,7 @@ mod tests {
     use crate::dialect::tests::{ask, schema};
     use crate::limiter::Tokens;
     use crate::options::ServiceTier;
+    use crate::task::Choices;
 
     #[test]
     fn a_request_is_written_as_documented() {
@@ -295,7 +276,7 @@ mod tests {
                 model: "gemini-decision-1",
                 input: "417: \"x\"\n",
                 ids: &[417],
-                choices: &["a".to_owned(), "b".to_owned()],
+                choices: &Choices { names: vec!["a".to_owned(), "b".to_owned()], are_levels: false },
                 parameters: parameters.as_object().unwrap(),
             },
         );

@@ -607,6 +607,10 @@ mod tests {
                     let _ = embeddings.reply(&bytes, 1);
                     let _ = embeddings.reply(inner.to_string().as_bytes(), 1);
                 }
+                if let Some(decisions) = api.dialect().decisions() {
+                    let _ = decisions.reply(&bytes, &[417]);
+                    let _ = decisions.reply(json!({"answers": {"417": inner}}).to_string().as_bytes(), &[417]);
+                }
                 let _ = api.dialect().trouble(400, &inner, "");
                 let _ = api.dialect().trouble(429, &inner, "");
             }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::kind::{Answer, Column, Kind, LONGEST, Span, Unfit, one_line, only, shown, text};
+use super::kind::{Answer, Choices, Column, Kind, LONGEST, Span, Unfit, one_line, only, shown, text};
 use super::value::Type;
 use super::verb::{Said, Subject, Verb, instruct};
 use crate::codes::{Label, Legend};
@@ -88,8 +88,8 @@ pub(super) struct Prepared {
     legend: Legend,
     /// Tokens of an answer: the mean over the labels, and the longest; none where nothing is written.
     span: Span,
-    /// The labels are choices of a decision.
-    decides: bool,
+    /// The labels, if they are choices of a decision.
+    choices: Option<Choices>,
 }
 
 impl Prepared {
@@ -100,7 +100,8 @@ impl Prepared {
         let all: Vec<usize> = legend.codes().iter().map(tokens).collect();
         let mean = all.iter().sum::<usize>() as f64 / all.len().max(1) as f64;
         let span = Span { mean, planned: all.into_iter().max().unwrap_or(1) };
-        Self { task: task.clone(), legend, span: if decides { Span { mean: 0.0, planned: 0 } } else { span }, decides }
+        let choices = decides.then(|| Choices { names: legend.codes().to_vec(), are_levels: false });
+        Self { task: task.clone(), legend, span: if decides { Span { mean: 0.0, planned: 0 } } else { span }, choices }
     }
 
     fn code(&self, label: &str) -> String {
@@ -150,7 +151,7 @@ impl Kind for Prepared {
     }
 
     fn longest(&self) -> Option<usize> {
-        (!self.decides).then_some(LONGEST * self.span.planned)
+        self.choices.is_none().then_some(LONGEST * self.span.planned)
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
@@ -159,13 +160,13 @@ impl Kind for Prepared {
         label.map(|l| Answer(vec![Some(l.label.clone())])).ok_or_else(Unfit::unknown_code)
     }
 
-    fn choices(&self) -> Option<&[String]> {
-        self.decides.then(|| self.legend.codes())
+    fn choices(&self) -> Option<&Choices> {
+        self.choices.as_ref()
     }
 
     /// Decisions come as JSON, in which no code has to be recognized.
     fn legend(&self) -> Option<&Legend> {
-        (!self.decides).then_some(&self.legend)
+        self.choices.is_none().then_some(&self.legend)
     }
 }
 

@@ -122,8 +122,8 @@ pub trait Kind: fmt::Debug + Send + Sync {
     /// # Errors
     /// The reason why the value is not an answer.
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit>;
-    /// The labels that a row's answer is chosen from, if that is decided and not written.
-    fn choices(&self) -> Option<&[String]> {
+    /// What a row's answer is chosen from, if that is decided and not written.
+    fn choices(&self) -> Option<&Choices> {
         None
     }
     /// Returns true if an answer is a vector, in a form of ours alone.
@@ -134,6 +134,16 @@ pub trait Kind: fmt::Debug + Send + Sync {
     fn legend(&self) -> Option<&Legend> {
         None
     }
+}
+
+/// What an answer that is decided is chosen from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choices {
+    /// Their names.
+    pub names: Vec<String>,
+    /// They are the levels of a scale, in their order: the answer is a number, which is the place of a level, from 0, or one
+    /// between two.
+    pub are_levels: bool,
 }
 
 /// The members of an object as they are written, none of them lost.

@@ -25,7 +25,7 @@ pub use embed::Embed;
 pub use extract::Extract;
 pub use generate::Generate;
 pub(crate) use kind::Members;
-pub use kind::{Answer, Column, Example, Kind, Span, Unfit};
+pub use kind::{Answer, Choices, Column, Example, Kind, Span, Unfit};
 pub use score::Score;
 pub use value::{Type, array_literal};
 pub use verb::{Said, Subject, Verb};
@@ -53,14 +53,14 @@ impl Task {
     pub fn service_of(kind: &str, ask_by: AskBy) -> Service {
         match (kind, ask_by) {
             ("embed", _) => Service::Embeddings,
-            ("classify", AskBy::Decisions) => Service::Decisions,
+            ("classify" | "score", AskBy::Decisions) => Service::Decisions,
             _ => Service::Chat,
         }
     }
 
     /// The same task by decisions, if it may be asked so or in a chat.
     pub fn decided(&self) -> Option<Self> {
-        let (Spec::Classify(_), AskBy::Auto) = (&self.spec, self.options.ask_by) else { return None };
+        let (Spec::Classify(_) | Spec::Score(_), AskBy::Auto) = (&self.spec, self.options.ask_by) else { return None };
         let options = Options { ask_by: AskBy::Decisions, ..self.options.clone() }.in_effect();
         Some(Self { spec: self.spec.clone(), options })
     }
@@ -68,7 +68,7 @@ impl Task {
     /// Refuses options that its kind cannot be asked with.
     ///
     /// # Errors
-    /// If it is no choice among labels and is to be decided, is no chat and has a tier, or is to be asked about more rows in
+    /// If it is no choice among labels, no score and is to be decided, is no chat and has a tier, or is to be asked about more rows in
     /// a request than it can be.
     pub fn check(&self) -> Result<(), Error> {
         if self.options.service_tier != ServiceTier::Default && self.service() != Service::Chat {
@@ -82,7 +82,9 @@ impl Task {
             return Ok(());
         }
         let message = format!("a task of kind \"{}\" cannot be asked by decisions", self.spec.kind());
-        Err(Error::new(message).hint("Decisions choose among labels: they answer classifiers and llm_filter()."))
+        Err(Error::new(message).hint(
+            "Decisions choose among labels, or levels of a score: they answer classifiers, scorers and llm_filter().",
+        ))
     }
 }
 
@@ -233,7 +235,7 @@ impl Spec {
             Self::Classify(task) => Box::new(classify::Prepared::new(task, options, count)),
             Self::Extract(task) => Box::new(extract::Prepared::new(task, options, count)),
             Self::Generate(task) => Box::new(generate::Prepared::new(task, count)),
-            Self::Score(task) => Box::new(score::Prepared::new(task, count)),
+            Self::Score(task) => Box::new(score::Prepared::new(task, options, count)),
             Self::Embed(task) => Box::new(embed::Prepared(task.clone())),
         }
     }

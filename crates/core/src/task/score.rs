@@ -1,13 +1,24 @@
 //! Scores: a number within a range for every text.
+//!
+//! Decisions rate on a scale of at most ten levels and tell the place between two of them that they expect. So a score is
+//! no coarser than one that is written.
 
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Number, Value, json};
 
-use super::kind::{Answer, Column, Example, Kind, LONGEST, Span, Unfit, bare, examples, only, shown, text};
+use super::kind::{Answer, Choices, Column, Example, Kind, LONGEST, Span, Unfit, bare, examples, only, shown, text};
 use super::value::Type;
 use super::verb::{Said, Subject, Verb, instruct};
+use crate::options::{AskBy, Options};
 use crate::{CountTokens, Error, prompt};
+
+/// Steps from the lowest level to the highest, where these are not whole numbers of a short range.
+const STEPS: u32 = 5;
+/// Ranges of so many whole numbers have a level for each.
+const SHORT: std::ops::RangeInclusive<f64> = 3.0..=9.0;
+/// Digits of a score that is decided, about.
+const DIGITS: i32 = 4;
 
 /// A scorer's specification.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -56,7 +67,30 @@ impl Score {
     }
 
     fn has(&self, score: f64) -> bool {
-        self.low.as_f64().is_some_and(|low| low <= score) && self.high.as_f64().is_some_and(|high| score <= high)
+        let (low, high) = self.range();
+        low <= score && score <= high
+    }
+
+    /// The lowest and the highest score.
+    fn range(&self) -> (f64, f64) {
+        (self.low.as_f64().unwrap_or(0.0), self.high.as_f64().unwrap_or(0.0))
+    }
+
+    /// The steps between the levels of its scale.
+    fn steps(&self) -> u32 {
+        let (low, high) = self.range();
+        let is_short = low.fract() == 0.0 && high.fract() == 0.0 && SHORT.contains(&(high - low));
+        if is_short { (high - low) as u32 } else { STEPS }
+    }
+
+    /// The score at a place on the scale, from 0 to `steps()`, with the digits that tell scores apart.
+    fn at(&self, place: f64) -> String {
+        let (low, high) = self.range();
+        let span = high - low;
+        let digits = (DIGITS - span.log10().floor() as i32).clamp(0, 300) as usize;
+        let score = format!("{:.digits$}", (low + span * place / f64::from(self.steps())).clamp(low, high));
+        let score = if score.contains('.') { score.trim_end_matches('0').trim_end_matches('.') } else { &score };
+        if score == "-0" { "0".to_owned() } else { score.to_owned() }
     }
 }
 
@@ -75,13 +109,18 @@ fn score(spec: &mut Map<String, Value>, said: &Said) -> Result<(), Error> {
 pub(super) struct Prepared {
     task: Score,
     tokens: usize,
+    /// The levels, if it is decided.
+    choices: Option<Choices>,
 }
 
 impl Prepared {
-    pub(super) fn new(task: &Score, count: CountTokens) -> Self {
+    pub(super) fn new(task: &Score, options: &Options, count: CountTokens) -> Self {
         let longest = [task.low.to_string(), task.high.to_string(), "0.75".to_owned()];
         let tokens = longest.iter().map(|score| prompt::tokens_of_a_row(score, count)).max().unwrap_or(1);
-        Self { task: task.clone(), tokens }
+        let decides = options.ask_by == AskBy::Decisions;
+        let level = |step: u32| task.at(f64::from(step));
+        let choices = decides.then(|| Choices { names: (0..=task.steps()).map(level).collect(), are_levels: true });
+        Self { task: task.clone(), tokens: if decides { 0 } else { tokens }, choices }
     }
 }
 
@@ -109,11 +148,22 @@ impl Kind for Prepared {
     }
 
     fn longest(&self) -> Option<usize> {
-        Some(LONGEST * self.tokens)
+        self.choices.is_none().then_some(LONGEST * self.tokens)
+    }
+
+    fn choices(&self) -> Option<&Choices> {
+        self.choices.as_ref()
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
         let Score { low, high, .. } = &self.task;
+        if self.choices.is_some() {
+            let place: Option<f64> = serde_json::from_str(value.get()).ok();
+            let place = place.filter(|place| (0.0..=f64::from(self.task.steps())).contains(place));
+            return place.map(|place| Answer(vec![Some(self.task.at(place))])).ok_or_else(|| {
+                Unfit::bad_value(format!("the score must be a place from 0 to {} on the scale", self.task.steps()))
+            });
+        }
         let number = Type::Numeric.read(bare(value, "score"), None, false);
         let score = number.ok().filter(|n| n.parse().is_ok_and(|n| self.task.has(n)));
         let score =
@@ -138,6 +188,34 @@ mod tests {
         }
         assert!(RawValue::from_string(kind.samples()[0].clone()).is_err(), "a sample is no score");
         for bad in ["1.01", "-1", "null", "\"high\"", "[0.5]", "true", "\"NaN\"", "1e999"] {
+            assert_eq!(read(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_decided_score_is_a_place_on_the_scale() {
+        let of = |low: Value, high: Value| {
+            let spec =
+                Spec::from_json("score", &json!({"instruction": "How glad?", "low": low, "high": high})).unwrap();
+            spec.prepare(&Options { ask_by: AskBy::Decisions, ..Options::default() }, &str::len)
+        };
+        let levels = |low: Value, high: Value| of(low, high).choices().unwrap().names.clone();
+        assert_eq!(levels(0.into(), 1.into()), ["0", "0.2", "0.4", "0.6", "0.8", "1"]);
+        assert_eq!(levels(1.into(), 5.into()), ["1", "2", "3", "4", "5"]);
+        assert_eq!(levels((-1).into(), 1.into()), ["-1", "-0.6", "-0.2", "0.2", "0.6", "1"]);
+        assert_eq!(levels(0.into(), 10.into()), ["0", "2", "4", "6", "8", "10"]);
+        assert_eq!(levels(0.5.into(), 3.5.into()), ["0.5", "1.1", "1.7", "2.3", "2.9", "3.5"]);
+        for (low, high) in [(-1e300, 1e300), (0.0, 1e-300), (1.0, 1.000_000_1), (-1e9, 0.0)] {
+            let all = levels(low.into(), high.into());
+            assert!(all.len() <= 10 && all.iter().all(|l| l.parse::<f64>().is_ok()), "{low} {high}: {all:?}");
+        }
+        let kind = of(0.into(), 1.into());
+        let read = |json: &str| kind.read(&RawValue::from_string(json.to_owned()).unwrap()).ok();
+        for (place, score) in [("0", "0"), ("5", "1"), ("2.5", "0.5"), ("1.0014472175540505", "0.2003"), ("1e-9", "0")]
+        {
+            assert_eq!(read(place), Some(Answer(vec![Some(score.to_owned())])), "{place}");
+        }
+        for bad in ["-0.1", "5.01", "null", "\"0.2\"", "[1]", "true", "1e999"] {
             assert_eq!(read(bad), None, "{bad}");
         }
     }

@@ -60,11 +60,7 @@ impl Wire for Gemini {
         let mut questions: Vec<Value> = Vec::new();
         for (name, one) in body["questions"].as_object().into_iter().flatten() {
             only(one, "questions.", &["type", "instructions", "criteria"])?;
-            let labels = one["criteria"].as_object().into_iter().flatten();
-            let choices: Vec<Value> = labels.map(|(label, _)| json!({"value": label})).collect();
-            let asked =
-                json!({"type": one["type"], "name": name, "instructions": one["instructions"], "choices": choices});
-            questions.push(asked);
+            questions.push(question(name, one));
         }
         Ok(json!({"model": model, "input": body["input"], "questions": questions}))
     }
@@ -81,16 +77,10 @@ impl Wire for Gemini {
             return json!({"prompt_feedback": {"block_reason": "prohibited_content"}, "usage": usage});
         }
         let mut answers = Map::new();
-        for answer in all.iter().filter(|answer| answer["type"] == "choice") {
-            let of = |one: &Value| Some((one["value"].as_str()?.to_owned(), one["probability"].clone()));
-            let probabilities: Map<String, Value> =
-                answer["probabilities"].as_array().into_iter().flatten().filter_map(of).collect();
+        for answer in all.iter().filter(|answer| answer["type"] != "refusal") {
             let name = answer["name"].as_str().unwrap_or_default().to_owned();
-            let (choice, confidence) = (&answer["choice"], &answer["confidence"]);
             // Of a name that comes twice the first is left.
-            answers.entry(name).or_insert_with(|| {
-                json!({"type": "choice", "choice": choice, "confidence": confidence, "probabilities": probabilities})
-            });
+            answers.entry(name).or_insert_with(|| decided(answer));
         }
         json!({"answers": answers, "usage": usage})
     }
@@ -182,4 +172,33 @@ impl Wire for Gemini {
     fn headers(&self, _configured: RateHeaders) -> (RateHeaders, bool) {
         (RateHeaders::None, false)
     }
+}
+
+/// A member of an object of questions, as one of a list.
+pub(super) fn question(name: &str, one: &Value) -> Value {
+    let mut asked = json!({"type": one["type"], "name": name, "instructions": one["instructions"]});
+    if one["type"] == "score" {
+        let levels = one["criteria"].as_array().into_iter().flatten();
+        asked["levels"] = levels.map(|label| json!({"label": label})).collect();
+    } else {
+        let labels = one["criteria"].as_object().into_iter().flatten();
+        asked["choices"] = labels.map(|(label, _)| json!({"value": label})).collect();
+    }
+    asked
+}
+
+/// An answer of a list, as a member of an object: what is listed there has a name of its own here.
+pub(super) fn decided(answer: &Value) -> Value {
+    let all = || answer["probabilities"].as_array().into_iter().flatten();
+    let key = |one: &Value| one["value"].as_str().map_or_else(|| one["value"].to_string(), str::to_owned);
+    let probabilities: Map<String, Value> = all().map(|one| (key(one), one["probability"].clone())).collect();
+    let mut decided =
+        json!({"type": answer["type"], "confidence": answer["confidence"], "probabilities": probabilities});
+    if answer["type"] == "score" {
+        decided["score"] = answer["score"].clone();
+        decided["legend"] = all().map(|one| (key(one), one["label"].clone())).collect::<Map<_, _>>().into();
+    } else {
+        decided["choice"] = answer["choice"].clone();
+    }
+    decided
 }

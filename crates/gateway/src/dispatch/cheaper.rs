@@ -16,7 +16,7 @@ use crate::standing::Standings;
 /// Prices of which none is known: a token that is written costs as much as several that are read.
 const USUAL: Prices = Prices { input: 1, output: 4 };
 /// Words by which a decision is refused for its choices, whatever they are.
-const OF_CHOICES: [&str; 3] = ["choice", "criteria", "option"];
+const OF_CHOICES: [&str; 4] = ["choice", "criteria", "option", "level"];
 
 /// The service that a member asks next for a group, and most rows of the request while that is tried.
 pub fn next(
@@ -48,7 +48,7 @@ fn fallback(group: &Group) -> Service {
 fn costs_of_a_row((group, member): (&Group, &Member), learned: Learned) -> Option<[f64; 2]> {
     let stream = member.decided.as_ref()?;
     let decisions = stream.decisions()?;
-    let choices = group.decided()?.kind.choices()?.len();
+    let choices = group.decided()?.kind.choices()?.names.len();
     if choices > learned.most_choices {
         return None;
     }
@@ -103,7 +103,7 @@ impl State {
         if is_missing && lane.record(Service::Decisions).last_success.is_none() {
             lane.learned.most_choices = 0;
         } else if is_of_choices {
-            let choices = decided.kind.choices().map_or(0, |all| all.len().saturating_sub(1));
+            let choices = decided.kind.choices().map_or(0, |all| all.names.len().saturating_sub(1));
             lane.learned.most_choices = lane.learned.most_choices.min(choices);
         }
         let is_out = lane.standings.of(now, group.scope).cheaper.failed(now, is_refused);

@@ -42,6 +42,7 @@ impl Decisions for OpenaiDecisions {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::task::Choices;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -52,7 +53,7 @@ mod tests {
             model: "gpt-6-luna",
             input: "Labels:\na\nb\n\n417: \"x\"\n",
             ids: &[417],
-            choices: &["a".to_owned(), "b".to_owned()],
+            choices: &Choices { names: vec!["a".to_owned(), "b".to_owned()], are_levels: false },
             parameters: parameters.as_object().unwrap(),
         });
         let question = json!({
@@ -65,6 +66,14 @@ mod tests {
             json!({"prompt_cache_key": "k", "model": "gpt-6-luna", "input": input, "questions": [question]})
         );
         assert_eq!(OpenaiDecisions.url("https://x/v1"), "https://x/v1/decisions");
+        let levels = Choices { names: vec!["1".to_owned(), "2".to_owned()], are_levels: true };
+        let question = json!({
+            "type": "score", "name": "417", "instructions": "What is the score of text 417?",
+            "levels": [{"label": "1"}, {"label": "2"}],
+        });
+        let parameters = &serde_json::Map::new();
+        let questions = Questions { model: "m", input, ids: &[417], choices: &levels, parameters };
+        assert_eq!(OpenaiDecisions.body(&questions)["questions"], json!([question]));
     }
 
     #[test]
@@ -75,12 +84,15 @@ mod tests {
                 {"type": "choice", "name": "417", "choice": "b", "confidence": 0.9,
                  "probabilities": [{"value": "a", "probability": 0.1}, {"value": "b", "probability": 0.9}]},
                 {"type": "refusal", "name": "902"},
+                {"type": "score", "name": "118", "score": 1.8, "confidence": 0.7,
+                 "probabilities": [{"value": 1, "label": "2", "probability": 0.2}, {"value": 2, "label": "3", "probability": 0.8}]},
             ],
             "usage": {"input_tokens": 812, "input_tokens_details": {"cached_tokens": 512, "cache_write_tokens": 0},
                       "output_tokens": 0, "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": 812},
         });
-        let reply = OpenaiDecisions.reply(said.to_string().as_bytes(), &[417, 902]).unwrap();
-        assert_eq!((reply.text.as_str(), reply.refused.as_slice()), ("{\"417\":\"b\"}", &[902][..]));
+        let reply = OpenaiDecisions.reply(said.to_string().as_bytes(), &[417, 902, 118]).unwrap();
+        assert_eq!((reply.text.as_str(), reply.refused.as_slice()), ("{\"417\":\"b\",\"118\":1.8}", &[902][..]));
+        assert_eq!((reply.confidence(417), reply.confidence(118)), (Some(0.9), Some(0.8)));
         assert_eq!((reply.usage, reply.cached_input), (Usage { input: Some(812), output: Some(0) }, 512));
         assert!(OpenaiDecisions.reply(b"{\"error\":{\"message\":\"no\"}}", &[417]).is_err());
         assert!(OpenaiDecisions.reply(b"<html>", &[417]).is_err());
