@@ -20,6 +20,7 @@ const REQUESTS: &[(&str, &str)] = &[
     ("/v1", "/messages"),
     ("/v1", "/responses"),
     ("/v1", "/decisions"),
+    ("/v1", "/systemone"),
     ("/v1beta", "/decisions"),
     ("/v2", "/chat"),
     ("/v2", "/embed"),

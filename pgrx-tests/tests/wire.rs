@@ -130,7 +130,8 @@ fn the_examples_of_providers_fill_a_table_each() {
             None => sql += &format!("; CREATE USER MAPPING FOR PUBLIC SERVER {server} OPTIONS (api_key '{KEY}')"),
         }
         run(&mut c, &sql);
-        classifier(&mut c, &format!("topic_{model}"), &labels_json(&LABELS), model, "{}");
+        let options = if api == "systemone" { r#"{"ask_by": "decisions"}"# } else { "{}" };
+        classifier(&mut c, &format!("topic_{model}"), &labels_json(&LABELS), model, options);
         run(&mut c, &format!("CREATE TABLE {server} (id int PRIMARY KEY, body text, want text, topic text)"));
         let body = "format('No. %s: #r%s:%s#', n, lpad(n::text, 6, '0'), want)";
         let (first, last) = (rows + 1, rows + 60);
@@ -231,7 +232,7 @@ fn scores(c: &mut Client, provider: &FakeProvider) {
            SELECT llm_batch.create_scorer('in_chat', 'How urgent?', 0, 1, 'luna');
            SELECT llm_batch.create_scorer('decided', 'How urgent?', 0, 1, 'decide', options => '{"ask_by": "decisions"}')"#,
     );
-    for (task, asks) in [("decided", "questions"), ("in_chat", "messages")] {
+    for (task, asks) in [("decided", "questions"), ("urgency", "questions"), ("in_chat", "messages")] {
         run(c, "UPDATE openai SET score = NULL");
         let job = one(
             c,
@@ -279,6 +280,12 @@ fn what_cannot_be_decided(c: &mut Client, provider: &FakeProvider) {
             format!("SELECT llm_batch.create_extractor('g', '{{\"n\": \"int\"}}', model => 'decide', {by})"),
             "22023",
             "\"extract\" cannot be asked",
+        ),
+        ("SELECT llm_batch.create_scorer('g', 'x', 0, 1, 'laya')".into(), "0A000", "with the option \"ask_by\": \"decisions\""),
+        (
+            "CREATE SERVER s1 FOREIGN DATA WRAPPER llm_provider OPTIONS (api 'systemone')".into(),
+            "",
+            "the API has no address of its own",
         ),
         (format!("SELECT llm_batch.create_classifier('g', {labels}'haiku', {by})"), "0A000", "serves no decisions"),
         (format!("SELECT llm_batch.alter_classifier('topic_haiku', {by})"), "0A000", "serves no decisions"),

@@ -15,6 +15,7 @@ mod gemini;
 mod mistral;
 mod ollama;
 mod openai;
+mod systemone;
 mod voyage;
 
 use serde::{Deserialize, Serialize};
@@ -64,6 +65,7 @@ dialects! {
     cohere: Cohere,
     ollama: Ollama,
     voyage: Voyage,
+    systemone: SystemOne,
 }
 
 /// A service of a provider, at an address of its own.

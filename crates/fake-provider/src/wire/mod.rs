@@ -8,6 +8,7 @@ mod gemini;
 mod mistral;
 mod ollama;
 mod openai;
+mod systemone;
 mod voyage;
 
 use serde_json::{Map, Value, json};
@@ -96,6 +97,7 @@ pub(crate) const WIRES: &[&dyn Wire] = &[
     &cohere::Cohere,
     &ollama::Ollama,
     &voyage::Voyage,
+    &systemone::SystemOne,
 ];
 
 /// The dialect of a path, and the model in it.
