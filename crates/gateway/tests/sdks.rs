@@ -65,7 +65,8 @@ impl Asked {
         // Anthropic has no JSON without a schema.
         let json = (api.name() != "anthropic").then_some(Format::Json);
         let (mut questions, mut ours) = (Vec::new(), Vec::new());
-        for format in [None, json, Some(schema.clone()), Some(schema.clone()), Some(schema.clone())] {
+        let formats = [None, json, Some(schema.clone()), Some(schema.clone()), Some(schema.clone())];
+        for format in formats.into_iter().filter(|_| api.dialect().asks()) {
             let schema = match &format {
                 Some(Format::Schema { schema, .. }) => Some(schema),
                 _ => None,
@@ -99,8 +100,9 @@ impl Asked {
             let parameters = &Map::new();
             ours.push(decisions.body(&Questions { model: "m", input: &input, ids: &ids, choices, parameters }));
         }
-        // Of the clients Ollama's alone is asked for vectors.
-        if let Some(embeddings) = api.dialect().embeddings().filter(|_| api.name() == "ollama") {
+        // Of the clients these are asked for vectors.
+        let is_asked = api.name() == "ollama" || !api.dialect().asks();
+        if let Some(embeddings) = api.dialect().embeddings().filter(|_| is_asked) {
             let texts = ["#r1:bug#".to_owned(), "ü".to_owned()];
             questions.push(json!({
                 "api": api.name(), "base": provider.base_of(api.name()), "key": KEY, "model": "m", "texts": texts,
@@ -110,7 +112,7 @@ impl Asked {
                 model: "m",
                 texts: &texts,
                 dimensions: 3,
-                input_type: None,
+                input_type: (api.name() == "voyage").then_some("document"),
                 encoding: Some(Encoding::Base64),
                 parameters: &Map::new(),
             }));
@@ -154,8 +156,9 @@ fn the_official_clients_ask_as_we_do_and_can_read_the_answers() {
         eprintln!("SKIPPED the_official_clients_ask_as_we_do_and_can_read_the_answers: LLM_BATCH_TEST_SDKS is not set");
         return;
     };
-    let chats = Api::ALL.iter().filter(|api| api.dialect().asks());
-    let asked: Vec<Asked> = chats.map(|api| Asked::new(*api)).collect();
+    // System One has no client.
+    let clients = Api::ALL.iter().filter(|api| api.name() != "systemone");
+    let asked: Vec<Asked> = clients.map(|api| Asked::new(*api)).collect();
     let questions: Vec<Value> = asked.iter().flat_map(|one| one.questions.clone()).collect();
     let mut unfit = ask(&python, &questions).into_iter();
     let mut found = BTreeSet::new();

@@ -26,7 +26,14 @@ impl Wire for Voyage {
     }
 
     fn texts(&self, body: &Value) -> Result<Value, String> {
-        only(body, "", &["model", "input", "input_type", "truncation", "output_dimension", "encoding_format"])?;
+        only(
+            body,
+            "",
+            &["model", "input", "input_type", "truncation", "output_dimension", "output_dtype", "encoding_format"],
+        )?;
+        if !(body["output_dtype"].is_null() || body["output_dtype"] == "float") {
+            return Err("output_dtype: others than float are not made here".to_owned());
+        }
         at_most(1_000, &body["input"], "The batch size limit is 1000.")?;
         let mut asked = body.clone();
         asked["dimensions"] = asked["output_dimension"].take();
