@@ -211,7 +211,7 @@ def wrong(q):
         ask(client(q["base"], q["key"]), q)
     except Exception as error:  # of any of the clients
         found.append(f"raised: {type(error).__name__} {error}")
-    if answer not in TYPES:
+    if q["api"] == "voyage":
         return found or None
     try:
         TypeAdapter(TYPES[answer]).validate_json(last.pop("body"), extra="forbid")

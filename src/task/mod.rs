@@ -162,7 +162,7 @@ fn check_api(api: Api, model: &str, service: Service, tier: ServiceTier) -> Resu
     if !api.serves(service) {
         let hint = match service {
             Service::Chat if api.serves(Service::Decisions) => {
-                "Classifiers and scorers are asked there with the option \"ask_by\": \"decisions\"."
+                "Classifiers, scorers and llm_filter() are asked there with the option \"ask_by\": \"decisions\"; for other tasks name a model of another server."
             }
             _ => "Name a model of another server.",
         };

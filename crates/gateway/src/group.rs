@@ -62,8 +62,18 @@ pub struct Group {
     pub purse: Option<Purse>,
     /// Rows sent, divided by priority: the group with the least goes next.
     pub served: f64,
-    /// The size of the request that it would send next, and its rows, if the limiter has refused it.
-    pub refused: Option<(limiter::Size, usize)>,
+    /// The request that it would send next, if the limiter has refused it.
+    pub refused: Option<Refused>,
+}
+
+/// A request that was refused by the limiter of a lane.
+#[derive(Debug, Clone, Copy)]
+pub struct Refused {
+    pub size: limiter::Size,
+    /// The rows that were queued then: with others it is not the next request.
+    pub queued: usize,
+    /// The terms by which it was made: the member, the service, the way, and most rows of a trial.
+    pub terms: (u32, Service, Way, Option<usize>),
 }
 
 /// The next rows that a group has to send.
@@ -447,9 +457,9 @@ impl Group {
         (&self.asking(service).system, lines.concat())
     }
 
-    /// The size of the request that it would send next, as far as that is known.
-    pub fn next_size(&self) -> Option<limiter::Size> {
-        self.refused.filter(|(_, rows)| self.queued() >= *rows).map(|(size, _)| size)
+    /// The size of the request that it would send next by these terms, as far as that is known.
+    pub fn next_size(&self, terms: (u32, Service, Way, Option<usize>)) -> Option<limiter::Size> {
+        self.refused.filter(|refused| refused.terms == terms && refused.queued == self.queued()).map(|r| r.size)
     }
 
     /// Rows go out.

@@ -304,11 +304,11 @@ async fn exchange(client: &HttpClient, mut answer: Answer, question: &Question<'
         {
             message.push_str(&format!(" (base_url does not end in {end}, as most do)"));
         }
-        if report.trouble == Trouble::NotFound
-            && question.service == Service::Decisions
-            && endpoint.api.dialect().asks()
-        {
-            message.push_str(" (not every server serves decisions; \"ask_by\": \"chat\" asks in a chat)");
+        if report.trouble == Trouble::NotFound && question.service == Service::Decisions {
+            message.push_str(match endpoint.api.dialect().asks() {
+                true => " (not every server serves decisions; \"ask_by\": \"chat\" asks in a chat)",
+                false => " (the server, or the model, serves no decisions)",
+            });
         }
         Report { message, ..report }
     });

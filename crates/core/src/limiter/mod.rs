@@ -324,23 +324,23 @@ impl Limiter {
         output
     }
 
-    /// The part of a request of this size that is to go, so that a whole number of such requests fills the short window: of
-    /// large ones few fit, and what they leave at its edge may be too small for a part of another.
-    pub fn even_part(&mut self, now: u64, size: Size) -> f64 {
+    /// The number of requests of this size that fit into the short window, by what they take of the limits.
+    pub fn fitting(&mut self, now: u64, size: Size) -> f64 {
         let share = self.share.at(now);
         let fit = |(cap, want): (&Option<u64>, u64)| cap.map(|cap| cap as f64 * share / want.max(1) as f64);
-        let [requests, amounts @ ..] = amounts(size);
-        let [most_requests, caps @ ..] = &self.windows[0].caps;
-        let fitting = caps.iter().zip(amounts).filter_map(fit).fold(f64::INFINITY, f64::min);
-        let whole =
-            Some(self.even).filter(|even| (*even * STAYS - 1.0..=*even).contains(&fitting)).unwrap_or(fitting.ceil());
-        // More requests must not be what uses up the limit.
-        let are_allowed = fit((most_requests, requests)).is_none_or(|most| most >= whole);
-        if fitting < 1.0 || whole > FEW_REQUESTS || !are_allowed {
-            return 1.0;
+        self.windows[0].caps.iter().zip(amounts(size)).filter_map(fit).fold(f64::INFINITY, f64::min)
+    }
+
+    /// The number of requests that are to fill the short window where so many fit: of large ones few do, and what they leave
+    /// at its edge may be too small for a part of another. `None`: they are as large as they come.
+    pub fn even(&mut self, fitting: f64) -> Option<f64> {
+        let stays = |even: &f64| (*even * STAYS - 1.0..=*even).contains(&fitting);
+        let whole = Some(self.even).filter(stays).unwrap_or(fitting.ceil());
+        if fitting < 1.0 || whole > FEW_REQUESTS {
+            return None;
         }
         self.even = whole;
-        fitting / whole
+        Some(whole)
     }
 
     /// Until when (ms) neither a request of this size nor a part of it goes, if that is later than `now` (ms).
@@ -400,8 +400,7 @@ impl Limiter {
         let Some(at) = near.max(minute) else { return Ok(steady.is_some()) };
         match paced {
             // When it is paced no more a part of it may fit, long before all of it does.
-            Some(paced) if self.may_cut(paced, want, spare, share) => wait(at.min(paced)),
-            Some(_) => wait(at),
+            Some(paced) => wait(self.cut_from(paced, want, spare, share).map_or(at, |part| at.min(part))),
             None => Err(Refusal::Until { at, part: self.part(now, want, spare, share) }),
         }
     }
@@ -453,15 +452,17 @@ impl Limiter {
         }
     }
 
-    /// Returns true if a part of these amounts may go at `then` (ms), which is to come, and all of them perhaps do not: it is
-    /// time to cut a request, or what can be trimmed off is all that does not fit.
-    fn may_cut(&self, then: u64, want: Amounts, spare: Amounts, share: f64) -> bool {
-        let trimmed = want.map(|want| (want as f64 * TRIMMED) as u64);
-        let fits = |window: &Window| window.fits_at(trimmed, spare, share).is_none_or(|at| at <= then);
+    /// When (ms) a part of these amounts may go, if not before `paced` (ms), though all of them do not: when what can be
+    /// trimmed off is all that does not fit, or when it is time to cut a request.
+    fn cut_from(&self, paced: u64, want: Amounts, spare: Amounts, share: f64) -> Option<u64> {
+        let trimmed = want.map(|want| (want as f64 * TRIMMED).ceil() as u64);
+        let fits = |window: &Window| window.fits_at(trimmed, spare, share).is_none_or(|at| at <= paced);
+        if self.windows.iter().all(fits) {
+            return Some(paced);
+        }
         let is_worth = |(want, cap): (u64, Option<u64>)| cap.is_some_and(|cap| want * WORTH_CUTTING > cap);
-        let is_time =
-            |window: &Window| self.is_time_to_cut(then, window) && want.into_iter().zip(window.caps).any(is_worth);
-        self.windows.iter().all(fits) || self.windows.iter().any(is_time)
+        let worth = self.windows.iter().filter(|window| want.into_iter().zip(window.caps).any(is_worth));
+        worth.map(|window| self.cut_at.map_or(paced, |at| paced.max(at + window.length))).min()
     }
 
     /// A request is cut once in the length of the window that is full.

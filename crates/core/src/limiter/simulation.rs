@@ -127,7 +127,8 @@ fn run(case: Case) -> Seen {
     let mut want = case.pack;
     while now < end {
         let estimate = |n: u64| Tokens { input: n * 92 / 100 + n / 100, output: n * 8 / 100 };
-        let mut size = (want as f64 * limiter.even_part(now, estimate(want).into())) as u64;
+        let fitting = limiter.fitting(now, estimate(want).into());
+        let mut size = limiter.even(fitting).map_or(want, |whole| (want as f64 * fitting / whole) as u64);
         let mut tried = limiter.reserve(now, estimate(size), Class::Bulk, 1.0);
         if let Err(Refusal::Until { part, .. }) = tried
             && part >= 0.35

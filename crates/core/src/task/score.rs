@@ -17,8 +17,11 @@ use crate::{CountTokens, Error, prompt};
 const STEPS: u32 = 5;
 /// Ranges of so many whole numbers have a level for each.
 const SHORT: std::ops::RangeInclusive<f64> = 3.0..=9.0;
-/// Digits of a score that is decided, about.
+/// Digits of a score that is decided, about; and most of those that stand behind a point.
 const DIGITS: i32 = 4;
+const MOST_DIGITS: i32 = 330;
+/// By so much an expected place may lie beyond the scale: probabilities do not come to one exactly.
+const BEYOND: f64 = 1e-3;
 
 /// A scorer's specification.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,7 +52,13 @@ impl Score {
         if task.instruction.is_empty() {
             return Err(Error::new("the instruction must not be empty").hint("Say what the score tells of each text."));
         }
-        if task.low.as_f64() >= task.high.as_f64() {
+        let (low, high) = task.range();
+        if !(high - low).is_finite() {
+            return Err(
+                Error::new(format!("the range from {low} to {high} is too large")).hint("Such as 1 to 5 will do.")
+            );
+        }
+        if low >= high {
             return Err(Error::new(format!("the lowest score {} is not below the highest, {}", task.low, task.high))
                 .hint("Write the lowest first: low => 1, high => 5."));
         }
@@ -87,10 +96,15 @@ impl Score {
     fn at(&self, place: f64) -> String {
         let (low, high) = self.range();
         let span = high - low;
-        let digits = (DIGITS - span.log10().floor() as i32).clamp(0, 300) as usize;
-        let score = format!("{:.digits$}", (low + span * place / f64::from(self.steps())).clamp(low, high));
+        let digits = (DIGITS - span.log10().floor() as i32).clamp(0, MOST_DIGITS) as usize;
+        let score = format!("{:.digits$}", low + span * place / f64::from(self.steps()));
         let score = if score.contains('.') { score.trim_end_matches('0').trim_end_matches('.') } else { &score };
-        if score == "-0" { "0".to_owned() } else { score.to_owned() }
+        match score.parse::<f64>() {
+            Ok(rounded) if rounded <= low => self.low.to_string(),
+            Ok(rounded) if rounded >= high => self.high.to_string(),
+            _ if score == "-0" => "0".to_owned(),
+            _ => score.to_owned(),
+        }
     }
 }
 
@@ -159,7 +173,8 @@ impl Kind for Prepared {
         let Score { low, high, .. } = &self.task;
         if self.choices.is_some() {
             let place: Option<f64> = serde_json::from_str(value.get()).ok();
-            let place = place.filter(|place| (0.0..=f64::from(self.task.steps())).contains(place));
+            let scale = -BEYOND..=f64::from(self.task.steps()) + BEYOND;
+            let place = place.filter(|place| scale.contains(place));
             return place.map(|place| Answer(vec![Some(self.task.at(place))])).ok_or_else(|| {
                 Unfit::bad_value(format!("the score must be a place from 0 to {} on the scale", self.task.steps()))
             });
@@ -205,14 +220,23 @@ mod tests {
         assert_eq!(levels((-1).into(), 1.into()), ["-1", "-0.6", "-0.2", "0.2", "0.6", "1"]);
         assert_eq!(levels(0.into(), 10.into()), ["0", "2", "4", "6", "8", "10"]);
         assert_eq!(levels(0.5.into(), 3.5.into()), ["0.5", "1.1", "1.7", "2.3", "2.9", "3.5"]);
-        for (low, high) in [(-1e300, 1e300), (0.0, 1e-300), (1.0, 1.000_000_1), (-1e9, 0.0)] {
-            let all = levels(low.into(), high.into());
-            assert!(all.len() <= 10 && all.iter().all(|l| l.parse::<f64>().is_ok()), "{low} {high}: {all:?}");
+        for (low, high) in
+            [(-1e300, 1e300), (0.0, 1e-300), (1.0, 1.000_000_1), (-1e9, 0.0), (0.123_456, 100.0), (0.0, 33_333.5)]
+        {
+            let all: Vec<f64> = levels(low.into(), high.into()).iter().map(|level| level.parse().unwrap()).collect();
+            let are_rising = all.windows(2).all(|pair| pair[0] < pair[1]);
+            assert!(are_rising && all.len() == 6 && all[0] == low && all[5] == high, "{low} {high}: {all:?}");
         }
         let kind = of(0.into(), 1.into());
         let read = |json: &str| kind.read(&RawValue::from_string(json.to_owned()).unwrap()).ok();
-        for (place, score) in [("0", "0"), ("5", "1"), ("2.5", "0.5"), ("1.0014472175540505", "0.2003"), ("1e-9", "0")]
-        {
+        for (place, score) in [
+            ("0", "0"),
+            ("5", "1"),
+            ("2.5", "0.5"),
+            ("1.0014472175540505", "0.2003"),
+            ("5.0000003", "1"),
+            ("-1e-9", "0"),
+        ] {
             assert_eq!(read(place), Some(Answer(vec![Some(score.to_owned())])), "{place}");
         }
         for bad in ["-0.1", "5.01", "null", "\"0.2\"", "[1]", "true", "1e999"] {
@@ -225,6 +249,7 @@ mod tests {
         for bad in [
             json!({"instruction": "x", "low": 1, "high": 1}),
             json!({"instruction": "x", "low": 1}),
+            json!({"instruction": "x", "low": -1e308, "high": 1e308}),
             json!({"instruction": "", "low": 0, "high": 1}),
             json!({"instruction": "x", "low": "0", "high": 1}),
             json!({"instruction": "x", "low": 0, "high": 1, "examples": [{"input": "i", "answer": 2}]}),

@@ -16,7 +16,7 @@ use crate::standing::Standings;
 /// Prices of which none is known: a token that is written costs as much as several that are read.
 const USUAL: Prices = Prices { input: 1, output: 4 };
 /// Words by which a decision is refused for its choices, whatever they are.
-const OF_CHOICES: [&str; 4] = ["choice", "criteria", "option", "level"];
+const OF_CHOICES: [&str; 3] = ["choice", "criteria", "option"];
 
 /// The service that a member asks next for a group, and most rows of the request while that is tried.
 pub fn next(
@@ -102,9 +102,9 @@ impl State {
         let is_of_choices = !is_missing && is_refused && OF_CHOICES.iter().any(|word| words.contains(word));
         if is_missing && lane.record(Service::Decisions).last_success.is_none() {
             lane.learned.most_choices = 0;
-        } else if is_of_choices {
-            let choices = decided.kind.choices().map_or(0, |all| all.names.len().saturating_sub(1));
-            lane.learned.most_choices = lane.learned.most_choices.min(choices);
+        } else if is_of_choices && let Some(choices) = decided.kind.choices().filter(|all| !all.are_levels) {
+            let fewer = choices.names.len().saturating_sub(1);
+            lane.learned.most_choices = lane.learned.most_choices.min(fewer);
         }
         let is_out = lane.standings.of(now, group.scope).cheaper.failed(now, is_refused);
         if is_out {

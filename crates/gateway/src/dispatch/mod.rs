@@ -14,6 +14,8 @@ mod clients;
 mod doubts;
 mod estimate;
 #[cfg(test)]
+mod even_tests;
+#[cfg(test)]
 mod flex_tests;
 mod memory;
 #[cfg(test)]

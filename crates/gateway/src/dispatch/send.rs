@@ -8,7 +8,7 @@ use llm_batch_core::dialect::decisions::{self, Questions};
 use llm_batch_core::dialect::embeddings::{FIRST_NUMBER, Texts};
 use llm_batch_core::dialect::{Ask, Counts, Format, Service};
 use llm_batch_core::flex;
-use llm_batch_core::limiter::{Grant, Limiter, Limits, Refusal, Size, Tokens};
+use llm_batch_core::limiter::{Class, Grant, Limiter, Limits, Refusal, Size, Tokens};
 use llm_batch_core::options::ServiceTier;
 use llm_batch_core::patience::Way;
 use llm_batch_core::request;
@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 
 use super::{Asked, Conn, InFlight, Launch, State, cheaper, routes, say};
 use crate::asking::Asking;
-use crate::group::{Group, Next};
+use crate::group::{Group, Next, Refused};
 use crate::key::{GroupId, LaneKey};
 use crate::lane::Lane;
 use crate::learned::{Learned, MOST_SPARE_ANSWER_TOKENS, Measured};
@@ -30,6 +30,9 @@ use crate::row::Row;
 
 /// A request that is cut to fit keeps at least one of so many rows.
 const LEAST_PART: usize = 4;
+/// Requests are made smaller to use a limit evenly if as many of them as fit have this part of the rows that the limit would
+/// have room for.
+const LEAST_EVEN: f64 = 0.95;
 
 /// A request as it would be sent.
 pub(super) struct Draft {
@@ -215,8 +218,8 @@ struct Pack {
 enum Unsent {
     /// The budget does not suffice for it. The client that is asked for more, and the message, unless it was asked before.
     Unpaid(Option<(u64, Box<FromGateway>)>),
-    /// Not before this time (ms).
-    Until(u64),
+    /// Not before this time (ms), at this size.
+    Until(u64, Size),
     /// The number of its rows that are larger than a request may be; and why.
     TooLarge(usize, String),
 }
@@ -294,7 +297,7 @@ impl<'a> Terms<'a> {
         }
         let (rows, draft) = self.even(now, group, limiter, rows, draft);
         let (mut rows, mut draft) = self.afford(group, rows, draft)?;
-        let whole = (draft.reserved(), rows.len());
+        let whole = draft.reserved();
         let mut tried = limiter.reserve(now, draft.reserved(), group.class(), 1.0);
         if tried == Err(Refusal::TooLarge) && rows.len() == 1 && self.configured.admit(draft.reserved()) {
             tried = limiter.reserve(now, limiter.trial(draft.reserve), group.class(), 1.0);
@@ -312,17 +315,15 @@ impl<'a> Terms<'a> {
         }
         match tried {
             Ok(grant) => Ok((rows.len(), draft, grant)),
-            Err(Refusal::Until { at, .. }) => {
-                group.refused = Some(whole);
-                Err(Unsent::Until(at))
-            }
+            Err(Refusal::Until { at, .. }) => Err(Unsent::Until(at, whole)),
             Err(Refusal::TooLarge) => {
                 Err(Unsent::TooLarge(rows.len(), "a limit a minute of the model is smaller".to_owned()))
             }
         }
     }
 
-    /// The first of these rows, as many as use the limits evenly, and their draft.
+    /// The first of these rows, as many as use the limits evenly, and their draft. All of them, where others do not follow,
+    /// and where fewer would use the limits for what stands around rows.
     fn even<'r>(
         &self,
         now: u64,
@@ -331,13 +332,16 @@ impl<'a> Terms<'a> {
         rows: &'r [Row],
         draft: Draft,
     ) -> (&'r [Row], Draft) {
-        let part = limiter.even_part(now, draft.reserved());
-        if part == 1.0 {
+        let fitting = limiter.fitting(now, draft.reserved());
+        let is_followed = group.queued() > 0 && group.class() == Class::Bulk;
+        let Some(whole) = limiter.even(fitting).filter(|_| is_followed) else { return (rows, draft) };
+        let n = group.fit(rows, (draft.size() as f64 * fitting / whole) as usize, self.stream.task.service());
+        let some = rows.get(..n).unwrap_or(rows);
+        if some.is_empty() || (some.len() as f64) * whole < rows.len() as f64 * fitting * LEAST_EVEN {
             return (rows, draft);
         }
-        let n = group.fit(rows, (draft.size() as f64 * part) as usize, self.stream.task.service()).max(1);
-        let rows = rows.get(..n).unwrap_or(rows);
-        (rows, self.draft(group, rows))
+        let cut = self.draft(group, some);
+        if limiter.fitting(now, cut.reserved()) < whole { (rows, draft) } else { (some, cut) }
     }
 
     /// The first of these rows, as many as the group's purse pays for, and their draft.
@@ -470,16 +474,9 @@ impl State {
                 routes::tried_again(group, key, now).into_iter().for_each(&mut later);
                 continue;
             };
-            let Some((_, member)) = group.member(key) else { continue };
+            let Some((place, member)) = group.member(key) else { continue };
             let (service, trial) = cheaper::next(now, (&*group, member), standings, *learned);
             let stream = Rc::clone(member.stream(service));
-            // No pack is made again of rows that can't go yet.
-            if let Some(size) = group.next_size()
-                && let Some(at) = limiter.closed_until(now, size, group.class())
-            {
-                later(at);
-                return Look::Full;
-            }
             let record = if stream.decisions().is_some() { &*decisions } else { &*chats };
             let standing = standings.of(now, group.asking(service).scope);
             if !standing.may_send(now) {
@@ -497,6 +494,13 @@ impl State {
                 }
             };
             let (way, turn) = standing.patience.way();
+            // No pack is made again of rows that can't go yet.
+            if let Some(size) = group.next_size((place, service, way, trial))
+                && let Some(at) = limiter.closed_until(now, size, group.class())
+            {
+                later(at);
+                return Look::Full;
+            }
             let learned = Learned { forms: standing.forms.without(learned.forms), no_flex, ..*learned };
             let measured = Measured { sizes: standing.sizes, ..record.measured };
             let bounds = (by_word, limiter.largest_answer());
@@ -520,7 +524,9 @@ impl State {
                     return Look::Sent;
                 }
                 Err(Unsent::TooLarge(_, why)) => return Look::TooLarge(id, rows, why),
-                Err(Unsent::Until(at)) => {
+                Err(Unsent::Until(at, size)) => {
+                    let (queued, terms) = (group.queued(), (place, service, way, trial));
+                    group.refused = Some(Refused { size, queued, terms });
                     later(at);
                     return Look::Full;
                 }
