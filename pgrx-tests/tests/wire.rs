@@ -217,6 +217,13 @@ fn decisions(c: &mut Client, provider: &FakeProvider) {
     assert_eq!(one(c, &format!("SELECT count(*) FROM {array} WHERE confidence > 0.9")), 1);
     let in_chat = "llm_run_batch('SELECT id, body FROM anthropic', 'topic_haiku')";
     assert_eq!(one(c, &format!("SELECT count(confidence) FROM {in_chat}")), 0);
+    run(
+        c,
+        r#"SELECT llm_batch.create_model('luna_p', server => 'openai', model => 'gpt-6-luna', parameters => '{"logprobs": true}')"#,
+    );
+    classifier(c, "with_logprobs", &labels_json(&LABELS), "luna_p", "{}");
+    let with_logprobs = "llm_run_batch('SELECT id, body FROM openai', 'with_logprobs')";
+    assert_eq!(one(c, &format!("SELECT count(*) FROM {with_logprobs} WHERE abs(confidence - 0.8) < 0.0001")), 60);
     // One question is refused: its row has no label, at once.
     provider.script([Some(Fault::Refusal)]);
     let refused = "SELECT string_agg(detail, ';') FROM llm_run_batch(\

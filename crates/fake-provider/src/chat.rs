@@ -234,7 +234,7 @@ impl State {
                     "content": answer.content,
                     "refusal": answer.refusal,
                 },
-                "logprobs": null,
+                "logprobs": answer.content.as_deref().filter(|_| chat.logprobs).map(logprobs),
                 "finish_reason": answer.finish_reason,
             }],
             "usage": {
@@ -343,6 +343,20 @@ fn check(config: &Config, chat: &Chat) -> Result<(), Reply> {
         return Err(Reply::invalid("messages", "context_length_exceeded", &message));
     }
     Ok(())
+}
+
+/// The tokens of a content: quotation marks, which are certain, and what is between them. A label is by four fifths.
+fn logprobs(content: &str) -> Value {
+    let token = |text: &str| {
+        let is_label = text.bytes().any(|b| b.is_ascii_alphabetic());
+        json!({"token": text, "logprob": if is_label { 0.8_f64.ln() } else { 0.0 }, "bytes": text.as_bytes(), "top_logprobs": []})
+    };
+    let mut tokens: Vec<Value> = Vec::new();
+    for (n, part) in content.split('"').enumerate() {
+        tokens.extend((n > 0).then(|| token("\"")));
+        tokens.extend(Some(part).filter(|part| !part.is_empty()).map(token));
+    }
+    json!({ "content": tokens, "refusal": null })
 }
 
 fn signed(number: u64) -> i64 {

@@ -116,6 +116,7 @@ impl Questions {
             format: Format::Text,
             system_tokens: 0,
             is_flex: false,
+            logprobs: false,
             prompt_tokens: self.tokens,
         }
     }

@@ -80,6 +80,7 @@ impl Texts {
             format: Format::Text,
             system_tokens: 0,
             is_flex: false,
+            logprobs: false,
             prompt_tokens: self.tokens,
         }
     }

@@ -23,6 +23,8 @@ pub(crate) struct Chat {
     pub(crate) format: Format,
     /// It is to be served at the tier "flex".
     pub(crate) is_flex: bool,
+    /// The tokens of the answer are to have their probabilities.
+    pub(crate) logprobs: bool,
     /// Tokens of the system messages.
     pub(crate) system_tokens: u64,
     /// Tokens of the messages and of the schema.
@@ -64,6 +66,7 @@ impl Chat {
             old_max_tokens: !body["max_tokens"].is_null(),
             format: Format::Text,
             is_flex: body["service_tier"] == "flex",
+            logprobs: body["logprobs"] == true,
             // As OpenAI counts: 3 tokens open the answer, 3 frame each message.
             system_tokens: 0,
             prompt_tokens: 3,

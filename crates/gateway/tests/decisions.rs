@@ -4,7 +4,7 @@
 mod support;
 
 use llm_batch_core::dialect::Api;
-use llm_batch_core::options::{AskBy, Options};
+use llm_batch_core::options::{AskBy, Codes, Options};
 use llm_batch_core::task::Spec;
 use llm_batch_gateway::protocol::*;
 use llm_fake_provider::{Config, FakeProvider, Fault};
@@ -130,6 +130,31 @@ fn answers_have_their_probabilities_and_those_of_chats_none() {
             "{api:?}: {outcome:?}"
         );
     }
+}
+
+/// A chat's answers have those of their tokens, where it is asked for them. A text has none.
+#[test]
+fn labels_of_a_chat_have_the_probabilities_of_their_tokens() {
+    let (setup, provider) = (Setup::with_cache(1 << 20), keyed(Config::default()));
+    let asks = |change: fn(&mut Stream)| {
+        decides(&setup, &provider, Api::default(), |s| {
+            s.task.options.ask_by = AskBy::Chat;
+            s.model.parameters.insert("logprobs".into(), true.into());
+            change(s);
+        })
+    };
+    // The second time they are those of answers that were kept.
+    for change in [(|_| {}) as fn(&mut Stream), |s| s.task.options.codes = Codes::Letters, |_| {}] {
+        let mut client = asks(change);
+        client.rows(0..60);
+        for (n, outcome) in client.answers(60).0 {
+            assert!(is_right(n, &outcome.verdict), "{outcome:?}");
+            assert!(outcome.confidence.is_some_and(|c| (c - 0.8).abs() < 1e-9), "{outcome:?}");
+        }
+    }
+    let mut client = asks(|s| s.task.spec = Spec::from_json("generate", &json!({"instruction": "x"})).unwrap());
+    client.rows(0..20);
+    assert!(client.answers(20).0.values().all(|outcome| outcome.confidence.is_none()));
 }
 
 /// A score is a place on a scale, whatever goes wrong on the way; 101 of them are told apart.

@@ -4,6 +4,7 @@
 
 mod decisions;
 pub(super) mod embeddings;
+mod logprobs;
 mod stream;
 
 use serde_json::{Value, json};
@@ -141,8 +142,9 @@ fn reply(body: &[u8]) -> Result<Reply, Unread> {
     let thought = json["usage"]["completion_tokens_details"]["reasoning_tokens"].as_u64();
     let written_input = json["usage"]["prompt_tokens_details"]["cache_write_tokens"].as_u64().unwrap_or(0);
     let is_flex = json[TIER] == "flex";
+    let confidences = logprobs::confidences(&text, &choice["logprobs"]["content"]);
     let reply = Reply { text, finish, has_reasoning, usage, thought, cached_input, written_input, ..Reply::default() };
-    Ok(Reply { is_flex, ..reply }.consistent())
+    Ok(Reply { is_flex, confidences, ..reply }.consistent())
 }
 
 /// One answer is asked for. Of several, that without a number or with the first one is it.

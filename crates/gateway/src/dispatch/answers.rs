@@ -218,8 +218,11 @@ impl State {
         }
         let read = read.unwrap_or_else(|| vec![Read::Missing; request.rows.len()]);
         let InFlight { lane: lane_key, group: group_id, mut rows, ids, asked, grant, .. } = request;
-        rows.iter_mut().zip(ids).for_each(|(row, id)| row.confidence = reply.confidence(id));
         let Some((lane, group)) = self.lanes.get_mut(&lane_key).zip(self.groups.get_mut(group_id)) else { return };
+        // Of a chat that of a label alone says anything.
+        if asked.service == Service::Decisions || group.asking(asked.service).kind.legend().is_some() {
+            rows.iter_mut().zip(ids).for_each(|(row, id)| row.confidence = reply.confidence(id));
+        }
         let seen = Seen::new(reply, &read, asked, &*group.asking(asked.service).kind);
         lane.answers(now, asked.service);
         if asked.is_flex {
