@@ -139,12 +139,11 @@ impl Worker {
         window.min(self.doubted_window())
     }
 
-    /// Rows with the gateway for which no page is claimed. Texts for vectors are claimed as soon as a page has room: two
-    /// requests of them may take all that the gateway may have.
+    /// Rows with the gateway for which no page is claimed. A page is claimed as soon as there is room for it: several keys
+    /// together may answer half of the window while this process gathers answers.
     fn enough(&self) -> usize {
         let window = self.window();
-        let page = self.asked.stream.task.spec.embeds().map_or(window, |_| self.page_size as usize);
-        window.div_ceil(2).max(window.saturating_sub(page))
+        window.div_ceil(2).max(window.saturating_sub(self.page_size as usize))
     }
 
     /// Returns true if a row may be handed over now.
