@@ -345,11 +345,16 @@ fn check(config: &Config, chat: &Chat) -> Result<(), Reply> {
     Ok(())
 }
 
-/// The tokens of a content: quotation marks, which are certain, and what is between them. A label is by four fifths.
+/// The probability of a label in a chat, by which labels are told apart: from a half on.
+pub fn probability(label: &str) -> f64 {
+    0.5 + f64::from(label.bytes().map(u32::from).sum::<u32>() % 40) / 100.0
+}
+
+/// The tokens of a content: quotation marks, which are certain, and what is between them.
 fn logprobs(content: &str) -> Value {
     let token = |text: &str| {
         let is_label = text.bytes().any(|b| b.is_ascii_alphabetic());
-        json!({"token": text, "logprob": if is_label { 0.8_f64.ln() } else { 0.0 }, "bytes": text.as_bytes(), "top_logprobs": []})
+        json!({"token": text, "logprob": if is_label { probability(text).ln() } else { 0.0 }, "bytes": text.as_bytes(), "top_logprobs": []})
     };
     let mut tokens: Vec<Value> = Vec::new();
     for (n, part) in content.split('"').enumerate() {

@@ -54,6 +54,7 @@ mod values;
 mod window;
 mod wire;
 
+pub use chat::probability;
 pub use config::{Config, Latency, Limiter, OtherClient, RateHeaders, Reserve, RetryAfter};
 pub use embeddings::embedding;
 pub use fault::Fault;

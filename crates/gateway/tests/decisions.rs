@@ -7,7 +7,7 @@ use llm_batch_core::dialect::Api;
 use llm_batch_core::options::{AskBy, Codes, Options};
 use llm_batch_core::task::Spec;
 use llm_batch_gateway::protocol::*;
-use llm_fake_provider::{Config, FakeProvider, Fault};
+use llm_fake_provider::{Config, FakeProvider, Fault, probability};
 use serde_json::json;
 use support::*;
 
@@ -143,13 +143,21 @@ fn labels_of_a_chat_have_the_probabilities_of_their_tokens() {
             change(s);
         })
     };
-    // The second time they are those of answers that were kept.
-    for change in [(|_| {}) as fn(&mut Stream), |s| s.task.options.codes = Codes::Letters, |_| {}] {
+    // The second time they are those of answers that were kept. Letters are the codes of the labels in their order.
+    let letters = |n: u64| ["A", "B", "C", "D"][(n % 4) as usize];
+    let labels = |n: u64| LABELS[(n % 4) as usize];
+    let by_letters: fn(&mut Stream) = |s| s.task.options.codes = Codes::Letters;
+    for (change, code) in [
+        ((|_| {}) as fn(&mut Stream), &labels as &dyn Fn(u64) -> &'static str),
+        (by_letters, &letters),
+        (|_| {}, &labels),
+    ] {
         let mut client = asks(change);
         client.rows(0..60);
         for (n, outcome) in client.answers(60).0 {
             assert!(is_right(n, &outcome.verdict), "{outcome:?}");
-            assert!(outcome.confidence.is_some_and(|c| (c - 0.8).abs() < 1e-9), "{outcome:?}");
+            let sure = probability(code(n));
+            assert!(outcome.confidence.is_some_and(|c| (c - sure).abs() < 1e-9), "{sure} {outcome:?}");
         }
     }
     let mut client = asks(|s| s.task.spec = Spec::from_json("generate", &json!({"instruction": "x"})).unwrap());

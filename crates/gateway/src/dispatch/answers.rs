@@ -220,8 +220,9 @@ impl State {
         let InFlight { lane: lane_key, group: group_id, mut rows, ids, asked, grant, .. } = request;
         let Some((lane, group)) = self.lanes.get_mut(&lane_key).zip(self.groups.get_mut(group_id)) else { return };
         // Of a chat that of a label alone says anything.
-        if asked.service == Service::Decisions || group.asking(asked.service).kind.legend().is_some() {
-            rows.iter_mut().zip(ids).for_each(|(row, id)| row.confidence = reply.confidence(id));
+        let says = asked.service == Service::Decisions || group.asking(asked.service).kind.legend().is_some();
+        for (row, id) in rows.iter_mut().zip(ids) {
+            row.confidence = reply.confidence(id).filter(|_| says);
         }
         let seen = Seen::new(reply, &read, asked, &*group.asking(asked.service).kind);
         lane.answers(now, asked.service);

@@ -1,5 +1,6 @@
 //! Large requests, of which few fit into a limit, with a simulated clock.
 
+use llm_batch_core::options::{AnswerShape, StructuredOutput};
 use llm_batch_core::task::Spec;
 use serde_json::json;
 
@@ -22,10 +23,21 @@ fn answered(question: &Question) -> Answered {
 /// Asks for rows with a text of so many words, under a limit, after so many words of instructions; the rows and tokens of each
 /// request.
 fn requests(limit: u64, instruction: usize, rows: u64, words: usize) -> Vec<(usize, usize)> {
+    requests_of(limit, instruction, rows, words, |_| {})
+}
+
+fn requests_of(
+    limit: u64,
+    instruction: usize,
+    rows: u64,
+    words: usize,
+    change: impl FnOnce(&mut Stream),
+) -> Vec<(usize, usize)> {
     let mut sim = Sim::new(|stream| {
         let spec = json!({"instruction": "word ".repeat(instruction), "labels": ["a", "b"]});
         stream.task.spec = Spec::from_json("classify", &spec).unwrap();
         stream.model.tokens_per_minute = Some(limit);
+        change(stream);
     });
     let mut all = Vec::new();
     sim.ask(0..rows, &"word ".repeat(words), |question| {
@@ -39,11 +51,20 @@ fn requests(limit: u64, instruction: usize, rows: u64, words: usize) -> Vec<(usi
 #[test]
 fn a_whole_number_of_large_requests_fills_the_limit() {
     // A window of 6 s holds 50,000 tokens: four requests of 50 rows, and nearly a fifth one.
-    let all = requests(500_000, 200, 2_000, 215);
-    let (_, steady) = all.split_at(5);
-    let (last, steady) = steady.split_last().unwrap();
-    assert!(steady.iter().all(|(_, tokens)| (9_000..=10_000).contains(tokens)), "{all:?}");
-    assert!(last.0 <= 50, "{all:?}");
+    let forms: [fn(&mut Stream); 2] = [
+        |_| {},
+        // The schema has a part for each row.
+        |stream| {
+            stream.task.options.answer_shape = AnswerShape::Properties;
+            stream.task.options.structured_output = StructuredOutput::JsonSchema;
+        },
+    ];
+    for change in forms {
+        let all = requests_of(500_000, 200, 2_000, 215, change);
+        let steady = all.get(5..all.len() - 1).unwrap();
+        assert!(steady.iter().all(|(_, tokens)| (8_500..=10_000).contains(tokens)), "{all:?}");
+        assert!(steady.iter().all(|(rows, _)| *rows < 50), "{all:?}");
+    }
 }
 
 #[test]

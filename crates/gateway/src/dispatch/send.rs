@@ -335,13 +335,20 @@ impl<'a> Terms<'a> {
         let fitting = limiter.fitting(now, draft.reserved());
         let is_followed = group.queued() > 0 && group.class() == Class::Bulk;
         let Some(whole) = limiter.even(fitting).filter(|_| is_followed) else { return (rows, draft) };
-        let n = group.fit(rows, (draft.size() as f64 * fitting / whole) as usize, self.stream.task.service());
-        let some = rows.get(..n).unwrap_or(rows);
-        if some.is_empty() || (some.len() as f64) * whole < rows.len() as f64 * fitting * LEAST_EVEN {
-            return (rows, draft);
+        let tokens = (draft.size() as f64 * fitting / whole) as usize;
+        let mut n = group.fit(rows, tokens, self.stream.task.service());
+        let least = rows.len() as f64 * fitting * LEAST_EVEN / whole;
+        // What does not grow with the rows, such as what is thought before an answer, may take several tries.
+        while n > 0 && n as f64 >= least {
+            let some = rows.get(..n).unwrap_or(rows);
+            let cut = self.draft(group, some);
+            let fits = limiter.fitting(now, cut.reserved());
+            if fits >= whole {
+                return (some, cut);
+            }
+            n = (n - 1).min((n as f64 * fits / whole) as usize);
         }
-        let cut = self.draft(group, some);
-        if limiter.fitting(now, cut.reserved()) < whole { (rows, draft) } else { (some, cut) }
+        (rows, draft)
     }
 
     /// The first of these rows, as many as the group's purse pays for, and their draft.

@@ -3,19 +3,27 @@
 //! Source: OpenAI's published API description (`/chat/completions`, `choices[].logprobs.content`): a token's text, the
 //! natural logarithm of its probability, and its bytes, if they are no text by themselves.
 //!
-//! A row's is that of all tokens which its string is in, given what stands before: of a code of one token, that token's.
+//! A row's is that of all tokens which its string and the closing mark are in, given what stands before. What is thought
+//! before the answer has none.
+
+use std::collections::BTreeMap;
 
 use serde_json::Value;
+
+use crate::thinking;
 
 /// A row's number in an answer has so many digits.
 const DIGITS: usize = 3;
 
 /// The numbers of rows in a text, each with the probability of the string behind it: `"417":"billing"`. None, where the
-/// tokens are not those of the text.
+/// tokens are not those of the text, and for a number that has different strings.
 pub(super) fn confidences(text: &str, tokens: &Value) -> Vec<(u16, f64)> {
-    let Some(tokens) = ends(text, tokens) else { return Vec::new() };
-    let (mut found, mut tokens) = (Vec::new(), tokens.iter().peekable());
-    let mut rest = text;
+    let Some((tokens, said)) = ends(text, tokens).zip(text.strip_suffix(&*thinking::spoken(text))) else {
+        return Vec::new();
+    };
+    let mut found: BTreeMap<u16, Option<(&str, f64)>> = BTreeMap::new();
+    let mut tokens = tokens.iter().peekable();
+    let mut rest = text.get(said.len()..).unwrap_or_default();
     while let Some((_, behind)) = rest.split_once('"') {
         rest = behind;
         let Some((id, value)) = number(behind) else { continue };
@@ -23,7 +31,7 @@ pub(super) fn confidences(text: &str, tokens: &Value) -> Vec<(u16, f64)> {
         rest = value.get(length..).unwrap_or_default();
         // A string that is cut off, or has an escape in it, is no code.
         let Some(behind) = rest.strip_prefix('"') else { continue };
-        let (start, end) = (text.len() - value.len(), text.len() - rest.len());
+        let (start, end) = (text.len() - value.len(), text.len() - behind.len());
         rest = behind;
         while tokens.next_if(|(ends, _)| *ends <= start).is_some() {}
         let mut sum = 0.0;
@@ -32,9 +40,13 @@ pub(super) fn confidences(text: &str, tokens: &Value) -> Vec<(u16, f64)> {
         }
         // The last one may hold what stands behind the string too.
         sum += tokens.peek().map_or(0.0, |(_, log)| *log);
-        found.push((id, f64::exp(sum).clamp(0.0, 1.0)));
+        let written = value.get(..length).unwrap_or_default();
+        let probability = f64::exp(sum).clamp(0.0, 1.0);
+        let of_this = found.entry(id).or_insert(Some((written, probability)));
+        let least = of_this.filter(|(before, _)| *before == written);
+        *of_this = least.map(|(_, before)| (written, before.min(probability)));
     }
-    found
+    found.into_iter().filter_map(|(id, of)| Some((id, of?.1))).collect()
 }
 
 /// The number of a row at the beginning of a text, and the text behind the quotation mark of its string.
@@ -50,6 +62,10 @@ fn ends(text: &str, tokens: &Value) -> Option<Vec<(usize, f64)>> {
     let mut end = 0;
     let mut all = Vec::new();
     for token in tokens.as_array()? {
+        // What ends an answer may have a token of its own, which is no part of the text.
+        if end == text.len() {
+            break;
+        }
         let log = token["logprob"].as_f64().filter(|log| *log <= 0.0)?;
         let bytes: Option<Vec<u8>> = token["bytes"]
             .as_array()
@@ -61,7 +77,6 @@ fn ends(text: &str, tokens: &Value) -> Option<Vec<(usize, f64)>> {
         end += bytes.len();
         all.push((end, log));
     }
-    // What ends an answer may have a token of its own, and no text.
     (end == text.len()).then_some(all)
 }
 
@@ -97,12 +112,23 @@ mod tests {
             ("A", 0.25),
             ("\"}", 1.0),
         ];
-        assert_eq!(of(&plain), [(417, 0.8), (902, 0.25)]);
+        assert_eq!(of(&plain), [(417, 0.4), (902, 0.25)]);
         // Several tokens; one that reaches into what is around; white space.
         let more = [("{\n \"417\": ", 0.5), ("\"bil", 0.5), ("ling", 0.5), ("\",", 0.5), (" \"118\" :\"x\"}", 0.5)];
-        assert_eq!(of(&more), [(417, 0.25), (118, 0.5)]);
-        // A number that comes twice has both.
-        assert_eq!(of(&[("{\"417\":\"a\",\"417\":\"", 1.0), ("b", 0.5), ("\"}", 1.0)]), [(417, 1.0), (417, 0.5)]);
+        assert_eq!(of(&more), [(118, 0.5), (417, 0.125)]);
+        // A number that comes twice has the lesser, with two labels none.
+        assert_eq!(of(&[("{\"417\":\"a\",\"417\":\"", 1.0), ("a", 0.5), ("\"}", 1.0)]), [(417, 0.5)]);
+        assert_eq!(of(&[("{\"417\":\"a\",\"417\":\"", 1.0), ("b", 0.5), ("\"}", 1.0)]), []);
+        // What is thought is no answer.
+        let thought =
+            [("<think>\"417\":\"", 1.0), ("b", 0.1), ("\"</think>{\"417\":\"", 1.0), ("a", 0.5), ("\"}", 1.0)];
+        assert_eq!(of(&thought), [(417, 0.5)]);
+        // vLLM lists the token that ends an answer.
+        let text = "{\"417\":\"a\"}";
+        let ended = json!([
+            {"token": text, "logprob": -0.5}, {"token": "<|im_end|>", "logprob": -9.0, "bytes": b"<|im_end|>"},
+        ]);
+        assert_eq!(confidences(text, &ended), [(417, f64::exp(-0.5))]);
         // Bytes that are no text by themselves.
         let parts = json!([
             {"token": "{\"417\":\"", "logprob": 0.0, "bytes": null},
