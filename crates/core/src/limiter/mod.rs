@@ -12,6 +12,7 @@
 //! that is at once.
 
 mod burst;
+mod even;
 mod kept;
 mod reported;
 mod share;
@@ -19,6 +20,7 @@ mod stated;
 mod window;
 
 use burst::Burst;
+use even::Even;
 pub use kept::Kept;
 use reported::Reported;
 use share::Share;
@@ -224,10 +226,6 @@ const SPARE_FOR: u64 = 60_000;
 const MOST_SPARE: u64 = 50;
 /// Requests whose size is free are this part of the window.
 const EVEN: u64 = 20;
-/// Requests of which so many or fewer fit into a window are made so large that a whole number of them fills it.
-const FEW_REQUESTS: f64 = 8.0;
-/// Sizes vary: that number stays until one less would do for requests of 1 / this part of the size.
-const STAYS: f64 = 0.8;
 /// Cutting a request to fit the window's edge gains nothing where requests are a smaller part of the window than this.
 const WORTH_CUTTING: u64 = 64;
 /// A request may be cut to this part of it any time.
@@ -255,8 +253,7 @@ pub struct Limiter {
     interactive: Option<(u64, Amounts)>,
     /// When (ms) a request was last cut to fit.
     cut_at: Option<u64>,
-    /// The number of requests that fill the short window, if they are few; else 0.
-    even: f64,
+    even: Even,
     reported: [Option<Reported>; KINDS],
     /// Until when (ms) the limiter follows what is reported.
     crowded_until: u64,
@@ -275,7 +272,7 @@ impl Limiter {
             paced: [0; 2],
             interactive: None,
             cut_at: None,
-            even: 0.0,
+            even: Even::default(),
             reported: [None; KINDS],
             crowded_until: 0,
             share: Share::whole(),
@@ -331,16 +328,9 @@ impl Limiter {
         self.windows[0].caps.iter().zip(amounts(size)).filter_map(fit).fold(f64::INFINITY, f64::min)
     }
 
-    /// The number of requests that are to fill the short window where so many fit: of large ones few do, and what they leave
-    /// at its edge may be too small for a part of another. `None`: they are as large as they come.
+    /// The number of requests that are to fill the short window where so many fit. `None`: they are as large as they come.
     pub fn even(&mut self, fitting: f64) -> Option<f64> {
-        let stays = |even: &f64| (*even * STAYS - 1.0..=*even).contains(&fitting);
-        let whole = Some(self.even).filter(stays).unwrap_or(fitting.ceil());
-        if fitting < 1.0 || whole > FEW_REQUESTS {
-            return None;
-        }
-        self.even = whole;
-        Some(whole)
+        self.even.whole(fitting)
     }
 
     /// Until when (ms) neither a request of this size nor a part of it goes, if that is later than `now` (ms).
