@@ -8,6 +8,7 @@
 pub mod answer;
 pub mod breaker;
 pub mod cheaper;
+pub mod choices;
 pub mod class;
 pub mod codes;
 pub mod concurrency;
@@ -17,6 +18,7 @@ pub mod flex;
 pub mod forms;
 pub mod headers;
 pub mod limiter;
+mod members;
 pub mod options;
 pub mod pack;
 mod parts;

@@ -10,7 +10,8 @@ use serde_json::value::RawValue;
 use serde_json::{Deserializer, Value};
 
 use super::{Verdict, is_of_another, number, tidy};
-use crate::task::{Kind, Members, Unfit};
+use crate::members::Members;
+use crate::task::{Kind, Unfit};
 
 /// Deepest nesting of objects around a number.
 const MOST_DEPTH: usize = 4;

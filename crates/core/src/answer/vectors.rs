@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 
 use super::{Verdict, is_of_another};
-use crate::task::{Kind, Members};
+use crate::members::Members;
+use crate::task::Kind;
 
 /// As [`super::read`].
 pub(super) fn read(text: &str, ids: &[u16], kind: &dyn Kind) -> Option<Vec<Verdict>> {

@@ -2,13 +2,14 @@
 //! nothing but the request is paid for.
 //!
 //! The input has the task and the numbered rows; a question stands for a row and is called by the row's number. What comes
-//! back is rewritten as the answers of a chat are: an object of numbers and labels, or places on a scale. So everything behind this knows one form
-//! of answers, and holds each row's label against its task.
+//! back is rewritten as the answers of a chat are: an object of numbers and labels, or places on a scale. So everything
+//! behind this knows one form of answers, and holds each row's label against its task.
 
 use serde_json::{Map, Value, json};
 
 use super::{Reply, Unread, Usage, without_mark};
-use crate::task::{Choices, Members};
+use crate::choices::Choices;
+use crate::members::Members;
 use crate::{CountTokens, parts};
 
 /// Bytes of the answer to a question beside its labels, and of a label in it beside its text: a probability, and the signs.
@@ -55,7 +56,7 @@ pub struct Questions<'a> {
     /// The numbers of the rows, each of which is asked about.
     pub ids: &'a [u16],
     /// The labels, or the levels, to choose from.
-    pub choices: &'a Choices,
+    pub choices: Choices<'a>,
     /// Further parameters, as the user set them for the model.
     pub parameters: &'a Map<String, Value>,
 }
@@ -71,13 +72,13 @@ impl Questions<'_> {
 }
 
 /// The words of the question about a row.
-pub(super) fn instructions(id: u16, choices: &Choices) -> String {
+pub(super) fn instructions(id: u16, choices: Choices) -> String {
     let what = if choices.are_levels { "What is the score of" } else { "Which label is right for" };
     format!("{what} text {id}?")
 }
 
 /// The question about a row in a list of such.
-pub(super) fn question(id: u16, choices: &Choices) -> Value {
+pub(super) fn question(id: u16, choices: Choices) -> Value {
     let (kind, members, name) =
         if choices.are_levels { ("score", "levels", "label") } else { ("choice", "choices", "value") };
     let all: Vec<Value> = choices.names.iter().map(|choice| json!({name: choice})).collect();
@@ -86,7 +87,7 @@ pub(super) fn question(id: u16, choices: &Choices) -> Value {
 
 /// The questions about rows as members of an object, by the rows' numbers. `description`: what stands behind each label, in
 /// place of its description.
-pub(super) fn by_number(ids: &[u16], choices: &Choices, description: &Value) -> Value {
+pub(super) fn by_number(ids: &[u16], choices: Choices, description: &Value) -> Value {
     let kind = if choices.are_levels { "score" } else { "choice" };
     let criteria = if choices.are_levels {
         json!(choices.names)
@@ -101,23 +102,23 @@ pub(super) fn by_number(ids: &[u16], choices: &Choices, description: &Value) -> 
 }
 
 /// Tokens of a question, by our count.
-pub fn tokens(choices: &Choices, count: CountTokens) -> usize {
+pub fn tokens(choices: Choices, count: CountTokens) -> usize {
     count(&question(417, choices).to_string())
 }
 
 /// Bytes of the answer to a question.
-fn answer_bytes(choices: &Choices) -> usize {
+fn answer_bytes(choices: Choices) -> usize {
     ANSWER_BYTES + choices.names.iter().map(|label| CHOICE_BYTES + ESCAPED * label.len()).sum::<usize>()
 }
 
 /// Most rows of a request: their answers are no larger than an answer may be, and have no more parts.
-pub fn most_rows(choices: &Choices) -> usize {
+pub fn most_rows(choices: Choices) -> usize {
     let parts = parts::MOST / (PARTS + CHOICE_PARTS * choices.names.len());
     (MOST_ANSWERS / answer_bytes(choices)).min(parts).max(1)
 }
 
 /// Most tokens of an answer about so many rows, were it one of a chat.
-pub fn most_answer(choices: &Choices, rows: usize) -> u64 {
+pub fn most_answer(choices: Choices, rows: usize) -> u64 {
     (answer_bytes(choices) / BYTES_PER_TOKEN + 1).saturating_mul(rows) as u64
 }
 
@@ -171,11 +172,13 @@ fn members(json: &[u8]) -> Vec<(String, String)> {
     all.into_iter().flat_map(|all| all.0).map(|(name, value)| (name, value.get().to_owned())).collect()
 }
 
-/// The answers that are members of an object in a body, with the names of their questions.
-pub(super) fn answers(body: &[u8]) -> Vec<(String, Value)> {
+/// A reply with the answers that are members of an object in a body, by the names of their questions.
+pub(super) fn reply_by_number(body: &[u8], ids: &[u16], usage: Usage) -> Reply {
     let all = members(without_mark(body)).into_iter().filter(|(name, _)| name == "answers");
     let all = all.flat_map(|(_, json)| members(json.as_bytes()));
-    all.map(|(name, json)| (name, serde_json::from_str(&json).unwrap_or_default())).collect()
+    let all: Vec<(String, Value)> =
+        all.map(|(name, json)| (name, serde_json::from_str(&json).unwrap_or_default())).collect();
+    reply(all.iter().map(|(name, answer)| (name.clone(), answer)), ids, usage)
 }
 
 /// The answers of a list, each with the name of its question. If none has a name they go by their order, as long as there
@@ -291,7 +294,7 @@ mod tests {
     fn answers_are_within_what_is_read() {
         let longest: Vec<String> = (0..250).map(|n| format!("{n}{}", "ü".repeat(98))).collect();
         for names in [&longest[..], &longest[..2], &["a".to_owned(), "b".to_owned()]] {
-            let choices = &Choices { names: names.to_vec(), are_levels: false };
+            let choices = Choices { names, are_levels: false };
             let probabilities: Vec<Value> =
                 names.iter().map(|c| json!({"value": c, "probability": 0.123_456_789_012_345_67})).collect();
             let answer = json!({"type": "choice", "name": "417", "choice": "", "confidence": 0.5, "probabilities": probabilities});

@@ -194,12 +194,10 @@ impl Decisions for Gemini {
 
     fn reply(&self, body: &[u8], ids: &[u16]) -> Result<Reply, Unread> {
         let said = parsed(body)?;
-        let answers = decisions::answers(body);
         let usage = &said["usage"];
         let input = tokens(&usage["total_input_tokens"]).filter(|n| *n > 0);
         let output = tokens(&usage["total_output_tokens"]).or(Some(0));
-        let all = answers.iter().map(|(name, answer)| (name.clone(), answer));
-        let reply = decisions::reply(all, ids, Usage { input, output });
+        let reply = decisions::reply_by_number(body, ids, Usage { input, output });
         let is_blocked = !said["prompt_feedback"]["block_reason"].is_null();
         Ok(Reply {
             finish: if is_blocked { Finish::Refused } else { Finish::Complete },
@@ -222,10 +220,10 @@ fn of_length_one(mut vector: Vec<f32>) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::choices::Choices;
     use crate::dialect::tests::{ask, schema};
     use crate::limiter::Tokens;
     use crate::options::ServiceTier;
-    use crate::task::Choices;
 
     #[test]
     fn a_request_is_written_as_documented() {
@@ -276,7 +274,7 @@ mod tests {
                 model: "gemini-decision-1",
                 input: "417: \"x\"\n",
                 ids: &[417],
-                choices: &Choices { names: vec!["a".to_owned(), "b".to_owned()], are_levels: false },
+                choices: Choices { names: &["a".to_owned(), "b".to_owned()], are_levels: false },
                 parameters: parameters.as_object().unwrap(),
             },
         );

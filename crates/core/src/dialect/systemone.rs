@@ -57,22 +57,20 @@ impl Decisions for SystemOne {
 
     fn reply(&self, body: &[u8], ids: &[u16]) -> Result<Reply, Unread> {
         let said = parsed(body)?;
-        let answers = decisions::answers(body);
         let usage = &said["usage"];
         let input = tokens(&usage["input_tokens"]).filter(|n| *n > 0);
         let output = tokens(&usage["output_tokens"]).or(Some(0));
-        let all = answers.iter().map(|(name, answer)| (name.clone(), answer));
-        Ok(decisions::reply(all, ids, Usage { input, output }).consistent())
+        Ok(decisions::reply_by_number(body, ids, Usage { input, output }).consistent())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::Choices;
+    use crate::choices::Choices;
     use serde_json::{Map, json};
 
-    fn body(choices: &Choices) -> Value {
+    fn body(choices: Choices) -> Value {
         let parameters = json!({"model": "x", "state": "y", "temperature": 0});
         let parameters: &Map<String, Value> = parameters.as_object().unwrap();
         let questions = Questions { model: "laya", input: "417: \"x\"\n", ids: &[417], choices, parameters };
@@ -81,14 +79,15 @@ mod tests {
 
     #[test]
     fn a_request_is_written_as_documented() {
-        let choices = |are_levels| Choices { names: vec!["a".to_owned(), "b".to_owned()], are_levels };
+        let names = ["a".to_owned(), "b".to_owned()];
+        let choices = |are_levels| Choices { names: &names, are_levels };
         let of = |question: Value| json!({"model": "laya", "state": "417: \"x\"\n", "questions": {"417": question}});
         let choice = json!({
             "type": "choice", "instructions": "Which label is right for text 417?", "criteria": {"a": null, "b": null},
         });
-        assert_eq!(body(&choices(false)), of(choice));
+        assert_eq!(body(choices(false)), of(choice));
         let score = json!({"type": "score", "instructions": "What is the score of text 417?", "criteria": ["a", "b"]});
-        assert_eq!(body(&choices(true)), of(score));
+        assert_eq!(body(choices(true)), of(score));
         assert_eq!(Dialect::url(&SystemOne, "http://x/v1", "laya", None), "http://x/v1/systemone");
     }
 

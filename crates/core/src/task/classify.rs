@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
-use super::kind::{Answer, Choices, Column, Kind, LONGEST, Span, Unfit, one_line, only, shown, text};
+use super::kind::{Answer, Column, Kind, LONGEST, Span, Unfit, one_line, only, shown, text};
 use super::value::Type;
 use super::verb::{Said, Subject, Verb, instruct};
+use crate::choices::Choices;
 use crate::codes::{Label, Legend};
 use crate::options::{AskBy, Codes, Options};
 use crate::{CountTokens, Error, prompt};
@@ -88,8 +89,8 @@ pub(super) struct Prepared {
     legend: Legend,
     /// Tokens of an answer: the mean over the labels, and the longest; none where nothing is written.
     span: Span,
-    /// The labels, if they are choices of a decision.
-    choices: Option<Choices>,
+    /// The labels are choices of a decision.
+    decides: bool,
 }
 
 impl Prepared {
@@ -100,8 +101,7 @@ impl Prepared {
         let all: Vec<usize> = legend.codes().iter().map(tokens).collect();
         let mean = all.iter().sum::<usize>() as f64 / all.len().max(1) as f64;
         let span = Span { mean, planned: all.into_iter().max().unwrap_or(1) };
-        let choices = decides.then(|| Choices { names: legend.codes().to_vec(), are_levels: false });
-        Self { task: task.clone(), legend, span: if decides { Span { mean: 0.0, planned: 0 } } else { span }, choices }
+        Self { task: task.clone(), legend, span: if decides { Span { mean: 0.0, planned: 0 } } else { span }, decides }
     }
 
     fn code(&self, label: &str) -> String {
@@ -151,7 +151,7 @@ impl Kind for Prepared {
     }
 
     fn longest(&self) -> Option<usize> {
-        self.choices.is_none().then_some(LONGEST * self.span.planned)
+        (!self.decides).then_some(LONGEST * self.span.planned)
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
@@ -160,13 +160,13 @@ impl Kind for Prepared {
         label.map(|l| Answer(vec![Some(l.label.clone())])).ok_or_else(Unfit::unknown_code)
     }
 
-    fn choices(&self) -> Option<&Choices> {
-        self.choices.as_ref()
+    fn choices(&self) -> Option<Choices<'_>> {
+        self.decides.then(|| Choices { names: self.legend.codes(), are_levels: false })
     }
 
     /// Decisions come as JSON, in which no code has to be recognized.
     fn legend(&self) -> Option<&Legend> {
-        self.choices.is_none().then_some(&self.legend)
+        (!self.decides).then_some(&self.legend)
     }
 }
 

@@ -2,14 +2,15 @@
 
 use std::fmt;
 
-use serde::de::{MapAccess, Visitor};
-use serde::{Deserialize, Deserializer, Serialize};
+use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::value::Type;
 use crate::Error;
+use crate::choices::Choices;
 use crate::codes::Legend;
+use crate::members::Members;
 use crate::{trouble, vector};
 
 /// A column of an answer.
@@ -123,7 +124,7 @@ pub trait Kind: fmt::Debug + Send + Sync {
     /// The reason why the value is not an answer.
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit>;
     /// What a row's answer is chosen from, if that is decided and not written.
-    fn choices(&self) -> Option<&Choices> {
+    fn choices(&self) -> Option<Choices<'_>> {
         None
     }
     /// Returns true if an answer is a vector, in a form of ours alone.
@@ -133,39 +134,6 @@ pub trait Kind: fmt::Debug + Send + Sync {
     /// The codes, if an answer is one of them: then answers of other forms can be read too.
     fn legend(&self) -> Option<&Legend> {
         None
-    }
-}
-
-/// What an answer that is decided is chosen from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Choices {
-    /// Their names.
-    pub names: Vec<String>,
-    /// They are the levels of a scale, in their order: the answer is a number, which is the place of a level, from 0, or one
-    /// between two.
-    pub are_levels: bool,
-}
-
-/// The members of an object as they are written, none of them lost.
-pub(crate) struct Members<'a>(pub Vec<(String, &'a RawValue)>);
-
-impl<'de> Deserialize<'de> for Members<'de> {
-    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        struct All;
-        impl<'de> Visitor<'de> for All {
-            type Value = Members<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
-                f.write_str("an object")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Members<'de>, A::Error> {
-                let mut all = Vec::new();
-                while let Some(member) = map.next_entry()? {
-                    all.push(member);
-                }
-                Ok(Members(all))
-            }
-        }
-        d.deserialize_map(All)
     }
 }
 

@@ -24,8 +24,7 @@ pub use classify::{Classify, Example as LabelExample, NO, YES, check_labels, lab
 pub use embed::Embed;
 pub use extract::Extract;
 pub use generate::Generate;
-pub(crate) use kind::Members;
-pub use kind::{Answer, Choices, Column, Example, Kind, Span, Unfit};
+pub use kind::{Answer, Column, Example, Kind, Span, Unfit};
 pub use score::Score;
 pub use value::{Type, array_literal};
 pub use verb::{Said, Subject, Verb};
@@ -68,8 +67,8 @@ impl Task {
     /// Refuses options that its kind cannot be asked with.
     ///
     /// # Errors
-    /// If it is no choice among labels, no score and is to be decided, is no chat and has a tier, or is to be asked about more rows in
-    /// a request than it can be.
+    /// If it is to be decided and is no choice among labels and no score; if it has a tier and is no chat; if it is to be
+    /// asked about more rows in a request than it can be.
     pub fn check(&self) -> Result<(), Error> {
         if self.options.service_tier != ServiceTier::Default && self.service() != Service::Chat {
             let message = format!("{} have no option \"service_tier\"", self.service().name());

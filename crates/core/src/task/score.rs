@@ -7,9 +7,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Number, Value, json};
 
-use super::kind::{Answer, Choices, Column, Example, Kind, LONGEST, Span, Unfit, bare, examples, only, shown, text};
+use super::kind::{Answer, Column, Example, Kind, LONGEST, Span, Unfit, bare, examples, only, shown, text};
 use super::value::Type;
 use super::verb::{Said, Subject, Verb, instruct};
+use crate::choices::Choices;
 use crate::options::{AskBy, Options};
 use crate::{CountTokens, Error, prompt};
 
@@ -124,7 +125,7 @@ pub(super) struct Prepared {
     task: Score,
     tokens: usize,
     /// The levels, if it is decided.
-    choices: Option<Choices>,
+    levels: Option<Vec<String>>,
 }
 
 impl Prepared {
@@ -133,8 +134,8 @@ impl Prepared {
         let tokens = longest.iter().map(|score| prompt::tokens_of_a_row(score, count)).max().unwrap_or(1);
         let decides = options.ask_by == AskBy::Decisions;
         let level = |step: u32| task.at(f64::from(step));
-        let choices = decides.then(|| Choices { names: (0..=task.steps()).map(level).collect(), are_levels: true });
-        Self { task: task.clone(), tokens: if decides { 0 } else { tokens }, choices }
+        let levels = decides.then(|| (0..=task.steps()).map(level).collect());
+        Self { task: task.clone(), tokens: if decides { 0 } else { tokens }, levels }
     }
 }
 
@@ -162,16 +163,16 @@ impl Kind for Prepared {
     }
 
     fn longest(&self) -> Option<usize> {
-        self.choices.is_none().then_some(LONGEST * self.tokens)
+        self.levels.is_none().then_some(LONGEST * self.tokens)
     }
 
-    fn choices(&self) -> Option<&Choices> {
-        self.choices.as_ref()
+    fn choices(&self) -> Option<Choices<'_>> {
+        self.levels.as_deref().map(|names| Choices { names, are_levels: true })
     }
 
     fn read(&self, value: &RawValue) -> Result<Answer, Unfit> {
         let Score { low, high, .. } = &self.task;
-        if self.choices.is_some() {
+        if self.levels.is_some() {
             let place: Option<f64> = serde_json::from_str(value.get()).ok();
             let scale = -BEYOND..=f64::from(self.task.steps()) + BEYOND;
             let place = place.filter(|place| scale.contains(place));
@@ -214,7 +215,7 @@ mod tests {
                 Spec::from_json("score", &json!({"instruction": "How glad?", "low": low, "high": high})).unwrap();
             spec.prepare(&Options { ask_by: AskBy::Decisions, ..Options::default() }, &str::len)
         };
-        let levels = |low: Value, high: Value| of(low, high).choices().unwrap().names.clone();
+        let levels = |low: Value, high: Value| of(low, high).choices().unwrap().names.to_vec();
         assert_eq!(levels(0.into(), 1.into()), ["0", "0.2", "0.4", "0.6", "0.8", "1"]);
         assert_eq!(levels(1.into(), 5.into()), ["1", "2", "3", "4", "5"]);
         assert_eq!(levels((-1).into(), 1.into()), ["-1", "-0.6", "-0.2", "0.2", "0.6", "1"]);

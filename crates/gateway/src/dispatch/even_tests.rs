@@ -4,20 +4,12 @@ use llm_batch_core::options::{AnswerShape, StructuredOutput};
 use llm_batch_core::task::Spec;
 use serde_json::json;
 
-use super::tests::{Question, Sim, said};
+use super::tests::{Question, Sim};
 use super::*;
 use crate::tokens;
 
 fn tokens_of(question: &Question) -> usize {
     tokens::count(&question.body["messages"].to_string())
-}
-
-/// The right answer, and the tokens that it took.
-fn answered(question: &Question) -> Answered {
-    let answers: serde_json::Map<_, _> = question.rows.iter().map(|(id, _)| (id.to_string(), json!("a"))).collect();
-    let choice = json!({"message": {"content": Value::from(answers).to_string()}, "finish_reason": "stop"});
-    let usage = json!({"prompt_tokens": tokens_of(question), "completion_tokens": 4 * question.rows.len()});
-    said(200, &json!({"choices": [choice], "usage": usage}))
 }
 
 /// Asks for rows with a text of so many words, under a limit, after so many words of instructions; the rows and tokens of each
@@ -42,7 +34,7 @@ fn requests_of(
     let mut all = Vec::new();
     sim.ask(0..rows, &"word ".repeat(words), |question| {
         all.push((question.rows.len(), tokens_of(question)));
-        answered(question)
+        question.answered(tokens_of(question), 4 * question.rows.len())
     });
     assert!(sim.is_answered(), "{:?}", sim.stop);
     all

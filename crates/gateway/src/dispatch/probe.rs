@@ -3,12 +3,12 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use llm_batch_core::choices::Choices;
 use llm_batch_core::dialect::decisions::Questions;
 use llm_batch_core::dialect::embeddings::{FIRST_NUMBER, Texts};
 use llm_batch_core::dialect::{Ask, Reply};
 use llm_batch_core::limiter::{Class, Left, Refusal, Tokens};
 use llm_batch_core::options::{Options, ServiceTier, StructuredOutput};
-use llm_batch_core::task::Choices;
 use llm_batch_core::trouble::{Report, Trouble};
 use serde_json::Value;
 use tokio::sync::Notify;
@@ -71,12 +71,11 @@ fn bare(lane: &Lane, stream: &Stream) -> (Value, Duration) {
         return (embeddings.body(&texts), timeout);
     }
     if let Some(decisions) = stream.decisions() {
-        let choices = Choices { names: vec!["ok".to_owned(), "other".to_owned()], are_levels: false };
         let questions = Questions {
             model: &stream.model.model,
             input: "Say ok.",
             ids: &PROBE_IDS,
-            choices: &choices,
+            choices: Choices { names: &["ok".to_owned(), "other".to_owned()], are_levels: false },
             parameters: &stream.model.parameters,
         };
         return (decisions.body(&questions), timeout);

@@ -27,6 +27,11 @@ impl Question {
     }
 
     pub(super) fn right(&self) -> Answered {
+        self.answered(20, 5)
+    }
+
+    /// The right answer, which took so many tokens of a prompt and of an answer.
+    pub(super) fn answered(&self, input: usize, output: usize) -> Answered {
         let answers: Value =
             self.rows.iter().map(|(id, _)| (id.to_string(), json!("a"))).collect::<serde_json::Map<_, _>>().into();
         let text = if self.rows.is_empty() { "ok".to_owned() } else { answers.to_string() };
@@ -34,7 +39,7 @@ impl Question {
             200,
             &json!({
                 "choices": [{"message": {"content": text}, "finish_reason": "stop"}],
-                "usage": {"prompt_tokens": 20, "completion_tokens": 5},
+                "usage": {"prompt_tokens": input, "completion_tokens": output},
             }),
         )
     }

@@ -42,7 +42,7 @@ impl Decisions for OpenaiDecisions {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::Choices;
+    use crate::choices::Choices;
     use proptest::prelude::*;
     use serde_json::json;
 
@@ -53,7 +53,7 @@ mod tests {
             model: "gpt-6-luna",
             input: "Labels:\na\nb\n\n417: \"x\"\n",
             ids: &[417],
-            choices: &Choices { names: vec!["a".to_owned(), "b".to_owned()], are_levels: false },
+            choices: Choices { names: &["a".to_owned(), "b".to_owned()], are_levels: false },
             parameters: parameters.as_object().unwrap(),
         });
         let question = json!({
@@ -66,13 +66,13 @@ mod tests {
             json!({"prompt_cache_key": "k", "model": "gpt-6-luna", "input": input, "questions": [question]})
         );
         assert_eq!(OpenaiDecisions.url("https://x/v1"), "https://x/v1/decisions");
-        let levels = Choices { names: vec!["1".to_owned(), "2".to_owned()], are_levels: true };
+        let levels = Choices { names: &["1".to_owned(), "2".to_owned()], are_levels: true };
         let question = json!({
             "type": "score", "name": "417", "instructions": "What is the score of text 417?",
             "levels": [{"label": "1"}, {"label": "2"}],
         });
         let parameters = &serde_json::Map::new();
-        let questions = Questions { model: "m", input, ids: &[417], choices: &levels, parameters };
+        let questions = Questions { model: "m", input, ids: &[417], choices: levels, parameters };
         assert_eq!(OpenaiDecisions.body(&questions)["questions"], json!([question]));
     }
 

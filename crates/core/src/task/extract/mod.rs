@@ -16,10 +16,11 @@ use serde_json::{Map, Value, json};
 
 use self::fields::fields_from_names;
 pub use self::fields::{Field, Missing, fields_from_json};
-use super::kind::{Answer, Column, Example, Kind, Members, Span, Unfit, examples, only, shown, text};
+use super::kind::{Answer, Column, Example, Kind, Span, Unfit, examples, only, shown, text};
 use super::value::Type;
 use super::verb::{Said, Subject, Verb};
 use crate::codes::{Label, Legend};
+use crate::members::Members;
 use crate::options::{Codes, Options};
 use crate::{CountTokens, Error, prompt};
 
